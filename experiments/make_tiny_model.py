@@ -1,0 +1,62 @@
+"""Make the quickstart's model: a byte-level tokenizer learnt from a training file and a small random Llama.
+
+    python experiments/make_tiny_model.py --train_file cache/docstrings/train/docstrings.jsonl \
+        --output_dir output/quickstart/init
+
+Writes a Hugging Face model folder; every run with the same file and flags writes the same weights.
+"""
+
+import argparse
+import json
+import shutil
+import sys
+from pathlib import Path
+
+from llm2vec.tiny import tiny_llama, train_tokenizer
+from llm2vec.types import UserError
+
+
+def main() -> None:
+    """Read the flags, learn the tokenizer, draw the weights, save both."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--train_file", type=Path, default=Path("cache/docstrings/train/docstrings.jsonl"))
+    parser.add_argument("--output_dir", type=Path, default=Path("output/quickstart/init"))
+    parser.add_argument("--vocab_size", type=int, default=4096)
+    parser.add_argument("--hidden_size", type=int, default=128)
+    parser.add_argument("--num_layers", type=int, default=4)
+    parser.add_argument("--num_heads", type=int, default=4)
+    parser.add_argument("--intermediate_size", type=int, default=352)
+    parser.add_argument("--max_positions", type=int, default=512)
+    parser.add_argument("--seed", type=int, default=42)
+    flags = parser.parse_args()
+    if not flags.train_file.is_file():
+        raise UserError(f"{flags.train_file} does not exist: make it with experiments/make_docstrings.py first.")
+    if flags.output_dir.exists():
+        raise UserError(f"{flags.output_dir} exists: remove it or choose another --output_dir.")
+
+    with flags.train_file.open(encoding="utf-8") as lines:
+        rows = [json.loads(line) for line in lines]
+    tokenizer = train_tokenizer((row[key] for row in rows for key in ("query", "positive")), flags.vocab_size)
+    model = tiny_llama(
+        tokenizer,
+        hidden_size=flags.hidden_size,
+        num_layers=flags.num_layers,
+        num_heads=flags.num_heads,
+        intermediate_size=flags.intermediate_size,
+        max_positions=flags.max_positions,
+        seed=flags.seed,
+    )
+    partial = flags.output_dir.with_name(f".{flags.output_dir.name}.partial")
+    shutil.rmtree(partial, ignore_errors=True)  # of a run that was interrupted
+    tokenizer.save_pretrained(partial)
+    model.save_pretrained(partial)
+    partial.rename(flags.output_dir)
+    print(f"{flags.output_dir}: {model.num_parameters():,} parameters, {len(tokenizer):,} tokens")
+
+
+if __name__ == "__main__":
+    try:
+        main()
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(2)

@@ -1,0 +1,30 @@
+"""Plain next-token training on the rows' text (query and positive as one text), every parameter.
+
+It makes the quickstart's base model, and the equal-compute control to Stage I.
+
+python experiments/run_lm.py train_configs/quickstart/pretrain.json
+"""
+
+import dataclasses
+import sys
+
+from llm2vec.config import load_config, training_arguments
+from llm2vec.llm2vec import row_tokenizer
+from llm2vec.llm2vec_lm import LanguageModelling
+from llm2vec.run import CollateSides, config_path, load_model, open_rows, train, user_errors_in_one_sentence
+
+
+def main() -> None:
+    """Config, data, model, objective, training, saving."""
+    config = load_config(config_path(sys.argv), "lm")
+    args = training_arguments(config)
+    rows = open_rows(config, num_negatives=0)
+    model, tokenizer, settings = load_model(config, with_lm_head=True)
+    # Running text, no turn: the template that embeds is the model's own and goes into the checkpoint unchanged.
+    collate = CollateSides(row_tokenizer(tokenizer, dataclasses.replace(settings, template="plain")), ("text",))
+    train(config, args, LanguageModelling(model), rows, collate, tokenizer, settings)
+
+
+if __name__ == "__main__":
+    with user_errors_in_one_sentence():
+        main()

@@ -1,0 +1,28 @@
+"""Stage I: train every parameter to reconstruct documents from query embeddings and queries from document embeddings.
+
+torchrun --nproc_per_node=8 experiments/run_stage_I.py train_configs/stage_I/MetaLlama3.2_1b_q2d_d2q.json
+python experiments/run_stage_I.py train_configs/quickstart/stage_I.json      # one process, CPU included
+"""
+
+import sys
+
+from llm2vec.config import load_config, training_arguments
+from llm2vec.llm2vec import row_tokenizer
+from llm2vec.llm2vec_q2d_d2q import BidirectionalReconstruction
+from llm2vec.run import CollateSides, config_path, load_model, open_rows, train, user_errors_in_one_sentence
+
+
+def main() -> None:
+    """Config, data, model, objective, training, saving."""
+    config = load_config(config_path(sys.argv), "stage_I")
+    args = training_arguments(config)
+    rows = open_rows(config, num_negatives=0)
+    model, tokenizer, settings = load_model(config, with_lm_head=True)
+    objective = BidirectionalReconstruction(model, settings, config.alpha)
+    renderer = row_tokenizer(tokenizer, settings, reconstruct_instruction=config.reconstruct_instruction)
+    train(config, args, objective, rows, CollateSides(renderer, ("query", "positive")), tokenizer, settings)
+
+
+if __name__ == "__main__":
+    with user_errors_in_one_sentence():
+        main()

@@ -1,0 +1,237 @@
+"""The decoder under the embedder: load it, put adapters on it in an explicit order, run it causally or not.
+
+No family has a class of its own here. Since transformers 5.2 every decoder takes `is_causal` per call, so one model
+serves causal embedding, bidirectional embedding and generation; `check_attention` proves at load that the flag was
+obeyed, because a library that ignores it fails silently.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import logging
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, NamedTuple, TypeAlias
+
+import torch
+from peft import LoraConfig, PeftModel, get_peft_model, get_peft_model_state_dict
+from peft.utils import load_peft_weights
+from torch import Tensor
+from transformers import AutoModel, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+from transformers.utils import logging as transformers_logging
+
+from llm2vec.types import Attention, UserError
+
+logger = logging.getLogger(__name__)
+
+Backbone: TypeAlias = PreTrainedModel | PeftModel
+
+#: Every projection of a Llama-like layer, as in the released recipe.
+LORA_MODULES = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
+
+
+class Chain(NamedTuple):
+    """A base model and the adapters that go on it, innermost first."""
+
+    base: str
+    adapters: tuple[str, ...]
+
+
+def load_tokenizer(path: str) -> PreTrainedTokenizerBase:
+    """The tokenizer of a folder or hub name, with a padding token (its EOS, where it has none of its own).
+
+    Raises:
+        UserError: there is none.
+    """
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(path)
+    except (OSError, ValueError) as error:
+        raise UserError(f"{path}: no tokenizer could be loaded ({first_line(error)}).") from error
+    if tokenizer.pad_token is None:
+        tokenizer.pad_token = tokenizer.eos_token
+    return tokenizer
+
+
+def load_backbone(
+    chain: Chain,
+    *,
+    dtype: torch.dtype | str = torch.float32,
+    attn_implementation: str | None = None,
+    device_map: Any = None,
+    with_lm_head: bool = False,
+    merge_last: bool = True,
+) -> Backbone:
+    """Load a base and put its adapters on, each merged before the next.
+
+    Args:
+        chain: base and adapters, as `checkpoint.resolve_chain` spells them out.
+        dtype: of the weights; "auto" = as stored.
+        attn_implementation: `eager`, `sdpa` or `flash_attention_2`; None = the library's choice.
+        device_map: as in transformers.
+        with_lm_head: load the language model's head too (needed for reconstruction).
+        merge_last: merge the outermost adapter as well; False leaves it as a PeftModel.
+
+    Raises:
+        UserError: the base is not found, an adapter does not fit it, or an adapter has no effect.
+    """
+    model = _load_base(
+        AutoModelForCausalLM if with_lm_head else AutoModel,
+        chain.base,
+        dtype=dtype,
+        attn_implementation=available_attention(attn_implementation),
+        device_map=device_map,
+    )
+    for position, adapter in enumerate(chain.adapters):
+        last = position == len(chain.adapters) - 1
+        # Adapters are trained on the inner model; on a model with a head they go onto that inner model in place.
+        wrapped = _apply_adapter(model.base_model if with_lm_head else model, adapter)
+        if last and not merge_last:
+            return wrapped
+        merged = wrapped.merge_and_unload()
+        model = model if with_lm_head else merged
+    return model
+
+
+def _load_base(
+    model_class: Any, path: str, *, dtype: torch.dtype | str, attn_implementation: str | None, device_map: Any
+) -> Any:
+    """The weights of `path`, all of them: a tensor that the folder lacks would be random, so it is an error."""
+    verbosity = transformers_logging.get_verbosity()
+    transformers_logging.set_verbosity_error()  # it reports the head we leave behind at length; we check below
+    try:
+        model, info = model_class.from_pretrained(
+            path,
+            dtype=dtype,
+            attn_implementation=attn_implementation,
+            device_map=device_map,
+            use_safetensors=True,  # a pickle is never opened
+            output_loading_info=True,
+        )
+    except Exception as error:
+        # A missing folder, a cut weights file and an unreachable hub each raise a type of their own.
+        raise UserError(f"model_name_or_path: {path!r} could not be loaded: {first_line(error)}") from error
+    finally:
+        transformers_logging.set_verbosity(verbosity)
+    if info["missing_keys"]:
+        raise UserError(
+            f"model_name_or_path: {path!r} lacks {len(info['missing_keys'])} of the tensors that "
+            f"{type(model).__name__} needs, such as {min(info['missing_keys'])}."
+        )
+    return model
+
+
+def available_attention(attn_implementation: str | None) -> str | None:
+    """`attn_implementation`, or torch's own where FlashAttention was asked for and cannot run (said, not silent)."""
+    if attn_implementation != "flash_attention_2":
+        return attn_implementation
+    if not torch.cuda.is_available():
+        missing = "there is no CUDA device"
+    elif importlib.util.find_spec("flash_attn") is None:
+        missing = "the package flash-attn is not installed"
+    else:
+        return attn_implementation
+    logger.warning("attn_implementation: flash_attention_2 was asked for, but %s; using sdpa (torch's own).", missing)
+    return "sdpa"
+
+
+def attach_lora(
+    model: PreTrainedModel, *, r: int, alpha: int, dropout: float, modules: Sequence[str] = LORA_MODULES
+) -> PeftModel:
+    """A fresh LoRA adapter on `model`; everything else is frozen. No bias is trained.
+
+    Raises:
+        UserError: the model has none of the named modules.
+    """
+    config = LoraConfig(r=r, lora_alpha=alpha, lora_dropout=dropout, target_modules=list(modules), bias="none")
+    try:
+        return get_peft_model(model, config)
+    except ValueError as error:
+        raise UserError(f"lora_modules: {first_line(error)}") from error
+
+
+def enable_checkpointing(model: Any, arguments: dict[str, Any]) -> None:
+    """Recompute activations in the backward pass; `arguments` go to torch.utils.checkpoint."""
+    if hasattr(model, "activation_checkpointing_enable"):
+        model.activation_checkpointing_enable(activation_checkpointing_kwargs=arguments)
+    else:  # its name before transformers 5.20
+        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs=arguments)
+
+
+def hidden_states(
+    model: torch.nn.Module,
+    attention: Attention,
+    attention_mask: Tensor,
+    *,
+    input_ids: Tensor | None = None,
+    inputs_embeds: Tensor | None = None,
+) -> Tensor:
+    """Last layer's states after the final norm, [B, T, D], from ids [B, T] or from embeddings [B, T, D]."""
+    output = model(
+        input_ids=input_ids,
+        inputs_embeds=inputs_embeds,
+        attention_mask=attention_mask,
+        is_causal=attention == "causal",
+        use_cache=False,
+    )
+    states: Tensor = output.last_hidden_state
+    return states
+
+
+@torch.no_grad()
+def check_attention(model: Backbone, attention: Attention) -> None:
+    """Prove that the model attends as asked: change the last of four tokens and look at the first one's state.
+
+    Raises:
+        UserError: the first state moves under causal attention, or stays under bidirectional attention.
+    """
+    was_training = model.training
+    model.eval()
+    embedding: Tensor = model.get_input_embeddings().weight  # type: ignore[assignment]
+    vocabulary, device = embedding.shape[0], embedding.device
+    ids = (torch.arange(4, device=device) * 7 + 11) % vocabulary
+    rows = ids.repeat(4, 1)
+    rows[:, -1] = (torch.arange(4, device=device) * 13 + 17) % vocabulary
+    state_BTD = hidden_states(model, attention, torch.ones_like(rows), input_ids=rows).float()
+    model.train(was_training)
+    moved = (state_BTD[1:, 0] - state_BTD[:1, 0]).norm(dim=-1).max()
+    own = (state_BTD[1:, -1] - state_BTD[:1, -1]).norm(dim=-1).max()
+    # Under causal attention the rows' first states are the same sums; half precision gets some room for kernels
+    # that differ by row.
+    tolerance = 1e-5 if next(model.parameters()).dtype in (torch.float32, torch.float64) else 5e-3
+    if (moved <= tolerance * own) != (attention == "causal"):
+        raise UserError(
+            f"attention: {attention} was asked for, but {type(model).__name__} with "
+            f"attn_implementation={model.config._attn_implementation!r} does not attend that way."
+        )
+
+
+def _apply_adapter(model: PreTrainedModel, path: str) -> PeftModel:
+    """Put a trained adapter on `model`, and refuse one that would do nothing."""
+    try:
+        wrapped = PeftModel.from_pretrained(model, path)
+        saved = load_peft_weights(path, device="cpu", use_safetensors=True)
+    except Exception as error:  # not found, other shapes, cut short: peft raises many types
+        raise UserError(
+            f"peft_model_name_or_path: {path!r} could not be put on the base: {first_line(error)}"
+        ) from error
+    expected = get_peft_model_state_dict(wrapped, save_embedding_layers=False)
+    unmatched = sorted(set(saved) ^ set(expected))
+    if unmatched:
+        raise UserError(
+            f"peft_model_name_or_path: {path!r} does not fit {type(model).__name__} (missing or unexpected adapter "
+            f"keys, such as {unmatched[0]}), so it would have no effect; it was trained on another model class or base."
+        )
+    if not any(bool(weight.any()) for name, weight in saved.items() if "lora_B" in name):
+        raise UserError(f"peft_model_name_or_path: {path!r} has no effect, every lora_B weight in it is zero.")
+    return wrapped
+
+
+def local_folder(path: str) -> Path | None:
+    """`path` as a folder on this machine, or None where it is a hub name."""
+    return Path(path) if Path(path).is_dir() else None
+
+
+def first_line(error: Exception) -> str:
+    """The first line of an error's text, to go into one sentence of ours."""
+    lines = str(error).strip().splitlines()
+    return lines[0].strip() if lines else type(error).__name__

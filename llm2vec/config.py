@@ -1,0 +1,318 @@
+"""One run = one flat JSON file. Reading it, checking it, and what its keys mean.
+
+A key is one of ours (the fields of `Config`) or one of transformers' TrainingArguments. Anything else is an error
+that names the nearest known key, and so are a wrong type, a value that is not allowed and two keys that contradict
+each other; all of that is found before any weights load.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import importlib.util
+import json
+import logging
+import os
+import types
+import typing
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from transformers import TrainingArguments
+
+from llm2vec.types import POOLING_ALIASES, AttnImplementation, DtypeName, Reduction, SymmetricInstructions, UserError
+
+logger = logging.getLogger(__name__)
+
+Stage = Literal["stage_I", "stage_II", "lm"]
+
+#: Keys of older TrainingArguments that changed nothing about a result: accepted, and said to be without effect.
+WITHOUT_EFFECT = (
+    "overwrite_output_dir", "logging_dir", "save_safetensors", "include_tokens_per_second", "past_index",
+    "use_legacy_prediction_loop", "half_precision_backend", "fp16_backend", "use_ipex", "jit_mode_eval",
+    "tpu_metrics_debug", "ray_scope", "push_to_hub_model_id", "push_to_hub_organization", "push_to_hub_token",
+)  # fmt: skip
+
+#: Keys of older TrainingArguments that did matter, and what to write instead.
+REPLACED = {
+    "warmup_ratio": "`warmup_steps` with a fraction below 1",
+    "evaluation_strategy": "`eval_strategy`",
+    "per_gpu_train_batch_size": "`per_device_train_batch_size`",
+    "no_cuda": "`use_cpu`",
+    "group_by_length": "`train_sampling_strategy` (and note that rows come in one-source blocks here)",
+    "adafactor": '`optim`: "adafactor"',
+    "fp16_opt_level": "`fp16`",
+}
+
+#: Recomputing activations, under transformers' old and new name.
+CHECKPOINTING_KEYS = (
+    "gradient_checkpointing", "gradient_checkpointing_kwargs", "activation_checkpointing",
+    "activation_checkpointing_kwargs",
+)  # fmt: skip
+
+#: Keys that only some stages read; elsewhere they would be ignored, so they are refused.
+STAGE_KEYS: dict[str, tuple[Stage, ...]] = {
+    "alpha": ("stage_I",),
+    "reconstruct_instruction": ("stage_I",),
+    "loss_scale": ("stage_II",),
+    "num_hard_negatives": ("stage_II",),
+}
+
+
+@dataclass(frozen=True)
+class Config:
+    """The keys that are ours. What each default follows is in docs/fidelity.md.
+
+    Attributes:
+        model_name_or_path: base model: a folder (such as an earlier stage's `output_dir`) or a hub name.
+        peft_model_name_or_path: adapters to merge into the base first, innermost first.
+        bidirectional: attention of the embedding pass.
+        pooling_mode: `last` (`eos_token`, `last_token`), `mean`, `weighted_mean`, `first` (`bos_token`).
+        template: `llama3`, `qwen2`, `mistral`, `gemma`, `plain`; None = inferred from the tokenizer, and said.
+        instruction_join: between instruction and text; stored in the checkpoint, so evaluation uses the same.
+        skip_instruction: leave the instruction out of mean pooling.
+        max_seq_length: most tokens of a row, template included; only the text is cut.
+        doc_max_length: most tokens of the text alone; None = as many as fit.
+        torch_dtype: of the weights; None = float32. `bfloat16` without `bf16` is the release's pure bfloat16.
+        attn_implementation: `eager`, `sdpa`, `flash_attention_2`.
+        use_peft: LoRA instead of all parameters; None = on in Stage II, off elsewhere.
+        lora_r: rank.
+        lora_alpha: scale; None = twice the rank.
+        lora_dropout: dropout before the adapter.
+        lora_modules: modules that get an adapter; None = the seven projections of a layer.
+        dataset_name: only "E5", the released archive's 14 sources.
+        dataset_file_path: folder with the sources' files.
+        sources: which sources to read; None = all of the table.
+        sources_file: a JSON table of one's own sources in place of the released archive's.
+        max_train_samples: most rows of each source; None = all.
+        num_hard_negatives: hard negatives a row (Stage II).
+        symmetric_instructions: `documented` puts Table 6's symmetric instructions on documents too, `as_released`
+            on queries only.
+        alpha: weight of EBQ2D in Stage I; 0 and 1 skip the unused pass.
+        reconstruct_instruction: whether a query's instruction is a reconstruction target too.
+        reduction: `token_mean` over the whole optimiser step, or the release's `micro_batch_mean`.
+        loss_scale: 1 / temperature of Stage II.
+        loss_class: only "HardNegativeNLLLoss".
+        total_batch_size: rows of an optimiser step over all processes; None = what per-device batch, accumulation
+            and processes give. When set, the accumulation follows from it.
+        one_source_per: `step`: all rows of an optimiser step come from one source; `micro_batch`: all rows that the
+            processes hold at once do, as in the release (the same without accumulation).
+        stop_after_n_steps: end here although the schedule's horizon (`num_train_epochs` or `max_steps`) lies
+            further; None = run to the horizon.
+        experiment_id: a folder below `output_dir` to write to.
+        training: the TrainingArguments keys, as written.
+    """
+
+    model_name_or_path: str
+    peft_model_name_or_path: str | list[str] | None = None
+    bidirectional: bool = False
+    pooling_mode: str = "last"
+    template: str | None = None
+    instruction_join: str = "; "
+    skip_instruction: bool = True
+    max_seq_length: int = 512
+    doc_max_length: int | None = None
+    torch_dtype: DtypeName | None = None
+    attn_implementation: AttnImplementation = "sdpa"
+    use_peft: bool | None = None
+    lora_r: int = 16
+    lora_alpha: int | None = None
+    lora_dropout: float = 0.05
+    lora_modules: list[str] | None = None
+    dataset_name: Literal["E5"] = "E5"
+    dataset_file_path: str | None = None
+    sources: list[str] | None = None
+    sources_file: str | None = None
+    max_train_samples: int | None = None
+    num_hard_negatives: int = 1
+    symmetric_instructions: SymmetricInstructions = "documented"
+    alpha: float = 0.2
+    reconstruct_instruction: bool = False
+    reduction: Reduction = "token_mean"
+    loss_scale: float = 20.0
+    loss_class: Literal["HardNegativeNLLLoss"] = "HardNegativeNLLLoss"
+    total_batch_size: int | None = None
+    one_source_per: Literal["step", "micro_batch"] = "step"
+    stop_after_n_steps: int | None = None
+    experiment_id: str | None = None
+    training: dict[str, Any] = field(default_factory=dict)
+
+    @property
+    def output_dir(self) -> Path:
+        """Where the run writes: `output_dir` as given, or the experiment's folder below it."""
+        return Path(self.training["output_dir"], self.experiment_id or "")
+
+    @property
+    def checkpointing(self) -> dict[str, Any] | None:
+        """Arguments of torch's activation checkpointing where it is on, else None."""
+        old, old_arguments, new, new_arguments = (self.training.get(key) for key in CHECKPOINTING_KEYS)
+        return (old_arguments or new_arguments or {"use_reentrant": False}) if old or new else None
+
+    @property
+    def adapters(self) -> list[str]:
+        """Adapters to merge into the base, as a list."""
+        given = self.peft_model_name_or_path
+        return [given] if isinstance(given, str) else list(given or ())
+
+
+def load_config(path: str | Path, stage: Stage) -> Config:
+    """Read and check a run's JSON file.
+
+    Args:
+        path: the file.
+        stage: which script reads it; decides `use_peft`'s default and which keys would have no effect.
+
+    Raises:
+        UserError: what is wrong, with file and key.
+    """
+    content = _read(Path(path))
+    own = {f.name for f in dataclasses.fields(Config)} - {"training"}
+    foreign = {f.name for f in dataclasses.fields(TrainingArguments)}
+    values: dict[str, Any] = {"training": {}}
+    for key, value in content.items():
+        where = f"{path}: {key}"
+        if key in WITHOUT_EFFECT and key not in foreign:
+            logger.warning("%s: the current transformers has no such option; it has no effect.", where)
+        elif key in REPLACED and key not in foreign:
+            raise UserError(f"{where}: this option is gone; write {REPLACED[key]} instead.")
+        elif key in own:
+            _check_type(value, typing.get_type_hints(Config)[key], where)
+            values[key] = value
+        elif key in foreign:
+            _check_type(value, typing.get_type_hints(TrainingArguments)[key], where)
+            values["training"][key] = value
+        else:
+            nearest = difflib.get_close_matches(key, [*own, *foreign], n=1, cutoff=0.5)
+            hint = f"; did you mean {nearest[0]!r}?" if nearest else "."
+            raise UserError(f"{path}: unknown key {key!r}{hint}")
+    for required in ("model_name_or_path", "output_dir"):
+        if not content.get(required):
+            raise UserError(f"{path}: {required} must be set.")
+    values.setdefault("use_peft", None)
+    if values["use_peft"] is None:
+        values["use_peft"] = stage == "stage_II"
+    config = Config(**values)
+    _check_values(config, content, stage, path)
+    return config
+
+
+def training_arguments(config: Config) -> TrainingArguments:
+    """TrainingArguments of a run, with the accumulation that `total_batch_size` asks for.
+
+    Raises:
+        UserError: the total batch is no multiple of what the processes hold at once, or transformers refuses a value.
+    """
+    values = dict(config.training)
+    values["output_dir"] = str(config.output_dir)
+    values["remove_unused_columns"] = False  # rows are read by our collator, not by column
+    values.setdefault("report_to", "tensorboard" if importlib.util.find_spec("tensorboard") else "none")
+    values.setdefault("ddp_find_unused_parameters", False)
+    values.setdefault("dataloader_pin_memory", torch.cuda.is_available())
+    for key in CHECKPOINTING_KEYS:
+        values.pop(key, None)  # switched on where the model is loaded: the trainer sees the objective, not the model
+    if config.total_batch_size is not None:
+        processes = int(os.environ.get("WORLD_SIZE", "1"))
+        at_once = values.get("per_device_train_batch_size", 8) * processes
+        if config.total_batch_size % at_once:
+            raise UserError(
+                f"total_batch_size is {config.total_batch_size}, no multiple of the {at_once} rows that {processes} "
+                f"process(es) with per_device_train_batch_size {at_once // processes} hold at once."
+            )
+        values["gradient_accumulation_steps"] = config.total_batch_size // at_once
+    try:
+        return TrainingArguments(**values)
+    except (ValueError, TypeError, ImportError) as error:
+        raise UserError(f"training arguments: {str(error).strip().splitlines()[0]}") from error
+
+
+def _read(path: Path) -> dict[str, Any]:
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise UserError(f"{path}: the config cannot be read ({error.strerror}).") from error
+    except ValueError as error:
+        raise UserError(f"{path}: not valid JSON ({error}).") from error
+    if not isinstance(content, dict):
+        raise UserError(f"{path}: a JSON object is needed, not a {type(content).__name__}.")
+    return content
+
+
+def _check_values(config: Config, content: dict[str, Any], stage: Stage, path: str | Path) -> None:
+    """Ranges, and keys that contradict each other."""
+
+    def refuse(condition: bool, sentence: str) -> None:
+        if condition:
+            raise UserError(f"{path}: {sentence}")
+
+    for key, stages in STAGE_KEYS.items():
+        refuse(key in content and stage not in stages, f"{key} has no effect in {stage}; it belongs to {stages[0]}.")
+    allowed = ", ".join(POOLING_ALIASES)
+    refuse(config.pooling_mode not in POOLING_ALIASES, f"pooling_mode is {config.pooling_mode!r}; allowed: {allowed}.")
+    refuse(not 0 <= config.alpha <= 1, f"alpha is {config.alpha}; it must lie between 0 and 1.")
+    refuse(config.loss_scale <= 0, f"loss_scale is {config.loss_scale}; it must be above 0.")
+    refuse(not 0 <= config.lora_dropout < 1, f"lora_dropout is {config.lora_dropout}; it must lie in [0, 1).")
+    refuse(config.num_hard_negatives < 0, f"num_hard_negatives is {config.num_hard_negatives}; 0 or more is needed.")
+    for key in ("max_seq_length", "doc_max_length", "lora_r", "lora_alpha", "max_train_samples", "total_batch_size",
+                "stop_after_n_steps"):  # fmt: skip
+        value = getattr(config, key)
+        refuse(value is not None and value < 1, f"{key} is {value}; it must be above 0.")
+    refuse(
+        config.dataset_file_path is None and config.sources_file is None,
+        "dataset_file_path must name the folder of the training files.",
+    )
+    refuse(
+        config.total_batch_size is not None and "gradient_accumulation_steps" in content,
+        "total_batch_size and gradient_accumulation_steps are both set; the second follows from the first.",
+    )
+    refuse(
+        content.get("eval_strategy", "no") != "no",
+        "eval_strategy: evaluation during training is not available; evaluate the saved checkpoints.",
+    )
+    refuse(
+        stage != "stage_II" and bool(config.use_peft),
+        f"use_peft: {stage} trains all parameters, the language-model head among them; LoRA belongs to stage_II.",
+    )
+
+
+def _check_type(value: Any, hint: Any, where: str) -> None:
+    """Refuse a JSON value that does not have the annotated type; a whole number passes for a float."""
+    if not _fits(value, hint):
+        choices = [c for h in (typing.get_args(hint) or (hint,)) for c in _choices(h)] or _choices(hint)
+        allowed = f"allowed: {', '.join(map(repr, choices))}" if choices else f"a {_name(hint)} is needed"
+        raise UserError(f"{where} is {value!r}; {allowed}.")
+
+
+def _choices(hint: Any) -> list[Any]:
+    return list(typing.get_args(hint)) if typing.get_origin(hint) is Literal else []
+
+
+def _fits(value: Any, hint: Any) -> bool:
+    origin = typing.get_origin(hint)
+    if hint is Any:
+        return True
+    if origin in (typing.Union, types.UnionType):
+        return any(_fits(value, h) for h in typing.get_args(hint))
+    if origin is Literal:
+        return value in typing.get_args(hint)
+    if origin is list:
+        return isinstance(value, list) and all(_fits(v, typing.get_args(hint)[0]) for v in value)
+    if hint is float:
+        return isinstance(value, int | float) and not isinstance(value, bool)
+    if hint is int:
+        return isinstance(value, int) and not isinstance(value, bool)
+    if hint is type(None):
+        return value is None
+    if hint in (bool, str):
+        return isinstance(value, hint)
+    # Enumerations and dictionaries of TrainingArguments: transformers itself knows what they may hold.
+    return isinstance(value, str | dict | list)
+
+
+def _name(hint: Any) -> str:
+    names = {bool: "true or false", int: "whole number", float: "number", str: "string", type(None): "null"}
+    options = typing.get_args(hint) if typing.get_origin(hint) in (typing.Union, types.UnionType) else (hint,)
+    return " or ".join(
+        names.get(option, "list" if typing.get_origin(option) is list else "value") for option in options
+    )

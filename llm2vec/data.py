@@ -1,0 +1,326 @@
+"""Training rows: which sources there are, how their files are read, and in which order rows come.
+
+A source is one JSONL file, one object a line with `query`, `positive` and `negative` (a string or a list), the
+layout of the released training archive. Files are checked line by line, once, into Arrow tables that all ranks map
+into memory. Nothing here knows a tokenizer.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+from torch.utils.data import Dataset, Sampler
+
+from llm2vec.distributed import rank_zero_first
+from llm2vec.types import Example, InstructedText, SymmetricInstructions, UserError
+
+#: Where the released training archive is to be had.
+ARCHIVE_HINT = (
+    "the training archive (echo-data, 14 files, 3.6 GB) is linked from "
+    "https://github.com/jakespringer/echo-embeddings#training; unpack it there, or list the `sources` you have"
+)
+
+
+class Instruction(NamedTuple):
+    """An instruction, and whether the documents of its rows carry it too."""
+
+    text: str
+    symmetric: bool = False
+
+
+class Source(NamedTuple):
+    """A file of rows. Row i of a source is read under instruction i modulo their number."""
+
+    name: str
+    file: str
+    instructions: tuple[Instruction, ...]
+
+
+_WIKIPEDIA_QUESTION = Instruction("Given a question, retrieve Wikipedia passages that answer the question")
+_WIKIPEDIA = Instruction("Retrieve Wikipedia passages that answer the question")
+_CHINESE = Instruction("Given a Chinese search query, retrieve web passages that answer the question")
+
+#: The 14 sources of the paper with their instructions (Table 6).
+E5_INSTRUCTIONS: dict[str, tuple[Instruction, ...]] = {
+    "allnli": (
+        Instruction("Given a premise, retrieve a hypothesis that is entailed by the premise"),
+        Instruction("Retrieve semantically similar text", symmetric=True),
+    ),
+    "dureader": (_CHINESE,),
+    "eli5_question_answer": (
+        Instruction("Provided a user question, retrieve the highest voted answers on Reddit ELI5 forum"),
+    ),
+    "fever": (Instruction("Given a claim, retrieve documents that support or refute the claim"),),
+    "hotpot_qa": (Instruction("Given a multi-hop question, retrieve documents that can help answer the question"),),
+    "miracl": (_WIKIPEDIA_QUESTION,),
+    "mrtydi": (_WIKIPEDIA_QUESTION,),
+    "msmarco_passage": (Instruction("Given a web search query, retrieve relevant passages that answer the query"),),
+    "msmarco_document": (Instruction("Given a web search query, retrieve relevant documents that answer the query"),),
+    "nq": (_WIKIPEDIA_QUESTION,),
+    "quora_duplicates": (
+        Instruction(
+            "Given a question, retrieve questions that are semantically equivalent to the given question",
+            symmetric=True,
+        ),
+        Instruction("Find questions that have the same meaning as the input question", symmetric=True),
+    ),
+    "squad": (_WIKIPEDIA,),
+    "t2ranking": (_CHINESE,),
+    "trivia_qa": (_WIKIPEDIA,),
+}
+
+
+def e5_sources() -> list[Source]:
+    """The released archive: one `<source>.jsonl` for each of the paper's 14 sources."""
+    return [Source(name, f"{name}.jsonl", instructions) for name, instructions in E5_INSTRUCTIONS.items()]
+
+
+def read_sources_file(path: Path) -> list[Source]:
+    """One's own sources from a JSON table: name -> {"file", "instruction", "symmetric"}.
+
+    `instruction` may be empty, or a list (rows take them in turn); `symmetric` (default false) puts it on the
+    documents too.
+
+    Raises:
+        UserError: the file is missing, no JSON object, or an entry has an unknown key or a wrong type.
+    """
+    try:
+        table = json.loads(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise UserError(f"sources_file: {path} cannot be read ({error.strerror}).") from error
+    except ValueError as error:
+        raise UserError(f"sources_file: {path} is not valid JSON ({error}).") from error
+    if not isinstance(table, dict) or not table:
+        raise UserError(f"sources_file: {path} must hold an object that maps source names to tables.")
+    return [_read_source(path, name, entry) for name, entry in table.items()]
+
+
+def _read_source(path: Path, name: str, entry: Any) -> Source:
+    where = f"sources_file: {path}, source {name!r}"
+    if not isinstance(entry, dict):
+        raise UserError(f"{where}: an object with file, instruction and symmetric is needed.")
+    unknown = sorted(set(entry) - {"file", "instruction", "symmetric"})
+    if unknown:
+        raise UserError(f"{where}: unknown key {unknown[0]!r}; known: file, instruction, symmetric.")
+    file, symmetric = entry.get("file"), entry.get("symmetric", False)
+    texts = entry.get("instruction", "")
+    texts = [texts] if isinstance(texts, str) else texts
+    if not isinstance(file, str) or not file:
+        raise UserError(f"{where}: `file` must name a JSONL file.")
+    if not isinstance(symmetric, bool):
+        raise UserError(f"{where}: `symmetric` must be true or false.")
+    if not isinstance(texts, list) or not texts or not all(isinstance(text, str) for text in texts):
+        raise UserError(f"{where}: `instruction` must be a string or a list of strings.")
+    return Source(name, file, tuple(Instruction(text, symmetric) for text in texts))
+
+
+def select_sources(sources: Sequence[Source], names: Sequence[str] | None) -> list[Source]:
+    """The named sources, in the table's order; all of them for None.
+
+    Raises:
+        UserError: an unknown name.
+    """
+    known = [source.name for source in sources]
+    for name in names or ():
+        if name not in known:
+            raise UserError(f"sources: {name!r} is not known; known: {', '.join(known)}.")
+    return [source for source in sources if names is None or source.name in names]
+
+
+class TrainingRows(Dataset[Example]):
+    """All rows of all sources, by one running index.
+
+    Args:
+        folder: where the sources' files lie.
+        sources: what to read; all files must be there.
+        num_negatives: hard negatives a row (the first that many); 0 = none are read.
+        symmetric_instructions: `documented` puts a symmetric instruction on documents too (paper Table 6),
+            `as_released` on queries only.
+        max_rows: most rows of each source, from the start of its file; None = all.
+
+    Raises:
+        UserError: a file is missing, or a line is no valid row (file, line number, what is wrong).
+    """
+
+    def __init__(
+        self,
+        folder: Path,
+        sources: Sequence[Source],
+        *,
+        num_negatives: int = 1,
+        symmetric_instructions: SymmetricInstructions = "documented",
+        max_rows: int | None = None,
+    ) -> None:
+        self.files = find_files(folder, sources)
+        self.sources = list(sources)
+        self.num_negatives = num_negatives
+        self.symmetric_instructions = symmetric_instructions
+        self._tables = [read_rows(file, num_negatives) for file in self.files]
+        self.sizes = [len(t) if max_rows is None else min(len(t), max_rows) for t in self._tables]
+        self._starts = np.concatenate([[0], np.cumsum(self.sizes)])
+
+    def __len__(self) -> int:
+        return int(self._starts[-1])
+
+    def __getitem__(self, index: int) -> Example:
+        """Row `index` of the running count, with the instruction its source gives it."""
+        which = int(np.searchsorted(self._starts, index, side="right")) - 1
+        source, i = self.sources[which], int(index - self._starts[which])
+        row = self._tables[which][i]
+        instruction = source.instructions[i % len(source.instructions)]
+        shared = instruction.symmetric and self.symmetric_instructions == "documented"
+        document_instruction = instruction.text if shared else ""
+        return Example(
+            source.name,
+            InstructedText(instruction.text, row["query"]),
+            InstructedText(document_instruction, row["positive"]),
+            tuple(InstructedText(document_instruction, text) for text in row["negative"]),
+        )
+
+
+def find_files(folder: Path, sources: Sequence[Source]) -> list[Path]:
+    """The sources' files in `folder`.
+
+    Raises:
+        UserError: the folder or a file is not there; says what was looked for and where to get it.
+    """
+    files = [folder / source.file for source in sources]
+    missing = [file.name for file in files if not file.is_file()]
+    if missing:
+        what = f"lacks {', '.join(missing)}" if folder.is_dir() else f"is not a folder (wanted: {', '.join(missing)})"
+        raise UserError(f"dataset_file_path: {folder} {what}; {ARCHIVE_HINT}.")
+    return files
+
+
+def read_rows(file: Path, num_negatives: int) -> Any:
+    """A source's rows as an Arrow-backed `datasets.Dataset` with `query`, `positive` and `negative` (a list).
+
+    Built once for a file's size, time stamp and path, then mapped; rank 0 builds, the others wait.
+
+    Raises:
+        UserError: a line is no valid row.
+    """
+    from datasets import Dataset as ArrowDataset
+    from datasets import Features, List, Value
+    from datasets.exceptions import DatasetGenerationError
+
+    features = Features({"query": Value("string"), "positive": Value("string"), "negative": List(Value("string"))})
+    stat = file.stat()
+    # Everything that decides the table is an argument, because the cache key is a hash of the arguments.
+    arguments = {
+        "file": str(file.resolve()),
+        "num_negatives": num_negatives,
+        "stamp": [stat.st_size, stat.st_mtime_ns],
+    }
+    with rank_zero_first():
+        try:
+            return ArrowDataset.from_generator(_generate_rows, features=features, gen_kwargs=arguments)
+        except DatasetGenerationError as error:
+            if isinstance(error.__cause__, UserError):
+                raise error.__cause__ from None
+            raise
+
+
+def _generate_rows(file: str, num_negatives: int, stamp: list[int]) -> Iterator[dict[str, Any]]:
+    with Path(file).open("rb") as lines:
+        for number, line in enumerate(lines, start=1):
+            yield parse_row(line, num_negatives, f"{file}, line {number}")
+
+
+def parse_row(line: bytes, num_negatives: int, where: str) -> dict[str, Any]:
+    """One line of a source as `query`, `positive` and `negative` (the first `num_negatives` of them).
+
+    Raises:
+        UserError: not JSON, no object, a field missing, empty or no text, or too few negatives; begins with `where`.
+    """
+    try:
+        row = json.loads(line.decode("utf-8"))
+    except ValueError as error:
+        raise UserError(f"{where}: not valid JSON ({error}).") from error
+    if not isinstance(row, dict):
+        raise UserError(f"{where}: a JSON object is needed, not a {type(row).__name__}.")
+    for field in ("query", "positive"):
+        _check_text(row.get(field), field, field in row, where)
+    negatives = row.get("negative", [])
+    negatives = [negatives] if isinstance(negatives, str) else negatives
+    if not isinstance(negatives, list):
+        raise UserError(f"{where}: `negative` must be a string or a list of strings.")
+    if len(negatives) < num_negatives:
+        raise UserError(
+            f"{where}: {len(negatives)} hard negatives, but num_hard_negatives is {num_negatives}"
+            f"{'' if 'negative' in row else ' (the field `negative` is missing)'}."
+        )
+    for text in negatives[:num_negatives]:
+        _check_text(text, "negative", True, where)
+    return {"query": row["query"], "positive": row["positive"], "negative": negatives[:num_negatives]}
+
+
+def _check_text(text: Any, field: str, present: bool, where: str) -> None:
+    if not present:
+        raise UserError(f"{where}: the field `{field}` is missing.")
+    if not isinstance(text, str):
+        raise UserError(f"{where}: `{field}` must be text, not a {type(text).__name__}.")
+    if not text.strip():
+        raise UserError(f"{where}: `{field}` is empty.")
+
+
+def block_order(sizes: Sequence[int], block_size: int, seed: int, epoch: int) -> np.ndarray[Any, np.dtype[np.int64]]:
+    """Row indices of one epoch: blocks of `block_size` rows, each from one source, in random order.
+
+    Rows are shuffled within their source and cut into blocks, incomplete blocks are dropped, and the blocks are
+    shuffled. A pure function of its arguments.
+
+    Args:
+        sizes: rows of each source; row indices run through the sources in this order.
+        block_size: rows a block.
+        seed: of the run.
+        epoch: counted from 0.
+    """
+    generator = np.random.default_rng([seed, epoch])
+    blocks = []
+    start = 0
+    for size in sizes:
+        order = start + generator.permutation(size)
+        blocks.append(order[: size - size % block_size].reshape(-1, block_size))
+        start += size
+    stacked = np.concatenate(blocks)
+    return stacked[generator.permutation(len(stacked))].reshape(-1)
+
+
+class OneSourceBlocks(Sampler[int]):
+    """Yields `block_order` for the current epoch, so that consecutive `block_size` rows share a source.
+
+    Args:
+        rows: whose sizes decide the blocks.
+        block_size: rows a block.
+        seed: of the run.
+
+    Raises:
+        UserError: a source has fewer rows than a block.
+    """
+
+    def __init__(self, rows: TrainingRows, block_size: int, seed: int) -> None:
+        for source, size in zip(rows.sources, rows.sizes, strict=True):
+            if size < block_size:
+                raise UserError(
+                    f"source {source.name!r} has {size} rows, fewer than the {block_size} of one batch; "
+                    "leave it out of `sources` or make the batch smaller."
+                )
+        self.sizes = rows.sizes
+        self.block_size = block_size
+        self.seed = seed
+        self.epoch = 0
+
+    def set_epoch(self, epoch: int) -> None:
+        """Choose the epoch whose order the next iteration yields; the trainer calls it."""
+        self.epoch = epoch
+
+    def __len__(self) -> int:
+        return sum(size - size % self.block_size for size in self.sizes)
+
+    def __iter__(self) -> Iterator[int]:
+        return iter(block_order(self.sizes, self.block_size, self.seed, self.epoch).tolist())

@@ -1,0 +1,74 @@
+"""Rank, world size and the few collectives the package needs; all are the identity in a single process.
+
+No device is named here: tensors stay where they are, so the same lines run under gloo on CPU and NCCL on CUDA.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+
+def world_size() -> int:
+    """Number of processes of this run; 1 without torch.distributed."""
+    return dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
+
+
+def rank() -> int:
+    """Index of this process in the run; 0 without torch.distributed."""
+    return dist.get_rank() if dist.is_available() and dist.is_initialized() else 0
+
+
+class _Gather(torch.autograd.Function):
+    """All ranks' rows, end to end; the gradient of a row is the sum over ranks of its gradients there."""
+
+    @staticmethod
+    def forward(ctx: Any, rows: Tensor) -> Tensor:
+        ctx.num_rows = rows.shape[0]
+        parts = [torch.empty_like(rows) for _ in range(world_size())]
+        dist.all_gather(parts, rows.contiguous())
+        return torch.cat(parts)
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> Tensor:
+        # Every rank computes its own queries' loss over the gathered pool, so a row's true gradient is a sum over
+        # ranks. all_reduce instead of reduce_scatter because gloo has only the former.
+        summed = gradients[0].contiguous().clone()
+        dist.all_reduce(summed)
+        return summed[rank() * ctx.num_rows : (rank() + 1) * ctx.num_rows]
+
+
+def gather_with_gradient(rows: Tensor) -> Tensor:
+    """[B, D] of every rank -> [world_size * B, D], in rank order; B must be the same everywhere.
+
+    Summed over ranks, the gradient equals that of one process that holds all rows.
+    """
+    if world_size() == 1:
+        return rows
+    gathered: Tensor = _Gather.apply(rows)
+    return gathered
+
+
+def sum_over_ranks(values: Tensor) -> Tensor:
+    """The element-wise sum over ranks, without gradient; the input is left alone."""
+    summed = values.detach().clone()
+    if world_size() > 1:
+        dist.all_reduce(summed)
+    return summed
+
+
+@contextmanager
+def rank_zero_first() -> Iterator[None]:
+    """Run the body on rank 0 before the others, so that one process builds a file the others only read."""
+    if world_size() > 1 and rank() != 0:
+        dist.barrier()
+    try:
+        yield
+    finally:
+        if world_size() > 1 and rank() == 0:
+            dist.barrier()

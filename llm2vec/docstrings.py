@@ -1,0 +1,376 @@
+"""The quickstart's corpus: docstrings of the installed Python packages as a small retrieval problem.
+
+The query is a docstring's summary sentence, the positive is the rest of that docstring, the hard negative is the
+rest of a neighbour's docstring from the same file. Nothing is downloaded and nothing is imported or executed: files
+are parsed with `ast`. Whole files are held out, so no text of a held-out file is ever trained on. What comes out
+depends on the Python version and on the installed packages; `manifest.json` names both.
+
+Run by `experiments/make_docstrings.py`; `write_corpus` lists the files it writes.
+"""
+
+from __future__ import annotations
+
+import ast
+import gc
+import hashlib
+import json
+import logging
+import os
+import platform
+import re
+import sysconfig
+import warnings
+from collections import Counter
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from importlib.metadata import distributions
+from itertools import groupby, takewhile
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from tqdm import tqdm
+
+from llm2vec.types import UserError
+
+logger = logging.getLogger(__name__)
+
+TRAIN_FILE = "train/docstrings.jsonl"
+EVAL_FOLDER = "eval/DocstringRetrieval"
+MANIFEST_FILE = "manifest.json"
+
+#: Folders whose docstrings are not prose about an interface: tests, copies of other packages, demonstrations, and
+#: packages installed inside the standard library's own folder.
+SKIPPED_FOLDERS = frozenset(
+    {"test", "tests", "testing", "_testing", "_vendor", "vendor", "idlelib", "turtledemo", "site-packages"}
+    | {"dist-packages", "__pycache__"}
+)
+
+_DATASET_CARD = """---
+configs:
+- config_name: default
+  data_files:
+  - split: test
+    path: qrels/test.jsonl
+- config_name: corpus
+  data_files:
+  - split: corpus
+    path: corpus.jsonl
+- config_name: queries
+  data_files:
+  - split: queries
+    path: queries.jsonl
+---
+"""
+
+_SENTENCE_END = re.compile(r"(?<=[.!?])\s+(?=[A-Z`\"'(:])")
+_RULE_LINE = re.compile(r"\s*[^\w\s]{3,}\s*")  # a heading's underline, a table's border
+_SIGNATURE_LINE = re.compile(r"[\w.]+\(.*\)(\s*->.*)?")  # compiled functions repeat theirs as the first line
+_EXAMPLE_LINE = re.compile(r"\s*(>>>|```|In \[1\]:)")
+_EXAMPLE_HEADING = re.compile(r"\W*\bexamples?\W*$", re.IGNORECASE)
+_FIELD_LIST = re.compile(r"[:@]|(Args|Arguments|Parameters|Returns|Raises|Usage)\s*:|Parameters\b")  # no summary at all
+_LEGAL = re.compile(r"copyright|licen[cs]e[ds]? under|all rights reserved|spdx-", re.IGNORECASE)
+_WORD = re.compile(r"\w+")
+
+
+@dataclass(frozen=True)
+class Settings:
+    """What is kept and how it is split. Lengths of queries and of the shortest body count words between blanks."""
+
+    min_query_words: int = 4
+    max_query_words: int = 40
+    min_body_words: int = 15
+    max_body_characters: int = 700
+    #: Of two bodies that agree in this many characters from the start, the later one is dropped.
+    prefix_characters: int = 100
+    #: Files held out, in thousands of all files.
+    held_out_per_mille: int = 25
+
+    def __post_init__(self) -> None:
+        """Refuse numbers no corpus can be made with."""
+        if not 0 < self.held_out_per_mille < 1000:
+            raise UserError(f"held_out_per_mille is {self.held_out_per_mille}: choose a number from 1 to 999.")
+        for name in ("min_query_words", "max_query_words", "min_body_words", "max_body_characters"):
+            if getattr(self, name) < 1:
+                raise UserError(f"{name} is {getattr(self, name)}: choose a number above 0.")
+
+
+class Passage(NamedTuple):
+    """One docstring cut in two. `file` is `<root label>/<path below the root>`, `line` that of the definition."""
+
+    file: str
+    line: int
+    query: str
+    body: str
+
+
+def installed_roots() -> dict[str, Path]:
+    """Label and folder of the standard library and of the installed packages."""
+    paths = sysconfig.get_paths()
+    roots = {"stdlib": Path(paths["stdlib"]), "purelib": Path(paths["purelib"])}
+    if paths["platlib"] != paths["purelib"]:
+        roots["platlib"] = Path(paths["platlib"])
+    return roots
+
+
+def source_files(roots: Mapping[str, Path]) -> list[tuple[str, Path]]:
+    """Every Python file worth reading, as (`<label>/<relative path>`, path), sorted by that name."""
+    found: list[tuple[str, Path]] = []
+    for label, root in roots.items():
+        for folder, subfolders, names in os.walk(root):
+            subfolders[:] = [name for name in subfolders if name not in SKIPPED_FOLDERS]
+            paths = [Path(folder, name) for name in names if name.endswith(".py")]
+            found += [(f"{label}/{path.relative_to(root).as_posix()}", path) for path in paths]
+    return sorted(found)
+
+
+def read_docstrings(path: Path) -> list[tuple[int, str]]:
+    """Docstrings of a file's module, classes, functions and methods, in order, without running any of it.
+
+    Args:
+        path: A Python file; its encoding is what the file itself declares.
+
+    Returns:
+        (line number, docstring with its indentation removed) of each definition that has one.
+
+    Raises:
+        SyntaxError: The file is not valid for the running Python.
+        ValueError: The file holds null bytes or does not decode.
+    """
+    source = path.read_bytes()
+    if b'"""' not in source and b"'''" not in source:  # a docstring worth a pair spans lines; saves the parsing
+        return []
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # other people's invalid escapes
+        module = ast.parse(source)
+    return list(_docstrings_below(module, line=1))
+
+
+@contextmanager
+def _without_garbage_collection() -> Iterator[None]:
+    """Syntax trees are millions of short-lived objects without cycles: searching them for cycles doubles the time."""
+    was_enabled = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if was_enabled:
+            gc.enable()
+
+
+def _docstrings_below(node: ast.Module | ast.ClassDef, line: int) -> Iterator[tuple[int, str]]:
+    """The docstring of a module or class, then those of what its body defines; function bodies are not entered."""
+    if docstring := ast.get_docstring(node):
+        yield line, docstring
+    for child in node.body:
+        if isinstance(child, ast.ClassDef):
+            yield from _docstrings_below(child, child.lineno)
+        elif isinstance(child, ast.FunctionDef | ast.AsyncFunctionDef) and (docstring := ast.get_docstring(child)):
+            yield child.lineno, docstring
+
+
+def split_docstring(docstring: str, settings: Settings) -> tuple[str, str] | None:
+    """Summary sentence and rest of a docstring: blanks collapsed, code examples left out, capped at a word's end.
+
+    Args:
+        docstring: Text without its indentation.
+        settings: Thresholds.
+
+    Returns:
+        (query, body), or None where they make no pair: too short, too long or no summary, a legal notice, or a body
+        that repeats the summary and so would be found by string search alone.
+    """
+    prose = _prose(docstring)
+    summary, _, rest = prose.partition("\n\n")
+    query, *more = _SENTENCE_END.split(" ".join(summary.split()), maxsplit=1)
+    body = _EXAMPLE_HEADING.sub("", " ".join([*more, *rest.split()]))
+    body = _cap(body, settings.max_body_characters)
+    if not settings.min_query_words <= len(query.split()) <= settings.max_query_words:
+        return None
+    if len(body.split()) < settings.min_body_words or _FIELD_LIST.match(query) or _LEGAL.search(docstring):
+        return None
+    return None if normalised(query) in normalised(body) else (query, body)
+
+
+def _prose(docstring: str) -> str:
+    """The docstring without signature, heading underlines, and everything from its first code example on."""
+    lines = [line for line in docstring.splitlines() if not _RULE_LINE.fullmatch(line)]
+    if lines and _SIGNATURE_LINE.fullmatch(lines[0].strip()):
+        del lines[0]
+    return "\n".join(takewhile(lambda line: not _EXAMPLE_LINE.match(line), lines)).strip()
+
+
+def _cap(text: str, max_characters: int) -> str:
+    """The text's beginning, cut before the first word that does not fit."""
+    if len(text) <= max_characters:
+        return text
+    return text[: max_characters + 1].rpartition(" ")[0] or text[:max_characters]
+
+
+def normalised(text: str) -> str:
+    """The words alone, lower case, one blank apart: what counts as the same text."""
+    return " ".join(_WORD.findall(text.casefold()))
+
+
+def read_passages(files: Iterable[tuple[str, Path]], settings: Settings) -> tuple[list[Passage], Counter[str]]:
+    """Read files into passages, in order.
+
+    Args:
+        files: (name, path) as `source_files` gives them.
+        settings: Thresholds.
+
+    Returns:
+        The passages, and counts: `files`, `unreadable_files`, `docstrings`, `passages`.
+    """
+    passages: list[Passage] = []
+    counts: Counter[str] = Counter()
+    for name, path in tqdm(list(files), desc="reading docstrings", unit="file", disable=None):
+        counts["files"] += 1
+        try:
+            docstrings = read_docstrings(path)
+        except (SyntaxError, ValueError, RecursionError, OSError) as error:
+            logger.debug("skipped %s: %s", path, error)
+            counts["unreadable_files"] += 1
+            continue
+        counts["docstrings"] += len(docstrings)
+        pairs = [(line, split_docstring(docstring, settings)) for line, docstring in docstrings]
+        passages += [Passage(name, line, *pair) for line, pair in pairs if pair is not None]
+    counts["passages"] = len(passages)
+    return passages, counts
+
+
+def without_duplicates(passages: Iterable[Passage], settings: Settings) -> list[Passage]:
+    """Keep the first of all passages that share a query or a body's beginning, over both splits together.
+
+    A copy in the held-out files of something trained on would be a leak, two documents that answer one query would
+    make the single relevance judgement wrong.
+    """
+    queries: set[str] = set()
+    bodies: set[str] = set()
+    kept: list[Passage] = []
+    for passage in passages:
+        query, body = normalised(passage.query), normalised(passage.body)[: settings.prefix_characters]
+        if query not in queries and body not in bodies:
+            kept.append(passage)
+        queries.add(query)  # of dropped ones too, or a third copy could pass by its other half
+        bodies.add(body)
+    return kept
+
+
+def is_held_out(file: str, settings: Settings) -> bool:
+    """Whether a file belongs to the held-out split; a pure function of its name."""
+    return int.from_bytes(hashlib.sha256(file.encode()).digest()[:8], "big") % 1000 < settings.held_out_per_mille
+
+
+def training_rows(passages: Iterable[Passage]) -> list[dict[str, str]]:
+    """Rows `query`, `positive`, `negative`; the negative is the body that follows in the same file, round about.
+
+    Args:
+        passages: Sorted by file. A file's only passage has no neighbour and gives no row.
+    """
+    rows: list[dict[str, str]] = []
+    for _, group in groupby(passages, key=lambda passage: passage.file):
+        in_file = list(group)
+        if len(in_file) > 1:
+            neighbours = in_file[1:] + in_file[:1]
+            pairs = zip(in_file, neighbours, strict=True)
+            rows += [{"query": one.query, "positive": one.body, "negative": other.body} for one, other in pairs]
+    return rows
+
+
+def retrieval_files(passages: Iterable[Passage]) -> dict[str, str]:
+    """The held-out passages in the hub's retrieval layout: relative path -> content."""
+    corpus: list[dict[str, Any]] = []
+    queries: list[dict[str, Any]] = []
+    judgements: list[dict[str, Any]] = []
+    for passage in passages:
+        name = f"{passage.file}:{passage.line}"
+        corpus.append({"_id": f"d/{name}", "title": "", "text": passage.body})
+        queries.append({"_id": f"q/{name}", "text": passage.query})
+        judgements.append({"query-id": f"q/{name}", "corpus-id": f"d/{name}", "score": 1})
+    return {
+        "corpus.jsonl": _json_lines(corpus),
+        "queries.jsonl": _json_lines(queries),
+        "qrels/test.jsonl": _json_lines(judgements),
+        "README.md": _DATASET_CARD,
+    }
+
+
+def write_corpus(output_dir: Path, roots: Mapping[str, Path], settings: Settings) -> dict[str, Any]:
+    """Write training rows, held-out retrieval task and manifest, or reuse them where nothing they depend on changed.
+
+    Files below `output_dir`: `train/docstrings.jsonl`, `eval/DocstringRetrieval/{corpus,queries}.jsonl`,
+    `eval/DocstringRetrieval/qrels/test.jsonl`, `eval/DocstringRetrieval/README.md`, `manifest.json` (last).
+
+    Args:
+        output_dir: Folder to write; made if missing.
+        roots: Label and folder of each source tree, see `installed_roots`.
+        settings: Thresholds and split.
+
+    Returns:
+        The manifest: `made_from` (settings, Python version, versions of the distributions), `counts`, `sha256`.
+
+    Raises:
+        UserError: The source trees hold too little for either split.
+    """
+    made_from = _made_from(roots, settings)
+    if (manifest := _reusable(output_dir, made_from)) is not None:
+        logger.info("%s is up to date and is reused", output_dir)
+        return manifest
+    with _without_garbage_collection():
+        read, counts = read_passages(source_files(roots), settings)
+    passages = without_duplicates(read, settings)
+    held_out = [passage for passage in passages if is_held_out(passage.file, settings)]
+    rows = training_rows(passage for passage in passages if not is_held_out(passage.file, settings))
+    if not rows or not held_out:
+        found = f"{len(rows)} training and {len(held_out)} held-out rows"
+        raise UserError(f"{found} from {list(roots)}: install packages with more docstrings.")
+    files = {TRAIN_FILE: _json_lines(rows)}
+    files |= {f"{EVAL_FOLDER}/{name}": content for name, content in retrieval_files(held_out).items()}
+    manifest = {
+        "made_from": made_from,
+        "counts": {**counts, "distinct_passages": len(passages), "training_rows": len(rows), "held_out": len(held_out)},
+        "sha256": {name: hashlib.sha256(content.encode()).hexdigest() for name, content in files.items()},
+    }
+    (output_dir / MANIFEST_FILE).unlink(missing_ok=True)  # until all is written, nothing vouches for the files
+    for name, content in files.items():
+        _write_atomically(output_dir / name, content)
+    _write_atomically(output_dir / MANIFEST_FILE, json.dumps(manifest, indent=2) + "\n")
+    return manifest
+
+
+def _made_from(roots: Mapping[str, Path], settings: Settings) -> dict[str, Any]:
+    """Everything the corpus depends on, as JSON values."""
+    found = distributions(path=[str(root) for root in roots.values()])
+    return {
+        "settings": asdict(settings),
+        "python": platform.python_version(),
+        "distributions": dict(sorted((one.metadata["Name"], one.version) for one in found)),
+    }
+
+
+def _reusable(output_dir: Path, made_from: dict[str, Any]) -> dict[str, Any] | None:
+    """The manifest of a corpus made from the same things whose files are all there and unchanged, else None."""
+    path = output_dir / MANIFEST_FILE
+    if not path.is_file():
+        return None
+    manifest: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+    if manifest["made_from"] != made_from:
+        return None
+    for name, expected in manifest["sha256"].items():
+        file = output_dir / name
+        if not file.is_file() or hashlib.sha256(file.read_bytes()).hexdigest() != expected:
+            return None
+    return manifest
+
+
+def _json_lines(rows: Iterable[Mapping[str, Any]]) -> str:
+    return "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
+
+
+def _write_atomically(path: Path, content: str) -> None:
+    """Write beside the target and rename, so that a reader never meets half a file."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    partial = path.with_name(f".{path.name}.partial")
+    partial.write_bytes(content.encode())  # bytes: the same line ends, and so the same hash, everywhere
+    partial.replace(path)

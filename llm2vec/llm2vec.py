@@ -1,0 +1,280 @@
+"""`LLM2Vec`: load an embedder, encode texts, save it. The API that users of upstream LLM2Vec have.
+
+model = LLM2Vec.from_pretrained("output/stage_I/...", peft_model_name_or_path="output/stage_II/...")
+vectors = model.encode([["Given a question, retrieve passages that answer it", "who wrote Emma?"]])
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import logging
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from peft import PeftModel
+from torch import Tensor, nn
+from tqdm.auto import trange
+from transformers import PreTrainedTokenizerBase
+
+from llm2vec.backbone import Backbone, check_attention, hidden_states, load_backbone, load_tokenizer
+from llm2vec.checkpoint import (
+    EncoderSettings,
+    has_file,
+    read_probe_ids,
+    read_settings,
+    resolve_chain,
+    save_checkpoint,
+)
+from llm2vec.pooling import pool
+from llm2vec.templates import infer_template
+from llm2vec.tokenization import RowTokenizer, probe_ids
+from llm2vec.types import Attention, InstructedText, TokenBatch, UserError
+
+logger = logging.getLogger(__name__)
+
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+
+
+class LLM2Vec(nn.Module):
+    """A decoder with a template and a pooling mode.
+
+    Args:
+        model: the decoder without language-model head, plain or with an adapter on it.
+        tokenizer: its tokenizer.
+        settings: everything else that decides an embedding; a template of None is inferred.
+    """
+
+    def __init__(self, model: Backbone, tokenizer: PreTrainedTokenizerBase, settings: EncoderSettings) -> None:
+        super().__init__()
+        self.model = model
+        self.tokenizer = tokenizer
+        self.settings = with_template(settings, tokenizer)
+        self.row_tokenizer = row_tokenizer(tokenizer, self.settings)
+
+    @classmethod
+    def from_pretrained(
+        cls,
+        base_model_name_or_path: str,
+        peft_model_name_or_path: str | Sequence[str] | None = None,
+        merge_peft: bool = False,
+        enable_bidirectional: bool | None = None,
+        *,
+        pooling_mode: str | None = None,
+        max_length: int | None = None,
+        doc_max_length: int | None = None,
+        skip_instruction: bool | None = None,
+        template: str | None = None,
+        instruction_join: str | None = None,
+        torch_dtype: torch.dtype | str | None = None,
+        dtype: torch.dtype | str | None = None,
+        device_map: Any = None,
+        attn_implementation: str | None = None,
+    ) -> LLM2Vec:
+        """Load a model, put its adapters on, and prove that it attends as its settings say.
+
+        Settings left at None come from `llm2vec_config.json` of the last adapter, else of the base, else from
+        `EncoderSettings`. So a folder that this project wrote needs no further argument.
+
+        Args:
+            base_model_name_or_path: a model, or an adapter folder (then its recorded base is loaded below it).
+            peft_model_name_or_path: one adapter, or all of them in order, innermost first; all but the last are
+                merged.
+            merge_peft: merge the last adapter as well.
+            enable_bidirectional: attention; upstream's default, True, where nothing is recorded.
+            pooling_mode: `last` (also `eos_token`, `last_token`), `mean`, `weighted_mean`, `first` (`bos_token`).
+            max_length: most tokens of a row, template included.
+            doc_max_length: most tokens of the text alone.
+            skip_instruction: whether mean pooling leaves out the instruction.
+            template: `llama3`, `qwen2`, `mistral`, `gemma` or `plain`.
+            instruction_join: what stands between instruction and text.
+            torch_dtype: of the weights; a torch dtype, its name, or "auto". Default float32.
+            dtype: the same, under its newer name.
+            device_map: as in transformers.
+            attn_implementation: `eager`, `sdpa` or `flash_attention_2`.
+
+        Raises:
+            UserError: something is not found, does not fit, has no effect, or does not attend as asked.
+        """
+        adapters = [peft_model_name_or_path] if isinstance(peft_model_name_or_path, str) else peft_model_name_or_path
+        chain = resolve_chain(base_model_name_or_path, list(adapters or ()))
+        outermost = chain.adapters[-1] if chain.adapters else chain.base
+        recorded = read_settings(outermost) or read_settings(base_model_name_or_path)
+        given = {
+            "pooling_mode": pooling_mode,
+            "max_length": max_length,
+            "doc_max_length": doc_max_length,
+            "skip_instruction": skip_instruction,
+            "template": template,
+            "instruction_join": instruction_join,
+            "attention": _attention(enable_bidirectional),
+        }
+        parents = {"parent_adapters": chain.adapters[:-1] if chain.adapters and not merge_peft else None}
+        settings = EncoderSettings(**{**recorded, **{k: v for k, v in given.items() if v is not None}, **parents})
+        tokenizer = load_tokenizer(outermost if has_file(outermost, "tokenizer_config.json") else chain.base)
+        model = load_backbone(
+            chain,
+            dtype=parse_dtype(dtype if dtype is not None else torch_dtype),
+            attn_implementation=attn_implementation,
+            device_map=device_map,
+            merge_last=merge_peft,
+        )
+        check_attention(model, settings.attention)
+        loaded = cls(model, tokenizer, settings)
+        if recorded and loaded.settings == EncoderSettings(**{**recorded, **parents}):
+            _check_rendering(outermost, loaded.row_tokenizer)
+        return loaded.eval()
+
+    def forward(self, batch: TokenBatch) -> Tensor:
+        """Embeddings [B, D] of a tokenised batch, in the model's dtype, not normalised."""
+        return embed(self.model, self.settings, batch)
+
+    def tokenize(self, texts: Sequence[str] | Sequence[Sequence[str]]) -> TokenBatch:
+        """Texts, or [instruction, text] pairs, to the batch that `forward` takes."""
+        return self.row_tokenizer(as_instructed(texts))
+
+    @torch.no_grad()
+    def encode(
+        self,
+        sentences: str | Sequence[str] | Sequence[Sequence[str]],
+        batch_size: int = 32,
+        show_progress_bar: bool = True,
+        convert_to_numpy: bool = False,
+        convert_to_tensor: bool = False,
+        device: str | torch.device | None = None,
+    ) -> Tensor | np.ndarray[Any, np.dtype[np.float32]]:
+        """Embed texts; a text's embedding does not depend on the others.
+
+        Args:
+            sentences: texts, or [instruction, text] pairs; a single string counts as a list of one.
+            batch_size: rows a forward pass; rows are sorted by length first.
+            show_progress_bar: over the batches.
+            convert_to_numpy: return a numpy array instead of a tensor.
+            convert_to_tensor: return a tensor, whatever `convert_to_numpy` says.
+            device: where to compute; None = a CUDA device where there is one, else where the model is. A model
+                loaded with a device map stays where it is.
+
+        Returns:
+            float32 on the CPU, [N, D], in the order given; unit vectors only if the settings say `normalize`.
+
+        Raises:
+            UserError: an entry is neither a string nor an [instruction, text] pair.
+        """
+        rows = self.row_tokenizer.rows(as_instructed([sentences] if isinstance(sentences, str) else sentences))
+        target = self._place(device)
+        self.eval()
+        order = sorted(range(len(rows)), key=lambda i: -len(rows[i].ids))
+        vectors = torch.zeros(len(rows), self.model.config.hidden_size)
+        for start in trange(0, len(rows), batch_size, desc="Batches", disable=not show_progress_bar):
+            chosen = order[start : start + batch_size]
+            batch = {k: v.to(target) for k, v in self.row_tokenizer.pad([rows[i] for i in chosen]).items()}
+            vectors[chosen] = self(batch).float().cpu()
+        if self.settings.normalize:
+            vectors = F.normalize(vectors, dim=-1)
+        return vectors.numpy() if convert_to_numpy and not convert_to_tensor else vectors
+
+    def save(self, output_path: str | Path, merge_before_save: bool = False, save_config: bool = True) -> None:
+        """Write model (or adapter), tokenizer and settings to a folder that `from_pretrained` restores.
+
+        Args:
+            output_path: folder, made if missing.
+            merge_before_save: merge the adapter first, also in memory, and write a full model.
+            save_config: write `llm2vec_config.json`.
+        """
+        if merge_before_save and isinstance(self.model, PeftModel):
+            self.model = self.model.merge_and_unload()
+            self.settings = dataclasses.replace(self.settings, parent_adapters=None)
+        run = {"probe_ids": probe_ids(self.row_tokenizer)}
+        save_checkpoint(Path(output_path), self.model, self.tokenizer, self.settings if save_config else None, run)
+
+    def _place(self, device: str | torch.device | None) -> torch.device:
+        """Move the model to where it shall compute, and say where its inputs go."""
+        if getattr(self.model, "hf_device_map", None) is None:
+            if device is None and torch.cuda.is_available():
+                device = "cuda"
+            if device is not None:
+                self.to(device)
+        device_of_inputs: torch.device = self.model.get_input_embeddings().weight.device  # type: ignore[assignment]
+        return device_of_inputs
+
+
+def embed(model: nn.Module, settings: EncoderSettings, batch: TokenBatch) -> Tensor:
+    """Embeddings [B, D] of a tokenised batch by a decoder without head, in its dtype, not normalised."""
+    hidden_BTD = hidden_states(model, settings.attention, batch["attention_mask"], input_ids=batch["input_ids"])
+    return pool(hidden_BTD, batch["pool_mask"], settings.pooling_mode)
+
+
+def as_instructed(texts: Sequence[str] | Sequence[Sequence[str]]) -> list[InstructedText]:
+    """Texts or [instruction, text] pairs, each as an InstructedText.
+
+    Raises:
+        UserError: an entry is neither.
+    """
+    instructed = []
+    for i, entry in enumerate(texts):
+        if isinstance(entry, str):
+            instructed.append(InstructedText("", entry))
+        elif len(entry) == 2 and all(isinstance(part, str) for part in entry):
+            instructed.append(InstructedText(entry[0], entry[1]))
+        else:
+            raise UserError(f"sentences[{i}] is {entry!r}; a string or an [instruction, text] pair is needed.")
+    return instructed
+
+
+def row_tokenizer(
+    tokenizer: PreTrainedTokenizerBase, settings: EncoderSettings, *, reconstruct_instruction: bool = False
+) -> RowTokenizer:
+    """The one renderer of training, evaluation and export, from an encoder's settings."""
+    return RowTokenizer(
+        tokenizer,
+        settings.template or infer_template(tokenizer),
+        settings.pooling_mode,
+        settings.max_length,
+        text_max_length=settings.doc_max_length,
+        instruction_join=settings.instruction_join,
+        skip_instruction=settings.skip_instruction,
+        reconstruct_instruction=reconstruct_instruction,
+    )
+
+
+def with_template(settings: EncoderSettings, tokenizer: PreTrainedTokenizerBase) -> EncoderSettings:
+    """Settings with their template named; an inferred one is said."""
+    if settings.template is not None:
+        return settings
+    template = infer_template(tokenizer)
+    logger.warning("template: none is set; %r is inferred from the tokenizer's special tokens.", template)
+    return dataclasses.replace(settings, template=template)
+
+
+def parse_dtype(dtype: torch.dtype | str | None) -> torch.dtype | str:
+    """A torch dtype from a dtype or its name; None means float32, "auto" stays.
+
+    Raises:
+        UserError: no such dtype.
+    """
+    if dtype is None:
+        return torch.float32
+    if isinstance(dtype, torch.dtype) or dtype == "auto":
+        return dtype
+    if dtype not in DTYPES:
+        raise UserError(f"torch_dtype is {dtype!r}; allowed: auto, {', '.join(DTYPES)}.")
+    return DTYPES[dtype]
+
+
+def _attention(enable_bidirectional: bool | None) -> Attention | None:
+    if enable_bidirectional is None:
+        return None
+    return "bidirectional" if enable_bidirectional else "causal"
+
+
+def _check_rendering(path: str, tokenizer: RowTokenizer) -> None:
+    """Refuse a checkpoint whose texts would now become other tokens than in training."""
+    recorded = read_probe_ids(path)
+    if recorded is not None and recorded != probe_ids(tokenizer):
+        raise UserError(
+            f"{path}: the tokenizer renders the checkpoint's probe texts to other token ids than in training; its "
+            "files were changed, or another version of the tokenizers library reads them differently."
+        )

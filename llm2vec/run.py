@@ -1,0 +1,262 @@
+"""What the training scripts share: open the data, load the model, say what will happen, train, save.
+
+The scripts under `experiments/` call these in order, so that each reads top to bottom.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import logging
+import math
+import os
+import sys
+import warnings
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, Literal
+
+from torch import nn
+from transformers import PreTrainedTokenizerBase, TrainingArguments, set_seed
+
+from llm2vec.backbone import Backbone, attach_lora, check_attention, enable_checkpointing, load_backbone, load_tokenizer
+from llm2vec.checkpoint import EncoderSettings, read_settings, resolve_chain, save_checkpoint
+from llm2vec.config import Config
+from llm2vec.data import OneSourceBlocks, TrainingRows, e5_sources, read_sources_file, select_sources
+from llm2vec.distributed import world_size
+from llm2vec.llm2vec import parse_dtype, row_tokenizer, with_template
+from llm2vec.tokenization import RowTokenizer, probe_ids
+from llm2vec.trainer import EmbedderTrainer
+from llm2vec.types import Batch, Example, InstructedText, UserError
+
+logger = logging.getLogger(__name__)
+
+Side = Literal["query", "positive", "negative", "text"]
+
+
+@contextmanager
+def user_errors_in_one_sentence() -> Iterator[None]:
+    """Around a script's main: a UserError is printed (once, by the first process) and ends with exit code 2."""
+    level = logging.INFO if _is_first_process() else logging.ERROR
+    logging.basicConfig(level=level, format="%(message)s")
+    logging.getLogger("httpx").setLevel(logging.WARNING)
+    warnings.filterwarnings("ignore", category=FutureWarning, module="transformers")  # peft uses its older names
+    try:
+        yield
+    except UserError as error:
+        if _is_first_process():
+            sys.stderr.write(f"error: {error}\n")
+        raise SystemExit(2) from None
+
+
+def config_path(arguments: Sequence[str]) -> Path:
+    """The script's one argument.
+
+    Raises:
+        UserError: not exactly one argument.
+    """
+    if len(arguments) != 2:
+        raise UserError(f"usage: torchrun --nproc_per_node=N {arguments[0]} CONFIG.json")
+    return Path(arguments[1])
+
+
+def open_rows(config: Config, num_negatives: int) -> TrainingRows:
+    """The training rows a config asks for; every line is checked."""
+    sources = e5_sources() if config.sources_file is None else read_sources_file(Path(config.sources_file))
+    folder = Path(config.dataset_file_path or Path(config.sources_file or "").parent)
+    return TrainingRows(
+        folder,
+        select_sources(sources, config.sources),
+        num_negatives=num_negatives,
+        symmetric_instructions=config.symmetric_instructions,
+        max_rows=config.max_train_samples,
+    )
+
+
+def load_model(config: Config, *, with_lm_head: bool) -> tuple[Backbone, PreTrainedTokenizerBase, EncoderSettings]:
+    """Base, merged adapters and, with `use_peft`, a fresh LoRA adapter; the tokenizer; how texts become vectors.
+
+    Settings that a parent checkpoint recorded must agree with the config's where those change what a row of tokens
+    is; the template, where the config names none, is the parent's.
+
+    Raises:
+        UserError: not found, does not fit, does not attend as asked, or contradicts the parent checkpoint.
+    """
+    set_seed(config.training.get("seed", 42))
+    chain = resolve_chain(config.model_name_or_path, config.adapters)
+    parent = chain.adapters[-1] if chain.adapters else chain.base
+    tokenizer = load_tokenizer(chain.base)
+    settings = with_template(_settings(config, read_settings(parent)), tokenizer)
+    row_tokenizer(tokenizer, settings)  # a template the tokenizer cannot write is found before the weights load
+    model = load_backbone(
+        chain,
+        dtype=parse_dtype(config.torch_dtype),
+        attn_implementation=config.attn_implementation,
+        with_lm_head=with_lm_head,
+    )
+    check_attention(model.base_model if with_lm_head else model, settings.attention)  # type: ignore[arg-type]
+    if config.checkpointing is not None:
+        enable_checkpointing(model, config.checkpointing)
+    if config.use_peft:
+        lora = {"r": config.lora_r, "alpha": config.lora_alpha or 2 * config.lora_r, "dropout": config.lora_dropout}
+        modules = {"modules": config.lora_modules} if config.lora_modules else {}
+        model = attach_lora(model, **lora, **modules)  # type: ignore[arg-type]
+        settings = dataclasses.replace(settings, parent_adapters=chain.adapters)
+    return model, tokenizer, settings
+
+
+def _settings(config: Config, recorded: dict[str, Any]) -> EncoderSettings:
+    template = config.template or recorded.get("template")
+    if recorded.get("template") not in (None, template):
+        raise UserError(
+            f"template is {config.template!r}, but {config.model_name_or_path} was trained with "
+            f"{recorded['template']!r}; leave `template` out to go on with it."
+        )
+    return EncoderSettings(
+        pooling_mode=config.pooling_mode,  # type: ignore[arg-type]
+        max_length=config.max_seq_length,
+        doc_max_length=config.doc_max_length,
+        skip_instruction=config.skip_instruction,
+        template=template,
+        instruction_join=config.instruction_join,
+        attention="bidirectional" if config.bidirectional else "causal",
+    )
+
+
+@dataclasses.dataclass(frozen=True)
+class CollateSides:
+    """Examples of a micro-batch to its tokenised sides.
+
+    Attributes:
+        tokenizer: renders the rows.
+        sides: what the objective reads: query, positive, negative, or text (query and positive as one text).
+    """
+
+    tokenizer: RowTokenizer
+    sides: tuple[Side, ...]
+
+    def __call__(self, examples: list[Example]) -> Batch:
+        """Each side as a TokenBatch; K negatives a row become K * B rows, row by row."""
+        return {side: self.tokenizer(self.texts(examples, side)) for side in self.sides}
+
+    @staticmethod
+    def texts(examples: Sequence[Example], side: Side) -> list[InstructedText]:
+        """The texts of one side, in row order."""
+        if side == "negative":
+            return [text for example in examples for text in example.negatives]
+        if side == "text":
+            return [InstructedText("", f"{e.query.text}\n\n{e.positive.text}") for e in examples]
+        return [getattr(example, side) for example in examples]
+
+
+def train(
+    config: Config,
+    args: TrainingArguments,
+    objective: nn.Module,
+    rows: TrainingRows,
+    collate: CollateSides,
+    tokenizer: PreTrainedTokenizerBase,
+    settings: EncoderSettings,
+    notes: Sequence[str] = (),
+) -> None:
+    """Say what the run will do (and `notes`), run it, and write the final checkpoint into `output_dir`."""
+    at_once = args.per_device_train_batch_size * world_size()
+    per_step = at_once * args.gradient_accumulation_steps
+    sampler = OneSourceBlocks(rows, per_step if config.one_source_per == "step" else at_once, args.seed)
+    for line in [*describe(config, args, objective, rows, collate, len(sampler) // per_step), *notes]:
+        logger.info(line)
+    ids = probe_ids(row_tokenizer(tokenizer, settings))
+    run = provenance(config, args, rows, ids) if args.should_save else None
+
+    def save_to(folder: Path) -> None:
+        save_checkpoint(folder, objective.model, tokenizer, settings, run)  # type: ignore[arg-type]
+
+    trainer = EmbedderTrainer(
+        objective,
+        args,
+        rows,
+        collate,
+        sampler,
+        reduction=config.reduction,
+        save_to=save_to,
+        stop_after_n_steps=config.stop_after_n_steps,
+    )
+    trainer.train()
+    trainer.save_model()
+    logger.info("saved to %s", config.output_dir)
+
+
+def describe(
+    config: Config,
+    args: TrainingArguments,
+    objective: nn.Module,
+    rows: TrainingRows,
+    collate: CollateSides,
+    steps_per_epoch: int,
+) -> list[str]:
+    """What the run will do, line by line."""
+    processes, accumulation = world_size(), args.gradient_accumulation_steps
+    at_once = args.per_device_train_batch_size * processes
+    horizon = args.max_steps if args.max_steps > 0 else math.ceil(args.num_train_epochs * steps_per_epoch)
+    steps = min(horizon, config.stop_after_n_steps or horizon)
+    trainable = sum(p.numel() for p in objective.parameters() if p.requires_grad)
+    total = sum(p.numel() for p in objective.parameters())
+    autocast = "bf16 autocast" if args.bf16 else "fp16 autocast" if args.fp16 else "no autocast"
+    dtype = str(next(objective.parameters()).dtype).removeprefix("torch.")
+    return [
+        f"model       {config.model_name_or_path}, {'bidirectional' if config.bidirectional else 'causal'} attention, "
+        f"template {collate.tokenizer.template}, pooling {config.pooling_mode}",
+        f"data        {len(rows):,} rows of {len(rows.sources)} source(s): {', '.join(s.name for s in rows.sources)}",
+        f"steps       {steps:,} of a schedule over {horizon:,} ({steps_per_epoch:,} an epoch), "
+        f"warm-up {args.get_warmup_steps(horizon):,}, learning rate {args.learning_rate:g}",
+        f"rows        {at_once * accumulation:,} a step: {args.per_device_train_batch_size} a process "
+        f"x {processes} process(es) x {accumulation} micro-batch(es)",
+        f"tokens      {_tokens_per_step(rows, collate, at_once * accumulation)}",
+        f"trainable   {trainable:,} of {total:,} parameters ({trainable / total:.2%})",
+        f"precision   {dtype} weights, {autocast}",
+        f"output      {config.output_dir}",
+    ]
+
+
+def describe_negatives(config: Config, args: TrainingArguments) -> str:
+    """How many negatives a Stage II query sees, and where they come from."""
+    at_once = args.per_device_train_batch_size * world_size()
+    hard = at_once * config.num_hard_negatives
+    return (
+        f"negatives   {at_once - 1 + hard:,} a query: {at_once - 1:,} in-batch positives and {hard:,} hard negatives, "
+        f"from {world_size()} process(es); accumulation adds none"
+    )
+
+
+def _tokens_per_step(rows: TrainingRows, collate: CollateSides, rows_per_step: int, num_sampled: int = 256) -> str:
+    """Mean tokens of a step and the share of texts cut, from an evenly spaced sample of rows."""
+    sample = [rows[i] for i in range(0, len(rows), max(1, len(rows) // num_sampled))]
+    lengths = [len(r.ids) for side in collate.sides for r in collate.tokenizer.rows(collate.texts(sample, side))]
+    cut = sum(length >= collate.tokenizer.max_length for length in lengths) / len(lengths)
+    per_row = sum(lengths) / len(sample)
+    return f"about {per_row * rows_per_step:,.0f} a step ({per_row:.0f} a row); {cut:.1%} of the texts are cut"
+
+
+def provenance(config: Config, args: TrainingArguments, rows: TrainingRows, ids: list[list[int]]) -> dict[str, Any]:
+    """What goes to `run.json`: resolved config, layout, parent, data and probe ids."""
+    return {
+        "config": dataclasses.asdict(config),
+        "num_processes": world_size(),
+        "gradient_accumulation_steps": args.gradient_accumulation_steps,
+        "parent": {"model_name_or_path": config.model_name_or_path, "adapters": config.adapters},
+        "data": [
+            {"source": s.name, "rows": n, "file": str(f), "sha256": _sha256(f)}
+            for s, n, f in zip(rows.sources, rows.sizes, rows.files, strict=True)
+        ],
+        "probe_ids": ids,
+    }
+
+
+def _sha256(file: Path) -> str:
+    with file.open("rb") as content:
+        return hashlib.file_digest(content, "sha256").hexdigest()
+
+
+def _is_first_process() -> bool:
+    return os.environ.get("RANK", "0") == "0"

@@ -1,0 +1,186 @@
+"""The one Trainer: one-source batches, losses as means over the whole optimiser step, loss parts in the log.
+
+It knows no loss: an objective says how many terms each part of a micro-batch holds and computes the parts
+(`types.Objective`). It knows no checkpoint format: it is handed a function that writes one.
+"""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils.data import Dataset, Sampler
+from transformers import (
+    ProgressCallback,
+    Trainer,
+    TrainerCallback,
+    TrainerControl,
+    TrainerState,
+    TrainingArguments,
+)
+
+from llm2vec.distributed import sum_over_ranks
+from llm2vec.types import Batch, Reduction
+
+LOG_FILE = "log.jsonl"
+
+
+class EmbedderTrainer(Trainer):
+    """transformers' Trainer around an objective.
+
+    Args:
+        objective: module with `count` and `forward` as in `types.Objective`.
+        args: training arguments.
+        rows: the training rows.
+        collate: rows of a micro-batch -> Batch.
+        sampler: order of the rows; consecutive rows fill one micro-batch of one process after the other.
+        reduction: `token_mean`: every loss part is a mean over the terms of the whole optimiser step; or
+            `micro_batch_mean`: a mean over micro-batches of each micro-batch's mean.
+        save_to: writes the model into a folder; called on the main process.
+        stop_after_n_steps: end here, whatever the schedule's horizon.
+    """
+
+    # The objective divides by what the whole step holds, so the loop must not divide by the accumulation again.
+    loss_is_scaled_for_ga = True
+
+    def __init__(
+        self,
+        objective: nn.Module,
+        args: TrainingArguments,
+        rows: Dataset[Any],
+        collate: Callable[[list[Any]], Batch],
+        sampler: Sampler[int],
+        *,
+        reduction: Reduction,
+        save_to: Callable[[Path], None],
+        stop_after_n_steps: int | None,
+    ) -> None:
+        args._n_gpu = min(args.n_gpu, 1)  # several cards mean torchrun here; DataParallel would split the in-batch pool
+        super().__init__(model=objective, args=args, train_dataset=rows, data_collator=collate)
+        self.model_accepts_loss_kwargs = True
+        self._sampler = sampler
+        self._reduction = reduction
+        self._save_to = save_to
+        self._parts: dict[str, Tensor] = {}
+        self._num_tokens = 0.0
+        self._last_log = (time.monotonic(), 0)
+        self.add_callback(StopAfter(stop_after_n_steps))
+        self.add_callback(JsonLog())
+        if not args.disable_tqdm:
+            self.remove_callback(ProgressCallback)
+            self.add_callback(ProgressToStop(stop_after_n_steps))
+
+    def _get_train_sampler(self, train_dataset: Any = None) -> Sampler[int]:
+        return self._sampler
+
+    def get_batch_samples(
+        self, epoch_iterator: Iterator[Batch], num_batches: int, device: torch.device
+    ) -> tuple[list[Batch], Any]:
+        """An optimiser step's micro-batches, and how many loss terms they hold on all ranks together."""
+        batches, _ = super().get_batch_samples(epoch_iterator, num_batches, device)
+        if not batches:
+            return batches, None
+        counts = [{**self._objective().count(b), "tokens": _num_tokens(b)} for b in batches]
+        names = list(counts[0])
+        totals = sum_over_ranks(torch.stack([torch.stack([c[n].to(device) for c in counts]).sum() for n in names]))
+        by_name = dict(zip(names, totals.unbind(), strict=True))
+        self._num_tokens += float(by_name.pop("tokens"))
+        return batches, by_name
+
+    def compute_loss(  # type: ignore[override]
+        self, model: nn.Module, inputs: Batch, return_outputs: bool = False, num_items_in_batch: Any = None
+    ) -> Tensor:
+        """This micro-batch's share of the step's loss; always through the wrapped model, or ranks would drift apart."""
+        num_processes = self.accelerator.num_processes
+        totals = num_items_in_batch
+        if self._reduction == "micro_batch_mean":
+            shares = self.current_gradient_accumulation_steps * num_processes
+            totals = {name: count * shares for name, count in self._objective().count(inputs).items()}
+        parts = model(inputs, totals)
+        for name, value in parts.items():
+            if name != "loss":
+                self._parts[name] = self._parts.get(name, torch.zeros_like(value)) + value.detach()
+        # The wrapper averages gradients over ranks, while shares add up.
+        loss: Tensor = parts["loss"] * num_processes
+        return loss
+
+    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        """Add the loss parts' means over the steps since the last entry, and the tokens a second."""
+        if "loss" in logs and self._parts:
+            then, step_then = self._last_log
+            self._last_log = (time.monotonic(), self.state.global_step)
+            num_steps = self.state.global_step - step_then
+            sums = sum_over_ranks(torch.stack(list(self._parts.values())).float())
+            logs.update(dict(zip(self._parts, (sums / num_steps).tolist(), strict=True)))
+            logs["tokens_per_second"] = self._num_tokens / (self._last_log[0] - then)
+            self._parts, self._num_tokens = {}, 0.0
+        super().log(logs, start_time)
+
+    def _save(self, output_dir: str | None = None, state_dict: dict[str, Any] | None = None) -> None:
+        if self.args.should_save:
+            self._save_to(Path(output_dir or str(self.args.output_dir)))
+
+    def _objective(self) -> Any:
+        return self.accelerator.unwrap_model(self.model)
+
+
+def _num_tokens(batch: Batch) -> Tensor:
+    """Real tokens of a micro-batch, all sides."""
+    return torch.stack([side["attention_mask"].sum(dtype=torch.float32) for side in batch.values()]).sum()
+
+
+class StopAfter(TrainerCallback):
+    """Ends the run after a number of optimiser steps, leaving the schedule's horizon where it is."""
+
+    def __init__(self, num_steps: int | None) -> None:
+        self.num_steps = num_steps
+
+    def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
+        """Called by the trainer."""
+        if self.num_steps is not None and state.global_step >= self.num_steps:
+            control.should_training_stop = True
+
+
+class JsonLog(TrainerCallback):
+    """Appends every log entry to `log.jsonl` in the output folder, one JSON object a line."""
+
+    def on_train_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
+        """Called by the trainer: a run from step 0 starts a new file."""
+        if state.is_world_process_zero and state.global_step == 0:
+            Path(str(args.output_dir)).mkdir(parents=True, exist_ok=True)
+            Path(str(args.output_dir), LOG_FILE).write_text("", encoding="utf-8")
+
+    def on_log(
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        logs: dict[str, float] | None = None,
+        **_: Any,
+    ) -> None:
+        """Called by the trainer."""
+        if state.is_world_process_zero and logs:
+            with Path(str(args.output_dir), LOG_FILE).open("a", encoding="utf-8") as out:
+                out.write(json.dumps({"step": state.global_step, **logs}) + "\n")
+
+
+class ProgressToStop(ProgressCallback):
+    """The library's progress bar, but as long as the run really is."""
+
+    def __init__(self, stop_after_n_steps: int | None) -> None:
+        super().__init__()
+        self.stop_after_n_steps = stop_after_n_steps
+
+    def on_train_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """Called by the trainer."""
+        super().on_train_begin(args, state, control, **kwargs)
+        if self.training_bar is not None and self.stop_after_n_steps is not None:
+            self.training_bar.total = min(state.max_steps, self.stop_after_n_steps)
+            self.training_bar.refresh()

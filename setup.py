@@ -1,0 +1,33 @@
+"""Packaging. `pip install -e .` for users; `pip install -c constraints.txt -e .[dev]` for the tested versions."""
+
+from pathlib import Path
+
+from setuptools import setup
+
+setup(
+    name="llm2vec",
+    version="1.0.0",
+    description="Anchor Embedding and LLM2Vec on current libraries: train and use LLM text embedders",
+    long_description=Path(__file__).with_name("README.md").read_text(encoding="utf-8"),
+    long_description_content_type="text/markdown",
+    license="MIT",
+    packages=["llm2vec"],
+    package_data={"llm2vec": ["py.typed"]},
+    python_requires=">=3.11",
+    install_requires=[
+        "torch>=2.6",
+        "transformers>=5.2",
+        "peft>=0.18",
+        "accelerate>=1.10",
+        "datasets>=4.0",
+        "numpy",
+        "safetensors",
+        "tqdm",
+    ],
+    extras_require={
+        "eval": ["mteb>=2.26,<3"],
+        "quickstart": ["bm25s", "matplotlib"],
+        "logging": ["tensorboard"],
+        "dev": ["hypothesis", "mypy", "pre-commit", "pytest", "ruff"],
+    },
+)
