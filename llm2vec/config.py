@@ -209,7 +209,9 @@ def training_arguments(config: Config) -> TrainingArguments:
     values["remove_unused_columns"] = False  # rows are read by our collator, not by column
     values.setdefault("report_to", "tensorboard" if importlib.util.find_spec("tensorboard") else "none")
     values.setdefault("ddp_find_unused_parameters", False)
-    values.setdefault("dataloader_pin_memory", torch.cuda.is_available())
+    # Without this, transformers starts several CPU processes that each believe to be alone.
+    values.setdefault("use_cpu", not torch.accelerator.is_available())
+    values.setdefault("dataloader_pin_memory", not values["use_cpu"])
     for key in CHECKPOINTING_KEYS:
         values.pop(key, None)  # switched on where the model is loaded: the trainer sees the objective, not the model
     if config.total_batch_size is not None:

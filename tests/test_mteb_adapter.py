@@ -443,7 +443,7 @@ def test_every_model_is_given_the_same_samples(tmp_path: Path, make_encoder: Cal
     task.max_document_to_embed, task.max_fraction_of_documents_to_embed = 30, None  # type: ignore[attr-defined]
     scores = [
         evaluate(make_encoder(max_length=length), [task], tmp_path / "results")[task.metadata.name]["main_score"]
-        for length in (64, 65, 66)
+        for length in (64, 65)
     ]
     assert len(set(scores)) == 1
 
