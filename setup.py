@@ -26,8 +26,8 @@ setup(
     ],
     extras_require={
         "eval": ["mteb>=2.26,<3"],
-        "quickstart": ["bm25s", "matplotlib"],
+        "quickstart": ["PyStemmer", "bm25s", "matplotlib"],
         "logging": ["tensorboard"],
-        "dev": ["hypothesis", "mypy", "pre-commit", "pytest", "ruff"],
+        "dev": ["hypothesis", "mypy", "pre-commit", "pytest", "pytest-xdist", "ruff"],
     },
 )

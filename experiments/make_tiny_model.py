@@ -23,7 +23,7 @@ def main() -> None:
     parser.add_argument("--output_dir", type=Path, default=Path("output/quickstart/init"))
     parser.add_argument("--vocab_size", type=int, default=4096)
     parser.add_argument("--hidden_size", type=int, default=128)
-    parser.add_argument("--num_layers", type=int, default=4)
+    parser.add_argument("--num_layers", type=int, default=3)
     parser.add_argument("--num_heads", type=int, default=4)
     parser.add_argument("--intermediate_size", type=int, default=352)
     parser.add_argument("--max_positions", type=int, default=512)

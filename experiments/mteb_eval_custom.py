@@ -53,7 +53,7 @@ def check_paths(args: argparse.Namespace) -> None:
 
 def fail(sentence: object) -> NoReturn:
     """End with one sentence on stderr and exit code 2."""
-    print(sentence, file=sys.stderr)
+    print(f"error: {sentence}", file=sys.stderr)
     raise SystemExit(2)
 
 

@@ -45,11 +45,40 @@ class LLM2Vec(nn.Module):
     Args:
         model: the decoder without language-model head, plain or with an adapter on it.
         tokenizer: its tokenizer.
-        settings: everything else that decides an embedding; a template of None is inferred.
+        pooling_mode, max_length, doc_max_length, skip_instruction, template, instruction_join, normalize,
+            parent_adapters: as in `checkpoint.EncoderSettings`; a template of None is inferred, and said.
+        attention: `causal` or `bidirectional`; None = what the model's own config says, causal if nothing.
     """
 
-    def __init__(self, model: Backbone, tokenizer: PreTrainedTokenizerBase, settings: EncoderSettings) -> None:
+    def __init__(
+        self,
+        model: Backbone,
+        tokenizer: PreTrainedTokenizerBase,
+        pooling_mode: str = "mean",
+        max_length: int = 512,
+        doc_max_length: int | None = None,
+        skip_instruction: bool = True,
+        *,
+        template: str | None = None,
+        instruction_join: str = " ",
+        attention: Attention | None = None,
+        normalize: bool = False,
+        parent_adapters: Sequence[str] | None = None,
+    ) -> None:
         super().__init__()
+        if attention is None:
+            attention = "causal" if getattr(model.config, "is_causal", True) else "bidirectional"
+        settings = EncoderSettings(
+            pooling_mode=pooling_mode,  # type: ignore[arg-type]
+            max_length=max_length,
+            doc_max_length=doc_max_length,
+            skip_instruction=skip_instruction,
+            template=template,
+            instruction_join=instruction_join,
+            attention=attention,
+            normalize=normalize,
+            parent_adapters=None if parent_adapters is None else tuple(parent_adapters),
+        )
         self.model = model
         self.tokenizer = tokenizer
         self.settings = with_template(settings, tokenizer)
@@ -123,7 +152,7 @@ class LLM2Vec(nn.Module):
             merge_last=merge_peft,
         )
         check_attention(model, settings.attention)
-        loaded = cls(model, tokenizer, settings)
+        loaded = cls(model, tokenizer, **dataclasses.asdict(settings))
         if recorded and loaded.settings == EncoderSettings(**{**recorded, **parents}):
             _check_rendering(outermost, loaded.row_tokenizer)
         return loaded.eval()

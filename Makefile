@@ -1,0 +1,30 @@
+# Two commands do everything: `make quickstart` and `make test`. Both make .venv and install the pinned versions first.
+PYTHON ?= python3
+BIN := .venv/bin
+
+.PHONY: quickstart test test-slow test-gpu lint clean
+
+quickstart: .venv/installed  ## the whole method, small, on this machine: about 8 minutes after the install
+	$(BIN)/python experiments/quickstart.py
+
+test: .venv/installed  ## all fast tests, offline
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n 2
+
+test-slow: .venv/installed  ## the tests that take longer, too
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n 2 -m "not gpu"
+
+test-gpu: .venv/installed  ## the tests that need a CUDA device
+	$(BIN)/python -m pytest -q -m gpu
+
+lint: .venv/installed
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+.venv/installed: constraints.txt setup.py
+	$(PYTHON) -m venv .venv
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e ".[eval,quickstart,logging,dev]"
+	touch $@
+
+clean:
+	rm -rf .venv output/quickstart cache/docstrings

@@ -1,0 +1,187 @@
+"""The whole method, small, on real text that is already on the machine: about eight minutes on two CPU cores.
+
+    python experiments/quickstart.py              # what `make quickstart` runs
+
+Docstrings of the installed Python packages -> a tiny base model -> Stage I + Stage II (Anchor), Stage II alone
+(baseline), plain language modelling + Stage II (equal-compute control) -> held-out docstring retrieval through mteb ->
+a table here, and `output/quickstart/report.html`. Every stage is one of the ordinary scripts with an ordinary config
+from `train_configs/quickstart/`; their output goes to `output/quickstart/logs/`.
+"""
+
+import json
+import os
+import platform
+import shutil
+import subprocess
+import sys
+import time
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+from tqdm import tqdm
+
+from llm2vec.config import load_config
+from llm2vec.run import user_errors_in_one_sentence
+from llm2vec.types import UserError
+
+OUTPUT = Path("output/quickstart")
+CONFIGS = Path("train_configs/quickstart")
+CORPUS = Path("cache/docstrings")
+TASK = "DocstringRetrieval"
+
+#: Chains of (script, config name) that start from the base model; two chains run at a time, one core each.
+CHAINS = (
+    (("run_stage_I.py", "stage_I"), ("run_stage_II.py", "stage_II")),
+    (("run_lm.py", "control_lm"), ("run_stage_II.py", "control")),
+    (("run_stage_II.py", "baseline"),),
+)
+#: Stage II runs -> what each starts from, both folders below OUTPUT; their names are the report's, too.
+STAGE_II = {"baseline": "base", "control": "control_lm", "anchor": "stage_I"}
+
+
+def main() -> None:
+    """Corpus, base model, the three ways of training, evaluation, report."""
+    started = time.monotonic()
+    threads = os.cpu_count() or 1
+    (OUTPUT / "logs").mkdir(parents=True, exist_ok=True)
+    print("1/4 corpus: docstrings of the standard library and the installed packages")
+    run_script("make_docstrings.py", ["--output_dir", str(CORPUS)], threads)
+    print("2/4 base model: tokenizer and a tiny Llama, pre-trained on the training part")
+    if not (OUTPUT / "init").is_dir():
+        run_script("make_tiny_model.py", ["--output_dir", str(OUTPUT / "init")], threads)
+    if base_is_up_to_date():
+        print(f"    {OUTPUT / 'base'} is there and was made from this config and this text: reused")
+    else:
+        train("run_lm.py", "pretrain", threads)
+    print("3/4 training: Stage I + II, baseline, control (two at a time)")
+    with ThreadPoolExecutor(max_workers=2) as pool:
+        for future in [pool.submit(train_chain, chain, max(1, threads // 2)) for chain in CHAINS]:
+            future.result()
+    print("4/4 evaluation and report")
+    evaluate_and_report(started)
+
+
+def run_script(script: str, arguments: Sequence[str], threads: int) -> None:
+    """Run one of the experiments' scripts in the foreground."""
+    command = [sys.executable, str(Path("experiments", script)), *arguments]
+    if subprocess.run(command, env={**os.environ, "OMP_NUM_THREADS": str(threads)}, check=False).returncode:
+        raise UserError(f"{script} failed; its own message stands above.")
+
+
+def train_chain(chain: Sequence[tuple[str, str]], threads: int) -> None:
+    """Run training scripts one after the other."""
+    for script, name in chain:
+        train(script, name, threads)
+
+
+def train(script: str, name: str, threads: int) -> None:
+    """Run a training script on a quickstart config, its output in a log file, its steps on a progress bar."""
+    config_file, log = CONFIGS / f"{name}.json", OUTPUT / "logs" / f"{name}.log"
+    config = load_config(config_file, "stage_II" if script == "run_stage_II.py" else "lm")
+    steps_file = config.output_dir / "log.jsonl"
+    shutil.rmtree(config.output_dir, ignore_errors=True)  # checkpoints of an earlier quickstart
+    num_steps = config.stop_after_n_steps or config.training["max_steps"]
+    command = [sys.executable, str(Path("experiments", script)), str(config_file)]
+    environment = {**os.environ, "OMP_NUM_THREADS": str(threads), "PYTHONUNBUFFERED": "1"}
+    with log.open("w") as out, tqdm(total=num_steps, desc=f"    {name:<12}", unit="step") as bar:
+        process = subprocess.Popen(command, stdout=out, stderr=subprocess.STDOUT, env=environment)
+        while process.poll() is None:
+            time.sleep(0.5)
+            bar.update(last_step(steps_file) - bar.n)
+        bar.update(last_step(steps_file) - bar.n)
+    if process.returncode:
+        raise UserError(f"{script} {config_file} failed with exit code {process.returncode}; see {log}.")
+
+
+def last_step(steps_file: Path) -> int:
+    """The step of a run's newest log entry; 0 before the first."""
+    lines = steps_file.read_text(encoding="utf-8").splitlines() if steps_file.is_file() else []
+    return int(json.loads(lines[-1])["step"]) if lines else 0
+
+
+def base_is_up_to_date() -> bool:
+    """Whether the base model was trained with today's config on today's text."""
+    try:
+        run = json.loads((OUTPUT / "base" / "run.json").read_text(encoding="utf-8"))
+        manifest = json.loads((CORPUS / "manifest.json").read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return False
+    config = load_config(CONFIGS / "pretrain.json", "lm")
+    return bool(
+        run["config"]["training"] == config.training
+        and run["config"]["max_seq_length"] == config.max_seq_length
+        and run["data"][0]["sha256"] in json.dumps(manifest)
+    )
+
+
+def evaluate_and_report(started: float) -> None:
+    """Score BM25 and every checkpoint on the held-out docstrings, print the table, write the page."""
+    import mteb  # seconds, so not before it is needed
+
+    from llm2vec.mteb_adapter import evaluate, load_tasks
+    from llm2vec.report import Score, terminal_table, write_report
+
+    tasks = load_tasks([TASK], CORPUS / "eval")
+    bm25 = evaluate(mteb.get_model("mteb/baseline-bm25s"), tasks, OUTPUT / "results")[TASK]["main_score"]
+    along = {run: checkpoints_of(OUTPUT / run) for run in STAGE_II}
+    folders = [OUTPUT / "base", OUTPUT / "stage_I", OUTPUT / "control_lm"]
+    folders += [folder for checkpoints in along.values() for folder in checkpoints.values()]
+    values = {
+        folder: score_checkpoint(folder, tasks) for folder in tqdm(folders, desc="    scoring", unit="checkpoint")
+    }
+
+    def score(stage: str, step: int | None, value: float) -> Score:
+        return Score("quickstart", stage, step, TASK, "ndcg_at_10", value)  # type: ignore[arg-type]
+
+    scores = [score("bm25", None, bm25), score("base", None, values[OUTPUT / "base"])]
+    scores.append(score("stage_I", None, values[OUTPUT / "stage_I"]))
+    curves = []
+    for run, start in STAGE_II.items():
+        curves.append(score(run, 0, values[OUTPUT / start]))
+        curves += [score(run, step, values[folder]) for step, folder in along[run].items()]
+        scores.append(score(run, max(along[run]), curves[-1].value))
+    losses = {stage: OUTPUT / stage / "log.jsonl" for stage in ("stage_I", *STAGE_II)}
+    page = write_report(OUTPUT, scores, curves, losses, report_context())  # type: ignore[arg-type]
+    print(f"\n{terminal_table(scores)}\n")
+    print(f"report: {page}    ({(time.monotonic() - started) / 60:.1f} minutes)")
+
+
+def score_checkpoint(folder: Path, tasks: Sequence[Any]) -> float:
+    """nDCG@10 of a checkpoint on the held-out docstrings."""
+    from llm2vec.llm2vec import LLM2Vec
+    from llm2vec.mteb_adapter import LLM2VecEncoder, evaluate
+
+    instruction = json.loads((CONFIGS / "sources.json").read_text(encoding="utf-8"))["docstrings"]["instruction"]
+    encoder = LLM2VecEncoder(LLM2Vec.from_pretrained(str(folder)), [folder], {TASK: instruction})
+    return evaluate(encoder, tasks, OUTPUT / "results", batch_size=64)[TASK]["main_score"]
+
+
+def checkpoints_of(folder: Path) -> dict[int, Path]:
+    """Optimiser step -> checkpoint of a Stage II run; the run's own folder is its last one."""
+    config = json.loads((folder / "run.json").read_text(encoding="utf-8"))["config"]
+    along = {int(path.name.partition("-")[2]): path for path in folder.glob("checkpoint-*")}
+    return {**dict(sorted(along.items())), config["stop_after_n_steps"]: folder}
+
+
+def report_context() -> Any:
+    """What the report says beside the numbers."""
+    from llm2vec.report import Context
+
+    counts = json.loads((CORPUS / "manifest.json").read_text(encoding="utf-8"))["counts"]
+    config = load_config(CONFIGS / "stage_I.json", "stage_I")
+    return Context(
+        title="Anchor Embedding, small: held-out docstring retrieval",
+        seeds=(config.training["seed"],),
+        rows={"training pairs": counts["training_rows"], "held-out queries": counts["held_out"]},
+        facts={
+            "Control": "as many further language-modelling steps as Stage I had, then Stage II",
+            "Machine": f"{platform.machine()}, {os.cpu_count()} cores, Python {platform.python_version()}",
+        },
+    )
+
+
+if __name__ == "__main__":
+    with user_errors_in_one_sentence():
+        main()

@@ -1,0 +1,182 @@
+"""Slow, obvious versions of both losses, straight from the paper: one row, one token, one pair at a time.
+
+Nothing is padded, batched or shared with the package but the tokenised rows. What a position may see is written
+out as a mask of its own, so the package's attention flags are proved too. Meant for models made `exact`.
+"""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Sequence
+from functools import partial
+from typing import Any, NamedTuple
+
+import torch
+from helpers import WORDS
+from torch import Tensor, nn
+
+from llm2vec.tokenization import Row
+from llm2vec.types import Attention, Example, InstructedText, PoolingMode
+
+
+def examples(num_rows: int, num_negatives: int = 0, seed: int = 0) -> list[Example]:
+    """Ragged rows: texts of one to nine words, some without an instruction, some with one on the documents too."""
+    generator = random.Random(seed)
+
+    def text(most_words: int) -> str:
+        return " ".join(generator.choice(WORDS) for _ in range(generator.randint(1, most_words)))
+
+    rows = []
+    for i in range(num_rows):
+        query_instruction = "" if i % 4 == 1 else "find the answer"
+        document_instruction = "find it" if i % 4 == 2 else ""
+        rows.append(
+            Example(
+                "words",
+                InstructedText(query_instruction, text(5)),
+                InstructedText(document_instruction, text(9)),
+                tuple(InstructedText(document_instruction, text(7)) for _ in range(num_negatives)),
+            )
+        )
+    return rows
+
+
+def exact(model: nn.Module) -> nn.Module:
+    """`model` in float64 throughout: norms and rotary positions of transformers' decoders compute in float32."""
+
+    def norm(module: Any, gain_over_one: bool, states: Tensor) -> Tensor:
+        epsilon = module.eps if gain_over_one else module.variance_epsilon
+        gain = module.weight + 1 if gain_over_one else module.weight
+        return states * torch.rsqrt((states * states).mean(dim=-1, keepdim=True) + epsilon) * gain
+
+    def rotary(module: Any, states: Tensor, position_ids: Tensor) -> tuple[Tensor, Tensor]:
+        angles = position_ids.double().unsqueeze(-1) * module.inv_freq.double()
+        angles = torch.cat([angles, angles], dim=-1)
+        return angles.cos() * module.attention_scaling, angles.sin() * module.attention_scaling
+
+    for module in model.double().modules():
+        name = type(module).__name__
+        if name.endswith("RMSNorm"):
+            module.forward = partial(norm, module, name.startswith("Gemma"))  # type: ignore[method-assign]
+        elif name.endswith("RotaryEmbedding"):
+            module.forward = partial(rotary, module)  # type: ignore[method-assign]
+    return model
+
+
+class StageOne(NamedTuple):
+    """Algorithm 1 over one optimiser step."""
+
+    loss: Tensor
+    q2d: Tensor
+    d2q: Tensor
+
+
+def states(decoder: Any, attention: Attention, *, ids: Sequence[int] = (), embeddings: Tensor | None = None) -> Tensor:
+    """Final states [T, D] of one unpadded row, given as token ids or as embeddings [T, D]."""
+    weight = decoder.get_input_embeddings().weight
+    length = len(ids) if embeddings is None else len(embeddings)
+    visible = torch.ones(length, length, dtype=torch.bool)
+    if attention == "causal":
+        for row in range(length):
+            for column in range(row + 1, length):
+                visible[row, column] = False
+    forbidden = torch.finfo(weight.dtype).min
+    mask = torch.zeros(length, length, dtype=weight.dtype).masked_fill(~visible, forbidden)
+    inputs = {"input_ids": torch.tensor([ids])} if embeddings is None else {"inputs_embeds": embeddings[None]}
+    return decoder(**inputs, attention_mask=mask[None, None], use_cache=False).last_hidden_state[0]
+
+
+def embedding(decoder: Any, row: Row, attention: Attention = "causal", pooling_mode: PoolingMode = "last") -> Tensor:
+    """Vector [D] of one row: its last pooled state, or the mean of all of them."""
+    hidden = states(decoder, attention, ids=row.ids)
+    pooled = [hidden[i] for i in range(len(row.ids)) if row.pooled[i]]
+    if pooling_mode == "last":
+        return pooled[-1]
+    assert pooling_mode == "mean"
+    return sum(pooled[1:], pooled[0]) / len(pooled)
+
+
+def reconstruction_terms(
+    model: Any, source: Row, goal: Row, attention: Attention = "causal", pooling_mode: PoolingMode = "last"
+) -> list[Tensor]:
+    """-log p of each target token of `goal`, each from the anchor of `source` and the target tokens before it."""
+    decoder = model.base_model
+    anchor = embedding(decoder, source, attention, pooling_mode)
+    tokens = [token for token, wanted in zip(goal.ids, goal.target, strict=True) if wanted]
+    terms = []
+    for position, token in enumerate(tokens):
+        known = [decoder.get_input_embeddings()(torch.tensor(earlier)) for earlier in tokens[:position]]
+        last_state = states(decoder, "causal", embeddings=torch.stack([anchor, *known]))[-1]
+        logits = model.get_output_embeddings().weight @ last_state
+        terms.append(torch.logsumexp(logits, dim=0) - logits[token])
+    return terms
+
+
+def stage_one(
+    model: Any,
+    step: Sequence[tuple[Row, Row]],
+    alpha: float,
+    attention: Attention = "causal",
+    pooling_mode: PoolingMode = "last",
+) -> StageOne:
+    """The loss of a step of (query, positive) rows: a mean over tokens in each direction, mixed by alpha."""
+    q2d_terms: list[Tensor] = []
+    d2q_terms: list[Tensor] = []
+    for query, positive in step:
+        q2d_terms += reconstruction_terms(model, query, positive, attention, pooling_mode)
+        d2q_terms += reconstruction_terms(model, positive, query, attention, pooling_mode)
+    q2d = sum(q2d_terms[1:], q2d_terms[0]) / len(q2d_terms)
+    d2q = sum(d2q_terms[1:], d2q_terms[0]) / len(d2q_terms)
+    return StageOne(alpha * q2d + (1 - alpha) * d2q, q2d, d2q)
+
+
+def cosine(left: Tensor, right: Tensor) -> Tensor:
+    """Cosine of two vectors."""
+    return (left * right).sum() / ((left * left).sum().sqrt() * (right * right).sum().sqrt())
+
+
+def info_nce(
+    queries: Sequence[Tensor], positives: Sequence[Tensor], negatives: Sequence[Tensor], loss_scale: float
+) -> Tensor:
+    """Mean over queries of -log of the own positive's share among all positives and all negatives (Eq. 6)."""
+    losses = []
+    for i, query in enumerate(queries):
+        weights = [torch.exp(loss_scale * cosine(query, document)) for document in [*positives, *negatives]]
+        losses.append(-torch.log(weights[i] / sum(weights[1:], weights[0])))
+    return sum(losses[1:], losses[0]) / len(losses)
+
+
+def stage_two(
+    decoder: Any,
+    step: Sequence[tuple[Row, Row, Sequence[Row]]],
+    loss_scale: float,
+    attention: Attention = "causal",
+    pooling_mode: PoolingMode = "last",
+) -> Tensor:
+    """InfoNCE of a step of (query, positive, negatives) rows that all see one another."""
+    queries = [embedding(decoder, query, attention, pooling_mode) for query, _, _ in step]
+    positives = [embedding(decoder, positive, attention, pooling_mode) for _, positive, _ in step]
+    negatives = [embedding(decoder, row, attention, pooling_mode) for _, _, rows in step for row in rows]
+    return info_nce(queries, positives, negatives, loss_scale)
+
+
+def gradients(model: nn.Module) -> dict[str, Tensor]:
+    """A copy of every trainable parameter's gradient, by name; clears them. None of them may be missing."""
+    found = {}
+    for name, parameter in model.named_parameters():
+        if parameter.requires_grad:
+            assert parameter.grad is not None, f"{name} has no gradient"
+            found[name] = parameter.grad.clone()
+            parameter.grad = None
+    return found
+
+
+def assert_same_gradients(actual: dict[str, Tensor], expected: dict[str, Tensor], relative: float = 1e-9) -> None:
+    """Each parameter's gradient differs by at most `relative` times its largest entry, which must not be zero."""
+    assert actual.keys() == expected.keys()
+    assert expected
+    for name, gradient in expected.items():
+        largest = gradient.abs().max()
+        assert largest > 0, f"the gradient of {name} is zero, so equality would prove nothing"
+        difference = (actual[name] - gradient).abs().max()
+        assert difference <= relative * largest, f"{name}: {difference / largest:.1e} apart"

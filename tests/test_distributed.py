@@ -1,0 +1,317 @@
+"""Two processes compute what one process computes: values, gradients, loss curves and weights."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import pytest
+import reference
+import torch
+import torch.distributed as dist
+from helpers import family_tokenizer, tiny_model, write_jsonl
+from safetensors.torch import load_file
+from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
+
+from llm2vec.backbone import attach_lora
+from llm2vec.checkpoint import EncoderSettings
+from llm2vec.distributed import gather_with_gradient, rank, rank_zero_first, sum_over_ranks, world_size
+from llm2vec.llm2vec import row_tokenizer
+from llm2vec.llm2vec_contrastive import ContrastiveLearning
+from llm2vec.llm2vec_q2d_d2q import BidirectionalReconstruction
+from llm2vec.run import CollateSides
+from llm2vec.trainer import LOG_FILE
+from llm2vec.types import Batch
+
+ROOT = Path(__file__).parents[1]
+NUM_RANKS = 2
+ROWS = reference.examples(8, 1)
+VECTORS = torch.arange(24, dtype=torch.float64).reshape(6, 4).sin()
+SETTINGS = EncoderSettings(pooling_mode="last", attention="causal")
+
+
+class Step(NamedTuple):
+    """What one optimiser step of an objective yields."""
+
+    parts: dict[str, Tensor]
+    gradients: dict[str, Tensor]
+
+
+def stage_one() -> tuple[nn.Module, CollateSides]:
+    model = reference.exact(tiny_model("llama", True, initializer_range=0.2))
+    collate = CollateSides(row_tokenizer(family_tokenizer("llama"), SETTINGS), ("query", "positive"))
+    return BidirectionalReconstruction(model, SETTINGS), collate  # type: ignore[arg-type]
+
+
+def stage_two() -> tuple[nn.Module, CollateSides]:
+    torch.manual_seed(0)
+    model = reference.exact(attach_lora(tiny_model("llama", initializer_range=0.2), r=4, alpha=8, dropout=0.0))
+    for name, parameter in model.named_parameters():
+        if "lora_B" in name:
+            nn.init.normal_(parameter, std=0.3)
+    collate = CollateSides(row_tokenizer(family_tokenizer("llama"), SETTINGS), ("query", "positive", "negative"))
+    return ContrastiveLearning(model, SETTINGS), collate  # type: ignore[arg-type]
+
+
+STAGES = {"stage_I": stage_one, "stage_II": stage_two}
+
+
+def own_rows(rows: Any) -> Any:
+    """This rank's share of a list or tensor: consecutive rows, as the trainer deals them out."""
+    share = len(rows) // world_size()
+    return rows[rank() * share : (rank() + 1) * share]
+
+
+def weighted(gathered: Tensor, of_rank: int) -> Tensor:
+    """A loss over gathered rows that weighs every entry differently on each rank."""
+    weight = torch.arange(gathered.numel(), dtype=gathered.dtype).reshape(gathered.shape).cos() + of_rank
+    return (gathered**3 * weight).sum()
+
+
+def take_step(name: str, wrap: bool) -> Step:
+    """One step over this rank's rows, by the trainer's rule: totals of all ranks, loss times ranks, the wrapper."""
+    objective, collate = STAGES[name]()
+    batch: Batch = collate(own_rows(ROWS))
+    totals = {part: sum_over_ranks(count) for part, count in objective.count(batch).items()}  # type: ignore[operator]
+    parts = (DistributedDataParallel(objective) if wrap else objective)(batch, totals)
+    (parts["loss"] * world_size()).backward()
+    return Step({part: sum_over_ranks(value) for part, value in parts.items()}, reference.gradients(objective))
+
+
+def work(process: int, folder: Path) -> None:
+    """What each spawned process runs; its findings go to a file of its own."""
+    os.environ["LOCAL_RANK"] = str(process)
+    torch.set_num_threads(1)
+    rendezvous = f"file://{folder / 'rendezvous'}"
+    dist.init_process_group("gloo", init_method=rendezvous, rank=process, world_size=NUM_RANKS)
+    rows = own_rows(VECTORS).clone().requires_grad_()
+    gathered = gather_with_gradient(rows)
+    weighted(gathered, process).backward()
+    own = torch.tensor([1.0 + process, 10.0])
+    summed = sum_over_ranks(own)
+    with rank_zero_first():
+        first = not (folder / "built").exists()
+        if process == 0:
+            time.sleep(0.3)
+            (folder / "built").touch()
+    findings = {
+        "world": (world_size(), rank()),
+        "gathered": gathered.detach(),
+        "gathered_gradient": rows.grad,
+        "sum": (own, summed),
+        "found_nothing_built": first,
+        "wrapped": {name: take_step(name, wrap=True)._asdict() for name in STAGES},
+        "bare": {name: take_step(name, wrap=False)._asdict() for name in STAGES},
+    }
+    torch.save(findings, folder / f"{process}.pt")
+    dist.destroy_process_group()
+
+
+@pytest.fixture(scope="module")
+def ranks(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
+    """What two gloo processes found."""
+    folder = tmp_path_factory.mktemp("ranks")
+    torch.multiprocessing.spawn(work, (folder,), nprocs=NUM_RANKS)
+    return [torch.load(folder / f"{process}.pt") for process in range(NUM_RANKS)]
+
+
+# --- the collectives ---
+
+
+def test_one_process_is_the_identity() -> None:
+    rows = VECTORS.clone().requires_grad_()
+    assert (world_size(), rank()) == (1, 0)
+    assert gather_with_gradient(rows) is rows
+    summed = sum_over_ranks(rows)
+    assert torch.equal(summed, rows) and summed is not rows and not summed.requires_grad
+    with rank_zero_first():
+        pass
+
+
+def test_ranks_know_themselves(ranks: list[dict[str, Any]]) -> None:
+    assert [found["world"] for found in ranks] == [(2, 0), (2, 1)]
+
+
+def test_gathered_rows_and_their_gradient_equal_one_process(ranks: list[dict[str, Any]]) -> None:
+    """Rows come in rank order; a row's gradient is the sum of what both ranks' losses give it."""
+    rows = VECTORS.clone().requires_grad_()
+    (weighted(rows, 0) + weighted(rows, 1)).backward()
+    assert rows.grad is not None
+    for found in ranks:
+        assert torch.equal(found["gathered"], VECTORS)
+    actual = torch.cat([found["gathered_gradient"] for found in ranks])
+    torch.testing.assert_close(actual, rows.grad, rtol=1e-12, atol=0)
+    alone = VECTORS.clone().requires_grad_()
+    weighted(alone, 0).backward()  # what rank 0 would keep if gradients did not travel
+    assert not torch.allclose(actual[:3], alone.grad[:3], rtol=0.01)  # type: ignore[index]
+
+
+def test_sum_over_ranks_adds_and_leaves_its_input_alone(ranks: list[dict[str, Any]]) -> None:
+    for process, found in enumerate(ranks):
+        own, summed = found["sum"]
+        assert own.tolist() == [1.0 + process, 10.0]
+        assert summed.tolist() == [3.0, 20.0]
+
+
+def test_rank_zero_goes_first(ranks: list[dict[str, Any]]) -> None:
+    assert [found["found_nothing_built"] for found in ranks] == [True, False]
+
+
+# --- the objectives ---
+
+
+@pytest.mark.parametrize("stage", list(STAGES))
+def test_a_step_of_two_ranks_equals_one_process_with_all_rows(stage: str, ranks: list[dict[str, Any]]) -> None:
+    """Loss parts summed over ranks, and every parameter's averaged gradient on both ranks."""
+    expected = take_step(stage, wrap=False)
+    for found in ranks:
+        step = Step(**found["wrapped"][stage])
+        assert step.parts.keys() == expected.parts.keys()
+        for name, value in expected.parts.items():
+            torch.testing.assert_close(step.parts[name], value.detach(), rtol=1e-9, atol=0)
+        reference.assert_same_gradients(step.gradients, expected.gradients)
+
+
+@pytest.mark.parametrize("stage", list(STAGES))
+def test_without_the_wrapper_ranks_would_drift_apart(stage: str, ranks: list[dict[str, Any]]) -> None:
+    """The guard of the test above: what a rank computes by itself is not the step's gradient."""
+    with pytest.raises(AssertionError, match="apart"):
+        reference.assert_same_gradients(
+            ranks[0]["bare"][stage]["gradients"], ranks[1]["bare"][stage]["gradients"], relative=0.01
+        )
+
+
+# --- the entry points ---
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with a base model and one source of 32 ragged rows."""
+    folder = tmp_path_factory.mktemp("entry")
+    tiny_model("llama", True, initializer_range=0.1).save_pretrained(folder / "base")
+    family_tokenizer("llama").save_pretrained(folder / "base")
+    rows = reference.examples(32, 1, seed=1)
+    write_jsonl(
+        folder / "words.jsonl",
+        [{"query": r.query.text, "positive": r.positive.text, "negative": r.negatives[0].text} for r in rows],
+    )
+    sources = {"words": {"file": "words.jsonl", "instruction": "find the answer"}}
+    (folder / "sources.json").write_text(json.dumps(sources), encoding="utf-8")
+    return folder
+
+
+class Outcome(NamedTuple):
+    """What a run leaves behind."""
+
+    log: list[dict[str, float]]
+    weights: dict[str, Tensor]
+
+
+def train(stage: str, folder: Path, name: str, processes: int = 1, **keys: Any) -> Outcome:
+    """One run of a script, under torchrun where there are several processes."""
+    config = {
+        "model_name_or_path": str(folder / "base"),
+        "output_dir": str(folder / name),
+        "sources_file": str(folder / "sources.json"),
+        "max_seq_length": 64,
+        "learning_rate": 2e-3,
+        "lr_scheduler_type": "constant",
+        "max_steps": 4,
+        "logging_steps": 1,
+        "save_strategy": "no",
+        "report_to": "none",
+        "disable_tqdm": True,
+        "use_cpu": True,
+        **keys,
+    }
+    file = folder / f"{name}.json"
+    file.write_text(json.dumps(config), encoding="utf-8")
+    launcher = [sys.executable]
+    if processes > 1:
+        launcher += ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}"]
+    command = [*launcher, str(ROOT / "experiments" / f"run_{stage}.py"), str(file)]
+    finished = subprocess.run(command, capture_output=True, text=True, timeout=300, cwd=folder)
+    assert finished.returncode == 0, finished.stderr[-3000:]
+    lines = (folder / name / LOG_FILE).read_text(encoding="utf-8").splitlines()
+    log = [entry for entry in map(json.loads, lines) if "loss" in entry]
+    weights = "adapter_model" if (folder / name / "adapter_model.safetensors").exists() else "model"
+    return Outcome(log, load_file(folder / name / f"{weights}.safetensors"))
+
+
+def assert_same_run(actual: Outcome, expected: Outcome, parts: tuple[str, ...]) -> None:
+    """The same curve of loss, its parts and gradient norm, and the same weights, both to 1e-6."""
+    assert [entry["step"] for entry in actual.log] == [entry["step"] for entry in expected.log] == [1, 2, 3, 4]
+    assert len({round(entry["loss"], 3) for entry in expected.log}) == 4  # a flat curve would prove nothing
+    for one, other in zip(actual.log, expected.log, strict=True):
+        for part in ("loss", "grad_norm", *parts):
+            assert one[part] == pytest.approx(other[part], rel=1e-6, abs=1e-6), (part, one["step"])
+    assert actual.weights.keys() == expected.weights.keys()
+    for name, weight in expected.weights.items():
+        torch.testing.assert_close(actual.weights[name], weight, rtol=0, atol=1e-6, msg=name)
+
+
+STAGE_I_PARTS = ("loss_q2d", "loss_d2q")
+
+
+@pytest.fixture(scope="module")
+def plain(folder: Path) -> Outcome:
+    """Stage I in one process, eight rows at once."""
+    outcome = train("stage_I", folder, "plain", per_device_train_batch_size=8, total_batch_size=8)
+    base = load_file(folder / "base/model.safetensors")
+    moved = max(float((outcome.weights[name] - weight).abs().max()) for name, weight in base.items())
+    assert moved > 1e-3
+    return outcome
+
+
+def test_torchrun_equals_python(folder: Path, plain: Outcome) -> None:
+    """Stage I on two processes, two micro-batches of two rows each, recomputing activations."""
+    layout = {"per_device_train_batch_size": 2, "total_batch_size": 8, "gradient_checkpointing": True}
+    assert_same_run(train("stage_I", folder, "two", 2, **layout), plain, STAGE_I_PARTS)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("processes", "layout"),
+    [
+        (1, {"per_device_train_batch_size": 2}),
+        (1, {"per_device_train_batch_size": 8, "gradient_checkpointing": True}),
+        (1, {"per_device_train_batch_size": 1, "gradient_checkpointing": True}),
+        (2, {"per_device_train_batch_size": 4}),
+        (2, {"per_device_train_batch_size": 1}),
+        (4, {"per_device_train_batch_size": 2}),
+    ],
+    ids=str,
+)
+def test_stage_I_does_not_depend_on_the_layout(
+    processes: int, layout: dict[str, Any], folder: Path, plain: Outcome, request: pytest.FixtureRequest
+) -> None:
+    """Processes, accumulation and recomputing are one equivalence class."""
+    name = f"layout-{abs(hash(request.node.name))}"
+    assert_same_run(train("stage_I", folder, name, processes, total_batch_size=8, **layout), plain, STAGE_I_PARTS)
+
+
+@pytest.mark.slow
+def test_stage_II_does_not_depend_on_the_layout(folder: Path) -> None:
+    """With the same pool of documents: one process of eight rows, two of four, and both recomputing activations."""
+    keys = {"total_batch_size": 8, "lora_dropout": 0.0, "lora_r": 4}
+    one = train("stage_II", folder, "II-one", per_device_train_batch_size=8, **keys)
+    assert max(float(weight.abs().max()) for name, weight in one.weights.items() if "lora_B" in name) > 1e-3
+    for checkpointing in (False, True):
+        layout = {"per_device_train_batch_size": 4, "gradient_checkpointing": checkpointing}
+        two = train("stage_II", folder, f"II-two-{checkpointing}", 2, **layout, **keys)
+        assert_same_run(two, one, ("loss_contrastive", "in_batch_accuracy"))
+
+
+@pytest.mark.slow
+def test_every_rank_sees_another_order_in_the_second_epoch(folder: Path) -> None:
+    """Two epochs on two processes equal two epochs on one, so `set_epoch` reaches the order on every rank."""
+    keys = {"total_batch_size": 16, "max_steps": -1, "num_train_epochs": 2}
+    one = train("stage_I", folder, "epochs-one", per_device_train_batch_size=16, **keys)
+    two = train("stage_I", folder, "epochs-two", 2, per_device_train_batch_size=8, **keys)
+    assert_same_run(two, one, STAGE_I_PARTS)
