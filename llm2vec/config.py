@@ -12,6 +12,7 @@ import difflib
 import importlib.util
 import json
 import logging
+import math
 import os
 import types
 import typing
@@ -22,6 +23,7 @@ from typing import Any, Literal
 import torch
 from transformers import TrainingArguments
 
+from llm2vec.templates import TEMPLATES
 from llm2vec.types import POOLING_ALIASES, AttnImplementation, DtypeName, Reduction, SymmetricInstructions, UserError
 
 logger = logging.getLogger(__name__)
@@ -225,19 +227,28 @@ def training_arguments(config: Config) -> TrainingArguments:
         values["gradient_accumulation_steps"] = config.total_batch_size // at_once
     try:
         return TrainingArguments(**values)
-    except (ValueError, TypeError, ImportError) as error:
+    except (ValueError, TypeError, ImportError, OSError) as error:
         raise UserError(f"training arguments: {str(error).strip().splitlines()[0]}") from error
 
 
 def _read(path: Path) -> dict[str, Any]:
     try:
-        content = json.loads(path.read_text(encoding="utf-8"))
+        content = json.loads(path.read_text(encoding="utf-8"), object_pairs_hook=_without_duplicates)
     except OSError as error:
         raise UserError(f"{path}: the config cannot be read ({error.strerror}).") from error
     except ValueError as error:
         raise UserError(f"{path}: not valid JSON ({error}).") from error
     if not isinstance(content, dict):
         raise UserError(f"{path}: a JSON object is needed, not a {type(content).__name__}.")
+    return content
+
+
+def _without_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    content: dict[str, Any] = {}
+    for key, value in pairs:
+        if key in content:
+            raise ValueError(f"the key {key!r} is written twice")
+        content[key] = value
     return content
 
 
@@ -252,14 +263,25 @@ def _check_values(config: Config, content: dict[str, Any], stage: Stage, path: s
         refuse(key in content and stage not in stages, f"{key} has no effect in {stage}; it belongs to {stages[0]}.")
     allowed = ", ".join(POOLING_ALIASES)
     refuse(config.pooling_mode not in POOLING_ALIASES, f"pooling_mode is {config.pooling_mode!r}; allowed: {allowed}.")
+    refuse(
+        config.template is not None and config.template not in TEMPLATES,
+        f"template is {config.template!r}; allowed: {', '.join(TEMPLATES)}.",
+    )
     refuse(not 0 <= config.alpha <= 1, f"alpha is {config.alpha}; it must lie between 0 and 1.")
     refuse(config.loss_scale <= 0, f"loss_scale is {config.loss_scale}; it must be above 0.")
     refuse(not 0 <= config.lora_dropout < 1, f"lora_dropout is {config.lora_dropout}; it must lie in [0, 1).")
     refuse(config.num_hard_negatives < 0, f"num_hard_negatives is {config.num_hard_negatives}; 0 or more is needed.")
     for key in ("max_seq_length", "doc_max_length", "lora_r", "lora_alpha", "max_train_samples", "total_batch_size",
-                "stop_after_n_steps"):  # fmt: skip
-        value = getattr(config, key)
+                "stop_after_n_steps", "per_device_train_batch_size", "gradient_accumulation_steps"):  # fmt: skip
+        value = getattr(config, key, config.training.get(key))
         refuse(value is not None and value < 1, f"{key} is {value}; it must be above 0.")
+    for key in ("sources", "lora_modules"):
+        refuse(getattr(config, key) == [], f"{key} is []; name at least one, or leave the key out for all.")
+    horizon = config.training.get("max_steps", -1)
+    refuse(
+        0 < horizon < (config.stop_after_n_steps or 0),
+        f"stop_after_n_steps is {config.stop_after_n_steps}, beyond the horizon of max_steps {horizon}.",
+    )
     refuse(
         config.dataset_file_path is None and config.sources_file is None,
         "dataset_file_path must name the folder of the training files.",
@@ -271,6 +293,10 @@ def _check_values(config: Config, content: dict[str, Any], stage: Stage, path: s
     refuse(
         content.get("eval_strategy", "no") != "no",
         "eval_strategy: evaluation during training is not available; evaluate the saved checkpoints.",
+    )
+    refuse(
+        bool(content.get("resume_from_checkpoint")),
+        "resume_from_checkpoint: a run cannot be resumed yet; start it again from step 0.",
     )
     refuse(
         stage != "stage_II" and bool(config.use_peft),
@@ -301,7 +327,7 @@ def _fits(value: Any, hint: Any) -> bool:
     if origin is list:
         return isinstance(value, list) and all(_fits(v, typing.get_args(hint)[0]) for v in value)
     if hint is float:
-        return isinstance(value, int | float) and not isinstance(value, bool)
+        return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
     if hint is int:
         return isinstance(value, int) and not isinstance(value, bool)
     if hint is type(None):

@@ -122,9 +122,11 @@ def select_sources(sources: Sequence[Source], names: Sequence[str] | None) -> li
     """The named sources, in the table's order; all of them for None.
 
     Raises:
-        UserError: an unknown name.
+        UserError: an unknown name, or none at all.
     """
     known = [source.name for source in sources]
+    if names is not None and not names:
+        raise UserError(f"sources: the list is empty; leave the key out for all of them: {', '.join(known)}.")
     for name in names or ():
         if name not in known:
             raise UserError(f"sources: {name!r} is not known; known: {', '.join(known)}.")
@@ -210,11 +212,14 @@ def read_rows(file: Path, num_negatives: int) -> Any:
 
     features = Features({"query": Value("string"), "positive": Value("string"), "negative": List(Value("string"))})
     stat = file.stat()
-    # Everything that decides the table is an argument, because the cache key is a hash of the arguments.
+    if stat.st_size == 0:
+        raise UserError(f"{file}: the file is empty; leave its source out of `sources` or fetch it again.")
+    # Everything that decides the table is an argument, because the cache key is a hash of the arguments. None is a
+    # list: `datasets` would take its items for shards and run the generator once for each.
     arguments = {
         "file": str(file.resolve()),
         "num_negatives": num_negatives,
-        "stamp": [stat.st_size, stat.st_mtime_ns],
+        "stamp": f"{stat.st_size} bytes, {stat.st_mtime_ns} ns",
     }
     with rank_zero_first():
         try:
@@ -225,7 +230,7 @@ def read_rows(file: Path, num_negatives: int) -> Any:
             raise
 
 
-def _generate_rows(file: str, num_negatives: int, stamp: list[int]) -> Iterator[dict[str, Any]]:
+def _generate_rows(file: str, num_negatives: int, stamp: str) -> Iterator[dict[str, Any]]:
     with Path(file).open("rb") as lines:
         for number, line in enumerate(lines, start=1):
             yield parse_row(line, num_negatives, f"{file}, line {number}")
@@ -266,6 +271,11 @@ def _check_text(text: Any, field: str, present: bool, where: str) -> None:
         raise UserError(f"{where}: `{field}` must be text, not a {type(text).__name__}.")
     if not text.strip():
         raise UserError(f"{where}: `{field}` is empty.")
+    if not text.isascii():
+        try:
+            text.encode("utf-8")
+        except UnicodeEncodeError as error:
+            raise UserError(f"{where}: `{field}` holds half a surrogate pair ({error.reason}).") from error
 
 
 def block_order(sizes: Sequence[int], block_size: int, seed: int, epoch: int) -> np.ndarray[Any, np.dtype[np.int64]]:

@@ -29,13 +29,14 @@ class Row(NamedTuple):
 
 
 class _Piece(NamedTuple):
-    """A special token (`token_id`) or a run of text with one character class a character: f(ixed), i(nstruction),
-    t(ext), s(uffix)."""
+    """A special token, or a run of text and where in it the row's instruction and text stand (character offsets)."""
 
-    token_id: int | None
-    pooled: bool
-    text: str
-    classes: str
+    token_id: int | None = None
+    pooled: bool = False
+    run: str = ""
+    instruction_start: int = 0
+    text_start: int = 0
+    text_end: int = 0
 
 
 #: Ids of a run and the characters each covers.
@@ -99,7 +100,7 @@ class RowTokenizer:
             UserError: a row's template and instruction alone fill `max_length`.
         """
         pieces = [self._pieces(text) for text in texts]
-        runs = [piece.text for row in pieces for piece in row if piece.token_id is None]
+        runs = [piece.run for row in pieces for piece in row if piece.token_id is None]
         encoded: Iterator[_Encoded] = iter(())
         if runs:
             output = self.tokenizer(
@@ -161,38 +162,33 @@ class RowTokenizer:
         return token_id
 
     def _pieces(self, text: InstructedText) -> list[_Piece]:
-        """The row as special tokens and runs of text between them."""
+        """The row as special tokens and the runs of text between them."""
+        contents = {
+            "text": text.text.strip(),
+            "instruction": render_instruction(text.instruction, self.instruction_join),
+        }
         pieces: list[_Piece] = []
-        run, classes = "", ""
+        run = _Piece()
         seen_text = False
         for segment in self._segments:
             if segment in self._special_ids:
-                if run:
-                    pieces.append(_Piece(None, False, run, classes))
-                    run, classes = "", ""
-                pieces.append(_Piece(self._special_ids[segment], segment.pooled, "", ""))
+                pieces += [run] if run.run else []
+                pieces.append(_Piece(self._special_ids[segment], segment.pooled))
+                run = _Piece()
                 continue
-            content, kind = self._render(segment, text, seen_text)
-            seen_text = seen_text or segment.kind == "text"
-            run += content
-            classes += kind * len(content)
-        if run:
-            pieces.append(_Piece(None, False, run, classes))
-        return pieces
+            start = len(run.run)
+            run = run._replace(run=run.run + (contents.get(segment.kind) or _fixed_text(segment, seen_text)))
+            if segment.kind == "instruction":
+                run = run._replace(instruction_start=start)
+            elif segment.kind == "text":
+                seen_text = True
+                run = run._replace(text_start=start, text_end=len(run.run))
+            elif not seen_text:  # a header: what is tokenised with it begins after it
+                end = len(run.run)
+                run = run._replace(instruction_start=end, text_start=end, text_end=end)
+        return [*pieces, run] if run.run else pieces
 
-    def _render(self, segment: Segment, text: InstructedText, seen_text: bool) -> tuple[str, str]:
-        """A segment's characters and their class."""
-        if segment.kind == "text":
-            return text.text.strip(), "t"
-        if segment.kind == "instruction":
-            return render_instruction(text.instruction, self.instruction_join), "i"
-        if segment.kind == "marker":  # text to this tokenizer, so it stands off from the content by a space
-            return (f" {segment.value}", "s") if seen_text else (f"{segment.value} ", "f")
-        return ("", "f") if segment.kind == "bos" else (segment.value, "s" if seen_text else "f")
-
-    def _assemble(
-        self, parts: list[tuple[_Piece, tuple[list[int], list[tuple[int, int]]]]], text: InstructedText
-    ) -> Row:
+    def _assemble(self, parts: Sequence[tuple[_Piece, _Encoded]], text: InstructedText) -> Row:
         """Ids and masks of a whole row, with the text cut to what the rest leaves."""
         ids: list[int] = []
         classes: list[str] = []
@@ -202,10 +198,12 @@ class RowTokenizer:
                 classes.append("s" if piece.pooled else "f")
                 continue
             ids.extend(run_ids)
-            classes.extend(_token_class(piece.classes, start, end) for start, end in offsets)
+            classes.extend(_token_class(piece, start, end) for start, end in offsets)
+        if not ids:  # an empty text under a template that writes nothing: one token must be there to pool over
+            ids, classes = [self._require(self.tokenizer.eos_token_id, "an end-of-sequence token")], ["s"]
         kept = sum(c != "t" for c in classes)
         room = self.max_length - kept
-        if room <= 0 and text.text.strip():
+        if room < (1 if text.text.strip() else 0):
             raise UserError(
                 f"max_length is {self.max_length}, but the template and the instruction {text.instruction!r} alone "
                 f"take {kept} tokens; shorten the instruction or raise the limit."
@@ -232,12 +230,21 @@ def render_instruction(instruction: str, join: str) -> str:
     return (instruction.rstrip(":; ") if join.strip() else instruction) + join
 
 
-def _token_class(classes: str, start: int, end: int) -> str:
-    """Class of a token by the characters it covers; one that reaches into the text belongs to the text."""
-    covered = classes[start:end]
-    if not covered:  # a token without characters of its own, such as a prefix space some tokenizers add
-        return classes[min(start, len(classes) - 1)]
-    return next((c for c in "tsif" if c in covered), "f")
+def _fixed_text(segment: Segment, seen_text: bool) -> str:
+    """The characters that a segment writes by itself."""
+    if segment.kind == "marker":  # text to this tokenizer, so it stands off from the content by a space
+        return f" {segment.value}" if seen_text else f"{segment.value} "
+    return segment.value
+
+
+def _token_class(piece: _Piece, start: int, end: int) -> str:
+    """What a token belongs to: t(ext) if it reaches into it, s(uffix), i(nstruction) or f(ixed header)."""
+    end = max(end, start + 1)  # some tokenizers add a prefix space that covers no character
+    if end > piece.text_start and start < piece.text_end:
+        return "t"
+    if start >= piece.text_end and piece.text_end > 0:
+        return "s"
+    return "i" if end > piece.instruction_start else "f"
 
 
 def _cut_text(ids: list[int], classes: list[str], room: int) -> tuple[list[int], list[str]]:

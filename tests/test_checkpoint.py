@@ -1,0 +1,370 @@
+"""A checkpoint is whole or refused, hands everything on to the next stage, and opens no pickle."""
+
+from __future__ import annotations
+
+import json
+import logging
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from helpers import family_tokenizer, tiny_model
+from safetensors.torch import load_file
+from transformers import LlamaForCausalLM
+
+from llm2vec.backbone import Chain, attach_lora, load_backbone
+from llm2vec.checkpoint import (
+    INCOMPLETE_MARKER,
+    RUN_FILE,
+    SETTINGS_FILE,
+    EncoderSettings,
+    check_complete,
+    read_probe_ids,
+    read_settings,
+    resolve_chain,
+    save_checkpoint,
+    write_json,
+)
+from llm2vec.llm2vec import LLM2Vec, row_tokenizer
+from llm2vec.tokenization import probe_ids
+from llm2vec.types import UserError
+
+SETTINGS = EncoderSettings("last", 64, template="llama3", instruction_join="; ", attention="causal")
+
+
+def save_stage_I(folder: Path, seed: int = 0) -> LlamaForCausalLM:
+    """A Stage I folder as the script leaves it: decoder, head of its own, tokenizer, settings, probe ids."""
+    model = tiny_model("llama", True, seed=seed, initializer_range=0.2, tie_word_embeddings=False)
+    tokenizer = family_tokenizer("llama")
+    save_checkpoint(folder, model, tokenizer, SETTINGS, {"probe_ids": probe_ids(row_tokenizer(tokenizer, SETTINGS))})
+    assert isinstance(model, LlamaForCausalLM)
+    return model
+
+
+def save_stage_II(folder: Path, base: Path) -> None:
+    """A Stage II folder: an adapter that does something, on the base."""
+    model = attach_lora(load_backbone(Chain(str(base), ())), r=4, alpha=8, dropout=0.0)  # type: ignore[arg-type]
+    for name, parameter in model.named_parameters():
+        if "lora_B" in name:
+            torch.nn.init.normal_(parameter, std=0.3)
+    settings = EncoderSettings(**{**read_settings(str(base)), "parent_adapters": ()})
+    save_checkpoint(folder, model, family_tokenizer("llama"), settings)
+
+
+@pytest.fixture(scope="module")
+def written(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("written")
+    save_stage_I(folder / "stage_I")
+    save_stage_II(folder / "stage_II", folder / "stage_I")
+    return folder
+
+
+@pytest.fixture
+def stages(written: Path, tmp_path: Path) -> Path:
+    """A copy of both stages' folders, to be damaged."""
+    shutil.copytree(written, tmp_path, dirs_exist_ok=True)
+    config = tmp_path / "stage_II/adapter_config.json"
+    size = config.stat().st_size
+    config.write_text(config.read_text().replace(str(written), str(tmp_path)), encoding="utf-8")
+    assert len(str(written)) != len(str(tmp_path)) or config.stat().st_size == size
+    run = json.loads((tmp_path / "stage_II" / RUN_FILE).read_text())
+    run["files"]["adapter_config.json"] = config.stat().st_size
+    write_json(tmp_path / "stage_II" / RUN_FILE, run)
+    return tmp_path
+
+
+def load(stages: Path, *adapters: str) -> torch.Tensor:
+    model = LLM2Vec.from_pretrained(str(stages / "stage_I"), [str(stages / name) for name in adapters])
+    vectors = model.encode(["who wrote it", "hello world"], show_progress_bar=False)
+    assert isinstance(vectors, torch.Tensor)
+    return vectors
+
+
+def bare(folder: Path, keep: tuple[str, ...] = ()) -> Path:
+    """A folder as somebody else writes it: without our files but those kept."""
+    for name in (RUN_FILE, SETTINGS_FILE):
+        if name not in keep:
+            (folder / name).unlink()
+    return folder
+
+
+# --- what is written ---
+
+
+def test_what_a_folder_holds(written: Path) -> None:
+    """Weights, tokenizer, settings and provenance with every file's size; nothing is left over from writing."""
+    names = {file.name for file in (written / "stage_I").iterdir()}
+    expected = {"model.safetensors", "config.json", "tokenizer.json", "tokenizer_config.json", SETTINGS_FILE, RUN_FILE}
+    assert expected <= names
+    assert {file.name for file in (written / "stage_II").iterdir()} >= {"adapter_model.safetensors", SETTINGS_FILE}
+    assert not [name for name in names if name.startswith(".")]
+    assert not [name for name in names if name.endswith((".bin", ".pt", ".pkl"))]
+    run = json.loads((written / "stage_I" / RUN_FILE).read_text(encoding="utf-8"))
+    assert set(run["files"]) == names - {RUN_FILE}
+    assert all(size == (written / "stage_I" / name).stat().st_size for name, size in run["files"].items())
+    assert {"python", "torch", "transformers", "peft"} <= set(run["versions"])
+    assert "git_commit" in run
+    assert read_probe_ids(str(written / "stage_I")) == run["probe_ids"]
+
+
+def test_settings_are_read_as_written(written: Path) -> None:
+    assert EncoderSettings(**read_settings(str(written / "stage_I"))) == SETTINGS
+
+
+# --- cut short ---
+
+
+def test_writing_cut_short_over_an_older_checkpoint_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Some files are new and some are old, all of a plausible size: the marker tells."""
+    save_stage_I(tmp_path, seed=0)
+    old = load_file(tmp_path / "model.safetensors")
+    replace, moved = Path.replace, []
+
+    def interrupted(self: Path, target: Path) -> Path:
+        if Path(target).parent == tmp_path:
+            if len(moved) == 3:
+                raise KeyboardInterrupt
+            moved.append(Path(target).name)
+        return replace(self, target)
+
+    monkeypatch.setattr(Path, "replace", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        save_stage_I(tmp_path, seed=1)
+    monkeypatch.undo()
+    assert len(moved) == 3
+    assert not torch.equal(tiny_model("llama", True, seed=1).lm_head.weight, old["lm_head.weight"])
+    with pytest.raises(UserError, match="cut short while it was written"):
+        LLM2Vec.from_pretrained(str(tmp_path))
+    save_stage_I(tmp_path, seed=1)  # writing it again mends it
+    LLM2Vec.from_pretrained(str(tmp_path))
+
+
+def test_a_failure_before_the_first_file_leaves_the_older_checkpoint(
+    stages: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Weights are written aside: a full disk in the middle of them costs nothing."""
+    before = load(stages)
+
+    def full_disk(self: Any, folder: str, **_: Any) -> None:
+        Path(folder, "model.safetensors").write_bytes(b"half")
+        raise OSError("No space left on device")
+
+    monkeypatch.setattr(LlamaForCausalLM, "save_pretrained", full_disk)
+    with pytest.raises(OSError, match="No space"):
+        save_stage_I(stages / "stage_I", seed=1)
+    assert torch.equal(load(stages), before)
+    assert not [file.name for file in (stages / "stage_I").iterdir() if file.name.startswith(".")]
+
+
+@pytest.mark.parametrize("damaged", ["stage_I", "stage_II"])
+@pytest.mark.parametrize("how", ["marker", "truncated", "missing", "missing_tokenizer", "missing_settings"])
+def test_a_damaged_folder_is_refused_by_name(stages: Path, damaged: str, how: str) -> None:
+    """As the base alone, as the base below an adapter, and as the adapter."""
+    load(stages, "stage_II")
+    weights = "model.safetensors" if damaged == "stage_I" else "adapter_model.safetensors"
+    file = (
+        stages / damaged / {"missing_tokenizer": "tokenizer.json", "missing_settings": SETTINGS_FILE}.get(how, weights)
+    )
+    size = file.stat().st_size
+    if how == "marker":
+        (stages / damaged / INCOMPLETE_MARKER).touch()
+        words = [str(stages / damaged), "cut short while it was written"]
+    elif how == "truncated":
+        file.write_bytes(file.read_bytes()[: size // 2])
+        words = [str(stages / damaged), f"{weights} is {size // 2} bytes long instead of {size}"]
+    else:
+        file.unlink()
+        words = [str(stages / damaged), f"{file.name} is missing"]
+    for adapters in ([], ["stage_II"]) if damaged == "stage_I" else (["stage_II"],):
+        with pytest.raises(UserError) as error:
+            load(stages, *adapters)
+        assert all(word in str(error.value) for word in words), str(error.value)
+    with pytest.raises(UserError):
+        check_complete(str(stages / damaged))
+
+
+@pytest.mark.parametrize("share", [0.0, 0.01, 0.5, 0.99])
+def test_truncated_weights_are_refused_without_our_record_too(stages: Path, share: float) -> None:
+    folder = bare(stages / "stage_I")
+    weights = folder / "model.safetensors"
+    weights.write_bytes(weights.read_bytes()[: int(share * weights.stat().st_size)])
+    with pytest.raises(UserError, match="could not be loaded") as error:
+        LLM2Vec.from_pretrained(str(folder))
+    assert str(folder) in str(error.value)
+
+
+def test_a_missing_folder_is_named(tmp_path: Path) -> None:
+    for path in (str(tmp_path / "nowhere"), "nobody/nothing-at-all"):
+        with pytest.raises(UserError) as error:
+            LLM2Vec.from_pretrained(path)
+        assert path in str(error.value)
+
+
+# --- hand-over ---
+
+
+def test_stage_I_keeps_the_head_and_stage_II_leaves_it(
+    stages: Path, caplog: pytest.LogCaptureFixture, recwarn: pytest.WarningsRecorder
+) -> None:
+    """Every tensor is saved to the bit; Stage II takes the decoder without a word about the head."""
+    trained = tiny_model("llama", True, initializer_range=0.2, tie_word_embeddings=False).state_dict()
+    saved = load_file(stages / "stage_I/model.safetensors")
+    assert "lm_head.weight" in saved and saved.keys() == trained.keys()
+    assert all(torch.equal(saved[name], tensor) for name, tensor in trained.items())
+    with caplog.at_level(logging.WARNING):
+        decoder = load_backbone(resolve_chain(str(stages / "stage_I"), ())).state_dict()
+    assert not caplog.records
+    assert not list(recwarn)
+    assert {f"model.{name}" for name in decoder} == trained.keys() - {"lm_head.weight"}
+    assert all(torch.equal(tensor, trained[f"model.{name}"]) for name, tensor in decoder.items())
+    whole = load_backbone(resolve_chain(str(stages / "stage_I"), ()), with_lm_head=True).state_dict()
+    assert torch.equal(whole["lm_head.weight"], trained["lm_head.weight"])
+
+
+def test_a_tied_head_stays_tied(tmp_path: Path) -> None:
+    model = tiny_model("llama", True, initializer_range=0.2, tie_word_embeddings=True)
+    save_checkpoint(tmp_path, model, family_tokenizer("llama"), SETTINGS)
+    loaded = load_backbone(Chain(str(tmp_path), ()), with_lm_head=True)
+    assert loaded.get_output_embeddings().weight is loaded.get_input_embeddings().weight  # type: ignore[union-attr]
+    assert torch.equal(loaded.get_input_embeddings().weight, model.get_input_embeddings().weight)
+
+
+def test_adapters_go_onto_the_decoder_of_a_model_with_a_head(stages: Path) -> None:
+    """Stage I from a base with an adapter: merged into the decoder, and the head stays."""
+    chain = resolve_chain(str(stages / "stage_II"), ())
+    assert chain == Chain(str(stages / "stage_I"), (str(stages / "stage_II"),))
+    with_head = load_backbone(chain, with_lm_head=True)
+    without = load_backbone(chain)
+    plain = load_backbone(Chain(chain.base, ()), with_lm_head=True)
+    assert isinstance(with_head, LlamaForCausalLM)
+    states = with_head.model.state_dict()
+    assert states.keys() == without.state_dict().keys()
+    assert all(torch.equal(states[name], tensor) for name, tensor in without.state_dict().items())
+    merged = with_head.model.layers[0].mlp.up_proj.weight
+    assert not torch.equal(merged, plain.model.layers[0].mlp.up_proj.weight)  # type: ignore[union-attr]
+    assert torch.equal(with_head.lm_head.weight, plain.lm_head.weight)  # type: ignore[union-attr]
+
+
+# --- the tokenizer ---
+
+
+def swap_two_letters(folder: Path) -> None:
+    """Another vocabulary in a file of the same size."""
+    file = folder / "tokenizer.json"
+    content = json.loads(file.read_text(encoding="utf-8"))
+    vocabulary = content["model"]["vocab"]
+    vocabulary["q"], vocabulary["w"] = vocabulary["w"], vocabulary["q"]
+    file.write_text(json.dumps(content, indent=2, ensure_ascii=False), encoding="utf-8")
+
+
+def test_a_changed_tokenizer_is_refused(stages: Path) -> None:
+    load(stages)
+    size = (stages / "stage_I/tokenizer.json").stat().st_size
+    swap_two_letters(stages / "stage_I")
+    assert (stages / "stage_I/tokenizer.json").stat().st_size == size  # so its size does not give it away
+    with pytest.raises(UserError, match="renders the checkpoint's probe texts to other token ids") as error:
+        load(stages)
+    assert str(stages / "stage_I") in str(error.value)
+
+
+# --- llm2vec_config.json ---
+
+
+def test_upstreams_own_settings_file_loads(stages: Path) -> None:
+    """The four keys that upstream LLM2Vec writes."""
+    folder = bare(stages / "stage_I")
+    upstream = {"pooling_mode": "mean", "max_length": 512, "doc_max_length": 400, "skip_instruction": True}
+    (folder / SETTINGS_FILE).write_text(json.dumps(upstream), encoding="utf-8")
+    model = LLM2Vec.from_pretrained(str(folder))
+    assert model.settings == EncoderSettings("mean", 512, 400, True, "llama3", " ", "bidirectional")
+    upstream["pooling_mode"] = "eos_token"
+    (folder / SETTINGS_FILE).write_text(json.dumps(upstream), encoding="utf-8")
+    assert LLM2Vec.from_pretrained(str(folder)).settings.pooling_mode == "last"
+
+
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [
+        ("poling_mode", "mean"),
+        ("pooling_mode", "middle"),
+        ("pooling_mode", ["mean"]),
+        ("attention", "sideways"),
+        ("max_length", 0),
+        ("max_length", "512"),
+        ("doc_max_length", 2.5),
+        ("skip_instruction", "false"),
+        ("normalize", "no"),
+        ("template", "llama-3"),
+        ("template", 3),
+        ("instruction_join", None),
+        ("parent_adapters", "output/stage_II"),
+    ],
+    ids=str,
+)
+def test_a_wrong_setting_is_named(stages: Path, key: str, value: Any) -> None:
+    """Key and value are named, and what is allowed or needed."""
+    folder = bare(stages / "stage_I")
+    (folder / SETTINGS_FILE).write_text(json.dumps({key: value}), encoding="utf-8")
+    with pytest.raises(UserError) as error:
+        LLM2Vec.from_pretrained(str(folder))
+    assert key in str(error.value)
+    assert key == "poling_mode" or repr(value) in str(error.value)
+    assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("content", ["", "{", "[]", '"mean"', "null"])
+def test_a_settings_file_that_is_no_object_is_named(stages: Path, content: str) -> None:
+    folder = bare(stages / "stage_I")
+    (folder / SETTINGS_FILE).write_text(content, encoding="utf-8")
+    with pytest.raises(UserError, match=SETTINGS_FILE):
+        LLM2Vec.from_pretrained(str(folder))
+
+
+def test_a_setting_changed_by_hand_is_not_called_cut_short(stages: Path) -> None:
+    """Whoever edits the file hears that it was changed, and may believe it."""
+    file = stages / "stage_I" / SETTINGS_FILE
+    file.write_text(file.read_text(encoding="utf-8").replace('"max_length": 64', '"max_length": 128'), encoding="utf-8")
+    with pytest.raises(UserError) as error:
+        load(stages)
+    assert "changed" in str(error.value).replace(str(stages), "")
+    assert SETTINGS_FILE in str(error.value)
+
+
+# --- pickles ---
+
+
+def forbid_pickles(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
+    opened: list[Any] = []
+    real: Callable[..., Any] = torch.load
+
+    def watched(*arguments: Any, **keywords: Any) -> Any:
+        opened.append(arguments)
+        return real(*arguments, **keywords)
+
+    monkeypatch.setattr(torch, "load", watched)
+    return opened
+
+
+def test_a_base_that_is_a_pickle_is_not_opened(stages: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    folder = bare(stages / "stage_I")
+    weights = load_file(folder / "model.safetensors")
+    (folder / "model.safetensors").unlink()
+    torch.save(weights, folder / "pytorch_model.bin")
+    opened = forbid_pickles(monkeypatch)
+    with pytest.raises(UserError, match="safetensors"):
+        LLM2Vec.from_pretrained(str(folder))
+    assert not opened
+
+
+def test_an_adapter_that_is_a_pickle_is_not_opened(stages: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    folder = bare(stages / "stage_II", keep=(SETTINGS_FILE,))
+    weights = load_file(folder / "adapter_model.safetensors")
+    (folder / "adapter_model.safetensors").unlink()
+    torch.save(weights, folder / "adapter_model.bin")
+    opened = forbid_pickles(monkeypatch)
+    with pytest.raises(UserError, match="safetensors"):
+        load(stages, "stage_II")
+    assert not opened

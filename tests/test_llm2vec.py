@@ -1,0 +1,484 @@
+"""`LLM2Vec`: an embedding depends on its text alone, survives saving, and comes from exactly the adapters asked for."""
+
+from __future__ import annotations
+
+import inspect
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import huggingface_hub
+import numpy as np
+import pytest
+import torch
+from helpers import MODELS, family_tokenizer, tiny_model
+from peft import PeftModel
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+from transformers import AutoModel, LlamaModel, PreTrainedModel
+
+from llm2vec import LLM2Vec
+from llm2vec.backbone import attach_lora, check_attention
+from llm2vec.checkpoint import SETTINGS_FILE, EncoderSettings
+from llm2vec.types import UserError
+
+TEXTS: list[str | list[str]] = [
+    "who wrote it",
+    ["find the answer", "who wrote it"],
+    "hello",
+    ["find", "the red world, the green world and the blue world " * 3],
+    ["", "red"],
+    "the answer: question the user",
+    ["find it", "Öl 東京"],
+]
+
+
+def save_base(folder: Path, **overrides: Any) -> str:
+    """A Llama with its head and tokenizer, as base models come."""
+    tiny_model("llama", True, **({"initializer_range": 0.2} | overrides)).save_pretrained(folder)
+    family_tokenizer("llama").save_pretrained(folder)
+    return str(folder)
+
+
+def save_adapter(folder: Path, model: PreTrainedModel, seed: int, settings: dict[str, Any] | None = None) -> str:
+    """A LoRA adapter as training leaves it (B not zero), with or without our settings file."""
+    adapted = attach_lora(model, r=4, alpha=8, dropout=0.0)
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for name, parameter in adapted.named_parameters():
+            if "lora_" in name:
+                parameter.copy_(torch.randn(parameter.shape, generator=generator) * 0.3)
+    adapted.save_pretrained(str(folder))
+    (folder / "README.md").unlink(missing_ok=True)
+    if settings is not None:
+        (folder / SETTINGS_FILE).write_text(json.dumps(settings), encoding="utf-8")
+    return str(folder)
+
+
+@pytest.fixture(scope="module")
+def base(tmp_path_factory: pytest.TempPathFactory) -> str:
+    return save_base(tmp_path_factory.mktemp("base"))
+
+
+@pytest.fixture(scope="module")
+def adapters(base: str, tmp_path_factory: pytest.TempPathFactory) -> list[str]:
+    """Two adapters of the base's inner model, without settings, as upstream's older ones."""
+    folder = tmp_path_factory.mktemp("adapters")
+    return [save_adapter(folder / name, AutoModel.from_pretrained(base), i) for i, name in enumerate("AB")]
+
+
+def encode(model: LLM2Vec, texts: Sequence[Any] = TEXTS, **options: Any) -> Tensor:
+    vectors = model.encode(texts, show_progress_bar=False, **options)
+    assert isinstance(vectors, Tensor)
+    return vectors
+
+
+def apart(left: Tensor, right: Tensor) -> float:
+    """The largest difference of two sets of vectors."""
+    return float((left - right).abs().max())
+
+
+def merged_by_hand(base: str, adapters: Sequence[str]) -> LLM2Vec:
+    """The base with each adapter's alpha / r * B A added to its weights, without peft."""
+    model = AutoModel.from_pretrained(base)
+    for folder in adapters:
+        weights = load_file(Path(folder, "adapter_model.safetensors"))
+        names = [name.removesuffix(".lora_A.weight") for name in weights if "lora_A" in name]
+        assert len(names) == 14
+        for name in names:
+            module = model.get_submodule(name.removeprefix("base_model.model."))
+            module.weight.data += 8 / 4 * weights[f"{name}.lora_B.weight"] @ weights[f"{name}.lora_A.weight"]
+    return LLM2Vec(model, family_tokenizer("llama"), attention="bidirectional")
+
+
+# --- a text's embedding depends on the text alone ---
+
+
+@pytest.mark.parametrize("implementation", ["eager", "sdpa"])
+@pytest.mark.parametrize("attention", ["causal", "bidirectional"])
+@pytest.mark.parametrize("family", list(MODELS))
+def test_neighbours_order_batch_size_and_padding_side_do_not_matter(
+    family: str, attention: Any, implementation: str
+) -> None:
+    model = tiny_model(family, initializer_range=0.2)
+    model.set_attn_implementation(implementation)
+    assert model.config._attn_implementation == implementation
+    pooling_mode = "last" if attention == "causal" else "mean"
+    embedder = LLM2Vec(model, family_tokenizer(family), pooling_mode, attention=attention)
+    alone = torch.cat([encode(embedder, [text]) for text in TEXTS])
+    assert min(apart(alone[i], alone[j]) for i in range(len(TEXTS)) for j in range(i)) > 0.01
+    for batch_size in (1, 3, 32):
+        assert apart(encode(embedder, batch_size=batch_size), alone) < 1e-5
+    assert apart(encode(embedder, TEXTS[::-1]).flip(0), alone) < 1e-5
+    assert apart(encode(embedder, TEXTS[:3]), alone[:3]) < 1e-5
+    embedder.row_tokenizer.padding_side = "left"
+    assert apart(encode(embedder), alone) < 1e-5
+
+
+@pytest.mark.parametrize("family", list(MODELS))
+def test_implementations_agree_and_attentions_differ(family: str) -> None:
+    vectors = {}
+    for implementation in ("eager", "sdpa"):
+        for attention in ("causal", "bidirectional"):
+            model = tiny_model(family, initializer_range=0.2)
+            model.set_attn_implementation(implementation)
+            embedder = LLM2Vec(model, family_tokenizer(family), attention=attention)  # type: ignore[arg-type]
+            vectors[implementation, attention] = encode(embedder)
+    for attention in ("causal", "bidirectional"):
+        assert apart(vectors["eager", attention], vectors["sdpa", attention]) < 1e-5
+    assert apart(vectors["sdpa", "causal"], vectors["sdpa", "bidirectional"]) > 0.01
+
+
+# --- the attention check ---
+
+
+@pytest.mark.parametrize("family", list(MODELS))
+@pytest.mark.parametrize(
+    ("asked", "ignored"), [("bidirectional", True), ("causal", False)], ids=["always_causal", "always_bidirectional"]
+)
+def test_a_model_that_ignores_the_attention_flag_is_refused(family: str, asked: Any, ignored: bool) -> None:
+    model = tiny_model(family)
+    for attention in ("causal", "bidirectional"):
+        check_attention(model, attention)  # type: ignore[arg-type]
+    obeys = model.forward
+
+    def deaf(*arguments: Any, is_causal: bool, **keywords: Any) -> Any:
+        return obeys(*arguments, is_causal=ignored, **keywords)
+
+    model.forward = deaf  # type: ignore[method-assign]
+    with pytest.raises(UserError, match=f"attention: {asked} was asked for.*does not attend that way"):
+        check_attention(model, asked)
+
+
+def test_from_pretrained_checks_the_attention(base: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    obeys = LlamaModel.forward
+
+    def deaf(self: LlamaModel, *arguments: Any, is_causal: bool = True, **keywords: Any) -> Any:
+        return obeys(self, *arguments, **keywords)
+
+    monkeypatch.setattr(LlamaModel, "forward", deaf)
+    LLM2Vec.from_pretrained(base, enable_bidirectional=False)
+    with pytest.raises(UserError, match="bidirectional"):
+        LLM2Vec.from_pretrained(base)
+
+
+def test_the_check_leaves_dropout_and_mode_alone() -> None:
+    model = tiny_model("llama", attention_dropout=0.5).train()
+    check_attention(model, "causal")
+    assert model.training
+
+
+# --- saving and loading ---
+
+
+SETTINGS: dict[str, Any] = {
+    "pooling_mode": "last",
+    "max_length": 48,
+    "doc_max_length": 9,
+    "skip_instruction": False,
+    "template": "llama3",
+    "instruction_join": "; ",
+    "attention": "causal",
+    "normalize": True,
+}
+
+
+def test_saving_and_loading_restores_settings_and_every_bit(base: str, tmp_path: Path) -> None:
+    """Each setting differs from its default, and nothing is said at loading but the folder."""
+    default = EncoderSettings()
+    assert all(getattr(default, name) != value for name, value in SETTINGS.items() if name != "skip_instruction")
+    model = LLM2Vec(AutoModel.from_pretrained(base), family_tokenizer("llama"), **SETTINGS).eval()
+    vectors = encode(model)
+    model.save(tmp_path / "saved")
+    loaded = LLM2Vec.from_pretrained(str(tmp_path / "saved"))
+    assert loaded.settings == model.settings == EncoderSettings(**SETTINGS)
+    assert torch.equal(encode(loaded), vectors)
+    assert not loaded.training
+
+
+def test_what_the_call_says_wins_over_what_the_folder_says(base: str, tmp_path: Path) -> None:
+    LLM2Vec(AutoModel.from_pretrained(base), family_tokenizer("llama"), **SETTINGS).save(tmp_path)
+    loaded = LLM2Vec.from_pretrained(
+        str(tmp_path),
+        enable_bidirectional=True,
+        pooling_mode="mean",
+        max_length=20,
+        doc_max_length=3,
+        skip_instruction=True,
+        template="plain",
+        instruction_join=" ",
+    )
+    assert loaded.settings == EncoderSettings("mean", 20, 3, True, "plain", " ", "bidirectional", True, None)
+
+
+def test_without_a_settings_file_upstreams_defaults_hold(base: str, tmp_path: Path) -> None:
+    model = LLM2Vec.from_pretrained(base)
+    assert model.settings == EncoderSettings("mean", 512, None, True, "llama3", " ", "bidirectional")
+    model.save(tmp_path, save_config=False)
+    assert not (tmp_path / SETTINGS_FILE).exists()
+    assert torch.equal(encode(LLM2Vec.from_pretrained(str(tmp_path))), encode(model))
+
+
+@pytest.mark.parametrize(
+    ("written", "meant"), [("eos_token", "last"), ("last_token", "last"), ("bos_token", "first"), ("mean", "mean")]
+)
+def test_upstreams_names_of_pooling(base: str, written: str, meant: str) -> None:
+    assert LLM2Vec.from_pretrained(base, pooling_mode=written).settings.pooling_mode == meant
+
+
+def test_an_unknown_pooling_or_template_is_named(base: str) -> None:
+    with pytest.raises(UserError, match=r"pooling_mode is 'middle'; allowed: .*mean"):
+        LLM2Vec.from_pretrained(base, pooling_mode="middle")
+    with pytest.raises(UserError, match="template is 'llama-3'; allowed: llama3"):
+        LLM2Vec.from_pretrained(base, template="llama-3")
+
+
+# --- adapters ---
+
+
+def test_a_chain_equals_merging_by_hand(base: str, adapters: list[str]) -> None:
+    """Base, A merged, B on top: as if both products had been added to the weights."""
+    chained = LLM2Vec.from_pretrained(base, adapters)
+    assert isinstance(chained.model, PeftModel)
+    expected = encode(merged_by_hand(base, adapters))
+    assert apart(encode(chained), expected) < 1e-5
+    assert apart(encode(LLM2Vec.from_pretrained(base, adapters, merge_peft=True)), expected) < 1e-5
+    for other in ([], adapters[:1], adapters[1:]):
+        assert apart(encode(merged_by_hand(base, other)), expected) > 0.01
+
+
+def test_an_adapter_folder_serves_as_the_base(base: str, adapters: list[str], tmp_path: Path) -> None:
+    """Upstream's `-mntp` folders: the model they record lies below, even with a config.json in the folder."""
+    expected = encode(LLM2Vec.from_pretrained(base, adapters))
+    assert torch.equal(encode(LLM2Vec.from_pretrained(adapters[0], adapters[1])), expected)
+    layout = save_adapter(tmp_path / "mntp", AutoModel.from_pretrained(base), seed=0)
+    AutoModel.from_pretrained(base).config.save_pretrained(layout)
+    family_tokenizer("llama").save_pretrained(layout)
+    assert torch.equal(encode(LLM2Vec.from_pretrained(layout, adapters[1])), expected)
+    alone = encode(LLM2Vec.from_pretrained(layout))
+    assert torch.equal(alone, encode(LLM2Vec.from_pretrained(base, adapters[0])))
+
+
+def test_merged_equals_unmerged(base: str, adapters: list[str]) -> None:
+    unmerged = LLM2Vec.from_pretrained(base, adapters[0])
+    merged = LLM2Vec.from_pretrained(base, adapters[0], merge_peft=True)
+    assert isinstance(unmerged.model, PeftModel) and not isinstance(merged.model, PeftModel)
+    assert apart(encode(merged), encode(unmerged)) < 1e-5
+    assert apart(encode(merged), encode(LLM2Vec.from_pretrained(base))) > 0.01
+
+
+@pytest.mark.parametrize("how", ["saved_alone", "saved_with_base", "merged_before"])
+def test_a_saved_adapter_restores_the_chain_below_it(how: str, base: str, adapters: list[str], tmp_path: Path) -> None:
+    model = LLM2Vec.from_pretrained(base, adapters, pooling_mode="last", instruction_join="; ")
+    vectors = encode(model)
+    model.save(tmp_path, merge_before_save=how == "merged_before")
+    assert (tmp_path / "adapter_model.safetensors").exists() == (how != "merged_before")
+    assert (tmp_path / "model.safetensors").exists() == (how == "merged_before")
+    if how == "saved_with_base":
+        loaded = LLM2Vec.from_pretrained(base, [adapters[0], str(tmp_path)])
+    else:
+        loaded = LLM2Vec.from_pretrained(str(tmp_path))
+    assert loaded.settings == model.settings
+    if how == "merged_before":
+        assert loaded.settings.parent_adapters is None
+        assert torch.equal(encode(loaded), encode(model)) and apart(encode(loaded), vectors) < 1e-5
+    else:
+        assert loaded.settings.parent_adapters == (adapters[0],)
+        assert torch.equal(encode(loaded), vectors)
+
+
+@pytest.mark.parametrize("given", [[], ["A", "A"]], ids=["none_listed", "too_many_listed"])
+def test_an_adapter_without_its_parents_is_refused(
+    given: list[str], base: str, adapters: list[str], tmp_path: Path
+) -> None:
+    LLM2Vec.from_pretrained(base, adapters).save(tmp_path)
+    below = [adapters["AB".index(name)] for name in given]
+    with pytest.raises(UserError, match=r"was trained on top of .*list every adapter, innermost first"):
+        LLM2Vec.from_pretrained(base, [*below, str(tmp_path)])
+
+
+def test_a_dead_adapter_is_refused(base: str, tmp_path: Path) -> None:
+    """A fresh LoRA adapter (B is zero) changes nothing, so whoever loads it is told."""
+    attach_lora(AutoModel.from_pretrained(base), r=4, alpha=8, dropout=0.0).save_pretrained(str(tmp_path))
+    with pytest.raises(UserError, match="has no effect, every lora_B weight in it is zero"):
+        LLM2Vec.from_pretrained(base, str(tmp_path))
+
+
+def test_an_adapter_of_the_model_with_a_head_is_refused(base: str, tmp_path: Path) -> None:
+    """Its keys name other modules, so it would stay at zero without a word."""
+    adapter = save_adapter(tmp_path / "head", tiny_model("llama", True, initializer_range=0.2), seed=0)
+    with pytest.raises(UserError, match=r"does not fit LlamaModel .*it was trained on another model class"):
+        LLM2Vec.from_pretrained(base, adapter)
+
+
+@pytest.mark.parametrize(
+    "overrides", [{"hidden_size": 64}, {"num_hidden_layers": 3}, {"num_hidden_layers": 1}], ids=str
+)
+def test_an_adapter_of_another_shape_is_refused(base: str, tmp_path: Path, overrides: dict[str, int]) -> None:
+    adapter = save_adapter(tmp_path / "other", tiny_model("llama", **overrides), seed=0)
+    with pytest.raises(UserError, match=r"peft_model_name_or_path: .*other"):
+        LLM2Vec.from_pretrained(base, adapter)
+
+
+def test_a_folder_that_is_no_adapter_is_refused(base: str, tmp_path: Path) -> None:
+    for wrong in (base, str(tmp_path), str(tmp_path / "missing")):
+        with pytest.raises(UserError, match="peft_model_name_or_path"):
+            LLM2Vec.from_pretrained(base, wrong)
+
+
+# --- what encode takes and gives ---
+
+
+@pytest.fixture(scope="module")
+def model(base: str) -> LLM2Vec:
+    return LLM2Vec.from_pretrained(base)
+
+
+def test_tensor_by_default_numpy_on_request(model: LLM2Vec) -> None:
+    tensor = encode(model)
+    array = model.encode(TEXTS, show_progress_bar=False, convert_to_numpy=True)
+    assert isinstance(array, np.ndarray) and array.dtype == np.float32
+    assert np.array_equal(array, tensor.numpy())
+    assert tensor.dtype == torch.float32 and tensor.device.type == "cpu" and not tensor.requires_grad
+    both = model.encode(TEXTS, show_progress_bar=False, convert_to_numpy=True, convert_to_tensor=True)
+    assert isinstance(both, Tensor)
+
+
+def test_no_texts_give_no_vectors(model: LLM2Vec) -> None:
+    assert encode(model, []).shape == (0, 32)
+    array = model.encode([], show_progress_bar=False, convert_to_numpy=True)
+    assert isinstance(array, np.ndarray) and array.shape == (0, 32)
+
+
+def test_one_string_is_a_list_of_one(model: LLM2Vec) -> None:
+    assert torch.equal(encode(model, "who wrote it"), encode(model, ["who wrote it"]))  # type: ignore[arg-type]
+
+
+def test_an_empty_instruction_is_none(model: LLM2Vec) -> None:
+    pair, text, instructed = encode(model, [["", "who wrote it"], "who wrote it", ["find", "who wrote it"]])
+    assert apart(pair, text) < 1e-6
+    assert apart(instructed, text) > 0.01
+
+
+@pytest.mark.parametrize(
+    "entry", [3, None, 2.5, ["only one"], ["a", "b", "c"], ["a", 2], ["a", None], {"a": 1, "b": 2}], ids=repr
+)
+def test_a_bad_entry_is_named(model: LLM2Vec, entry: Any) -> None:
+    with pytest.raises(UserError, match=r"sentences\[1\] is .*; a string or an \[instruction, text\] pair is needed"):
+        encode(model, ["fine", entry])
+
+
+def test_normalize_gives_unit_vectors(base: str, tmp_path: Path) -> None:
+    plain = encode(LLM2Vec.from_pretrained(base))
+    model = LLM2Vec(
+        AutoModel.from_pretrained(base), family_tokenizer("llama"), attention="bidirectional", normalize=True
+    )
+    assert apart(encode(model), plain / plain.norm(dim=1, keepdim=True)) < 1e-6
+    assert apart(encode(model).norm(dim=1), torch.ones(len(TEXTS))) < 1e-6
+    assert float((plain.norm(dim=1) - 1).abs().min()) > 0.1
+
+
+def test_encode_is_what_forward_of_tokenize_gives(model: LLM2Vec) -> None:
+    with torch.no_grad():
+        assert apart(model(model.tokenize(TEXTS)), encode(model)) < 1e-6  # type: ignore[arg-type]
+
+
+def test_encode_leaves_dropout_off(base: str) -> None:
+    model = LLM2Vec(tiny_model("llama", attention_dropout=0.5), family_tokenizer("llama")).train()
+    assert torch.equal(encode(model), encode(model))
+
+
+# --- dtypes, names and upstream's calls ---
+
+
+@pytest.mark.parametrize("keyword", ["torch_dtype", "dtype"])
+@pytest.mark.parametrize(
+    ("value", "expected"),
+    [
+        ("bfloat16", torch.bfloat16),
+        (torch.float16, torch.float16),
+        ("float32", torch.float32),
+        ("auto", torch.float32),
+        (None, torch.float32),
+    ],
+)
+def test_dtype_by_name_or_object(base: str, keyword: str, value: Any, expected: torch.dtype) -> None:
+    model = LLM2Vec.from_pretrained(base, **{keyword: value})
+    assert {parameter.dtype for parameter in model.parameters()} == {expected}
+    assert encode(model, ["hello"]).dtype == torch.float32
+
+
+def test_auto_is_the_stored_dtype(tmp_path: Path) -> None:
+    folder = save_base(tmp_path / "half", dtype=torch.bfloat16)
+    assert LLM2Vec.from_pretrained(folder, torch_dtype="auto").model.dtype == torch.bfloat16
+
+
+def test_an_unknown_dtype_is_named(base: str) -> None:
+    with pytest.raises(UserError, match="torch_dtype is 'half'; allowed: auto, float32, bfloat16, float16"):
+        LLM2Vec.from_pretrained(base, torch_dtype="half")
+
+
+def test_upstreams_readme(base: str, adapters: list[str]) -> None:
+    """The calls of LLM2Vec's own README, word for word but for the names."""
+    l2v = LLM2Vec.from_pretrained(
+        base,
+        peft_model_name_or_path=adapters[0],
+        device_map="cpu",
+        torch_dtype=torch.bfloat16,
+        merge_peft=True,
+        pooling_mode="mean",
+        max_length=512,
+    )
+    instruction = "Given a web search query, retrieve relevant passages that answer the query:"
+    queries = [[instruction, "who wrote it"], [instruction, "the answer"]]
+    q_reps = l2v.encode(queries)
+    documents = ["hello world", "who wrote the answer", "red green blue"]
+    d_reps = l2v.encode(documents)
+    q_reps_norm = torch.nn.functional.normalize(q_reps, p=2, dim=1)
+    d_reps_norm = torch.nn.functional.normalize(d_reps, p=2, dim=1)
+    cos_sim = torch.mm(q_reps_norm, d_reps_norm.transpose(0, 1))
+    assert cos_sim.shape == (2, 3)
+    exact = LLM2Vec.from_pretrained(base, adapters[0], pooling_mode="mean")
+    expected = torch.nn.functional.cosine_similarity(
+        encode(exact, queries)[:, None], encode(exact, documents)[None], dim=-1
+    )
+    assert apart(cos_sim, expected) < 0.05  # bfloat16 keeps 8 bits
+
+
+def test_upstreams_constructor(base: str) -> None:
+    """A loaded model and tokenizer, as upstream's README wraps them after merging by hand."""
+    l2v = LLM2Vec(AutoModel.from_pretrained(base), family_tokenizer("llama"), pooling_mode="mean", max_length=512)
+    assert torch.equal(encode(l2v), encode(LLM2Vec.from_pretrained(base, enable_bidirectional=False)))
+
+
+def test_upstreams_order_of_arguments() -> None:
+    names = list(inspect.signature(LLM2Vec.from_pretrained).parameters)
+    assert names[:4] == ["base_model_name_or_path", "peft_model_name_or_path", "merge_peft", "enable_bidirectional"]
+
+
+def test_hub_names_load_from_the_cache(
+    base: str, adapters: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A base and adapters under hub names, offline, give what their folders give."""
+    names = {"someone/base": base, "someone/adapter-a": adapters[0], "someone/adapter-b": adapters[1]}
+    for name, folder in names.items():
+        repository = tmp_path / f"models--{name.replace('/', '--')}"
+        (repository / "refs").mkdir(parents=True)
+        (repository / "refs/main").write_text("0" * 40, encoding="utf-8")
+        (repository / "snapshots").mkdir()
+        (repository / "snapshots" / ("0" * 40)).symlink_to(folder, target_is_directory=True)
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(tmp_path))
+    assert huggingface_hub.constants.HF_HUB_OFFLINE
+    loaded = LLM2Vec.from_pretrained("someone/base", ["someone/adapter-a", "someone/adapter-b"])
+    assert torch.equal(encode(loaded), encode(LLM2Vec.from_pretrained(base, adapters)))
+
+
+def test_missing_weights_are_never_random(base: str, tmp_path: Path) -> None:
+    """A base that lacks a tensor is refused, and the tensor is named."""
+    folder = Path(save_base(tmp_path / "gap"))
+    weights = load_file(folder / "model.safetensors")
+    del weights["model.layers.1.mlp.up_proj.weight"]
+    save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(UserError, match=r"lacks 1 of the tensors .*layers\.1\.mlp\.up_proj\.weight"):
+        LLM2Vec.from_pretrained(str(folder))
