@@ -19,7 +19,7 @@ def main() -> None:
     config = load_config(config_path(sys.argv), "lm")
     args = training_arguments(config)
     rows = open_rows(config, num_negatives=0)
-    model, tokenizer, settings = load_model(config, with_lm_head=True)
+    model, tokenizer, settings = load_model(config, args.device, with_lm_head=True)
     # Running text, no turn: the template that embeds is the model's own and goes into the checkpoint unchanged.
     collate = CollateSides(row_tokenizer(tokenizer, dataclasses.replace(settings, template="plain")), ("text",))
     train(config, args, LanguageModelling(model), rows, collate, tokenizer, settings)

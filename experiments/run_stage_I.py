@@ -17,7 +17,7 @@ def main() -> None:
     config = load_config(config_path(sys.argv), "stage_I")
     args = training_arguments(config)
     rows = open_rows(config, num_negatives=0)
-    model, tokenizer, settings = load_model(config, with_lm_head=True)
+    model, tokenizer, settings = load_model(config, args.device, with_lm_head=True)
     objective = BidirectionalReconstruction(model, settings, config.alpha)
     renderer = row_tokenizer(tokenizer, settings, reconstruct_instruction=config.reconstruct_instruction)
     train(config, args, objective, rows, CollateSides(renderer, ("query", "positive")), tokenizer, settings)

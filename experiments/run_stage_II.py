@@ -27,7 +27,7 @@ def main() -> None:
     config = load_config(config_path(sys.argv), "stage_II")
     args = training_arguments(config)
     rows = open_rows(config, num_negatives=config.num_hard_negatives)
-    model, tokenizer, settings = load_model(config, with_lm_head=False)
+    model, tokenizer, settings = load_model(config, args.device, with_lm_head=False)
     objective = ContrastiveLearning(model, settings, config.loss_scale)
     sides = ("query", "positive", "negative") if config.num_hard_negatives else ("query", "positive")
     collate = CollateSides(row_tokenizer(tokenizer, settings), sides)

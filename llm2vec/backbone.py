@@ -9,16 +9,18 @@ from __future__ import annotations
 
 import importlib.util
 import logging
+import warnings
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple, TypeAlias
 
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model, get_peft_model_state_dict
-from peft.utils import load_peft_weights
+from peft.utils import SAFETENSORS_WEIGHTS_NAME, load_peft_weights
 from torch import Tensor
 from transformers import AutoModel, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.utils import logging as transformers_logging
+from transformers.utils.hub import cached_file
 
 from llm2vec.types import Attention, UserError
 
@@ -43,6 +45,7 @@ def load_tokenizer(path: str) -> PreTrainedTokenizerBase:
     Raises:
         UserError: there is none.
     """
+    find_file(path, "tokenizer_config.json")  # says what is wrong with a path better than the library does
     try:
         tokenizer = AutoTokenizer.from_pretrained(path)
     except (OSError, ValueError) as error:
@@ -186,18 +189,23 @@ def check_attention(model: Backbone, attention: Attention) -> None:
     """
     was_training = model.training
     model.eval()
+    dtype = next(model.parameters()).dtype
+    # FlashAttention computes in half precision only; training float32 weights with it means autocast, so the probe too.
+    flash = model.config._attn_implementation == "flash_attention_2"
+    exact = dtype in (torch.float32, torch.float64) and not flash
     embedding: Tensor = model.get_input_embeddings().weight  # type: ignore[assignment]
     vocabulary, device = embedding.shape[0], embedding.device
     ids = (torch.arange(4, device=device) * 7 + 11) % vocabulary
     rows = ids.repeat(4, 1)
     rows[:, -1] = (torch.arange(4, device=device) * 13 + 17) % vocabulary
-    state_BTD = hidden_states(model, attention, torch.ones_like(rows), input_ids=rows).float()
+    with torch.autocast(device.type, torch.bfloat16, enabled=flash and dtype == torch.float32):
+        state_BTD = hidden_states(model, attention, torch.ones_like(rows), input_ids=rows).float()
     model.train(was_training)
     moved = (state_BTD[1:, 0] - state_BTD[:1, 0]).norm(dim=-1).max()
     own = (state_BTD[1:, -1] - state_BTD[:1, -1]).norm(dim=-1).max()
     # Under causal attention the rows' first states are the same sums; half precision gets some room for kernels
     # that differ by row.
-    tolerance = 1e-5 if next(model.parameters()).dtype in (torch.float32, torch.float64) else 5e-3
+    tolerance = 1e-5 if exact else 5e-3
     if (moved <= tolerance * own) != (attention == "causal"):
         raise UserError(
             f"attention: {attention} was asked for, but {type(model).__name__} with "
@@ -207,9 +215,13 @@ def check_attention(model: Backbone, attention: Attention) -> None:
 
 def _apply_adapter(model: PreTrainedModel, path: str) -> PeftModel:
     """Put a trained adapter on `model`, and refuse one that would do nothing."""
+    if find_file(path, SAFETENSORS_WEIGHTS_NAME) is None:  # peft would open a pickle instead
+        raise UserError(f"peft_model_name_or_path: {path!r} holds no {SAFETENSORS_WEIGHTS_NAME}.")
     try:
-        wrapped = PeftModel.from_pretrained(model, path)
-        saved = load_peft_weights(path, device="cpu", use_safetensors=True)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # of keys that do not match, at length; that is checked below
+            wrapped = PeftModel.from_pretrained(model, path)
+        saved = load_peft_weights(path, device="cpu")
     except Exception as error:  # not found, other shapes, cut short: peft raises many types
         raise UserError(
             f"peft_model_name_or_path: {path!r} could not be put on the base: {first_line(error)}"
@@ -224,6 +236,25 @@ def _apply_adapter(model: PreTrainedModel, path: str) -> PeftModel:
     if not any(bool(weight.any()) for name, weight in saved.items() if "lora_B" in name):
         raise UserError(f"peft_model_name_or_path: {path!r} has no effect, every lora_B weight in it is zero.")
     return wrapped
+
+
+def find_file(path: str, name: str) -> str | None:
+    """A file of a folder or hub repository; None where it has none of that name, or the hub is out of reach.
+
+    Raises:
+        UserError: `path` is neither a folder nor a possible name of a repository.
+    """
+    try:
+        found: str | None = cached_file(
+            path,
+            name,
+            _raise_exceptions_for_gated_repo=False,
+            _raise_exceptions_for_missing_entries=False,
+            _raise_exceptions_for_connection_errors=False,
+        )
+    except OSError as error:
+        raise UserError(f"{path!r} is neither a folder nor the name of a repository on the hub.") from error
+    return found
 
 
 def local_folder(path: str) -> Path | None:

@@ -26,10 +26,9 @@ from typing import Any, get_args
 
 from peft import PeftConfig
 from transformers import PreTrainedTokenizerBase
-from transformers.utils.hub import cached_file
 from transformers.utils.peft_utils import find_adapter_config_file
 
-from llm2vec.backbone import Backbone, Chain, local_folder
+from llm2vec.backbone import Backbone, Chain, find_file, local_folder
 from llm2vec.types import POOLING_ALIASES, Attention, PoolingMode, UserError
 
 SETTINGS_FILE = "llm2vec_config.json"
@@ -65,7 +64,7 @@ class EncoderSettings:
     parent_adapters: tuple[str, ...] | None = None
 
     def __post_init__(self) -> None:
-        mode = POOLING_ALIASES.get(self.pooling_mode)
+        mode = POOLING_ALIASES.get(self.pooling_mode) if isinstance(self.pooling_mode, str) else None
         if mode is None:
             raise UserError(f"pooling_mode is {self.pooling_mode!r}; allowed: {', '.join(POOLING_ALIASES)}.")
         object.__setattr__(self, "pooling_mode", mode)
@@ -75,6 +74,11 @@ class EncoderSettings:
             value = getattr(self, name)
             if value is not None and (type(value) is not int or value < 1):
                 raise UserError(f"{name} is {value!r}; a whole number above 0 is needed.")
+        for name in ("skip_instruction", "normalize"):
+            if type(getattr(self, name)) is not bool:
+                raise UserError(f"{name} is {getattr(self, name)!r}; true or false is needed.")
+        if not isinstance(self.instruction_join, str):
+            raise UserError(f"instruction_join is {self.instruction_join!r}; a string is needed.")
         if self.parent_adapters is not None:
             object.__setattr__(self, "parent_adapters", tuple(self.parent_adapters))
 
@@ -86,7 +90,7 @@ def read_settings(path: str) -> dict[str, Any]:
         UserError: the folder is cut short, or the file is no JSON object with known keys.
     """
     check_complete(path)
-    file = _find(path, SETTINGS_FILE)
+    file = find_file(path, SETTINGS_FILE)
     if file is None:
         return {}
     settings = _read_json(Path(file))
@@ -106,22 +110,6 @@ def read_probe_ids(path: str) -> list[list[int]] | None:
     return recorded
 
 
-def has_file(path: str, name: str) -> bool:
-    """Whether a folder or hub repository holds a file of that name."""
-    return _find(path, name) is not None
-
-
-def _find(path: str, name: str) -> str | None:
-    found: str | None = cached_file(
-        path,
-        name,
-        _raise_exceptions_for_gated_repo=False,
-        _raise_exceptions_for_missing_entries=False,
-        _raise_exceptions_for_connection_errors=False,
-    )
-    return found
-
-
 def resolve_chain(base: str, adapters: Sequence[str]) -> Chain:
     """Spell out what is loaded: the true base, then every adapter in order.
 
@@ -136,6 +124,7 @@ def resolve_chain(base: str, adapters: Sequence[str]) -> Chain:
         UserError: an adapter was trained on top of adapters that are not listed before it. Loading it without them
             would give wrong embeddings and no other sign.
     """
+    check_complete(base)
     chain = list(adapters)
     if (recorded_base := _adapter_base(base)) is not None:
         chain = [*(read_settings(base).get("parent_adapters") or ()), base, *chain]
@@ -181,7 +170,7 @@ def check_complete(path: str) -> None:
         actual = file.stat().st_size if file.is_file() else None
         if actual != size:
             found = "missing" if actual is None else f"{actual} bytes long instead of {size}"
-            raise UserError(f"{folder}: this checkpoint is cut short: {name} is {found}.")
+            raise UserError(f"{folder}: this checkpoint was cut short, or changed since: {name} is {found}.")
 
 
 def save_checkpoint(

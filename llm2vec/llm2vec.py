@@ -20,10 +20,9 @@ from torch import Tensor, nn
 from tqdm.auto import trange
 from transformers import PreTrainedTokenizerBase
 
-from llm2vec.backbone import Backbone, check_attention, hidden_states, load_backbone, load_tokenizer
+from llm2vec.backbone import Backbone, check_attention, find_file, hidden_states, load_backbone, load_tokenizer
 from llm2vec.checkpoint import (
     EncoderSettings,
-    has_file,
     read_probe_ids,
     read_settings,
     resolve_chain,
@@ -143,7 +142,7 @@ class LLM2Vec(nn.Module):
         }
         parents = {"parent_adapters": chain.adapters[:-1] if chain.adapters and not merge_peft else None}
         settings = EncoderSettings(**{**recorded, **{k: v for k, v in given.items() if v is not None}, **parents})
-        tokenizer = load_tokenizer(outermost if has_file(outermost, "tokenizer_config.json") else chain.base)
+        tokenizer = load_tokenizer(outermost if find_file(outermost, "tokenizer_config.json") else chain.base)
         model = load_backbone(
             chain,
             dtype=parse_dtype(dtype if dtype is not None else torch_dtype),
@@ -151,6 +150,8 @@ class LLM2Vec(nn.Module):
             device_map=device_map,
             merge_last=merge_peft,
         )
+        if device_map is None and model.config._attn_implementation == "flash_attention_2":
+            model.to("cuda")  # type: ignore[arg-type]  # where `encode` would move it, and the only place this attention runs
         check_attention(model, settings.attention)
         loaded = cls(model, tokenizer, **dataclasses.asdict(settings))
         if recorded and loaded.settings == EncoderSettings(**{**recorded, **parents}):
@@ -246,8 +247,8 @@ def as_instructed(texts: Sequence[str] | Sequence[Sequence[str]]) -> list[Instru
     for i, entry in enumerate(texts):
         if isinstance(entry, str):
             instructed.append(InstructedText("", entry))
-        elif len(entry) == 2 and all(isinstance(part, str) for part in entry):
-            instructed.append(InstructedText(entry[0], entry[1]))
+        elif isinstance(entry, list | tuple) and len(entry) == 2 and all(isinstance(part, str) for part in entry):
+            instructed.append(InstructedText(*entry))
         else:
             raise UserError(f"sentences[{i}] is {entry!r}; a string or an [instruction, text] pair is needed.")
     return instructed

@@ -17,6 +17,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Literal
 
+import torch
 from torch import nn
 from transformers import PreTrainedTokenizerBase, TrainingArguments, set_seed
 
@@ -74,7 +75,9 @@ def open_rows(config: Config, num_negatives: int) -> TrainingRows:
     )
 
 
-def load_model(config: Config, *, with_lm_head: bool) -> tuple[Backbone, PreTrainedTokenizerBase, EncoderSettings]:
+def load_model(
+    config: Config, device: torch.device, *, with_lm_head: bool
+) -> tuple[Backbone, PreTrainedTokenizerBase, EncoderSettings]:
     """Base, merged adapters and, with `use_peft`, a fresh LoRA adapter; the tokenizer; how texts become vectors.
 
     Settings that a parent checkpoint recorded must agree with the config's where those change what a row of tokens
@@ -95,6 +98,7 @@ def load_model(config: Config, *, with_lm_head: bool) -> tuple[Backbone, PreTrai
         attn_implementation=config.attn_implementation,
         with_lm_head=with_lm_head,
     )
+    model.to(device)  # type: ignore[arg-type]  # FlashAttention cannot be probed on the CPU
     check_attention(model.base_model if with_lm_head else model, settings.attention)  # type: ignore[arg-type]
     if config.checkpointing is not None:
         enable_checkpointing(model, config.checkpointing)

@@ -41,7 +41,7 @@ class EmbedderTrainer(Trainer):
         sampler: order of the rows; consecutive rows fill one micro-batch of one process after the other.
         reduction: `token_mean`: every loss part is a mean over the terms of the whole optimiser step; or
             `micro_batch_mean`: a mean over micro-batches of each micro-batch's mean.
-        save_to: writes the model into a folder; called on the main process.
+        save_to: writes the model into a folder, which it makes; called on the main process.
         stop_after_n_steps: end here, whatever the schedule's horizon.
     """
 
@@ -68,7 +68,7 @@ class EmbedderTrainer(Trainer):
         self._save_to = save_to
         self._parts: dict[str, Tensor] = {}
         self._num_tokens = 0.0
-        self._last_log = (time.monotonic(), 0)
+        self._last_log: tuple[float, int] | None = None
         self.add_callback(StopAfter(stop_after_n_steps))
         self.add_callback(JsonLog())
         if not args.disable_tqdm:
@@ -82,6 +82,8 @@ class EmbedderTrainer(Trainer):
         self, epoch_iterator: Iterator[Batch], num_batches: int, device: torch.device
     ) -> tuple[list[Batch], Any]:
         """An optimiser step's micro-batches, and how many loss terms they hold on all ranks together."""
+        if self._last_log is None:
+            self._last_log = (time.monotonic(), self.state.global_step)
         batches, _ = super().get_batch_samples(epoch_iterator, num_batches, device)
         if not batches:
             return batches, None
@@ -111,7 +113,7 @@ class EmbedderTrainer(Trainer):
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         """Add the loss parts' means over the steps since the last entry, and the tokens a second."""
-        if "loss" in logs and self._parts:
+        if "loss" in logs and self._parts and self._last_log is not None:
             then, step_then = self._last_log
             self._last_log = (time.monotonic(), self.state.global_step)
             num_steps = self.state.global_step - step_then

@@ -47,7 +47,7 @@ class Example(NamedTuple):
     negatives: tuple[InstructedText, ...]
 
 
-#: One tokenised side: `input_ids`, `attention_mask`, `pool_mask`, `text_mask`, each [B, T].
+#: One tokenised side: `input_ids`, `attention_mask`, `pool_mask`, `target_mask`, each [B, T].
 TokenBatch: TypeAlias = dict[str, Tensor]
 
 #: What the collator yields: a TokenBatch for each of "query", "positive" and (Stage II) "negative".

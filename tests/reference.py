@@ -57,9 +57,9 @@ def exact(model: nn.Module) -> nn.Module:
     for module in model.double().modules():
         name = type(module).__name__
         if name.endswith("RMSNorm"):
-            module.forward = partial(norm, module, name.startswith("Gemma"))  # type: ignore[method-assign]
+            module.forward = partial(norm, module, name.startswith("Gemma"))
         elif name.endswith("RotaryEmbedding"):
-            module.forward = partial(rotary, module)  # type: ignore[method-assign]
+            module.forward = partial(rotary, module)
     return model
 
 

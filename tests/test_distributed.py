@@ -46,7 +46,7 @@ class Step(NamedTuple):
 def stage_one() -> tuple[nn.Module, CollateSides]:
     model = reference.exact(tiny_model("llama", True, initializer_range=0.2))
     collate = CollateSides(row_tokenizer(family_tokenizer("llama"), SETTINGS), ("query", "positive"))
-    return BidirectionalReconstruction(model, SETTINGS), collate  # type: ignore[arg-type]
+    return BidirectionalReconstruction(model, SETTINGS), collate
 
 
 def stage_two() -> tuple[nn.Module, CollateSides]:
@@ -56,7 +56,7 @@ def stage_two() -> tuple[nn.Module, CollateSides]:
         if "lora_B" in name:
             nn.init.normal_(parameter, std=0.3)
     collate = CollateSides(row_tokenizer(family_tokenizer("llama"), SETTINGS), ("query", "positive", "negative"))
-    return ContrastiveLearning(model, SETTINGS), collate  # type: ignore[arg-type]
+    return ContrastiveLearning(model, SETTINGS), collate
 
 
 STAGES = {"stage_I": stage_one, "stage_II": stage_two}
@@ -78,7 +78,7 @@ def take_step(name: str, wrap: bool) -> Step:
     """One step over this rank's rows, by the trainer's rule: totals of all ranks, loss times ranks, the wrapper."""
     objective, collate = STAGES[name]()
     batch: Batch = collate(own_rows(ROWS))
-    totals = {part: sum_over_ranks(count) for part, count in objective.count(batch).items()}  # type: ignore[operator]
+    totals = {part: sum_over_ranks(count) for part, count in objective.count(batch).items()}
     model = DistributedDataParallel(objective) if wrap else objective  # kept: its hooks die with it
     parts = model(batch, totals)
     (parts["loss"] * world_size()).backward()
@@ -150,7 +150,7 @@ def test_gathered_rows_and_their_gradient_equal_one_process(ranks: list[dict[str
     torch.testing.assert_close(actual, rows.grad, rtol=1e-12, atol=0)
     alone = VECTORS.clone().requires_grad_()
     weighted(alone, 0).backward()  # what rank 0 would keep if gradients did not travel
-    assert not torch.allclose(actual[:3], alone.grad[:3], rtol=0.01)  # type: ignore[index]
+    assert not torch.allclose(actual[:3], alone.grad[:3], rtol=0.01)
 
 
 def test_sum_over_ranks_adds_and_leaves_its_input_alone(ranks: list[dict[str, Any]]) -> None:
@@ -293,10 +293,10 @@ def test_torchrun_equals_python(folder: Path, plain: Outcome) -> None:
     ids=str,
 )
 def test_stage_I_does_not_depend_on_the_layout(
-    processes: int, layout: dict[str, Any], folder: Path, plain: Outcome, request: pytest.FixtureRequest
+    processes: int, layout: dict[str, Any], folder: Path, plain: Outcome
 ) -> None:
     """Processes, accumulation and recomputing are one equivalence class."""
-    name = f"layout-{abs(hash(request.node.name))}"
+    name = "-".join(map(str, [processes, *layout.values()]))
     assert_same_run(train("stage_I", folder, name, processes, total_batch_size=8, **layout), plain, STAGE_I_PARTS)
 
 

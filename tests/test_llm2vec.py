@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 import json
+import re
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -69,7 +70,7 @@ def adapters(base: str, tmp_path_factory: pytest.TempPathFactory) -> list[str]:
 
 
 def encode(model: LLM2Vec, texts: Sequence[Any] = TEXTS, **options: Any) -> Tensor:
-    vectors = model.encode(texts, show_progress_bar=False, **options)
+    vectors = model.encode(texts, show_progress_bar=False, device="cpu", **options)
     assert isinstance(vectors, Tensor)
     return vectors
 
@@ -123,7 +124,7 @@ def test_implementations_agree_and_attentions_differ(family: str) -> None:
         for attention in ("causal", "bidirectional"):
             model = tiny_model(family, initializer_range=0.2)
             model.set_attn_implementation(implementation)
-            embedder = LLM2Vec(model, family_tokenizer(family), attention=attention)  # type: ignore[arg-type]
+            embedder = LLM2Vec(model, family_tokenizer(family), attention=attention)
             vectors[implementation, attention] = encode(embedder)
     for attention in ("causal", "bidirectional"):
         assert apart(vectors["eager", attention], vectors["sdpa", attention]) < 1e-5
@@ -140,13 +141,13 @@ def test_implementations_agree_and_attentions_differ(family: str) -> None:
 def test_a_model_that_ignores_the_attention_flag_is_refused(family: str, asked: Any, ignored: bool) -> None:
     model = tiny_model(family)
     for attention in ("causal", "bidirectional"):
-        check_attention(model, attention)  # type: ignore[arg-type]
+        check_attention(model, attention)
     obeys = model.forward
 
     def deaf(*arguments: Any, is_causal: bool, **keywords: Any) -> Any:
         return obeys(*arguments, is_causal=ignored, **keywords)
 
-    model.forward = deaf  # type: ignore[method-assign]
+    model.forward = deaf
     with pytest.raises(UserError, match=f"attention: {asked} was asked for.*does not attend that way"):
         check_attention(model, asked)
 
@@ -305,6 +306,7 @@ def test_a_dead_adapter_is_refused(base: str, tmp_path: Path) -> None:
         LLM2Vec.from_pretrained(base, str(tmp_path))
 
 
+@pytest.mark.filterwarnings("ignore:Found missing adapter keys")
 def test_an_adapter_of_the_model_with_a_head_is_refused(base: str, tmp_path: Path) -> None:
     """Its keys name other modules, so it would stay at zero without a word."""
     adapter = save_adapter(tmp_path / "head", tiny_model("llama", True, initializer_range=0.2), seed=0)
@@ -312,6 +314,7 @@ def test_an_adapter_of_the_model_with_a_head_is_refused(base: str, tmp_path: Pat
         LLM2Vec.from_pretrained(base, adapter)
 
 
+@pytest.mark.filterwarnings("ignore:Found missing adapter keys")
 @pytest.mark.parametrize(
     "overrides", [{"hidden_size": 64}, {"num_hidden_layers": 3}, {"num_hidden_layers": 1}], ids=str
 )
@@ -323,7 +326,7 @@ def test_an_adapter_of_another_shape_is_refused(base: str, tmp_path: Path, overr
 
 def test_a_folder_that_is_no_adapter_is_refused(base: str, tmp_path: Path) -> None:
     for wrong in (base, str(tmp_path), str(tmp_path / "missing")):
-        with pytest.raises(UserError, match="peft_model_name_or_path"):
+        with pytest.raises(UserError, match=re.escape(wrong)):
             LLM2Vec.from_pretrained(base, wrong)
 
 
@@ -337,22 +340,22 @@ def model(base: str) -> LLM2Vec:
 
 def test_tensor_by_default_numpy_on_request(model: LLM2Vec) -> None:
     tensor = encode(model)
-    array = model.encode(TEXTS, show_progress_bar=False, convert_to_numpy=True)
+    array = model.encode(TEXTS, show_progress_bar=False, device="cpu", convert_to_numpy=True)
     assert isinstance(array, np.ndarray) and array.dtype == np.float32
     assert np.array_equal(array, tensor.numpy())
     assert tensor.dtype == torch.float32 and tensor.device.type == "cpu" and not tensor.requires_grad
-    both = model.encode(TEXTS, show_progress_bar=False, convert_to_numpy=True, convert_to_tensor=True)
+    both = model.encode(TEXTS, show_progress_bar=False, device="cpu", convert_to_numpy=True, convert_to_tensor=True)
     assert isinstance(both, Tensor)
 
 
 def test_no_texts_give_no_vectors(model: LLM2Vec) -> None:
     assert encode(model, []).shape == (0, 32)
-    array = model.encode([], show_progress_bar=False, convert_to_numpy=True)
+    array = model.encode([], show_progress_bar=False, device="cpu", convert_to_numpy=True)
     assert isinstance(array, np.ndarray) and array.shape == (0, 32)
 
 
 def test_one_string_is_a_list_of_one(model: LLM2Vec) -> None:
-    assert torch.equal(encode(model, "who wrote it"), encode(model, ["who wrote it"]))  # type: ignore[arg-type]
+    assert torch.equal(encode(model, "who wrote it"), encode(model, ["who wrote it"]))
 
 
 def test_an_empty_instruction_is_none(model: LLM2Vec) -> None:
@@ -381,7 +384,7 @@ def test_normalize_gives_unit_vectors(base: str, tmp_path: Path) -> None:
 
 def test_encode_is_what_forward_of_tokenize_gives(model: LLM2Vec) -> None:
     with torch.no_grad():
-        assert apart(model(model.tokenize(TEXTS)), encode(model)) < 1e-6  # type: ignore[arg-type]
+        assert apart(model(model.tokenize(TEXTS)), encode(model)) < 1e-6
 
 
 def test_encode_leaves_dropout_off(base: str) -> None:

@@ -27,9 +27,11 @@ from mteb.types import PromptType
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
-from llm2vec import mteb_adapter
+from llm2vec import mteb_adapter, revision
 from llm2vec.checkpoint import EncoderSettings
-from llm2vec.mteb_adapter import LLM2VecEncoder, evaluate, load_instructions, load_tasks, model_name
+from llm2vec.eval_files import load_instructions, parts_of
+from llm2vec.mteb_adapter import LLM2VecEncoder, evaluate, load_tasks
+from llm2vec.revision import checkpoint_revision, model_name
 from llm2vec.types import UserError
 
 ROOT = Path(__file__).parents[1]
@@ -173,8 +175,8 @@ SYMMETRIC = {"STS12", "TwitterURLCorpus", "Banking77Classification", "TwentyNews
 
 
 def in_memory(name: str) -> AbsTask:
-    task = mteb_adapter._find_task(name, None)
-    for part in mteb_adapter._parts(task) or [task]:
+    task = mteb_adapter.find_task(name)
+    for part in parts_of(task) or [task]:
         part.dataset = ROWS[name]()
         part.data_loaded = True
     return task
@@ -254,7 +256,7 @@ def test_a_keyword_without_effect_is_refused(make_encoder: Callable[..., Logging
 def test_the_table_covers_the_benchmark_and_the_parts_of_its_aggregate() -> None:
     names = set()
     for task in mteb.get_benchmark(mteb_adapter.BENCHMARK).tasks:
-        names |= {task.metadata.name, *(part.metadata.name for part in mteb_adapter._parts(task))}
+        names |= {task.metadata.name, *(part.metadata.name for part in parts_of(task))}
     assert names == set(load_instructions(TABLE)) and len(names) == 56 + 12
     assert all(text.endswith(":") and text == text.strip() for text in INSTRUCTIONS.values())
     assert "notcounterfactual" in INSTRUCTIONS["AmazonCounterfactualClassification"]
@@ -312,10 +314,10 @@ def test_the_revision_follows_all_that_decides_a_score(
 def test_a_model_of_the_hub_is_known_by_its_commit(
     make_encoder: Callable[..., LoggingEncoder], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    assert mteb_adapter._checkpoint_revision("org/never-loaded") == "org/never-loaded"
+    assert checkpoint_revision("org/never-loaded") == "org/never-loaded"
     cached = "/cache/models--org--name/snapshots/0123abc/config.json"
-    monkeypatch.setattr(mteb_adapter, "try_to_load_from_cache", lambda *_: cached)
-    assert mteb_adapter._checkpoint_revision("org/name") == "0123abc"
+    monkeypatch.setattr(revision, "try_to_load_from_cache", lambda *_: cached)
+    assert checkpoint_revision("org/name") == "0123abc"
 
 
 def test_a_directory_without_weights_is_refused(checkpoint: Path, make_encoder: Callable[..., LoggingEncoder]) -> None:
@@ -396,7 +398,7 @@ def test_the_parts_of_an_aggregate_are_read_from_local_copies(
     (task,) = load_tasks(["CQADupstackRetrieval"], hub)
     encoder = make_encoder()
     assert evaluate(encoder, [task], tmp_path / "results")["CQADupstackRetrieval"]["main_score"] == 1.0
-    assert {name for name, *_ in encoder.log} == {part.metadata.name for part in mteb_adapter._parts(task)}
+    assert {name for name, *_ in encoder.log} == {part.metadata.name for part in parts_of(task)}
     assert not any(part.data_loaded for part in mteb.get_task("CQADupstackRetrieval").metadata.tasks)
 
 

@@ -8,9 +8,8 @@ from pathlib import Path
 import pytest
 from matplotlib.colors import to_hex
 
-from llm2vec.report import (
+from llm2vec.figures import (
     STAGE_COLOURS,
-    Context,
     Score,
     Stage,
     by_stage_figure,
@@ -19,11 +18,8 @@ from llm2vec.report import (
     losses_figure,
     read_log,
     run_means,
-    score_table,
-    terminal_table,
-    verdicts,
-    write_report,
 )
+from llm2vec.report import Context, score_table, terminal_table, verdicts, write_report
 from llm2vec.types import UserError
 
 CONTEXT = Context("A <title>", (1, 2), {"training pairs": 30506}, {"Control": "plain <b>text</b> & more"})

@@ -315,7 +315,7 @@ def test_reduction_by_hand(reduction: Reduction, tmp_path: Path) -> None:
     EmbedderTrainer(
         objective,
         args,
-        ROWS,  # type: ignore[arg-type]
+        ROWS,
         collate,
         SequentialSampler(ROWS),
         reduction=reduction,
@@ -376,7 +376,7 @@ def test_gradient_reaches_the_embedding_table_through_the_anchor(cut: bool) -> N
     batch = collate([row])
     if cut:
         anchor = objective.anchor
-        objective.anchor = lambda side: anchor(side).detach()  # type: ignore[method-assign]
+        objective.anchor = lambda side: anchor(side).detach()
     objective(batch, objective.count(batch))["loss"].backward()
     table = objective.model.get_input_embeddings().weight.grad
     only_in_query = set(batch["query"]["input_ids"][0].tolist()) - set(batch["positive"]["input_ids"][0].tolist())

@@ -50,7 +50,7 @@ class Vectors(ContrastiveLearning):
     """The objective over given vectors in place of a model's."""
 
     def __init__(self, loss_scale: float = 1.0, **vectors: list[list[float]]) -> None:
-        super().__init__(torch.nn.Module(), EncoderSettings(), loss_scale)  # type: ignore[arg-type]
+        super().__init__(torch.nn.Module(), EncoderSettings(), loss_scale)
         self.vectors = {side: torch.tensor(rows, dtype=torch.float64) for side, rows in vectors.items()}
         self.batch: Batch = {side: {"input_ids": rows} for side, rows in self.vectors.items()}
 

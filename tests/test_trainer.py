@@ -101,7 +101,7 @@ def run(
     trainer = EmbedderTrainer(
         toy,
         TrainingArguments(str(folder), **(defaults | arguments)),
-        list(range(num_rows)),  # type: ignore[arg-type]
+        list(range(num_rows)),
         collate,
         sampler or Numbered(num_rows),
         reduction=reduction,
@@ -274,7 +274,7 @@ def read_log(folder: Path) -> list[dict[str, Any]]:
 
 def embed(base: Path, adapter: Path | None = None) -> Tensor:
     model = LLM2Vec.from_pretrained(str(base), None if adapter is None else str(adapter))
-    vectors = model.encode([["find it", "who wrote it"], "hello world"], show_progress_bar=False)
+    vectors = model.encode([["find it", "who wrote it"], "hello world"], show_progress_bar=False, device="cpu")
     assert isinstance(vectors, Tensor)
     return vectors
 
