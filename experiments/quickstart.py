@@ -22,7 +22,7 @@ from typing import Any
 
 from tqdm import tqdm
 
-from llm2vec.config import load_config
+from llm2vec.config import Stage, load_config
 from llm2vec.run import user_errors_in_one_sentence
 from llm2vec.types import UserError
 
@@ -31,6 +31,8 @@ CONFIGS = Path("train_configs/quickstart")
 CORPUS = Path("cache/docstrings")
 TASK = "DocstringRetrieval"
 
+#: What each script trains.
+STAGES: dict[str, Stage] = {"run_lm.py": "lm", "run_stage_I.py": "stage_I", "run_stage_II.py": "stage_II"}
 #: Chains of (script, config name) that start from the base model; two chains run at a time, one core each.
 CHAINS = (
     (("run_stage_I.py", "stage_I"), ("run_stage_II.py", "stage_II")),
@@ -79,7 +81,7 @@ def train_chain(chain: Sequence[tuple[str, str]], threads: int) -> None:
 def train(script: str, name: str, threads: int) -> None:
     """Run a training script on a quickstart config, its output in a log file, its steps on a progress bar."""
     config_file, log = CONFIGS / f"{name}.json", OUTPUT / "logs" / f"{name}.log"
-    config = load_config(config_file, "stage_II" if script == "run_stage_II.py" else "lm")
+    config = load_config(config_file, STAGES[script])
     steps_file = config.output_dir / "log.jsonl"
     shutil.rmtree(config.output_dir, ignore_errors=True)  # checkpoints of an earlier quickstart
     num_steps = config.stop_after_n_steps or config.training["max_steps"]

@@ -17,6 +17,7 @@ import torch
 import torch.nn.functional as F
 from peft import PeftModel
 from torch import Tensor, nn
+from torch.nn.utils.rnn import pad_sequence
 from tqdm.auto import trange
 from transformers import PreTrainedTokenizerBase
 
@@ -28,9 +29,10 @@ from llm2vec.checkpoint import (
     resolve_chain,
     save_checkpoint,
 )
+from llm2vec.packing import can_pack, packed_hidden_states
 from llm2vec.pooling import pool
 from llm2vec.templates import infer_template
-from llm2vec.tokenization import RowTokenizer, probe_ids
+from llm2vec.tokenization import Row, RowTokenizer, probe_ids
 from llm2vec.types import Attention, InstructedText, TokenBatch, UserError
 
 logger = logging.getLogger(__name__)
@@ -200,8 +202,7 @@ class LLM2Vec(nn.Module):
         vectors = torch.zeros(len(rows), self.model.config.hidden_size)
         for start in trange(0, len(rows), batch_size, desc="Batches", disable=not show_progress_bar):
             chosen = order[start : start + batch_size]
-            batch = {k: v.to(target) for k, v in self.row_tokenizer.pad([rows[i] for i in chosen]).items()}
-            vectors[chosen] = self(batch).float().cpu()
+            vectors[chosen] = self._embed_rows([rows[i] for i in chosen], target).float().cpu()
         if self.settings.normalize:
             vectors = F.normalize(vectors, dim=-1)
         return vectors.numpy() if convert_to_numpy and not convert_to_tensor else vectors
@@ -219,6 +220,17 @@ class LLM2Vec(nn.Module):
             self.settings = dataclasses.replace(self.settings, parent_adapters=None)
         run = {"probe_ids": probe_ids(self.row_tokenizer)}
         save_checkpoint(Path(output_path), self.model, self.tokenizer, self.settings if save_config else None, run)
+
+    def _embed_rows(self, rows: Sequence[Row], device: torch.device) -> Tensor:
+        """Embeddings [B, D] of tokenised rows: packed on the CPU, where padding costs most, padded elsewhere."""
+        batch = {name: value.to(device) for name, value in self.row_tokenizer.pad(rows).items()}
+        if device.type != "cpu" or not can_pack(self.model, max(len(row.ids) for row in rows)):
+            return embed(self.model, self.settings, batch)
+        ids = [row.ids for row in rows]
+        states = packed_hidden_states(self.model, self.settings.attention, ids, device)
+        of_texts = states.split([len(text) for text in ids])
+        hidden_BTD = pad_sequence(of_texts, batch_first=True, padding_side=self.row_tokenizer.padding_side)
+        return pool(hidden_BTD, batch["pool_mask"], self.settings.pooling_mode)
 
     def _place(self, device: str | torch.device | None) -> torch.device:
         """Move the model to where it shall compute, and say where its inputs go."""

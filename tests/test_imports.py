@@ -16,7 +16,7 @@ PACKAGE = Path(__file__).parents[1] / "llm2vec"
 #: Each module may import only modules that stand before it.
 ORDER = (
     "types", "distributed", "pooling", "losses", "templates", "tokenization", "data", "config", "backbone",
-    "checkpoint", "llm2vec", "llm2vec_q2d_d2q", "llm2vec_contrastive", "llm2vec_lm", "trainer", "run",
+    "packing", "checkpoint", "llm2vec", "llm2vec_q2d_d2q", "llm2vec_contrastive", "llm2vec_lm", "trainer", "run",
     "mteb_adapter", "docstrings", "tiny", "report", "__init__",
 )  # fmt: skip
 
