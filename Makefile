@@ -2,7 +2,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: quickstart test test-slow test-gpu lint clean
+.PHONY: quickstart test test-slow test-gpu bench lint clean
 
 quickstart: .venv/installed  ## the whole method, small, on this machine: about 8 minutes after the install
 	$(BIN)/python experiments/quickstart.py
@@ -15,6 +15,9 @@ test-slow: .venv/installed  ## the tests that take longer, too
 
 test-gpu: .venv/installed  ## the tests that need a CUDA device
 	$(BIN)/python -m pytest -q -m gpu
+
+bench: .venv/installed  ## speed of encoding beside sentence-transformers
+	$(BIN)/python experiments/benchmark.py
 
 lint: .venv/installed
 	$(BIN)/ruff check .

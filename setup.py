@@ -25,7 +25,7 @@ setup(
         "tqdm",
     ],
     extras_require={
-        "eval": ["mteb>=2.26,<3"],
+        "eval": ["matplotlib", "mteb>=2.26,<3"],
         "quickstart": ["PyStemmer", "bm25s", "matplotlib"],
         "logging": ["tensorboard"],
         "dev": ["hypothesis", "mypy", "pre-commit", "pytest", "pytest-xdist", "ruff"],

@@ -121,10 +121,12 @@ def base_is_up_to_date() -> bool:
 def evaluate_and_report(started: float) -> None:
     """Score BM25 and every checkpoint on the held-out docstrings, print the table, write the page."""
     import mteb  # seconds, so not before it is needed
+    import torch
 
     from llm2vec.mteb_adapter import evaluate, load_tasks
     from llm2vec.report import Score, terminal_table, write_report
 
+    torch.set_num_threads(1)  # so small a model gains nothing from more, and loses much where cores are shared
     tasks = load_tasks([TASK], CORPUS / "eval")
     bm25 = evaluate(mteb.get_model("mteb/baseline-bm25s"), tasks, OUTPUT / "results")[TASK]["main_score"]
     along = {run: checkpoints_of(OUTPUT / run) for run in STAGE_II}

@@ -176,6 +176,11 @@ def test_bad_log_lines_are_named(tmp_path: Path, line: str) -> None:
         read_log(path)
 
 
+def test_a_missing_log_is_named(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=r"Cannot read the log .*log\.jsonl: No such file"):
+        read_log(tmp_path / "log.jsonl")
+
+
 def test_write_report(tmp_path: Path) -> None:
     losses: dict[Stage, Path] = {
         "stage_I": write_log(tmp_path / "1", [{"step": 1, "loss_q2d": 8, "loss_d2q": 7}, {"step": 9, "loss_q2d": 3}]),

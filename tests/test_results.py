@@ -67,7 +67,7 @@ def test_a_folder_without_results_is_named(tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"no results folder .*nowhere"):
         read_results(tmp_path / "nowhere")
     (tmp_path / "config.json").write_text('{"model_type": "llama"}')
-    with pytest.raises(UserError, match="holds no results; expected <Task>.json"):
+    with pytest.raises(UserError, match="holds no results; expected <Task>"):
         read_results(tmp_path)
 
 
@@ -93,7 +93,7 @@ def test_nan_is_no_score(tmp_path: Path) -> None:
 
 def test_the_split_and_the_subset_of_the_benchmark_count(tmp_path: Path) -> None:
     folder = write_results(tmp_path, {})
-    files = {
+    files: dict[str, dict[str, dict[str, float]]] = {
         "MSMARCO": {"test": {"default": 0.7}, "dev": {"default": 0.4}},
         "STS17": {"test": {"en-en": 0.9, "en-ar": 0.1}},
         "AmazonCounterfactualClassification": {"test": {"en": 0.8, "en-ext": 0.2}, "validation": {"en": 0.1}},
