@@ -22,6 +22,7 @@ from typing import Any, Literal
 
 import torch
 from transformers import TrainingArguments
+from transformers.integrations.integration_utils import get_available_reporting_integrations
 
 from llm2vec.templates import TEMPLATES
 from llm2vec.types import POOLING_ALIASES, AttnImplementation, DtypeName, Reduction, SymmetricInstructions, UserError
@@ -89,6 +90,8 @@ class Config:
         sources: which sources to read; None = all of the table.
         sources_file: a JSON table of one's own sources in place of the released archive's.
         max_train_samples: most rows of each source; None = all.
+        num_eval_rows: rows at the end of each source's file that are never trained on; with `eval_strategy`, the
+            objective's figures on them are logged as `eval_...`.
         num_hard_negatives: hard negatives a row (Stage II).
         symmetric_instructions: `documented` puts Table 6's symmetric instructions on documents too, `as_released`
             on queries only.
@@ -128,6 +131,7 @@ class Config:
     sources: list[str] | None = None
     sources_file: str | None = None
     max_train_samples: int | None = None
+    num_eval_rows: int = 0
     num_hard_negatives: int = 1
     symmetric_instructions: SymmetricInstructions = "documented"
     alpha: float = 0.2
@@ -226,9 +230,15 @@ def training_arguments(config: Config) -> TrainingArguments:
             )
         values["gradient_accumulation_steps"] = config.total_batch_size // at_once
     try:
-        return TrainingArguments(**values)
+        args = TrainingArguments(**values)
     except (ValueError, TypeError, ImportError, OSError) as error:
         raise UserError(f"training arguments: {str(error).strip().splitlines()[0]}") from error
+    available = get_available_reporting_integrations()
+    for name in [args.report_to] if isinstance(args.report_to, str) else args.report_to or ():
+        if name not in ("none", "all", *available):
+            choices = ", ".join(["none", *available])
+            raise UserError(f"report_to: {name!r} is not installed here; install it, or choose from {choices}.")
+    return args
 
 
 def _read(path: Path) -> dict[str, Any]:
@@ -270,6 +280,7 @@ def _check_values(config: Config, content: dict[str, Any], stage: Stage, path: s
     refuse(not 0 <= config.alpha <= 1, f"alpha is {config.alpha}; it must lie between 0 and 1.")
     refuse(config.loss_scale <= 0, f"loss_scale is {config.loss_scale}; it must be above 0.")
     refuse(not 0 <= config.lora_dropout < 1, f"lora_dropout is {config.lora_dropout}; it must lie in [0, 1).")
+    refuse(config.num_eval_rows < 0, f"num_eval_rows is {config.num_eval_rows}; 0 or more is needed.")
     refuse(config.num_hard_negatives < 0, f"num_hard_negatives is {config.num_hard_negatives}; 0 or more is needed.")
     for key in ("max_seq_length", "doc_max_length", "lora_r", "lora_alpha", "max_train_samples", "total_batch_size",
                 "stop_after_n_steps", "per_device_train_batch_size", "gradient_accumulation_steps"):  # fmt: skip
@@ -291,8 +302,8 @@ def _check_values(config: Config, content: dict[str, Any], stage: Stage, path: s
         "total_batch_size and gradient_accumulation_steps are both set; the second follows from the first.",
     )
     refuse(
-        content.get("eval_strategy", "no") != "no",
-        "eval_strategy: evaluation during training is not available; evaluate the saved checkpoints.",
+        content.get("eval_strategy", "no") != "no" and not config.num_eval_rows,
+        "eval_strategy is set, but num_eval_rows is 0; say how many rows of each source to hold out.",
     )
     refuse(
         bool(content.get("resume_from_checkpoint")),

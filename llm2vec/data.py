@@ -7,6 +7,7 @@ into memory. Nothing here knows a tokenizer.
 
 from __future__ import annotations
 
+import copy
 import json
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -143,6 +144,7 @@ class TrainingRows(Dataset[Example]):
         symmetric_instructions: `documented` puts a symmetric instruction on documents too (paper Table 6),
             `as_released` on queries only.
         max_rows: most rows of each source, from the start of its file; None = all.
+        num_held_out: rows at the end of each source's file that belong to `held_out()` instead.
 
     Raises:
         UserError: a file is missing, or a line is no valid row (file, line number, what is wrong).
@@ -156,14 +158,31 @@ class TrainingRows(Dataset[Example]):
         num_negatives: int = 1,
         symmetric_instructions: SymmetricInstructions = "documented",
         max_rows: int | None = None,
+        num_held_out: int = 0,
     ) -> None:
         self.files = find_files(folder, sources)
         self.sources = list(sources)
         self.num_negatives = num_negatives
         self.symmetric_instructions = symmetric_instructions
         self._tables = [read_rows(file, num_negatives) for file in self.files]
-        self.sizes = [len(t) if max_rows is None else min(len(t), max_rows) for t in self._tables]
-        self._starts = np.concatenate([[0], np.cumsum(self.sizes)])
+        for file, table in zip(self.files, self._tables, strict=True):
+            if len(table) <= num_held_out:
+                raise UserError(f"num_eval_rows is {num_held_out}, but {file} has only {len(table)} rows.")
+        self._num_held_out = num_held_out
+        available = [len(table) - num_held_out for table in self._tables]
+        self._select([0] * len(available), [n if max_rows is None else min(n, max_rows) for n in available])
+
+    def _select(self, first_rows: list[int], sizes: list[int]) -> None:
+        self._first_rows = first_rows
+        self.sizes = sizes
+        self._starts = np.concatenate([[0], np.cumsum(sizes)])
+
+    def held_out(self) -> TrainingRows:
+        """The rows at the end of each file that these leave out, as rows of their own."""
+        rows = copy.copy(self)
+        first = [len(table) - self._num_held_out for table in self._tables]
+        rows._select(first, [self._num_held_out] * len(first))
+        return rows
 
     def __len__(self) -> int:
         return int(self._starts[-1])
@@ -171,7 +190,7 @@ class TrainingRows(Dataset[Example]):
     def __getitem__(self, index: int) -> Example:
         """Row `index` of the running count, with the instruction its source gives it."""
         which = int(np.searchsorted(self._starts, index, side="right")) - 1
-        source, i = self.sources[which], int(index - self._starts[which])
+        source, i = self.sources[which], int(index - self._starts[which]) + self._first_rows[which]
         row = self._tables[which][i]
         instruction = source.instructions[i % len(source.instructions)]
         shared = instruction.symmetric and self.symmetric_instructions == "documented"

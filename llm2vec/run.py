@@ -72,6 +72,7 @@ def open_rows(config: Config, num_negatives: int) -> TrainingRows:
         num_negatives=num_negatives,
         symmetric_instructions=config.symmetric_instructions,
         max_rows=config.max_train_samples,
+        num_held_out=config.num_eval_rows,
     )
 
 
@@ -185,10 +186,21 @@ def train(
         reduction=config.reduction,
         save_to=save_to,
         stop_after_n_steps=config.stop_after_n_steps,
+        held_out=_held_out(args, rows, at_once),
     )
     trainer.train()
     trainer.save_model()
     logger.info("saved to %s", config.output_dir)
+
+
+def _held_out(args: TrainingArguments, rows: TrainingRows, at_once: int) -> tuple[TrainingRows, OneSourceBlocks] | None:
+    """The held-out rows and their order, where evaluation is on; every rank holds equally many of each block."""
+    if args.eval_strategy == "no":
+        return None
+    args.per_device_eval_batch_size = args.per_device_train_batch_size  # in-batch figures depend on it
+    args.dataloader_drop_last = True
+    held_out = rows.held_out()
+    return held_out, OneSourceBlocks(held_out, at_once, args.seed)
 
 
 def describe(

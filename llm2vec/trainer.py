@@ -43,6 +43,7 @@ class EmbedderTrainer(Trainer):
             `micro_batch_mean`: a mean over micro-batches of each micro-batch's mean.
         save_to: writes the model into a folder, which it makes; called on the main process.
         stop_after_n_steps: end here, whatever the schedule's horizon.
+        held_out: rows and their order for the figures logged as `eval_...`; None = no evaluation.
     """
 
     # The objective divides by what the whole step holds, so the loop must not divide by the accumulation again.
@@ -59,11 +60,14 @@ class EmbedderTrainer(Trainer):
         reduction: Reduction,
         save_to: Callable[[Path], None],
         stop_after_n_steps: int | None,
+        held_out: tuple[Dataset[Any], Sampler[int]] | None = None,
     ) -> None:
         args._n_gpu = min(args.n_gpu, 1)  # several cards mean torchrun here; DataParallel would split the in-batch pool
-        super().__init__(model=objective, args=args, train_dataset=rows, data_collator=collate)
+        eval_rows, eval_sampler = held_out if held_out is not None else (None, None)
+        super().__init__(model=objective, args=args, train_dataset=rows, eval_dataset=eval_rows, data_collator=collate)
         self.model_accepts_loss_kwargs = True
         self._sampler = sampler
+        self._eval_sampler = eval_sampler
         self._reduction = reduction
         self._save_to = save_to
         self._parts: dict[str, Tensor] = {}
@@ -77,6 +81,37 @@ class EmbedderTrainer(Trainer):
 
     def _get_train_sampler(self, train_dataset: Any = None) -> Sampler[int]:
         return self._sampler
+
+    def _get_eval_sampler(self, eval_dataset: Any) -> Sampler[int] | None:
+        return self._eval_sampler
+
+    def evaluate(
+        self,
+        eval_dataset: Any = None,
+        ignore_keys: list[str] | None = None,
+        metric_key_prefix: str = "eval",
+    ) -> dict[str, float]:
+        """The objective's loss parts on the held-out rows: a mean over micro-batches, each rank taking its share."""
+        started = time.monotonic()
+        was_training = self.model_wrapped.training
+        self.model_wrapped.eval()
+        sums: dict[str, Tensor] = {}
+        num_batches = 0
+        with torch.no_grad():
+            for batch in self.get_eval_dataloader():
+                names, counts = zip(*self._objective().count(batch).items(), strict=True)
+                totals = dict(zip(names, sum_over_ranks(torch.stack(counts)).unbind(), strict=True))
+                with self.compute_loss_context_manager():
+                    parts = self.model_wrapped(batch, totals)
+                sums = {name: sums.get(name, torch.zeros_like(value)) + value for name, value in parts.items()}
+                num_batches += 1
+        self.model_wrapped.train(was_training)
+        values = sum_over_ranks(torch.stack(list(sums.values())).float()) / num_batches
+        metrics = {f"{metric_key_prefix}_{name}": value for name, value in zip(sums, values.tolist(), strict=True)}
+        self.log(metrics)
+        if self._last_log is not None:  # this time was not spent on training tokens
+            self._last_log = (self._last_log[0] + time.monotonic() - started, self._last_log[1])
+        return metrics
 
     def get_batch_samples(
         self, epoch_iterator: Iterator[Batch], num_batches: int, device: torch.device

@@ -439,7 +439,7 @@ def test_the_borders_of_a_range_are_allowed(tmp_path: Path, key: str, value: Any
             "stage_I",
             "total_batch_size and gradient_accumulation_steps are both set",
         ),
-        ({"eval_strategy": "steps"}, "stage_I", "eval_strategy: evaluation during training is not available"),
+        ({"eval_strategy": "steps"}, "stage_I", "eval_strategy is set, but num_eval_rows is 0"),
         ({"use_peft": True}, "stage_I", "use_peft: stage_I trains all parameters"),
         ({"use_peft": True}, "lm", "use_peft: lm trains all parameters"),
         (
