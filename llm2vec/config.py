@@ -92,6 +92,8 @@ class Config:
         max_train_samples: most rows of each source; None = all.
         num_eval_rows: rows at the end of each source's file that are never trained on; with `eval_strategy`, the
             objective's figures on them are logged as `eval_...`.
+        nano_beir: hub name or local folder of NanoBEIR (`sentence-transformers/NanoBEIR-en`); with `eval_strategy`,
+            nDCG@10 on its 13 sets is logged as `eval_nano_...`; None = not.
         num_hard_negatives: hard negatives a row (Stage II).
         symmetric_instructions: `documented` puts Table 6's symmetric instructions on documents too, `as_released`
             on queries only.
@@ -132,6 +134,7 @@ class Config:
     sources_file: str | None = None
     max_train_samples: int | None = None
     num_eval_rows: int = 0
+    nano_beir: str | None = None
     num_hard_negatives: int = 1
     symmetric_instructions: SymmetricInstructions = "documented"
     alpha: float = 0.2

@@ -12,21 +12,21 @@ import math
 import os
 import sys
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Literal
 
 import torch
 from torch import nn
-from transformers import PreTrainedTokenizerBase, TrainingArguments, set_seed
+from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainingArguments, set_seed
 
 from llm2vec.backbone import Backbone, attach_lora, check_attention, enable_checkpointing, load_backbone, load_tokenizer
 from llm2vec.checkpoint import EncoderSettings, read_settings, resolve_chain, save_checkpoint
 from llm2vec.config import Config
 from llm2vec.data import OneSourceBlocks, TrainingRows, e5_sources, read_sources_file, select_sources
 from llm2vec.distributed import world_size
-from llm2vec.llm2vec import parse_dtype, row_tokenizer, with_template
+from llm2vec.llm2vec import LLM2Vec, parse_dtype, row_tokenizer, with_template
 from llm2vec.tokenization import RowTokenizer, probe_ids
 from llm2vec.trainer import EmbedderTrainer
 from llm2vec.types import Batch, Example, InstructedText, UserError
@@ -187,6 +187,7 @@ def train(
         save_to=save_to,
         stop_after_n_steps=config.stop_after_n_steps,
         held_out=_held_out(args, rows, at_once),
+        probe=_probe(config, args, objective.model, tokenizer, settings),
     )
     trainer.train()
     trainer.save_model()
@@ -201,6 +202,22 @@ def _held_out(args: TrainingArguments, rows: TrainingRows, at_once: int) -> tupl
     args.dataloader_drop_last = True
     held_out = rows.held_out()
     return held_out, OneSourceBlocks(held_out, at_once, args.seed)
+
+
+def _probe(
+    config: Config, args: TrainingArguments, model: Any, tokenizer: PreTrainedTokenizerBase, settings: EncoderSettings
+) -> Callable[[], dict[str, float]] | None:
+    """NanoBEIR over the model in training, where the config asks for it."""
+    if config.nano_beir is None or args.eval_strategy == "no":
+        return None
+    try:
+        from llm2vec.nano_beir import INSTRUCTIONS, NanoBeirProbe  # seconds to import, and an extra
+    except ImportError as error:
+        raise UserError('nano_beir needs sentence-transformers: pip install -e ".[eval]".') from error
+
+    has_head = isinstance(model, PreTrainedModel) and model.get_output_embeddings() is not None
+    encoder = LLM2Vec(model.base_model if has_head else model, tokenizer, **dataclasses.asdict(settings))
+    return NanoBeirProbe(encoder, config.nano_beir, list(INSTRUCTIONS), args.per_device_eval_batch_size, args.device)
 
 
 def describe(

@@ -44,6 +44,7 @@ class EmbedderTrainer(Trainer):
         save_to: writes the model into a folder, which it makes; called on the main process.
         stop_after_n_steps: end here, whatever the schedule's horizon.
         held_out: rows and their order for the figures logged as `eval_...`; None = no evaluation.
+        probe: further figures to log with those; called on every rank.
     """
 
     # The objective divides by what the whole step holds, so the loop must not divide by the accumulation again.
@@ -61,6 +62,7 @@ class EmbedderTrainer(Trainer):
         save_to: Callable[[Path], None],
         stop_after_n_steps: int | None,
         held_out: tuple[Dataset[Any], Sampler[int]] | None = None,
+        probe: Callable[[], dict[str, float]] | None = None,
     ) -> None:
         args._n_gpu = min(args.n_gpu, 1)  # several cards mean torchrun here; DataParallel would split the in-batch pool
         eval_rows, eval_sampler = held_out if held_out is not None else (None, None)
@@ -68,6 +70,7 @@ class EmbedderTrainer(Trainer):
         self.model_accepts_loss_kwargs = True
         self._sampler = sampler
         self._eval_sampler = eval_sampler
+        self._probe = probe
         self._reduction = reduction
         self._save_to = save_to
         self._parts: dict[str, Tensor] = {}
@@ -105,9 +108,11 @@ class EmbedderTrainer(Trainer):
                     parts = self.model_wrapped(batch, totals)
                 sums = {name: sums.get(name, torch.zeros_like(value)) + value for name, value in parts.items()}
                 num_batches += 1
+        further = self._probe() if self._probe is not None else {}
         self.model_wrapped.train(was_training)
         values = sum_over_ranks(torch.stack(list(sums.values())).float()) / num_batches
         metrics = {f"{metric_key_prefix}_{name}": value for name, value in zip(sums, values.tolist(), strict=True)}
+        metrics |= {f"{metric_key_prefix}_{name}": value for name, value in further.items()}
         self.log(metrics)
         if self._last_log is not None:  # this time was not spent on training tokens
             self._last_log = (self._last_log[0] + time.monotonic() - started, self._last_log[1])

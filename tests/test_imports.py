@@ -16,8 +16,9 @@ PACKAGE = Path(__file__).parents[1] / "llm2vec"
 #: Each module may import only modules that stand before it.
 ORDER = (
     "types", "distributed", "pooling", "losses", "templates", "tokenization", "data", "config", "backbone",
-    "packing", "checkpoint", "llm2vec", "llm2vec_q2d_d2q", "llm2vec_contrastive", "llm2vec_lm", "trainer", "run",
-    "mteb_adapter", "docstrings", "tiny", "report", "__init__",
+    "packing", "checkpoint", "llm2vec", "llm2vec_q2d_d2q", "llm2vec_contrastive", "llm2vec_lm",
+    "nano_beir", "trainer", "run", "mteb_adapter", "docstrings", "tiny", "figures", "report", "paper", "results",
+    "comparison", "paper_tables", "evaluation_report", "__init__",
 )  # fmt: skip
 
 FILES = sorted(PACKAGE.rglob("*.py"))
