@@ -1,4 +1,4 @@
-"""Score a model on one MTEB task, or on a retrieval set of your own.
+"""Score an embedding model on MTEB: one task, a set of tasks, or retrieval sets of your own.
 
     python experiments/mteb_eval_custom.py \
         --base_model_name_or_path meta-llama/Llama-3.2-1B-Instruct \
@@ -7,48 +7,63 @@
         --task_to_instructions_fp test_configs/mteb/task_to_instructions.json \
         --output_dir results
 
-Results lie under OUTPUT_DIR/results/MODEL/REVISION/TASK.json; the revision is made from the weights, the settings
-and the instructions, so that a second run reads an old score only where nothing has changed. Without the hub,
---local_data_dir names a directory with copies of the data sets (`mteb/sts16-sts/`, ...) or with folders of your own
-(`MySet/corpus.jsonl`, `queries.jsonl`, `qrels/test.jsonl`; --task_name MySet).
+    torchrun --nproc_per_node=8 experiments/mteb_eval_custom.py \
+        --base_model_name_or_path output/stage_I --peft_model_name_or_path output/stage_II --tasks mteb56
+
+--tasks takes names of tasks, subset15 (the paper's Table 8), mteb56, beir14 and names of mteb's benchmarks. The model
+is one of ours, a sentence-transformers model or a name that mteb knows. Results lie under
+OUTPUT_DIR/results/MODEL/REVISION/TASK.json; the revision is made from the weights, the settings and the instructions,
+so that a second run reads an old score only where nothing has changed, and goes on where the first one ended. Without
+the hub, --local_data_dir names a directory with copies of the data sets (`mteb/sts16-sts/`, ...) or with folders of
+your own (`MySet/corpus.jsonl`, `queries.jsonl`, `qrels/test.jsonl`; --tasks MySet).
 """
 
 from __future__ import annotations
 
 import argparse
+import logging
+import os
 import re
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import NoReturn
+from typing import Any, NoReturn
 
 
 def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
     """Read the command line."""
-    parser = argparse.ArgumentParser(description="Score a model on one MTEB task.", allow_abbrev=False)
-    parser.add_argument("--base_model_name_or_path", required=True, help="directory or hub name of the base model")
+    parser = argparse.ArgumentParser(description="Score an embedding model on MTEB.", allow_abbrev=False)
+    parser.add_argument("--base_model_name_or_path", required=True, help="directory or name of the (base) model")
     parser.add_argument("--peft_model_name_or_path", nargs="+", default=[], help="adapters, in the order of loading")
-    parser.add_argument("--task_name", required=True, help="one task of mteb, or a folder in --local_data_dir")
-    parser.add_argument("--task_to_instructions_fp", default="test_configs/mteb/task_to_instructions.json")
+    which = parser.add_mutually_exclusive_group(required=True)
+    which.add_argument("--task_name", help="one task of mteb, or a folder in --local_data_dir")
+    which.add_argument("--tasks", nargs="+", help="tasks, subset15, mteb56, beir14, benchmarks such as 'MTEB(eng, v2)'")
+    parser.add_argument("--task_to_instructions_fp", help="default: the paper's for our models, none for others")
     parser.add_argument("--output_dir", default="results")
     parser.add_argument("--local_data_dir", help="read data sets from here, not from the hub")
     parser.add_argument("--batch_size", type=int, default=32)
     parser.add_argument("--max_length", type=int, help="tokens a text is cut to (default: the model's own)")
-    parser.add_argument("--torch_dtype", choices=["auto", "bfloat16", "float16", "float32"], default="bfloat16")
+    dtypes = ["auto", "bfloat16", "float16", "float32"]
+    parser.add_argument("--torch_dtype", choices=dtypes, help="default: bfloat16 for our models, else the model's own")
     parser.add_argument("--attn_implementation", choices=["eager", "sdpa", "flash_attention_2"])
-    parser.add_argument("--device", help="cpu, cuda, cuda:1, ... (default: the model's own choice)")
+    parser.add_argument("--device", help="cpu, cuda, cuda:1, ... (default: a CUDA device for each worker, if any)")
+    parser.add_argument("--workers", type=int, default=1, help="processes that share the tasks (torchrun: its ranks)")
+    parser.add_argument("--dry_run", action="store_true", help="only say what it would cost")
     return parser.parse_args(argv)
 
 
-def check_paths(args: argparse.Namespace) -> None:
+def check_args(args: argparse.Namespace) -> None:
     """Refuse what is not there before torch and mteb are imported, which takes seconds."""
     for path in [args.base_model_name_or_path, *args.peft_model_name_or_path]:
         if not Path(path).is_dir() and not re.fullmatch(r"[\w.-]*\w(/[\w.-]*\w)?", path):
             fail(f"There is no model directory {path}.")
-    if not Path(args.task_to_instructions_fp).is_file():
+    if args.task_to_instructions_fp is not None and not Path(args.task_to_instructions_fp).is_file():
         fail(f"There is no file of instructions {args.task_to_instructions_fp}.")
     if args.local_data_dir is not None and not Path(args.local_data_dir).is_dir():
         fail(f"There is no directory of local data {args.local_data_dir}.")
+    for option in ("workers", "batch_size"):
+        if getattr(args, option) < 1:
+            fail(f"--{option} is {getattr(args, option)}; a whole number above 0 is needed.")
 
 
 def fail(sentence: object) -> NoReturn:
@@ -58,41 +73,55 @@ def fail(sentence: object) -> NoReturn:
 
 
 def run(args: argparse.Namespace) -> None:
-    """Load the data, then the model, score it and print the table."""
-    from llm2vec.llm2vec import LLM2Vec
-    from llm2vec.mteb_adapter import LLM2VecEncoder, evaluate, load_instructions, load_tasks
+    """Do the evaluation and print its table; a problem with a task is said after the others' scores."""
+    from llm2vec.eval_models import ModelChoice
+    from llm2vec.evaluation import Request, dry_run, evaluate_all, expand
     from llm2vec.types import UserError
 
-    paths = [args.base_model_name_or_path, *args.peft_model_name_or_path]
+    choice = ModelChoice(
+        args.base_model_name_or_path,
+        tuple(args.peft_model_name_or_path),
+        instructions_file=args.task_to_instructions_fp,
+        max_length=args.max_length,
+        torch_dtype=args.torch_dtype,
+        attn_implementation=args.attn_implementation,
+        device=args.device,
+    )
     try:
-        instructions = load_instructions(args.task_to_instructions_fp)
-        tasks = load_tasks([args.task_name], args.local_data_dir)
-        model = LLM2Vec.from_pretrained(
-            args.base_model_name_or_path,
-            peft_model_name_or_path=args.peft_model_name_or_path or None,
-            max_length=args.max_length,
-            torch_dtype=args.torch_dtype,
-            attn_implementation=args.attn_implementation,
-            device_map=args.device,
-        )
-        encoder = LLM2VecEncoder(model, paths, instructions)
-        scores = evaluate(encoder, tasks, args.output_dir, batch_size=args.batch_size, show_progress_bar=True)
+        tasks = expand(args.tasks or [args.task_name])
+        request = Request(choice, tasks, args.output_dir, args.local_data_dir, args.batch_size)
+        if args.dry_run:
+            return print("\n".join(dry_run(request, args.workers)))
+        outcome = evaluate_all(request, args.workers)
     except UserError as error:
         fail(error)
+    if outcome is not None:  # the first rank's
+        print_scores(outcome.scores)
+        if outcome.problems:
+            fail(" ".join(outcome.problems))
 
-    for task, result in scores.items():
-        print(f"\n{task}, {result['metric']} x100")
-        for split, subsets in result["scores"].items():
-            for subset, score in subsets.items():
-                print(f"  {split:<12}{subset:<12}{100 * score:8.2f}")
-        print(f"  {'mean':<24}{100 * result['main_score']:8.2f}")
-        print(f"Results: {result['result_file']}")
+
+def print_scores(scores: Mapping[str, Any]) -> None:
+    """A table of the scores; of a single task also its splits and subsets, and where they lie."""
+    if len(scores) != 1:
+        for task, result in scores.items():
+            print(f"{task:<42}{result['metric']:<36}{100 * result['main_score']:8.2f}")
+        return
+    ((task, result),) = scores.items()
+    print(f"\n{task}, {result['metric']} x100")
+    for split, subsets in result["scores"].items():
+        for subset, score in subsets.items():
+            print(f"  {split:<12}{subset:<12}{100 * score:8.2f}")
+    print(f"  {'mean':<24}{100 * result['main_score']:8.2f}")
+    print(f"Results: {result['result_file']}")
 
 
 def main(argv: Sequence[str] | None = None) -> None:
     """Run the script."""
     args = parse_args(argv)
-    check_paths(args)
+    check_args(args)
+    logging.basicConfig(format="%(message)s")
+    logging.getLogger("llm2vec").setLevel(logging.INFO if os.environ.get("RANK", "0") == "0" else logging.WARNING)
     run(args)
 
 

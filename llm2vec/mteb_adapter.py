@@ -1,6 +1,7 @@
-"""LLM2Vec models under mteb 2: the encoder, the tasks and the evaluation. The only module that imports mteb.
+"""Models and tasks under mteb 2: the encoder, the search, tasks by name, scores. The only module that imports mteb.
 
-Used by `experiments/mteb_eval_custom.py`, or in process, with the tasks loaded once for any number of models:
+Used by `experiments/mteb_eval_custom.py` through `evaluation`, or in process, with the tasks loaded once for any
+number of models:
 
     tasks = load_tasks(["SciFact", "MyOwnSet"], local_data_dir="cache/eval")
     encoder = LLM2VecEncoder(model, ["output/stage_I", "output/stage_II"], load_instructions(PATH))
@@ -12,19 +13,18 @@ from __future__ import annotations
 import copy
 import dataclasses
 import difflib
-import hashlib
-import json
+import functools
 import logging
 import random
-import re
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import Any, TypedDict, Unpack
+from typing import Any, TypedDict, TypeGuard, Unpack
 
 import mteb
 import numpy as np
-from datasets import Dataset, get_dataset_config_names
-from huggingface_hub import try_to_load_from_cache
+import torch
+from datasets import Dataset
+from mteb._create_dataloaders import create_dataloader
 from mteb.abstasks import AbsTaskRetrieval
 from mteb.abstasks.abstask import AbsTask, get_abstask_prompt
 from mteb.abstasks.aggregated_task import AbsTaskAggregate
@@ -32,23 +32,29 @@ from mteb.abstasks.retrieval_dataset_loaders import RetrievalSplitData
 from mteb.abstasks.task_metadata import TaskMetadata
 from mteb.cache import ResultCache
 from mteb.models.abs_encoder import AbsEncoder
+from mteb.models.model_implementations import MODEL_REGISTRY
 from mteb.models.model_meta import ModelMeta, ScoringFunction
-from mteb.models.models_protocols import MTEBModels
+from mteb.models.models_protocols import EncoderProtocol, MTEBModels, SearchProtocol
+from mteb.models.sentence_transformer_wrapper import SentenceTransformerEncoderWrapper, SparseEncoderWrapper
 from mteb.results import TaskResult
 from mteb.types import Array, BatchedInput, EncodeKwargs, PromptType
+from sentence_transformers import SentenceTransformer
+from torch import Tensor
 from torch.utils.data import DataLoader
 
 from llm2vec.checkpoint import resolve_chain
+from llm2vec.corpus_search import CorpusSearch, Side
+from llm2vec.eval_files import load_data, parts_of, read_retrieval, use_local_data
 from llm2vec.llm2vec import LLM2Vec
+from llm2vec.revision import checkpoint_revision, data_revision, hash_of, model_name
 from llm2vec.types import UserError
 
 logger = logging.getLogger(__name__)
 
 #: The benchmark of the paper. Its tasks are taken as it defines them: English subsets, MSMARCO on dev.
 BENCHMARK = "MTEB(eng, v1)"
-#: What decides a checkpoint's vectors, besides the settings. Not run.json: its dates would change the hash.
-CHECKPOINT_FILES = ("*.safetensors", "*config.json", "tokenizer*")
-RETRIEVAL_FILES = ("corpus.jsonl", "queries.jsonl", "qrels/test.jsonl")
+#: Words that `evaluation.expand` takes for sets of tasks; here, so that a word misspelt is told the nearest.
+TASK_SETS = ("subset15", "mteb56", "beir14")
 
 
 class TaskScore(TypedDict):
@@ -58,6 +64,9 @@ class TaskScore(TypedDict):
     main_score: float
     scores: dict[str, dict[str, float]]
     result_file: str
+
+
+# --- models ---
 
 
 class LLM2VecEncoder(AbsEncoder):
@@ -93,21 +102,22 @@ class LLM2VecEncoder(AbsEncoder):
                 "name": model_name(paths),
                 "revision": self._revision([chain.base, *chain.adapters]),
                 "similarity_fn_name": ScoringFunction.COSINE,
+                "max_tokens": model.settings.max_length,
                 "framework": ["LLM2Vec", "PyTorch"],
                 "use_instructions": True,
             }
         )
 
     def _revision(self, paths: Sequence[str]) -> str:
-        """Hash of all that decides a score, because mteb looks for old results by name and revision only."""
-        parts = {
-            "checkpoints": [_checkpoint_revision(path) for path in paths],
-            "dtype": str(next(self.model.parameters()).dtype),
-            # The adapters below are hashed with the checkpoints; where they lie does not matter.
-            "settings": dataclasses.asdict(dataclasses.replace(self.model.settings, parent_adapters=None)),
-            "instructions": self.task_to_instructions,
-        }
-        return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()[:16]
+        return hash_of(
+            {
+                "checkpoints": [checkpoint_revision(path) for path in paths],
+                "dtype": str(next(self.model.parameters()).dtype),
+                # The adapters below are hashed with the checkpoints; where they lie does not matter.
+                "settings": dataclasses.asdict(dataclasses.replace(self.model.settings, parent_adapters=None)),
+                "instructions": self.task_to_instructions,
+            }
+        )
 
     def instruction(self, task_metadata: TaskMetadata, prompt_type: PromptType | None) -> str:
         """The instruction that texts of one side of a task carry.
@@ -172,71 +182,259 @@ class LLM2VecEncoder(AbsEncoder):
         return vectors[[row_of_text[text] for text in texts]]
 
 
-def model_name(paths: Sequence[str]) -> str:
-    """A name of mteb's form "organisation/name" for a base model and its adapters.
-
-    Args:
-        paths: Directories or hub names, base model first. `output/stage_I` gives "output/stage_I", and a second one,
-            `output/stage_II`, makes it "output/stage_I+output-stage_II".
-
-    Returns:
-        The name, of letters, digits and `._+-` on either side of the slash, so that it can name a folder.
-    """
-    steps = []
-    for path in paths:
-        parts = Path(path).resolve().parts if Path(path).is_dir() else Path(path).parts
-        steps.append([_safe(part) for part in ("local", *parts)[-2:]])
-    (organisation, base), *adapters = steps
-    return f"{organisation}/{'+'.join([base, *('-'.join(adapter) for adapter in adapters)])[:150]}"
+def wrap_sentence_transformer(model: SentenceTransformer, name: str, revision: str) -> EncoderProtocol:
+    """A sentence-transformers model with its own prompts, under a name and revision that tell it from others."""
+    wrapped = SentenceTransformerEncoderWrapper(model)
+    own = {"name": name, "revision": revision, "loader": None}
+    wrapped.mteb_model_meta = wrapped.mteb_model_meta.model_copy(update=own)
+    return wrapped
 
 
-def load_instructions(path: str | Path) -> dict[str, str]:
-    """Read a table of instructions: one JSON object, task name -> instruction.
+def is_registered(name: str) -> bool:
+    """Whether mteb has a model of that name."""
+    return name in MODEL_REGISTRY
 
-    Args:
-        path: The file, for instance `test_configs/mteb/task_to_instructions.json`.
 
-    Returns:
-        The table.
+def registered_model(name: str, device: str | None) -> MTEBModels:
+    """A model from mteb's registry.
 
     Raises:
-        UserError: The file is missing, is not JSON or holds anything else.
+        UserError: mteb cannot load it here.
     """
     try:
-        table = json.loads(Path(path).read_text(encoding="utf-8"))
-    except OSError as error:
-        raise UserError(f"Cannot read the instructions {path}: {error.strerror}.") from error
-    except ValueError as error:
-        raise UserError(f"The instructions {path} are not valid JSON: {error}.") from error
-    if not isinstance(table, dict) or not all(isinstance(value, str) for value in table.values()):
-        raise UserError(f"The instructions {path} must be one JSON object, task name -> instruction (a string).")
-    return table
+        return mteb.get_model(name, device=device)
+    except (ImportError, OSError, NotImplementedError, ValueError) as error:
+        reason = str(error).strip().partition("\n")[0]
+        raise UserError(f"mteb knows the model {name} but cannot load it: {reason}") from error
+
+
+def encode_documents(model: MTEBModels, texts: list[str], batch_size: int) -> Array:
+    """Vectors of texts as a retrieval task's documents, that is with no instruction."""
+    if not is_dense(model):
+        raise UserError(f"{model.mteb_model_meta.name} gives no vectors of texts.")
+    return model.encode(
+        DataLoader(Dataset.from_dict({"text": texts}), batch_size=batch_size),
+        task_metadata=_defined_tasks(BENCHMARK)["NFCorpus"].metadata,
+        hf_split="test",
+        hf_subset="default",
+        prompt_type=PromptType.document,
+        batch_size=batch_size,
+        show_progress_bar=False,
+    )
+
+
+def is_dense(model: MTEBModels) -> TypeGuard[EncoderProtocol]:
+    """Whether a model gives one vector a text and leaves the search to us (BM25 and cross-encoders do not)."""
+    return isinstance(model, EncoderProtocol) and not isinstance(model, SearchProtocol | SparseEncoderWrapper)
+
+
+class StreamingSearch:
+    """An encoder with mteb's search protocol on top: the corpus streams by in blocks (see `search`).
+
+    Only retrieval and reranking ask for the search; all other tasks see the encoder.
+    """
+
+    def __init__(self, encoder: EncoderProtocol, found: Mapping[str, Tensor] | None = None) -> None:
+        """Wrap an encoder.
+
+        Args:
+            encoder: Gives one dense vector a text.
+            found: Merged hits from `eval_jobs.search_shard`; these searches are not made again.
+        """
+        self.encoder = encoder
+        self.found = found
+        self.mteb_model_meta = encoder.mteb_model_meta
+        self.encode = encoder.encode
+        self.similarity = encoder.similarity
+        self.similarity_pairwise = encoder.similarity_pairwise
+
+    def index(
+        self,
+        corpus: Dataset,
+        *,
+        task_metadata: TaskMetadata,
+        hf_split: str,
+        hf_subset: str,
+        encode_kwargs: EncodeKwargs,
+        num_proc: int | None = None,
+    ) -> None:
+        """Keep the corpus; `search` encodes it."""
+        self._corpus = corpus
+
+    def search(
+        self,
+        queries: Dataset,
+        *,
+        task_metadata: TaskMetadata,
+        hf_split: str,
+        hf_subset: str,
+        top_k: int,
+        encode_kwargs: EncodeKwargs,
+        top_ranked: dict[str, list[str]] | None = None,
+        num_proc: int | None = None,
+    ) -> dict[str, dict[str, float]]:
+        """Query -> document -> score, of the best `top_k` documents or of those in `top_ranked`."""
+        search = self.prepare(queries, self._corpus, task_metadata, hf_split, hf_subset, encode_kwargs)
+        if top_ranked is not None:
+            return search.rerank(top_ranked, top_k)
+        if self.found is None:
+            return search.results(search.keys(top_k))
+        if search.name not in self.found:
+            raise UserError(
+                f"The data of {task_metadata.name} changed while it was searched; remove the queue and start again."
+            )
+        return search.results(self.found[search.name])
+
+    def prepare(
+        self,
+        queries: Dataset,
+        corpus: Dataset,
+        task_metadata: TaskMetadata,
+        split: str,
+        subset: str,
+        encode_kwargs: EncodeKwargs,
+    ) -> CorpusSearch:
+        """A search by this encoder; the encoder is told what mteb would tell it."""
+
+        def loader(rows: Dataset, side: Side) -> DataLoader[BatchedInput]:
+            size = encode_kwargs.get("batch_size", 32)
+            return create_dataloader(rows, task_metadata=task_metadata, prompt_type=PromptType(side), batch_size=size)
+
+        def encode(rows: Dataset, side: Side) -> Tensor:
+            vectors = self.encoder.encode(
+                loader(rows, side),
+                task_metadata=task_metadata,
+                hf_split=split,
+                hf_subset=subset,
+                prompt_type=PromptType(side),
+                **encode_kwargs,
+            )
+            return torch.as_tensor(vectors).float()
+
+        def similarity(queries_QD: Tensor, documents_ND: Tensor) -> Tensor:
+            return torch.as_tensor(self.encoder.similarity(queries_QD, documents_ND))
+
+        texts = list(loader(queries, "query").dataset["text"])
+        return CorpusSearch(f"{subset}/{split}", queries, texts, corpus, encode, similarity)
+
+
+# --- tasks ---
 
 
 def load_tasks(task_names: Sequence[str], local_data_dir: str | Path | None = None) -> list[AbsTask]:
-    """Find tasks by name and read their data.
-
-    A name of MTEB(eng, v1) gives the task as that benchmark defines it (English subset, MSMARCO on dev), any other
-    name of mteb gives mteb's task, and the name of a folder in `local_data_dir` with a retrieval set in the hub's
-    layout (or just corpus.jsonl, queries.jsonl and qrels/test.jsonl) gives a retrieval task of that name.
-
-    Args:
-        task_names: Names of tasks.
-        local_data_dir: Where data sets are read from instead of the hub: a set lies under its hub path, say
-            `mteb/scifact/`. Default: the hub.
+    """Find tasks by name and read their data; arguments and errors as in `find_task` and `load_data`.
 
     Returns:
         The tasks in the same order, data loaded; `evaluate` takes them again and again.
+    """
+    tasks = [find_task(name, local_data_dir) for name in task_names]
+    for task in tasks:
+        load_data(task)
+    return tasks
+
+
+def benchmark_tasks(name: str) -> list[str] | None:
+    """Names of the tasks of one of mteb's benchmarks; None if mteb has no such benchmark."""
+    try:
+        return [task.metadata.name for task in mteb.get_benchmark(name).tasks]
+    except KeyError:
+        return None
+
+
+def descriptions() -> str:
+    """Some thousand characters of English: what mteb says about the tasks of `BENCHMARK`."""
+    return " ".join(task.metadata.description for task in _defined_tasks(BENCHMARK).values())
+
+
+def find_task(name: str, local_data_dir: str | Path | None = None, benchmark: str = BENCHMARK) -> AbsTask:
+    """Find a task by name; its data are not read.
+
+    A name of the benchmark gives the task as that benchmark defines it (MTEB(eng, v1): English subsets, MSMARCO on
+    dev), any other name of mteb gives mteb's task, and the name of a folder in `local_data_dir` with a retrieval set
+    in the hub's layout (or just corpus.jsonl, queries.jsonl and qrels/test.jsonl) gives a retrieval task of that name.
+
+    Args:
+        name: Name of the task.
+        local_data_dir: Where data sets are read from instead of the hub: a set lies under its hub path, say
+            `mteb/scifact/`. Default: the hub.
+        benchmark: One of mteb's benchmarks.
+
+    Returns:
+        A task of its own: mteb keeps no reference to it.
 
     Raises:
-        UserError: A name is unknown, or a data set is missing, unreachable or malformed.
+        UserError: The name is unknown, or a local data set is missing.
     """
     folder = None if local_data_dir is None else Path(local_data_dir)
-    tasks = [_find_task(name, folder) for name in task_names]
-    for task in tasks:
-        for part in _parts(task) or [task]:
-            _load_data(part)
-    return tasks
+    defined = _defined_tasks(benchmark)
+    try:
+        task = mteb.get_task(name)
+    except KeyError:
+        return _own_retrieval(name, folder)
+    if name in defined:
+        task = mteb.get_task(name, eval_splits=defined[name].eval_splits, hf_subsets=defined[name].hf_subsets)
+    if isinstance(task, AbsTaskAggregate):
+        # mteb keeps one object a part for the whole process; ours get data of their own.
+        task.metadata = task.metadata.model_copy(update={"tasks": [copy.copy(part) for part in task.metadata.tasks]})
+    if folder is not None:
+        use_local_data(task, folder)
+    return task
+
+
+@functools.cache
+def _defined_tasks(benchmark: str) -> dict[str, AbsTask]:
+    return {task.metadata.name: task for task in mteb.get_benchmark(benchmark).tasks}
+
+
+def _own_retrieval(name: str, folder: Path | None) -> AbsTask:
+    """A retrieval task of the user's own, from the folder of its name."""
+    source = (folder or Path()) / name
+    if folder is None or source.parent != folder or not source.is_dir():
+        raise UserError(_unknown_task(name, folder))
+    readme = source / "README.md"
+    in_hub_layout = readme.is_file() and "configs:" in readme.read_text(encoding="utf-8")
+
+    class OwnRetrieval(AbsTaskRetrieval):
+        metadata = TaskMetadata(
+            name=name,
+            description=f"Retrieval over {name}",
+            type="Retrieval",
+            dataset={"path": str(source.resolve()), "revision": data_revision(source)},
+            eval_langs=["eng-Latn"],
+            main_score="ndcg_at_10",
+            prompt=AbsTaskRetrieval.abstask_prompt,
+        )
+
+        def load_data(self, num_proc: int | None = None, **kwargs: Any) -> None:
+            if in_hub_layout or self.data_loaded:
+                return super().load_data(num_proc, **kwargs)
+            corpus, queries, relevant = read_retrieval(source)
+            split = RetrievalSplitData(
+                corpus=Dataset.from_list(corpus),
+                queries=Dataset.from_list(queries),
+                relevant_docs=relevant,
+                top_ranked=None,
+            )
+            self.dataset, self.data_loaded = {"default": {"test": split}}, True
+
+    return OwnRetrieval()
+
+
+@functools.cache
+def _known_names() -> list[str]:
+    tasks = [task.metadata.name for task in mteb.get_tasks(exclude_superseded=False)]
+    return [*tasks, *TASK_SETS, *(benchmark.name for benchmark in mteb.get_benchmarks())]
+
+
+def _unknown_task(name: str, folder: Path | None) -> str:
+    near = difflib.get_close_matches(name, _known_names(), n=3)
+    said = f"mteb knows no task {name}" + (f" (nearest: {', '.join(near)})" if near else "")
+    if folder is None:
+        return f"{said}; a retrieval set of your own is read from <local_data_dir>/{name}."
+    return f"{said}, and there is no folder {folder / name} with a retrieval set of your own."
+
+
+# --- scores ---
 
 
 def evaluate(
@@ -246,6 +444,7 @@ def evaluate(
     *,
     batch_size: int = 32,
     show_progress_bar: bool = False,
+    found: Mapping[str, Tensor] | None = None,
 ) -> dict[str, TaskScore]:
     """Score a model. Results that lie in `output_dir` already, for this revision and this data, are not made anew.
 
@@ -255,6 +454,7 @@ def evaluate(
         output_dir: Root of the result files, `results/<model>/<revision>/<task>.json`.
         batch_size: Texts a forward pass.
         show_progress_bar: Whether progress is shown.
+        found: Merged hits from `eval_jobs.search_shard` of the only task in `tasks`; default: the search is made here.
 
     Returns:
         Task name -> metric, mean main score, main score of each split and subset, and the result file.
@@ -264,23 +464,45 @@ def evaluate(
     """
     cache = ResultCache(output_dir)
     meta = model.mteb_model_meta
+    if is_dense(model):
+        model = StreamingSearch(model, found)
     scores: dict[str, TaskScore] = {}
     for task in tasks:
-        for part in (task, *_parts(task)):
+        for part in (task, *parts_of(task)):
             # Some tasks draw samples from a generator they keep: a second model would be given other samples.
             part.rng_state, part.np_rng = random.Random(part.seed), np.random.default_rng(part.seed)
+        is_useless = any(_kept_result(cache, meta, part)[1] for part in (task, *parts_of(task)))
         result = mteb.evaluate(
             model,
             task,
             co2_tracker=False,
             cache=cache,
-            overwrite_strategy="always" if _is_stale(cache, meta, task) else "only-missing",
+            overwrite_strategy="always" if is_useless else "only-missing",
             encode_kwargs={"batch_size": batch_size, "show_progress_bar": show_progress_bar},
             show_progress_bar=show_progress_bar,
         )
-        file = cache.get_task_result_path(task.metadata.name, meta)
-        scores[task.metadata.name] = _task_score(task, result.task_results[0], file)
+        scores[task.metadata.name] = _task_score(task, result.task_results[0], result_file(meta, task, output_dir))
     return scores
+
+
+def kept_score(meta: ModelMeta, task: AbsTask, output_dir: str | Path) -> TaskScore | None:
+    """The score of a task in `output_dir`; None, and said, if it cannot be read or is of other data."""
+    kept, _ = _kept_result(ResultCache(output_dir), meta, task)
+    if kept is None or kept.get_missing_evaluations(task):
+        return None
+    return _task_score(task, kept, result_file(meta, task, output_dir))
+
+
+def score_aggregate(meta: ModelMeta, task: AbsTask, output_dir: str | Path) -> None:
+    """Write the result of an aggregate from those of its parts, which must lie in `output_dir`."""
+    result_file(meta, task, output_dir).unlink(missing_ok=True)
+    cache = ResultCache(output_dir)
+    mteb.evaluate(meta, task, cache=cache, co2_tracker=False, overwrite_strategy="only-cache", show_progress_bar=False)
+
+
+def result_file(meta: ModelMeta, task: AbsTask, output_dir: str | Path) -> Path:
+    """Where the result of a task lies, or will."""
+    return ResultCache(output_dir).get_task_result_path(task.metadata.name, meta)
 
 
 def _task_score(task: AbsTask, result: TaskResult, file: Path) -> TaskScore:
@@ -298,166 +520,15 @@ def _task_score(task: AbsTask, result: TaskResult, file: Path) -> TaskScore:
     }
 
 
-def _is_stale(cache: ResultCache, meta: ModelMeta, task: AbsTask) -> bool:
-    """Whether a kept result is of other data or cannot be read; mteb would return the one and fail on the other."""
-    for part in (task, *_parts(task)):
-        try:
-            kept = cache.load_task_result(part.metadata.name, meta)
-        except ValueError:
-            logger.warning("The kept result of %s cannot be read and is made anew", part.metadata.name)
-            return True
-        if kept is not None and kept.dataset_revision != part.metadata.revision:
-            return True
-    return False
-
-
-def _parts(task: AbsTask) -> list[AbsTask]:
-    """The tasks an aggregate (CQADupstackRetrieval) is the mean of; none for any other task."""
-    return task.metadata.tasks if isinstance(task, AbsTaskAggregate) else []
-
-
-def _find_task(name: str, folder: Path | None) -> AbsTask:
-    benchmark = {task.metadata.name: task for task in mteb.get_benchmark(BENCHMARK).tasks}
+def _kept_result(cache: ResultCache, meta: ModelMeta, task: AbsTask) -> tuple[TaskResult | None, bool]:
+    """The kept result of a task, and whether one is of no use; mteb would return old data's and fail on a torn one."""
+    name = task.metadata.name
     try:
-        task = mteb.get_task(name)
-    except KeyError:
-        return _own_retrieval(name, folder)
-    if name in benchmark:
-        task = mteb.get_task(name, eval_splits=benchmark[name].eval_splits, hf_subsets=benchmark[name].hf_subsets)
-    if isinstance(task, AbsTaskAggregate):
-        # mteb keeps one object a part for the whole process; ours get data of their own.
-        task.metadata = task.metadata.model_copy(update={"tasks": [copy.copy(part) for part in task.metadata.tasks]})
-    if folder is not None:
-        _use_local_data(task, folder)
-    return task
-
-
-def _use_local_data(task: AbsTask, folder: Path) -> None:
-    """Point a task at copies of its data sets. Their content makes the revision: nothing else can vouch for it."""
-    leaves = _parts(task) or [task]
-    copies = [folder / part.metadata.dataset["path"] for part in leaves]
-    if missing := [str(path) for path in copies if not path.is_dir()]:
-        raise UserError(f"Task {task.metadata.name} needs data that is not there: looked for {', '.join(missing)}.")
-    for part, path in zip(leaves, copies, strict=True):
-        _set_dataset(part, path=str(path.resolve()), revision=_local_revision(path))
-        if part.fast_loading and set(part.hf_subsets) <= set(get_dataset_config_names(str(path.resolve()))):
-            part.fast_loading = False  # it reads all languages at once, which a copy of one does not hold
-    if isinstance(task, AbsTaskAggregate):
-        _set_dataset(task, revision="+".join(part.metadata.revision for part in leaves))
-
-
-def _set_dataset(task: AbsTask, **values: str) -> None:
-    task.metadata = task.metadata.model_copy(update={"dataset": {**task.metadata.dataset, **values}})
-
-
-def _load_data(task: AbsTask) -> None:
-    path = task.metadata.dataset["path"]
-    try:
-        task.load_data()
-    except Exception as error:
-        # An unreachable hub, a missing file and rows of another form each raise a type of their own.
-        reason = str(error).partition("\n")[0]
-        advice = "" if Path(path).is_dir() else f"; without the hub, give a copy of it as <local_data_dir>/{path}"
-        raise UserError(f"Task {task.metadata.name}: cannot load the data set {path} ({reason}){advice}.") from error
-
-
-def _own_retrieval(name: str, folder: Path | None) -> AbsTask:
-    """A retrieval task of the user's own, from the folder of its name."""
-    source = (folder or Path()) / name
-    if folder is None or source.parent != folder or not source.is_dir():
-        raise UserError(_unknown_task(name, folder))
-
-    class OwnRetrieval(AbsTaskRetrieval):
-        metadata = TaskMetadata(
-            name=name,
-            description=f"Retrieval over {name}",
-            type="Retrieval",
-            dataset={"path": str(source.resolve()), "revision": _local_revision(source)},
-            eval_langs=["eng-Latn"],
-            main_score="ndcg_at_10",
-            prompt=AbsTaskRetrieval.abstask_prompt,
-        )
-
-    task = OwnRetrieval()
-    readme = source / "README.md"
-    if not (readme.is_file() and "configs:" in readme.read_text(encoding="utf-8")):
-        task.dataset = {"default": {"test": _read_retrieval(source)}}
-        task.data_loaded = True
-    return task
-
-
-def _unknown_task(name: str, folder: Path | None) -> str:
-    known = [task.metadata.name for task in mteb.get_tasks(exclude_superseded=False)]
-    near = difflib.get_close_matches(name, known, n=3)
-    said = f"mteb knows no task {name}" + (f" (nearest: {', '.join(near)})" if near else "")
-    if folder is None:
-        return f"{said}; a retrieval set of your own is read from <local_data_dir>/{name}."
-    return f"{said}, and there is no folder {folder / name} with a retrieval set of your own."
-
-
-def _read_retrieval(folder: Path) -> RetrievalSplitData:
-    """Read corpus.jsonl (`_id`, `text`, perhaps `title`), queries.jsonl and qrels/test.jsonl."""
-    if missing := [name for name in RETRIEVAL_FILES if not (folder / name).is_file()]:
-        raise UserError(f"The retrieval set {folder} lacks {', '.join(missing)}.")
-    documents, queries, judgements = (folder / name for name in RETRIEVAL_FILES)
-    relevant: dict[str, dict[str, int]] = {}
-    for row in _read_jsonl(judgements, ("query-id", "corpus-id", "score")):
-        relevant.setdefault(str(row["query-id"]), {})[str(row["corpus-id"])] = int(row["score"])
-    # An absent title must be empty for mteb, not None.
-    corpus = [
-        {"id": str(row["_id"]), "title": row.get("title") or "", "text": row["text"]}
-        for row in _read_jsonl(documents, ("_id", "text"))
-    ]
-    judged = [
-        {"id": str(row["_id"]), "text": row["text"]}
-        for row in _read_jsonl(queries, ("_id", "text"))
-        if str(row["_id"]) in relevant
-    ]
-    if not corpus or not judged:
-        raise UserError(f"The retrieval set {folder} has {len(corpus)} documents and {len(judged)} judged queries.")
-    return RetrievalSplitData(
-        corpus=Dataset.from_list(corpus), queries=Dataset.from_list(judged), relevant_docs=relevant, top_ranked=None
-    )
-
-
-def _read_jsonl(path: Path, keys: tuple[str, ...]) -> Iterator[dict[str, Any]]:
-    with path.open(encoding="utf-8") as lines:
-        for number, line in enumerate(lines, start=1):
-            try:
-                row = json.loads(line)
-            except ValueError as error:
-                raise UserError(f"{path}, line {number}: not valid JSON ({error}).") from error
-            if not isinstance(row, dict) or not row.keys() >= set(keys):
-                raise UserError(f"{path}, line {number}: expected an object with the keys {', '.join(keys)}.")
-            yield row
-
-
-def _checkpoint_revision(path: str) -> str:
-    """Hash of a local checkpoint's files; for a model on the hub its commit, or its name if none is cached."""
-    if Path(path).is_dir():
-        if not any(Path(path).glob("*.safetensors")):
-            raise UserError(f"The directory {path} holds no safetensors weights.")
-        return _files_hash(Path(path), {file for pattern in CHECKPOINT_FILES for file in Path(path).glob(pattern)})
-    for config in ("config.json", "adapter_config.json"):
-        cached = try_to_load_from_cache(path, config)
-        if isinstance(cached, str):
-            return Path(cached).parent.name
-    return path
-
-
-def _local_revision(folder: Path) -> str:
-    return "local-" + _files_hash(folder, {file for file in folder.rglob("*") if file.is_file()})
-
-
-def _files_hash(folder: Path, files: Iterable[Path]) -> str:
-    digest = hashlib.sha256()
-    for file in sorted(files):
-        with file.open("rb") as content:
-            digest.update(f"{file.relative_to(folder).as_posix()} {file.stat().st_size}\n".encode())
-            while block := content.read(1 << 20):
-                digest.update(block)
-    return digest.hexdigest()[:16]
-
-
-def _safe(text: str) -> str:
-    return re.sub(r"[^A-Za-z0-9.+-]+", "_", text)
+        kept = cache.load_task_result(name, meta)
+    except (ValueError, KeyError):
+        logger.warning("The kept result of %s cannot be read and is made anew", name)
+        return None, True
+    if kept is not None and kept.dataset_revision != task.metadata.revision:
+        logger.warning("The kept result of %s is of other data and is made anew", name)
+        return None, True
+    return kept, False

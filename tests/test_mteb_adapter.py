@@ -20,15 +20,15 @@ import mteb
 import pytest
 import torch
 from datasets import Dataset, DatasetDict
+from eval_stubs import CALM, STORM, FakeModel, write_hub_layout, write_readme, write_retrieval
+from helpers import write_jsonl
 from mteb.abstasks.abstask import AbsTask
 from mteb.abstasks.retrieval_dataset_loaders import RetrievalSplitData
 from mteb.models.models_protocols import EncoderProtocol
 from mteb.types import PromptType
-from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
 from llm2vec import mteb_adapter, revision
-from llm2vec.checkpoint import EncoderSettings
 from llm2vec.eval_files import load_instructions, parts_of
 from llm2vec.mteb_adapter import LLM2VecEncoder, evaluate, load_tasks
 from llm2vec.revision import checkpoint_revision, model_name
@@ -37,26 +37,9 @@ from llm2vec.types import UserError
 ROOT = Path(__file__).parents[1]
 TABLE = ROOT / "test_configs/mteb/task_to_instructions.json"
 INSTRUCTIONS: dict[str, str] = json.loads(TABLE.read_text(encoding="utf-8"))
-CALM = "calm blue water lake"
-STORM = "storm wind rain thunder"
 
 # 20 of the benchmark's tasks have a successor, which mteb says at every run.
 pytestmark = pytest.mark.filterwarnings("ignore:The task .* is superseded")
-
-
-class FakeModel(nn.Module):
-    """Stands in for an LLM2Vec: a text's vector counts its letters, so that alike texts are alike."""
-
-    def __init__(self, **settings: Any) -> None:
-        super().__init__()
-        self.weight = nn.Parameter(torch.zeros(1))
-        self.settings = EncoderSettings(**settings)
-        self.calls: list[list[list[str]]] = []
-
-    def encode(self, sentences: list[list[str]], batch_size: int = 32, show_progress_bar: bool = True) -> Tensor:
-        self.calls.append(sentences)
-        counts = [[1.0 + text.lower().count(chr(letter)) for letter in range(97, 123)] for _, text in sentences]
-        return torch.tensor(counts)
 
 
 class LoggingEncoder(LLM2VecEncoder):
@@ -336,40 +319,6 @@ def test_names_say_what_was_loaded_and_are_safe_for_files(checkpoint: Path) -> N
 # --- data of one's own ---
 
 
-def write_jsonl(file: Path, rows: list[dict[str, Any]]) -> None:
-    file.parent.mkdir(parents=True, exist_ok=True)
-    file.write_text("".join(json.dumps(row) + "\n" for row in rows))
-
-
-def write_retrieval(folder: Path) -> None:
-    write_jsonl(folder / "corpus.jsonl", [{"_id": 1, "title": None, "text": CALM}, {"_id": 2, "text": STORM}])
-    write_jsonl(
-        folder / "queries.jsonl", [{"_id": "q1", "text": "blue lake"}, {"_id": "unjudged", "text": "no answer"}]
-    )
-    write_jsonl(folder / "qrels/test.jsonl", [{"query-id": "q1", "corpus-id": 1, "score": 1}])
-
-
-def write_hub_layout(folder: Path) -> None:
-    write_retrieval(folder)
-    write_jsonl(
-        folder / "corpus.jsonl", [{"_id": "1", "title": "", "text": CALM}, {"_id": "2", "title": "", "text": STORM}]
-    )
-    files = [
-        ("default", "test", "qrels/test.jsonl"),
-        *((name, name, f"{name}.jsonl") for name in ("corpus", "queries")),
-    ]
-    write_readme(folder, files)
-
-
-def write_readme(folder: Path, files: list[tuple[str, str, str]]) -> None:
-    lines = ["---", "configs:"]
-    for i, (config, split, path) in enumerate(files):
-        if config not in {name for name, *_ in files[:i]}:
-            lines += [f"- config_name: {config}", "  data_files:"]
-        lines += [f"  - split: {split}", f"    path: {path}"]
-    (folder / "README.md").write_text("\n".join([*lines, "---", ""]))
-
-
 def test_tasks_of_mteb_are_read_from_local_copies(tmp_path: Path, make_encoder: Callable[..., LoggingEncoder]) -> None:
     write_jsonl(tmp_path / "hub/mteb/sts12-sts/test.jsonl", pair_rows("score", [4.0, 1.0, 3.0, 5.0])["test"].to_list())
     write_hub_layout(tmp_path / "hub/mteb/scifact")
@@ -473,6 +422,10 @@ def test_an_incomplete_retrieval_set_names_what_it_lacks(tmp_path: Path) -> None
 def test_an_unknown_task_names_the_nearest(tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"knows no task SciFacts \(nearest: SciFact"):
         load_tasks(["SciFacts"])
+    with pytest.raises(UserError, match="nearest: subset15"):
+        load_tasks(["subset51"])
+    with pytest.raises(UserError, match=r"nearest: MTEB\(eng, v"):
+        load_tasks(["MTEB(eng v2)"])
     with pytest.raises(UserError, match=f"no folder {tmp_path}/SciFacts"):
         load_tasks(["SciFacts"], tmp_path)
     (tmp_path / "a/b").mkdir(parents=True)

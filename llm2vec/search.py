@@ -1,0 +1,140 @@
+"""Exact top-k search over a corpus that streams by in blocks of vectors.
+
+Order of hits: the higher score first; among equal scores the earlier document of the corpus.
+
+A hit is one int64 number, its key: the score's bits, made to sort as integers, above the document's number counted
+down. No two hits of a query have the same key, so their top k has one answer only, in whatever order blocks are seen
+and parts are merged. The blocks are fixed by the corpus alone, so that a document's batch, hence every bit of its
+vector, does not depend on how many processes share the work.
+
+    Q queries, N documents of a block, K hits kept, D dimensions
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+
+import torch
+from torch import Tensor
+
+from llm2vec.types import UserError
+
+#: Documents encoded at a time.
+BLOCK = 4096
+#: Queries scored against a block at a time: bounds the memory, whatever the number of queries.
+QUERIES_AT_ONCE = 1024
+#: Below every key of a hit: the place is free.
+FREE = torch.iinfo(torch.int64).min
+#: Documents a key can tell apart.
+MAX_DOCUMENTS = 2**32
+
+Similarity = Callable[[Tensor, Tensor], Tensor]
+
+
+def blocks(num_documents: int, shard: int = 0, num_shards: int = 1) -> list[range]:
+    """The blocks of a corpus that one of several shards holds; shards are equal to a block and in corpus order.
+
+    Args:
+        num_documents: Size of the corpus.
+        shard: Which shard, from 0.
+        num_shards: How many shards; those beyond the number of blocks are empty.
+
+    Returns:
+        Ranges of document numbers.
+    """
+    every = [range(first, min(first + BLOCK, num_documents)) for first in range(0, num_documents, BLOCK)]
+    return every[len(every) * shard // num_shards : len(every) * (shard + 1) // num_shards]
+
+
+def top_k(queries_QD: Tensor, documents: Iterable[tuple[int, Tensor]], similarity: Similarity, k: int) -> Tensor:
+    """Search blocks of documents; memory holds the queries, one block and the hits so far.
+
+    Args:
+        queries_QD: Vectors of the queries; the work is done on their device.
+        documents: For each block, the number of its first document and the vectors [N, D] of all of it.
+        similarity: Scores [Q, N] of queries and documents.
+        k: Hits to keep.
+
+    Returns:
+        Keys [Q, K] of the hits, best first; `FREE` where a corpus has fewer than k documents.
+
+    Raises:
+        UserError: A score is not a number.
+    """
+    keys_QK = torch.full((len(queries_QD), k), FREE, dtype=torch.int64, device=queries_QD.device)
+    for first, vectors in documents:
+        vectors_ND = vectors.to(queries_QD.device)
+        for start in range(0, len(queries_QD), QUERIES_AT_ONCE):
+            rows = slice(start, start + QUERIES_AT_ONCE)
+            found = to_keys(similarity(queries_QD[rows], vectors_ND), first)
+            keys_QK[rows] = merge([keys_QK[rows], found], k)
+    return keys_QK
+
+
+def merge(parts: Sequence[Tensor], k: int) -> Tensor:
+    """The best k of several sets of keys [Q, any] over different documents, best first."""
+    return torch.cat(list(parts), dim=1).topk(k, dim=1).values
+
+
+def to_keys(scores_QN: Tensor, first_document: int) -> Tensor:
+    """Keys of the scores of consecutive documents.
+
+    Raises:
+        UserError: A score is not a number.
+    """
+    if torch.isnan(scores_QN).any():
+        raise UserError("The model gives vectors whose similarity is not a number (NaN).")
+    assert first_document + scores_QN.shape[1] <= MAX_DOCUMENTS
+    bits = (scores_QN.float() + 0.0).view(torch.int32)  # adding 0.0 makes -0.0 and 0.0 equal
+    # As integers, negative floats sort the wrong way round until all bits but the sign are flipped.
+    ordered = (bits ^ ((bits >> 31) & 0x7FFFFFFF)).to(torch.int64)
+    numbers = torch.arange(first_document, first_document + scores_QN.shape[1], device=scores_QN.device)
+    return (ordered << 32) | (MAX_DOCUMENTS - 1 - numbers)
+
+
+def from_keys(keys: Tensor) -> tuple[Tensor, Tensor]:
+    """Scores and document numbers of keys; the number is -1 where a place is free."""
+    ordered = (keys >> 32).to(torch.int32)
+    scores = (ordered ^ ((ordered >> 31) & 0x7FFFFFFF)).view(torch.float32)
+    numbers = MAX_DOCUMENTS - 1 - (keys & (MAX_DOCUMENTS - 1))
+    return scores, torch.where(keys == FREE, -1, numbers)
+
+
+def rerank(
+    queries_QD: Tensor,
+    documents_ND: Tensor,
+    similarity: Similarity,
+    candidates: Iterable[tuple[int, str, Sequence[str]]],
+    row_of_document: Mapping[str, int],
+    k: int,
+) -> Iterator[tuple[str, dict[str, float]]]:
+    """Score given candidates of each query.
+
+    Many queries may share one vector (MindSmallReranking: 2.36 million queries, 37 thousand texts): each vector is
+    scored once.
+
+    Args:
+        queries_QD: Vectors of the different queries.
+        documents_ND: Vectors of all candidates.
+        similarity: Scores [Q, N] of queries and documents.
+        candidates: Row of the query's vector, the query's name and the names of its documents; sorted by row.
+        row_of_document: Where a document's vector stands.
+        k: Hits to keep; among equal scores the one listed first.
+
+    Yields:
+        The query's name and the score of each document kept.
+
+    Raises:
+        UserError: A score is not a number.
+    """
+    first, scores_QN, at, row = 0, torch.empty(0), -1, []
+    for query_row, query, names in candidates:
+        while query_row >= first + len(scores_QN):
+            first += len(scores_QN)
+            scores_QN = similarity(queries_QD[first : first + QUERIES_AT_ONCE], documents_ND)
+            if torch.isnan(scores_QN).any():
+                raise UserError("The model gives vectors whose similarity is not a number (NaN).")
+        if query_row != at:
+            at, row = query_row, scores_QN[query_row - first].tolist()
+        kept = names if len(names) <= k else sorted(names, key=lambda name: -row[row_of_document[name]])[:k]
+        yield query, {name: row[row_of_document[name]] for name in kept}

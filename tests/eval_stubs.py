@@ -1,0 +1,59 @@
+"""What the tests of the evaluation share: a model that counts letters, and small data sets in the layouts we read."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from helpers import write_jsonl
+from torch import Tensor, nn
+
+from llm2vec.checkpoint import EncoderSettings
+
+CALM = "calm blue water lake"
+STORM = "storm wind rain thunder"
+
+
+class FakeModel(nn.Module):
+    """Stands in for an LLM2Vec: a text's vector counts its letters, so that alike texts are alike."""
+
+    def __init__(self, **settings: Any) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.zeros(1))
+        self.settings = EncoderSettings(**settings)
+        self.calls: list[list[list[str]]] = []
+
+    def encode(self, sentences: list[list[str]], batch_size: int = 32, show_progress_bar: bool = True) -> Tensor:
+        self.calls.append(sentences)
+        counts = [[1.0 + text.lower().count(chr(letter)) for letter in range(97, 123)] for _, text in sentences]
+        return torch.tensor(counts)
+
+
+def write_retrieval(folder: Path) -> None:
+    write_jsonl(folder / "corpus.jsonl", [{"_id": 1, "title": None, "text": CALM}, {"_id": 2, "text": STORM}])
+    write_jsonl(
+        folder / "queries.jsonl", [{"_id": "q1", "text": "blue lake"}, {"_id": "unjudged", "text": "no answer"}]
+    )
+    write_jsonl(folder / "qrels/test.jsonl", [{"query-id": "q1", "corpus-id": 1, "score": 1}])
+
+
+def write_hub_layout(folder: Path) -> None:
+    write_retrieval(folder)
+    write_jsonl(
+        folder / "corpus.jsonl", [{"_id": "1", "title": "", "text": CALM}, {"_id": "2", "title": "", "text": STORM}]
+    )
+    files = [
+        ("default", "test", "qrels/test.jsonl"),
+        *((name, name, f"{name}.jsonl") for name in ("corpus", "queries")),
+    ]
+    write_readme(folder, files)
+
+
+def write_readme(folder: Path, files: list[tuple[str, str, str]]) -> None:
+    lines = ["---", "configs:"]
+    for i, (config, split, path) in enumerate(files):
+        if config not in {name for name, *_ in files[:i]}:
+            lines += [f"- config_name: {config}", "  data_files:"]
+        lines += [f"  - split: {split}", f"    path: {path}"]
+    (folder / "README.md").write_text("\n".join([*lines, "---", ""]))
