@@ -72,3 +72,10 @@ def rank_zero_first() -> Iterator[None]:
     finally:
         if world_size() > 1 and rank() == 0:
             dist.barrier()
+
+
+def shut_down() -> None:
+    """Wait for all ranks and leave the process group; a process that just exits can abort in its network threads."""
+    if dist.is_available() and dist.is_initialized():
+        dist.barrier()
+        dist.destroy_process_group()

@@ -25,7 +25,7 @@ from llm2vec.backbone import Backbone, attach_lora, check_attention, enable_chec
 from llm2vec.checkpoint import EncoderSettings, read_settings, resolve_chain, save_checkpoint
 from llm2vec.config import Config
 from llm2vec.data import OneSourceBlocks, TrainingRows, e5_sources, read_sources_file, select_sources
-from llm2vec.distributed import world_size
+from llm2vec.distributed import shut_down, world_size
 from llm2vec.llm2vec import LLM2Vec, parse_dtype, row_tokenizer, with_template
 from llm2vec.tokenization import RowTokenizer, probe_ids
 from llm2vec.trainer import EmbedderTrainer
@@ -38,13 +38,15 @@ Side = Literal["query", "positive", "negative", "text"]
 
 @contextmanager
 def user_errors_in_one_sentence() -> Iterator[None]:
-    """Around a script's main: a UserError is printed (once, by the first process) and ends with exit code 2."""
+    """Around a script's main: sets up logging and leaves the process group at the end; a UserError is printed (once,
+    by the first process) and ends with exit code 2."""
     level = logging.INFO if _is_first_process() else logging.ERROR
     logging.basicConfig(level=level, format="%(message)s")
     logging.getLogger("httpx").setLevel(logging.WARNING)
     warnings.filterwarnings("ignore", category=FutureWarning, module="transformers")  # peft uses its older names
     try:
         yield
+        shut_down()
     except UserError as error:
         if _is_first_process():
             sys.stderr.write(f"error: {error}\n")

@@ -18,8 +18,8 @@ ORDER = (
     "types", "distributed", "pooling", "losses", "templates", "tokenization", "data", "config", "backbone",
     "packing", "checkpoint", "llm2vec", "llm2vec_q2d_d2q", "llm2vec_contrastive", "llm2vec_lm",
     "nano_beir", "trainer", "run", "search", "job_queue", "revision", "corpus_search", "eval_files", "mteb_adapter",
-    "eval_models", "eval_cost", "eval_jobs", "evaluation", "docstrings", "tiny", "figures", "report", "paper", "results",
-    "comparison", "paper_tables", "evaluation_report", "__init__",
+    "eval_models", "eval_cost", "eval_jobs", "evaluation", "docstrings", "tiny", "figures", "report", "paper",
+    "results", "comparison", "paper_tables", "evaluation_report", "__init__",
 )  # fmt: skip
 
 FILES = sorted(PACKAGE.rglob("*.py"))

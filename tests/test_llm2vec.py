@@ -283,7 +283,9 @@ def test_a_saved_adapter_restores_the_chain_below_it(how: str, base: str, adapte
     assert loaded.settings == model.settings
     if how == "merged_before":
         assert loaded.settings.parent_adapters is None
-        assert torch.equal(encode(loaded), encode(model)) and apart(encode(loaded), vectors) < 1e-5
+        assert torch.equal(encode(loaded), encode(model))
+        # Merging rounds each weight once more: relative to the vectors' size, which is about 3 here.
+        assert apart(encode(loaded), vectors) < 1e-5 * float(vectors.abs().max())
     else:
         assert loaded.settings.parent_adapters == (adapters[0],)
         assert torch.equal(encode(loaded), vectors)
@@ -383,8 +385,9 @@ def test_normalize_gives_unit_vectors(base: str, tmp_path: Path) -> None:
 
 
 def test_encode_is_what_forward_of_tokenize_gives(model: LLM2Vec) -> None:
+    """`encode` packs its rows and `forward` pads them, so they sum in another order."""
     with torch.no_grad():
-        assert apart(model(model.tokenize(TEXTS)), encode(model)) < 1e-6
+        assert apart(model(model.tokenize(TEXTS)), encode(model)) < 1e-5
 
 
 def test_encode_leaves_dropout_off(base: str) -> None:
