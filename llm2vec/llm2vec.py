@@ -18,7 +18,7 @@ import torch.nn.functional as F
 from peft import PeftModel
 from torch import Tensor, nn
 from torch.nn.utils.rnn import pad_sequence
-from tqdm.auto import trange
+from tqdm.auto import tqdm
 from transformers import PreTrainedTokenizerBase
 
 from llm2vec.backbone import Backbone, check_attention, find_file, hidden_states, load_backbone, load_tokenizer
@@ -182,7 +182,8 @@ class LLM2Vec(nn.Module):
 
         Args:
             sentences: texts, or [instruction, text] pairs; a single string counts as a list of one.
-            batch_size: rows a forward pass; rows are sorted by length first.
+            batch_size: rows of `max_length` tokens a forward pass. Rows are sorted by length first, and shorter ones
+                go through together, as many as fill the same number of tokens.
             show_progress_bar: over the batches.
             convert_to_numpy: return a numpy array instead of a tensor.
             convert_to_tensor: return a tensor, whatever `convert_to_numpy` says.
@@ -198,10 +199,9 @@ class LLM2Vec(nn.Module):
         rows = self.row_tokenizer.rows(as_instructed([sentences] if isinstance(sentences, str) else sentences))
         target = self._place(device)
         self.eval()
-        order = sorted(range(len(rows)), key=lambda i: -len(rows[i].ids))
+        batches = token_batches([len(row.ids) for row in rows], batch_size * self.settings.max_length)
         vectors = torch.zeros(len(rows), self.model.config.hidden_size)
-        for start in trange(0, len(rows), batch_size, desc="Batches", disable=not show_progress_bar):
-            chosen = order[start : start + batch_size]
+        for chosen in tqdm(batches, desc="Batches", disable=not show_progress_bar):
             vectors[chosen] = self._embed_rows([rows[i] for i in chosen], target).float().cpu()
         if self.settings.normalize:
             vectors = F.normalize(vectors, dim=-1)
@@ -247,6 +247,17 @@ def embed(model: nn.Module, settings: EncoderSettings, batch: TokenBatch) -> Ten
     """Embeddings [B, D] of a tokenised batch by a decoder without head, in its dtype, not normalised."""
     hidden_BTD = hidden_states(model, settings.attention, batch["attention_mask"], input_ids=batch["input_ids"])
     return pool(hidden_BTD, batch["pool_mask"], settings.pooling_mode)
+
+
+def token_batches(lengths: Sequence[int], max_tokens: int) -> list[list[int]]:
+    """Row indices, longest rows first, in batches of at most `max_tokens` tokens padding included (at least a row)."""
+    batches: list[list[int]] = []
+    for i in sorted(range(len(lengths)), key=lambda i: -lengths[i]):
+        if batches and lengths[batches[-1][0]] * (len(batches[-1]) + 1) <= max_tokens:
+            batches[-1].append(i)
+        else:
+            batches.append([i])
+    return batches
 
 
 def as_instructed(texts: Sequence[str] | Sequence[Sequence[str]]) -> list[InstructedText]:

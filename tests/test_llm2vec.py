@@ -22,6 +22,7 @@ from transformers import AutoModel, LlamaModel, PreTrainedModel
 from llm2vec import LLM2Vec
 from llm2vec.backbone import attach_lora, check_attention
 from llm2vec.checkpoint import SETTINGS_FILE, EncoderSettings
+from llm2vec.llm2vec import token_batches
 from llm2vec.types import UserError
 
 TEXTS: list[str | list[str]] = [
@@ -488,3 +489,10 @@ def test_missing_weights_are_never_random(base: str, tmp_path: Path) -> None:
     save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
     with pytest.raises(UserError, match=r"lacks 1 of the tensors .*layers\.1\.mlp\.up_proj\.weight"):
         LLM2Vec.from_pretrained(str(folder))
+
+
+def test_token_batches_hold_every_row_once_and_keep_to_the_budget() -> None:
+    """The longest row of a batch decides what its padding costs; a row over the budget goes alone."""
+    batches = token_batches([3, 50, 2, 10, 9, 3], 20)
+    assert batches == [[1], [3, 4], [0, 5, 2]]
+    assert token_batches([], 20) == []
