@@ -48,6 +48,7 @@ def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--attn_implementation", choices=["eager", "sdpa", "flash_attention_2"])
     parser.add_argument("--device", help="cpu, cuda, cuda:1, ... (default: a CUDA device for each worker, if any)")
     parser.add_argument("--workers", type=int, default=1, help="processes that share the tasks (torchrun: its ranks)")
+    parser.add_argument("--save_predictions", action="store_true", help="keep rankings, for experiments/report.py")
     parser.add_argument("--dry_run", action="store_true", help="only say what it would cost")
     return parser.parse_args(argv)
 
@@ -89,7 +90,7 @@ def run(args: argparse.Namespace) -> None:
     )
     try:
         tasks = expand(args.tasks or [args.task_name])
-        request = Request(choice, tasks, args.output_dir, args.local_data_dir, args.batch_size)
+        request = Request(choice, tasks, args.output_dir, args.local_data_dir, args.batch_size, args.save_predictions)
         if args.dry_run:
             return print("\n".join(dry_run(request, args.workers)))
         outcome = evaluate_all(request, args.workers)

@@ -9,6 +9,7 @@ from `train_configs/quickstart/`; their output goes to `output/quickstart/logs/`
 """
 
 import json
+import logging
 import os
 import platform
 import shutil
@@ -122,12 +123,18 @@ def base_is_up_to_date() -> bool:
 
 def evaluate_and_report(started: float) -> None:
     """Score BM25 and every checkpoint on the held-out docstrings, print the table, write the page."""
+    import datasets
     import mteb  # seconds, so not before it is needed
     import torch
+    import transformers
 
     from llm2vec.mteb_adapter import evaluate, load_tasks
     from llm2vec.report import Score, terminal_table, write_report
 
+    for library in ("mteb", "bm25s"):  # a page of lines for each checkpoint
+        logging.getLogger(library).setLevel(logging.WARNING)
+    transformers.utils.logging.disable_progress_bar()
+    datasets.disable_progress_bars()
     torch.set_num_threads(1)  # so small a model gains nothing from more, and loses much where cores are shared
     tasks = load_tasks([TASK], CORPUS / "eval")
     bm25 = evaluate(mteb.get_model("mteb/baseline-bm25s"), tasks, OUTPUT / "results")[TASK]["main_score"]

@@ -73,7 +73,14 @@ def prepare(folder: Path, jobs: Sequence[Job]) -> JobQueue:
 
 
 def work(
-    encoder: Any, find: Callable[[str], Any], queue: JobQueue, output_dir: str, *, batch_size: int, worker: int
+    encoder: Any,
+    find: Callable[[str], Any],
+    queue: JobQueue,
+    output_dir: str,
+    *,
+    batch_size: int,
+    worker: int,
+    predictions: Path | None = None,
 ) -> None:
     """Do jobs until there are none left; a task that cannot be done is noted and does not stop the others.
 
@@ -84,6 +91,7 @@ def work(
         output_dir: Where results go.
         batch_size: Texts a forward pass.
         worker: Number of this worker; the first one shows its progress.
+        predictions: Where rankings and other predictions are kept; None = not kept.
     """
     task: Any = None
     while (job := queue.claim_or_wait()) is not None:
@@ -97,7 +105,7 @@ def work(
             if "shard" in job.details:
                 _search_shard(encoder, task, job, queue.folder, batch_size)
             else:
-                _score(encoder, task, job, queue.folder, output_dir, batch_size, worker)
+                _score(encoder, task, job, queue.folder, output_dir, batch_size, worker, predictions)
         except UserError as error:
             logger.warning("%s", error)
             queue.fail(job, str(error))
@@ -141,7 +149,16 @@ def _search_shard(encoder: Any, task: Any, job: Job, folder: Path, batch_size: i
     aside.replace(file)
 
 
-def _score(encoder: Any, task: Any, job: Job, folder: Path, output_dir: str, batch_size: int, worker: int) -> None:
+def _score(
+    encoder: Any,
+    task: Any,
+    job: Job,
+    folder: Path,
+    output_dir: str,
+    batch_size: int,
+    worker: int,
+    predictions: Path | None,
+) -> None:
     """Have mteb score a task in this worker's own cache, and move the result to where it belongs."""
     # A worker of an earlier start may still be at work under the same number.
     meta, own = encoder.mteb_model_meta, folder / f"worker-{worker}-{os.getpid()}"
@@ -152,7 +169,15 @@ def _score(encoder: Any, task: Any, job: Job, folder: Path, output_dir: str, bat
         shutil.copy(target, made)  # splits and languages that it has are not made anew
     shards = [_shard_file(folder, name) for name in str(job.details.get("merge", "")).split("\n") if name]
     found = _merged([load_file(shard) for shard in shards]) if shards else None
-    evaluate(encoder, [task], own, batch_size=batch_size, show_progress_bar=worker == 0, found=found)
+    evaluate(
+        encoder,
+        [task],
+        own,
+        batch_size=batch_size,
+        show_progress_bar=worker == 0,
+        found=found,
+        prediction_folder=predictions,
+    )
     target.parent.mkdir(parents=True, exist_ok=True)
     for file in (made, made.with_name("model_meta.json")):
         aside = target.with_name(f".{file.name}.{os.getpid()}")

@@ -65,6 +65,7 @@ class Request:
         output_dir: Where results go.
         local_data_dir: Where data sets are read from; None = the hub.
         batch_size: Texts a forward pass.
+        save_predictions: Whether rankings are kept, under OUTPUT_DIR/predictions/MODEL/REVISION.
     """
 
     model: ModelChoice
@@ -72,6 +73,7 @@ class Request:
     output_dir: str
     local_data_dir: str | None = None
     batch_size: int = 32
+    save_predictions: bool = False
 
     def find(self, name: str) -> Any:
         """A task of this request, or a part of one; its data are not read."""
@@ -143,7 +145,7 @@ def evaluate_all(request: Request, num_workers: int = 1) -> Outcome | None:
         _wait_for_all_ranks()
     queue = JobQueue(folder)
     processes = _start_workers(request, folder, min(num_workers, len(queue.unfinished())))
-    work(encoder, request.find, queue, request.output_dir, batch_size=request.batch_size, worker=rank)
+    _work(request, encoder, queue, rank)
     if rank != 0:
         return None
     queue.wait()
@@ -242,8 +244,22 @@ def _worker(request: Request, folder: Path, worker: int, log: Path) -> None:
     logging.getLogger("llm2vec").setLevel(logging.INFO)
     _prepare_process(request.model.device, worker)
     encoder = load_encoder(request.model)
-    queue = JobQueue(folder)
-    work(encoder, request.find, queue, request.output_dir, batch_size=request.batch_size, worker=worker)
+    _work(request, encoder, JobQueue(folder), worker)
+
+
+def _work(request: Request, encoder: Any, queue: JobQueue, worker: int) -> None:
+    predictions = (
+        Path(request.output_dir, "predictions", *queue.folder.parts[-2:]) if request.save_predictions else None
+    )
+    work(
+        encoder,
+        request.find,
+        queue,
+        request.output_dir,
+        batch_size=request.batch_size,
+        worker=worker,
+        predictions=predictions,
+    )
 
 
 def _queue_folder(request: Request, meta: Any, tasks: Mapping[str, Any]) -> Path:

@@ -239,7 +239,8 @@ class StreamingSearch:
 
         Args:
             encoder: Gives one dense vector a text.
-            found: Merged hits from `eval_jobs.search_shard`; these searches are not made again.
+            prediction_folder: Where mteb keeps rankings and other predictions of tasks it scores; None = not kept.
+        found: Merged hits from `eval_jobs.search_shard`; these searches are not made again.
         """
         self.encoder = encoder
         self.found = found
@@ -445,6 +446,7 @@ def evaluate(
     batch_size: int = 32,
     show_progress_bar: bool = False,
     found: Mapping[str, Tensor] | None = None,
+    prediction_folder: Path | None = None,
 ) -> dict[str, TaskScore]:
     """Score a model. Results that lie in `output_dir` already, for this revision and this data, are not made anew.
 
@@ -454,6 +456,7 @@ def evaluate(
         output_dir: Root of the result files, `results/<model>/<revision>/<task>.json`.
         batch_size: Texts a forward pass.
         show_progress_bar: Whether progress is shown.
+        prediction_folder: Where mteb keeps rankings and other predictions of tasks it scores; None = not kept.
         found: Merged hits from `eval_jobs.search_shard` of the only task in `tasks`; default: the search is made here.
 
     Returns:
@@ -480,6 +483,7 @@ def evaluate(
             overwrite_strategy="always" if is_useless else "only-missing",
             encode_kwargs={"batch_size": batch_size, "show_progress_bar": show_progress_bar},
             show_progress_bar=show_progress_bar,
+            prediction_folder=prediction_folder,
         )
         scores[task.metadata.name] = _task_score(task, result.task_results[0], result_file(meta, task, output_dir))
     return scores

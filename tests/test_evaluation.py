@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import importlib.util
 import json
 import logging
@@ -27,6 +28,7 @@ from llm2vec.eval_models import ModelChoice
 from llm2vec.evaluation import SUBSET15, Outcome, Request, dry_run, evaluate_all, expand
 from llm2vec.job_queue import JobQueue
 from llm2vec.mteb_adapter import LLM2VecEncoder, benchmark_tasks, evaluate, find_task, load_tasks
+from llm2vec.results import read_query_scores
 from llm2vec.types import UserError
 
 ROOT = Path(__file__).parents[1]
@@ -85,7 +87,9 @@ def start(
     (tmp_path / "model").mkdir()
     (tmp_path / "model/model.safetensors").touch()
 
-    def run(*tasks: str, output: str = "out", dies_at: int | None = None) -> tuple[Outcome, list[list[list[str]]]]:
+    def run(
+        *tasks: str, output: str = "out", dies_at: int | None = None, save_predictions: bool = False
+    ) -> tuple[Outcome, list[list[list[str]]]]:
         model = FakeModel()
         encode = model.encode
 
@@ -99,7 +103,7 @@ def start(
         encoder = LLM2VecEncoder(model, [tmp_path / "model"], table)  # type: ignore[arg-type]
         monkeypatch.setattr(evaluation, "load_encoder", lambda _: encoder)
         request = Request(ModelChoice("not loaded"), expand(tasks or TASKS), str(tmp_path / output), str(data))
-        outcome = evaluate_all(request)
+        outcome = evaluate_all(dataclasses.replace(request, save_predictions=save_predictions))
         assert outcome is not None
         return outcome, model.calls
 
@@ -356,3 +360,21 @@ def test_a_public_model_has_its_published_scores(tmp_path: Path) -> None:
     assert outcome is not None and not outcome.problems
     for task, score in published.items():
         assert outcome.scores[task]["main_score"] == pytest.approx(score, abs=1e-3 if task == "NFCorpus" else 1e-4)
+
+
+def test_kept_rankings_give_the_recorded_score_query_by_query(
+    start: Callable[..., Any], data: Path, tmp_path: Path, small_shards: None
+) -> None:
+    """Also of a corpus that was searched in shards; without the option nothing is kept."""
+    start(output="without")
+    assert not (tmp_path / "without/predictions").exists()
+    outcome, _ = start(output="with", save_predictions=True)
+    (folder,) = (tmp_path / "with/predictions").glob("*/*")
+    for task in ("MySet", "Big"):
+        score = 100 * outcome.scores[task]["main_score"]
+        of_queries = read_query_scores(folder, task, data / task / "qrels/test.jsonl", score)  # checks the mean itself
+        assert len(of_queries) == len({line.split('"')[3] for line in open_lines(data / task / "qrels/test.jsonl")})
+
+
+def open_lines(file: Path) -> list[str]:
+    return file.read_text(encoding="utf-8").splitlines()
