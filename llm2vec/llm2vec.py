@@ -39,6 +39,10 @@ logger = logging.getLogger(__name__)
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
+#: What `encode` counts as a row of its batch size. A pass over many more tokens falls out of a CPU's caches, and a
+#: batch of long rows out of a GPU's memory.
+TOKENS_PER_ROW = 128
+
 
 class LLM2Vec(nn.Module):
     """A decoder with a template and a pooling mode.
@@ -182,8 +186,8 @@ class LLM2Vec(nn.Module):
 
         Args:
             sentences: texts, or [instruction, text] pairs; a single string counts as a list of one.
-            batch_size: rows of `max_length` tokens a forward pass. Rows are sorted by length first, and shorter ones
-                go through together, as many as fill the same number of tokens.
+            batch_size: rows of 128 tokens a forward pass. Rows are sorted by length first, and longer or shorter ones
+                go through in as many as make the same number of tokens.
             show_progress_bar: over the batches.
             convert_to_numpy: return a numpy array instead of a tensor.
             convert_to_tensor: return a tensor, whatever `convert_to_numpy` says.
@@ -199,7 +203,7 @@ class LLM2Vec(nn.Module):
         rows = self.row_tokenizer.rows(as_instructed([sentences] if isinstance(sentences, str) else sentences))
         target = self._place(device)
         self.eval()
-        batches = token_batches([len(row.ids) for row in rows], batch_size * self.settings.max_length)
+        batches = token_batches([len(row.ids) for row in rows], batch_size * TOKENS_PER_ROW)
         vectors = torch.zeros(len(rows), self.model.config.hidden_size)
         for chosen in tqdm(batches, desc="Batches", disable=not show_progress_bar):
             vectors[chosen] = self._embed_rows([rows[i] for i in chosen], target).float().cpu()
