@@ -658,3 +658,10 @@ def test_the_resolved_config_is_read_back(tmp_path: Path) -> None:
     flat = {**stored.pop("training"), **stored}
     flat = {key: value for key, value in flat.items() if key not in ("loss_scale", "num_hard_negatives")}
     assert load_config(write(tmp_path, json.dumps(flat)), "stage_I") == config
+
+
+def test_a_reporter_that_is_not_installed_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("llm2vec.config.get_available_reporting_integrations", lambda: ["tensorboard"])
+    config = load_config(write(tmp_path, minimal(tmp_path), report_to="wandb", use_cpu=True), "stage_I")
+    with pytest.raises(UserError, match=r"report_to: 'wandb' is not installed here; .*choose from none, tensorboard"):
+        training_arguments(config)
