@@ -309,6 +309,10 @@ def _check_values(config: Config, content: dict[str, Any], stage: Stage, path: s
         "eval_strategy is set, but num_eval_rows is 0; say how many rows of each source to hold out.",
     )
     refuse(
+        config.nano_beir is not None and content.get("eval_strategy", "no") == "no",
+        "nano_beir is set, but eval_strategy is not, so it would never run; set eval_strategy or leave nano_beir out.",
+    )
+    refuse(
         bool(content.get("resume_from_checkpoint")),
         "resume_from_checkpoint: a run cannot be resumed yet; start it again from step 0.",
     )

@@ -16,7 +16,6 @@ AttnImplementation = Literal["eager", "sdpa", "flash_attention_2"]
 DtypeName = Literal["auto", "bfloat16", "float16", "float32"]
 Reduction = Literal["token_mean", "micro_batch_mean"]
 SymmetricInstructions = Literal["documented", "as_released"]
-Target = Literal["query", "positive", "negative"]
 
 #: Spellings of the released configs and of upstream LLM2Vec, and the mode each one means.
 POOLING_ALIASES: dict[str, PoolingMode] = {

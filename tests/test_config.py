@@ -440,6 +440,7 @@ def test_the_borders_of_a_range_are_allowed(tmp_path: Path, key: str, value: Any
             "total_batch_size and gradient_accumulation_steps are both set",
         ),
         ({"eval_strategy": "steps"}, "stage_I", "eval_strategy is set, but num_eval_rows is 0"),
+        ({"nano_beir": "x"}, "stage_II", "nano_beir is set, but eval_strategy is not"),
         ({"use_peft": True}, "stage_I", "use_peft: stage_I trains all parameters"),
         ({"use_peft": True}, "lm", "use_peft: lm trains all parameters"),
         (
@@ -464,8 +465,10 @@ def test_keys_that_contradict_each_other(tmp_path: Path, changes: dict[str, Any]
     ],
 )
 def test_keys_that_agree(tmp_path: Path, changes: dict[str, Any], stage: Stage) -> None:
-    """The harmless half of each pair above."""
-    load_config(write(tmp_path, minimal(tmp_path), **changes), stage)
+    """The harmless half of each pair above is read as written."""
+    config = load_config(write(tmp_path, minimal(tmp_path), **changes), stage)
+    for key, value in changes.items():
+        assert config.training.get(key, getattr(config, key, None)) == value
 
 
 KEYS_OF_STAGES = {"alpha": 0.5, "reconstruct_instruction": True, "loss_scale": 50.0, "num_hard_negatives": 1}
