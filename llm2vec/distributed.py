@@ -37,7 +37,7 @@ class _Gather(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> Tensor:
         # Every rank computes its own queries' loss over the gathered pool, so a row's true gradient is a sum over
-        # ranks. all_reduce instead of reduce_scatter because gloo has only the former.
+        # ranks. all_reduce instead of reduce_scatter because older gloo has only the former.
         summed = gradients[0].contiguous().clone()
         dist.all_reduce(summed)
         return summed[rank() * ctx.num_rows : (rank() + 1) * ctx.num_rows]
@@ -60,6 +60,17 @@ def sum_over_ranks(values: Tensor) -> Tensor:
     if world_size() > 1:
         dist.all_reduce(summed)
     return summed
+
+
+def max_over_ranks(value: int) -> int:
+    """The largest of the ranks' values."""
+    if world_size() == 1:
+        return value
+    # NCCL takes tensors of its own device only, gloo any.
+    device = torch.accelerator.current_accelerator() if dist.get_backend() != "gloo" else None
+    largest = torch.tensor(value, device=device or "cpu")
+    dist.all_reduce(largest, op=dist.ReduceOp.MAX)
+    return int(largest)
 
 
 @contextmanager

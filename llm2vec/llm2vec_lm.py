@@ -6,9 +6,9 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from llm2vec.backbone import hidden_states
-from llm2vec.losses import vocabulary_cross_entropy_sum
-from llm2vec.types import Batch
+from llm2vec.losses import linear_cross_entropy
+from llm2vec.packing import packed_hidden_states, starts_of
+from llm2vec.types import Batch, Output, TokenBatch
 
 
 class LanguageModelling(nn.Module):
@@ -18,18 +18,31 @@ class LanguageModelling(nn.Module):
         model: decoder with its language-model head; all of it is trained.
     """
 
+    contrasts = False
+
     def __init__(self, model: PreTrainedModel) -> None:
         super().__init__()
         self.model = model
 
     def count(self, batch: Batch) -> dict[str, Tensor]:
-        """Target tokens: every marked token but a row's first position."""
-        return {"lm": batch["text"]["target_mask"][:, 1:].sum(dtype=torch.float32)}
+        """Target tokens: every marked token but a text's first."""
+        return {"lm": _targets(batch["text"]).sum(dtype=torch.float32)}
 
-    def forward(self, batch: Batch, totals: dict[str, Tensor]) -> dict[str, Tensor]:
-        """`loss` and detached `loss_lm` of a micro-batch with the side `text`, as shares of the step's token mean."""
-        ids_BT, target_mask_BT = batch["text"]["input_ids"], batch["text"]["target_mask"].bool()
-        hidden_BTD = hidden_states(self.model.base_model, "causal", batch["text"]["attention_mask"], input_ids=ids_BT)
-        logits_NV = self.model.get_output_embeddings()(hidden_BTD[:, :-1][target_mask_BT[:, 1:]])
-        loss = vocabulary_cross_entropy_sum(logits_NV, ids_BT[:, 1:][target_mask_BT[:, 1:]]) / totals["lm"]
-        return {"loss": loss, "loss_lm": loss.detach()}
+    def forward(self, batch: Batch, totals: dict[str, Tensor]) -> Output:
+        """`loss` and detached `loss_lm` of the side `text`, as shares of the step's token mean."""
+        text = batch["text"]
+        embeddings = self.model.get_input_embeddings()(text["input_ids"])
+        states_ND = packed_hidden_states(self.model.base_model, "causal", text["lengths"], embeddings)
+        target_N = _targets(text).nonzero()[:, 0]
+        exact = torch.promote_types(states_ND.dtype, torch.float32)
+        weight_N = (1 / totals["lm"].to(target_N.device, exact)).expand(len(target_N))
+        head: Tensor = self.model.get_output_embeddings().weight
+        loss = linear_cross_entropy(states_ND[target_N - 1], head, text["input_ids"][target_N], weight_N).loss
+        return Output({"loss": loss, "loss_lm": loss.detach()}, {})
+
+
+def _targets(text: TokenBatch) -> Tensor:
+    """Which tokens [N] are predicted: the marked ones that have one before them in their text."""
+    targets = text["target_mask"].clone()
+    targets[starts_of(text["lengths"]).to(targets.device)] = False
+    return targets

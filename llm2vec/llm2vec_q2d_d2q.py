@@ -11,15 +11,18 @@ knows of the other side, it knows from the anchor. Gradient flows through the an
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from typing import NamedTuple
+
 import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from llm2vec.backbone import hidden_states
 from llm2vec.checkpoint import EncoderSettings
 from llm2vec.llm2vec import embed
-from llm2vec.losses import vocabulary_cross_entropy_sum
-from llm2vec.types import Batch, TokenBatch
+from llm2vec.losses import linear_cross_entropy
+from llm2vec.packing import packed_hidden_states, starts_of
+from llm2vec.types import Batch, Output
 
 
 class BidirectionalReconstruction(nn.Module):
@@ -31,72 +34,86 @@ class BidirectionalReconstruction(nn.Module):
         alpha: weight of EBQ2D; 0 is the paper's OnlyD2Q, 1 its OnlyQ2D, and then the other pass is not run.
     """
 
+    contrasts = False
+
     def __init__(self, model: PreTrainedModel, settings: EncoderSettings, alpha: float = 0.2) -> None:
         super().__init__()
         self.model = model
         self.settings = settings
         self.alpha = alpha
 
+    @property
+    def decoder(self) -> PreTrainedModel:
+        """The model without its head."""
+        decoder: PreTrainedModel = self.model.base_model  # type: ignore[assignment]
+        return decoder
+
     def count(self, batch: Batch) -> dict[str, Tensor]:
         """Target tokens of each direction: those of the positive for q2d, of the query for d2q."""
-        return {
-            "q2d": batch["positive"]["target_mask"].sum(dtype=torch.float32),
-            "d2q": batch["query"]["target_mask"].sum(dtype=torch.float32),
-        }
+        return {d.name: torch.tensor(float(sum(batch[d.goal]["num_targets"]))) for d in _DIRECTIONS}
 
-    def forward(self, batch: Batch, totals: dict[str, Tensor]) -> dict[str, Tensor]:
-        """Loss parts of a micro-batch with the sides `query` and `positive`.
+    def forward(self, batch: Batch, totals: dict[str, Tensor]) -> Output:
+        """Loss parts of the sides `query` and `positive`.
 
         Args:
-            batch: both sides, tokenised.
+            batch: both sides, packed.
             totals: target tokens of each direction in the whole optimiser step.
 
         Returns:
-            `loss`, and detached `loss_q2d` and `loss_d2q` where their pass ran: this micro-batch's share of the
-            step's mean over tokens.
+            `loss`, and detached `loss_q2d` and `loss_d2q` where their direction has a weight: these rows' shares of
+            the step's mean over tokens.
         """
-        parts: dict[str, Tensor] = {}
-        loss = totals["q2d"].new_zeros(())
-        if self.alpha > 0:
-            q2d = self.reconstruct(self.anchor(batch["query"]), batch["positive"]) / totals["q2d"]
-            parts["loss_q2d"] = q2d.detach()
-            loss = loss + self.alpha * q2d
-        if self.alpha < 1:
-            d2q = self.reconstruct(self.anchor(batch["positive"]), batch["query"]) / totals["d2q"]
-            parts["loss_d2q"] = d2q.detach()
-            loss = loss + (1 - self.alpha) * d2q
-        return {"loss": loss, **parts}
+        weights = {"q2d": self.alpha, "d2q": 1 - self.alpha}
+        directions = [direction for direction in _DIRECTIONS if weights[direction.name] > 0]
+        sources = {direction.source: batch[direction.source] for direction in directions}
+        goals = [batch[direction.goal] for direction in directions]
+        target_N = torch.cat([goal["input_ids"][goal["target_mask"]] for goal in goals])
+        # One look-up for both passes, as its gradient is a table of the vocabulary's size.
+        source_ids = torch.cat([side["input_ids"] for side in sources.values()])
+        embeddings = self.model.get_input_embeddings()(torch.cat([source_ids, target_N]))
+        source_embeddings, target_embeddings = embeddings.split([len(source_ids), len(target_N)])
+        anchor_BD = torch.cat(list(embed(self.decoder, self.settings, sources, source_embeddings).values()))
+        states_ND = self.decode(anchor_BD, target_embeddings, [n for goal in goals for n in goal["num_targets"]])
+        sizes = [sum(goal["num_targets"]) for goal in goals]
+        exact = torch.promote_types(states_ND.dtype, torch.float32)
+        shares = [1 / totals[direction.name].to(states_ND.device, exact) for direction in directions]
+        weight_N = torch.cat(
+            [(weights[d.name] * share).expand(size) for d, share, size in zip(directions, shares, sizes, strict=True)]
+        )
+        head: Tensor = self.model.get_output_embeddings().weight
+        loss, terms_N, _ = linear_cross_entropy(states_ND, head, target_N, weight_N)
+        sums = [terms.sum() for terms in terms_N.split(sizes)]
+        parts = {f"loss_{d.name}": total * s for d, total, s in zip(directions, sums, shares, strict=True)}
+        return Output({"loss": loss, **parts}, {})
 
-    def anchor(self, side: TokenBatch) -> Tensor:
-        """Embedding [B, D] of each row: the prefix its counterpart is generated from."""
-        return embed(self.model.base_model, self.settings, side)
+    def decode(self, anchor_BD: Tensor, target_ND: Tensor, lengths: Sequence[int]) -> Tensor:
+        """States [N, D] that predict each target token (Eq. 3 and 4).
 
-    def reconstruct(self, anchor_BD: Tensor, side: TokenBatch) -> Tensor:
-        """Summed cross-entropy of generating `side`'s target tokens from the anchors (Eq. 3 and 4).
+        Position 0 of a row holds the anchor and predicts the first target token; the last one is not an input.
 
-        Position 0 holds the anchor and predicts the first target token; the last target token is not an input.
+        Args:
+            anchor_BD: one a row.
+            target_ND: embeddings of the rows' target tokens, row after row.
+            lengths: number of target tokens of each row.
         """
-        target_BT, target_mask_BT = pack_left(side["input_ids"], side["target_mask"])
-        token_BTD = self.model.get_input_embeddings()(target_BT[:, :-1])
-        inputs_BTD = torch.cat([anchor_BD.unsqueeze(1).to(token_BTD.dtype), token_BTD], dim=1)
+        filled = torch.tensor([i for i, length in enumerate(lengths) if length], device=anchor_BD.device)
+        lengths = [length for length in lengths if length]
+        starts = starts_of(lengths).to(target_ND.device)
+        shifted_ND = target_ND.roll(1, dims=0)
+        inputs_ND = shifted_ND.index_copy(0, starts, anchor_BD[filled].to(target_ND.dtype))
         # Generation is causal whatever the attention of the encoding pass.
-        hidden_BTD = hidden_states(self.model.base_model, "causal", target_mask_BT.long(), inputs_embeds=inputs_BTD)
-        logits_NV = self.model.get_output_embeddings()(hidden_BTD[target_mask_BT])
-        return vocabulary_cross_entropy_sum(logits_NV, target_BT[target_mask_BT])
+        return packed_hidden_states(self.decoder, "causal", lengths, inputs_ND)
 
+
+class _Direction(NamedTuple):
+    """One of the two reconstructions: whose anchor, whose text, and its name in the log."""
+
+    name: str
+    source: str
+    goal: str
+
+
+_DIRECTIONS = (_Direction("q2d", "query", "positive"), _Direction("d2q", "positive", "query"))
 
 #: The name under which the paper's release imports Stage I.
 LLM2Vec_q2d_d2q = BidirectionalReconstruction
-
-
-def pack_left(ids_BT: Tensor, mask_BT: Tensor) -> tuple[Tensor, Tensor]:
-    """Marked tokens of each row moved to its start, in order, and the mask of where they now stand.
-
-    Returns:
-        ids [B, M] and bool mask [B, M], M the largest number of marked tokens in a row; unmarked places hold 0.
-    """
-    length_B = mask_BT.sum(dim=1)
-    packed_mask_BM = torch.arange(int(length_B.max()), device=ids_BT.device) < length_B.unsqueeze(1)
-    packed_BM = torch.zeros_like(packed_mask_BM, dtype=ids_BT.dtype)
-    packed_BM[packed_mask_BM] = ids_BT[mask_BT.bool()]
-    return packed_BM, packed_mask_BM

@@ -1,33 +1,184 @@
-"""The two losses of the method, as sums: who calls them divides by what the whole optimiser step holds.
+"""The losses of the method, as weighted sums: who calls them divides by what the whole optimiser step holds.
 
-They know vectors, logits and labels; no model, tokenizer or rank.
+They know vectors, labels and weights; no model, tokenizer or rank. Both are cross-entropies over a product with a large
+matrix (the vocabulary's, the documents'), and none of them holds that product: it is made block by block, and the
+gradient of a block with it.
 """
 
 from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-
-def vocabulary_cross_entropy_sum(logits_NV: Tensor, target_N: Tensor) -> Tensor:
-    """Sum over N target tokens of -log p(target), in float32 at least (paper Eq. 3 and 4)."""
-    dtype = torch.promote_types(logits_NV.dtype, torch.float32)
-    return F.cross_entropy(logits_NV.to(dtype), target_N, reduction="sum")
-
-
-def similarity(query_BD: Tensor, document_ND: Tensor) -> Tensor:
-    """Cosine of every query with every document, [B, N], in float32 at least."""
-    dtype = torch.promote_types(query_BD.dtype, torch.float32)
-    return F.normalize(query_BD.to(dtype), dim=-1) @ F.normalize(document_ND.to(dtype), dim=-1).T
+#: Entries of a block of logits: 32 MiB in float32, about what a CPU's last cache holds; on a GPU a block is a small
+#: part of memory and large enough for its matrix units.
+BLOCK_ENTRIES = 2**23
+BLOCK_ENTRIES_CUDA = 2**27
 
 
-def info_nce_sum(score_BN: Tensor, label_B: Tensor, loss_scale: float) -> Tensor:
-    """Sum over B queries of -log softmax(loss_scale * score)[label] (paper Eq. 6).
+class CrossEntropy(NamedTuple):
+    """A weighted sum of cross-entropies, and what it is made of.
+
+    Attributes:
+        loss: the weighted sum, float32 at least; what is differentiated.
+        terms: [N] each row's cross-entropy, without gradient.
+        hits: [N] whether each row's largest logit is its target's, without gradient.
+    """
+
+    loss: Tensor
+    terms: Tensor
+    hits: Tensor
+
+
+def linear_cross_entropy(
+    hidden_ND: Tensor,
+    weight_VD: Tensor,
+    target_N: Tensor,
+    term_weight_N: Tensor,
+    block_rows: int | None = None,
+    left_out: Callable[[slice], Tensor] | None = None,
+) -> CrossEntropy:
+    """Sum over N of term_weight * -log softmax(hidden @ weight.T)[target], without ever holding [N, V].
+
+    Memory is one block of logits and the gradients of `hidden` and `weight`, whatever N times V is. The gradients are
+    made with the loss, so nothing is computed twice; the softmax runs in float32 at least, and the gradient of `weight`
+    is summed over the blocks in that precision.
 
     Args:
-        score_BN: cosine of each query with each document of the pool.
-        label_B: column of each query's positive.
-        loss_scale: 1 / temperature; the paper's temperature 0.05 is a scale of 20.
+        hidden_ND: states, in the dtype that the product shall be computed in.
+        weight_VD: the vocabulary projection, or documents.
+        target_N: column of each row's target.
+        term_weight_N: weight of each row's term; no gradient flows to it.
+        block_rows: rows a block; None = as many as make a block of moderate size.
+        left_out: which columns, [rows, V], some rows' softmax runs without; never a row's target. None = without none.
     """
-    return F.cross_entropy(score_BN * loss_scale, label_B, reduction="sum")
+    if torch.is_autocast_enabled(hidden_ND.device.type):
+        hidden_ND = hidden_ND.to(torch.get_autocast_dtype(hidden_ND.device.type))
+    if block_rows is None:
+        entries = BLOCK_ENTRIES_CUDA if hidden_ND.device.type == "cuda" else BLOCK_ENTRIES
+        block_rows = max(64, entries // len(weight_VD))
+    return CrossEntropy(*_LinearCrossEntropy.apply(hidden_ND, weight_VD, target_N, term_weight_N, block_rows, left_out))
+
+
+class _LinearCrossEntropy(torch.autograd.Function):
+    """Loss and both gradients, one block of rows at a time."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        hidden_ND: Tensor,
+        weight_VD: Tensor,
+        target_N: Tensor,
+        term_weight_N: Tensor,
+        block_rows: int,
+        left_out: Callable[[slice], Tensor] | None,
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        exact = torch.promote_types(hidden_ND.dtype, torch.float32)
+        product_weight_VD = weight_VD.to(hidden_ND.dtype)
+        terms_N = hidden_ND.new_empty(len(hidden_ND), dtype=exact)
+        hits_N = torch.empty(len(hidden_ND), dtype=torch.bool, device=hidden_ND.device)
+        into_hidden_ND = torch.empty_like(hidden_ND) if ctx.needs_input_grad[0] else None
+        into_weight_VD = torch.zeros_like(weight_VD, dtype=exact) if ctx.needs_input_grad[1] else None
+        # Weights of 1 / (tokens of a step) would leave half precision's range in the products below.
+        largest_weight = term_weight_N.to(exact).abs().max().clamp_min(torch.finfo(exact).tiny)
+        relative_N = term_weight_N.to(exact) / largest_weight
+        # In half precision, the sum into the float32 gradient of the weight costs as much as a product does, so it is
+        # taken over several blocks at once.
+        at_once = block_rows if exact == hidden_ND.dtype else 4 * block_rows
+        for start in range(0, len(hidden_ND), at_once):
+            gradients = []
+            for first in range(start, min(start + at_once, len(hidden_ND)), block_rows):
+                rows = slice(first, min(first + block_rows, start + at_once))
+                logits = (hidden_ND[rows] @ product_weight_VD.T).to(exact)
+                if left_out is not None:
+                    logits.masked_fill_(left_out(rows), -torch.inf)
+                terms_N[rows], hits_N[rows], total = _softmax_terms(logits, target_N[rows])
+                if any(ctx.needs_input_grad):
+                    into_logits = logits.mul_((relative_N[rows] / total).unsqueeze(1))
+                    into_logits.scatter_add_(1, target_N[rows].unsqueeze(1), -relative_N[rows].unsqueeze(1))
+                    gradients.append(into_logits.to(hidden_ND.dtype))
+            if not gradients:
+                continue
+            rows = slice(start, start + at_once)
+            into_logits = gradients[0] if len(gradients) == 1 else torch.cat(gradients)
+            if into_hidden_ND is not None:
+                torch.mm(into_logits, product_weight_VD, out=into_hidden_ND[rows])
+            if into_weight_VD is not None:
+                _add_product(into_weight_VD, into_logits.T, hidden_ND[rows])
+        ctx.save_for_backward(into_hidden_ND, into_weight_VD, largest_weight)
+        ctx.weight_dtype = weight_VD.dtype
+        ctx.mark_non_differentiable(terms_N, hits_N)
+        return (terms_N * term_weight_N).sum(), terms_N, hits_N
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
+        into_hidden_ND, into_weight_VD, largest_weight = ctx.saved_tensors
+        scale = gradients[0] * largest_weight
+        into_hidden = None if into_hidden_ND is None else into_hidden_ND * scale
+        into_weight = None if into_weight_VD is None else into_weight_VD.mul_(scale).to(ctx.weight_dtype)
+        return into_hidden, into_weight, None, None, None, None
+
+
+def _softmax_terms(logits: Tensor, target: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Cross-entropy, hit and sum of exponentials of each row of a block of logits, which becomes the exponentials."""
+    of_target, largest = logits.gather(1, target.unsqueeze(1)), logits.amax(dim=1, keepdim=True)
+    total = logits.sub_(largest).exp_().sum(dim=1)
+    return largest[:, 0] + total.log() - of_target[:, 0], (of_target == largest)[:, 0], total
+
+
+def _add_product(total: Tensor, left: Tensor, right: Tensor) -> None:
+    """total += left @ right, summed in the total's precision."""
+    if total.dtype == right.dtype:
+        total.addmm_(left, right)
+    else:
+        total.add_(left @ right)
+
+
+def info_nce(
+    query_BD: Tensor,
+    document_ND: Tensor,
+    label_B: Tensor,
+    loss_scale: float,
+    weight_B: Tensor,
+    left_out: Callable[[slice], Tensor] | None = None,
+) -> CrossEntropy:
+    """Sum over B queries of weight * -log softmax(loss_scale * cosine)[label] (paper Eq. 6), in float32 at least.
+
+    Args:
+        query_BD: unit vectors.
+        document_ND: unit vectors of the whole pool.
+        label_B: row of each query's positive in the pool.
+        loss_scale: 1 / temperature; the paper's temperature 0.05 is a scale of 20.
+        weight_B: weight of each query's term.
+        left_out: which documents, [queries, N], are no negatives of some queries; never a query's positive.
+    """
+    return linear_cross_entropy(query_BD * loss_scale, document_ND, label_B, weight_B, left_out=left_out)
+
+
+def distillation(
+    query_BD: Tensor, document_BGD: Tensor, teacher_BG: Tensor, loss_scale: float, weight_B: Tensor
+) -> Tensor:
+    """Sum over B queries of weight * -sum softmax(teacher) log softmax(loss_scale * cosine), over its G own documents.
+
+    The second term of bge-en-icl's loss (arXiv 2409.15700): a reranker's scores of a query's positive and hard
+    negatives say how much better each is. No gradient flows to the teacher.
+
+    Args:
+        query_BD: unit vectors.
+        document_BGD: unit vectors of each query's positive and hard negatives.
+        teacher_BG: the teacher's scores of the same documents, as logits.
+        loss_scale: 1 / temperature of the student.
+        weight_B: weight of each query's term.
+    """
+    student_BG = loss_scale * (query_BD.unsqueeze(1) * document_BGD).sum(dim=-1)
+    terms_B = -(teacher_BG.to(student_BG.dtype).softmax(dim=1) * student_BG.log_softmax(dim=1)).sum(dim=1)
+    return (terms_B * weight_B).sum()
+
+
+def unit(vectors_BD: Tensor) -> Tensor:
+    """Vectors of length one, in float32 at least: their products are cosines."""
+    return F.normalize(vectors_BD.to(torch.promote_types(vectors_BD.dtype, torch.float32)), dim=-1)

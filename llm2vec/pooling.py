@@ -6,8 +6,11 @@ mask; padding may stand on either side. Nothing is changed in place.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
 
 from llm2vec.types import PoolingMode
 
@@ -41,3 +44,20 @@ def pool(hidden_BTD: Tensor, pool_mask_BT: Tensor, pooling_mode: PoolingMode) ->
     # Masked positions are zeroed, not only weighted by zero: padding may hold anything, NaN included.
     masked_BTD = hidden_BTD.to(dtype).masked_fill(~mask_BT.unsqueeze(-1), 0.0)
     return torch.einsum("btd,bt->bd", masked_BTD, weight_BT).to(hidden_BTD.dtype)
+
+
+def pool_packed(states_ND: Tensor, lengths: Sequence[int], pool_mask_N: Tensor, pooling_mode: PoolingMode) -> Tensor:
+    """`pool` for texts that stand one after the other, without padding.
+
+    Args:
+        states_ND: hidden states of all texts' tokens.
+        lengths: tokens of each text.
+        pool_mask_N: 1 at the pooled positions; every text has at least one.
+        pooling_mode: as in `pool`.
+
+    Returns:
+        [texts, D].
+    """
+    hidden_BTD = pad_sequence(states_ND.split(list(lengths)), batch_first=True)
+    pool_mask_BT = pad_sequence(pool_mask_N.split(list(lengths)), batch_first=True)
+    return pool(hidden_BTD, pool_mask_BT, pooling_mode)

@@ -6,7 +6,7 @@ size, V vocabulary, N documents of a gathered pool.
 
 from __future__ import annotations
 
-from typing import Literal, NamedTuple, Protocol, TypeAlias, get_args, runtime_checkable
+from typing import Literal, NamedTuple, NotRequired, Protocol, TypeAlias, TypedDict, get_args, runtime_checkable
 
 from torch import Tensor
 
@@ -16,6 +16,7 @@ AttnImplementation = Literal["eager", "sdpa", "flash_attention_2"]
 DtypeName = Literal["auto", "bfloat16", "float16", "float32"]
 Reduction = Literal["token_mean", "micro_batch_mean"]
 SymmetricInstructions = Literal["documented", "as_released"]
+TextSide = Literal["query", "document"]
 
 #: Spellings of the released configs and of upstream LLM2Vec, and the mode each one means.
 POOLING_ALIASES: dict[str, PoolingMode] = {
@@ -30,46 +31,121 @@ class UserError(ValueError):
     """Something a user wrote is wrong; the message is one sentence that says what and how to mend it."""
 
 
+class Demonstration(NamedTuple):
+    """A worked example that stands before a query: another query and its answer."""
+
+    instruction: str
+    query: str
+    answer: str
+
+
 class InstructedText(NamedTuple):
-    """A text and the instruction it is read under; an empty instruction means none."""
+    """A text and how it is read.
+
+    Attributes:
+        instruction: what it is read under; empty means none.
+        text: the text.
+        side: which of a template's two forms it takes; a template with one form does not ask.
+        examples: few-shot examples before it, in the templates that have a place for them.
+    """
 
     instruction: str
     text: str
+    side: TextSide = "query"
+    examples: tuple[Demonstration, ...] = ()
 
 
 class Example(NamedTuple):
-    """One training row. `negatives` holds one or more hard negatives; every row of a source has as many."""
+    """One training row.
+
+    Attributes:
+        source: where it is from.
+        query: what is asked.
+        positive: what answers it.
+        negatives: hard negatives; every row of a source has as many.
+        scores: a teacher's scores of the positive and of each negative; empty = there is no teacher.
+    """
 
     source: str
     query: InstructedText
     positive: InstructedText
     negatives: tuple[InstructedText, ...]
+    scores: tuple[float, ...] = ()
 
 
-#: One tokenised side: `input_ids`, `attention_mask`, `pool_mask`, `target_mask`, each [B, T].
-TokenBatch: TypeAlias = dict[str, Tensor]
+class TokenBatch(TypedDict):
+    """One tokenised side of a batch, packed: text after text, nothing between them.
+
+    Attributes:
+        input_ids: [N] ids of all texts.
+        lengths: tokens of each text.
+        pool_mask: [N] positions that pooling reads.
+        target_mask: [N] positions that are reconstructed.
+        num_targets: marked positions of each text in `target_mask`.
+        prefix: number of tokens that all texts begin with and none is pooled over.
+        closed: whether every text's last token is pooled over.
+        facts: what else an objective knows of each text, by name, [texts, ...].
+        labels: [N] what is to be predicted at each position, where that is not the token that stands there.
+    """
+
+    input_ids: Tensor
+    lengths: list[int]
+    pool_mask: Tensor
+    target_mask: Tensor
+    num_targets: list[int]
+    prefix: int
+    closed: bool
+    facts: NotRequired[dict[str, Tensor]]
+    labels: NotRequired[Tensor]
+
 
 #: What the collator yields: a TokenBatch for each of "query", "positive" and (Stage II) "negative".
 Batch: TypeAlias = dict[str, TokenBatch]
 
 
-@runtime_checkable
-class Objective(Protocol):
-    """A module that turns a micro-batch into loss parts.
+class Output(NamedTuple):
+    """What an objective makes of a batch.
 
-    The trainer divides nothing itself: it asks `count` how many terms each part of each micro-batch holds, sums
-    those over the whole optimiser step and all ranks, and hands the totals back to `forward`. So a loss is a mean
-    over the step however the step was cut.
+    Attributes:
+        parts: `loss` and detached figures, each this batch's share of the step's (empty if all the loss lies
+            between vectors).
+        vectors: for each side, an embedding a row, [rows, D]; what `contrast` compares (empty if nothing is).
+        facts: what else `contrast` needs to know of each row, [rows, ...]: no gradient flows to it.
     """
 
+    parts: dict[str, Tensor]
+    vectors: dict[str, Tensor]
+    facts: dict[str, Tensor] = {}  # noqa: RUF012  # an empty default that nobody writes to
+
+
+@runtime_checkable
+class Objective(Protocol):
+    """A module that turns a batch into loss parts.
+
+    The trainer divides nothing itself: it asks `count` how many terms each part of each batch holds, sums those over
+    the whole optimiser step and all ranks, and hands the totals back. So a loss is a mean over the step however the
+    step was cut: `forward` may be called with any of a batch's rows, and `contrast` sees the vectors of all of them.
+
+    Attributes:
+        contrasts: whether `forward` returns vectors for `contrast`.
+    """
+
+    contrasts: bool
+
     def count(self, batch: Batch) -> dict[str, Tensor]:
-        """Number of loss terms (tokens, rows) this micro-batch adds to each loss part, as float scalars."""
+        """Number of loss terms (tokens, rows) this batch adds to each loss part, as float scalars."""
         ...
 
-    def forward(self, batch: Batch, totals: dict[str, Tensor]) -> dict[str, Tensor]:
-        """Loss parts: `loss` (what is differentiated) and any number of detached figures for the log.
+    def forward(self, batch: Batch, totals: dict[str, Tensor]) -> Output:
+        """What stands in each row alone: its loss parts, and its vectors.
 
-        Every value is this micro-batch's share: shares summed over a step's micro-batches and ranks give the
-        figure of the step.
+        Without totals no loss part is asked for, only what `contrast` needs.
+        """
+        ...
+
+    def contrast(self, vectors: dict[str, Tensor], totals: dict[str, Tensor]) -> dict[str, Tensor]:
+        """Loss parts between the vectors of all rows that the ranks hold at once; no model is run.
+
+        `vectors` holds the rows' facts too, under their own names.
         """
         ...

@@ -1,4 +1,4 @@
-"""Slow, obvious versions of both losses, straight from the paper: one row, one token, one pair at a time.
+"""Slow, obvious versions of the losses, straight from the paper: one row, one token, one pair at a time.
 
 Nothing is padded, batched or shared with the package but the tokenised rows. What a position may see is written
 out as a mask of its own, so the package's attention flags are proved too. Meant for models made `exact`.
@@ -39,6 +39,23 @@ def examples(num_rows: int, num_negatives: int = 0, seed: int = 0) -> list[Examp
             )
         )
     return rows
+
+
+def under_one_instruction(rows: Sequence[Example]) -> list[Example]:
+    """The same rows with one instruction on all queries and another on all documents: long shared prefixes."""
+
+    def ask(text: InstructedText, instruction: str) -> InstructedText:
+        return text._replace(instruction=instruction)
+
+    return [
+        Example(
+            row.source,
+            ask(row.query, "find the answer"),
+            ask(row.positive, "who wrote it"),
+            tuple(ask(text, "who wrote it") for text in row.negatives),
+        )
+        for row in rows
+    ]
 
 
 def exact(model: nn.Module) -> nn.Module:
@@ -128,6 +145,18 @@ def stage_one(
     q2d = sum(q2d_terms[1:], q2d_terms[0]) / len(q2d_terms)
     d2q = sum(d2q_terms[1:], d2q_terms[0]) / len(d2q_terms)
     return StageOne(alpha * q2d + (1 - alpha) * d2q, q2d, d2q)
+
+
+def language_modelling(model: Any, rows: Sequence[Row]) -> Tensor:
+    """Mean over the target tokens of all rows, but for a row's first, of -log p given the tokens before it."""
+    terms: list[Tensor] = []
+    for row in rows:
+        for position in range(1, len(row.ids)):
+            if row.target[position]:
+                last_state = states(model.base_model, "causal", ids=row.ids[:position])[-1]
+                logits = model.get_output_embeddings().weight @ last_state
+                terms.append(torch.logsumexp(logits, dim=0) - logits[row.ids[position]])
+    return sum(terms[1:], terms[0]) / len(terms)
 
 
 def cosine(left: Tensor, right: Tensor) -> Tensor:

@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from llm2vec.pooling import pool
+from llm2vec.pooling import pool, pool_packed
 from llm2vec.types import PoolingMode
 
 NAN = float("nan")
@@ -112,3 +112,27 @@ def test_a_row_does_not_depend_on_its_batch(mode: PoolingMode) -> None:
     hidden_BTD, mask_BT = padded("right", 0.0)
     alone = [pool(hidden_BTD[i : i + 1], mask_BT[i : i + 1], mode)[0] for i in range(len(ROWS))]
     torch.testing.assert_close(torch.stack(alone), pool(hidden_BTD, mask_BT, mode), rtol=1e-15, atol=0.0)
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_packed_rows_pool_to_the_values_by_hand(mode: PoolingMode) -> None:
+    """Row after row, without padding; and the gradient reaches the marked positions alone."""
+    states = [state for states, _ in ROWS for state in states]
+    mask_N = torch.tensor([mark for _, marks in ROWS for mark in marks], dtype=torch.bool)
+    states_ND = torch.tensor(states, dtype=torch.float64, requires_grad=True)
+    lengths = [len(states) for states, _ in ROWS]
+    pooled = pool_packed(states_ND, lengths, mask_N, mode)
+    torch.testing.assert_close(pooled, torch.tensor(EXPECTED[mode], dtype=torch.float64), rtol=1e-15, atol=0.0)
+    pooled.sum().backward()
+    assert states_ND.grad is not None
+    reached = states_ND.grad.any(dim=1)
+    assert not reached[~mask_N].any()
+    assert int(reached.sum()) == (len(ROWS) if mode in ("last", "first") else int(mask_N.sum()))
+
+
+def test_packed_lengths_decide_whose_state_is_whose() -> None:
+    """Cut elsewhere, the same states pool to other vectors."""
+    states_ND = torch.arange(6.0).reshape(6, 1)
+    marked_N = torch.ones(6, dtype=torch.bool)
+    assert pool_packed(states_ND, [2, 1, 3], marked_N, "last").tolist() == [[1.0], [2.0], [5.0]]
+    assert pool_packed(states_ND, [3, 1, 2], marked_N, "last").tolist() == [[2.0], [3.0], [5.0]]

@@ -18,17 +18,23 @@ from torch import Tensor, nn
 from torch.utils.data import Sampler
 from transformers import TrainingArguments
 
+from llm2vec import llm2vec as llm2vec_module
+from llm2vec import llm2vec_q2d_d2q, packing
 from llm2vec.checkpoint import SETTINGS_FILE, read_settings
 from llm2vec.data import Instruction, OneSourceBlocks, Source, TrainingRows, block_order
 from llm2vec.llm2vec import LLM2Vec
+from llm2vec.packing import pack_rows, starts_of
+from llm2vec.tokenization import Row
 from llm2vec.trainer import LOG_FILE, EmbedderTrainer
-from llm2vec.types import Batch, Example, InstructedText, Reduction
+from llm2vec.types import Batch, Example, InstructedText, Output, Reduction
 
 ROOT = Path(__file__).parents[1]
 
 
 class Toy(nn.Module):
     """A quadratic loss over the rows' numbers, so that every figure can be worked out by hand."""
+
+    contrasts = False
 
     def __init__(self) -> None:
         super().__init__()
@@ -38,15 +44,17 @@ class Toy(nn.Module):
         self.weights: list[float] = []
 
     def count(self, batch: Batch) -> dict[str, Tensor]:
-        return {"rows": torch.tensor(float(len(batch["side"]["input_ids"])))}
+        return {"rows": torch.tensor(float(len(batch["side"]["lengths"])))}
 
-    def forward(self, batch: Batch, totals: dict[str, Tensor]) -> dict[str, Tensor]:
-        numbers = batch["side"]["input_ids"]
+    def forward(self, batch: Batch, totals: dict[str, Tensor]) -> Output:
+        side = batch["side"]
+        numbers = side["input_ids"][starts_of(side["lengths"])]
         self.seen.append(numbers.tolist())
         self.totals.append(float(totals["rows"]))
         self.weights.append(self.weight.item())
         squares = ((self.weight - numbers) ** 2).sum() / totals["rows"]
-        return {"loss": squares, "loss_squares": squares.detach(), "number": numbers.sum() / totals["rows"]}
+        parts = {"loss": squares, "loss_squares": squares.detach(), "number": numbers.sum() / totals["rows"]}
+        return Output(parts, {})
 
 
 class Numbered(Sampler[int]):
@@ -67,10 +75,10 @@ class Numbered(Sampler[int]):
 
 
 def collate(rows: list[int]) -> Batch:
-    numbers = torch.tensor(rows)
-    mask = torch.ones(len(rows), 3, dtype=torch.long)
-    mask[:, 2] = numbers % 2  # two or three tokens a row
-    return {"side": {"input_ids": numbers, "attention_mask": mask}}
+    """A row is its number, two or three times."""
+    return {
+        "side": pack_rows([Row(*([value] * (2 + number % 2) for value in (number, True, True))) for number in rows])
+    }
 
 
 def run(
@@ -80,7 +88,9 @@ def run(
     sampler: Sampler[int] | None = None,
     reduction: Reduction = "token_mean",
     stop_after_n_steps: int | None = None,
-    save_to: Callable[[Path], None] = lambda folder: None,
+    save_to: Callable[[Path, dict[str, Tensor] | None], None] = lambda folder, weights: None,
+    max_tokens: int | None = None,
+    held_out: tuple[Any, Sampler[int]] | None = None,
     **arguments: Any,
 ) -> tuple[Toy, EmbedderTrainer, list[dict[str, Any]]]:
     """Train the toy; returns it, its trainer, and the log."""
@@ -107,6 +117,8 @@ def run(
         reduction=reduction,
         save_to=save_to,
         stop_after_n_steps=stop_after_n_steps,
+        held_out=held_out,
+        max_tokens=max_tokens,
     )
     trainer.train()
     lines = (folder / LOG_FILE).read_text(encoding="utf-8").splitlines()
@@ -175,19 +187,85 @@ def test_log_by_hand(tmp_path: Path) -> None:
 
 
 def test_tokens_per_second_by_hand(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Real tokens since the last entry over the seconds since then; here the clock moves ten seconds a look."""
+    """Real tokens since the last entry over the seconds since then; here the clock moves ten seconds a look, of which
+    there are three a step: before and after the rows are fetched, and at the entry."""
     clock = iter(range(0, 10_000, 10))
     monkeypatch.setattr("llm2vec.trainer.time", SimpleNamespace(monotonic=lambda: next(clock)))
     _, _, log = run(tmp_path, num_rows=8, gradient_accumulation_steps=2)
     looks = [entry["tokens_per_second"] for entry in entries(log)]
-    assert looks[-1] == pytest.approx(10 / 10)  # four rows of 2, 3, 2 and 3 tokens
+    assert looks[-1] == pytest.approx(10 / 30)  # four rows of 2, 3, 2 and 3 tokens
     assert all(look > 0 for look in looks)
+
+
+def test_waiting_for_data_by_hand(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The share of the time that went by while rows were fetched; here the clock moves there, three seconds a row,
+    and in the model, one second a row."""
+    now = [0.0]
+    monkeypatch.setattr("llm2vec.trainer.time", SimpleNamespace(monotonic=lambda: now[0]))
+    module, quick_collate, quick_forward = sys.modules[__name__], collate, Toy.forward
+
+    def slow_collate(rows: list[int]) -> Batch:
+        now[0] += 3 * len(rows)
+        return quick_collate(rows)
+
+    def slow_forward(self: Toy, batch: Batch, totals: dict[str, Tensor]) -> Output:
+        now[0] += len(batch["side"]["lengths"])
+        return quick_forward(self, batch, totals)
+
+    monkeypatch.setattr(module, "collate", slow_collate)
+    monkeypatch.setattr(Toy, "forward", slow_forward)
+    _, _, log = run(tmp_path, num_rows=16, gradient_accumulation_steps=2)
+    # The loader is one batch of two rows ahead: six rows for the first step of four, two for the last.
+    waits = [6 * 3, 4 * 3, 4 * 3, 2 * 3]
+    assert [entry["waiting_for_data"] for entry in entries(log)] == pytest.approx([w / (w + 4) for w in waits])
+
+
+@pytest.mark.parametrize("reduction", ["token_mean", "micro_batch_mean"])
+@pytest.mark.parametrize(("max_tokens", "most_rows"), [(7, 2), (4, 2), (1, 1)])
+def test_pieces_of_a_micro_batch_change_nothing(
+    tmp_path: Path, max_tokens: int, most_rows: int, reduction: Reduction
+) -> None:
+    """The log and the weights of a run without them; the objective sees fewer rows at once."""
+    keys: dict[str, Any] = {
+        "per_device_train_batch_size": 4, "gradient_accumulation_steps": 2, "num_rows": 16, "reduction": reduction,
+        "held_out": (list(range(8)), Numbered(8)), "eval_strategy": "steps", "eval_steps": 1,
+        "per_device_eval_batch_size": 4,
+    }  # fmt: skip
+    whole, _, whole_log = run(tmp_path / "whole", **keys)
+    cut, _, cut_log = run(tmp_path / "cut", max_tokens=max_tokens, **keys)
+    timed = {
+        "tokens_per_second",
+        "waiting_for_data",
+        "train_runtime",
+        "train_samples_per_second",
+        "train_steps_per_second",
+    }
+    assert len(cut_log) == len(whole_log)
+    for one, other in zip(cut_log, whole_log, strict=True):
+        assert one.keys() == other.keys()
+        for name in one.keys() - timed:
+            assert one[name] == pytest.approx(other[name], rel=1e-5), name
+    assert {"loss", "loss_squares", "number"} <= entries(cut_log)[0].keys()
+    assert len(entries(cut_log)) == 2 <= sum("eval_loss_squares" in entry for entry in cut_log)
+    assert cut.weight.item() == pytest.approx(whole.weight.item(), rel=1e-6) != 0
+    assert {len(rows) for rows in whole.seen} == {4}
+    assert max(len(rows) for rows in cut.seen) == most_rows
+    assert sorted(number for rows in cut.seen for number in rows) == sorted(
+        number for rows in whole.seen for number in rows
+    )
+    assert set(cut.totals) == set(whole.totals)
 
 
 def test_a_run_starts_its_log_anew(tmp_path: Path) -> None:
     run(tmp_path)
     _, _, log = run(tmp_path, num_rows=4)
     assert [entry["step"] for entry in entries(log)] == [1, 2]
+
+
+def test_held_out_rows_are_run_once_where_a_step_ends_an_epoch(tmp_path: Path) -> None:
+    keys: dict[str, Any] = {"eval_strategy": "steps", "eval_steps": 2, "num_train_epochs": 2, "num_rows": 8}
+    _, _, log = run(tmp_path, held_out=(list(range(4)), Numbered(4)), **keys)
+    assert [entry["step"] for entry in log if "eval_loss" in entry] == [2, 4, 6, 8]
 
 
 # --- the end ---
@@ -217,7 +295,8 @@ def test_saving_is_left_to_the_function_given(tmp_path: Path) -> None:
     """It is called with each checkpoint's folder, and with the output folder at the end."""
     saved: list[Path] = []
 
-    def save_to(folder: Path) -> None:
+    def save_to(folder: Path, weights: dict[str, Tensor] | None) -> None:
+        assert weights is None  # they lie spread over no processes
         folder.mkdir(exist_ok=True)
         saved.append(folder)
 
@@ -289,6 +368,42 @@ def test_stage_I_logs_the_mix_of_its_parts(
         assert entry["loss"] == pytest.approx(0.3 * entry["loss_q2d"] + 0.7 * entry["loss_d2q"], rel=1e-5)
         assert entry["tokens_per_second"] > 0
     assert log[1]["loss"] < log[0]["loss"]
+
+
+@pytest.mark.parametrize("stage", ["stage_I", "stage_II"])
+def test_tokens_per_microbatch_changes_nothing_but_memory(
+    stage: str, data: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The same curve of either stage, held-out figures included; more and smaller passes through the model."""
+    passes: list[int] = []
+    original = packing.packed_hidden_states
+
+    def counted(model: Any, attention: Any, lengths: Any, *arguments: Any, **keywords: Any) -> Tensor:
+        passes.append(sum(lengths))
+        return original(model, attention, lengths, *arguments, **keywords)
+
+    for module in (llm2vec_module, llm2vec_q2d_d2q):
+        monkeypatch.setattr(module, "packed_hidden_states", counted)
+    keys = {**data, "optim": "sgd", "num_eval_rows": 8, "eval_strategy": "steps", "eval_steps": 3, "lora_r": 4}
+    keys |= {"save_strategy": "no", "lora_dropout": 0.0, "learning_rate": 0.1, "logging_steps": 1}
+    del keys["per_device_train_batch_size"]
+    logs, largest = [], []
+    for name, budget in (("whole", {}), ("cut", {"tokens_per_microbatch": 64})):
+        passes.clear()
+        output = run_script(stage, {**keys, "total_batch_size": 8, "output_dir": name, **budget}, tmp_path, monkeypatch)
+        lines = (output / LOG_FILE).read_text(encoding="utf-8").splitlines()
+        kinds = [(kind, entry) for entry in map(json.loads, lines) for kind in ("loss", "eval_loss") if kind in entry]
+        logs.append({(entry["step"], kind): entry for kind, entry in kinds})
+        largest.append(max(passes))
+    assert largest[1] <= 64 < largest[0] / 2
+    assert logs[0].keys() == logs[1].keys() >= {*((step, "loss") for step in range(1, 5)), (3, "eval_loss")}
+    for one, other in zip(logs[0].values(), logs[1].values(), strict=True):
+        assert one.keys() == other.keys()
+        for name in one.keys() - {"tokens_per_second", "waiting_for_data", "epoch"}:
+            assert one[name] == pytest.approx(other[name], rel=1e-4, abs=1e-6), name
+    steps = [entry for (_, kind), entry in logs[0].items() if kind == "loss"]
+    assert len({round(entry["loss"], 3) for entry in steps}) == 4  # a flat curve would prove nothing
+    assert all(0 <= entry["waiting_for_data"] <= 1 for entry in steps)
 
 
 def test_checkpoints_along_the_way_load_and_carry_on(

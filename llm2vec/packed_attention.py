@@ -1,0 +1,292 @@
+"""Attention over texts laid end to end in one row, each attending to itself and to the prefix it shares with others.
+
+One function, `attend`, is registered with transformers under `NAME` and serves every decoder that uses its attention
+interface. It reads how the texts lie from a `Layout`, which the caller hands to the model as the argument `layout`:
+
+    CUDA, half precision     torch's variable-length FlashAttention: one kernel for all texts
+    CPU, a shared prefix     torch's fused CPU kernel twice a text, joined by the log-sum-exp (`_SharedPrefix`)
+    anything else            torch's scaled_dot_product_attention text by text
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from functools import cached_property
+from typing import Any, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from llm2vec.types import UserError
+
+NAME = "llm2vec_packed"
+
+_flash = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
+_flash_backward = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward
+
+
+class Group(NamedTuple):
+    """Texts that stand one after the other behind the prefix they share.
+
+    Attributes:
+        prefix: tokens of the shared prefix, which stands once in front of the first text; 0 = none.
+        lengths: each text's own tokens.
+    """
+
+    prefix: int
+    lengths: tuple[int, ...]
+
+
+class _Span(NamedTuple):
+    """Where one text's queries and keys stand, and where its prefix's keys do (empty without one)."""
+
+    query: slice
+    key: slice
+    prefix: slice
+
+
+class _Indices(NamedTuple):
+    """A layout as tensors.
+
+    Attributes:
+        closing: index [texts] of each text's last token.
+        keys: index of each text's keys, its prefix's first, text after text.
+        query_ends: ends of the texts' queries, int32 [texts + 1] from 0.
+        key_ends: the same of their keys, prefix included.
+    """
+
+    closing: Tensor
+    keys: Tensor
+    query_ends: Tensor
+    key_ends: Tensor
+
+
+@dataclass(frozen=True, eq=False)
+class Layout:
+    """How texts lie in a packed row.
+
+    Attributes:
+        groups: in the order in which they stand.
+        closing_only: the queries are the last token of each text alone; keys and values are all tokens.
+    """
+
+    groups: tuple[Group, ...]
+    closing_only: bool = False
+    _moved: dict[torch.device, _Indices] = field(default_factory=dict)
+
+    @cached_property
+    def spans(self) -> list[_Span]:
+        """One a text; a shared prefix counts as a text of its own where it asks for its states."""
+        spans = []
+        key = query = 0
+        for group in self.groups:
+            prefix = slice(key, key + group.prefix)
+            key += group.prefix
+            if group.prefix and not self.closing_only:
+                spans.append(_Span(slice(query, query + group.prefix), prefix, slice(0, 0)))
+                query += group.prefix
+            for length in group.lengths:
+                width = 1 if self.closing_only else length
+                spans.append(_Span(slice(query, query + width), slice(key, key + length), prefix))
+                query, key = query + width, key + length
+        return spans
+
+    @cached_property
+    def closing(self) -> Tensor:
+        """Index [texts] of each text's last token."""
+        ends = [span.key.stop - 1 for span in Layout(self.groups, closing_only=True).spans]
+        return torch.tensor(ends)
+
+    @cached_property
+    def has_prefix(self) -> bool:
+        """Whether any texts share a prefix."""
+        return any(group.prefix for group in self.groups)
+
+    def on(self, device: torch.device) -> _Indices:
+        """The layout's tensors on a device; moved once, as every layer asks for them."""
+        if device not in self._moved:
+            queries = [_size(span.query) for span in self.spans]
+            ends = [torch.tensor([0, *lengths]).cumsum(0).to(torch.int32) for lengths in (queries, self._key_lengths)]
+            keys = torch.cat([torch.arange(s.start, s.stop) for span in self.spans for s in (span.prefix, span.key)])
+            tensors = (self.closing, keys, *ends)
+            self._moved[device] = _Indices(*(tensor.to(device) for tensor in tensors))
+        return self._moved[device]
+
+    @cached_property
+    def longest(self) -> tuple[int, int]:
+        """Most queries and most keys of a text."""
+        return max(span.query.stop - span.query.start for span in self.spans), max(self._key_lengths)
+
+    @cached_property
+    def _key_lengths(self) -> list[int]:
+        return [_size(span.prefix) + _size(span.key) for span in self.spans]
+
+
+@torch.compiler.disable  # type: ignore[untyped-decorator]  # a loop over texts, whose number and lengths are others in every batch
+def attend(
+    module: torch.nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None,
+    dropout: float = 0.0,
+    scaling: float | None = None,
+    is_causal: bool | None = None,
+    layout: Layout | None = None,
+    **_: Any,  # the library hands every attention function all that any of them takes
+) -> tuple[Tensor, None]:
+    """[1, heads, queries or tokens, head size] -> [1, queries, heads, head size].
+
+    The queries are those of all tokens, or of the closing ones where the layout says so.
+    """
+    if layout is None:
+        raise UserError(f"{type(module).__name__} hands no arguments on to its attention; its family cannot be packed.")
+    dtype = value.dtype
+    if _has_varlen_kernel(query, dropout):
+        return _attend_varlen(query, key, value, layout, bool(is_causal), scaling), None
+    if query.device.type == "cpu" and dtype in (torch.bfloat16, torch.float16):
+        # The half-precision backward of the CPU kernel is slower than float32's, and less exact.
+        query, key, value = query.float(), key.float(), value.float()
+    if layout.has_prefix:
+        output = _SharedPrefix.apply(query, *_same_heads(query, key, value), layout, bool(is_causal), scaling)
+    else:
+        with torch.autocast("cpu", enabled=False):  # or torch would round them again
+            output = torch.cat(list(_text_by_text(query, key, value, layout, bool(is_causal), scaling, dropout)), dim=2)
+    return output.transpose(1, 2).to(dtype), None
+
+
+def can_share_prefix(device: torch.device, dtype: torch.dtype, dropout: float) -> bool:
+    """Whether attention over a shared prefix is there for tensors of this kind."""
+    return dropout == 0 and (device.type == "cpu" or _is_half_on_cuda(device, dtype))
+
+
+def _text_by_text(
+    query: Tensor, key: Tensor, value: Tensor, layout: Layout, causal: bool, scaling: float | None, dropout: float
+) -> Iterator[Tensor]:
+    # Split, not sliced: the gradient of a slice is a whole row of zeros with the slice's in it, once for each text.
+    widths = [_size(span.query) for span in layout.spans]
+    lengths = [_size(span.key) for span in layout.spans]
+    for q, k, v in zip(query.split(widths, 2), key.split(lengths, 2), value.split(lengths, 2), strict=True):
+        yield F.scaled_dot_product_attention(
+            q,
+            k,
+            v,
+            dropout_p=dropout,
+            is_causal=causal and q.shape[2] > 1,
+            scale=scaling,
+            enable_gqa=query.shape[1] != key.shape[1],
+        )
+
+
+class _SharedPrefix(torch.autograd.Function):
+    """Each text attends to its prefix's keys and, causally, to its own; the two are joined exactly.
+
+    Softmax over both sets of keys is the mean of the two outputs, each weighted by exp of its log-sum-exp. The
+    kernel's backward takes output and log-sum-exp from outside, so it is called with the joint ones: then each set's
+    gradient is its share of the whole, and the prefix gets the sum over all texts that share it.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any, query: Tensor, key: Tensor, value: Tensor, layout: Layout, causal: bool, scaling: float | None
+    ) -> Tensor:
+        output = torch.empty_like(query.transpose(1, 2)).transpose(1, 2)
+        log_sum = query.new_empty(query.shape[:3])
+        for span in layout.spans:
+            own = causal and _size(span.query) > 1
+            q = query[:, :, span.query]
+            output[:, :, span.query], log_sum[:, :, span.query] = _flash(
+                q, key[:, :, span.key], value[:, :, span.key], 0.0, own, scale=scaling
+            )
+        for queries, prefix in _sharing(layout):
+            there, there_sum = _flash(
+                query[:, :, queries], key[:, :, prefix], value[:, :, prefix], 0.0, False, scale=scaling
+            )
+            joint = torch.logaddexp(log_sum[:, :, queries], there_sum)
+            here_share = (log_sum[:, :, queries] - joint).exp_().unsqueeze(-1)
+            there_share = (there_sum - joint).exp_().unsqueeze(-1)
+            output[:, :, queries] = output[:, :, queries] * here_share + there * there_share
+            log_sum[:, :, queries] = joint
+        ctx.save_for_backward(query, key, value, output, log_sum)
+        ctx.layout, ctx.causal, ctx.scaling = layout, causal, scaling
+        return output
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
+        query, key, value, output, log_sum = ctx.saved_tensors
+        into = [torch.zeros_like(tensor) for tensor in (query, key, value)]
+
+        def add(queries: slice, keys: slice, causal: bool) -> None:
+            places = (queries, keys, keys)
+            parts = _flash_backward(
+                gradients[0][:, :, queries],
+                query[:, :, queries],
+                key[:, :, keys],
+                value[:, :, keys],
+                output[:, :, queries],
+                log_sum[:, :, queries],
+                0.0,
+                causal,
+                scale=ctx.scaling,
+            )
+            for total, place, part in zip(into, places, parts, strict=True):
+                total[:, :, place] += part
+
+        for span in ctx.layout.spans:
+            add(span.query, span.key, ctx.causal and _size(span.query) > 1)
+        for queries, prefix in _sharing(ctx.layout):
+            add(queries, prefix, False)
+        return (*into, None, None, None)
+
+
+def _sharing(layout: Layout) -> list[tuple[slice, slice]]:
+    """Queries of all texts behind one prefix, and that prefix's keys; the texts of a group stand side by side."""
+    joined: dict[tuple[int, int], slice] = {}
+    for span in layout.spans:
+        if _size(span.prefix):
+            where = (span.prefix.start, span.prefix.stop)
+            first = joined[where].start if where in joined else span.query.start
+            joined[where] = slice(first, span.query.stop)
+    return [(queries, slice(*where)) for where, queries in joined.items()]
+
+
+def _attend_varlen(
+    query: Tensor, key: Tensor, value: Tensor, layout: Layout, causal: bool, scaling: float | None
+) -> Tensor:
+    """torch's variable-length kernel; a text's keys are its prefix's and its own, aligned to the end as it asks for."""
+    from torch.nn.attention.varlen import varlen_attn  # a private module of older torch versions lacks it
+
+    half = torch.get_autocast_dtype("cuda") if torch.is_autocast_enabled("cuda") else value.dtype
+    q, k, v = (tensor[0].transpose(0, 1).to(half) for tensor in (query, *_same_heads(query, key, value)))
+    indices = layout.on(query.device)
+    if layout.has_prefix:
+        k, v = k.index_select(0, indices.keys), v.index_select(0, indices.keys)
+    ends = (indices.query_ends, indices.key_ends)
+    window = (-1, 0) if causal else (-1, -1)
+    output = varlen_attn(q, k, v, *ends, *layout.longest, scale=scaling, window_size=window)
+    assert isinstance(output, Tensor), "no log-sum-exp was asked for"
+    return output.unsqueeze(0)
+
+
+def _has_varlen_kernel(query: Tensor, dropout: float) -> bool:
+    return dropout == 0 and _is_half_on_cuda(query.device, query.dtype)
+
+
+def _is_half_on_cuda(device: torch.device, dtype: torch.dtype) -> bool:
+    half = dtype in (torch.bfloat16, torch.float16)
+    return device.type == "cuda" and (half or torch.is_autocast_enabled("cuda"))
+
+
+def _same_heads(query: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
+    """Key and value with as many heads as the query."""
+    times = query.shape[1] // key.shape[1]
+    if times == 1:
+        return key, value
+    return key.repeat_interleave(times, dim=1), value.repeat_interleave(times, dim=1)
+
+
+def _size(part: slice) -> int:
+    size: int = part.stop - part.start
+    return size

@@ -1,0 +1,186 @@
+"""Forward and backward of a batch in micro-batches of some number of tokens; the gradient does not depend on the cut.
+
+Losses that stand in each row alone are simply summed over the micro-batches. A contrastive loss couples all rows, so
+its gradient is cached (Gao et al. 2021, arXiv 2101.06983): every micro-batch is embedded without a graph, the loss
+between all vectors gives their gradients, and every micro-batch is embedded again, with the same random numbers, to
+carry its vectors' gradients into the weights. Memory is one micro-batch's activations and the vectors.
+"""
+
+from __future__ import annotations
+
+import heapq
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+
+from llm2vec.distributed import max_over_ranks
+from llm2vec.packing import select_rows
+from llm2vec.types import Batch, Output
+
+
+def backward_step(
+    objective: nn.Module,
+    batch: Batch,
+    totals: dict[str, Tensor],
+    *,
+    max_tokens: int | None = None,
+    scale: float = 1.0,
+    backward: Callable[[Tensor], None] = torch.Tensor.backward,
+    no_sync: Callable[[], AbstractContextManager[Any]] = nullcontext,
+) -> dict[str, Tensor]:
+    """Add the gradient of a batch's loss to the parameters' `.grad`.
+
+    Args:
+        objective: as in `types.Objective`, plain or wrapped for several processes.
+        batch: what this process holds at once.
+        totals: number of terms of each loss part in the whole optimiser step.
+        max_tokens: most tokens that go through the model at once, at least a row; None = the whole batch.
+        scale: factor on the gradient, not on the figures returned.
+        backward: differentiates a scalar.
+        no_sync: entered around every micro-batch but the last, so that gradients are exchanged once.
+
+    Returns:
+        Loss parts, detached: `loss` and the objective's figures.
+    """
+    inner: Any = getattr(objective, "module", objective)
+    pieces = split_batch(batch, max_tokens)
+    if not inner.contrasts or len(pieces) == 1:
+        return _backward_whole(objective, inner, pieces, totals, scale, backward, no_sync)
+    seeds = torch.randint(2**62, (len(pieces),)).tolist()
+    outputs = []
+    with torch.no_grad():
+        for piece, seed in zip(pieces, seeds, strict=True):
+            with seeded(seed, piece):
+                outputs.append(objective(piece, {}))  # rows' own losses come with the pass that differentiates them
+    between, gradients = _gradients_of_vectors(inner, outputs, totals)
+    shares = [add_up([between])]
+    for i, (piece, seed) in enumerate(zip(pieces, seeds, strict=True)):
+        with seeded(seed, piece), nullcontext() if i == len(pieces) - 1 else no_sync():
+            output: Output = objective(piece, totals)
+            # The product's gradient is the vectors' cached one; its value means nothing.
+            products = [(output.vectors[side] * gradients[side][i]).sum() for side in gradients]
+            surrogate = torch.stack([*products, *(output.parts[name] for name in output.parts if name == "loss")]).sum()
+            backward(surrogate * scale)
+            shares.append(add_up([output.parts]))
+    return add_up(shares)
+
+
+def loss_parts(
+    objective: nn.Module, batch: Batch, totals: dict[str, Tensor], max_tokens: int | None = None
+) -> dict[str, Tensor]:
+    """The figures of `backward_step` alone: nothing is differentiated."""
+    inner: Any = getattr(objective, "module", objective)
+    with torch.no_grad():
+        outputs = [objective(piece, totals) for piece in split_batch(batch, max_tokens)]
+        held = _joined(outputs, "vectors") | _joined(outputs, "facts")
+        between = inner.contrast(held, totals) if inner.contrasts else {}
+        return add_up([*(output.parts for output in outputs), between])
+
+
+def split_batch(batch: Batch, max_tokens: int | None) -> list[Batch]:
+    """Rows of a batch in micro-batches of about equally many tokens, at most `max_tokens`; as many on every rank.
+
+    A row that is longer than that goes alone. The number is the same on all ranks, as a model whose weights lie spread
+    over them must be called equally often everywhere.
+    """
+    if max_tokens is None:
+        return [batch]
+    num_rows = len(batch[next(iter(batch))]["lengths"])
+    tokens = [0] * num_rows
+    for side in batch.values():
+        per_row = len(side["lengths"]) // num_rows
+        for i, length in enumerate(side["lengths"]):
+            tokens[i // per_row] += length
+    number = max_over_ranks(number_of_pieces(tokens, max_tokens))
+    if number == 1:
+        return [batch]
+    return [_rows_of(batch, piece, num_rows) for piece in balanced(tokens, number)]
+
+
+def number_of_pieces(tokens: Sequence[int], max_tokens: int) -> int:
+    """How many balanced pieces it takes that none has more than `max_tokens`, but for rows longer by themselves."""
+    most = max(max_tokens, max(tokens))
+    number = -(-sum(tokens) // most)
+    while max(sum(tokens[i] for i in piece) for piece in balanced(tokens, number)) > most:
+        number += 1
+    return number
+
+
+def balanced(tokens: Sequence[int], number: int) -> list[list[int]]:
+    """Row indices in `number` pieces of nearly equal token counts, none empty: longest first into the emptiest."""
+    pieces: list[list[int]] = [[] for _ in range(number)]
+    heap = [(0, i) for i in range(number)]
+    for row in sorted(range(len(tokens)), key=lambda row: -tokens[row]):
+        filled, i = heapq.heappop(heap)
+        pieces[i].append(row)
+        heapq.heappush(heap, (filled + tokens[row], i))
+    return [sorted(piece) for piece in pieces]
+
+
+def add_up(parts: Sequence[dict[str, Tensor]]) -> dict[str, Tensor]:
+    """Shares of the same figures, added; detached."""
+    total: dict[str, Tensor] = {}
+    for part in parts:
+        for name, value in part.items():
+            total[name] = total[name] + value.detach() if name in total else value.detach()
+    return total
+
+
+def _backward_whole(
+    objective: nn.Module,
+    inner: Any,
+    pieces: Sequence[Batch],
+    totals: dict[str, Tensor],
+    scale: float,
+    backward: Callable[[Tensor], None],
+    no_sync: Callable[[], AbstractContextManager[Any]],
+) -> dict[str, Tensor]:
+    """One pass a piece: rows that stand alone, or all rows at once."""
+    shares = []
+    for i, piece in enumerate(pieces):
+        with nullcontext() if i == len(pieces) - 1 else no_sync():
+            output: Output = objective(piece, totals)
+            between = inner.contrast(output.vectors | output.facts, totals) if inner.contrasts else {}
+            losses = [parts["loss"] for parts in (output.parts, between) if "loss" in parts]
+            backward(torch.stack(losses).sum() * scale)
+            shares += [output.parts, between]
+    return add_up(shares)
+
+
+def _gradients_of_vectors(
+    inner: Any, outputs: Sequence[Output], totals: dict[str, Tensor]
+) -> tuple[dict[str, Tensor], dict[str, list[Tensor]]]:
+    """Loss parts between the vectors, and for each side the gradient of each piece's vectors."""
+    leaves = {side: vectors.requires_grad_() for side, vectors in _joined(outputs, "vectors").items()}
+    with torch.enable_grad():
+        between = inner.contrast(leaves | _joined(outputs, "facts"), totals)
+        gradients = dict(zip(leaves, torch.autograd.grad(between["loss"], list(leaves.values())), strict=True))
+    by_piece = {side: list(g.split([len(output.vectors[side]) for output in outputs])) for side, g in gradients.items()}
+    return between, by_piece
+
+
+def _joined(outputs: Sequence[Output], field: Literal["vectors", "facts"]) -> dict[str, Tensor]:
+    """A field of all pieces' outputs, row after row."""
+    names = getattr(outputs[0], field)
+    return {name: torch.cat([getattr(output, field)[name] for output in outputs]) for name in names}
+
+
+def _rows_of(batch: Batch, rows: Sequence[int], num_rows: int) -> Batch:
+    """Some rows with all their sides; a side with K texts a row keeps them together."""
+    chosen: Batch = {}
+    for name, side in batch.items():
+        per_row = len(side["lengths"]) // num_rows
+        chosen[name] = select_rows(side, [row * per_row + k for row in rows for k in range(per_row)])
+    return chosen
+
+
+@contextmanager
+def seeded(seed: int, batch: Batch) -> Iterator[None]:
+    """Random numbers from `seed` within, on the CPU and on the batch's device; outside they go on as if nothing was."""
+    device = batch[next(iter(batch))]["input_ids"].device
+    with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
+        torch.manual_seed(seed)
+        yield
