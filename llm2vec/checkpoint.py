@@ -24,11 +24,13 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any, get_args
 
-from peft import PeftConfig
+from peft import PeftConfig, PeftModel
+from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 from transformers.utils.peft_utils import find_adapter_config_file
 
 from llm2vec.backbone import Backbone, Chain, find_file, local_folder
+from llm2vec.templates import segments_of
 from llm2vec.types import POOLING_ALIASES, Attention, PoolingMode, UserError
 
 SETTINGS_FILE = "llm2vec_config.json"
@@ -47,7 +49,7 @@ class EncoderSettings:
         doc_max_length: most tokens of the text alone; None = as many as fit (upstream: 400).
         skip_instruction: whether the instruction is left out of the pooled positions.
         template: key of `templates.TEMPLATES`; None = inferred from the tokenizer.
-        instruction_join: what stands between instruction and text.
+        instruction_join: what stands between instruction and text, in the templates that leave it open.
         attention: `causal` or `bidirectional`.
         normalize: whether `encode` returns unit vectors.
         parent_adapters: for an adapter checkpoint, the adapters merged into the base below it, innermost first.
@@ -68,6 +70,8 @@ class EncoderSettings:
         if mode is None:
             raise UserError(f"pooling_mode is {self.pooling_mode!r}; allowed: {', '.join(POOLING_ALIASES)}.")
         object.__setattr__(self, "pooling_mode", mode)
+        if self.template is not None:
+            segments_of(self.template, mode)  # refuses an unknown one, and `last` where no closing token is written
         if self.attention not in get_args(Attention):
             raise UserError(f"attention is {self.attention!r}; allowed: {', '.join(get_args(Attention))}.")
         for name in ("max_length", "doc_max_length"):
@@ -179,6 +183,7 @@ def save_checkpoint(
     tokenizer: PreTrainedTokenizerBase,
     settings: EncoderSettings | None,
     run: dict[str, Any] | None = None,
+    state: dict[str, Tensor] | None = None,
 ) -> None:
     """Write a checkpoint into `folder`, over one that may be there; other files in it are left alone.
 
@@ -188,11 +193,14 @@ def save_checkpoint(
         tokenizer: written beside it.
         settings: go to `llm2vec_config.json`; None = not written (`save_config=False` of upstream).
         run: provenance for `run.json`; versions, git commit and file sizes are added here.
+        state: a full model's weights, where the model itself holds only a share of them (FSDP).
     """
     folder.mkdir(parents=True, exist_ok=True)
     staging = Path(tempfile.mkdtemp(prefix=".writing-", dir=folder))
     try:
-        model.save_pretrained(str(staging))
+        # peft would write the whole embedding beside the few rows of it that an adapter trains.
+        adapter_only: dict[str, Any] = {"save_embedding_layers": False} if isinstance(model, PeftModel) else {}
+        model.save_pretrained(str(staging), state_dict=state, **adapter_only)
         tokenizer.save_pretrained(staging)
         # peft writes a model card about nothing; ours comes with the export.
         (staging / "README.md").unlink(missing_ok=True)

@@ -1,8 +1,8 @@
 """Training rows: which sources there are, how their files are read, and in which order rows come.
 
 A source is one JSONL file, one object a line with `query`, `positive` and `negative` (a string or a list), the
-layout of the released training archive. Files are checked line by line, once, into Arrow tables that all ranks map
-into memory. Nothing here knows a tokenizer.
+layout of the released training archive; rows of one text may be lines of a plain text file. Files are checked line by
+line, once, into Arrow tables that all ranks map into memory. Nothing here knows a tokenizer.
 """
 
 from __future__ import annotations
@@ -10,14 +10,16 @@ from __future__ import annotations
 import copy
 import json
 from collections.abc import Iterator, Sequence
+from itertools import chain
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
+import pyarrow.compute as pc
 from torch.utils.data import Dataset, Sampler
 
 from llm2vec.distributed import rank_zero_first
-from llm2vec.types import Example, InstructedText, SymmetricInstructions, UserError
+from llm2vec.types import Example, InstructedText, SymmetricInstructions, TextSide, UserError
 
 #: Where the released training archive is to be had.
 ARCHIVE_HINT = (
@@ -141,10 +143,13 @@ class TrainingRows(Dataset[Example]):
         folder: where the sources' files lie.
         sources: what to read; all files must be there.
         num_negatives: hard negatives a row (the first that many); 0 = none are read.
-        symmetric_instructions: `documented` puts a symmetric instruction on documents too (paper Table 6),
-            `as_released` on queries only.
+        symmetric_instructions: `documented` puts a symmetric instruction on documents too (paper Table 6), which
+            then take a query's form, `as_released` on queries only.
         max_rows: most rows of each source, from the start of its file; None = all.
         num_held_out: rows at the end of each source's file that belong to `held_out()` instead.
+        with_scores: read a teacher's scores too; every row must have them.
+        texts_alone: rows of one text that is its own positive: a line of a `.txt` file, or the `positive` of a JSONL
+            file's row.
 
     Raises:
         UserError: a file is missing, or a line is no valid row (file, line number, what is wrong).
@@ -159,12 +164,14 @@ class TrainingRows(Dataset[Example]):
         symmetric_instructions: SymmetricInstructions = "documented",
         max_rows: int | None = None,
         num_held_out: int = 0,
+        with_scores: bool = False,
+        texts_alone: bool = False,
     ) -> None:
         self.files = find_files(folder, sources)
         self.sources = list(sources)
         self.num_negatives = num_negatives
         self.symmetric_instructions = symmetric_instructions
-        self._tables = [read_rows(file, num_negatives) for file in self.files]
+        self._tables = [read_rows(file, num_negatives, with_scores, texts_alone) for file in self.files]
         for file, table in zip(self.files, self._tables, strict=True):
             if len(table) <= num_held_out:
                 raise UserError(f"num_eval_rows is {num_held_out}, but {file} has only {len(table)} rows.")
@@ -195,12 +202,29 @@ class TrainingRows(Dataset[Example]):
         instruction = source.instructions[i % len(source.instructions)]
         shared = instruction.symmetric and self.symmetric_instructions == "documented"
         document_instruction = instruction.text if shared else ""
+        document_side: TextSide = "query" if shared else "document"
         return Example(
             source.name,
             InstructedText(instruction.text, row["query"]),
-            InstructedText(document_instruction, row["positive"]),
-            tuple(InstructedText(document_instruction, text) for text in row["negative"]),
+            InstructedText(document_instruction, row["positive"], document_side),
+            tuple(InstructedText(document_instruction, text, document_side) for text in row["negative"]),
+            tuple(row.get("scores", ())),
         )
+
+    def lengths(
+        self, indices: np.ndarray[Any, np.dtype[np.int64]], most: int | None = None
+    ) -> np.ndarray[Any, np.dtype[np.int64]]:
+        """Characters of the texts of some rows, all of one source; `most` = what a text counts at most."""
+        which = int(np.searchsorted(self._starts, indices[0], side="right")) - 1
+        places = indices - self._starts[which] + self._first_rows[which]
+        columns = self._tables[which].with_format("arrow")[places]
+        total = np.zeros(len(indices), dtype=np.int64)
+        for name in ("query", "positive", "negative"):
+            texts = columns[name].combine_chunks()
+            texts = texts.flatten() if name == "negative" else texts
+            characters = pc.utf8_length(texts).to_numpy().reshape(len(indices), -1)
+            total += (characters if most is None else characters.clip(max=most)).sum(axis=1)
+        return total
 
 
 def find_files(folder: Path, sources: Sequence[Source]) -> list[Path]:
@@ -217,8 +241,9 @@ def find_files(folder: Path, sources: Sequence[Source]) -> list[Path]:
     return files
 
 
-def read_rows(file: Path, num_negatives: int) -> Any:
-    """A source's rows as an Arrow-backed `datasets.Dataset` with `query`, `positive` and `negative` (a list).
+def read_rows(file: Path, num_negatives: int, with_scores: bool = False, texts_alone: bool = False) -> Any:
+    """A source's rows as an Arrow-backed `datasets.Dataset` with `query`, `positive`, `negative` (a list) and, if
+    asked for, `scores` (a list); arguments as in `TrainingRows`.
 
     Built once for a file's size, time stamp and path, then mapped; rank 0 builds, the others wait.
 
@@ -230,6 +255,8 @@ def read_rows(file: Path, num_negatives: int) -> Any:
     from datasets.exceptions import DatasetGenerationError
 
     features = Features({"query": Value("string"), "positive": Value("string"), "negative": List(Value("string"))})
+    if with_scores:
+        features["scores"] = List(Value("float64"))
     stat = file.stat()
     if stat.st_size == 0:
         raise UserError(f"{file}: the file is empty; leave its source out of `sources` or fetch it again.")
@@ -238,6 +265,8 @@ def read_rows(file: Path, num_negatives: int) -> Any:
     arguments = {
         "file": str(file.resolve()),
         "num_negatives": num_negatives,
+        "with_scores": with_scores,
+        "texts_alone": texts_alone,
         "stamp": f"{stat.st_size} bytes, {stat.st_mtime_ns} ns",
     }
     with rank_zero_first():
@@ -249,17 +278,45 @@ def read_rows(file: Path, num_negatives: int) -> Any:
             raise
 
 
-def _generate_rows(file: str, num_negatives: int, stamp: str) -> Iterator[dict[str, Any]]:
+def _generate_rows(
+    file: str, num_negatives: int, with_scores: bool, texts_alone: bool, stamp: str
+) -> Iterator[dict[str, Any]]:
     with Path(file).open("rb") as lines:
         for number, line in enumerate(lines, start=1):
-            yield parse_row(line, num_negatives, f"{file}, line {number}")
+            where = f"{file}, line {number}"
+            if not texts_alone:
+                yield parse_row(line, num_negatives, where, with_scores)
+            elif file.endswith(".txt"):
+                yield from _pair(parse_line(line, where))
+            else:
+                yield from _pair(parse_row(line, 0, where)["positive"])
 
 
-def parse_row(line: bytes, num_negatives: int, where: str) -> dict[str, Any]:
-    """One line of a source as `query`, `positive` and `negative` (the first `num_negatives` of them).
+def _pair(text: str) -> Iterator[dict[str, Any]]:
+    """A row of a text with itself; none for an empty one."""
+    if text:
+        yield {"query": text, "positive": text, "negative": []}
+
+
+def parse_line(line: bytes, where: str) -> str:
+    """A line of plain text, without the blanks around it; empty if it has nothing else.
 
     Raises:
-        UserError: not JSON, no object, a field missing, empty or no text, or too few negatives; begins with `where`.
+        UserError: not UTF-8; begins with `where`.
+    """
+    try:
+        return line.decode("utf-8").strip()
+    except ValueError as error:
+        raise UserError(f"{where}: not valid UTF-8 ({error}).") from error
+
+
+def parse_row(line: bytes, num_negatives: int, where: str, with_scores: bool = False) -> dict[str, Any]:
+    """One line of a source as `query`, `positive` and `negative` (the first `num_negatives` of them); with a teacher,
+    `scores` too: the positive's, then those negatives'.
+
+    Raises:
+        UserError: not JSON, no object, a field missing, empty or no text, too few negatives, or scores that are
+            missing, no numbers or not as many as the negatives; begins with `where`.
     """
     try:
         row = json.loads(line.decode("utf-8"))
@@ -280,7 +337,27 @@ def parse_row(line: bytes, num_negatives: int, where: str) -> dict[str, Any]:
         )
     for text in negatives[:num_negatives]:
         _check_text(text, "negative", True, where)
-    return {"query": row["query"], "positive": row["positive"], "negative": negatives[:num_negatives]}
+    parsed = {"query": row["query"], "positive": row["positive"], "negative": negatives[:num_negatives]}
+    if with_scores:
+        parsed["scores"] = _scores(row, len(negatives), where)[: 1 + num_negatives]
+    return parsed
+
+
+def _scores(row: dict[str, Any], num_negatives: int, where: str) -> list[float]:
+    """A teacher's score of the positive and of every negative of a row."""
+    for field in ("pos_score", "neg_scores"):
+        if field not in row:
+            raise UserError(f"{where}: the field `{field}` is missing, which distillation_weight needs.")
+    of_negatives = row["neg_scores"]
+    if not isinstance(of_negatives, list) or len(of_negatives) != num_negatives:
+        raise UserError(
+            f"{where}: `neg_scores` must be a list of as many numbers as the row has negatives ({num_negatives})."
+        )
+    scores: list[float] = [row["pos_score"], *of_negatives]
+    for score in scores:
+        if type(score) not in (int, float) or not abs(score) < 1e300:
+            raise UserError(f"{where}: {score!r} is no score; `pos_score` and `neg_scores` must hold finite numbers.")
+    return [float(score) for score in scores]
 
 
 def _check_text(text: Any, field: str, present: bool, where: str) -> None:
@@ -320,6 +397,23 @@ def block_order(sizes: Sequence[int], block_size: int, seed: int, epoch: int) ->
     return stacked[generator.permutation(len(stacked))].reshape(-1)
 
 
+def deal(lengths: np.ndarray[Any, np.dtype[np.int64]], num_ranks: int) -> np.ndarray[Any, np.dtype[np.int64]]:
+    """Places of a group's rows, dealt so that each rank gets equally many rows and nearly equal sums of lengths.
+
+    The longest rows go first, one to each rank in a round, the longest of a round to the rank that holds least.
+
+    Args:
+        lengths: of the group's rows, a multiple of `num_ranks` in number.
+        num_ranks: how many ranks share the group: consecutive places of the result are the first rank's, and so on.
+    """
+    rounds = np.argsort(-lengths, kind="stable").reshape(-1, num_ranks)
+    held = np.zeros(num_ranks, dtype=np.int64)
+    for dealt in rounds:
+        dealt[np.argsort(held, kind="stable")] = dealt.copy()
+        held += lengths[dealt]
+    return rounds.T.reshape(-1)
+
+
 class OneSourceBlocks(Sampler[int]):
     """Yields `block_order` for the current epoch, so that consecutive `block_size` rows share a source.
 
@@ -327,20 +421,37 @@ class OneSourceBlocks(Sampler[int]):
         rows: whose sizes decide the blocks.
         block_size: rows a block.
         seed: of the run.
+        num_ranks: ranks that share the rows; among several, each group of rows that they hold at once is dealt so
+            that none waits long for the one with the longest texts.
+        rows_a_rank: how many consecutive rows go to one rank before the next one's begin; None = its share of a block.
+        max_characters: what a text counts at most when rows are dealt, as longer ones are cut; None = all of it.
 
     Raises:
         UserError: a source has fewer rows than a block.
     """
 
-    def __init__(self, rows: TrainingRows, block_size: int, seed: int) -> None:
+    def __init__(
+        self,
+        rows: TrainingRows,
+        block_size: int,
+        seed: int,
+        *,
+        num_ranks: int = 1,
+        rows_a_rank: int | None = None,
+        max_characters: int | None = None,
+    ) -> None:
         for source, size in zip(rows.sources, rows.sizes, strict=True):
             if size < block_size:
                 raise UserError(
                     f"source {source.name!r} has {size} rows, fewer than the {block_size} of one batch; "
                     "leave it out of `sources` or make the batch smaller."
                 )
+        self.rows = rows
         self.sizes = rows.sizes
         self.block_size = block_size
+        self.num_ranks = num_ranks
+        self.group_size = num_ranks * (rows_a_rank or block_size // num_ranks)
+        self.max_characters = max_characters
         self.seed = seed
         self.epoch = 0
 
@@ -352,4 +463,11 @@ class OneSourceBlocks(Sampler[int]):
         return sum(size - size % self.block_size for size in self.sizes)
 
     def __iter__(self) -> Iterator[int]:
-        return iter(block_order(self.sizes, self.block_size, self.seed, self.epoch).tolist())
+        order = block_order(self.sizes, self.block_size, self.seed, self.epoch)
+        if self.num_ranks == 1:
+            return iter(order.tolist())
+        return chain.from_iterable(map(self._dealt, order.reshape(-1, self.group_size)))
+
+    def _dealt(self, group: np.ndarray[Any, np.dtype[np.int64]]) -> list[int]:
+        dealt: list[int] = group[deal(self.rows.lengths(group, self.max_characters), self.num_ranks)].tolist()
+        return dealt
