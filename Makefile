@@ -16,7 +16,7 @@ test-slow: .venv/installed  ## the tests that take longer, too
 test-gpu: .venv/installed  ## the tests that need a CUDA device
 	$(BIN)/python -m pytest -q -m gpu
 
-bench: .venv/installed  ## speed of encoding beside sentence-transformers
+bench: .venv/installed  ## speed and memory beside the release's steps and sentence-transformers; about an hour
 	$(BIN)/python experiments/benchmark.py
 
 lint: .venv/installed
@@ -26,7 +26,7 @@ lint: .venv/installed
 
 .venv/installed: constraints.txt setup.py
 	$(PYTHON) -m venv .venv
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e ".[eval,quickstart,logging,dev]"
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e ".[eval,quickstart,logging,bf16,dev]"
 	touch $@
 
 clean:

@@ -28,6 +28,7 @@ setup(
         "eval": ["matplotlib", "mteb>=2.26,<3"],
         "quickstart": ["PyStemmer", "bm25s", "matplotlib"],
         "logging": ["tensorboard"],
+        "bf16": ["torch-optimi"],
         "dev": ["hypothesis", "mypy", "pre-commit", "pytest", "pytest-xdist", "ruff"],
     },
 )

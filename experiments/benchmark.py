@@ -1,112 +1,102 @@
-"""Speed of encoding, side by side with sentence-transformers on the same weights and the same texts.
+"""Speed and memory of training and encoding, side by side with the release's steps and with sentence-transformers.
 
-    python experiments/benchmark.py                     # what `make bench` runs; one thread, some minutes
-    python experiments/benchmark.py --layers 2 --documents 32 --rounds 2
+    python experiments/benchmark.py                                 # what `make bench` runs: one thread, about an hour
+    python experiments/benchmark.py --only stage_II,encode --rounds 9
+    python experiments/benchmark.py --large --pool 8192 --plot docs/growth.svg --out bench.md
+    python experiments/benchmark.py --device cuda                   # one GPU, 1B shapes, bfloat16 autocast; prints MFU
+    python experiments/benchmark.py --quick                         # does it run: tiny shapes, one round
 
-The model is a random Llama, the texts random words with the lengths of real queries and documents (lognormal; means of
-about 24 and 170 tokens, at most 512). The two take turns within a round, and the ratio of their times in the same
-round is what is reported: absolute times mean nothing on a shared machine.
+The models are random Llamas, the texts random with the lengths of real queries and documents (lognormal; means of 24
+and 170 tokens, at most 512), another batch every round. Every variant lives in a process of its own and they take
+turns; what is compared is compared within a round, and the table shows the median and the extremes of the rounds. The
+goals beside the figures are for one thread of a CPU, and for one H200.
 """
 
 import argparse
-import math
-import random
-import statistics
-import tempfile
-import time
-from collections.abc import Callable
-from functools import partial
+import logging
+import os
+import sys
+from collections.abc import Sequence
+from pathlib import Path
 
-import torch
-from sentence_transformers import SentenceTransformer
-from sentence_transformers.sentence_transformer.modules import Pooling, Transformer
-from torch import Tensor
-from transformers import LlamaConfig, LlamaModel, PreTrainedTokenizerBase
+from transformers.utils import logging as transformers_logging
 
-from llm2vec import LLM2Vec
-from llm2vec.tiny import train_tokenizer
-from llm2vec.tokenization import render_instruction
+from llm2vec import bench_sections as sections
+from llm2vec.bench_measure import Line, surroundings, table, worker_environment
+from llm2vec.bench_sections import CPU, CUDA, LARGE, QUICK, Options, Plan
+from llm2vec.types import UserError
 
-INSTRUCTION = "Given a web search query, retrieve relevant passages that answer the query"
-BATCH_SIZE = 32
+SECTIONS = ("stage_I", "stage_II", "encode", "growth")
 
 
-def main() -> None:
-    """Make the model and the texts, time both libraries on each kind of text, print the table."""
+def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
+    """Read and check the command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--layers", type=int, default=8)
-    parser.add_argument("--queries", type=int, default=192)
-    parser.add_argument("--documents", type=int, default=256)
+    parser.add_argument("--device", default="cpu", help="cpu or cuda")
+    parser.add_argument("--only", default=",".join(SECTIONS), help="some of " + ",".join(SECTIONS))
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--threads", type=int, default=1)
-    args = parser.parse_args()
-    torch.set_num_threads(args.threads)
-    torch.manual_seed(0)
-    generator = random.Random(0)
-    words = ["".join(generator.choices("abcdefghijklmnopqrstuvwxyz", k=generator.randint(2, 9))) for _ in range(3000)]
-    tokenizer = train_tokenizer([f" {word}" for word in words], 8000)
-    queries = [[INSTRUCTION, random_text(generator, words, 24, 12)] for _ in range(args.queries)]
-    documents = [["", random_text(generator, words, 170, 90)] for _ in range(args.documents)]
-    print(f"{args.layers} layers, width 512, float32, {args.threads} thread(s), batch size {BATCH_SIZE}, "
-          f"{args.rounds} rounds\n{'texts':<26}{'tokens':>8}  {'times sentence-transformers (lowest, highest)':<48}"
-          "lowest cosine")  # fmt: skip
-    with tempfile.TemporaryDirectory() as folder:
-        ours, theirs = make_models(folder, tokenizer, args.layers)
-        compare(f"{len(queries)} queries, instructed", ours, theirs, queries, args.rounds)
-        compare(f"{len(documents)} documents", ours, theirs, documents, args.rounds)
+    parser.add_argument("--max-tokens", type=int, help="of the packed Stage I step at once; a bound on its memory")
+    parser.add_argument("--large", action="store_true", help="Stage I with 32 rows and V = 128,000: needs 24 GB")
+    parser.add_argument("--pool", type=int, help="memory of a gradient-cached step with so many queries; 8192: hours")
+    parser.add_argument("--quick", action="store_true", help="tiny shapes and one round, to see that everything runs")
+    parser.add_argument("--out", type=Path, help="write the table here, too")
+    parser.add_argument("--plot", type=Path, help="draw how cost grows, as .svg or .png")
+    args = parser.parse_args(argv)
+    args.only = args.only.split(",")
+    if unknown := [name for name in args.only if name not in SECTIONS]:
+        raise UserError(f"--only: {unknown[0]!r} is not known; allowed: {', '.join(SECTIONS)}.")
+    if args.device not in ("cpu", "cuda"):
+        raise UserError(f"--device is {args.device!r}; allowed: cpu, cuda.")
+    for option in ("rounds", "threads", "max_tokens", "pool"):
+        if (number := getattr(args, option)) is not None and number < 1:
+            raise UserError(f"--{option.replace('_', '-')} is {number}; give a number above 0.")
+    if args.plot and ("growth" not in args.only or args.plot.suffix not in (".svg", ".png")):
+        raise UserError("--plot draws what `--only growth` measures, into a file named .svg or .png.")
+    return args
 
 
-def random_text(generator: random.Random, words: list[str], mean: float, deviation: float) -> str:
-    """Random words, as many as a lognormal length of that mean and deviation says; nearly a token each."""
-    variance = math.log(1 + (deviation / mean) ** 2)
-    length = generator.lognormvariate(math.log(mean) - variance / 2, math.sqrt(variance))
-    return " ".join(generator.choices(words, k=max(3, min(480, round(length)))))
+def make_plan(device: str, *, quick: bool, large: bool) -> Plan:
+    """What the options ask for."""
+    if quick:
+        return QUICK
+    if device == "cuda":
+        return CUDA
+    return CPU._replace(stage_I=CPU.stage_I | LARGE) if large else CPU
 
 
-def make_models(
-    folder: str, tokenizer: PreTrainedTokenizerBase, num_layers: int
-) -> tuple[LLM2Vec, SentenceTransformer]:
-    """The same random weights under both libraries."""
-    config = LlamaConfig(
-        vocab_size=32_000,
-        hidden_size=512,
-        intermediate_size=1408,
-        num_hidden_layers=num_layers,
-        num_attention_heads=8,
-        num_key_value_heads=8,
-    )
-    LlamaModel(config).save_pretrained(folder)
-    tokenizer.save_pretrained(folder)
-    ours = LLM2Vec.from_pretrained(
-        folder, enable_bidirectional=False, pooling_mode="last", template="llama3", instruction_join="; "
-    )
-    transformer = Transformer(folder, max_seq_length=512)
-    theirs = SentenceTransformer(modules=[transformer, Pooling(512, pooling_mode="lasttoken")], device="cpu")
-    return ours, theirs
-
-
-def compare(name: str, ours: LLM2Vec, theirs: SentenceTransformer, pairs: list[list[str]], rounds: int) -> None:
-    """Time both in turns and print one line."""
-    header = "<|start_header_id|>user<|end_header_id|>\n\n"
-    rendered = [f"{header}{render_instruction(i, '; ')}{text}<|eot_id|>" for i, text in pairs]
-    encode_ours = partial(ours.encode, pairs, batch_size=BATCH_SIZE, show_progress_bar=False)
-    encode_theirs = partial(theirs.encode, rendered, batch_size=BATCH_SIZE, convert_to_tensor=True)
-    cosine = torch.cosine_similarity(torch.as_tensor(encode_ours()), encode_theirs()).min()  # and a warm-up
-    ratios = []
-    for _ in range(rounds):
-        seconds_ours, seconds_theirs = timed(encode_ours), timed(encode_theirs)
-        ratios.append(seconds_theirs / seconds_ours)
-    tokens = int(ours.tokenize(pairs)["attention_mask"].sum())
-    spread = f"{statistics.median(ratios):.2f} ({min(ratios):.2f}, {max(ratios):.2f})"
-    print(f"{name:<26}{tokens:>8,}  {spread:<48}{cosine:.7f}")
-
-
-def timed(function: Callable[[], Tensor]) -> float:
-    """Seconds a call takes."""
-    start = time.perf_counter()
-    function()
-    return time.perf_counter() - start
+def main(argv: Sequence[str] | None = None) -> None:
+    """Measure section after section and print the table."""
+    args = parse_args(argv)
+    where = surroundings(args.device, args.threads)
+    os.environ.update(worker_environment(args.threads))  # the workers inherit it
+    logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stderr)
+    transformers_logging.disable_progress_bar()
+    plan = make_plan(args.device, quick=args.quick, large=args.large)
+    options = Options(args.device, 1 if args.quick else args.rounds, args.max_tokens)
+    lines: list[Line] = []
+    if "stage_I" in args.only:
+        lines += sections.stage_I(options, plan)
+    if "stage_II" in args.only:
+        lines += sections.stage_II(options, plan)
+    if args.pool is not None:
+        lines += sections.pool(options, plan, args.pool)
+    if "encode" in args.only:
+        lines += sections.encode(options, plan)
+    if "growth" in args.only:
+        points = sections.growth(options, plan)
+        lines += sections.growth_lines(points)
+        if args.plot is not None:
+            sections.growth_figure(points).savefig(args.plot)
+    text = f"{where}\n\n{plan.describe(options.rounds)}\n\n{table(lines)}\n"
+    print(text, end="")
+    if args.out is not None:
+        args.out.write_text(text, encoding="utf-8")
 
 
 if __name__ == "__main__":
-    main()
+    try:
+        main()
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        raise SystemExit(2) from None
