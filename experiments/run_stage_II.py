@@ -30,7 +30,7 @@ def main() -> None:
     model, tokenizer, settings = load_model(config, args.device, with_lm_head=False)
     objective = ContrastiveLearning(model, settings, config.loss_scale)
     sides = ("query", "positive", "negative") if config.num_hard_negatives else ("query", "positive")
-    collate = CollateSides(row_tokenizer(tokenizer, settings), sides)
+    collate = CollateSides(row_tokenizer(tokenizer, settings), sides, config.examples_per_query, args.seed)
     train(config, args, objective, rows, collate, tokenizer, settings, [describe_negatives(config, args)])
 
 

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any, NamedTuple, TypeAlias
 
 import torch
-from peft import LoraConfig, PeftModel, get_peft_model, get_peft_model_state_dict
+from peft import LoraConfig, PeftConfig, PeftModel, get_peft_model, get_peft_model_state_dict
 from peft.utils import SAFETENSORS_WEIGHTS_NAME, load_peft_weights
 from torch import Tensor
 from transformers import AutoModel, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
@@ -87,7 +87,7 @@ def load_backbone(
     for position, adapter in enumerate(chain.adapters):
         last = position == len(chain.adapters) - 1
         # Adapters are trained on the inner model; on a model with a head they go onto that inner model in place.
-        wrapped = _apply_adapter(model.base_model if with_lm_head else model, adapter)
+        wrapped = _apply_adapter(model, adapter, on_inner=with_lm_head)
         if last and not merge_last:
             return wrapped
         merged = wrapped.merge_and_unload()
@@ -138,14 +138,35 @@ def available_attention(attn_implementation: str | None) -> str | None:
 
 
 def attach_lora(
-    model: PreTrainedModel, *, r: int, alpha: int, dropout: float, modules: Sequence[str] = LORA_MODULES
+    model: PreTrainedModel,
+    *,
+    r: int,
+    alpha: int,
+    dropout: float,
+    modules: Sequence[str] = LORA_MODULES,
+    new_tokens: Sequence[int] = (),
 ) -> PeftModel:
     """A fresh LoRA adapter on `model`; everything else is frozen. No bias is trained.
+
+    Args:
+        model: what is adapted.
+        r: rank.
+        alpha: scale.
+        dropout: before the adapter.
+        modules: what gets an adapter.
+        new_tokens: ids whose embeddings are trained and saved with the adapter.
 
     Raises:
         UserError: the model has none of the named modules.
     """
-    config = LoraConfig(r=r, lora_alpha=alpha, lora_dropout=dropout, target_modules=list(modules), bias="none")
+    config = LoraConfig(
+        r=r,
+        lora_alpha=alpha,
+        lora_dropout=dropout,
+        target_modules=list(modules),
+        bias="none",
+        trainable_token_indices=list(new_tokens) or None,
+    )
     try:
         return get_peft_model(model, config)
     except ValueError as error:
@@ -213,14 +234,48 @@ def check_attention(model: Backbone, attention: Attention) -> None:
         )
 
 
-def _apply_adapter(model: PreTrainedModel, path: str) -> PeftModel:
-    """Put a trained adapter on `model`, and refuse one that would do nothing."""
+def add_token_rows(model: PreTrainedModel, ids: Sequence[int], seed: int) -> None:
+    """Give new tokens rows in the embedding, and in the head where the model has one of its own.
+
+    Each starts as the mean of the rows before them plus noise of a tenth of those rows' spread, so that no two are
+    alike. The tables grow where they have no such rows yet.
+
+    Args:
+        model: changed in place.
+        ids: of the new tokens.
+        seed: of the noise.
+    """
+    _make_room(model, ids)
+    embedding, head = model.get_input_embeddings(), model.get_output_embeddings()
+    tables = [embedding] if head is None or head.weight is embedding.weight else [embedding, head]
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for table in tables:
+            weight: Tensor = table.weight  # type: ignore[assignment]
+            spread_D, mean_D = torch.std_mean(weight[: min(ids)].float(), dim=0)
+            noise_ND = torch.randn(len(ids), weight.shape[1], generator=generator).to(weight.device)
+            weight[list(ids)] = (mean_D + 0.1 * spread_D * noise_ND).to(weight.dtype)
+
+
+def _make_room(model: PreTrainedModel, ids: Sequence[int]) -> None:
+    """Grow the model's tables until they hold `ids`; the rows in between are the caller's to fill."""
+    embedding: Tensor = model.get_input_embeddings().weight  # type: ignore[assignment]
+    if max(ids, default=0) >= embedding.shape[0]:
+        model.resize_token_embeddings(max(ids) + 1, mean_resizing=False)
+
+
+def _apply_adapter(model: PreTrainedModel, path: str, *, on_inner: bool) -> PeftModel:
+    """Put a trained adapter on `model` (on the decoder under its head, if `on_inner`), and refuse one that would do
+    nothing. The embedding grows where the adapter brings tokens that the base lacks."""
+    inner: PreTrainedModel = model.base_model if on_inner else model  # type: ignore[assignment]
     if find_file(path, SAFETENSORS_WEIGHTS_NAME) is None:  # peft would open a pickle instead
         raise UserError(f"peft_model_name_or_path: {path!r} holds no {SAFETENSORS_WEIGHTS_NAME}.")
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # of keys that do not match, at length; that is checked below
-            wrapped = PeftModel.from_pretrained(model, path)
+            new_tokens = getattr(PeftConfig.from_pretrained(path), "trainable_token_indices", None)
+            _make_room(model, new_tokens if isinstance(new_tokens, list) else ())
+            wrapped = PeftModel.from_pretrained(inner, path)
         saved = load_peft_weights(path, device="cpu")
     except Exception as error:  # not found, other shapes, cut short: peft raises many types
         raise UserError(
@@ -230,7 +285,7 @@ def _apply_adapter(model: PreTrainedModel, path: str) -> PeftModel:
     unmatched = sorted(set(saved) ^ set(expected))
     if unmatched:
         raise UserError(
-            f"peft_model_name_or_path: {path!r} does not fit {type(model).__name__} (missing or unexpected adapter "
+            f"peft_model_name_or_path: {path!r} does not fit {type(inner).__name__} (missing or unexpected adapter "
             f"keys, such as {unmatched[0]}), so it would have no effect; it was trained on another model class or base."
         )
     if not any(bool(weight.any()) for name, weight in saved.items() if "lora_B" in name):

@@ -23,8 +23,9 @@ from typing import Any, Literal
 import torch
 from transformers import TrainingArguments
 from transformers.integrations.integration_utils import get_available_reporting_integrations
+from transformers.training_args import ParallelMode
 
-from llm2vec.templates import TEMPLATES
+from llm2vec.templates import TEMPLATES, leaves_join_open, segments_of
 from llm2vec.types import POOLING_ALIASES, AttnImplementation, DtypeName, Reduction, SymmetricInstructions, UserError
 
 logger = logging.getLogger(__name__)
@@ -55,12 +56,22 @@ CHECKPOINTING_KEYS = (
     "activation_checkpointing_kwargs",
 )  # fmt: skip
 
+#: Compiling, which is done layer by layer where the model is loaded, not over the whole objective.
+COMPILE_KEYS = ("torch_compile", "torch_compile_backend", "torch_compile_mode")
+
+#: What `fsdp_config` may say.
+FSDP_KEYS = ("version", "reshard_after_forward", "transformer_layer_cls_to_wrap")
+
+#: What keys of TrainingArguments take, where their annotation says something else.
+TYPES: dict[str, Any] = {"fsdp": Any}
+
 #: Keys that only some stages read; elsewhere they would be ignored, so they are refused.
 STAGE_KEYS: dict[str, tuple[Stage, ...]] = {
     "alpha": ("stage_I",),
     "reconstruct_instruction": ("stage_I",),
     "loss_scale": ("stage_II",),
     "num_hard_negatives": ("stage_II",),
+    "examples_per_query": ("stage_II",),
 }
 
 
@@ -73,8 +84,10 @@ class Config:
         peft_model_name_or_path: adapters to merge into the base first, innermost first.
         bidirectional: attention of the embedding pass.
         pooling_mode: `last` (`eos_token`, `last_token`), `mean`, `weighted_mean`, `first` (`bos_token`).
-        template: `llama3`, `qwen2`, `mistral`, `gemma`, `plain`; None = inferred from the tokenizer, and said.
-        instruction_join: between instruction and text; stored in the checkpoint, so evaluation uses the same.
+        template: key of `templates.TEMPLATES`; None = inferred from the tokenizer, and said. The special tokens that
+            it adds are given to a base that lacks them.
+        instruction_join: between instruction and text, in the templates that leave it open; stored in the
+            checkpoint, so evaluation uses the same.
         skip_instruction: leave the instruction out of mean pooling.
         max_seq_length: most tokens of a row, template included; only the text is cut.
         doc_max_length: most tokens of the text alone; None = as many as fit.
@@ -95,6 +108,8 @@ class Config:
         nano_beir: hub name or local folder of NanoBEIR (`sentence-transformers/NanoBEIR-en`); with `eval_strategy`,
             nDCG@10 on its 13 sets is logged as `eval_nano_...`; None = not.
         num_hard_negatives: hard negatives a row (Stage II).
+        examples_per_query: most few-shot examples before a query, other rows of its micro-batch (Stage II); how many
+            is drawn for each query, from 0 up.
         symmetric_instructions: `documented` puts Table 6's symmetric instructions on documents too, `as_released`
             on queries only.
         alpha: weight of EBQ2D in Stage I; 0 and 1 skip the unused pass.
@@ -136,6 +151,7 @@ class Config:
     num_eval_rows: int = 0
     nano_beir: str | None = None
     num_hard_negatives: int = 1
+    examples_per_query: int = 0
     symmetric_instructions: SymmetricInstructions = "documented"
     alpha: float = 0.2
     reconstruct_instruction: bool = False
@@ -143,6 +159,8 @@ class Config:
     loss_scale: float = 20.0
     loss_class: Literal["HardNegativeNLLLoss"] = "HardNegativeNLLLoss"
     total_batch_size: int | None = None
+    tokens_per_microbatch: int | None = None
+    activation_memory_gb: float | None = None
     one_source_per: Literal["step", "micro_batch"] = "step"
     stop_after_n_steps: int | None = None
     experiment_id: str | None = None
@@ -158,6 +176,12 @@ class Config:
         """Arguments of torch's activation checkpointing where it is on, else None."""
         old, old_arguments, new, new_arguments = (self.training.get(key) for key in CHECKPOINTING_KEYS)
         return (old_arguments or new_arguments or {"use_reentrant": False}) if old or new else None
+
+    @property
+    def compilation(self) -> dict[str, Any] | None:
+        """Arguments of torch.compile where it is on, else None."""
+        on, backend, mode = (self.training.get(key) for key in COMPILE_KEYS)
+        return {"backend": backend or "inductor", "mode": mode} if on else None
 
     @property
     def adapters(self) -> list[str]:
@@ -190,7 +214,7 @@ def load_config(path: str | Path, stage: Stage) -> Config:
             _check_type(value, typing.get_type_hints(Config)[key], where)
             values[key] = value
         elif key in foreign:
-            _check_type(value, typing.get_type_hints(TrainingArguments)[key], where)
+            _check_type(value, TYPES.get(key) or typing.get_type_hints(TrainingArguments)[key], where)
             values["training"][key] = value
         else:
             nearest = difflib.get_close_matches(key, [*own, *foreign], n=1, cutoff=0.5)
@@ -204,6 +228,8 @@ def load_config(path: str | Path, stage: Stage) -> Config:
         values["use_peft"] = stage == "stage_II"
     config = Config(**values)
     _check_values(config, content, stage, path)
+    _check_template(config, content, path)
+    _check_sharding(config, path)
     return config
 
 
@@ -221,21 +247,29 @@ def training_arguments(config: Config) -> TrainingArguments:
     # Without this, transformers starts several CPU processes that each believe to be alone.
     values.setdefault("use_cpu", not torch.accelerator.is_available())
     values.setdefault("dataloader_pin_memory", not values["use_cpu"])
-    for key in CHECKPOINTING_KEYS:
+    # Rows are tokenised beside the step; on a CPU that would take cores from it, and is too little to notice.
+    values.setdefault("dataloader_num_workers", 0 if values["use_cpu"] else 2)
+    for key in (*CHECKPOINTING_KEYS, *COMPILE_KEYS):
         values.pop(key, None)  # switched on where the model is loaded: the trainer sees the objective, not the model
     if config.total_batch_size is not None:
         processes = int(os.environ.get("WORLD_SIZE", "1"))
-        at_once = values.get("per_device_train_batch_size", 8) * processes
+        values.setdefault("per_device_train_batch_size", max(1, config.total_batch_size // processes))
+        at_once = values["per_device_train_batch_size"] * processes
         if config.total_batch_size % at_once:
             raise UserError(
                 f"total_batch_size is {config.total_batch_size}, no multiple of the {at_once} rows that {processes} "
                 f"process(es) with per_device_train_batch_size {at_once // processes} hold at once."
             )
         values["gradient_accumulation_steps"] = config.total_batch_size // at_once
+    if values.get("fsdp"):
+        # Gradients that wait for the step's last micro-batch would lie whole on every process.
+        values["accelerator_config"] = {"gradient_accumulation_kwargs": {"sync_each_batch": True}}
     try:
         args = TrainingArguments(**values)
     except (ValueError, TypeError, ImportError, OSError) as error:
         raise UserError(f"training arguments: {str(error).strip().splitlines()[0]}") from error
+    if args.fsdp and args.parallel_mode != ParallelMode.DISTRIBUTED:
+        raise UserError("fsdp needs several processes; start with torchrun --nproc_per_node=N, or take fsdp out.")
     available = get_available_reporting_integrations()
     for name in [args.report_to] if isinstance(args.report_to, str) else args.report_to or ():
         if name not in ("none", "all", *available):
@@ -281,14 +315,34 @@ def _check_values(config: Config, content: dict[str, Any], stage: Stage, path: s
         f"template is {config.template!r}; allowed: {', '.join(TEMPLATES)}.",
     )
     refuse(not 0 <= config.alpha <= 1, f"alpha is {config.alpha}; it must lie between 0 and 1.")
+    refuse(
+        config.activation_memory_gb is not None and config.activation_memory_gb <= 0,
+        f"activation_memory_gb is {config.activation_memory_gb}; it must be above 0.",
+    )
     refuse(config.loss_scale <= 0, f"loss_scale is {config.loss_scale}; it must be above 0.")
     refuse(not 0 <= config.lora_dropout < 1, f"lora_dropout is {config.lora_dropout}; it must lie in [0, 1).")
     refuse(config.num_eval_rows < 0, f"num_eval_rows is {config.num_eval_rows}; 0 or more is needed.")
     refuse(config.num_hard_negatives < 0, f"num_hard_negatives is {config.num_hard_negatives}; 0 or more is needed.")
     for key in ("max_seq_length", "doc_max_length", "lora_r", "lora_alpha", "max_train_samples", "total_batch_size",
-                "stop_after_n_steps", "per_device_train_batch_size", "gradient_accumulation_steps"):  # fmt: skip
+                "tokens_per_microbatch", "stop_after_n_steps", "per_device_train_batch_size",
+                "gradient_accumulation_steps"):  # fmt: skip
         value = getattr(config, key, config.training.get(key))
         refuse(value is not None and value < 1, f"{key} is {value}; it must be above 0.")
+    refuse(
+        (config.tokens_per_microbatch or config.max_seq_length) < config.max_seq_length,
+        f"tokens_per_microbatch is {config.tokens_per_microbatch}, less than the {config.max_seq_length} tokens that "
+        "one text may have (max_seq_length).",
+    )
+    refuse(
+        config.activation_memory_gb is not None
+        and (config.tokens_per_microbatch is None or config.checkpointing is not None),
+        "activation_memory_gb needs tokens_per_microbatch, and takes the place of gradient_checkpointing.",
+    )
+    checkpointing = config.checkpointing or {}
+    refuse(
+        bool(checkpointing.get("use_reentrant")),
+        "use_reentrant: true is not supported; packed rows are recomputed by the other kind, so leave it out.",
+    )
     for key in ("sources", "lora_modules"):
         refuse(getattr(config, key) == [], f"{key} is []; name at least one, or leave the key out for all.")
     horizon = config.training.get("max_steps", -1)
@@ -319,6 +373,72 @@ def _check_values(config: Config, content: dict[str, Any], stage: Stage, path: s
     refuse(
         stage != "stage_II" and bool(config.use_peft),
         f"use_peft: {stage} trains all parameters, the language-model head among them; LoRA belongs to stage_II.",
+    )
+
+
+def _check_template(config: Config, content: dict[str, Any], path: str | Path) -> None:
+    """What the named template does not allow; an inferred one, or a parent checkpoint's, is checked at loading."""
+    if config.examples_per_query < 0:
+        raise UserError(f"{path}: examples_per_query is {config.examples_per_query}; 0 or more is needed.")
+    if config.template is None:
+        return
+    try:
+        segments_of(config.template, POOLING_ALIASES[config.pooling_mode])
+    except UserError as error:
+        raise UserError(f"{path}: {error}") from None
+    if "instruction_join" in content and not leaves_join_open(config.template):
+        raise UserError(
+            f"{path}: instruction_join has no effect under template {config.template!r}, which fixes what stands "
+            "between instruction and text; take it out."
+        )
+    if config.examples_per_query and not TEMPLATES[config.template].example:
+        takers = ", ".join(name for name, template in TEMPLATES.items() if template.example)
+        raise UserError(
+            f"{path}: examples_per_query is {config.examples_per_query}, but template {config.template!r} has no "
+            f"place for examples; templates that do: {takers}."
+        )
+
+
+def _check_sharding(config: Config, path: str | Path) -> None:
+    """What FSDP cannot do here, or would do otherwise than written."""
+    training = config.training
+    fsdp, given = training.get("fsdp"), training.get("fsdp_config") or {}
+
+    def refuse(condition: bool, sentence: str) -> None:
+        if condition:
+            raise UserError(f"{path}: {sentence}")
+
+    refuse(
+        not isinstance(fsdp, bool | None),
+        f"fsdp is {fsdp!r}; write true, and what else there is to say in fsdp_config.",
+    )
+    if not fsdp:
+        refuse("fsdp_config" in training, "fsdp_config has no effect without fsdp; set fsdp to true, or take it out.")
+        return
+    refuse(not isinstance(given, dict), f"fsdp_config is {given!r}; an object is needed.")
+    unknown = next((key for key in given if key not in FSDP_KEYS), None)
+    refuse(unknown is not None, f"fsdp_config: {unknown!r} is not supported; allowed: {', '.join(FSDP_KEYS)}.")
+    refuse(given.get("version", 2) != 2, f"fsdp_config: version is {given.get('version')!r}; only FSDP2 is supported.")
+    refuse(
+        bool(config.use_peft),
+        "fsdp with use_peft is not supported; LoRA trains a small share of the weights, so take fsdp out and every "
+        "process holds the frozen base.",
+    )
+    refuse(
+        config.nano_beir is not None,
+        "nano_beir cannot run with fsdp, as processes encode sets of different sizes while each holds a share of the "
+        "weights; take it out and evaluate the checkpoints instead.",
+    )
+    refuse(
+        training.get("save_strategy", "steps") != "no" and not training.get("save_only_model"),
+        "fsdp needs save_only_model: true, as the optimiser's state is not gathered and no run can be resumed yet.",
+    )
+    refuse(bool(training.get("load_best_model_at_end")), "load_best_model_at_end cannot be used with fsdp.")
+    refuse(bool(training.get("fp16")), "fp16 cannot be used with fsdp; use bf16.")
+    refuse(
+        bool(training.get("bf16")) and config.torch_dtype not in (None, "float32"),
+        f"torch_dtype is {config.torch_dtype!r}, but with fsdp bf16 means float32 weights and steps in bfloat16; leave "
+        "torch_dtype or bf16 out.",
     )
 
 

@@ -8,16 +8,16 @@ from __future__ import annotations
 
 import dataclasses
 import logging
-from collections.abc import Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import numpy as np
 import torch
 import torch.nn.functional as F
 from peft import PeftModel
 from torch import Tensor, nn
-from torch.nn.utils.rnn import pad_sequence
 from tqdm.auto import tqdm
 from transformers import PreTrainedTokenizerBase
 
@@ -29,11 +29,11 @@ from llm2vec.checkpoint import (
     resolve_chain,
     save_checkpoint,
 )
-from llm2vec.packing import can_pack, packed_hidden_states
-from llm2vec.pooling import pool
+from llm2vec.packing import pack_rows, packed_hidden_states
+from llm2vec.pooling import pool, pool_packed
 from llm2vec.templates import infer_template
 from llm2vec.tokenization import Row, RowTokenizer, probe_ids
-from llm2vec.types import Attention, InstructedText, TokenBatch, UserError
+from llm2vec.types import Attention, InstructedText, TextSide, TokenBatch, UserError
 
 logger = logging.getLogger(__name__)
 
@@ -42,6 +42,9 @@ DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch
 #: What `encode` counts as a row of its batch size. A pass over many more tokens falls out of a CPU's caches, and a
 #: batch of long rows out of a GPU's memory.
 TOKENS_PER_ROW = 128
+
+#: Batches that `encode` tokenises ahead of the model.
+ROWS_AHEAD = 8
 
 
 class LLM2Vec(nn.Module):
@@ -123,7 +126,7 @@ class LLM2Vec(nn.Module):
             max_length: most tokens of a row, template included.
             doc_max_length: most tokens of the text alone.
             skip_instruction: whether mean pooling leaves out the instruction.
-            template: `llama3`, `qwen2`, `mistral`, `gemma` or `plain`.
+            template: key of `templates.TEMPLATES`.
             instruction_join: what stands between instruction and text.
             torch_dtype: of the weights; a torch dtype, its name, or "auto". Default float32.
             dtype: the same, under its newer name.
@@ -164,13 +167,18 @@ class LLM2Vec(nn.Module):
             _check_rendering(outermost, loaded.row_tokenizer)
         return loaded.eval()
 
-    def forward(self, batch: TokenBatch) -> Tensor:
-        """Embeddings [B, D] of a tokenised batch, in the model's dtype, not normalised."""
-        return embed(self.model, self.settings, batch)
+    def forward(self, batch: dict[str, Tensor]) -> Tensor:
+        """Embeddings [B, D] of a padded batch as `tokenize` makes it, in the model's dtype, not normalised."""
+        hidden_BTD = hidden_states(
+            self.model, self.settings.attention, batch["attention_mask"], input_ids=batch["input_ids"]
+        )
+        return pool(hidden_BTD, batch["pool_mask"], self.settings.pooling_mode)
 
-    def tokenize(self, texts: Sequence[str] | Sequence[Sequence[str]]) -> TokenBatch:
-        """Texts, or [instruction, text] pairs, to the batch that `forward` takes."""
-        return self.row_tokenizer(as_instructed(texts))
+    def tokenize(
+        self, texts: Sequence[str] | Sequence[Sequence[str]], side: TextSide | None = None
+    ) -> dict[str, Tensor]:
+        """Texts, or [instruction, text] pairs, to the batch that `forward` takes; `side` as in `encode`."""
+        return self.row_tokenizer(as_instructed(texts, side))
 
     @torch.no_grad()
     def encode(
@@ -181,6 +189,8 @@ class LLM2Vec(nn.Module):
         convert_to_numpy: bool = False,
         convert_to_tensor: bool = False,
         device: str | torch.device | None = None,
+        side: TextSide | None = None,
+        truncate_dim: int | None = None,
     ) -> Tensor | np.ndarray[Any, np.dtype[np.float32]]:
         """Embed texts; a text's embedding does not depend on the others.
 
@@ -188,27 +198,42 @@ class LLM2Vec(nn.Module):
             sentences: texts, or [instruction, text] pairs; a single string counts as a list of one.
             batch_size: rows of 128 tokens a forward pass. Rows are sorted by length first, and longer or shorter ones
                 go through in as many as make the same number of tokens.
-            show_progress_bar: over the batches.
+            show_progress_bar: over the different texts.
             convert_to_numpy: return a numpy array instead of a tensor.
             convert_to_tensor: return a tensor, whatever `convert_to_numpy` says.
             device: where to compute; None = a CUDA device where there is one, else where the model is. A model
                 loaded with a device map stays where it is.
+            side: which of the template's forms the texts take, `query` or `document`; None = a text with an
+                instruction is a query, one without a document. Both texts of a symmetric task are queries.
+            truncate_dim: keep the first so many numbers of each vector, for a model that was trained to be cut
+                (`matryoshka_dims`); None = all.
 
         Returns:
-            float32 on the CPU, [N, D], in the order given; unit vectors only if the settings say `normalize`.
+            float32 on the CPU, [N, D], in the order given; unit vectors (after the cut) only if the settings say
+            `normalize`.
 
         Raises:
-            UserError: an entry is neither a string nor an [instruction, text] pair.
+            UserError: an entry is neither a string nor an [instruction, text] pair, there is no such side, or
+                `truncate_dim` is not between 1 and the hidden size.
         """
-        rows = self.row_tokenizer.rows(as_instructed([sentences] if isinstance(sentences, str) else sentences))
+        hidden_size: int = self.model.config.hidden_size
+        if truncate_dim is not None and not 1 <= truncate_dim <= hidden_size:
+            raise UserError(f"truncate_dim is {truncate_dim}; it must lie between 1 and the hidden size {hidden_size}.")
+        texts = as_instructed([sentences] if isinstance(sentences, str) else sentences, side)
+        place = {text: i for i, text in enumerate(dict.fromkeys(texts))}  # each different text is computed once
         target = self._place(device)
         self.eval()
-        batches = token_batches([len(row.ids) for row in rows], batch_size * TOKENS_PER_ROW)
-        vectors = torch.zeros(len(rows), self.model.config.hidden_size)
-        for chosen in tqdm(batches, desc="Batches", disable=not show_progress_bar):
-            vectors[chosen] = self._embed_rows([rows[i] for i in chosen], target).float().cpu()
+        vectors = torch.zeros(len(place), truncate_dim or hidden_size)
+        with tqdm(total=len(place), desc="Texts", disable=not show_progress_bar) as progress:
+            for chosen, rows in self._tokenize_ahead(list(place), batch_size * ROWS_AHEAD):
+                for batch in token_batches([len(row.ids) for row in rows], batch_size * TOKENS_PER_ROW):
+                    embedded = self._embed_rows([rows[i] for i in batch], target)
+                    vectors[[chosen[i] for i in batch]] = embedded[:, :truncate_dim]
+                    progress.update(len(batch))
         if self.settings.normalize:
             vectors = F.normalize(vectors, dim=-1)
+        if len(place) < len(texts):
+            vectors = vectors[[place[text] for text in texts]]
         return vectors.numpy() if convert_to_numpy and not convert_to_tensor else vectors
 
     def save(self, output_path: str | Path, merge_before_save: bool = False, save_config: bool = True) -> None:
@@ -225,16 +250,25 @@ class LLM2Vec(nn.Module):
         run = {"probe_ids": probe_ids(self.row_tokenizer)}
         save_checkpoint(Path(output_path), self.model, self.tokenizer, self.settings if save_config else None, run)
 
+    def _tokenize_ahead(self, texts: Sequence[InstructedText], at_once: int) -> Iterator[tuple[list[int], list[Row]]]:
+        """Texts, longest first, in slabs of `at_once`: their indices and rows; the next slab is tokenised meanwhile."""
+        order = sorted(range(len(texts)), key=lambda i: -len(texts[i].instruction) - len(texts[i].text))
+        slabs = [order[start : start + at_once] for start in range(0, len(order), at_once)]
+        with ThreadPoolExecutor(max_workers=1) as background:
+            pending = [background.submit(self.row_tokenizer.rows, [texts[i] for i in slab]) for slab in slabs[:1]]
+            for number, slab in enumerate(slabs):
+                rows = pending.pop().result()
+                if number + 1 < len(slabs):
+                    following = [texts[i] for i in slabs[number + 1]]
+                    pending.append(background.submit(self.row_tokenizer.rows, following))
+                yield slab, rows
+
     def _embed_rows(self, rows: Sequence[Row], device: torch.device) -> Tensor:
-        """Embeddings [B, D] of tokenised rows: packed on the CPU, where padding costs most, padded elsewhere."""
-        batch = {name: value.to(device) for name, value in self.row_tokenizer.pad(rows).items()}
-        if device.type != "cpu" or not can_pack(self.model, max(len(row.ids) for row in rows)):
-            return embed(self.model, self.settings, batch)
-        ids = [row.ids for row in rows]
-        states = packed_hidden_states(self.model, self.settings.attention, ids, device)
-        of_texts = states.split([len(text) for text in ids])
-        hidden_BTD = pad_sequence(of_texts, batch_first=True, padding_side=self.row_tokenizer.padding_side)
-        return pool(hidden_BTD, batch["pool_mask"], self.settings.pooling_mode)
+        """Embeddings [B, D] of tokenised rows, float32 on the CPU."""
+        batch = pack_rows(rows)
+        for name in ("input_ids", "pool_mask", "target_mask"):
+            batch[name] = batch[name].to(device)
+        return embed(self.model, self.settings, {"text": batch})["text"].float().cpu()
 
     def _place(self, device: str | torch.device | None) -> torch.device:
         """Move the model to where it shall compute, and say where its inputs go."""
@@ -243,41 +277,74 @@ class LLM2Vec(nn.Module):
                 device = "cuda"
             if device is not None:
                 self.to(device)
-        device_of_inputs: torch.device = self.model.get_input_embeddings().weight.device  # type: ignore[assignment]
-        return device_of_inputs
+        # Its parameters, not its `weight`: under an adapter with tokens of its own that would be made anew.
+        return next(self.model.get_input_embeddings().parameters()).device
 
 
-def embed(model: nn.Module, settings: EncoderSettings, batch: TokenBatch) -> Tensor:
-    """Embeddings [B, D] of a tokenised batch by a decoder without head, in its dtype, not normalised."""
-    hidden_BTD = hidden_states(model, settings.attention, batch["attention_mask"], input_ids=batch["input_ids"])
-    return pool(hidden_BTD, batch["pool_mask"], settings.pooling_mode)
+def embed(
+    model: Backbone, settings: EncoderSettings, sides: Mapping[str, TokenBatch], embeddings: Tensor | None = None
+) -> dict[str, Tensor]:
+    """Embeddings [texts, D] of each side's texts, in the model's dtype, not normalised; one pass for all sides.
+
+    Args:
+        model: decoder without head, plain or with an adapter on it.
+        settings: attention and pooling.
+        sides: packed texts.
+        embeddings: token embeddings [N, D] of all sides' tokens, one side after the other, where they are known.
+    """
+    if embeddings is None:
+        embeddings = model.get_input_embeddings()(torch.cat([side["input_ids"] for side in sides.values()]))
+    lengths = [length for side in sides.values() for length in side["lengths"]]
+    closing_only = settings.pooling_mode == "last" and all(side["closed"] for side in sides.values())
+    # Dropout draws other numbers for each text's copy of a prefix, so then there is no one prefix to share.
+    prefixes = () if _drops_out(model) else [(len(side["lengths"]), side["prefix"]) for side in sides.values()]
+    states = packed_hidden_states(
+        model, settings.attention, lengths, embeddings, prefixes=prefixes, closing_only=closing_only
+    )
+    if closing_only:
+        counts = [len(side["lengths"]) for side in sides.values()]
+        return dict(zip(sides, states.split(counts), strict=True))
+    of_sides = states.split([sum(side["lengths"]) for side in sides.values()])
+    return {
+        name: pool_packed(states_ND, side["lengths"], side["pool_mask"], settings.pooling_mode)
+        for (name, side), states_ND in zip(sides.items(), of_sides, strict=True)
+    }
+
+
+def _drops_out(model: nn.Module) -> bool:
+    return model.training and any(isinstance(m, nn.Dropout) and m.p > 0 for m in model.modules())
 
 
 def token_batches(lengths: Sequence[int], max_tokens: int) -> list[list[int]]:
-    """Row indices, longest rows first, in batches of at most `max_tokens` tokens padding included (at least a row)."""
+    """Row indices, longest rows first, in batches of at most `max_tokens` tokens (at least a row)."""
     batches: list[list[int]] = []
+    filled = max_tokens
     for i in sorted(range(len(lengths)), key=lambda i: -lengths[i]):
-        if batches and lengths[batches[-1][0]] * (len(batches[-1]) + 1) <= max_tokens:
-            batches[-1].append(i)
-        else:
-            batches.append([i])
+        if filled + lengths[i] > max_tokens:
+            batches.append([])
+            filled = 0
+        batches[-1].append(i)
+        filled += lengths[i]
     return batches
 
 
-def as_instructed(texts: Sequence[str] | Sequence[Sequence[str]]) -> list[InstructedText]:
-    """Texts or [instruction, text] pairs, each as an InstructedText.
+def as_instructed(texts: Sequence[str] | Sequence[Sequence[str]], side: TextSide | None = None) -> list[InstructedText]:
+    """Texts or [instruction, text] pairs, each as an InstructedText; `side` as in `LLM2Vec.encode`.
 
     Raises:
-        UserError: an entry is neither.
+        UserError: an entry is neither, or there is no such side.
     """
+    if side not in (None, *get_args(TextSide)):
+        raise UserError(f"side is {side!r}; allowed: {', '.join(get_args(TextSide))}, None.")
     instructed = []
     for i, entry in enumerate(texts):
         if isinstance(entry, str):
-            instructed.append(InstructedText("", entry))
+            instruction, text = "", entry
         elif isinstance(entry, list | tuple) and len(entry) == 2 and all(isinstance(part, str) for part in entry):
-            instructed.append(InstructedText(*entry))
+            instruction, text = entry
         else:
             raise UserError(f"sentences[{i}] is {entry!r}; a string or an [instruction, text] pair is needed.")
+        instructed.append(InstructedText(instruction, text, side or ("query" if instruction.strip() else "document")))
     return instructed
 
 

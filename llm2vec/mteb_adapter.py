@@ -72,9 +72,9 @@ class TaskScore(TypedDict):
 class LLM2VecEncoder(AbsEncoder):
     """An `LLM2Vec` as an mteb 2 encoder (cosine similarity, float32).
 
-    Queries of retrieval and reranking carry the task's instruction, their documents carry none, and in all other
-    tasks every text carries it. (mteb's own rule would give it to the documents of all reranking tasks and of
-    CQADupstack as well.)
+    Queries of retrieval and reranking carry the task's instruction, their documents carry none and take the template's
+    document form, and in all other tasks every text carries it and is read as a query. (mteb's own rule would give it
+    to the documents of all reranking tasks and of CQADupstack as well.)
     """
 
     def __init__(
@@ -178,6 +178,7 @@ class LLM2VecEncoder(AbsEncoder):
             [[instruction, text] for text in row_of_text],
             batch_size=kwargs.get("batch_size", 32),
             show_progress_bar=kwargs.get("show_progress_bar", False),
+            side="document" if prompt_type == PromptType.document else "query",
         )
         return vectors[[row_of_text[text] for text in texts]]
 

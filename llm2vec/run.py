@@ -14,26 +14,44 @@ import sys
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
 import torch
-from torch import nn
+from accelerate.utils import send_to_device
+from torch import Tensor, nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainingArguments, set_seed
 
-from llm2vec.backbone import Backbone, attach_lora, check_attention, enable_checkpointing, load_backbone, load_tokenizer
+from llm2vec.activation_memory import fit_activations
+from llm2vec.backbone import (
+    Backbone,
+    add_token_rows,
+    attach_lora,
+    check_attention,
+    enable_checkpointing,
+    find_file,
+    load_backbone,
+    load_tokenizer,
+)
 from llm2vec.checkpoint import EncoderSettings, read_settings, resolve_chain, save_checkpoint
 from llm2vec.config import Config
 from llm2vec.data import OneSourceBlocks, TrainingRows, e5_sources, read_sources_file, select_sources
 from llm2vec.distributed import shut_down, world_size
+from llm2vec.few_shot import check_examples_fit, with_examples
 from llm2vec.llm2vec import LLM2Vec, parse_dtype, row_tokenizer, with_template
-from llm2vec.tokenization import RowTokenizer, probe_ids
+from llm2vec.packing import checkpoint_contexts, compile_layers, pack_rows
+from llm2vec.sharding import plan_sharding, state_of_model
+from llm2vec.tokenization import Row, RowTokenizer, add_template_tokens, probe_ids
 from llm2vec.trainer import EmbedderTrainer
 from llm2vec.types import Batch, Example, InstructedText, UserError
 
 logger = logging.getLogger(__name__)
 
 Side = Literal["query", "positive", "negative", "text"]
+
+#: About how many characters of English a token stands for: only to guess which rows are long.
+CHARACTERS_A_TOKEN = 4
 
 
 @contextmanager
@@ -83,6 +101,9 @@ def load_model(
 ) -> tuple[Backbone, PreTrainedTokenizerBase, EncoderSettings]:
     """Base, merged adapters and, with `use_peft`, a fresh LoRA adapter; the tokenizer; how texts become vectors.
 
+    Special tokens that the template adds and the base lacks are given to both; under LoRA their embeddings are trained
+    too, and saved with the adapter.
+
     Settings that a parent checkpoint recorded must agree with the config's where those change what a row of tokens
     is; the template, where the config names none, is the parent's.
 
@@ -92,8 +113,9 @@ def load_model(
     set_seed(config.training.get("seed", 42))
     chain = resolve_chain(config.model_name_or_path, config.adapters)
     parent = chain.adapters[-1] if chain.adapters else chain.base
-    tokenizer = load_tokenizer(chain.base)
+    tokenizer = load_tokenizer(parent if find_file(parent, "tokenizer_config.json") else chain.base)
     settings = with_template(_settings(config, read_settings(parent)), tokenizer)
+    new_tokens = add_template_tokens(tokenizer, str(settings.template))
     row_tokenizer(tokenizer, settings)  # a template the tokenizer cannot write is found before the weights load
     model = load_backbone(
         chain,
@@ -101,15 +123,22 @@ def load_model(
         attn_implementation=config.attn_implementation,
         with_lm_head=with_lm_head,
     )
+    if new_tokens:
+        add_token_rows(model, new_tokens, config.training.get("seed", 42))  # type: ignore[arg-type]
+        names = ", ".join(tokenizer.convert_ids_to_tokens(new_tokens))
+        logger.info("added tokens: %s; they start at the mean of the other tokens' embeddings", names)
     model.to(device)  # type: ignore[arg-type]  # FlashAttention cannot be probed on the CPU
     check_attention(model.base_model if with_lm_head else model, settings.attention)  # type: ignore[arg-type]
     if config.checkpointing is not None:
-        enable_checkpointing(model, config.checkpointing)
+        decoder = model.base_model if with_lm_head else model
+        enable_checkpointing(model, {**config.checkpointing, "context_fn": partial(checkpoint_contexts, decoder)})
     if config.use_peft:
         lora = {"r": config.lora_r, "alpha": config.lora_alpha or 2 * config.lora_r, "dropout": config.lora_dropout}
         modules = {"modules": config.lora_modules} if config.lora_modules else {}
-        model = attach_lora(model, **lora, **modules)  # type: ignore[arg-type]
+        model = attach_lora(model, **lora, **modules, new_tokens=new_tokens)  # type: ignore[arg-type]
         settings = dataclasses.replace(settings, parent_adapters=chain.adapters)
+    if config.compilation is not None:
+        compile_layers(model, **config.compilation)
     return model, tokenizer, settings
 
 
@@ -138,14 +167,24 @@ class CollateSides:
     Attributes:
         tokenizer: renders the rows.
         sides: what the objective reads: query, positive, negative, or text (query and positive as one text).
+        examples_per_query: most few-shot examples before a query.
+        seed: of the run; decides which examples.
     """
 
     tokenizer: RowTokenizer
     sides: tuple[Side, ...]
+    examples_per_query: int = 0
+    seed: int = 0
 
     def __call__(self, examples: list[Example]) -> Batch:
         """Each side as a TokenBatch; K negatives a row become K * B rows, row by row."""
-        return {side: self.tokenizer(self.texts(examples, side)) for side in self.sides}
+        return {side: pack_rows(self.rows(examples, side)) for side in self.sides}
+
+    def rows(self, examples: Sequence[Example], side: Side) -> list[Row]:
+        """The tokenised texts of one side, in row order."""
+        if side == "query" and self.examples_per_query:
+            return self.tokenizer.rows(with_examples(examples, self.examples_per_query, self.seed))
+        return self.tokenizer.rows(self.texts(examples, side))
 
     @staticmethod
     def texts(examples: Sequence[Example], side: Side) -> list[InstructedText]:
@@ -168,16 +207,35 @@ def train(
     notes: Sequence[str] = (),
 ) -> None:
     """Say what the run will do (and `notes`), run it, and write the final checkpoint into `output_dir`."""
+    _check_examples(args, rows, collate)
     at_once = args.per_device_train_batch_size * world_size()
     per_step = at_once * args.gradient_accumulation_steps
-    sampler = OneSourceBlocks(rows, per_step if config.one_source_per == "step" else at_once, args.seed)
-    for line in [*describe(config, args, objective, rows, collate, len(sampler) // per_step), *notes]:
+    block_size = per_step if config.one_source_per == "step" else at_once
+    # A mean over micro-batches, as the release takes it, depends on which rows share one: there, no rows are moved.
+    num_ranks = world_size() if config.reduction == "token_mean" else 1
+    sampler = OneSourceBlocks(
+        rows,
+        block_size,
+        args.seed,
+        num_ranks=num_ranks,
+        rows_a_rank=args.per_device_train_batch_size,
+        max_characters=CHARACTERS_A_TOKEN * config.max_seq_length,
+    )
+    for line in [
+        *describe(config, args, objective, rows, collate, len(sampler) // per_step),
+        *notes,
+        *_fit_activations(config, args, objective, rows, collate),
+    ]:
         logger.info(line)
+    if args.dataloader_num_workers:
+        os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")  # threads do not survive the fork of a worker
+    plan_sharding(args, objective.model)  # type: ignore[arg-type]
     ids = probe_ids(row_tokenizer(tokenizer, settings))
     run = provenance(config, args, rows, ids) if args.should_save else None
 
-    def save_to(folder: Path) -> None:
-        save_checkpoint(folder, objective.model, tokenizer, settings, run)  # type: ignore[arg-type]
+    def save_to(folder: Path, weights: dict[str, Tensor] | None) -> None:
+        state = None if weights is None else state_of_model(weights, objective.model)  # type: ignore[arg-type]
+        save_checkpoint(folder, objective.model, tokenizer, settings, run, state)  # type: ignore[arg-type]
 
     trainer = EmbedderTrainer(
         objective,
@@ -190,10 +248,26 @@ def train(
         stop_after_n_steps=config.stop_after_n_steps,
         held_out=_held_out(args, rows, at_once),
         probe=_probe(config, args, objective.model, tokenizer, settings),
+        max_tokens=config.tokens_per_microbatch,
     )
     trainer.train()
     trainer.save_model()
     logger.info("saved to %s", config.output_dir)
+
+
+def _fit_activations(
+    config: Config, args: TrainingArguments, objective: Any, rows: TrainingRows, collate: CollateSides
+) -> list[str]:
+    """Hold the activations to the config's budget, if it has one; returns the line that says so."""
+    if config.activation_memory_gb is None or config.tokens_per_microbatch is None:
+        return []
+    examples = [rows[i] for i in range(min(8, len(rows)))]
+    small, large = (send_to_device(collate(part), args.device) for part in (examples[:1], examples))
+    decoder = objective.model if objective.contrasts else objective.model.base_model
+    with torch.autocast(args.device.type, torch.bfloat16 if args.bf16 else torch.float16, args.bf16 or args.fp16):
+        return [
+            fit_activations(objective, decoder, small, large, config.tokens_per_microbatch, config.activation_memory_gb)
+        ]
 
 
 def _held_out(args: TrainingArguments, rows: TrainingRows, at_once: int) -> tuple[TrainingRows, OneSourceBlocks] | None:
@@ -222,6 +296,23 @@ def _probe(
     return NanoBeirProbe(encoder, config.nano_beir, list(INSTRUCTIONS), args.per_device_eval_batch_size, args.device)
 
 
+def _check_examples(args: TrainingArguments, rows: TrainingRows, collate: CollateSides, num_sampled: int = 256) -> None:
+    """Refuse few-shot examples that no query would ever get.
+
+    Raises:
+        UserError: a process holds one row at a time, or examples do not fit.
+    """
+    if not collate.examples_per_query:
+        return
+    if args.per_device_train_batch_size < 2:
+        raise UserError(
+            "examples_per_query: per_device_train_batch_size is 1, but examples are the other rows of a process's "
+            "micro-batch; 2 or more are needed."
+        )
+    starts = range(0, len(rows) - 1, max(1, 2 * len(rows) // num_sampled))
+    check_examples_fit([rows[i] for start in starts for i in (start, start + 1)], collate.tokenizer)
+
+
 def describe(
     config: Config,
     args: TrainingArguments,
@@ -237,7 +328,15 @@ def describe(
     steps = min(horizon, config.stop_after_n_steps or horizon)
     trainable = sum(p.numel() for p in objective.parameters() if p.requires_grad)
     total = sum(p.numel() for p in objective.parameters())
-    autocast = "bf16 autocast" if args.bf16 else "fp16 autocast" if args.fp16 else "no autocast"
+    autocast = (
+        "steps in bfloat16"
+        if args.fsdp and args.bf16
+        else "bf16 autocast"
+        if args.bf16
+        else "fp16 autocast"
+        if args.fp16
+        else "no autocast"
+    )
     dtype = str(next(objective.parameters()).dtype).removeprefix("torch.")
     return [
         f"model       {config.model_name_or_path}, {'bidirectional' if config.bidirectional else 'causal'} attention, "
@@ -249,7 +348,7 @@ def describe(
         f"x {processes} process(es) x {accumulation} micro-batch(es)",
         f"tokens      {_tokens_per_step(rows, collate, at_once * accumulation)}",
         f"trainable   {trainable:,} of {total:,} parameters ({trainable / total:.2%})",
-        f"precision   {dtype} weights, {autocast}",
+        f"precision   {dtype} weights{' shared by the processes (FSDP2)' if args.fsdp else ''}, {autocast}",
         f"output      {config.output_dir}",
     ]
 
@@ -267,7 +366,7 @@ def describe_negatives(config: Config, args: TrainingArguments) -> str:
 def _tokens_per_step(rows: TrainingRows, collate: CollateSides, rows_per_step: int, num_sampled: int = 256) -> str:
     """Mean tokens of a step and the share of texts cut, from an evenly spaced sample of rows."""
     sample = [rows[i] for i in range(0, len(rows), max(1, len(rows) // num_sampled))]
-    lengths = [len(r.ids) for side in collate.sides for r in collate.tokenizer.rows(collate.texts(sample, side))]
+    lengths = [len(r.ids) for side in collate.sides for r in collate.rows(sample, side)]
     cut = sum(length >= collate.tokenizer.max_length for length in lengths) / len(lengths)
     per_row = sum(lengths) / len(sample)
     return f"about {per_row * rows_per_step:,.0f} a step ({per_row:.0f} a row); {cut:.1%} of the texts are cut"

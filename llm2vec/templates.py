@@ -3,9 +3,15 @@
 A template is data. It is chosen by the `template` key (config, checkpoint, call), never by a model's name; where no
 key is given, `infer_template` reads the tokenizer's special tokens. To add one, add a row to `TEMPLATES`.
 
-Every template ends in a closing token whose state is the embedding under `last` pooling. Turn templates close with
-their end-of-turn token always; `mistral` and `plain` have none of their own, so they append the tokenizer's EOS, and
-only under `last` pooling, where something reads it (upstream LLM2Vec does the same).
+A template has a form for queries and one for documents; turn templates write both alike. Where a form fixes what stands
+between instruction and text, it writes that as a literal and `instruction_join` has no say; where it leaves it open, it
+has a `join` segment. A form without an `instruction` segment leaves the instruction out. A form that writes the text
+twice costs twice the text's tokens, and each copy gets half the room.
+
+Under `last` pooling a row's embedding is the state of its closing token. Turn templates close with their end-of-turn
+token always; `mistral` and `plain` have none of their own, so they append the tokenizer's EOS, and only under `last`
+pooling, where something reads it (upstream LLM2Vec does the same). The rows of published methods write what the
+method writes, whatever the pooling; one that ends in the text cannot be pooled by `last`.
 """
 
 from __future__ import annotations
@@ -14,9 +20,11 @@ from typing import Literal, NamedTuple
 
 from transformers import PreTrainedTokenizerBase
 
-from llm2vec.types import PoolingMode, UserError
+from llm2vec.types import PoolingMode, TextSide, UserError
 
-SegmentKind = Literal["bos", "eos", "special", "marker", "literal", "instruction", "text"]
+SegmentKind = Literal[
+    "bos", "eos", "special", "marker", "literal", "instruction", "join", "text", "examples", "answer"
+]  # fmt: skip
 
 
 class Segment(NamedTuple):
@@ -25,11 +33,14 @@ class Segment(NamedTuple):
     Attributes:
         kind: `bos` / `eos`: that token of the tokenizer (a missing BOS is left out); `special`: the special token
             written in `value`; `marker`: a control token where the tokenizer has `value` as one, else that text
-            with a space towards the content; `literal`: the text in `value`; `instruction`, `text`: the row's own.
+            with a space towards the content; `literal`: the text in `value`; `instruction`, `text`: the row's own;
+            `join`: `instruction_join`, where there is an instruction; `examples`: where few-shot examples stand;
+            `answer`: an example's.
         value: the token or text of a `special`, `marker` or `literal`.
         pooled: whether mean pooling without the instruction counts its positions.
         truncate: whether it gives way when a row is too long; all else is kept.
         only_last_pooling: written under `last` pooling only.
+        only_with_instruction: written only where the row has an instruction.
     """
 
     kind: SegmentKind
@@ -37,63 +48,228 @@ class Segment(NamedTuple):
     pooled: bool = False
     truncate: bool = False
     only_last_pooling: bool = False
+    only_with_instruction: bool = False
 
 
+class Template(NamedTuple):
+    """A row of the table.
+
+    Attributes:
+        query: segments of a query, and of every text of a symmetric task.
+        document: segments of a document.
+        added_tokens: special tokens that training adds to a base without them.
+        example: segments of one few-shot example; empty = the template has no place for them.
+    """
+
+    query: tuple[Segment, ...]
+    document: tuple[Segment, ...]
+    added_tokens: tuple[str, ...] = ()
+    example: tuple[Segment, ...] = ()
+
+
+_BOS = Segment("bos")
 _INSTRUCTION = Segment("instruction")
+_JOIN = Segment("join")
 _TEXT = Segment("text", pooled=True, truncate=True)
+_UNPOOLED_TEXT = Segment("text", truncate=True)
+_EOS = Segment("eos", pooled=True)
+_EOS_IF_LAST = Segment("eos", pooled=True, only_last_pooling=True)
 
-TEMPLATES: dict[str, tuple[Segment, ...]] = {
-    "llama3": (
-        Segment("bos"),
-        Segment("special", "<|start_header_id|>"),
-        Segment("literal", "user"),
-        Segment("special", "<|end_header_id|>"),
-        Segment("literal", "\n\n"),
+
+def _literal(value: str) -> Segment:
+    return Segment("literal", value)
+
+
+def _special(value: str) -> Segment:
+    return Segment("special", value)
+
+
+def _if_instructed(segment: Segment) -> Segment:
+    return segment._replace(only_with_instruction=True)
+
+
+def _one_form(*segments: Segment) -> Template:
+    return Template(segments, segments)
+
+
+#: The eight-token blocks of `llara`: what a document's embedding is read from, and a query's.
+_SUMMARY_TOKENS = tuple(f"<s{i}>" for i in range(1, 9))
+_PREDICTION_TOKENS = tuple(f"<s{i}>" for i in range(9, 17))
+
+TEMPLATES: dict[str, Template] = {
+    "llama3": _one_form(
+        _BOS,
+        _special("<|start_header_id|>"),
+        _literal("user"),
+        _special("<|end_header_id|>"),
+        _literal("\n\n"),
         _INSTRUCTION,
+        _JOIN,
         _TEXT,
         Segment("special", "<|eot_id|>", pooled=True),
     ),
-    "qwen2": (
-        Segment("special", "<|im_start|>"),
-        Segment("literal", "user\n"),
+    "qwen2": _one_form(
+        _special("<|im_start|>"),
+        _literal("user\n"),
         _INSTRUCTION,
+        _JOIN,
         _TEXT,
         Segment("special", "<|im_end|>", pooled=True),
     ),
-    "gemma": (
-        Segment("bos"),
-        Segment("special", "<start_of_turn>"),
-        Segment("literal", "user\n"),
+    "gemma": _one_form(
+        _BOS,
+        _special("<start_of_turn>"),
+        _literal("user\n"),
         _INSTRUCTION,
+        _JOIN,
         _TEXT,
         Segment("special", "<end_of_turn>", pooled=True),
     ),
-    "mistral": (
-        Segment("bos"),
+    "mistral": _one_form(
+        _BOS,
         Segment("marker", "[INST]"),
         _INSTRUCTION,
+        _JOIN,
         _TEXT,
         Segment("marker", "[/INST]", pooled=True),
-        Segment("eos", pooled=True, only_last_pooling=True),
+        _EOS_IF_LAST,
     ),
-    "plain": (
-        Segment("bos"),
+    "plain": _one_form(_BOS, _INSTRUCTION, _JOIN, _TEXT, _EOS_IF_LAST),
+    # Echo embeddings (arXiv 2402.15449): every token of the second copy has seen the whole text. `mean` and `last`.
+    "echo": Template(
+        query=(
+            _BOS,
+            _if_instructed(_literal("Instruct:")),
+            _INSTRUCTION,
+            _if_instructed(_literal(",\n")),
+            _literal("Query:"),
+            _UNPOOLED_TEXT,
+            _literal("\nQuery again:"),
+            _TEXT,
+            _EOS,
+        ),
+        document=(_BOS, _literal("Document:"), _UNPOOLED_TEXT, _literal("\nDocument again:"), _TEXT, _EOS),
+    ),
+    # E5-Mistral (arXiv 2401.00368).
+    "e5_mistral": Template(
+        query=(
+            _BOS,
+            _if_instructed(_literal("Instruct: ")),
+            _INSTRUCTION,
+            _if_instructed(_literal("\n")),
+            _literal("Query: "),
+            _TEXT,
+            _EOS,
+        ),
+        document=(_BOS, _TEXT, _EOS),
+    ),
+    # Qwen3 Embedding (arXiv 2506.05176): no space after the second colon.
+    "qwen3_embedding": Template(
+        query=(
+            _BOS,
+            _if_instructed(_literal("Instruct: ")),
+            _INSTRUCTION,
+            _if_instructed(_literal("\n")),
+            _literal("Query:"),
+            _TEXT,
+            _EOS,
+        ),
+        document=(_BOS, _TEXT, _EOS),
+    ),
+    # RepLLaMA (arXiv 2310.08319): one task, so no instruction.
+    "repllama": Template(
+        query=(_BOS, _literal("query: "), _TEXT, _EOS),
+        document=(_BOS, _literal("passage: "), _TEXT, _EOS),
+    ),
+    # bge-en-icl (arXiv 2409.15700); zero-shot where a row has no examples.
+    "bge_en_icl": Template(
+        query=(
+            _BOS,
+            Segment("examples"),
+            _if_instructed(_special("<instruct>")),
+            _INSTRUCTION,
+            _if_instructed(_literal("\n")),
+            _special("<query>"),
+            _TEXT,
+            _literal("\n"),
+            _special("<response>"),
+            _EOS,
+        ),
+        document=(_BOS, _TEXT, _EOS),
+        added_tokens=("<instruct>", "<query>", "<response>"),
+        example=(
+            _if_instructed(_special("<instruct>")),
+            _INSTRUCTION,
+            _if_instructed(_literal("\n")),
+            _special("<query>"),
+            _UNPOOLED_TEXT,
+            _literal("\n"),
+            _special("<response>"),
+            Segment("answer", truncate=True),
+            _literal("\n\n"),
+        ),
+    ),
+    # GritLM (arXiv 2402.09906): its markers are plain text, and nothing closes the row.
+    "gritlm": _one_form(
+        _BOS,
+        _if_instructed(_literal("<|user|>\n")),
         _INSTRUCTION,
+        _if_instructed(_literal("\n")),
+        _literal("<|embed|>\n"),
         _TEXT,
-        Segment("eos", pooled=True, only_last_pooling=True),
+    ),
+    # LLaMA2Vec (arXiv 2312.15503) in the form of its released code: a query is asked for what follows it, a document
+    # for its summary, and `mean` reads the eight added tokens alone.
+    "llara": Template(
+        query=(
+            _BOS,
+            _literal('"'),
+            _UNPOOLED_TEXT,
+            _literal('", predict the following passage within eight words: '),
+            *(Segment("special", token, pooled=True) for token in _PREDICTION_TOKENS),
+        ),
+        document=(
+            _BOS,
+            _literal('"'),
+            _UNPOOLED_TEXT,
+            _literal('", summarize the above passage within eight words: '),
+            *(Segment("special", token, pooled=True) for token in _SUMMARY_TOKENS),
+        ),
+        added_tokens=(*_SUMMARY_TOKENS, *_PREDICTION_TOKENS),
     ),
 }
 
 
-def segments_of(template: str, pooling_mode: PoolingMode) -> tuple[Segment, ...]:
-    """The segments that `template` writes under `pooling_mode`.
+def template_named(name: str) -> Template:
+    """A row of the table.
 
     Raises:
         UserError: no such template.
     """
-    if template not in TEMPLATES:
-        raise UserError(f"template is {template!r}; allowed: {', '.join(TEMPLATES)}.")
-    return tuple(s for s in TEMPLATES[template] if pooling_mode == "last" or not s.only_last_pooling)
+    if name not in TEMPLATES:
+        raise UserError(f"template is {name!r}; allowed: {', '.join(TEMPLATES)}.")
+    return TEMPLATES[name]
+
+
+def segments_of(template: str, pooling_mode: PoolingMode, side: TextSide = "query") -> tuple[Segment, ...]:
+    """The segments that `template` writes under `pooling_mode` for one side.
+
+    Raises:
+        UserError: no such template, or `last` pooling where no closing token is written.
+    """
+    form = getattr(template_named(template), side)
+    segments = tuple(s for s in form if pooling_mode == "last" or not s.only_last_pooling)
+    if pooling_mode == "last" and not (segments[-1].kind in ("eos", "special") and segments[-1].pooled):
+        raise UserError(
+            f"pooling_mode is 'last', but template {template!r} writes no closing token to read; "
+            "use mean, weighted_mean or first."
+        )
+    return segments
+
+
+def leaves_join_open(template: str) -> bool:
+    """Whether `instruction_join` decides anything under a template."""
+    return any(segment.kind == "join" for form in template_named(template)[:2] for segment in form)
 
 
 def infer_template(tokenizer: PreTrainedTokenizerBase) -> str:

@@ -1,23 +1,30 @@
 """Texts to token rows: ids, attention mask, pool mask and target mask, by a template's segments.
 
-Three rules hold here and nowhere else:
+Four rules hold here and nowhere else:
 - special tokens are written as ids; the text of a user is never read as control tokens (`<|eot_id|>` inside a text
   stays text);
 - text that stands side by side (header, instruction, text) is tokenised in one go, as the model's own chat format
   would be, and the masks come from character offsets;
-- only `truncate` segments are cut, so the closing token always survives.
+- a fixed phrase behind the text is tokenised on its own, so that no token of it goes when the text is cut;
+- only `truncate` segments are cut, so the closing token always survives. Where a form writes the text twice, each copy
+  gets half the room.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from typing import NamedTuple, TypeAlias
+from collections.abc import Iterator, Mapping, Sequence
+from typing import NamedTuple, TypeAlias, get_args
 
 import torch
+from tokenizers import AddedToken
+from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
-from llm2vec.templates import Segment, segments_of
-from llm2vec.types import InstructedText, PoolingMode, TokenBatch, UserError
+from llm2vec.templates import Segment, SegmentKind, segments_of, template_named
+from llm2vec.types import InstructedText, PoolingMode, TextSide, UserError
+
+#: Most tokens of a few-shot example's query, and of its answer (released code of arXiv 2409.15700).
+EXAMPLE_PART = 256
 
 
 class Row(NamedTuple):
@@ -28,19 +35,38 @@ class Row(NamedTuple):
     target: list[bool]
 
 
-class _Piece(NamedTuple):
-    """A special token, or a run of text and where in it the row's instruction and text stand (character offsets)."""
+class _Span(NamedTuple):
+    """Characters of a run that one segment (its index in the form) has written."""
 
-    token_id: int | None = None
-    pooled: bool = False
-    run: str = ""
-    instruction_start: int = 0
-    text_start: int = 0
-    text_end: int = 0
+    start: int
+    end: int
+    segment: int
 
 
-#: Ids of a run and the characters each covers.
-_Encoded: TypeAlias = tuple[list[int], list[tuple[int, int]]]
+class _Run(NamedTuple):
+    """Text that is tokenised in one go; `cut` is the part of it that gives way, at most one."""
+
+    text: str = ""
+    spans: tuple[_Span, ...] = ()
+    cut: _Span | None = None
+
+
+class _Special(NamedTuple):
+    """A special token and its segment."""
+
+    token_id: int
+    segment: int
+
+
+class _Tokens(NamedTuple):
+    """Ids, and for each the index of the segment it belongs to."""
+
+    ids: list[int]
+    owners: list[int]
+
+
+_Form: TypeAlias = tuple[Segment, ...]
+_Piece: TypeAlias = _Special | _Run
 
 
 class RowTokenizer:
@@ -52,14 +78,15 @@ class RowTokenizer:
         pooling_mode: decides whether the closing token of `plain` and `mistral` is written, and, under `first`,
             that the whole row is pooled over.
         max_length: most tokens in a row, template included.
-        text_max_length: most tokens of the text alone; None = as many as fit.
-        instruction_join: what stands between instruction and text.
-        skip_instruction: whether header and instruction are left out of the pool mask (irrelevant under `last`).
+        text_max_length: most tokens of the text alone (of each copy, where a form writes two); None = as many as fit.
+        instruction_join: what stands between instruction and text, in the templates that leave it open.
+        skip_instruction: False = the whole row is pooled over, whatever the template says (irrelevant under `last`).
         reconstruct_instruction: whether the instruction is part of the target mask, beside the text.
         padding_side: "right" or "left"; embeddings do not depend on it.
 
     Raises:
-        UserError: the tokenizer is slow or lacks a token the template writes.
+        UserError: the tokenizer is slow or lacks a token the template writes, or the template has no closing token
+            for `last` pooling.
     """
 
     def __init__(
@@ -83,41 +110,62 @@ class RowTokenizer:
         self.text_max_length = text_max_length
         self.instruction_join = instruction_join
         self.pool_everything = pooling_mode == "first" or not skip_instruction
-        self.reconstruct_instruction = reconstruct_instruction
+        self.target_kinds: tuple[SegmentKind, ...] = ("instruction", "join") if reconstruct_instruction else ()
         self.padding_side = padding_side
-        self._segments = segments_of(template, pooling_mode)
-        self._special_ids = self._resolve_special_ids()
-        self.closing_token_id = self._special_ids.get(self._segments[-1])
+        self._example = template_named(template).example
+        self._forms: dict[TextSide, _Form] = {
+            side: segments_of(template, pooling_mode, side) for side in get_args(TextSide)
+        }
+        self._special_ids = self._resolve_special_ids((*self._forms["query"], *self._forms["document"], *self._example))
+        self.closing_token_id = self._special_ids.get(self._forms["query"][-1])
 
-    def __call__(self, texts: Sequence[InstructedText]) -> TokenBatch:
+    @property
+    def sides(self) -> tuple[TextSide, ...]:
+        """The sides that are written differently: one alone where the template has one form."""
+        return ("query",) if self._forms["query"] == self._forms["document"] else ("query", "document")
+
+    @property
+    def takes_examples(self) -> bool:
+        """Whether the template has a place for few-shot examples."""
+        return bool(self._example)
+
+    def __call__(self, texts: Sequence[InstructedText]) -> dict[str, Tensor]:
         """Tokenise and pad: `input_ids`, `attention_mask`, `pool_mask`, `target_mask`, each int64 or bool [B, T]."""
         return self.pad(self.rows(texts))
 
     def rows(self, texts: Sequence[InstructedText]) -> list[Row]:
         """Tokenise without padding, one Row a text, in order.
 
+        The target is the text, its last copy where there are two. Few-shot examples are added, in order, while the
+        row stays within `max_length` with its own text as it is; each of their parts is cut to `EXAMPLE_PART` tokens.
+
         Raises:
-            UserError: a row's template and instruction alone fill `max_length`.
+            UserError: a row's template and instruction alone fill `max_length`, or there are examples and no place
+                for them.
         """
-        pieces = [self._pieces(text) for text in texts]
-        runs = [piece.run for row in pieces for piece in row if piece.token_id is None]
-        encoded: Iterator[_Encoded] = iter(())
-        if runs:
-            output = self.tokenizer(
-                runs, add_special_tokens=False, return_offsets_mapping=True, split_special_tokens=True
-            )
-            encoded = zip(output["input_ids"], output["offset_mapping"], strict=True)
+        forms = [self._forms[text.side] for text in texts]
+        pieces = [
+            self._pieces(form, self._contents(form, text.instruction, text.text))
+            for form, text in zip(forms, texts, strict=True)
+        ]
+        shown = [
+            self._pieces(self._example, self._contents(self._example, e.instruction, e.query, e.answer))
+            for text in texts
+            for e in text.examples
+        ]
+        tokens = self._tokenise([*pieces, *shown])
+        examples = iter(tokens[len(texts) :])
         return [
-            self._assemble([(p, ([], []) if p.token_id is not None else next(encoded)) for p in row], text)
-            for row, text in zip(pieces, texts, strict=True)
+            self._assemble(form, row, text, [next(examples) for _ in text.examples])
+            for form, row, text in zip(forms, tokens, texts, strict=False)
         ]
 
-    def pad(self, rows: Sequence[Row]) -> TokenBatch:
+    def pad(self, rows: Sequence[Row]) -> dict[str, Tensor]:
         """Pad rows to the longest of them, on `padding_side`."""
         length = max(len(row.ids) for row in rows)
         pad_id = self.tokenizer.pad_token_id if self.tokenizer.pad_token_id is not None else 0
         shape = (len(rows), length)
-        batch: TokenBatch = {
+        batch: dict[str, Tensor] = {
             "input_ids": torch.full(shape, pad_id),
             "attention_mask": torch.zeros(shape, dtype=torch.long),
             "pool_mask": torch.zeros(shape, dtype=torch.bool),
@@ -132,11 +180,11 @@ class RowTokenizer:
             batch["target_mask"][i, span] = torch.tensor(row.target, dtype=torch.bool)
         return batch
 
-    def _resolve_special_ids(self) -> dict[Segment, int]:
+    def _resolve_special_ids(self, segments: _Form) -> dict[Segment, int]:
         """Ids of the template's special tokens; a BOS the tokenizer does not have, and a marker that is ordinary
         text to it, are left out."""
         ids: dict[Segment, int] = {}
-        for segment in self._segments:
+        for segment in segments:
             token_id: int | None
             if segment.kind == "bos":
                 token_id = self.tokenizer.bos_token_id
@@ -158,51 +206,74 @@ class RowTokenizer:
 
     def _require(self, token_id: int | None, what: str) -> int:
         if token_id is None:
-            raise UserError(f"template {self.template!r} needs {what}, which the tokenizer does not have.")
+            remedy = (
+                "; training adds it, so load a model that was trained under this template"
+                if what in map(repr, template_named(self.template).added_tokens)
+                else ""
+            )
+            raise UserError(f"template {self.template!r} needs {what}, which the tokenizer does not have{remedy}.")
         return token_id
 
-    def _pieces(self, text: InstructedText) -> list[_Piece]:
-        """The row as special tokens and the runs of text between them."""
-        contents = {
-            "text": text.text.strip(),
-            "instruction": render_instruction(text.instruction, self.instruction_join),
-        }
-        pieces: list[_Piece] = []
-        run = _Piece()
-        seen_text = False
-        for segment in self._segments:
-            if segment in self._special_ids:
-                pieces += [run] if run.run else []
-                pieces.append(_Piece(self._special_ids[segment], segment.pooled))
-                run = _Piece()
-                continue
-            start = len(run.run)
-            run = run._replace(run=run.run + (contents.get(segment.kind) or _fixed_text(segment, seen_text)))
-            if segment.kind == "instruction":
-                run = run._replace(instruction_start=start)
-            elif segment.kind == "text":
-                seen_text = True
-                run = run._replace(text_start=start, text_end=len(run.run))
-            elif not seen_text:  # a header: what is tokenised with it begins after it
-                end = len(run.run)
-                run = run._replace(instruction_start=end, text_start=end, text_end=end)
-        return [*pieces, run] if run.run else pieces
+    def _contents(self, form: _Form, instruction: str, text: str, answer: str = "") -> dict[str, str]:
+        """What the segments without characters of their own write, by kind."""
+        open_join = any(segment.kind == "join" for segment in form)
+        instruction = bare_instruction(instruction, self.instruction_join if open_join else None)
+        join = self.instruction_join if instruction else ""
+        return {"instruction": instruction, "join": join, "text": text.strip(), "answer": answer.strip()}
 
-    def _assemble(self, parts: Sequence[tuple[_Piece, _Encoded]], text: InstructedText) -> Row:
-        """Ids and masks of a whole row, with the text cut to what the rest leaves."""
-        ids: list[int] = []
-        classes: list[str] = []
-        for piece, (run_ids, offsets) in parts:
-            if piece.token_id is not None:
-                ids.append(piece.token_id)
-                classes.append("s" if piece.pooled else "f")
+    def _pieces(self, form: _Form, contents: Mapping[str, str]) -> list[_Piece]:
+        """The row as special tokens and the runs of text between them."""
+        pieces: list[_Piece] = []
+        run = _Run()
+        seen_text = False
+        for index, segment in enumerate(form):
+            if segment.only_with_instruction and not contents["instruction"]:
                 continue
-            ids.extend(run_ids)
-            classes.extend(_token_class(piece, start, end) for start, end in offsets)
-        if not ids:  # an empty text under a template that writes nothing: one token must be there to pool over
-            ids, classes = [self._require(self.tokenizer.eos_token_id, "an end-of-sequence token")], ["s"]
-        kept = sum(c != "t" for c in classes)
-        room = self.max_length - kept
+            token_id = self._special_ids.get(segment)
+            behind_text = segment.kind == "literal" and run.cut is not None
+            if token_id is not None or behind_text or segment.kind == "examples":
+                pieces += [run] if run.text else []
+                run = _Run()
+            if token_id is not None:
+                pieces.append(_Special(token_id, index))
+                continue
+            seen_text = seen_text or segment.kind == "text"
+            text = run.text + (contents.get(segment.kind) or _fixed_text(segment, seen_text))
+            span = _Span(len(run.text), len(text), index)
+            run = _Run(text, (*run.spans, span), span if segment.truncate else run.cut)
+        return [*pieces, run] if run.text else pieces
+
+    def _tokenise(self, rows: Sequence[Sequence[_Piece]]) -> list[_Tokens]:
+        """Tokens of each row's pieces; all runs go through the tokenizer at once."""
+        texts = [piece.text for row in rows for piece in row if isinstance(piece, _Run)]
+        encoded: Iterator[tuple[list[int], list[tuple[int, int]]]] = iter(())
+        if texts:
+            output = self.tokenizer(
+                texts, add_special_tokens=False, return_offsets_mapping=True, split_special_tokens=True
+            )
+            encoded = zip(output["input_ids"], output["offset_mapping"], strict=True)
+        tokens = []
+        for row in rows:
+            ids: list[int] = []
+            owners: list[int] = []
+            for piece in row:
+                if isinstance(piece, _Special):
+                    ids.append(piece.token_id)
+                    owners.append(piece.segment)
+                    continue
+                run_ids, offsets = next(encoded)
+                ids.extend(run_ids)
+                owners.extend(_owner(piece, start, end) for start, end in offsets)
+            tokens.append(_Tokens(ids, owners))
+        return tokens
+
+    def _assemble(self, form: _Form, tokens: _Tokens, text: InstructedText, examples: Sequence[_Tokens]) -> Row:
+        """Ids and masks of a whole row, with the text cut to what the rest leaves."""
+        if not tokens.ids:  # an empty text under a template that writes nothing: one token must be there to pool over
+            return Row([self._require(self.tokenizer.eos_token_id, "an end-of-sequence token")], [True], [False])
+        copies = [i for i, segment in enumerate(form) if segment.truncate]
+        kept = sum(owner not in copies for owner in tokens.owners)
+        room = (self.max_length - kept) // len(copies)
         if room < (1 if text.text.strip() else 0):
             raise UserError(
                 f"max_length is {self.max_length}, but the template and the instruction {text.instruction!r} alone "
@@ -210,24 +281,46 @@ class RowTokenizer:
             )
         if self.text_max_length is not None:
             room = min(room, self.text_max_length)
-        ids, classes = _cut_text(ids, classes, room)
-        pooled = [self.pool_everything or c in "ts" for c in classes]
+        ids, owners = _cut(tokens, form, room)
+        if examples:
+            ids, owners = self._with_examples(form, _Tokens(ids, owners), examples)
+        pooled_of = [self.pool_everything or segment.pooled for segment in form]
+        pooled = [pooled_of[owner] for owner in owners]
         if not any(pooled):  # an empty text under a template without a suffix: the header is all there is
             pooled = [True] * len(ids)
-        wanted = "it" if self.reconstruct_instruction else "t"
-        return Row(ids, pooled, [c in wanted for c in classes])
+        target_of = [i == copies[-1] or segment.kind in self.target_kinds for i, segment in enumerate(form)]
+        return Row(ids, pooled, [target_of[owner] for owner in owners])
+
+    def _with_examples(self, form: _Form, row: _Tokens, examples: Sequence[_Tokens]) -> _Tokens:
+        """A row with as many of its examples as fit, at their place."""
+        place = next((i for i, segment in enumerate(form) if segment.kind == "examples"), None)
+        if place is None:
+            raise UserError(f"template {self.template!r} has no place for few-shot examples; take them out.")
+        prefix: list[int] = []
+        for example in examples:
+            ids = _cut(example, self._example, EXAMPLE_PART).ids
+            if len(row.ids) + len(prefix) + len(ids) > self.max_length:
+                break
+            prefix += ids
+        at = sum(owner < place for owner in row.owners)
+        return _Tokens(
+            [*row.ids[:at], *prefix, *row.ids[at:]], [*row.owners[:at], *[place] * len(prefix), *row.owners[at:]]
+        )
+
+
+def bare_instruction(instruction: str, join: str | None) -> str:
+    """The instruction as it stands in a row before `join`; None = before a template's own characters.
+
+    What brings its own punctuation replaces the instruction's closing `:` or `;`, so that the tables of training (no
+    colon) and of evaluation (colon) render alike. A blank join leaves the instruction as it is.
+    """
+    instruction = instruction.strip()
+    return instruction.rstrip(":; ") if join is None or join.strip() else instruction
 
 
 def render_instruction(instruction: str, join: str) -> str:
-    """Instruction and what joins it to the text; empty without an instruction.
-
-    A join that brings its own punctuation replaces the instruction's closing `:` or `;`, so that the tables of
-    training (no colon) and of evaluation (colon) render alike. A blank join leaves the instruction as it is.
-    """
-    instruction = instruction.strip()
-    if not instruction:
-        return ""
-    return (instruction.rstrip(":; ") if join.strip() else instruction) + join
+    """Instruction and what joins it to the text; empty without an instruction."""
+    return bare_instruction(instruction, join) + join if instruction.strip() else ""
 
 
 def _fixed_text(segment: Segment, seen_text: bool) -> str:
@@ -237,25 +330,52 @@ def _fixed_text(segment: Segment, seen_text: bool) -> str:
     return segment.value
 
 
-def _token_class(piece: _Piece, start: int, end: int) -> str:
-    """What a token belongs to: t(ext) if it reaches into it, s(uffix), i(nstruction) or f(ixed header)."""
+def _owner(run: _Run, start: int, end: int) -> int:
+    """The segment that a token belongs to: the text if it reaches into it, else the last one it reaches into."""
     end = max(end, start + 1)  # some tokenizers add a prefix space that covers no character
-    if end > piece.text_start and start < piece.text_end:
-        return "t"
-    if start >= piece.text_end and piece.text_end > 0:
-        return "s"
-    return "i" if end > piece.instruction_start else "f"
+    if run.cut is not None and end > run.cut.start and start < run.cut.end:
+        return run.cut.segment
+    touched = [span.segment for span in run.spans if end > span.start and start < span.end]
+    return touched[-1] if touched else run.spans[-1].segment
 
 
-def _cut_text(ids: list[int], classes: list[str], room: int) -> tuple[list[int], list[str]]:
-    """Keep the first `room` text tokens and everything that is not text."""
-    num_text = 0
+def _cut(tokens: _Tokens, form: _Form, room: int) -> _Tokens:
+    """Keep the first `room` tokens of each segment that gives way and everything else."""
+    left = {i: room for i, segment in enumerate(form) if segment.truncate}
+    if len(tokens.ids) <= room:
+        return tokens
     keep = []
-    for i, c in enumerate(classes):
-        num_text += c == "t"
-        if c != "t" or num_text <= room:
+    for i, owner in enumerate(tokens.owners):
+        if owner in left:
+            left[owner] -= 1
+        if left.get(owner, 0) >= 0:
             keep.append(i)
-    return [ids[i] for i in keep], [classes[i] for i in keep]
+    return _Tokens([tokens.ids[i] for i in keep], [tokens.owners[i] for i in keep])
+
+
+def add_template_tokens(tokenizer: PreTrainedTokenizerBase, template: str) -> list[int]:
+    """Add the special tokens of a template that the tokenizer lacks.
+
+    Returns:
+        The new tokens' ids, in the template's order; a special token that is there already is used as it is.
+
+    Raises:
+        UserError: one of them is an ordinary token of the vocabulary, which any text may contain.
+    """
+    vocabulary, known = tokenizer.get_vocab(), tokenizer.added_tokens_decoder
+    new = []
+    for token in template_named(template).added_tokens:
+        token_id = vocabulary.get(token)
+        if token_id is None:
+            new.append(token)
+        elif token_id not in known or not known[token_id].special:
+            raise UserError(
+                f"template: {template!r} adds the token {token!r}, but the base's vocabulary has it already as an "
+                "ordinary token; choose another template or base."
+            )
+    tokenizer.add_tokens([AddedToken(token, special=True, normalized=False) for token in new], special_tokens=True)
+    vocabulary = tokenizer.get_vocab()
+    return [vocabulary[token] for token in new]
 
 
 #: Short texts that show a change of template, tokenizer or library: instruction, accents, spaces, a look-alike token.
@@ -268,5 +388,5 @@ PROBE_TEXTS = (
 
 
 def probe_ids(tokenizer: RowTokenizer) -> list[list[int]]:
-    """Token ids of the probe texts: stored with a checkpoint, compared when it is loaded."""
-    return [row.ids for row in tokenizer.rows(PROBE_TEXTS)]
+    """Token ids of the probe texts, in each form the template has: stored with a checkpoint, compared at loading."""
+    return [row.ids for side in tokenizer.sides for row in tokenizer.rows([t._replace(side=side) for t in PROBE_TEXTS])]

@@ -23,9 +23,17 @@ class FakeModel(nn.Module):
         self.weight = nn.Parameter(torch.zeros(1))
         self.settings = EncoderSettings(**settings)
         self.calls: list[list[list[str]]] = []
+        self.sides: list[str | None] = []
 
-    def encode(self, sentences: list[list[str]], batch_size: int = 32, show_progress_bar: bool = True) -> Tensor:
+    def encode(
+        self,
+        sentences: list[list[str]],
+        batch_size: int = 32,
+        show_progress_bar: bool = True,
+        side: str | None = None,
+    ) -> Tensor:
         self.calls.append(sentences)
+        self.sides.append(side)
         counts = [[1.0 + text.lower().count(chr(letter)) for letter in range(97, 123)] for _, text in sentences]
         return torch.tensor(counts)
 

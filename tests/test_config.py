@@ -141,13 +141,13 @@ def test_the_papers_configs_hold_the_papers_numbers(path: Path) -> None:
     assert training["learning_rate"] == (4e-5 if stage == "stage_I" else 2e-4)
     assert config.stop_after_n_steps == (2000 if stage == "stage_I" else 1000)
     assert config.total_batch_size == 512
-    assert 512 % (8 * training["per_device_train_batch_size"]) == 0
+    assert "per_device_train_batch_size" not in training and config.tokens_per_microbatch >= 2048
     assert training["warmup_steps"] == 300
     assert config.max_seq_length == 512
     assert not config.bidirectional
     assert POOLING_ALIASES[config.pooling_mode] == "last"
     assert config.dataset_name == "E5" and config.sources is None and config.max_train_samples is None
-    assert config.checkpointing is not None
+    assert config.checkpointing is None
     if stage == "stage_I":
         assert config.alpha == 0.2
     else:
@@ -321,7 +321,7 @@ def test_data_must_come_from_somewhere(tmp_path: Path) -> None:
         ("dataset_name", "MEDI", "'E5'"),
         ("loss_class", "InfoNCE", "'HardNegativeNLLLoss'"),
         ("pooling_mode", "cls", "last, mean, weighted_mean, first, eos_token, last_token, bos_token"),
-        ("template", "llama-3", "llama3, qwen2, gemma, mistral, plain"),
+        ("template", "llama-3", ", ".join(TEMPLATES)),
     ],
 )
 def test_a_bad_choice_lists_the_allowed_ones(tmp_path: Path, key: str, value: str, allowed: str) -> None:
@@ -396,6 +396,8 @@ def test_null_means_unset_where_it_may(tmp_path: Path) -> None:
         ("lora_alpha", -1, "stage_II", "must be above 0"),
         ("max_train_samples", 0, "stage_II", "must be above 0"),
         ("total_batch_size", 0, "stage_II", "must be above 0"),
+        ("tokens_per_microbatch", 0, "stage_II", "must be above 0"),
+        ("activation_memory_gb", 0, "stage_II", "must be above 0"),
         ("stop_after_n_steps", 0, "stage_II", "must be above 0"),
         ("per_device_train_batch_size", 0, "stage_II", "must be above 0"),
         ("gradient_accumulation_steps", 0, "stage_II", "must be above 0"),
@@ -448,6 +450,27 @@ def test_the_borders_of_a_range_are_allowed(tmp_path: Path, key: str, value: Any
             "stage_II",
             "stop_after_n_steps is 200, beyond the horizon of max_steps 100",
         ),
+        (
+            {"tokens_per_microbatch": 511},
+            "stage_I",
+            "tokens_per_microbatch is 511, less than the 512 tokens that one text may have (max_seq_length).",
+        ),
+        (
+            {"tokens_per_microbatch": 100, "max_seq_length": 101},
+            "stage_II",
+            "tokens_per_microbatch is 100, less than the 101 tokens that one text may have (max_seq_length).",
+        ),
+        (
+            {"gradient_checkpointing": True, "gradient_checkpointing_kwargs": {"use_reentrant": True}},
+            "stage_I",
+            "use_reentrant: true is not supported; packed rows are recomputed by the other kind, so leave it out.",
+        ),
+        ({"activation_memory_gb": 2.0}, "stage_I", "activation_memory_gb needs tokens_per_microbatch"),
+        (
+            {"activation_memory_gb": 2.0, "tokens_per_microbatch": 512, "gradient_checkpointing": True},
+            "stage_II",
+            "takes the place of gradient_checkpointing",
+        ),
     ],
 )
 def test_keys_that_contradict_each_other(tmp_path: Path, changes: dict[str, Any], stage: Stage, sentence: str) -> None:
@@ -462,6 +485,10 @@ def test_keys_that_contradict_each_other(tmp_path: Path, changes: dict[str, Any]
         ({"use_peft": False}, "stage_II"),
         ({"max_steps": 200, "stop_after_n_steps": 200}, "stage_II"),
         ({"max_steps": -1, "stop_after_n_steps": 200}, "stage_II"),
+        ({"tokens_per_microbatch": 512}, "stage_I"),
+        ({"tokens_per_microbatch": 100, "max_seq_length": 100}, "stage_II"),
+        ({"activation_memory_gb": 2, "tokens_per_microbatch": 512}, "stage_II"),
+        ({"gradient_checkpointing": True, "gradient_checkpointing_kwargs": {"use_reentrant": False}}, "stage_I"),
     ],
 )
 def test_keys_that_agree(tmp_path: Path, changes: dict[str, Any], stage: Stage) -> None:
@@ -471,7 +498,13 @@ def test_keys_that_agree(tmp_path: Path, changes: dict[str, Any], stage: Stage) 
         assert config.training.get(key, getattr(config, key, None)) == value
 
 
-KEYS_OF_STAGES = {"alpha": 0.5, "reconstruct_instruction": True, "loss_scale": 50.0, "num_hard_negatives": 1}
+KEYS_OF_STAGES = {
+    "alpha": 0.5,
+    "reconstruct_instruction": True,
+    "loss_scale": 50.0,
+    "num_hard_negatives": 1,
+    "examples_per_query": 5,
+}
 
 
 @pytest.mark.parametrize("stage", ["stage_I", "stage_II", "lm"])
@@ -521,10 +554,14 @@ def test_output_dir_and_adapters(tmp_path: Path) -> None:
         ({"gradient_checkpointing": False}, None),
         ({"gradient_checkpointing": True}, {"use_reentrant": False}),
         (
-            {"gradient_checkpointing": True, "gradient_checkpointing_kwargs": {"use_reentrant": True}},
-            {"use_reentrant": True},
+            {"gradient_checkpointing": True, "gradient_checkpointing_kwargs": {"use_reentrant": False, "debug": True}},
+            {"use_reentrant": False, "debug": True},
         ),
         ({"gradient_checkpointing_kwargs": {"use_reentrant": True}}, None),
+        (
+            {"activation_checkpointing": True, "activation_checkpointing_kwargs": {"use_reentrant": False}},
+            {"use_reentrant": False},
+        ),
     ],
 )
 def test_activation_checkpointing(
@@ -572,15 +609,46 @@ def test_accumulation_follows_from_the_total_batch(
     assert per_device * int(processes or 1) * accumulation == 512
 
 
-def test_the_library_default_counts_where_no_batch_size_is_written(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, recorded_arguments: list[dict[str, Any]]
+@pytest.mark.parametrize(("processes", "per_device"), [(None, 512), ("1", 512), ("2", 256), ("8", 64)])
+def test_without_a_batch_size_each_process_holds_its_whole_share(
+    tmp_path: Path,
+    processes: str | None,
+    per_device: int,
+    monkeypatch: pytest.MonkeyPatch,
+    recorded_arguments: list[dict[str, Any]],
 ) -> None:
-    """The accumulation is worked out from the per-device batch that the trainer will really use."""
+    """So that there is nothing to accumulate, and the pool of a contrastive step is the whole batch."""
     config = load_config(write(tmp_path, minimal(tmp_path), total_batch_size=512), "stage_I")
-    monkeypatch.setenv("WORLD_SIZE", "2")
+    monkeypatch.delenv("WORLD_SIZE", raising=False)
+    if processes is not None:
+        monkeypatch.setenv("WORLD_SIZE", processes)
     training_arguments(config)
-    default = {field.name: field.default for field in dataclasses.fields(TrainingArguments)}
-    assert recorded_arguments[0]["gradient_accumulation_steps"] == 512 // 2 // default["per_device_train_batch_size"]
+    (values,) = recorded_arguments
+    assert (values["per_device_train_batch_size"], values["gradient_accumulation_steps"]) == (per_device, 1)
+
+
+def test_without_any_batch_size_the_library_decides(tmp_path: Path, recorded_arguments: list[dict[str, Any]]) -> None:
+    training_arguments(load_config(write(tmp_path, minimal(tmp_path)), "stage_I"))
+    assert not {"per_device_train_batch_size", "gradient_accumulation_steps"} & recorded_arguments[0].keys()
+
+
+@pytest.mark.parametrize(
+    ("processes", "total", "at_once"), [("3", 512, "510 rows that 3"), ("8", 4, "8 rows that 8"), ("3", 8, "6 rows")]
+)
+def test_a_total_batch_that_cannot_be_shared_out_is_an_error(
+    tmp_path: Path,
+    processes: str,
+    total: int,
+    at_once: str,
+    monkeypatch: pytest.MonkeyPatch,
+    recorded_arguments: list[dict[str, Any]],
+) -> None:
+    """Where no batch size is written, too."""
+    config = load_config(write(tmp_path, minimal(tmp_path), total_batch_size=total), "stage_I")
+    monkeypatch.setenv("WORLD_SIZE", processes)
+    with pytest.raises(UserError, match=f"total_batch_size is {total}, no multiple of the {at_once}"):
+        training_arguments(config)
+    assert not recorded_arguments
 
 
 @pytest.mark.parametrize(("processes", "at_once"), [("3", 96), ("32", 1024)])
@@ -659,7 +727,8 @@ def test_the_resolved_config_is_read_back(tmp_path: Path) -> None:
     config = load_config(write(tmp_path, minimal(tmp_path), alpha=0.5, seed=7, save_steps=10), "stage_I")
     stored = dataclasses.asdict(config)
     flat = {**stored.pop("training"), **stored}
-    flat = {key: value for key, value in flat.items() if key not in ("loss_scale", "num_hard_negatives")}
+    of_stage_ii = ("loss_scale", "num_hard_negatives", "examples_per_query")
+    flat = {key: value for key, value in flat.items() if key not in of_stage_ii}
     assert load_config(write(tmp_path, json.dumps(flat)), "stage_I") == config
 
 

@@ -112,8 +112,8 @@ def test_count_and_items(tmp_path: Path) -> None:
         Example(
             name,
             InstructedText(f"find {name}", f"{name} q{i}"),
-            InstructedText("", f"{name} d{i}"),
-            (InstructedText("", f"{name} n{i}"),),
+            InstructedText("", f"{name} d{i}", "document"),
+            (InstructedText("", f"{name} n{i}", "document"),),
         )
         for name, i in expected
     ]
@@ -131,14 +131,15 @@ def test_a_negative_may_be_one_string(tmp_path: Path) -> None:
     """As in the released archive."""
     write_jsonl(tmp_path / "a.jsonl", [{"query": "q", "positive": "d", "negative": "n"}])
     rows = TrainingRows(tmp_path, [Source("a", "a.jsonl", (Instruction(""),))])
-    assert rows[0] == Example("a", InstructedText("", "q"), InstructedText("", "d"), (InstructedText("", "n"),))
+    documents = [InstructedText("", text, "document") for text in "dn"]
+    assert rows[0] == Example("a", InstructedText("", "q"), documents[0], (documents[1],))
 
 
 def test_negatives_need_not_be_there_where_none_are_read(tmp_path: Path) -> None:
     """Stage I reads none."""
     write_jsonl(tmp_path / "a.jsonl", [{"query": "q", "positive": "d"}])
     rows = TrainingRows(tmp_path, [Source("a", "a.jsonl", (Instruction("find"),))], num_negatives=0)
-    assert rows[0] == Example("a", InstructedText("find", "q"), InstructedText("", "d"), ())
+    assert rows[0] == Example("a", InstructedText("find", "q"), InstructedText("", "d", "document"), ())
 
 
 def test_max_rows_bounds_each_source(tmp_path: Path) -> None:

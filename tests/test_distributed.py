@@ -7,6 +7,9 @@ import os
 import subprocess
 import sys
 import time
+from collections.abc import Callable
+from contextlib import nullcontext
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -19,28 +22,39 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
-from llm2vec.backbone import attach_lora
+from llm2vec.backbone import attach_lora, enable_checkpointing
 from llm2vec.checkpoint import EncoderSettings
-from llm2vec.distributed import gather_with_gradient, rank, rank_zero_first, sum_over_ranks, world_size
+from llm2vec.distributed import (
+    gather_with_gradient,
+    max_over_ranks,
+    rank,
+    rank_zero_first,
+    sum_over_ranks,
+    world_size,
+)
 from llm2vec.llm2vec import row_tokenizer
 from llm2vec.llm2vec_contrastive import ContrastiveLearning
 from llm2vec.llm2vec_q2d_d2q import BidirectionalReconstruction
+from llm2vec.packing import checkpoint_contexts
 from llm2vec.run import CollateSides
+from llm2vec.step import backward_step, loss_parts, number_of_pieces, split_batch
 from llm2vec.trainer import LOG_FILE
 from llm2vec.types import Batch
 
 ROOT = Path(__file__).parents[1]
 NUM_RANKS = 2
-ROWS = reference.examples(8, 1)
+#: The first rank's rows are the shorter ones.
+ROWS = sorted(reference.examples(8, 1), key=lambda row: sum(len(text.text.split()) for text in row[1:3]))
 VECTORS = torch.arange(24, dtype=torch.float64).reshape(6, 4).sin()
 SETTINGS = EncoderSettings(pooling_mode="last", attention="causal")
 
 
 class Step(NamedTuple):
-    """What one optimiser step of an objective yields."""
+    """What one optimiser step of an objective yields, and in how many pieces it was taken and had to be."""
 
     parts: dict[str, Tensor]
     gradients: dict[str, Tensor]
+    pieces: tuple[int, int]
 
 
 def stage_one() -> tuple[nn.Module, CollateSides]:
@@ -49,17 +63,28 @@ def stage_one() -> tuple[nn.Module, CollateSides]:
     return BidirectionalReconstruction(model, SETTINGS), collate
 
 
-def stage_two() -> tuple[nn.Module, CollateSides]:
+def stage_two(checkpointing: bool = False) -> tuple[nn.Module, CollateSides]:
     torch.manual_seed(0)
-    model = reference.exact(attach_lora(tiny_model("llama", initializer_range=0.2), r=4, alpha=8, dropout=0.0))
+    decoder = tiny_model("llama", initializer_range=0.2)
+    model = reference.exact(attach_lora(decoder, r=4, alpha=8, dropout=0.0))
     for name, parameter in model.named_parameters():
         if "lora_B" in name:
             nn.init.normal_(parameter, std=0.3)
+    if checkpointing:
+        enable_checkpointing(model, {"use_reentrant": False, "context_fn": partial(checkpoint_contexts, decoder)})
     collate = CollateSides(row_tokenizer(family_tokenizer("llama"), SETTINGS), ("query", "positive", "negative"))
-    return ContrastiveLearning(model, SETTINGS), collate
+    return ContrastiveLearning(model, SETTINGS).train(), collate
 
 
-STAGES = {"stage_I": stage_one, "stage_II": stage_two}
+#: Objectives, and the most tokens at once. The budgets are such that the second rank needs more pieces.
+STEPS: dict[str, tuple[Callable[[], tuple[nn.Module, CollateSides]], int | None]] = {
+    "stage_I": (stage_one, None),
+    "stage_I_in_pieces": (stage_one, 45),
+    "stage_II": (stage_two, None),
+    "stage_II_in_pieces": (stage_two, 70),
+    "stage_II_in_pieces_recomputed": (partial(stage_two, checkpointing=True), 70),
+    "stage_II_row_by_row": (stage_two, 1),
+}
 
 
 def own_rows(rows: Any) -> Any:
@@ -76,13 +101,19 @@ def weighted(gathered: Tensor, of_rank: int) -> Tensor:
 
 def take_step(name: str, wrap: bool) -> Step:
     """One step over this rank's rows, by the trainer's rule: totals of all ranks, loss times ranks, the wrapper."""
-    objective, collate = STAGES[name]()
+    make, max_tokens = STEPS[name]
+    objective, collate = make()
     batch: Batch = collate(own_rows(ROWS))
     totals = {part: sum_over_ranks(count) for part, count in objective.count(batch).items()}
-    model = DistributedDataParallel(objective) if wrap else objective  # kept: its hooks die with it
-    parts = model(batch, totals)
-    (parts["loss"] * world_size()).backward()
-    return Step({part: sum_over_ranks(value) for part, value in parts.items()}, reference.gradients(objective))
+    model: Any = DistributedDataParallel(objective) if wrap else objective  # kept: its hooks die with it
+    no_sync = model.no_sync if wrap else nullcontext
+    parts = backward_step(model, batch, totals, max_tokens=max_tokens, scale=world_size(), no_sync=no_sync)
+    figures = loss_parts(model, batch, totals, max_tokens)
+    for part, value in parts.items():
+        torch.testing.assert_close(figures[part], value, rtol=1e-12, atol=0)
+    tokens = [sum(sum(side["lengths"]) for side in collate([row]).values()) for row in own_rows(ROWS)]
+    pieces = len(split_batch(batch, max_tokens)), number_of_pieces(tokens, max_tokens or sum(tokens))
+    return Step({part: sum_over_ranks(value) for part, value in parts.items()}, reference.gradients(objective), pieces)
 
 
 def work(process: int, folder: Path) -> None:
@@ -106,9 +137,10 @@ def work(process: int, folder: Path) -> None:
         "gathered": gathered.detach(),
         "gathered_gradient": rows.grad,
         "sum": (own, summed),
+        "max": max_over_ranks(3 - process),
         "found_nothing_built": first,
-        "wrapped": {name: take_step(name, wrap=True)._asdict() for name in STAGES},
-        "bare": {name: take_step(name, wrap=False)._asdict() for name in STAGES},
+        "wrapped": {name: take_step(name, wrap=True)._asdict() for name in STEPS},
+        "bare": {name: take_step(name, wrap=False)._asdict() for name in STEPS},
     }
     torch.save(findings, folder / f"{process}.pt")
     dist.destroy_process_group()
@@ -160,6 +192,11 @@ def test_sum_over_ranks_adds_and_leaves_its_input_alone(ranks: list[dict[str, An
         assert summed.tolist() == [3.0, 20.0]
 
 
+def test_max_over_ranks(ranks: list[dict[str, Any]]) -> None:
+    assert [found["max"] for found in ranks] == [3, 3]
+    assert max_over_ranks(5) == 5
+
+
 def test_rank_zero_goes_first(ranks: list[dict[str, Any]]) -> None:
     assert [found["found_nothing_built"] for found in ranks] == [True, False]
 
@@ -167,24 +204,31 @@ def test_rank_zero_goes_first(ranks: list[dict[str, Any]]) -> None:
 # --- the objectives ---
 
 
-@pytest.mark.parametrize("stage", list(STAGES))
-def test_a_step_of_two_ranks_equals_one_process_with_all_rows(stage: str, ranks: list[dict[str, Any]]) -> None:
-    """Loss parts summed over ranks, and every parameter's averaged gradient on both ranks."""
-    expected = take_step(stage, wrap=False)
+@pytest.mark.parametrize("name", list(STEPS))
+def test_a_step_of_two_ranks_equals_one_process_with_all_rows(name: str, ranks: list[dict[str, Any]]) -> None:
+    """Loss parts summed over ranks, and every parameter's averaged gradient on both ranks; and those of one pass."""
+    expected = take_step(name, wrap=False)
+    whole = take_step("_".join(name.split("_")[:2]), wrap=False)
     for found in ranks:
-        step = Step(**found["wrapped"][stage])
+        step = Step(**found["wrapped"][name])
         assert step.parts.keys() == expected.parts.keys()
-        for name, value in expected.parts.items():
-            torch.testing.assert_close(step.parts[name], value.detach(), rtol=1e-9, atol=0)
+        for part, value in expected.parts.items():
+            torch.testing.assert_close(step.parts[part], value, rtol=1e-9, atol=0)
         reference.assert_same_gradients(step.gradients, expected.gradients)
+        reference.assert_same_gradients(step.gradients, whole.gradients)
+    taken, needed = zip(*(found["wrapped"][name]["pieces"] for found in ranks), strict=True)
+    assert taken == (max(needed),) * 2
+    if "pieces" in name:
+        assert 1 < needed[0] < needed[1]
+    assert (max(needed) > 1) == (name not in ("stage_I", "stage_II"))
 
 
-@pytest.mark.parametrize("stage", list(STAGES))
-def test_without_the_wrapper_ranks_would_drift_apart(stage: str, ranks: list[dict[str, Any]]) -> None:
+@pytest.mark.parametrize("name", list(STEPS))
+def test_without_the_wrapper_ranks_would_drift_apart(name: str, ranks: list[dict[str, Any]]) -> None:
     """The guard of the test above: what a rank computes by itself is not the step's gradient."""
     with pytest.raises(AssertionError, match="apart"):
         reference.assert_same_gradients(
-            ranks[0]["bare"][stage]["gradients"], ranks[1]["bare"][stage]["gradients"], relative=0.01
+            ranks[0]["bare"][name]["gradients"], ranks[1]["bare"][name]["gradients"], relative=0.01
         )
 
 
@@ -274,8 +318,9 @@ def plain(folder: Path) -> Outcome:
 
 
 def test_torchrun_equals_python(folder: Path, plain: Outcome) -> None:
-    """Stage I on two processes, two micro-batches of two rows each, recomputing activations."""
+    """Stage I on two processes, two micro-batches of two rows each, in pieces, recomputing activations."""
     layout = {"per_device_train_batch_size": 2, "total_batch_size": 8, "gradient_checkpointing": True}
+    layout |= {"tokens_per_microbatch": 64}
     assert_same_run(train("stage_I", folder, "two", 2, **layout), plain, STAGE_I_PARTS)
 
 
@@ -288,6 +333,8 @@ def test_torchrun_equals_python(folder: Path, plain: Outcome) -> None:
         (1, {"per_device_train_batch_size": 1, "gradient_checkpointing": True}),
         (2, {"per_device_train_batch_size": 4}),
         (2, {"per_device_train_batch_size": 1}),
+        (2, {"tokens_per_microbatch": 64}),
+        (2, {"per_device_train_batch_size": 2, "tokens_per_microbatch": 64, "gradient_checkpointing": True}),
         (4, {"per_device_train_batch_size": 2}),
     ],
     ids=str,
@@ -302,13 +349,15 @@ def test_stage_I_does_not_depend_on_the_layout(
 
 @pytest.mark.slow
 def test_stage_II_does_not_depend_on_the_layout(folder: Path) -> None:
-    """With the same pool of documents: one process of eight rows, two of four, and both recomputing activations."""
+    """With the same pool of documents: one process of eight rows, two of four, and either in pieces, recomputing
+    activations."""
     keys = {"total_batch_size": 8, "lora_dropout": 0.0, "lora_r": 4, "learning_rate": 0.1}
     one = train("stage_II", folder, "II-one", per_device_train_batch_size=8, **keys)
     assert max(float(weight.abs().max()) for name, weight in one.weights.items() if "lora_B" in name) > 1e-3
-    for checkpointing in (False, True):
-        layout = {"per_device_train_batch_size": 4, "gradient_checkpointing": checkpointing}
-        two = train("stage_II", folder, f"II-two-{checkpointing}", 2, **layout, **keys)
+    pieces = {"tokens_per_microbatch": 64, "gradient_checkpointing": True}
+    for processes, further in ((2, {}), (2, pieces), (1, pieces)):
+        layout = {"per_device_train_batch_size": 8 // processes, **further}
+        two = train("stage_II", folder, f"II-{processes}-{len(further)}", processes, **layout, **keys)
         assert_same_run(two, one, ("loss_contrastive", "in_batch_accuracy"))
 
 

@@ -15,11 +15,13 @@ PACKAGE = Path(__file__).parents[1] / "llm2vec"
 
 #: Each module may import only modules that stand before it.
 ORDER = (
-    "types", "distributed", "pooling", "losses", "templates", "tokenization", "data", "config", "backbone",
-    "packing", "checkpoint", "llm2vec", "llm2vec_q2d_d2q", "llm2vec_contrastive", "llm2vec_lm",
+    "types", "distributed", "pooling", "losses", "templates", "tokenization", "few_shot", "data", "config", "backbone",
+    "packed_attention", "packing", "checkpoint", "llm2vec", "llm2vec_q2d_d2q", "llm2vec_contrastive", "llm2vec_lm",
+    "activation_memory", "sharding", "step",
     "nano_beir", "trainer", "run", "search", "job_queue", "revision", "corpus_search", "eval_files", "mteb_adapter",
     "eval_models", "eval_cost", "eval_jobs", "evaluation", "docstrings", "tiny", "figures", "report", "paper",
-    "results", "comparison", "paper_tables", "evaluation_report", "__init__",
+    "results", "comparison", "paper_tables", "evaluation_report",
+    "bench_measure", "bench_reference", "bench_variants", "bench_sections", "__init__",
 )  # fmt: skip
 
 FILES = sorted(PACKAGE.rglob("*.py"))

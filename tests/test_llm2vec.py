@@ -76,6 +76,12 @@ def encode(model: LLM2Vec, texts: Sequence[Any] = TEXTS, **options: Any) -> Tens
     return vectors
 
 
+@torch.no_grad()
+def padded(model: LLM2Vec, texts: Sequence[Any] = TEXTS) -> Tensor:
+    """By the model's own attention over padded rows, where `encode` packs them."""
+    return model(model.tokenize(texts))
+
+
 def apart(left: Tensor, right: Tensor) -> float:
     """The largest difference of two sets of vectors."""
     return float((left - right).abs().max())
@@ -114,8 +120,8 @@ def test_neighbours_order_batch_size_and_padding_side_do_not_matter(
         assert apart(encode(embedder, batch_size=batch_size), alone) < 1e-5
     assert apart(encode(embedder, TEXTS[::-1]).flip(0), alone) < 1e-5
     assert apart(encode(embedder, TEXTS[:3]), alone[:3]) < 1e-5
-    embedder.row_tokenizer.padding_side = "left"
-    assert apart(encode(embedder), alone) < 1e-5
+    for embedder.row_tokenizer.padding_side in ("left", "right"):
+        assert apart(padded(embedder), alone) < 1e-5
 
 
 @pytest.mark.parametrize("family", list(MODELS))
@@ -126,7 +132,8 @@ def test_implementations_agree_and_attentions_differ(family: str) -> None:
             model = tiny_model(family, initializer_range=0.2)
             model.set_attn_implementation(implementation)
             embedder = LLM2Vec(model, family_tokenizer(family), attention=attention)
-            vectors[implementation, attention] = encode(embedder)
+            vectors[implementation, attention] = padded(embedder)
+            assert apart(encode(embedder), vectors[implementation, attention]) < 1e-5
     for attention in ("causal", "bidirectional"):
         assert apart(vectors["eager", attention], vectors["sdpa", attention]) < 1e-5
     assert apart(vectors["sdpa", "causal"], vectors["sdpa", "bidirectional"]) > 0.01
@@ -387,8 +394,21 @@ def test_normalize_gives_unit_vectors(base: str, tmp_path: Path) -> None:
 
 def test_encode_is_what_forward_of_tokenize_gives(model: LLM2Vec) -> None:
     """`encode` packs its rows and `forward` pads them, so they sum in another order."""
-    with torch.no_grad():
-        assert apart(model(model.tokenize(TEXTS)), encode(model)) < 1e-5
+    assert apart(padded(model), encode(model)) < 1e-5
+
+
+def test_a_text_that_is_given_twice_is_computed_once(model: LLM2Vec) -> None:
+    """In whatever place and spelling; the same words under another instruction are another text."""
+    seen: list[int] = []
+    handle = model.model.get_submodule("layers.0").register_forward_pre_hook(
+        lambda module, args: seen.append(args[0].shape[:-1].numel())
+    )
+    once = encode(model)
+    twice = encode(model, [*TEXTS, *(["", text] if isinstance(text, str) else text for text in TEXTS)])
+    handle.remove()
+    assert len(seen) == 2 and seen[0] == seen[1]
+    assert torch.equal(twice, torch.cat([once, once]))
+    assert apart(once[0], once[1]) > 0.01
 
 
 def test_encode_leaves_dropout_off(base: str) -> None:
@@ -492,7 +512,8 @@ def test_missing_weights_are_never_random(base: str, tmp_path: Path) -> None:
 
 
 def test_token_batches_hold_every_row_once_and_keep_to_the_budget() -> None:
-    """The longest row of a batch decides what its padding costs; a row over the budget goes alone."""
+    """There is no padding, so real tokens count; a row over the budget goes alone."""
     batches = token_batches([3, 50, 2, 10, 9, 3], 20)
     assert batches == [[1], [3, 4], [0, 5, 2]]
+    assert token_batches([4, 8, 4, 4], 20) == [[1, 0, 2, 3]]
     assert token_batches([], 20) == []

@@ -194,6 +194,14 @@ def test_every_side_of_every_task_type_gets_its_instruction(all_types: Any) -> N
             assert sides == {"query": {INSTRUCTIONS[name]}, "document": {""}}, name
 
 
+def test_every_side_takes_its_form(all_types: Any) -> None:
+    """Documents of retrieval and reranking are written as documents, every other text as a query."""
+    encoder, _, _ = all_types
+    assert [prompt_type for _, prompt_type, *_ in encoder.log].count("document") > 1
+    for (name, prompt_type, *_), side in zip(encoder.log, encoder.model.sides, strict=True):
+        assert side == ("document" if prompt_type == "document" else "query"), name
+
+
 def test_equal_texts_are_encoded_once_and_returned_each(all_types: Any) -> None:
     encoder, _, _ = all_types
     assert [entry[3:] for entry in encoder.log if entry[:2] == ("ArguAna", "document")] == [(2, 3)]

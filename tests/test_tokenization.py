@@ -13,10 +13,11 @@ from helpers import FAMILIES, family_tokenizer
 from tokenizers import AddedToken
 from transformers import PreTrainedTokenizerFast
 
+from llm2vec.checkpoint import EncoderSettings
 from llm2vec.pooling import pool
 from llm2vec.templates import TEMPLATES, infer_template, segments_of
 from llm2vec.tokenization import PROBE_TEXTS, Row, RowTokenizer, probe_ids, render_instruction
-from llm2vec.types import InstructedText, PoolingMode, UserError
+from llm2vec.types import InstructedText, PoolingMode, TextSide, UserError
 
 
 class Case(NamedTuple):
@@ -479,7 +480,7 @@ def test_masks_follow_a_text_that_the_tokenizer_rewrites(instruction: str) -> No
 
 
 def test_unknown_template_names_the_known_ones() -> None:
-    with pytest.raises(UserError, match=r"template is 'llama2'; allowed: llama3, qwen2, gemma, mistral, plain\."):
+    with pytest.raises(UserError, match=rf"template is 'llama2'; allowed: {', '.join(TEMPLATES)}\."):
         segments_of("llama2", "last")
 
 
@@ -514,14 +515,32 @@ def test_a_slow_tokenizer_is_refused() -> None:
         RowTokenizer(slow, "plain", "last", 64)
 
 
-def test_every_template_ends_in_its_closing_token() -> None:
-    """Under last pooling, and exactly one segment, the text, gives way."""
-    for name in TEMPLATES:
-        segments = segments_of(name, "last")
-        assert segments[-1].kind in ("special", "eos") and segments[-1].pooled
-        assert [s.kind for s in segments if s.truncate] == ["text"]
-        for mode in get_args(PoolingMode):
-            assert [s.kind for s in segments_of(name, mode)].count("text") == 1
+@pytest.mark.parametrize("name", [name for name in TEMPLATES if name != "gritlm"])
+def test_every_template_but_one_ends_in_its_closing_token(name: str) -> None:
+    """Under last pooling, on both sides."""
+    for side in get_args(TextSide):
+        closing = segments_of(name, "last", side)[-1]
+        assert closing.kind in ("special", "eos") and closing.pooled
+
+
+@pytest.mark.parametrize("name", TEMPLATES)
+def test_what_gives_way_is_the_text(name: str) -> None:
+    """Nothing else is cut, and no copy of the text is kept whole."""
+    for mode in set(get_args(PoolingMode)) - {"last"}:
+        for side in get_args(TextSide):
+            segments = segments_of(name, mode, side)
+            assert [s.kind for s in segments if s.truncate] == [s.kind for s in segments if s.kind == "text"] != []
+
+
+def test_last_pooling_needs_a_closing_token() -> None:
+    """The state at the text's last token would be that of whatever word stands there."""
+    for make in (
+        lambda: RowTokenizer(family_tokenizer("plain"), "gritlm", "last", 64),
+        lambda: EncoderSettings(template="gritlm", pooling_mode="last"),
+        lambda: EncoderSettings(template="gritlm", pooling_mode="eos_token"),  # type: ignore[arg-type]
+    ):
+        with pytest.raises(UserError, match=r"^pooling_mode is 'last', but template 'gritlm' writes no closing token"):
+            make()
 
 
 # Probes

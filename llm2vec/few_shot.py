@@ -1,0 +1,67 @@
+"""Few-shot examples in training: other rows of a micro-batch, shown before a query (arXiv 2409.15700).
+
+Which rows are shown is drawn from the seed and the micro-batch's own texts, so it depends neither on worker processes
+nor on what was drawn before, and a micro-batch made of other rows draws anew. Examples get what a row's own text leaves
+of its length (`RowTokenizer.rows`); the paper's code keeps 512 tokens free for the query instead, so that it never
+shows any at a length of 512.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import random
+from collections.abc import Sequence
+from itertools import pairwise
+
+from llm2vec.tokenization import RowTokenizer
+from llm2vec.types import Demonstration, Example, InstructedText, UserError
+
+
+def with_examples(rows: Sequence[Example], most: int, seed: int) -> list[InstructedText]:
+    """Each row's query with 0 to `most` examples before it, each number as likely as the others.
+
+    A row is never its own example, nor is one with the same query or the same positive, which would tell the answer.
+
+    Args:
+        rows: of one micro-batch.
+        most: examples a query; fewer where there are fewer other rows.
+        seed: of the run.
+    """
+    texts = "\n".join(f"{len(row.query.text)} {row.query.text} {row.positive.text}" for row in rows)
+    digest = hashlib.sha256(f"{seed} {texts}".encode()).hexdigest()
+    queries = []
+    for i, row in enumerate(rows):
+        others = [r for r in rows if r.query.text != row.query.text and r.positive.text != row.positive.text]
+        generator = random.Random(f"{digest} {i}")
+        chosen = generator.sample(others, min(generator.randint(0, most), len(others)))
+        queries.append(row.query._replace(examples=tuple(map(_demonstration, chosen))))
+    return queries
+
+
+def check_examples_fit(rows: Sequence[Example], tokenizer: RowTokenizer) -> None:
+    """Refuse a length under which no query has room for an example.
+
+    Args:
+        rows: a sample, each shown as the next one's example if it is of the same source.
+        tokenizer: renders them.
+
+    Raises:
+        UserError: the template has no place for examples, or not one of the sampled queries has room for one.
+    """
+    if not tokenizer.takes_examples:
+        raise UserError(
+            f"examples_per_query: template {tokenizer.template!r} has no place for few-shot examples; "
+            "choose another template or take the key out."
+        )
+    pairs = [(a, b) for a, b in pairwise(rows) if a.source == b.source]
+    bare = tokenizer.rows([row.query for _, row in pairs])
+    shown = tokenizer.rows([row.query._replace(examples=(_demonstration(other),)) for other, row in pairs])
+    if pairs and all(len(a.ids) == len(b.ids) for a, b in zip(bare, shown, strict=True)):
+        raise UserError(
+            f"examples_per_query: not one of {len(pairs)} sampled queries has room for an example within "
+            f"max_seq_length {tokenizer.max_length}; raise it, or take examples_per_query out."
+        )
+
+
+def _demonstration(row: Example) -> Demonstration:
+    return Demonstration(row.query.instruction, row.query.text, row.positive.text)
