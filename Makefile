@@ -2,10 +2,18 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: quickstart test test-slow test-gpu bench lint clean
+.PHONY: quickstart compare test test-slow test-gpu bench lint clean
 
 quickstart: .venv/installed  ## the whole method, small, on this machine: about 8 minutes after the install
 	$(BIN)/python experiments/quickstart.py
+
+compare: output/quickstart/base/run.json  ## every recipe on the quickstart's text, two seeds; within 40 minutes on 2 cores
+	$(BIN)/python experiments/compare.py train_configs/comparison/quickstart --seeds 42 43
+
+output/quickstart/base/run.json: | .venv/installed  # as the quickstart makes it
+	$(BIN)/python experiments/make_docstrings.py
+	test -d output/quickstart/init || $(BIN)/python experiments/make_tiny_model.py
+	$(BIN)/torchrun --standalone --nproc_per_node=2 experiments/run_lm.py train_configs/quickstart/pretrain.json
 
 test: .venv/installed  ## all fast tests, offline
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n 2

@@ -9,6 +9,7 @@ import sys
 from llm2vec.config import load_config, training_arguments
 from llm2vec.llm2vec import row_tokenizer
 from llm2vec.llm2vec_q2d_d2q import BidirectionalReconstruction
+from llm2vec.llm2vec_token_set import CollateBlocks, TokenSetPrediction
 from llm2vec.run import CollateSides, config_path, load_model, open_rows, train, user_errors_in_one_sentence
 
 
@@ -18,8 +19,11 @@ def main() -> None:
     args = training_arguments(config)
     rows = open_rows(config, num_negatives=0)
     model, tokenizer, settings = load_model(config, args.device, with_lm_head=True)
-    objective = BidirectionalReconstruction(model, settings, config.alpha)
     renderer = row_tokenizer(tokenizer, settings, reconstruct_instruction=config.reconstruct_instruction)
+    if config.objective == "token_set":
+        train(config, args, TokenSetPrediction(model), rows, CollateBlocks(renderer), tokenizer, settings)
+        return
+    objective = BidirectionalReconstruction(model, settings, config.alpha, config.target)
     train(config, args, objective, rows, CollateSides(renderer, ("query", "positive")), tokenizer, settings)
 
 

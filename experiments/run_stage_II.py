@@ -1,19 +1,26 @@
 """Stage II and the baseline: contrastive learning with LoRA, from a Stage I folder or from a bare base model.
 
+With `lm_weight` above 0, a causal language-modelling loss on the rows' own texts goes with it.
+
 torchrun --nproc_per_node=8 experiments/run_stage_II.py \
     train_configs/stage_II/MetaLlama3.2_1b_stage1_2000steps_stage2.json
 torchrun --nproc_per_node=8 experiments/run_stage_II.py train_configs/baseline/MetaLlama3.2_1b_baseline_stage2.json
 python experiments/run_stage_II.py train_configs/quickstart/stage_II.json    # one process, CPU included
 """
 
+import dataclasses
 import sys
 
 from llm2vec.config import load_config, training_arguments
 from llm2vec.llm2vec import row_tokenizer
-from llm2vec.llm2vec_contrastive import ContrastiveLearning
+from llm2vec.llm2vec_contrastive import ContrastiveLearning, RowFacts
+from llm2vec.llm2vec_grit import ContrastiveLanguageModelling
+from llm2vec.llm2vec_lm import LanguageModelling
 from llm2vec.run import (
     CollateSides,
+    Side,
     config_path,
+    decoder_of,
     describe_negatives,
     load_model,
     open_rows,
@@ -27,10 +34,37 @@ def main() -> None:
     config = load_config(config_path(sys.argv), "stage_II")
     args = training_arguments(config)
     rows = open_rows(config, num_negatives=config.num_hard_negatives)
-    model, tokenizer, settings = load_model(config, args.device, with_lm_head=False)
-    objective = ContrastiveLearning(model, settings, config.loss_scale)
-    sides = ("query", "positive", "negative") if config.num_hard_negatives else ("query", "positive")
-    collate = CollateSides(row_tokenizer(tokenizer, settings), sides, config.examples_per_query, args.seed)
+    with_lm = config.lm_weight > 0
+    model, tokenizer, settings = load_model(config, args.device, with_lm_head=with_lm)
+    contrastive = ContrastiveLearning(
+        decoder_of(model),
+        settings,
+        config.loss_scale,
+        matryoshka_dims=config.matryoshka_dims,
+        distillation_weight=config.distillation_weight,
+    )
+    objective = (
+        ContrastiveLanguageModelling(contrastive, LanguageModelling(model), config.lm_weight)
+        if with_lm
+        else contrastive
+    )
+    facts = RowFacts(
+        mask_false_negatives=config.mask_false_negatives,
+        with_scores=config.distillation_weight > 0,
+        own_negatives_only=frozenset(config.own_negatives_only or ()),
+    )
+    sides: list[Side] = ["query", "positive"]
+    sides += ["negative"] if config.num_hard_negatives else []
+    sides += ["text"] if with_lm else []
+    running_text = dataclasses.replace(settings, template="plain", pooling_mode="mean")  # which closes no text
+    collate = CollateSides(
+        row_tokenizer(tokenizer, settings),
+        tuple(sides),
+        config.examples_per_query,
+        args.seed,
+        facts,
+        row_tokenizer(tokenizer, running_text),
+    )
     train(config, args, objective, rows, collate, tokenizer, settings, [describe_negatives(config, args)])
 
 

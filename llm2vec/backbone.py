@@ -181,6 +181,23 @@ def enable_checkpointing(model: Any, arguments: dict[str, Any]) -> None:
         model.gradient_checkpointing_enable(gradient_checkpointing_kwargs=arguments)
 
 
+def set_attention_dropout(model: Any, probability: float) -> None:
+    """Drop out attention weights in training, whatever the model's configuration says (and goes on saying).
+
+    Args:
+        model: changed in place.
+        probability: of a weight to be dropped.
+
+    Raises:
+        UserError: the model's attention has no dropout to set.
+    """
+    attentions = [module for module in model.modules() if hasattr(module, "attention_dropout")]
+    if probability and not attentions:
+        raise UserError(f"simcse_dropout: the attention of {type(model).__name__} has no dropout; set it to 0.")
+    for attention in attentions:
+        attention.attention_dropout = probability
+
+
 def hidden_states(
     model: torch.nn.Module,
     attention: Attention,

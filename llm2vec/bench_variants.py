@@ -61,7 +61,7 @@ ENCODE_BATCH = 32
 
 @dataclass(frozen=True)
 class Shape:
-    """Sizes of a random Llama; the default is the one that issues and documents speak of."""
+    """Sizes of a random Llama; the default is the one that docs/performance.md speaks of."""
 
     layers: int = 8
     hidden: int = 512

@@ -12,6 +12,7 @@ short is refused instead of read.
 from __future__ import annotations
 
 import dataclasses
+import hashlib
 import json
 import os
 import platform
@@ -22,9 +23,10 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from typing import Any, get_args
+from typing import Any, NamedTuple, get_args
 
 from peft import PeftConfig, PeftModel
+from peft.utils import SAFETENSORS_WEIGHTS_NAME
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 from transformers.utils.peft_utils import find_adapter_config_file
@@ -124,9 +126,12 @@ def resolve_chain(base: str, adapters: Sequence[str]) -> Chain:
         base: folder or hub name of a model or of an adapter.
         adapters: folders or hub names, innermost first.
 
+    An adapter that says on top of which others it was trained must find those below it, in that order. They are told by
+    their weights where those are recorded, so that a folder may be moved and renamed; else by their folders' names.
+
     Raises:
-        UserError: an adapter was trained on top of adapters that are not listed before it. Loading it without them
-            would give wrong embeddings and no other sign.
+        UserError: others lie below an adapter than it was trained on. Loading it on them would give wrong embeddings
+            and no other sign.
     """
     check_complete(base)
     chain = list(adapters)
@@ -134,13 +139,52 @@ def resolve_chain(base: str, adapters: Sequence[str]) -> Chain:
         chain = [*(read_settings(base).get("parent_adapters") or ()), base, *chain]
         return resolve_chain(recorded_base, chain)
     for position, adapter in enumerate(chain):
-        parents = read_settings(adapter).get("parent_adapters")
-        if parents is not None and len(parents) != position:
+        parents = _read_parents(adapter)
+        below = chain[:position]
+        if parents is not None and (len(parents) != len(below) or not all(map(_is_same_adapter, parents, below))):
+            trained_on = ", ".join(parent.path for parent in parents) or "no adapter"
             raise UserError(
-                f"peft_model_name_or_path: {adapter} was trained on top of {parents or 'no adapter'}, but "
-                f"{chain[:position] or 'no adapter'} would lie below it; list every adapter, innermost first."
+                f"peft_model_name_or_path: {adapter} was trained on top of {trained_on}, but "
+                f"{', '.join(below) or 'no adapter'} would lie below it; list those that it was trained on, innermost "
+                "first."
             )
     return Chain(base, tuple(chain))
+
+
+class _Parent(NamedTuple):
+    """An adapter below another one: where it lay in training, and the hash of its weights if that is recorded."""
+
+    path: str
+    weights: str | None
+
+
+def _read_parents(adapter: str) -> list[_Parent] | None:
+    """What an adapter was trained on top of, innermost first; None where it does not say."""
+    paths = read_settings(adapter).get("parent_adapters")
+    if paths is None:
+        return None
+    folder = local_folder(adapter)
+    run = _read_json(folder / RUN_FILE) if folder is not None and (folder / RUN_FILE).is_file() else {}
+    hashes = run.get("parent_weights") or ()
+    if len(hashes) != len(paths):
+        hashes = [None] * len(paths)
+    return [_Parent(path, weights) for path, weights in zip(paths, hashes, strict=True)]
+
+
+def _is_same_adapter(parent: _Parent, given: str) -> bool:
+    weights = _hash_of_weights(given) if parent.weights is not None else None
+    if weights is not None:
+        return weights == parent.weights
+    return Path(parent.path).name == Path(given).name
+
+
+def _hash_of_weights(adapter: str) -> str | None:
+    """SHA-256 of an adapter's weights file; None where it has none."""
+    file = find_file(adapter, SAFETENSORS_WEIGHTS_NAME)
+    if file is None:
+        return None
+    with Path(file).open("rb") as content:
+        return hashlib.file_digest(content, "sha256").hexdigest()
 
 
 def _adapter_base(path: str) -> str | None:
@@ -192,7 +236,8 @@ def save_checkpoint(
         model: a full model, or a PeftModel of which only the adapter is written.
         tokenizer: written beside it.
         settings: go to `llm2vec_config.json`; None = not written (`save_config=False` of upstream).
-        run: provenance for `run.json`; versions, git commit and file sizes are added here.
+        run: provenance for `run.json`; versions, git commit, file sizes and the hashes of the adapters below this one
+            are added here.
         state: a full model's weights, where the model itself holds only a share of them (FSDP).
     """
     folder.mkdir(parents=True, exist_ok=True)
@@ -207,13 +252,24 @@ def save_checkpoint(
         if settings is not None:
             write_json(staging / SETTINGS_FILE, dataclasses.asdict(settings))
         sizes = {file.name: file.stat().st_size for file in sorted(staging.iterdir())}
-        write_json(staging / RUN_FILE, {**(run or {}), **_environment(), "files": sizes})
+        parents = {} if settings is None else {"parent_weights": _parent_weights(settings)}
+        write_json(staging / RUN_FILE, {**(run or {}), **_environment(), **parents, "files": sizes})
         (folder / INCOMPLETE_MARKER).touch()
         for file in staging.iterdir():
             file.replace(folder / file.name)
         (folder / INCOMPLETE_MARKER).unlink()
     finally:
         shutil.rmtree(staging, ignore_errors=True)
+
+
+def _parent_weights(settings: EncoderSettings) -> list[str | None]:
+    hashes: list[str | None] = []
+    for adapter in settings.parent_adapters or ():
+        try:
+            hashes.append(_hash_of_weights(adapter))
+        except UserError:  # moved during training, which is no reason to lose what was trained
+            hashes.append(None)
+    return hashes
 
 
 def write_json(file: Path, content: Any) -> None:

@@ -26,11 +26,24 @@ from transformers.integrations.integration_utils import get_available_reporting_
 from transformers.training_args import ParallelMode
 
 from llm2vec.templates import TEMPLATES, leaves_join_open, segments_of
-from llm2vec.types import POOLING_ALIASES, AttnImplementation, DtypeName, Reduction, SymmetricInstructions, UserError
+from llm2vec.types import (
+    POOLING_ALIASES,
+    AttnImplementation,
+    DtypeName,
+    MaskingScheme,
+    MaskTokenType,
+    ReconstructionTarget,
+    Reduction,
+    SymmetricInstructions,
+    UserError,
+)
 
 logger = logging.getLogger(__name__)
 
-Stage = Literal["stage_I", "stage_II", "lm"]
+Stage = Literal["stage_I", "stage_II", "lm", "simcse", "mntp"]
+
+#: Stages that train a LoRA adapter unless told otherwise.
+LORA_STAGES: tuple[Stage, ...] = ("stage_II", "simcse", "mntp")
 
 #: Keys of older TrainingArguments that changed nothing about a result: accepted, and said to be without effect.
 WITHOUT_EFFECT = (
@@ -39,16 +52,21 @@ WITHOUT_EFFECT = (
     "tpu_metrics_debug", "ray_scope", "push_to_hub_model_id", "push_to_hub_organization", "push_to_hub_token",
 )  # fmt: skip
 
+#: Keys of older TrainingArguments that still mean what they meant, and their names today.
+RENAMED = {"evaluation_strategy": "eval_strategy"}
+
 #: Keys of older TrainingArguments that did matter, and what to write instead.
 REPLACED = {
     "warmup_ratio": "`warmup_steps` with a fraction below 1",
-    "evaluation_strategy": "`eval_strategy`",
     "per_gpu_train_batch_size": "`per_device_train_batch_size`",
     "no_cuda": "`use_cpu`",
     "group_by_length": "`train_sampling_strategy` (and note that rows come in one-source blocks here)",
     "adafactor": '`optim`: "adafactor"',
     "fp16_opt_level": "`fp16`",
 }
+
+#: What `dataset_name` says where it is no hub dataset.
+DATASET_NAMES = ("E5", "Wiki1M")
 
 #: Recomputing activations, under transformers' old and new name.
 CHECKPOINTING_KEYS = (
@@ -67,11 +85,23 @@ TYPES: dict[str, Any] = {"fsdp": Any}
 
 #: Keys that only some stages read; elsewhere they would be ignored, so they are refused.
 STAGE_KEYS: dict[str, tuple[Stage, ...]] = {
+    "objective": ("stage_I",),
+    "target": ("stage_I",),
     "alpha": ("stage_I",),
     "reconstruct_instruction": ("stage_I",),
-    "loss_scale": ("stage_II",),
+    "loss_scale": ("stage_II", "simcse"),
     "num_hard_negatives": ("stage_II",),
     "examples_per_query": ("stage_II",),
+    "matryoshka_dims": ("stage_II", "simcse"),
+    "mask_false_negatives": ("stage_II", "simcse"),
+    "own_negatives_only": ("stage_II",),
+    "distillation_weight": ("stage_II",),
+    "lm_weight": ("stage_II",),
+    "dataset_config_name": ("mntp",),
+    "mask_token_type": ("mntp",),
+    "mlm_probability": ("mntp",),
+    "data_collator_type": ("mntp",),
+    "simcse_dropout": ("simcse",),
 }
 
 
@@ -82,8 +112,9 @@ class Config:
     Attributes:
         model_name_or_path: base model: a folder (such as an earlier stage's `output_dir`) or a hub name.
         peft_model_name_or_path: adapters to merge into the base first, innermost first.
-        bidirectional: attention of the embedding pass.
-        pooling_mode: `last` (`eos_token`, `last_token`), `mean`, `weighted_mean`, `first` (`bos_token`).
+        bidirectional: attention of the embedding pass; always on in MNTP.
+        pooling_mode: `last` (`eos_token`, `last_token`), `mean`, `weighted_mean`, `first` (`bos_token`). MNTP, which
+            pools nothing, hands `mean` on where none is named.
         template: key of `templates.TEMPLATES`; None = inferred from the tokenizer, and said. The special tokens that
             it adds are given to a base that lacks them.
         instruction_join: between instruction and text, in the templates that leave it open; stored in the
@@ -93,13 +124,16 @@ class Config:
         doc_max_length: most tokens of the text alone; None = as many as fit.
         torch_dtype: of the weights; None = float32. `bfloat16` without `bf16` is the release's pure bfloat16.
         attn_implementation: `eager`, `sdpa`, `flash_attention_2`.
-        use_peft: LoRA instead of all parameters; None = on in Stage II, off elsewhere.
+        use_peft: LoRA instead of all parameters; None = on in Stage II, SimCSE and MNTP, off elsewhere.
         lora_r: rank.
         lora_alpha: scale; None = twice the rank.
         lora_dropout: dropout before the adapter.
         lora_modules: modules that get an adapter; None = the seven projections of a layer.
-        dataset_name: only "E5", the released archive's 14 sources.
-        dataset_file_path: folder with the sources' files.
+        dataset_name: "E5", the released archive's 14 sources; or "Wiki1M", a sentence a line, for SimCSE; or for
+            MNTP a hub dataset with a column `text`.
+        dataset_config_name: which of a hub dataset's configurations (MNTP).
+        dataset_file_path: folder with the sources' files; for SimCSE also a `.txt` file; for MNTP also a `.txt` file,
+            a text a line, or a `.jsonl` file of objects with `text`.
         sources: which sources to read; None = all of the table.
         sources_file: a JSON table of one's own sources in place of the released archive's.
         max_train_samples: most rows of each source; None = all.
@@ -112,10 +146,24 @@ class Config:
             is drawn for each query, from 0 up.
         symmetric_instructions: `documented` puts Table 6's symmetric instructions on documents too, `as_released`
             on queries only.
-        alpha: weight of EBQ2D in Stage I; 0 and 1 skip the unused pass.
+        objective: of Stage I: `reconstruction` through the anchor, or a `token_set` out of a block of added tokens.
+        target: what an anchor reconstructs in Stage I: the `counterpart` of its text, or the text itself (`self`).
+        alpha: weight of EBQ2D in Stage I, or of the queries under target `self`; 0 and 1 skip the unused pass.
         reconstruct_instruction: whether a query's instruction is a reconstruction target too.
         reduction: `token_mean` over the whole optimiser step, or the release's `micro_batch_mean`.
-        loss_scale: 1 / temperature of Stage II.
+        loss_scale: 1 / temperature of Stage II and SimCSE.
+        matryoshka_dims: the contrastive loss is the mean over the vectors cut to these sizes; None = not cut.
+        mask_false_negatives: a document of the pool that has the text of a query's positive is no negative of it.
+        own_negatives_only: sources whose queries are compared with their own row's documents only; None = no source.
+        distillation_weight: of the term that imitates a teacher's scores of a row's own documents, which every row
+            must hold then (`pos_score`, `neg_scores`).
+        simcse_dropout: attention dropout of the base in SimCSE.
+        lm_weight: of a causal language-modelling loss on the rows' own texts beside the contrastive one; 0 = none.
+        mask_token_type: what stands for a masked token in MNTP where the tokenizer has no mask token of its own:
+            `blank` (the token `_`), `eos`, or a new token `<mask>`.
+        mlm_probability: how likely a token is chosen to be predicted in MNTP.
+        data_collator_type: `default`: of the chosen tokens 80 % are masked, 10 % replaced by a random one and 10 %
+            kept; `all_mask`: all are masked.
         loss_class: only "HardNegativeNLLLoss".
         total_batch_size: rows of an optimiser step over all processes; None = what per-device batch, accumulation
             and processes give. When set, the accumulation follows from it.
@@ -143,7 +191,8 @@ class Config:
     lora_alpha: int | None = None
     lora_dropout: float = 0.05
     lora_modules: list[str] | None = None
-    dataset_name: Literal["E5"] = "E5"
+    dataset_name: str = "E5"
+    dataset_config_name: str | None = None
     dataset_file_path: str | None = None
     sources: list[str] | None = None
     sources_file: str | None = None
@@ -153,10 +202,21 @@ class Config:
     num_hard_negatives: int = 1
     examples_per_query: int = 0
     symmetric_instructions: SymmetricInstructions = "documented"
+    objective: Literal["reconstruction", "token_set"] = "reconstruction"
+    target: ReconstructionTarget = "counterpart"
     alpha: float = 0.2
     reconstruct_instruction: bool = False
     reduction: Reduction = "token_mean"
     loss_scale: float = 20.0
+    matryoshka_dims: list[int] | None = None
+    mask_false_negatives: bool = False
+    own_negatives_only: list[str] | None = None
+    distillation_weight: float = 0.0
+    simcse_dropout: float = 0.3
+    lm_weight: float = 0.0
+    mask_token_type: MaskTokenType = "blank"
+    mlm_probability: float = 0.2
+    data_collator_type: MaskingScheme = "default"
     loss_class: Literal["HardNegativeNLLLoss"] = "HardNegativeNLLLoss"
     total_batch_size: int | None = None
     tokens_per_microbatch: int | None = None
@@ -184,6 +244,11 @@ class Config:
         return {"backend": backend or "inductor", "mode": mode} if on else None
 
     @property
+    def hub_dataset(self) -> str | None:
+        """The hub dataset whose texts are read, if any."""
+        return None if self.dataset_name in DATASET_NAMES else self.dataset_name
+
+    @property
     def adapters(self) -> list[str]:
         """Adapters to merge into the base, as a list."""
         given = self.peft_model_name_or_path
@@ -200,7 +265,7 @@ def load_config(path: str | Path, stage: Stage) -> Config:
     Raises:
         UserError: what is wrong, with file and key.
     """
-    content = _read(Path(path))
+    content = _with_current_names(_read(Path(path)), path)
     own = {f.name for f in dataclasses.fields(Config)} - {"training"}
     foreign = {f.name for f in dataclasses.fields(TrainingArguments)}
     values: dict[str, Any] = {"training": {}}
@@ -223,11 +288,15 @@ def load_config(path: str | Path, stage: Stage) -> Config:
     for required in ("model_name_or_path", "output_dir"):
         if not content.get(required):
             raise UserError(f"{path}: {required} must be set.")
+    if stage == "mntp":
+        values = {"bidirectional": True, "pooling_mode": "mean", **values}
     values.setdefault("use_peft", None)
     if values["use_peft"] is None:
-        values["use_peft"] = stage == "stage_II"
+        values["use_peft"] = stage in LORA_STAGES
     config = Config(**values)
     _check_values(config, content, stage, path)
+    _check_contrastive(config, content, stage, path)
+    _check_token_objectives(config, stage, path)
     _check_template(config, content, path)
     _check_sharding(config, path)
     return config
@@ -288,6 +357,14 @@ def _read(path: Path) -> dict[str, Any]:
     if not isinstance(content, dict):
         raise UserError(f"{path}: a JSON object is needed, not a {type(content).__name__}.")
     return content
+
+
+def _with_current_names(content: dict[str, Any], path: str | Path) -> dict[str, Any]:
+    """The keys under the names that the current transformers gives them."""
+    for key in content:
+        if RENAMED.get(key) in content:
+            raise UserError(f"{path}: {key} and {RENAMED[key]} are the same option; write it once.")
+    return {RENAMED.get(key, key): value for key, value in content.items()}
 
 
 def _without_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
@@ -351,7 +428,7 @@ def _check_values(config: Config, content: dict[str, Any], stage: Stage, path: s
         f"stop_after_n_steps is {config.stop_after_n_steps}, beyond the horizon of max_steps {horizon}.",
     )
     refuse(
-        config.dataset_file_path is None and config.sources_file is None,
+        config.dataset_file_path is None and config.sources_file is None and config.hub_dataset is None,
         "dataset_file_path must name the folder of the training files.",
     )
     refuse(
@@ -359,7 +436,7 @@ def _check_values(config: Config, content: dict[str, Any], stage: Stage, path: s
         "total_batch_size and gradient_accumulation_steps are both set; the second follows from the first.",
     )
     refuse(
-        content.get("eval_strategy", "no") != "no" and not config.num_eval_rows,
+        content.get("eval_strategy", "no") != "no" and not config.num_eval_rows and config.hub_dataset is None,
         "eval_strategy is set, but num_eval_rows is 0; say how many rows of each source to hold out.",
     )
     refuse(
@@ -371,9 +448,80 @@ def _check_values(config: Config, content: dict[str, Any], stage: Stage, path: s
         "resume_from_checkpoint: a run cannot be resumed yet; start it again from step 0.",
     )
     refuse(
-        stage != "stage_II" and bool(config.use_peft),
+        stage not in LORA_STAGES and bool(config.use_peft),
         f"use_peft: {stage} trains all parameters, the language-model head among them; LoRA belongs to stage_II.",
     )
+
+
+def _check_token_objectives(config: Config, stage: Stage, path: str | Path) -> None:
+    """The keys of objectives that predict tokens, and of the texts they are read from."""
+
+    def refuse(condition: bool, sentence: str) -> None:
+        if condition:
+            raise UserError(f"{path}: {sentence}")
+
+    for key in ("alpha", "target", "reconstruct_instruction"):
+        changed = getattr(config, key) != getattr(Config, key)
+        refuse(config.objective == "token_set" and changed, f"{key} has no effect under objective 'token_set'.")
+    refuse(
+        config.objective == "token_set" and config.bidirectional,
+        "objective 'token_set' models the text as it reads it, so attention is causal; take bidirectional out.",
+    )
+    refuse(config.lm_weight < 0, f"lm_weight is {config.lm_weight}; 0 or more is needed.")
+    probability = config.mlm_probability
+    refuse(not 0 < probability <= 1, f"mlm_probability is {probability}; it must be above 0 and at most 1.")
+    refuse(
+        stage != "mntp" and config.hub_dataset is not None,
+        f"dataset_name is {config.dataset_name!r}; allowed: {', '.join(map(repr, DATASET_NAMES))}.",
+    )
+    refuse(
+        stage == "mntp" and not config.bidirectional,
+        "bidirectional is false, but mntp accustoms a model to bidirectional attention; take it out.",
+    )
+    refuse(
+        config.dataset_config_name is not None and config.hub_dataset is None,
+        "dataset_config_name has no effect without a hub dataset in dataset_name; take it out.",
+    )
+    for key in ("dataset_file_path", "sources_file", "sources"):
+        given = getattr(config, key) is not None
+        refuse(config.hub_dataset is not None and given, f"{key} has no effect beside a hub dataset.")
+
+
+def _check_contrastive(config: Config, content: dict[str, Any], stage: Stage, path: str | Path) -> None:
+    """The contrastive stages' own keys."""
+
+    def refuse(condition: bool, sentence: str) -> None:
+        if condition:
+            raise UserError(f"{path}: {sentence}")
+
+    dims = config.matryoshka_dims
+    refuse(
+        dims is not None and (min(dims, default=0) < 1 or len(set(dims)) < len(dims)),
+        f"matryoshka_dims is {dims}; different sizes above 0 are needed.",
+    )
+    refuse(config.distillation_weight < 0, f"distillation_weight is {config.distillation_weight}; 0 or more is needed.")
+    refuse(config.own_negatives_only == [], "own_negatives_only is []; name at least one source, or leave the key out.")
+    for key in ("distillation_weight", "own_negatives_only"):
+        refuse(
+            bool(getattr(config, key)) and not config.num_hard_negatives,
+            f"{key} is set, but num_hard_negatives is 0, so a row has no documents to tell apart.",
+        )
+    refuse(not 0 <= config.simcse_dropout < 1, f"simcse_dropout is {config.simcse_dropout}; it must lie in [0, 1).")
+    lines = str(config.dataset_file_path).endswith(".txt")
+    if stage != "simcse":
+        refuse(config.dataset_name == "Wiki1M", "dataset_name is 'Wiki1M', which has no queries; it belongs to simcse.")
+        return
+    refuse(
+        not config.simcse_dropout and not (config.use_peft and config.lora_dropout),
+        "simcse_dropout is 0 and no other dropout is on, so a text and its positive would be the same vector.",
+    )
+    refuse(
+        "dataset_name" in content and (config.dataset_name == "Wiki1M") != lines,
+        f"dataset_name is {config.dataset_name!r}, but dataset_file_path is {config.dataset_file_path}; Wiki1M is a "
+        ".txt file, E5 a folder.",
+    )
+    for key in ("sources", "sources_file"):
+        refuse(lines and key in content, f"{key} has no effect where dataset_file_path is a text file; take it out.")
 
 
 def _check_template(config: Config, content: dict[str, Any], path: str | Path) -> None:

@@ -12,7 +12,7 @@ import json
 from collections.abc import Iterator, Sequence
 from itertools import chain
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 import pyarrow.compute as pc
@@ -136,6 +136,27 @@ def select_sources(sources: Sequence[Source], names: Sequence[str] | None) -> li
     return [source for source in sources if names is None or source.name in names]
 
 
+class SourceRows(Protocol):
+    """Rows by one running index, source after source, as far as their order goes.
+
+    Attributes:
+        sources: where they are from.
+        sizes: rows of each source.
+        drawn_anew: whether a row is drawn anew in each epoch; row i of epoch e is then asked for as e * len(rows) + i,
+            so that it does not matter which process asks.
+    """
+
+    sources: list[Source]
+    sizes: list[int]
+    drawn_anew: bool
+
+    def lengths(
+        self, indices: np.ndarray[Any, np.dtype[np.int64]], most: int | None = None
+    ) -> np.ndarray[Any, np.dtype[np.int64]]:
+        """About how long some rows are, all of one source; `most` = what a text counts at most."""
+        ...
+
+
 class TrainingRows(Dataset[Example]):
     """All rows of all sources, by one running index.
 
@@ -167,6 +188,7 @@ class TrainingRows(Dataset[Example]):
         with_scores: bool = False,
         texts_alone: bool = False,
     ) -> None:
+        self.drawn_anew = False
         self.files = find_files(folder, sources)
         self.sources = list(sources)
         self.num_negatives = num_negatives
@@ -432,7 +454,7 @@ class OneSourceBlocks(Sampler[int]):
 
     def __init__(
         self,
-        rows: TrainingRows,
+        rows: SourceRows,
         block_size: int,
         seed: int,
         *,
@@ -464,9 +486,11 @@ class OneSourceBlocks(Sampler[int]):
 
     def __iter__(self) -> Iterator[int]:
         order = block_order(self.sizes, self.block_size, self.seed, self.epoch)
+        first = self.epoch * sum(self.sizes) if self.rows.drawn_anew else 0
         if self.num_ranks == 1:
-            return iter(order.tolist())
-        return chain.from_iterable(map(self._dealt, order.reshape(-1, self.group_size)))
+            return iter((first + order).tolist())
+        dealt = chain.from_iterable(map(self._dealt, order.reshape(-1, self.group_size)))
+        return (first + index for index in dealt)
 
     def _dealt(self, group: np.ndarray[Any, np.dtype[np.int64]]) -> list[int]:
         dealt: list[int] = group[deal(self.rows.lengths(group, self.max_characters), self.num_ranks)].tolist()

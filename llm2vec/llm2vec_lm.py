@@ -26,19 +26,38 @@ class LanguageModelling(nn.Module):
 
     def count(self, batch: Batch) -> dict[str, Tensor]:
         """Target tokens: every marked token but a text's first."""
-        return {"lm": _targets(batch["text"]).sum(dtype=torch.float32)}
+        return {"lm": num_predicted(batch["text"])}
 
     def forward(self, batch: Batch, totals: dict[str, Tensor]) -> Output:
         """`loss` and detached `loss_lm` of the side `text`, as shares of the step's token mean."""
         text = batch["text"]
         embeddings = self.model.get_input_embeddings()(text["input_ids"])
         states_ND = packed_hidden_states(self.model.base_model, "causal", text["lengths"], embeddings)
-        target_N = _targets(text).nonzero()[:, 0]
-        exact = torch.promote_types(states_ND.dtype, torch.float32)
-        weight_N = (1 / totals["lm"].to(target_N.device, exact)).expand(len(target_N))
-        head: Tensor = self.model.get_output_embeddings().weight
-        loss = linear_cross_entropy(states_ND[target_N - 1], head, text["input_ids"][target_N], weight_N).loss
+        loss = next_token_loss(states_ND, self.model.get_output_embeddings().weight, text, totals["lm"])
         return Output({"loss": loss, "loss_lm": loss.detach()}, {})
+
+
+def next_token_loss(states_ND: Tensor, head_VD: Tensor, text: TokenBatch, total: Tensor) -> Tensor:
+    """Sum over the target tokens of -log p given the state before each, divided by `total`.
+
+    Args:
+        states_ND: of all of the side's tokens, after the final norm.
+        head_VD: the vocabulary projection.
+        text: the side; what a target token is to be predicted as is its `labels`, or else the token itself.
+        total: target tokens of the whole optimiser step.
+    """
+    target_N = _targets(text).nonzero()[:, 0]
+    if not len(target_N):
+        return states_ND.sum() * 0
+    label_N = text.get("labels", text["input_ids"])[target_N]
+    exact = torch.promote_types(states_ND.dtype, torch.float32)
+    weight_N = (1 / total.to(target_N.device, exact)).expand(len(target_N))
+    return linear_cross_entropy(states_ND[target_N - 1], head_VD, label_N, weight_N).loss
+
+
+def num_predicted(text: TokenBatch) -> Tensor:
+    """How many tokens of a side are predicted, as a float scalar."""
+    return _targets(text).sum(dtype=torch.float32)
 
 
 def _targets(text: TokenBatch) -> Tensor:

@@ -5,6 +5,10 @@
     EBD2Q       [anchor(document) ; Embed(query)] -> decoder -> lm_head -> CE on the query
     loss        alpha * CE_q2d + (1 - alpha) * CE_d2q                                         (Eq. 5)
 
+With the target `self`, an anchor reconstructs its own text instead, [anchor(x) ; Embed(x)] -> x, named q2q for queries
+and d2d for documents: the idea of RetroMAE (arXiv 2205.12035) and SimLM (arXiv 2207.02578), on a decoder and without
+what they mask or discard.
+
 The decoder sees the anchor at position 0, where a token's embedding would stand, and the text behind it: what it
 knows of the other side, it knows from the anchor. Gradient flows through the anchors into the encoding pass.
 """
@@ -22,7 +26,7 @@ from llm2vec.checkpoint import EncoderSettings
 from llm2vec.llm2vec import embed
 from llm2vec.losses import linear_cross_entropy
 from llm2vec.packing import packed_hidden_states, starts_of
-from llm2vec.types import Batch, Output
+from llm2vec.types import Batch, Output, ReconstructionTarget
 
 
 class BidirectionalReconstruction(nn.Module):
@@ -31,16 +35,25 @@ class BidirectionalReconstruction(nn.Module):
     Args:
         model: decoder with its language-model head; all of it is trained.
         settings: how a text becomes its anchor.
-        alpha: weight of EBQ2D; 0 is the paper's OnlyD2Q, 1 its OnlyQ2D, and then the other pass is not run.
+        alpha: weight of the direction that starts at the query: EBQ2D; 0 is the paper's OnlyD2Q, 1 its OnlyQ2D, and
+            then the other pass is not run.
+        target: what an anchor is to reconstruct: the `counterpart` of its text, or the text `self`.
     """
 
     contrasts = False
 
-    def __init__(self, model: PreTrainedModel, settings: EncoderSettings, alpha: float = 0.2) -> None:
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        settings: EncoderSettings,
+        alpha: float = 0.2,
+        target: ReconstructionTarget = "counterpart",
+    ) -> None:
         super().__init__()
         self.model = model
         self.settings = settings
-        self.alpha = alpha
+        self.directions = _DIRECTIONS[target]
+        self.weights = (alpha, 1 - alpha)
 
     @property
     def decoder(self) -> PreTrainedModel:
@@ -50,7 +63,7 @@ class BidirectionalReconstruction(nn.Module):
 
     def count(self, batch: Batch) -> dict[str, Tensor]:
         """Target tokens of each direction: those of the positive for q2d, of the query for d2q."""
-        return {d.name: torch.tensor(float(sum(batch[d.goal]["num_targets"]))) for d in _DIRECTIONS}
+        return {d.name: torch.tensor(float(sum(batch[d.goal]["num_targets"]))) for d in self.directions}
 
     def forward(self, batch: Batch, totals: dict[str, Tensor]) -> Output:
         """Loss parts of the sides `query` and `positive`.
@@ -60,11 +73,11 @@ class BidirectionalReconstruction(nn.Module):
             totals: target tokens of each direction in the whole optimiser step.
 
         Returns:
-            `loss`, and detached `loss_q2d` and `loss_d2q` where their direction has a weight: these rows' shares of
-            the step's mean over tokens.
+            `loss`, and detached `loss_q2d` and `loss_d2q` (or `loss_q2q` and `loss_d2d`) where their direction has a
+            weight: these rows' shares of the step's mean over tokens.
         """
-        weights = {"q2d": self.alpha, "d2q": 1 - self.alpha}
-        directions = [direction for direction in _DIRECTIONS if weights[direction.name] > 0]
+        weights = {direction.name: w for direction, w in zip(self.directions, self.weights, strict=True) if w > 0}
+        directions = [direction for direction in self.directions if direction.name in weights]
         sources = {direction.source: batch[direction.source] for direction in directions}
         goals = [batch[direction.goal] for direction in directions]
         target_N = torch.cat([goal["input_ids"][goal["target_mask"]] for goal in goals])
@@ -106,14 +119,18 @@ class BidirectionalReconstruction(nn.Module):
 
 
 class _Direction(NamedTuple):
-    """One of the two reconstructions: whose anchor, whose text, and its name in the log."""
+    """A reconstruction: whose anchor, whose text, and its name in the log."""
 
     name: str
     source: str
     goal: str
 
 
-_DIRECTIONS = (_Direction("q2d", "query", "positive"), _Direction("d2q", "positive", "query"))
+#: The two reconstructions of each target; the first is weighted by alpha.
+_DIRECTIONS: dict[ReconstructionTarget, tuple[_Direction, _Direction]] = {
+    "counterpart": (_Direction("q2d", "query", "positive"), _Direction("d2q", "positive", "query")),
+    "self": (_Direction("q2q", "query", "query"), _Direction("d2d", "positive", "positive")),
+}
 
 #: The name under which the paper's release imports Stage I.
 LLM2Vec_q2d_d2q = BidirectionalReconstruction

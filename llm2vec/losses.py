@@ -164,7 +164,7 @@ def distillation(
 ) -> Tensor:
     """Sum over B queries of weight * -sum softmax(teacher) log softmax(loss_scale * cosine), over its G own documents.
 
-    The second term of bge-en-icl's loss (arXiv 2409.15700): a reranker's scores of a query's positive and hard
+    As in Li et al. 2024 (arXiv 2409.15700): a reranker's scores of a query's positive and hard
     negatives say how much better each is. No gradient flows to the teacher.
 
     Args:

@@ -147,8 +147,10 @@ def attend(
     if _has_varlen_kernel(query, dropout):
         return _attend_varlen(query, key, value, layout, bool(is_causal), scaling), None
     if query.device.type == "cpu" and dtype in (torch.bfloat16, torch.float16):
-        # The half-precision backward of the CPU kernel is slower than float32's, and less exact.
-        query, key, value = query.float(), key.float(), value.float()
+        # The half-precision backward of the CPU kernel is slower than float32's, and less exact. By the mode, not by
+        # whether there is a graph, as both passes of a cached gradient must give the same vectors.
+        precision = torch.float32 if module.training else dtype
+        query, key, value = query.to(precision), key.to(precision), value.to(precision)
     if layout.has_prefix:
         output = _SharedPrefix.apply(query, *_same_heads(query, key, value), layout, bool(is_causal), scaling)
     else:

@@ -20,6 +20,9 @@ from llm2vec.distributed import max_over_ranks
 from llm2vec.packing import select_rows
 from llm2vec.types import Batch, Output
 
+#: Up to this many pieces, gradient caching keeps the last one's graph instead of embedding it twice.
+MOST_PIECES_WITH_A_GRAPH = 8
+
 
 def backward_step(
     objective: nn.Module,
@@ -50,22 +53,36 @@ def backward_step(
     if not inner.contrasts or len(pieces) == 1:
         return _backward_whole(objective, inner, pieces, totals, scale, backward, no_sync)
     seeds = torch.randint(2**62, (len(pieces),)).tolist()
-    outputs = []
-    with torch.no_grad():
-        for piece, seed in zip(pieces, seeds, strict=True):
-            with seeded(seed, piece):
-                outputs.append(objective(piece, {}))  # rows' own losses come with the pass that differentiates them
+    # The last piece's graph is kept and differentiated first, which saves embedding it again; with many pieces that is
+    # a small saving, and the memory is better spent on their vectors.
+    keep = len(pieces) <= MOST_PIECES_WITH_A_GRAPH
+    outputs: list[Output] = []
+    for i, (piece, seed) in enumerate(zip(pieces, seeds, strict=True)):
+        kept = keep and i == len(pieces) - 1
+        with seeded(seed, piece), no_sync() if kept else torch.no_grad():
+            # Without totals, rows' own losses are left out: they come with the pass that differentiates them.
+            outputs.append(objective(piece, totals if kept else {}))
     between, gradients = _gradients_of_vectors(inner, outputs, totals)
     shares = [add_up([between])]
+    last = outputs.pop() if keep else None
+    del outputs  # as large as the gradients, and read no more
+    if last is not None:
+        with no_sync():
+            backward(_surrogate(last, {side: of_pieces.pop() for side, of_pieces in gradients.items()}) * scale)
+        shares.append(add_up([last.parts]))
+        pieces, seeds, last = pieces[:-1], seeds[:-1], None
     for i, (piece, seed) in enumerate(zip(pieces, seeds, strict=True)):
         with seeded(seed, piece), nullcontext() if i == len(pieces) - 1 else no_sync():
             output: Output = objective(piece, totals)
-            # The product's gradient is the vectors' cached one; its value means nothing.
-            products = [(output.vectors[side] * gradients[side][i]).sum() for side in gradients]
-            surrogate = torch.stack([*products, *(output.parts[name] for name in output.parts if name == "loss")]).sum()
-            backward(surrogate * scale)
+            backward(_surrogate(output, {side: of_pieces[i] for side, of_pieces in gradients.items()}) * scale)
             shares.append(add_up([output.parts]))
     return add_up(shares)
+
+
+def _surrogate(output: Output, gradients: dict[str, Tensor]) -> Tensor:
+    """A scalar whose gradient is the vectors' cached one and that of the rows' own loss; its value means nothing."""
+    products = [(output.vectors[side] * gradient).sum() for side, gradient in gradients.items()]
+    return torch.stack([*products, *(value for name, value in output.parts.items() if name == "loss")]).sum()
 
 
 def loss_parts(
@@ -154,7 +171,7 @@ def _gradients_of_vectors(
     inner: Any, outputs: Sequence[Output], totals: dict[str, Tensor]
 ) -> tuple[dict[str, Tensor], dict[str, list[Tensor]]]:
     """Loss parts between the vectors, and for each side the gradient of each piece's vectors."""
-    leaves = {side: vectors.requires_grad_() for side, vectors in _joined(outputs, "vectors").items()}
+    leaves = {side: vectors.detach().requires_grad_() for side, vectors in _joined(outputs, "vectors").items()}
     with torch.enable_grad():
         between = inner.contrast(leaves | _joined(outputs, "facts"), totals)
         gradients = dict(zip(leaves, torch.autograd.grad(between["loss"], list(leaves.values())), strict=True))

@@ -17,6 +17,9 @@ DtypeName = Literal["auto", "bfloat16", "float16", "float32"]
 Reduction = Literal["token_mean", "micro_batch_mean"]
 SymmetricInstructions = Literal["documented", "as_released"]
 TextSide = Literal["query", "document"]
+ReconstructionTarget = Literal["counterpart", "self"]
+MaskTokenType = Literal["blank", "eos", "mask"]
+MaskingScheme = Literal["default", "all_mask"]
 
 #: Spellings of the released configs and of upstream LLM2Vec, and the mode each one means.
 POOLING_ALIASES: dict[str, PoolingMode] = {

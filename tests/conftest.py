@@ -16,6 +16,8 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 import pytest  # noqa: E402
 import torch  # noqa: E402
 
+from llm2vec import step  # noqa: E402
+
 
 @pytest.fixture(autouse=True)
 def _seeded() -> Iterator[None]:
@@ -29,3 +31,9 @@ def _datasets_cache() -> Iterator[None]:
     """Removes the datasets cache when the session ends."""
     yield
     _DATASETS_CACHE.cleanup()
+
+
+@pytest.fixture
+def every_piece_twice(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Gradient caching embeds every piece twice, as it does where there are many."""
+    monkeypatch.setattr(step, "MOST_PIECES_WITH_A_GRAPH", 0)

@@ -209,3 +209,67 @@ def assert_same_gradients(actual: dict[str, Tensor], expected: dict[str, Tensor]
         assert largest > 0, f"the gradient of {name} is zero, so equality would prove nothing"
         difference = (actual[name] - gradient).abs().max()
         assert difference <= relative * largest, f"{name}: {difference / largest:.1e} apart"
+
+
+def self_reconstruction(
+    model: Any,
+    queries: Sequence[Row],
+    documents: Sequence[Row],
+    alpha: float,
+    attention: Attention = "causal",
+    pooling_mode: PoolingMode = "last",
+) -> StageOne:
+    """Every text rebuilt from its own anchor: a mean over the queries' tokens and one over the documents'."""
+    means = []
+    for rows in (queries, documents):
+        terms = [t for row in rows for t in reconstruction_terms(model, row, row, attention, pooling_mode)]
+        means.append(sum(terms[1:], terms[0]) / len(terms))
+    return StageOne(alpha * means[0] + (1 - alpha) * means[1], *means)
+
+
+def masked_next_token(model: Any, masked: Sequence[Row], originals: Sequence[Sequence[int]]) -> Tensor:
+    """Mean over the chosen tokens of all rows of -log p of the token that stood there, from the state before it."""
+    terms: list[Tensor] = []
+    for row, ids in zip(masked, originals, strict=True):
+        hidden = states(model.base_model, "bidirectional", ids=row.ids)
+        for position, chosen in enumerate(row.target):
+            if chosen:
+                logits = model.get_output_embeddings().weight @ hidden[position - 1]
+                terms.append(torch.logsumexp(logits, dim=0) - logits[ids[position]])
+    return sum(terms[1:], terms[0]) / len(terms)
+
+
+class TokenSets(NamedTuple):
+    """The parts of a token-set step, each a mean."""
+
+    lm: Tensor
+    itself: Tensor
+    following: Tensor
+
+
+def block_loss(model: Any, block: Tensor, tokens: set[int]) -> Tensor:
+    """-log of the share that each token of a set has in the softmax of its best score in the block, averaged."""
+    head = model.get_output_embeddings().weight
+    scores = torch.stack([torch.stack([head[v] @ state for state in block]).max() for v in range(len(head))])
+    terms = [torch.logsumexp(scores, dim=0) - scores[token] for token in sorted(tokens)]
+    return sum(terms[1:], terms[0]) / len(terms)
+
+
+def token_sets(model: Any, pairs: Sequence[tuple[Row, Row, Row, Row]]) -> TokenSets:
+    """A step of rows (query and block 1, query and block 2, document and block 1, document and block 2)."""
+
+    def block(row: Row) -> Tensor:
+        hidden = states(model.base_model, "causal", ids=row.ids)
+        return torch.stack([hidden[i] for i in range(len(row.ids)) if row.pooled[i]])
+
+    def tokens(row: Row) -> set[int]:
+        return {token for token, wanted in zip(row.ids, row.target, strict=True) if wanted}
+
+    itself, following = [], []
+    for query_1, query_2, document_1, document_2 in pairs:
+        itself += [block_loss(model, block(query_1), tokens(query_1))]
+        itself += [block_loss(model, block(document_1), tokens(document_1))]
+        following += [block_loss(model, block(query_2), tokens(document_2))]
+        following += [block_loss(model, block(document_2), tokens(query_2))]
+    lm = language_modelling(model, [row for pair in pairs for row in (pair[0], pair[2])])
+    return TokenSets(lm, sum(itself[1:], itself[0]) / len(itself), sum(following[1:], following[0]) / len(following))

@@ -249,6 +249,79 @@ def test_adapters_go_onto_the_decoder_of_a_model_with_a_head(stages: Path) -> No
     assert torch.equal(with_head.lm_head.weight, plain.lm_head.weight)
 
 
+# --- chains of adapters ---
+
+
+@pytest.fixture
+def siblings(stages: Path) -> Path:
+    """Two adapters on the base beside `stage_II`, and one that was trained on top of `first`."""
+    for seed, name in enumerate(("first", "second")):
+        torch.manual_seed(seed)
+        save_stage_II(stages / name, stages / "stage_I")
+    torch.manual_seed(2)
+    below = (str(stages / "first"),)
+    model = attach_lora(load_backbone(Chain(str(stages / "stage_I"), below)), r=4, alpha=8, dropout=0.0)
+    for parameter_name, parameter in model.named_parameters():
+        if "lora_B" in parameter_name:
+            torch.nn.init.normal_(parameter, std=0.3)
+    settings = EncoderSettings(**{**read_settings(str(stages / "stage_I")), "parent_adapters": below})
+    save_checkpoint(stages / "outer", model, family_tokenizer("llama"), settings)
+    return stages
+
+
+def forget_weights(folder: Path) -> None:
+    """As a checkpoint that recorded where its parents lay and no more."""
+    run = json.loads((folder / RUN_FILE).read_text(encoding="utf-8"))
+    del run["parent_weights"]
+    write_json(folder / RUN_FILE, run)
+
+
+@pytest.mark.parametrize(
+    ("adapters", "named"),
+    [(["second", "outer"], "outer"), (["outer"], "outer"), (["outer", "first"], "outer"),
+     (["second", "first", "outer"], "first")],
+)  # fmt: skip
+@pytest.mark.parametrize("recorded", [True, False], ids=["by_weights", "by_name"])
+def test_an_adapter_on_others_than_it_was_trained_on_is_refused(
+    siblings: Path, adapters: list[str], named: str, recorded: bool
+) -> None:
+    """Another one in its place, none, the wrong order, one too many: all are named."""
+    load(siblings, "first", "outer")
+    if not recorded:
+        forget_weights(siblings / "outer")
+        load(siblings, "first", "outer")
+    with pytest.raises(UserError, match="was trained on top of") as error:
+        load(siblings, *adapters)
+    assert f"{siblings / named} was trained" in str(error.value)
+    assert "\n" not in str(error.value)
+
+
+def test_a_moved_adapter_is_known_by_its_weights_or_its_name(siblings: Path) -> None:
+    """Renamed too, where the weights are recorded; and another one under the same name is told from it."""
+    expected = load(siblings, "first", "outer")
+    (siblings / "away").mkdir()
+    (siblings / "first").rename(siblings / "away/renamed")
+    assert torch.equal(load(siblings, "away/renamed", "outer"), expected)
+    (siblings / "second").rename(siblings / "first")
+    with pytest.raises(UserError, match="was trained on top of"):
+        load(siblings, "first", "outer")
+    forget_weights(siblings / "outer")
+    with pytest.raises(UserError, match="was trained on top of"):
+        load(siblings, "away/renamed", "outer")
+    (siblings / "away/renamed").rename(siblings / "away/first")
+    assert torch.equal(load(siblings, "away/first", "outer"), expected)
+
+
+def test_parents_moved_during_training_do_not_cost_the_checkpoint(siblings: Path) -> None:
+    """Their weights are then not recorded, and their names still are."""
+    settings = EncoderSettings(**{**read_settings(str(siblings / "outer")), "parent_adapters": ("/gone/first",)})
+    model = load_backbone(Chain(str(siblings / "stage_I"), (str(siblings / "second"),)), merge_last=False)
+    save_checkpoint(siblings / "again", model, family_tokenizer("llama"), settings)
+    load(siblings, "first", "again")
+    with pytest.raises(UserError, match="was trained on top of /gone/first"):
+        load(siblings, "second", "again")
+
+
 # --- the tokenizer ---
 
 

@@ -8,7 +8,7 @@ import logging
 import re
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import pytest
 from transformers import TrainingArguments
@@ -16,6 +16,7 @@ from transformers import TrainingArguments
 from llm2vec import config as config_module
 from llm2vec.backbone import LORA_MODULES
 from llm2vec.config import (
+    LORA_STAGES,
     REPLACED,
     STAGE_KEYS,
     WITHOUT_EFFECT,
@@ -30,7 +31,12 @@ from llm2vec.types import POOLING_ALIASES, UserError
 
 ROOT = Path(__file__).parents[1]
 CONFIGS = ROOT / "train_configs"
-SHIPPED = sorted(path for path in CONFIGS.rglob("*.json") if path.name != "sources.json")
+#: Those of the comparison are parts of configs; tests/test_compare.py puts them together.
+SHIPPED = sorted(
+    path
+    for path in CONFIGS.rglob("*.json")
+    if path.name != "sources.json" and CONFIGS / "comparison" not in path.parents
+)
 SOURCE_TABLES = sorted(CONFIGS.rglob("sources.json"))
 PAPER = [path for path in SHIPPED if path.parent.name in ("stage_I", "stage_II", "baseline")]
 
@@ -55,6 +61,9 @@ def stage_of(path: Path) -> Stage:
         "control": "stage_II",
         "control_lm": "lm",
         "pretrain": "lm",
+        "mntp": "mntp",
+        "simcse": "simcse",
+        "supervised": "stage_II",
     }
     endings: dict[str, Stage] = {
         "_stage_I": "stage_I",
@@ -106,7 +115,7 @@ def error_of(path: Path, stage: Stage = "stage_II") -> str:
 
 def test_there_are_configs_of_every_kind() -> None:
     """The parametrised tests below run on something."""
-    assert {stage_of(path) for path in SHIPPED} == {"stage_I", "stage_II", "lm"}
+    assert {stage_of(path) for path in SHIPPED} == set(get_args(Stage))
     assert len(PAPER) == 15
     assert SOURCE_TABLES
 
@@ -118,7 +127,7 @@ def test_shipped_config_is_read(path: Path, caplog: pytest.LogCaptureFixture) ->
     assert not caplog.records
     assert config.template is None or config.template in TEMPLATES
     assert config.sources_file is None or ROOT / config.sources_file in SOURCE_TABLES
-    assert config.use_peft is (stage_of(path) == "stage_II")
+    assert config.use_peft is (stage_of(path) in LORA_STAGES)
 
 
 @pytest.mark.parametrize("path", SOURCE_TABLES, ids=lambda path: str(path.relative_to(CONFIGS)))
@@ -318,7 +327,7 @@ def test_data_must_come_from_somewhere(tmp_path: Path) -> None:
         ("symmetric_instructions", "both", "'documented', 'as_released'"),
         ("reduction", "mean", "'token_mean', 'micro_batch_mean'"),
         ("one_source_per", "batch", "'step', 'micro_batch'"),
-        ("dataset_name", "MEDI", "'E5'"),
+        ("dataset_name", "MEDI", "'E5', 'Wiki1M'"),
         ("loss_class", "InfoNCE", "'HardNegativeNLLLoss'"),
         ("pooling_mode", "cls", "last, mean, weighted_mean, first, eos_token, last_token, bos_token"),
         ("template", "llama-3", ", ".join(TEMPLATES)),
@@ -499,11 +508,23 @@ def test_keys_that_agree(tmp_path: Path, changes: dict[str, Any], stage: Stage) 
 
 
 KEYS_OF_STAGES = {
+    "objective": "reconstruction",
+    "target": "self",
+    "lm_weight": 1.0,
+    "dataset_config_name": "wikitext-103-raw-v1",
+    "mask_token_type": "eos",
+    "mlm_probability": 0.8,
+    "data_collator_type": "all_mask",
     "alpha": 0.5,
     "reconstruct_instruction": True,
     "loss_scale": 50.0,
     "num_hard_negatives": 1,
     "examples_per_query": 5,
+    "matryoshka_dims": [8, 32],
+    "mask_false_negatives": True,
+    "own_negatives_only": ["nq"],
+    "distillation_weight": 0.5,
+    "simcse_dropout": 0.2,
 }
 
 
@@ -727,8 +748,7 @@ def test_the_resolved_config_is_read_back(tmp_path: Path) -> None:
     config = load_config(write(tmp_path, minimal(tmp_path), alpha=0.5, seed=7, save_steps=10), "stage_I")
     stored = dataclasses.asdict(config)
     flat = {**stored.pop("training"), **stored}
-    of_stage_ii = ("loss_scale", "num_hard_negatives", "examples_per_query")
-    flat = {key: value for key, value in flat.items() if key not in of_stage_ii}
+    flat = {key: value for key, value in flat.items() if "stage_I" in STAGE_KEYS.get(key, ("stage_I",))}
     assert load_config(write(tmp_path, json.dumps(flat)), "stage_I") == config
 
 

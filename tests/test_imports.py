@@ -17,10 +17,12 @@ PACKAGE = Path(__file__).parents[1] / "llm2vec"
 ORDER = (
     "types", "distributed", "pooling", "losses", "templates", "tokenization", "few_shot", "data", "config", "backbone",
     "packed_attention", "packing", "checkpoint", "llm2vec", "llm2vec_q2d_d2q", "llm2vec_contrastive", "llm2vec_lm",
+    "llm2vec_grit", "text_blocks", "llm2vec_mntp", "llm2vec_token_set",
     "activation_memory", "sharding", "step",
     "nano_beir", "trainer", "run", "search", "job_queue", "revision", "corpus_search", "eval_files", "mteb_adapter",
     "eval_models", "eval_cost", "eval_jobs", "evaluation", "docstrings", "tiny", "figures", "report", "paper",
     "results", "comparison", "paper_tables", "evaluation_report",
+    "compare_runs", "compare_table",
     "bench_measure", "bench_reference", "bench_variants", "bench_sections", "__init__",
 )  # fmt: skip
 

@@ -305,7 +305,7 @@ def test_an_adapter_without_its_parents_is_refused(
 ) -> None:
     LLM2Vec.from_pretrained(base, adapters).save(tmp_path)
     below = [adapters["AB".index(name)] for name in given]
-    with pytest.raises(UserError, match=r"was trained on top of .*list every adapter, innermost first"):
+    with pytest.raises(UserError, match=r"was trained on top of .*list those that it was trained on, innermost first"):
         LLM2Vec.from_pretrained(base, [*below, str(tmp_path)])
 
 

@@ -230,6 +230,7 @@ def test_the_order_of_rows_does_not_matter(max_tokens: int | None) -> None:
     reference.assert_same_gradients(reference.gradients(objective), expected)
 
 
+@pytest.mark.usefixtures("every_piece_twice")
 @pytest.mark.parametrize("attention", ["causal", "bidirectional"])
 @pytest.mark.parametrize("pooling_mode", ["last", "mean"])
 def test_a_model_that_cannot_be_packed_gives_the_same(
@@ -249,6 +250,7 @@ def test_a_model_that_cannot_be_packed_gives_the_same(
     reference.assert_same_gradients(reference.gradients(objective), expected)
 
 
+@pytest.mark.usefixtures("every_piece_twice")
 @pytest.mark.parametrize("shared", [False, True])
 @pytest.mark.parametrize("max_tokens", [None, 110])
 def test_activation_checkpointing_does_not_matter(max_tokens: int | None, shared: bool) -> None:

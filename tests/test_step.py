@@ -167,9 +167,13 @@ def same_seeds(seeds: list[int]) -> Iterator[None]:
         torch.randint = original
 
 
+@pytest.mark.parametrize("keep", [False, True], ids=["every_piece_twice", "last_piece_once"])
 @pytest.mark.parametrize("checkpointing", [False, True])
-def test_with_dropout_it_is_the_gradient_of_one_pass_with_the_same_masks(checkpointing: bool) -> None:
+def test_with_dropout_it_is_the_gradient_of_one_pass_with_the_same_masks(
+    checkpointing: bool, keep: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """All pieces in one graph, each embedded under its piece's seed, against a step in pieces."""
+    monkeypatch.setattr(step, "MOST_PIECES_WITH_A_GRAPH", 8 if keep else 0)
     objective, collate = contrastive(dropout=0.3, checkpointing=checkpointing)
     batch = collate(reference.examples(6, 2))
     totals = objective.count(batch)
@@ -192,7 +196,7 @@ def test_with_dropout_it_is_the_gradient_of_one_pass_with_the_same_masks(checkpo
     objective.model.get_base_model().layers[0].mlp.register_forward_pre_hook(lambda *_: calls.append(1))
     with same_seeds(seeds):
         parts = backward_step(objective, batch, totals, max_tokens=120)
-    assert len(calls) == len(pieces) * (3 if checkpointing else 2)
+    assert len(calls) == len(pieces) * (3 if checkpointing else 2) - keep
     torch.testing.assert_close(parts["loss"], loss, rtol=1e-11, atol=0)
     reference.assert_same_gradients(reference.gradients(objective), expected)
     other_loss, other = whole_step(seeds[::-1])  # with other masks, another gradient
@@ -201,6 +205,7 @@ def test_with_dropout_it_is_the_gradient_of_one_pass_with_the_same_masks(checkpo
         reference.assert_same_gradients(other, expected, relative=0.01)
 
 
+@pytest.mark.usefixtures("every_piece_twice")
 def test_both_passes_draw_the_same_numbers_and_each_piece_its_own() -> None:
     """Vectors of the second pass equal the first's to the bit; two steps and two pieces differ in their masks."""
     objective, collate = contrastive(dropout=0.3)
@@ -241,10 +246,14 @@ class Mixed(nn.Module):
     def __init__(self) -> None:
         super().__init__()
         self.weight = nn.Parameter(torch.tensor([1.0, 2.0], dtype=torch.float64))
+        self.asked_for_parts: list[bool] = []
 
     def forward(self, batch: Batch, totals: dict[str, Tensor]) -> Output:
         numbers = batch["side"]["input_ids"].double()
         vectors = numbers.unsqueeze(1) * self.weight + self.weight**2
+        self.asked_for_parts.append(bool(totals))
+        if not totals:
+            return Output({}, {"side": vectors})
         alone = (vectors**2).sum() / totals["rows"]
         return Output({"loss": alone, "loss_alone": alone.detach()}, {"side": vectors})
 
@@ -265,6 +274,7 @@ def mixed_batch(num_rows: int) -> Batch:
     }  # fmt: skip
 
 
+@pytest.mark.usefixtures("every_piece_twice")
 def test_losses_of_both_kinds_go_together() -> None:
     """One objective with parts and vectors: in pieces, the figures and gradient of one pass."""
     batch, totals = mixed_batch(7), {"rows": torch.tensor(7.0)}
@@ -272,6 +282,9 @@ def test_losses_of_both_kinds_go_together() -> None:
     for max_tokens in (None, 3, 1):
         objective = Mixed()
         parts = backward_step(objective, batch, totals, max_tokens=max_tokens)
+        pieces = len(split_batch(batch, max_tokens))
+        # The pass that only embeds asks for no loss, as the one with a graph computes it.
+        assert objective.asked_for_parts == ([True] if pieces == 1 else [False] * pieces + [True] * pieces)
         assert parts["loss"].item() == pytest.approx((parts["loss_alone"] + parts["loss_between"]).item())
         figures = loss_parts(objective, batch, totals, max_tokens)
         assert figures.keys() == parts.keys()
@@ -300,6 +313,7 @@ def test_scale_is_a_factor_of_the_gradient_alone(make: Any, max_tokens: int | No
         assert not value.requires_grad
 
 
+@pytest.mark.usefixtures("every_piece_twice")
 @pytest.mark.parametrize("make", [reconstruction, contrastive])
 def test_gradients_are_added_and_exchanged_with_the_last_piece(make: Any) -> None:
     """`backward` differentiates every piece; all but the last under `no_sync`; what `.grad` held stays in it."""
@@ -410,6 +424,7 @@ def test_a_graph_does_not_grow_with_the_rows(make: Any) -> None:
     assert most_held(objective, many, 200) < 2 * whole / num_pieces
 
 
+@pytest.mark.usefixtures("every_piece_twice")
 def test_the_pass_without_a_graph_holds_nothing() -> None:
     """When a contrastive step compares the vectors of all pieces, no activation of any has been kept."""
     objective, collate = contrastive()

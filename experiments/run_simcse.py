@@ -1,0 +1,42 @@
+"""LLM2Vec's unsupervised stage, SimCSE (Gao et al. 2021, arXiv 2104.08821): a text's positive is the text itself under
+other dropout, and all other texts of the batch are its negatives.
+
+`dataset_file_path` is a text file, a sentence a line, or a folder of training rows, of which the documents are read.
+
+torchrun --nproc_per_node=1 experiments/run_simcse.py train_configs/simcse/MetaLlama3.json
+"""
+
+import dataclasses
+import sys
+
+from llm2vec.backbone import set_attention_dropout
+from llm2vec.config import load_config, training_arguments
+from llm2vec.llm2vec import row_tokenizer
+from llm2vec.llm2vec_contrastive import ContrastiveLearning, RowFacts
+from llm2vec.run import (
+    CollateSides,
+    config_path,
+    describe_negatives,
+    load_model,
+    open_texts,
+    train,
+    user_errors_in_one_sentence,
+)
+
+
+def main() -> None:
+    """Config, data, model, objective, training, saving."""
+    config = dataclasses.replace(load_config(config_path(sys.argv), "simcse"), num_hard_negatives=0)
+    args = training_arguments(config)
+    rows = open_texts(config)
+    model, tokenizer, settings = load_model(config, args.device, with_lm_head=False)
+    set_attention_dropout(model, config.simcse_dropout)
+    objective = ContrastiveLearning(model, settings, config.loss_scale, matryoshka_dims=config.matryoshka_dims)
+    facts = RowFacts(mask_false_negatives=config.mask_false_negatives)
+    collate = CollateSides(row_tokenizer(tokenizer, settings), ("query", "positive"), facts=facts)
+    train(config, args, objective, rows, collate, tokenizer, settings, [describe_negatives(config, args)])
+
+
+if __name__ == "__main__":
+    with user_errors_in_one_sentence():
+        main()
