@@ -3,7 +3,7 @@ other dropout, and all other texts of the batch are its negatives.
 
 `dataset_file_path` is a text file, a sentence a line, or a folder of training rows, of which the documents are read.
 
-torchrun --nproc_per_node=1 experiments/run_simcse.py train_configs/simcse/MetaLlama3.json
+torchrun --nproc_per_node=1 experiments/run_simcse.py train_configs/llm2vec/simcse/MetaLlama3.json
 """
 
 import dataclasses

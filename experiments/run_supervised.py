@@ -3,7 +3,7 @@
 Its bidirectional attention, mean pooling and merged MNTP adapter are keys of that file, so nothing here differs from
 `run_stage_II.py`.
 
-torchrun --nproc_per_node=8 experiments/run_supervised.py train_configs/supervised/MetaLlama3.json
+torchrun --nproc_per_node=8 experiments/run_supervised.py train_configs/llm2vec/supervised/MetaLlama3.json
 """
 
 from run_stage_II import main

@@ -181,8 +181,7 @@ class EmbedderTrainer(Trainer):
         return parts["loss"] * num_processes  # the loop averages over ranks what it logs
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
-        """Add the loss parts' means over the steps since the last entry, the tokens a second, and the share of time
-        that the step waited for its rows."""
+        """Add what happened since the last entry: the loss parts' means, tokens, and the share of time without rows."""
         if "loss" in logs and self._parts and self._last_log is not None:
             then, step_then = self._last_log
             self._last_log = (time.monotonic(), self.state.global_step)
@@ -190,6 +189,7 @@ class EmbedderTrainer(Trainer):
             sums = sum_over_ranks(torch.stack(list(self._parts.values())).float())
             logs.update(dict(zip(self._parts, (sums / num_steps).tolist(), strict=True)))
             seconds = self._last_log[0] - then
+            logs["tokens"] = self._num_tokens
             logs["tokens_per_second"] = self._num_tokens / seconds
             logs["waiting_for_data"] = self._waited / seconds
             self._parts, self._num_tokens, self._waited = {}, 0.0, 0.0
