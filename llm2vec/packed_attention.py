@@ -10,9 +10,11 @@ interface. It reads how the texts lie from a `Layout`, which the caller hands to
 
 from __future__ import annotations
 
+import importlib.util
+import logging
 from collections.abc import Iterator
 from dataclasses import dataclass, field
-from functools import cached_property
+from functools import cache, cached_property
 from typing import Any, NamedTuple
 
 import torch
@@ -20,6 +22,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from llm2vec.types import UserError
+
+logger = logging.getLogger(__name__)
 
 NAME = "llm2vec_packed"
 
@@ -258,7 +262,7 @@ def _attend_varlen(
     query: Tensor, key: Tensor, value: Tensor, layout: Layout, causal: bool, scaling: float | None
 ) -> Tensor:
     """torch's variable-length kernel; a text's keys are its prefix's and its own, aligned to the end as it asks for."""
-    from torch.nn.attention.varlen import varlen_attn  # a private module of older torch versions lacks it
+    from torch.nn.attention.varlen import varlen_attn  # older versions of torch lack it
 
     half = torch.get_autocast_dtype("cuda") if torch.is_autocast_enabled("cuda") else value.dtype
     q, k, v = (tensor[0].transpose(0, 1).to(half) for tensor in (query, *_same_heads(query, key, value)))
@@ -278,7 +282,20 @@ def _has_varlen_kernel(query: Tensor, dropout: float) -> bool:
 
 def _is_half_on_cuda(device: torch.device, dtype: torch.dtype) -> bool:
     half = dtype in (torch.bfloat16, torch.float16)
-    return device.type == "cuda" and (half or torch.is_autocast_enabled("cuda"))
+    return device.type == "cuda" and (half or torch.is_autocast_enabled("cuda")) and _varlen_is_there()
+
+
+@cache
+def _varlen_is_there() -> bool:
+    """Whether torch's variable-length kernel can run on this machine's GPU; where not, that is said, once."""
+    if importlib.util.find_spec("torch.nn.attention.varlen") is None:
+        missing = f"torch {torch.__version__} has no torch.nn.attention.varlen (2.10 has)"
+    elif torch.cuda.is_available() and torch.cuda.get_device_capability() < (8, 0):
+        missing = f"{torch.cuda.get_device_name()} is older than its kernel (compute capability 8.0)"
+    else:
+        return True
+    logger.warning("variable-length attention: %s; texts attend one after the other, which is slower.", missing)
+    return False
 
 
 def _same_heads(query: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:

@@ -352,3 +352,19 @@ def test_a_prefix_is_shared_on_a_gpu_in_half_precision_alone() -> None:
     assert not can_share_prefix(cuda, torch.float32, 0.0) and not can_share_prefix(cuda, torch.bfloat16, 0.1)
     with torch.autocast("cuda", torch.bfloat16):
         assert can_share_prefix(cuda, torch.float32, 0.0)
+
+
+def test_a_torch_without_the_kernel_is_said_once(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Then half precision on a GPU goes text by text, and shares no prefix."""
+    packed_attention._varlen_is_there.cache_clear()
+    with monkeypatch.context() as patch:
+        patch.setattr(packed_attention.importlib.util, "find_spec", lambda name: None)
+        for _ in range(2):
+            assert not can_share_prefix(torch.device("cuda"), torch.bfloat16, 0.0)
+    packed_attention._varlen_is_there.cache_clear()
+    assert [record.getMessage().split(";")[0] for record in caplog.records] == [
+        f"variable-length attention: torch {torch.__version__} has no torch.nn.attention.varlen (2.10 has)"
+    ]
+    assert can_share_prefix(torch.device("cuda"), torch.bfloat16, 0.0)
