@@ -7,7 +7,7 @@ BIN := .venv/bin
 quickstart: .venv/installed  ## the whole method, small, on this machine: about 8 minutes after the install
 	$(BIN)/python experiments/quickstart.py
 
-compare: output/quickstart/base/run.json  ## every recipe on the quickstart's text, two seeds; within 40 minutes on 2 cores
+compare: output/quickstart/base/run.json  ## every recipe on the quickstart's text, two seeds; an estimated 30 minutes on 2 free cores
 	$(BIN)/python experiments/compare.py train_configs/comparison/quickstart --seeds 42 43
 
 output/quickstart/base/run.json: | .venv/installed  # as the quickstart makes it

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from llm2vec.backbone import enable_checkpointing
-from llm2vec.packing import checkpoint_contexts
+from llm2vec.packing import checkpoint_contexts, inner_decoder
 from llm2vec.types import Batch, UserError
 
 
@@ -80,7 +80,7 @@ def fit_activations(objective: Any, decoder: Any, small: Batch, large: Batch, to
         tokens: of a micro-batch.
         budget_gb: for what the layers keep, in 10^9 bytes.
     """
-    layers = list((decoder.get_base_model() if hasattr(decoder, "get_base_model") else decoder).layers)
+    layers = list(inner_decoder(decoder).layers)
     bytes_per_layer = bytes_per_token(objective, small, large) * tokens / len(layers)
     # Stage I runs its tokens twice, encoded and generated, so a layer has two inputs of about this size.
     passes = 1 if objective.contrasts else 2

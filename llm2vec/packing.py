@@ -220,7 +220,7 @@ def compile_layers(model: Any, *, backend: str = "inductor", mode: str | None = 
         backend: as in torch.compile.
         mode: as in torch.compile.
     """
-    for layer in _decoder(model).layers:
+    for layer in inner_decoder(model).layers:
         layer.compile(dynamic=True, backend=backend, mode=mode)
 
 
@@ -281,7 +281,7 @@ def _attend_at_closing(
 
 def _last_layer(model: Any) -> Any:
     """The decoder's last layer, if it is of those that `_forward_at_closing` knows; else None."""
-    layer = _decoder(model).layers[-1]
+    layer = inner_decoder(model).layers[-1]
     known = any(kind.__name__ in _PLAIN_LAYERS for kind in type(layer).__mro__)  # FSDP makes a class below the layer's
     # Others put a `forward` on an instance too: accelerate, where a model is spread over devices. It must stay.
     replaced = "forward" in vars(layer) and not _is_ours(layer.forward)
@@ -292,13 +292,13 @@ def _is_ours(forward: Any) -> bool:
     return isinstance(forward, partial) and forward.func is _forward_at_closing
 
 
-def _decoder(model: Any) -> Any:
+def inner_decoder(model: Any) -> Any:
     """The module that holds the layers, under an adapter or a head."""
     model = model.get_base_model() if isinstance(model, PeftModel) else model
     return model if hasattr(model, "layers") else model.base_model
 
 
 def _attention_dropout(model: Any) -> float:
-    attention = getattr(_decoder(model).layers[0], "self_attn", None)
+    attention = getattr(inner_decoder(model).layers[0], "self_attn", None)
     of_config = getattr(model.config, "attention_dropout", 0.0)
     return float(getattr(attention, "attention_dropout", of_config)) if model.training else 0.0
