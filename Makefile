@@ -2,12 +2,12 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: quickstart compare test test-slow test-gpu bench lint clean
+.PHONY: quickstart compare test test-slow test-gpu bench faults docs lint clean
 
 quickstart: .venv/installed  ## the whole method, small, on this machine: about 8 minutes after the install
 	$(BIN)/python experiments/quickstart.py
 
-compare: output/quickstart/base/run.json  ## every recipe on the quickstart's text, two seeds; an estimated 30 minutes on 2 free cores
+compare: output/quickstart/base/run.json  ## every recipe on the quickstart's text, two seeds; about 40 minutes on 2 free cores
 	$(BIN)/python experiments/compare.py train_configs/comparison/quickstart --seeds 42 43
 
 output/quickstart/base/run.json: | .venv/installed  # as the quickstart makes it
@@ -27,6 +27,12 @@ test-gpu: .venv/installed  ## the tests that need a CUDA device
 bench: .venv/installed  ## speed and memory beside the release's steps and sentence-transformers; about an hour
 	$(BIN)/python experiments/benchmark.py
 
+faults: .venv/installed  ## breaks training runs in every way and writes docs/reliability.md's table; about 10 minutes
+	$(BIN)/python experiments/faults.py
+
+docs: .venv/installed  ## the documentation site, into output/site
+	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --strict
+
 lint: .venv/installed
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
@@ -34,7 +40,7 @@ lint: .venv/installed
 
 .venv/installed: constraints.txt setup.py
 	$(PYTHON) -m venv .venv
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e ".[eval,quickstart,logging,bf16,dev]"
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e ".[eval,quickstart,logging,data,bf16,docs,dev]"
 	touch $@
 
 clean:

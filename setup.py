@@ -28,7 +28,10 @@ setup(
         "eval": ["matplotlib", "mteb>=2.26,<3"],
         "quickstart": ["PyStemmer", "bm25s", "matplotlib"],
         "logging": ["tensorboard"],
+        "data": ["py3langid"],
+        "docs": ["mkdocs-material", "mkdocstrings[python]"],
         "bf16": ["torch-optimi"],
+        "ray": ["ray[data]>=2.51"],
         "dev": ["hypothesis", "mypy", "pre-commit", "pytest", "pytest-xdist", "ruff"],
     },
 )

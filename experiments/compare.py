@@ -13,18 +13,17 @@ A run that fails stops its own recipe only, and the exit code is then 1. Everyth
 """
 
 import argparse
-import fcntl
 import os
 import platform
 import subprocess
 import sys
 import time
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
 
+from llm2vec.checkpoint import RUN_FILE
 from llm2vec.compare_runs import (
     EVALUATION_SCRIPT,
     FINISHED_FILE,
@@ -38,6 +37,7 @@ from llm2vec.compare_runs import (
     unique_runs,
 )
 from llm2vec.compare_table import failure_lines, outcome_of, score_table, write_comparison
+from llm2vec.job_queue import alone_in
 from llm2vec.report import text_table
 from llm2vec.run import user_errors_in_one_sentence
 from llm2vec.types import UserError
@@ -64,18 +64,6 @@ def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
         raise UserError(f"--seeds are {' '.join(map(str, args.seeds))}; give each once.")
     args.output_dir = args.output_dir or Path("output/comparison", args.folder.resolve().name)
     return args
-
-
-@contextmanager
-def alone_in(folder: Path) -> Iterator[None]:
-    """Hold a folder, which two comparisons at a time would write over each other's runs in."""
-    folder.mkdir(parents=True, exist_ok=True)
-    with (folder / ".lock").open("w") as lock:
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)  # ends with the process
-        except BlockingIOError:
-            raise UserError(f"{folder}: another comparison is at work here; wait, or give --output_dir.") from None
-        yield
 
 
 def num_cores() -> int:
@@ -114,6 +102,9 @@ class Progress:
             ended = subprocess.run(
                 self.command(run), stdout=out, stderr=subprocess.STDOUT, env=self.environment(worker), check=False
             )
+        if not ended.returncode and run.script != EVALUATION_SCRIPT and not (run.folder / RUN_FILE).is_file():
+            self.say(run, f"was stopped; see {log}")
+            raise UserError(f"{run.script} was stopped by a signal")
         if ended.returncode:
             self.say(run, f"failed; see {log}")
             raise UserError(f"{run.script} failed ({last_line(log)}); see {log}")
@@ -159,7 +150,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Plan, run, report; returns the exit code."""
     started = time.monotonic()
     args = parse_args(argv)
-    with alone_in(args.output_dir):
+    with alone_in(args.output_dir, "comparison"):
         return compare(args, started)
 
 

@@ -8,16 +8,17 @@ python experiments/run_lm.py train_configs/quickstart/pretrain.json
 import dataclasses
 import sys
 
-from llm2vec.config import load_config, training_arguments
+from llm2vec.config import load_config
 from llm2vec.llm2vec import row_tokenizer
 from llm2vec.llm2vec_lm import LanguageModelling
+from llm2vec.resume import start_or_resume
 from llm2vec.run import CollateSides, config_path, load_model, open_rows, train, user_errors_in_one_sentence
 
 
 def main() -> None:
     """Config, data, model, objective, training, saving."""
     config = load_config(config_path(sys.argv), "lm")
-    args = training_arguments(config)
+    args = start_or_resume(config)
     rows = open_rows(config, num_negatives=0)
     model, tokenizer, settings = load_model(config, args.device, with_lm_head=True)
     # Running text, no turn: the template that embeds is the model's own and goes into the checkpoint unchanged.

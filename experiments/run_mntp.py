@@ -9,8 +9,9 @@ torchrun --nproc_per_node=N experiments/run_mntp.py CONFIG.json
 import dataclasses
 import sys
 
-from llm2vec.config import load_config, training_arguments
+from llm2vec.config import load_config
 from llm2vec.llm2vec_mntp import MaskedNextTokenPrediction, mask_tokens
+from llm2vec.resume import start_or_resume
 from llm2vec.run import config_path, load_model, open_running_text, train, user_errors_in_one_sentence
 from llm2vec.text_blocks import open_blocks
 
@@ -18,7 +19,7 @@ from llm2vec.text_blocks import open_blocks
 def main() -> None:
     """Config, texts, model, blocks, objective, training, saving."""
     config = load_config(config_path(sys.argv), "mntp")
-    args = training_arguments(config)
+    args = start_or_resume(config)
     texts = open_running_text(config)
     model, tokenizer, settings = load_model(config, args.device, with_lm_head=True)
     rows = open_blocks(

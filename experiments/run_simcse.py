@@ -10,9 +10,10 @@ import dataclasses
 import sys
 
 from llm2vec.backbone import set_attention_dropout
-from llm2vec.config import load_config, training_arguments
+from llm2vec.config import load_config
 from llm2vec.llm2vec import row_tokenizer
 from llm2vec.llm2vec_contrastive import ContrastiveLearning, RowFacts
+from llm2vec.resume import start_or_resume
 from llm2vec.run import (
     CollateSides,
     config_path,
@@ -27,7 +28,7 @@ from llm2vec.run import (
 def main() -> None:
     """Config, data, model, objective, training, saving."""
     config = dataclasses.replace(load_config(config_path(sys.argv), "simcse"), num_hard_negatives=0)
-    args = training_arguments(config)
+    args = start_or_resume(config)
     rows = open_texts(config)
     model, tokenizer, settings = load_model(config, args.device, with_lm_head=False)
     set_attention_dropout(model, config.simcse_dropout)

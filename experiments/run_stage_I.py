@@ -6,17 +6,18 @@ python experiments/run_stage_I.py train_configs/quickstart/stage_I.json      # o
 
 import sys
 
-from llm2vec.config import load_config, training_arguments
+from llm2vec.config import load_config
 from llm2vec.llm2vec import row_tokenizer
 from llm2vec.llm2vec_q2d_d2q import BidirectionalReconstruction
 from llm2vec.llm2vec_token_set import CollateBlocks, TokenSetPrediction
+from llm2vec.resume import start_or_resume
 from llm2vec.run import CollateSides, config_path, load_model, open_rows, train, user_errors_in_one_sentence
 
 
 def main() -> None:
     """Config, data, model, objective, training, saving."""
     config = load_config(config_path(sys.argv), "stage_I")
-    args = training_arguments(config)
+    args = start_or_resume(config)
     rows = open_rows(config, num_negatives=0)
     model, tokenizer, settings = load_model(config, args.device, with_lm_head=True)
     renderer = row_tokenizer(tokenizer, settings, reconstruct_instruction=config.reconstruct_instruction)

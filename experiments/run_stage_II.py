@@ -11,11 +11,12 @@ python experiments/run_stage_II.py train_configs/quickstart/stage_II.json    # o
 import dataclasses
 import sys
 
-from llm2vec.config import load_config, training_arguments
+from llm2vec.config import load_config
 from llm2vec.llm2vec import row_tokenizer
 from llm2vec.llm2vec_contrastive import ContrastiveLearning, RowFacts
 from llm2vec.llm2vec_grit import ContrastiveLanguageModelling
 from llm2vec.llm2vec_lm import LanguageModelling
+from llm2vec.resume import start_or_resume
 from llm2vec.run import (
     CollateSides,
     Side,
@@ -32,7 +33,7 @@ from llm2vec.run import (
 def main() -> None:
     """Config, data, model, objective, training, saving."""
     config = load_config(config_path(sys.argv), "stage_II")
-    args = training_arguments(config)
+    args = start_or_resume(config)
     rows = open_rows(config, num_negatives=config.num_hard_negatives)
     with_lm = config.lm_weight > 0
     model, tokenizer, settings = load_model(config, args.device, with_lm_head=with_lm)

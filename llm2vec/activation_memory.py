@@ -80,18 +80,28 @@ def fit_activations(objective: Any, decoder: Any, small: Batch, large: Batch, to
         tokens: of a micro-batch.
         budget_gb: for what the layers keep, in 10^9 bytes.
     """
-    layers = list(inner_decoder(decoder).layers)
-    bytes_per_layer = bytes_per_token(objective, small, large) * tokens / len(layers)
+    number, line = fit(objective, decoder, bytes_per_token(objective, small, large), tokens, budget_gb)
+    if number:
+        enable_checkpointing(decoder, {"use_reentrant": False, "context_fn": partial(checkpoint_contexts, decoder)})
+        for layer in inner_decoder(decoder).layers[number:]:
+            layer.gradient_checkpointing = False
+    return line
+
+
+def fit(objective: Any, decoder: Any, per_token: float, tokens: int, budget_gb: float) -> tuple[int, str]:
+    """How many layers to recompute, and a line that says so; `per_token` = bytes that a token keeps in all layers.
+
+    Raises:
+        UserError: not even recomputing all of them is enough.
+    """
+    num_layers = len(inner_decoder(decoder).layers)
+    bytes_per_layer = per_token * tokens / num_layers
     # Stage I runs its tokens twice, encoded and generated, so a layer has two inputs of about this size.
     passes = 1 if objective.contrasts else 2
     element = next(decoder.parameters()).element_size()
     kept_per_layer = float(passes * tokens * decoder.config.hidden_size * element)
-    number = layers_to_recompute(bytes_per_layer, kept_per_layer, len(layers), budget_gb * 1e9)
-    if number:
-        enable_checkpointing(decoder, {"use_reentrant": False, "context_fn": partial(checkpoint_contexts, decoder)})
-        for layer in layers[number:]:
-            layer.gradient_checkpointing = False
-    return (
-        f"activations {bytes_per_layer * len(layers) / 1e9:.2f} GB for {tokens:,} tokens at once, of "
-        f"{budget_gb:g} GB; {number} of {len(layers)} layers are recomputed"
+    number = layers_to_recompute(bytes_per_layer, kept_per_layer, num_layers, budget_gb * 1e9)
+    return number, (
+        f"activations {bytes_per_layer * num_layers / 1e9:.2f} GB for {tokens:,} tokens at once, of "
+        f"{budget_gb:g} GB; {number} of {num_layers} layers are recomputed"
     )

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import importlib.util
 import logging
+import re
 import warnings
 from collections.abc import Sequence
 from pathlib import Path
@@ -31,6 +32,9 @@ Backbone: TypeAlias = PreTrainedModel | PeftModel
 #: Every projection of a Llama-like layer, as in the released recipe.
 LORA_MODULES = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 
+#: A weight of a numbered layer, as opposed to a head and to tables that older files hold.
+_LAYER_WEIGHT = re.compile(r"\blayers\.\d+\..*\b(weight|bias)$")
+
 
 class Chain(NamedTuple):
     """A base model and the adapters that go on it, innermost first."""
@@ -48,7 +52,7 @@ def load_tokenizer(path: str) -> PreTrainedTokenizerBase:
     find_file(path, "tokenizer_config.json")  # says what is wrong with a path better than the library does
     try:
         tokenizer = AutoTokenizer.from_pretrained(path)
-    except (OSError, ValueError) as error:
+    except Exception as error:  # files of the tokenizer and the model's config, each refused by a type of its own
         raise UserError(f"{path}: no tokenizer could be loaded ({first_line(error)}).") from error
     if tokenizer.pad_token is None:
         tokenizer.pad_token = tokenizer.eos_token
@@ -119,6 +123,12 @@ def _load_base(
         raise UserError(
             f"model_name_or_path: {path!r} lacks {len(info['missing_keys'])} of the tensors that "
             f"{type(model).__name__} needs, such as {min(info['missing_keys'])}."
+        )
+    left_out = [name for name in info["unexpected_keys"] if _LAYER_WEIGHT.search(name)]
+    if left_out:
+        raise UserError(
+            f"model_name_or_path: {path!r} holds {len(left_out)} tensors of layers that its config.json has no place "
+            f"for, such as {min(left_out)}; without them it would be another model."
         )
     return model
 

@@ -3,10 +3,12 @@
     model.safetensors or adapter_model.safetensors, with config.json or adapter_config.json
     tokenizer files
     llm2vec_config.json   EncoderSettings: everything that decides a text's embedding beside the weights
-    run.json              where it came from: resolved config, versions, parent, data; and the files with their sizes
+    run.json              where it came from: resolved config, step, versions, parent, data; and the files' sizes
+    SHA256SUMS            in a run's `checkpoint-N` only: the sums of all files, in the form that `sha256sum -c` reads
 
 Files are written aside and renamed one by one; a marker file stands in the folder meanwhile, so that a folder cut
-short is refused instead of read.
+short is refused instead of read. A `checkpoint-N`, which also holds what a run needs to go on (optimiser, schedule,
+random numbers, log), is written as a whole beside its place and renamed; `SHA256SUMS` is its last file.
 """
 
 from __future__ import annotations
@@ -19,25 +21,32 @@ import platform
 import shutil
 import subprocess
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence, Set
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any, NamedTuple, get_args
 
-from peft import PeftConfig, PeftModel
+import torch
+from peft import PeftConfig, PeftModel, get_peft_model_state_dict, set_peft_model_state_dict
 from peft.utils import SAFETENSORS_WEIGHTS_NAME
+from safetensors import safe_open
+from safetensors.torch import load_file
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 from transformers.utils.peft_utils import find_adapter_config_file
 
 from llm2vec.backbone import Backbone, Chain, find_file, local_folder
+from llm2vec.json_text import read_object
 from llm2vec.templates import segments_of
-from llm2vec.types import POOLING_ALIASES, Attention, PoolingMode, UserError
+from llm2vec.types import POOLING_ALIASES, Attention, PoolingMode, RunEnds, UserError
 
 SETTINGS_FILE = "llm2vec_config.json"
 RUN_FILE = "run.json"
+SUMS_FILE = "SHA256SUMS"
 INCOMPLETE_MARKER = ".incomplete"
+WRITING_PREFIX = ".writing-"
 PACKAGES = ("torch", "transformers", "peft", "accelerate", "datasets", "tokenizers", "llm2vec")
 
 
@@ -78,7 +87,8 @@ class EncoderSettings:
             raise UserError(f"attention is {self.attention!r}; allowed: {', '.join(get_args(Attention))}.")
         for name in ("max_length", "doc_max_length"):
             value = getattr(self, name)
-            if value is not None and (type(value) is not int or value < 1):
+            open_ended = value is None and name == "doc_max_length"
+            if not open_ended and (type(value) is not int or value < 1):
                 raise UserError(f"{name} is {value!r}; a whole number above 0 is needed.")
         for name in ("skip_instruction", "normalize"):
             if type(getattr(self, name)) is not bool:
@@ -86,6 +96,9 @@ class EncoderSettings:
         if not isinstance(self.instruction_join, str):
             raise UserError(f"instruction_join is {self.instruction_join!r}; a string is needed.")
         if self.parent_adapters is not None:
+            paths = self.parent_adapters
+            if not isinstance(paths, list | tuple) or not all(isinstance(path, str) for path in paths):
+                raise UserError(f"parent_adapters is {paths!r}; a list of paths is needed.")
             object.__setattr__(self, "parent_adapters", tuple(self.parent_adapters))
 
 
@@ -99,7 +112,7 @@ def read_settings(path: str) -> dict[str, Any]:
     file = find_file(path, SETTINGS_FILE)
     if file is None:
         return {}
-    settings = _read_json(Path(file))
+    settings = read_object(Path(file))
     known = [field.name for field in dataclasses.fields(EncoderSettings)]
     unknown = sorted(set(settings) - set(known))
     if unknown:
@@ -112,7 +125,25 @@ def read_probe_ids(path: str) -> list[list[int]] | None:
     folder = local_folder(path)
     if folder is None or not (folder / RUN_FILE).is_file():
         return None
-    recorded: list[list[int]] | None = _read_json(folder / RUN_FILE).get("probe_ids")
+    recorded: list[list[int]] | None = read_object(folder / RUN_FILE).get("probe_ids")
+    return recorded
+
+
+def read_run(folder: Path) -> dict[str, Any]:
+    """What a folder's `run.json` says.
+
+    Raises:
+        UserError: it is no JSON object.
+    """
+    return read_object(folder / RUN_FILE)
+
+
+def read_run_config(path: str) -> dict[str, Any]:
+    """The resolved config that a checkpoint folder's `run.json` holds; empty where there is none."""
+    folder = local_folder(path)
+    if folder is None or not (folder / RUN_FILE).is_file():
+        return {}
+    recorded: dict[str, Any] = read_object(folder / RUN_FILE).get("config", {})
     return recorded
 
 
@@ -164,7 +195,7 @@ def _read_parents(adapter: str) -> list[_Parent] | None:
     if paths is None:
         return None
     folder = local_folder(adapter)
-    run = _read_json(folder / RUN_FILE) if folder is not None and (folder / RUN_FILE).is_file() else {}
+    run = read_object(folder / RUN_FILE) if folder is not None and (folder / RUN_FILE).is_file() else {}
     hashes = run.get("parent_weights") or ()
     if len(hashes) != len(paths):
         hashes = [None] * len(paths)
@@ -181,10 +212,7 @@ def _is_same_adapter(parent: _Parent, given: str) -> bool:
 def _hash_of_weights(adapter: str) -> str | None:
     """SHA-256 of an adapter's weights file; None where it has none."""
     file = find_file(adapter, SAFETENSORS_WEIGHTS_NAME)
-    if file is None:
-        return None
-    with Path(file).open("rb") as content:
-        return hashlib.file_digest(content, "sha256").hexdigest()
+    return None if file is None else sha256(Path(file))
 
 
 def _adapter_base(path: str) -> str | None:
@@ -213,7 +241,7 @@ def check_complete(path: str) -> None:
         raise UserError(f"{folder}: this checkpoint was cut short while it was written; use an earlier one.")
     if not (folder / RUN_FILE).is_file():
         return
-    for name, size in _read_json(folder / RUN_FILE).get("files", {}).items():
+    for name, size in read_object(folder / RUN_FILE).get("files", {}).items():
         file = folder / name
         actual = file.stat().st_size if file.is_file() else None
         if actual != size:
@@ -238,14 +266,20 @@ def save_checkpoint(
         settings: go to `llm2vec_config.json`; None = not written (`save_config=False` of upstream).
         run: provenance for `run.json`; versions, git commit, file sizes and the hashes of the adapters below this one
             are added here.
-        state: a full model's weights, where the model itself holds only a share of them (FSDP).
+        state: a full model's weights, where the model itself holds only a share of them (FSDP); they are read back
+            and compared.
     """
     folder.mkdir(parents=True, exist_ok=True)
-    staging = Path(tempfile.mkdtemp(prefix=".writing-", dir=folder))
+    for abandoned in folder.glob(f"{WRITING_PREFIX}*"):  # by a run that was killed here
+        shutil.rmtree(abandoned, ignore_errors=True)
+    staging = Path(tempfile.mkdtemp(prefix=WRITING_PREFIX, dir=folder))
     try:
         # peft would write the whole embedding beside the few rows of it that an adapter trains.
         adapter_only: dict[str, Any] = {"save_embedding_layers": False} if isinstance(model, PeftModel) else {}
-        model.save_pretrained(str(staging), state_dict=state, **adapter_only)
+        to_write = None if state is None else dict(state)  # which is emptied as it is written
+        model.save_pretrained(str(staging), state_dict=to_write, **adapter_only)
+        if state is not None:
+            check_weights(staging, state)
         tokenizer.save_pretrained(staging)
         # peft writes a model card about nothing; ours comes with the export.
         (staging / "README.md").unlink(missing_ok=True)
@@ -253,13 +287,120 @@ def save_checkpoint(
             write_json(staging / SETTINGS_FILE, dataclasses.asdict(settings))
         sizes = {file.name: file.stat().st_size for file in sorted(staging.iterdir())}
         parents = {} if settings is None else {"parent_weights": _parent_weights(settings)}
-        write_json(staging / RUN_FILE, {**(run or {}), **_environment(), **parents, "files": sizes})
+        write_json(staging / RUN_FILE, {**(run or {}), **environment(), **parents, "files": sizes})
         (folder / INCOMPLETE_MARKER).touch()
         for file in staging.iterdir():
             file.replace(folder / file.name)
         (folder / INCOMPLETE_MARKER).unlink()
     finally:
         shutil.rmtree(staging, ignore_errors=True)
+
+
+@torch.no_grad()
+def read_weights(folder: Path, model: Backbone) -> None:
+    """Put a checkpoint's weights into the model that wrote it, or one built alike, bit by bit.
+
+    Args:
+        folder: what `save_checkpoint` wrote.
+        model: a full model, or a PeftModel whose adapter it is; changed in place.
+
+    Raises:
+        UserError: the folder's tensors are not the model's, by name, shape or type.
+    """
+    if isinstance(model, PeftModel):
+        saved = load_file(folder / SAFETENSORS_WEIGHTS_NAME)
+        own = get_peft_model_state_dict(model, save_embedding_layers=False)
+        _check_names(folder, saved.keys() ^ own.keys())
+        set_peft_model_state_dict(model, saved)
+        return
+    own = model.state_dict()
+    read: set[int] = set()
+    for name, tensor in _tensors(folder):
+        weight = own.get(name)
+        if weight is None or (weight.shape, weight.dtype) != (tensor.shape, tensor.dtype):
+            _check_names(folder, {name})
+        else:
+            weight.copy_(tensor)
+            read.add(weight.data_ptr())
+    _check_names(folder, {name for name, weight in own.items() if weight.data_ptr() not in read})  # tied ones share it
+
+
+def _check_names(folder: Path, differing: Set[str]) -> None:
+    if differing:
+        raise UserError(f"{folder}: the weights are not those of this model; {min(differing)} differs.")
+
+
+def _tensors(folder: Path) -> Iterator[tuple[str, Tensor]]:
+    """A full model's written weights, one at a time."""
+    for file in sorted(folder.glob("model*.safetensors")):
+        with safe_open(file, "pt") as tensors:
+            for name in tensors.keys():  # noqa: SIM118 (no mapping)
+                yield name, tensors.get_tensor(name)
+
+
+def check_weights(folder: Path, state: dict[str, Tensor]) -> None:
+    """Read written weights back and compare them with what was to be written.
+
+    Args:
+        folder: a full model's.
+        state: its weights; of those that are tied, one may stand for all.
+
+    Raises:
+        RunEnds: a tensor is missing or other than in memory, or holds a number that is not finite.
+    """
+    read: set[int] = set()
+    for name, tensor in _tensors(folder):
+        if not torch.isfinite(tensor).all():
+            raise RunEnds(f"{folder}: {name} holds numbers that are not finite.", code=1)
+        if name in state and torch.equal(tensor, state[name].cpu()):
+            read.add(state[name].data_ptr())
+    unread = {name for name, weight in state.items() if weight.data_ptr() not in read}
+    if unread:
+        raise RunEnds(f"{folder}: {min(unread)} was not written as it is in memory.", code=1)
+
+
+def write_sums(folder: Path) -> None:
+    """Write `SHA256SUMS` over all files of a folder, last of all and only when they have reached the disk."""
+    files = sorted(file for file in folder.iterdir() if file.name != SUMS_FILE)
+    with ThreadPoolExecutor() as pool:  # a sum is taken outside the interpreter's lock
+        sums = list(pool.map(_sum_on_disk, files))
+    file = folder / SUMS_FILE
+    file.write_text("".join(f"{s}  {f.name}\n" for f, s in zip(files, sums, strict=True)), encoding="utf-8")
+    _sum_on_disk(file)
+
+
+def check_sums(folder: Path) -> None:
+    """Compare all files of a folder with its `SHA256SUMS`; hidden ones aside.
+
+    Raises:
+        UserError: there is none, or a file is missing, unknown or other than it was.
+    """
+    if not (folder / SUMS_FILE).is_file():
+        raise UserError(f"{folder} has no {SUMS_FILE}, so it was cut short while it was written.")
+    lines = (folder / SUMS_FILE).read_text(encoding="utf-8", errors="replace").split("\n")
+    expected = {name: sum_ for sum_, _, name in (line.partition("  ") for line in lines if line)}
+    files = [file for file in folder.iterdir() if not file.name.startswith(".") and file.name != SUMS_FILE]
+    odd = sorted(expected.keys() ^ {file.name for file in files})
+    if odd:
+        raise UserError(f"{folder}: {odd[0]} is {'missing' if odd[0] in expected else f'not in {SUMS_FILE}'}.")
+    with ThreadPoolExecutor() as pool:
+        actual = dict(zip([file.name for file in files], pool.map(sha256, files), strict=True))
+    changed = sorted(name for name in expected if expected[name] != actual[name])
+    if changed:
+        raise UserError(f"{folder}: {changed[0]} is not what was written, by its SHA-256.")
+
+
+def sha256(file: Path) -> str:
+    """SHA-256 of a file, in hexadecimal digits."""
+    with file.open("rb") as content:
+        return hashlib.file_digest(content, "sha256").hexdigest()
+
+
+def _sum_on_disk(file: Path) -> str:
+    """SHA-256 of a file, after what was written has left memory."""
+    with file.open("rb") as content:
+        os.fsync(content.fileno())
+    return sha256(file)
 
 
 def _parent_weights(settings: EncoderSettings) -> list[str | None]:
@@ -279,18 +420,8 @@ def write_json(file: Path, content: Any) -> None:
     aside.replace(file)
 
 
-def _read_json(file: Path) -> dict[str, Any]:
-    try:
-        content = json.loads(file.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise UserError(f"{file}: not valid JSON ({error}).") from error
-    if not isinstance(content, dict):
-        raise UserError(f"{file}: a JSON object is needed, not a {type(content).__name__}.")
-    return content
-
-
-def _environment() -> dict[str, Any]:
-    """Versions of what computed the weights, and the commit of this code where it is a git checkout."""
+def environment() -> dict[str, Any]:
+    """Versions of what computes the weights, and the commit of this code where it is a git checkout."""
     versions = {"python": platform.python_version()}
     for package in PACKAGES:
         try:

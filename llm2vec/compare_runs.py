@@ -14,7 +14,6 @@ again and an unchanged one does not, and a stage that two recipes have in common
 
 from __future__ import annotations
 
-import json
 import re
 import shutil
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -27,6 +26,7 @@ from typing import Any, NamedTuple, get_args
 from llm2vec.checkpoint import RUN_FILE, SETTINGS_FILE, check_complete, write_json
 from llm2vec.config import Config, Stage, load_config
 from llm2vec.data import e5_sources, find_files, read_sources_file, select_sources
+from llm2vec.json_text import read_object
 from llm2vec.revision import checkpoint_revision, data_revision, files_hash, hash_of
 from llm2vec.types import UserError
 
@@ -131,7 +131,7 @@ def read_set(folder: Path) -> RecipeSet:
     Raises:
         UserError: a file is missing, malformed or misnamed.
     """
-    content = _read_object(folder / SHARED_FILE)
+    content = read_object(folder / SHARED_FILE)
     library = content.pop("recipes", None)
     for section, keys in content.items():
         if section not in ("all", *get_args(Stage)):
@@ -141,7 +141,7 @@ def read_set(folder: Path) -> RecipeSet:
             raise UserError(f"{folder / SHARED_FILE}: {section} must be an object of keys.")
     if not content.get("all", {}).get("model_name_or_path"):
         raise UserError(f"{folder / SHARED_FILE}: all.model_name_or_path must name the base model.")
-    evaluation = _read_object(folder / EVALUATION_FILE)
+    evaluation = read_object(folder / EVALUATION_FILE)
     found: dict[str, Path] = {}
     for parent in [folder / library, folder] if library is not None else [folder]:
         if not parent.is_dir():
@@ -158,14 +158,14 @@ def _read_recipe(folder: Path, evaluation: Mapping[str, Any]) -> Recipe:
     own: dict[str, Any] | None = None
     for file in sorted(folder.glob("*.json")):
         if file.name == EVALUATION_FILE:
-            own = _read_object(file)
+            own = read_object(file)
             continue
         name = _STAGE_FILE.fullmatch(file.name)
         if name is None or name[2] not in get_args(Stage):
             raise UserError(f"{file}: the name must be <number>_<stage>.json; stages: {', '.join(get_args(Stage))}.")
         if int(name[1]) in stages:
             raise UserError(f"{file}: {stages[int(name[1])].file.name} has the same number.")
-        keys = _read_object(file)
+        keys = read_object(file)
         if decided := [key for key in keys if key in DECIDED_KEYS]:
             raise UserError(f"{file}: {decided[0]} follows from the set and cannot be given here.")
         stages[int(name[1])] = StageFile(name[2], keys, file)  # type: ignore[arg-type]
@@ -186,18 +186,6 @@ def _read_recipe(folder: Path, evaluation: Mapping[str, Any]) -> Recipe:
     if not options.get("tasks"):
         raise UserError(f"{folder / EVALUATION_FILE}: tasks must name at least one task, here or in the set's file.")
     return Recipe(folder.name, tuple(stages[number] for number in sorted(stages)), options)
-
-
-def _read_object(file: Path) -> dict[str, Any]:
-    try:
-        content = json.loads(file.read_text(encoding="utf-8"))
-    except OSError as error:
-        raise UserError(f"{file}: cannot be read ({error.strerror}).") from error
-    except ValueError as error:
-        raise UserError(f"{file}: not valid JSON ({error}).") from error
-    if not isinstance(content, dict):
-        raise UserError(f"{file}: a JSON object is needed, not a {type(content).__name__}.")
-    return content
 
 
 # --- from recipes to runs ---

@@ -10,7 +10,6 @@ from __future__ import annotations
 import dataclasses
 import difflib
 import importlib.util
-import json
 import logging
 import math
 import os
@@ -25,6 +24,7 @@ from transformers import TrainingArguments
 from transformers.integrations.integration_utils import get_available_reporting_integrations
 from transformers.training_args import ParallelMode
 
+from llm2vec.json_text import read_object
 from llm2vec.templates import TEMPLATES, leaves_join_open, segments_of
 from llm2vec.types import (
     POOLING_ALIASES,
@@ -89,6 +89,7 @@ STAGE_KEYS: dict[str, tuple[Stage, ...]] = {
     "target": ("stage_I",),
     "alpha": ("stage_I",),
     "reconstruct_instruction": ("stage_I",),
+    "reconstruction_probe": ("stage_I",),
     "loss_scale": ("stage_II", "simcse"),
     "num_hard_negatives": ("stage_II",),
     "examples_per_query": ("stage_II",),
@@ -102,6 +103,7 @@ STAGE_KEYS: dict[str, tuple[Stage, ...]] = {
     "mlm_probability": ("mntp",),
     "data_collator_type": ("mntp",),
     "simcse_dropout": ("simcse",),
+    "embedding_diagnostics": ("stage_II", "stage_I", "lm", "simcse"),
 }
 
 
@@ -141,6 +143,10 @@ class Config:
             objective's figures on them are logged as `eval_...`.
         nano_beir: hub name or local folder of NanoBEIR (`sentence-transformers/NanoBEIR-en`); with `eval_strategy`,
             nDCG@10 on its 13 sets is logged as `eval_nano_...`; None = not.
+        embedding_diagnostics: with `eval_strategy`, log alignment, uniformity, effective rank and cosines of the
+            held-out rows' vectors as `eval_...`, by source too, and their histograms in `diagnostics.jsonl`.
+        reconstruction_probe: with `eval_strategy`, log loss and token accuracy of the held-out rows' reconstructions
+            as `eval_reconstruction_...`: from their own anchors, from another row's and from random ones (Stage I).
         num_hard_negatives: hard negatives a row (Stage II).
         examples_per_query: most few-shot examples before a query, other rows of its micro-batch (Stage II); how many
             is drawn for each query, from 0 up.
@@ -171,7 +177,11 @@ class Config:
             processes hold at once do, as in the release (the same without accumulation).
         stop_after_n_steps: end here although the schedule's horizon (`num_train_epochs` or `max_steps`) lies
             further; None = run to the horizon.
+        resume: `auto`: go on from the newest whole checkpoint in the output folder; `never`: start at step 0 and write
+            over what is there; or a checkpoint's folder to go on from (`resume.py`).
+        max_skipped_steps: a step whose loss or gradient is not finite is skipped; so many in a row end the run.
         experiment_id: a folder below `output_dir` to write to.
+        stage: whose script reads the config; a file need not say.
         training: the TrainingArguments keys, as written.
     """
 
@@ -199,6 +209,8 @@ class Config:
     max_train_samples: int | None = None
     num_eval_rows: int = 0
     nano_beir: str | None = None
+    embedding_diagnostics: bool = False
+    reconstruction_probe: bool = False
     num_hard_negatives: int = 1
     examples_per_query: int = 0
     symmetric_instructions: SymmetricInstructions = "documented"
@@ -223,7 +235,10 @@ class Config:
     activation_memory_gb: float | None = None
     one_source_per: Literal["step", "micro_batch"] = "step"
     stop_after_n_steps: int | None = None
+    resume: str = "auto"
+    max_skipped_steps: int = 5
     experiment_id: str | None = None
+    stage: Stage | None = field(default=None, compare=False)
     training: dict[str, Any] = field(default_factory=dict)
 
     @property
@@ -265,10 +280,10 @@ def load_config(path: str | Path, stage: Stage) -> Config:
     Raises:
         UserError: what is wrong, with file and key.
     """
-    content = _with_current_names(_read(Path(path)), path)
+    content = _with_current_names(read_object(Path(path), str(path)), path)
     own = {f.name for f in dataclasses.fields(Config)} - {"training"}
     foreign = {f.name for f in dataclasses.fields(TrainingArguments)}
-    values: dict[str, Any] = {"training": {}}
+    values: dict[str, Any] = {"stage": stage, "training": {}}
     for key, value in content.items():
         where = f"{path}: {key}"
         if key in WITHOUT_EFFECT and key not in foreign:
@@ -293,6 +308,8 @@ def load_config(path: str | Path, stage: Stage) -> Config:
     values.setdefault("use_peft", None)
     if values["use_peft"] is None:
         values["use_peft"] = stage in LORA_STAGES
+    if values["stage"] != stage:
+        raise UserError(f"{path}: stage is {values['stage']!r}, but the script that reads it is that of {stage}.")
     config = Config(**values)
     _check_values(config, content, stage, path)
     _check_contrastive(config, content, stage, path)
@@ -302,8 +319,12 @@ def load_config(path: str | Path, stage: Stage) -> Config:
     return config
 
 
-def training_arguments(config: Config) -> TrainingArguments:
+def training_arguments(config: Config, num_processes: int | None = None) -> TrainingArguments:
     """TrainingArguments of a run, with the accumulation that `total_batch_size` asks for.
+
+    Args:
+        config: of the run.
+        num_processes: of a run that is only planned; None = those that torchrun started.
 
     Raises:
         UserError: the total batch is no multiple of what the processes hold at once, or transformers refuses a value.
@@ -321,7 +342,7 @@ def training_arguments(config: Config) -> TrainingArguments:
     for key in (*CHECKPOINTING_KEYS, *COMPILE_KEYS):
         values.pop(key, None)  # switched on where the model is loaded: the trainer sees the objective, not the model
     if config.total_batch_size is not None:
-        processes = int(os.environ.get("WORLD_SIZE", "1"))
+        processes = num_processes or int(os.environ.get("WORLD_SIZE", "1"))
         values.setdefault("per_device_train_batch_size", max(1, config.total_batch_size // processes))
         at_once = values["per_device_train_batch_size"] * processes
         if config.total_batch_size % at_once:
@@ -337,7 +358,7 @@ def training_arguments(config: Config) -> TrainingArguments:
         args = TrainingArguments(**values)
     except (ValueError, TypeError, ImportError, OSError) as error:
         raise UserError(f"training arguments: {str(error).strip().splitlines()[0]}") from error
-    if args.fsdp and args.parallel_mode != ParallelMode.DISTRIBUTED:
+    if args.fsdp and args.parallel_mode != ParallelMode.DISTRIBUTED and (num_processes or 1) == 1:
         raise UserError("fsdp needs several processes; start with torchrun --nproc_per_node=N, or take fsdp out.")
     available = get_available_reporting_integrations()
     for name in [args.report_to] if isinstance(args.report_to, str) else args.report_to or ():
@@ -347,33 +368,12 @@ def training_arguments(config: Config) -> TrainingArguments:
     return args
 
 
-def _read(path: Path) -> dict[str, Any]:
-    try:
-        content = json.loads(path.read_text(encoding="utf-8"), object_pairs_hook=_without_duplicates)
-    except OSError as error:
-        raise UserError(f"{path}: the config cannot be read ({error.strerror}).") from error
-    except ValueError as error:
-        raise UserError(f"{path}: not valid JSON ({error}).") from error
-    if not isinstance(content, dict):
-        raise UserError(f"{path}: a JSON object is needed, not a {type(content).__name__}.")
-    return content
-
-
 def _with_current_names(content: dict[str, Any], path: str | Path) -> dict[str, Any]:
     """The keys under the names that the current transformers gives them."""
     for key in content:
         if RENAMED.get(key) in content:
             raise UserError(f"{path}: {key} and {RENAMED[key]} are the same option; write it once.")
     return {RENAMED.get(key, key): value for key, value in content.items()}
-
-
-def _without_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    content: dict[str, Any] = {}
-    for key, value in pairs:
-        if key in content:
-            raise ValueError(f"the key {key!r} is written twice")
-        content[key] = value
-    return content
 
 
 def _check_values(config: Config, content: dict[str, Any], stage: Stage, path: str | Path) -> None:
@@ -401,7 +401,7 @@ def _check_values(config: Config, content: dict[str, Any], stage: Stage, path: s
     refuse(config.num_eval_rows < 0, f"num_eval_rows is {config.num_eval_rows}; 0 or more is needed.")
     refuse(config.num_hard_negatives < 0, f"num_hard_negatives is {config.num_hard_negatives}; 0 or more is needed.")
     for key in ("max_seq_length", "doc_max_length", "lora_r", "lora_alpha", "max_train_samples", "total_batch_size",
-                "tokens_per_microbatch", "stop_after_n_steps", "per_device_train_batch_size",
+                "tokens_per_microbatch", "stop_after_n_steps", "max_skipped_steps", "per_device_train_batch_size",
                 "gradient_accumulation_steps"):  # fmt: skip
         value = getattr(config, key, config.training.get(key))
         refuse(value is not None and value < 1, f"{key} is {value}; it must be above 0.")
@@ -444,8 +444,18 @@ def _check_values(config: Config, content: dict[str, Any], stage: Stage, path: s
         "nano_beir is set, but eval_strategy is not, so it would never run; set eval_strategy or leave nano_beir out.",
     )
     refuse(
+        config.embedding_diagnostics and (content.get("eval_strategy", "no") == "no" or config.num_eval_rows < 2),
+        "embedding_diagnostics is true, but it is taken of held-out rows at evaluations; set eval_strategy, and "
+        "num_eval_rows to 2 or more.",
+    )
+    refuse(
+        config.reconstruction_probe and (content.get("eval_strategy", "no") == "no" or config.num_eval_rows < 2),
+        "reconstruction_probe is true, but it is taken of held-out rows at evaluations; set eval_strategy, and "
+        "num_eval_rows to 2 or more.",
+    )
+    refuse(
         bool(content.get("resume_from_checkpoint")),
-        "resume_from_checkpoint: a run cannot be resumed yet; start it again from step 0.",
+        "resume_from_checkpoint: write `resume` instead: auto, never, or the checkpoint's folder.",
     )
     refuse(
         stage not in LORA_STAGES and bool(config.use_peft),
@@ -460,7 +470,7 @@ def _check_token_objectives(config: Config, stage: Stage, path: str | Path) -> N
         if condition:
             raise UserError(f"{path}: {sentence}")
 
-    for key in ("alpha", "target", "reconstruct_instruction"):
+    for key in ("alpha", "target", "reconstruct_instruction", "reconstruction_probe"):
         changed = getattr(config, key) != getattr(Config, key)
         refuse(config.objective == "token_set" and changed, f"{key} has no effect under objective 'token_set'.")
     refuse(
@@ -578,8 +588,14 @@ def _check_sharding(config: Config, path: str | Path) -> None:
         "weights; take it out and evaluate the checkpoints instead.",
     )
     refuse(
-        training.get("save_strategy", "steps") != "no" and not training.get("save_only_model"),
-        "fsdp needs save_only_model: true, as the optimiser's state is not gathered and no run can be resumed yet.",
+        config.embedding_diagnostics,
+        "embedding_diagnostics cannot run with fsdp, as processes encode different texts while each holds a share of "
+        "the weights; take it out.",
+    )
+    refuse(
+        config.reconstruction_probe,
+        "reconstruction_probe cannot run with fsdp, as processes decode different texts while each holds a share of "
+        "the weights; take it out and score the checkpoints instead.",
     )
     refuse(bool(training.get("load_best_model_at_end")), "load_best_model_at_end cannot be used with fsdp.")
     refuse(bool(training.get("fp16")), "fp16 cannot be used with fsdp; use bf16.")

@@ -8,7 +8,6 @@ line, once, into Arrow tables that all ranks map into memory. Nothing here knows
 from __future__ import annotations
 
 import copy
-import json
 from collections.abc import Iterator, Sequence
 from itertools import chain
 from pathlib import Path
@@ -18,7 +17,8 @@ import numpy as np
 import pyarrow.compute as pc
 from torch.utils.data import Dataset, Sampler
 
-from llm2vec.distributed import rank_zero_first
+from llm2vec.cached_tables import cached_table, check_unchanged, stamp_of
+from llm2vec.json_text import parse_object, read_object
 from llm2vec.types import Example, InstructedText, SymmetricInstructions, TextSide, UserError
 
 #: Where the released training archive is to be had.
@@ -26,6 +26,10 @@ ARCHIVE_HINT = (
     "the training archive (echo-data, 14 files, 3.6 GB) is linked from "
     "https://github.com/jakespringer/echo-embeddings#training; unpack it there, or list the `sources` you have"
 )
+
+
+#: How a table's rows are made of lines. Raise it when that changes, so that no table made the older way is taken up.
+ROWS_VERSION = 2
 
 
 class Instruction(NamedTuple):
@@ -91,13 +95,8 @@ def read_sources_file(path: Path) -> list[Source]:
     Raises:
         UserError: the file is missing, no JSON object, or an entry has an unknown key or a wrong type.
     """
-    try:
-        table = json.loads(path.read_text(encoding="utf-8"))
-    except OSError as error:
-        raise UserError(f"sources_file: {path} cannot be read ({error.strerror}).") from error
-    except ValueError as error:
-        raise UserError(f"sources_file: {path} is not valid JSON ({error}).") from error
-    if not isinstance(table, dict) or not table:
+    table = read_object(path, f"sources_file: {path}")
+    if not table:
         raise UserError(f"sources_file: {path} must hold an object that maps source names to tables.")
     return [_read_source(path, name, entry) for name, entry in table.items()]
 
@@ -233,6 +232,11 @@ class TrainingRows(Dataset[Example]):
             tuple(row.get("scores", ())),
         )
 
+    def place(self, index: int) -> tuple[str, int]:
+        """The file of a row, and its line there, counted from 1; blank lines of a text file do not count."""
+        which = int(np.searchsorted(self._starts, index, side="right")) - 1
+        return self.sources[which].file, int(index - self._starts[which]) + self._first_rows[which] + 1
+
     def lengths(
         self, indices: np.ndarray[Any, np.dtype[np.int64]], most: int | None = None
     ) -> np.ndarray[Any, np.dtype[np.int64]]:
@@ -267,41 +271,31 @@ def read_rows(file: Path, num_negatives: int, with_scores: bool = False, texts_a
     """A source's rows as an Arrow-backed `datasets.Dataset` with `query`, `positive`, `negative` (a list) and, if
     asked for, `scores` (a list); arguments as in `TrainingRows`.
 
-    Built once for a file's size, time stamp and path, then mapped; rank 0 builds, the others wait.
+    Built once for a file's path and stamp (`cached_tables.stamp_of`), then mapped; rank 0 builds, the others wait.
 
     Raises:
         UserError: a line is no valid row.
     """
-    from datasets import Dataset as ArrowDataset
     from datasets import Features, List, Value
-    from datasets.exceptions import DatasetGenerationError
 
     features = Features({"query": Value("string"), "positive": Value("string"), "negative": List(Value("string"))})
     if with_scores:
         features["scores"] = List(Value("float64"))
-    stat = file.stat()
-    if stat.st_size == 0:
+    if file.stat().st_size == 0:
         raise UserError(f"{file}: the file is empty; leave its source out of `sources` or fetch it again.")
-    # Everything that decides the table is an argument, because the cache key is a hash of the arguments. None is a
-    # list: `datasets` would take its items for shards and run the generator once for each.
     arguments = {
         "file": str(file.resolve()),
         "num_negatives": num_negatives,
         "with_scores": with_scores,
         "texts_alone": texts_alone,
-        "stamp": f"{stat.st_size} bytes, {stat.st_mtime_ns} ns",
+        "stamp": stamp_of(file),
+        "version": ROWS_VERSION,
     }
-    with rank_zero_first():
-        try:
-            return ArrowDataset.from_generator(_generate_rows, features=features, gen_kwargs=arguments)
-        except DatasetGenerationError as error:
-            if isinstance(error.__cause__, UserError):
-                raise error.__cause__ from None
-            raise
+    return cached_table(_generate_rows, features, arguments)
 
 
 def _generate_rows(
-    file: str, num_negatives: int, with_scores: bool, texts_alone: bool, stamp: str
+    file: str, num_negatives: int, with_scores: bool, texts_alone: bool, stamp: str, version: int
 ) -> Iterator[dict[str, Any]]:
     with Path(file).open("rb") as lines:
         for number, line in enumerate(lines, start=1):
@@ -312,6 +306,7 @@ def _generate_rows(
                 yield from _pair(parse_line(line, where))
             else:
                 yield from _pair(parse_row(line, 0, where)["positive"])
+    check_unchanged(Path(file), stamp)
 
 
 def _pair(text: str) -> Iterator[dict[str, Any]]:
@@ -340,12 +335,7 @@ def parse_row(line: bytes, num_negatives: int, where: str, with_scores: bool = F
         UserError: not JSON, no object, a field missing, empty or no text, too few negatives, or scores that are
             missing, no numbers or not as many as the negatives; begins with `where`.
     """
-    try:
-        row = json.loads(line.decode("utf-8"))
-    except ValueError as error:
-        raise UserError(f"{where}: not valid JSON ({error}).") from error
-    if not isinstance(row, dict):
-        raise UserError(f"{where}: a JSON object is needed, not a {type(row).__name__}.")
+    row = parse_object(line, where)
     for field in ("query", "positive"):
         _check_text(row.get(field), field, field in row, where)
     negatives = row.get("negative", [])
@@ -488,7 +478,7 @@ class OneSourceBlocks(Sampler[int]):
         order = block_order(self.sizes, self.block_size, self.seed, self.epoch)
         first = self.epoch * sum(self.sizes) if self.rows.drawn_anew else 0
         if self.num_ranks == 1:
-            return iter((first + order).tolist())
+            return map(int, first + order)  # a list of so many integers would take four times the array's memory
         dealt = chain.from_iterable(map(self._dealt, order.reshape(-1, self.group_size)))
         return (first + index for index in dealt)
 

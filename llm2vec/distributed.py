@@ -5,8 +5,10 @@ No device is named here: tensors stay where they are, so the same lines run unde
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator
 from contextlib import contextmanager
+from datetime import timedelta
 from typing import Any
 
 import torch
@@ -73,6 +75,17 @@ def max_over_ranks(value: int) -> int:
     return int(largest)
 
 
+def join_on_cpu(seconds: int) -> None:
+    """Form the group of the processes that torchrun started, by gloo; nothing for one process, or where there is one.
+
+    Args:
+        seconds: how long a collective waits for a process. accelerate, which forms the group otherwise, hands this on
+            for GPUs only.
+    """
+    if int(os.environ.get("WORLD_SIZE", "1")) > 1 and not dist.is_initialized():
+        dist.init_process_group("gloo", timeout=timedelta(seconds=seconds))
+
+
 @contextmanager
 def rank_zero_first() -> Iterator[None]:
     """Run the body on rank 0 before the others, so that one process builds a file the others only read."""
@@ -90,3 +103,14 @@ def shut_down() -> None:
     if dist.is_available() and dist.is_initialized():
         dist.barrier()
         dist.destroy_process_group()
+
+
+def is_of_lost_process(error: RuntimeError) -> bool:
+    """Whether a collective failed because another process is gone, or did not come within the group's time."""
+    if world_size() == 1:
+        return False
+    text = str(error)
+    return isinstance(error, dist.DistError) or any(
+        sign in text
+        for sign in ("Connection closed by peer", "Connection reset by peer", "Timed out waiting", "Broken pipe")
+    )

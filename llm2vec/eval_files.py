@@ -5,13 +5,13 @@ Tasks here are mteb's, but mteb is not imported: only the adapter does that.
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from datasets import get_dataset_config_names
 
+from llm2vec.json_text import parse_object, read_object
 from llm2vec.revision import data_revision
 from llm2vec.types import UserError
 
@@ -40,13 +40,8 @@ def load_instructions(path: str | Path) -> dict[str, str]:
     Raises:
         UserError: The file is missing, is not JSON or holds anything else.
     """
-    try:
-        table = json.loads(Path(path).read_text(encoding="utf-8"))
-    except OSError as error:
-        raise UserError(f"Cannot read the instructions {path}: {error.strerror}.") from error
-    except ValueError as error:
-        raise UserError(f"The instructions {path} are not valid JSON: {error}.") from error
-    if not isinstance(table, dict) or not all(isinstance(value, str) for value in table.values()):
+    table = read_object(Path(path), f"The instructions {path}")
+    if not all(isinstance(value, str) for value in table.values()):
         raise UserError(f"The instructions {path} must be one JSON object, task name -> instruction (a string).")
     return table
 
@@ -127,12 +122,9 @@ def read_retrieval(folder: Path) -> RetrievalSet:
 
 
 def _read_jsonl(path: Path, keys: tuple[str, ...]) -> Iterator[dict[str, Any]]:
-    with path.open(encoding="utf-8") as lines:
+    with path.open("rb") as lines:
         for number, line in enumerate(lines, start=1):
-            try:
-                row = json.loads(line)
-            except ValueError as error:
-                raise UserError(f"{path}, line {number}: not valid JSON ({error}).") from error
-            if not isinstance(row, dict) or not row.keys() >= set(keys):
+            row = parse_object(line, f"{path}, line {number}")
+            if not row.keys() >= set(keys):
                 raise UserError(f"{path}, line {number}: expected an object with the keys {', '.join(keys)}.")
             yield row

@@ -18,6 +18,7 @@ from typing import Any, cast, get_args
 from matplotlib.figure import Figure
 
 from llm2vec.comparison import MIN_UNITS, TOLERANCES, Interval, Verdict, compare_units, compare_within_tasks
+from llm2vec.embedding_figures import TABLE_NOTE, read_spaces, space_figures, space_table
 from llm2vec.figures import Score, Stage, by_stage_figure, early_stage_figure, losses_figure, png, read_log
 from llm2vec.paper import SUBSET, Paper, mean_of
 from llm2vec.paper_tables import Run, Table, pairs, paper_tables
@@ -68,7 +69,8 @@ def build_report(
         runs: Runs of different names; those the paper knows are compared with it.
         paper: The paper's data.
         paper_model: Which of the paper's models the runs are compared with; None: with none.
-        losses: Training log of each stage, for the figure of the losses; empty leaves it out.
+        losses: Training log of each stage, for the figure of the losses, and for those of the embedding space where
+            the run logged its diagnostics; empty leaves them out.
 
     Raises:
         UserError: Two runs share a name, the paper lacks the model or all of the names, or a log is of no
@@ -92,11 +94,14 @@ def build_report(
     sentences += _paper_interval(paper, paper_model) + _different_data(runs) + _far_off(tables)
     if paper_model is not None:
         tables.append(_verdict_table(tables))
+    spaces = read_spaces(cast(Mapping[Stage, Path], losses))
+    if spaces:
+        tables.append(Table("Embedding space along training", *space_table(spaces), TABLE_NOTE, {}))
     return EvaluationReport(
         sentences=sentences,
         comparisons=comparisons,
         tables=tables,
-        figures=_figures(runs, paper, paper_model, losses),
+        figures=_figures(runs, paper, paper_model, losses) | space_figures(spaces),
         facts=_facts(runs, paper, paper_model),
         runs=tuple(runs),
         paper_model=paper_model,

@@ -143,7 +143,8 @@ def early_stage_figure(curves: Sequence[Score]) -> Figure:
         axes.plot(steps, line, style, color=STAGE_COLOURS[stage], marker="o", markersize=4, label=label)
         low, high = [min(values) for values in points.values()], [max(values) for values in points.values()]
         axes.fill_between(steps, low, high, color=STAGE_COLOURS[stage], alpha=0.15, linewidth=0)
-    _finish(axes, "Early Stage II", "Stage II optimiser step", _score_label(curves))
+    finish(axes, "Early Stage II", "Stage II optimiser step", _score_label(curves))
+    whole_steps(axes)
     axes.set_xlim(left=0)
     axes.legend(frameon=False)
     return figure
@@ -176,7 +177,7 @@ def by_stage_figure(scores: Sequence[Score]) -> Figure:
             axes.bar(0, 0, color=STAGE_COLOURS[stage], label=STAGE_NAMES[stage])
     else:
         axes.set_xticks(range(len(stages)), [STAGE_NAMES[stage].replace(" (", "\n(") for stage in stages])
-    _finish(axes, "After each training stage", "", _score_label(scores))
+    finish(axes, "After each training stage", "", _score_label(scores))
     if axes.get_legend_handles_labels()[0]:
         figure.legend(loc="outside lower center", ncols=3, frameon=False)
     return figure
@@ -192,9 +193,10 @@ def losses_figure(logs: Mapping[Stage, Sequence[Mapping[str, float]]]) -> Figure
             _plot_smoothed(left, *curve(logs[stage], key), label + suffix, colour, _LINE_STYLES[index % 4])
     for stage, log in logs.items():
         _plot_smoothed(right, *curve(log, "loss_contrastive"), STAGE_NAMES[stage], STAGE_COLOURS[stage], "-")
-    _finish(left, "Stage I: reconstruction", "Stage I optimiser step", "cross-entropy, nats per token")
-    _finish(right, "Stage II: contrastive", "Stage II optimiser step", "InfoNCE, nats per query")
+    finish(left, "Stage I: reconstruction", "Stage I optimiser step", "cross-entropy, nats per token")
+    finish(right, "Stage II: contrastive", "Stage II optimiser step", "InfoNCE, nats per query")
     for axes in (left, right):
+        whole_steps(axes)
         if axes.lines:
             axes.legend(frameon=False, fontsize=9)
         else:
@@ -240,7 +242,7 @@ def _new_figure(panels: int) -> tuple[Figure, list[Axes]]:
     return figure, [figure.add_subplot(1, panels, i + 1) for i in range(panels)]
 
 
-def _finish(axes: Axes, title: str, x_label: str, y_label: str) -> None:
+def finish(axes: Axes, title: str, x_label: str, y_label: str) -> None:
     """Title, labels with units, a light grid behind, no box."""
     axes.set_title(title, loc="left", fontweight="bold")
     axes.set_xlabel(x_label)
@@ -248,8 +250,11 @@ def _finish(axes: Axes, title: str, x_label: str, y_label: str) -> None:
     axes.grid(axis="y", color="#dddddd", linewidth=0.8)
     axes.set_axisbelow(True)
     axes.spines[["top", "right"]].set_visible(False)
-    if x_label:
-        axes.xaxis.set_major_locator(MaxNLocator(integer=True, steps=[1, 2, 2.5, 5, 10]))
+
+
+def whole_steps(axes: Axes) -> None:
+    """Ticks at whole numbers of optimiser steps."""
+    axes.xaxis.set_major_locator(MaxNLocator(integer=True, steps=[1, 2, 2.5, 5, 10]))
 
 
 def png(figure: Figure) -> bytes:

@@ -13,15 +13,20 @@ too), but the next `prepare` frees it.
 from __future__ import annotations
 
 import dataclasses
+import fcntl
 import json
 import os
 import socket
 import time
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 
 from llm2vec.checkpoint import write_json
+from llm2vec.types import UserError
+
+LOCK_FILE = ".lock"
 
 #: A claim without content is of a process that died between making and writing it, once it is as old as this.
 SECONDS_TO_WRITE_A_CLAIM = 60.0
@@ -147,6 +152,26 @@ class JobQueue:
         """Whether one of these jobs is in the hands of a process that runs, or of another machine."""
         claims = [self.folder / "claims" / name for name in names]
         return any(_of_another_live_process(claim, elsewhere=True) for claim in claims)
+
+
+@contextmanager
+def alone_in(folder: Path, work: str) -> Iterator[None]:
+    """Hold a folder that two starts at a time would write over each other's files in; it is made if missing.
+
+    Args:
+        folder: where the files go.
+        work: what is done there, for the message.
+
+    Raises:
+        UserError: another process holds it.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    with (folder / LOCK_FILE).open("w") as lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)  # ends with the process
+        except BlockingIOError:
+            raise UserError(f"{folder}: another {work} is at work here; wait, or give another output folder.") from None
+        yield
 
 
 def _jobs_file(folder: Path) -> Path:

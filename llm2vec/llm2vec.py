@@ -11,7 +11,7 @@ import logging
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Any, get_args
+from typing import TYPE_CHECKING, Any, get_args
 
 import numpy as np
 import torch
@@ -31,9 +31,13 @@ from llm2vec.checkpoint import (
 )
 from llm2vec.packing import pack_rows, packed_hidden_states
 from llm2vec.pooling import pool, pool_packed
+from llm2vec.stock_form import stock_model
 from llm2vec.templates import infer_template
 from llm2vec.tokenization import Row, RowTokenizer, probe_ids
 from llm2vec.types import Attention, InstructedText, TextSide, TokenBatch, UserError
+
+if TYPE_CHECKING:
+    from sentence_transformers import SentenceTransformer
 
 logger = logging.getLogger(__name__)
 
@@ -53,9 +57,15 @@ class LLM2Vec(nn.Module):
     Args:
         model: the decoder without language-model head, plain or with an adapter on it.
         tokenizer: its tokenizer.
-        pooling_mode, max_length, doc_max_length, skip_instruction, template, instruction_join, normalize,
-            parent_adapters: as in `checkpoint.EncoderSettings`; a template of None is inferred, and said.
+        pooling_mode: this and the other settings are those of `checkpoint.EncoderSettings`.
+        max_length: most tokens of a row.
+        doc_max_length: most tokens of the text alone.
+        skip_instruction: whether the instruction is left out of the pooled positions.
+        template: key of `templates.TEMPLATES`; None is inferred from the tokenizer, and said.
+        instruction_join: what stands between instruction and text.
         attention: `causal` or `bidirectional`; None = what the model's own config says, causal if nothing.
+        normalize: whether `encode` returns unit vectors.
+        parent_adapters: the adapters merged into the base below this model's own.
     """
 
     def __init__(
@@ -164,7 +174,7 @@ class LLM2Vec(nn.Module):
         check_attention(model, settings.attention)
         loaded = cls(model, tokenizer, **dataclasses.asdict(settings))
         if recorded and loaded.settings == EncoderSettings(**{**recorded, **parents}):
-            _check_rendering(outermost, loaded.row_tokenizer)
+            check_rendering(outermost, loaded.row_tokenizer)
         return loaded.eval()
 
     def forward(self, batch: dict[str, Tensor]) -> Tensor:
@@ -250,6 +260,20 @@ class LLM2Vec(nn.Module):
         run = {"probe_ids": probe_ids(self.row_tokenizer)}
         save_checkpoint(Path(output_path), self.model, self.tokenizer, self.settings if save_config else None, run)
 
+    def as_sentence_transformer(self, instructions: Mapping[str, str] | None = None) -> SentenceTransformer:
+        """A `SentenceTransformer` of the same weights, to encode, evaluate or train with its library.
+
+        Weights are shared: what one trains, the other has. Texts must be stripped by the caller; vectors are unit
+        vectors. The model's config is set to this encoder's attention.
+
+        Args:
+            instructions: prompts to have by name, beside `query` and `document`: name -> instruction.
+
+        Raises:
+            UserError: sentence-transformers is not installed, or has no words for the template or the pooling.
+        """
+        return stock_model(self.model, self.row_tokenizer, self.settings, instructions or {}).model
+
     def _tokenize_ahead(self, texts: Sequence[InstructedText], at_once: int) -> Iterator[tuple[list[int], list[Row]]]:
         """Texts, longest first, in slabs of `at_once`: their indices and rows; the next slab is tokenised meanwhile."""
         order = sorted(range(len(texts)), key=lambda i: -len(texts[i].instruction) - len(texts[i].text))
@@ -297,7 +321,7 @@ def embed(
     lengths = [length for side in sides.values() for length in side["lengths"]]
     closing_only = settings.pooling_mode == "last" and all(side["closed"] for side in sides.values())
     # Dropout draws other numbers for each text's copy of a prefix, so then there is no one prefix to share.
-    prefixes = () if _drops_out(model) else [(len(side["lengths"]), side["prefix"]) for side in sides.values()]
+    prefixes = () if drops_out(model) else [(len(side["lengths"]), side["prefix"]) for side in sides.values()]
     states = packed_hidden_states(
         model, settings.attention, lengths, embeddings, prefixes=prefixes, closing_only=closing_only
     )
@@ -311,7 +335,8 @@ def embed(
     }
 
 
-def _drops_out(model: nn.Module) -> bool:
+def drops_out(model: nn.Module) -> bool:
+    """Whether some module of a model drops out activations now."""
     return model.training and any(isinstance(m, nn.Dropout) and m.p > 0 for m in model.modules())
 
 
@@ -388,17 +413,21 @@ def parse_dtype(dtype: torch.dtype | str | None) -> torch.dtype | str:
     return DTYPES[dtype]
 
 
-def _attention(enable_bidirectional: bool | None) -> Attention | None:
-    if enable_bidirectional is None:
-        return None
-    return "bidirectional" if enable_bidirectional else "causal"
+def check_rendering(path: str, tokenizer: RowTokenizer) -> None:
+    """Refuse a checkpoint whose texts would now become other tokens than in training.
 
-
-def _check_rendering(path: str, tokenizer: RowTokenizer) -> None:
-    """Refuse a checkpoint whose texts would now become other tokens than in training."""
+    Raises:
+        UserError: its probe texts have other token ids than it recorded.
+    """
     recorded = read_probe_ids(path)
     if recorded is not None and recorded != probe_ids(tokenizer):
         raise UserError(
             f"{path}: the tokenizer renders the checkpoint's probe texts to other token ids than in training; its "
             "files were changed, or another version of the tokenizers library reads them differently."
         )
+
+
+def _attention(enable_bidirectional: bool | None) -> Attention | None:
+    if enable_bidirectional is None:
+        return None
+    return "bidirectional" if enable_bidirectional else "causal"

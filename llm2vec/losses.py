@@ -59,9 +59,13 @@ def linear_cross_entropy(
     if torch.is_autocast_enabled(hidden_ND.device.type):
         hidden_ND = hidden_ND.to(torch.get_autocast_dtype(hidden_ND.device.type))
     if block_rows is None:
-        entries = BLOCK_ENTRIES_CUDA if hidden_ND.device.type == "cuda" else BLOCK_ENTRIES
-        block_rows = max(64, entries // len(weight_VD))
+        block_rows = rows_of_a_block(len(weight_VD), hidden_ND.device.type)
     return CrossEntropy(*_LinearCrossEntropy.apply(hidden_ND, weight_VD, target_N, term_weight_N, block_rows, left_out))
+
+
+def rows_of_a_block(num_columns: int, device: str) -> int:
+    """How many rows of logits are made at a time on a `cuda` device, or another."""
+    return max(64, (BLOCK_ENTRIES_CUDA if device == "cuda" else BLOCK_ENTRIES) // num_columns)
 
 
 class _LinearCrossEntropy(torch.autograd.Function):

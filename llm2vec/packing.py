@@ -96,6 +96,11 @@ def positions_of(lengths: Sequence[int]) -> Tensor:
     return total - starts_of(lengths).repeat_interleave(torch.tensor(lengths, dtype=torch.long))
 
 
+def shares_prefix(model: Any, attention: Attention, device: torch.device, dtype: torch.dtype) -> bool:
+    """Whether a pass over states of this kind runs a prefix that all texts begin with once."""
+    return attention == "causal" and can_share_prefix(device, dtype, attention_dropout(model))
+
+
 def can_pack(model: Any, longest: int) -> bool:
     """Whether packed attention gives what the model's own would, for texts of up to `longest` tokens.
 
@@ -135,14 +140,14 @@ def packed_hidden_states(
     if not can_pack(model, max(lengths)):
         return _padded_hidden_states(model, attention, lengths, embeddings, closing_only)
     runs = [(0, len(lengths))] if not prefixes else [(prefix, number) for number, prefix in prefixes]
-    if attention != "causal" or not can_share_prefix(embeddings.device, embeddings.dtype, _attention_dropout(model)):
+    if not shares_prefix(model, attention, embeddings.device, embeddings.dtype):
         runs = [(0, len(lengths))]
     kept, groups = _without_repeats(lengths, runs)
     positions = positions_of(lengths)
     if kept is not None:
         positions, on_device = positions[kept], kept.to(embeddings.device)
         embeddings = embeddings.index_select(0, on_device)
-    narrow = closing_only and _last_layer(model) is not None
+    narrow = closing_only and narrowing_layer(model) is not None
     layout = Layout(tuple(groups))
     with packed(model):
         output = model(
@@ -200,7 +205,7 @@ def packed(model: Any) -> Iterator[None]:
         yield
         return
     AttentionInterface.register(NAME, attend)  # here, as importing this file must change nothing
-    last = _last_layer(model)
+    last = narrowing_layer(model)
     model.config._attn_implementation = NAME
     if last is not None:
         last.forward = partial(_forward_at_closing, last, type(last).forward)
@@ -279,13 +284,13 @@ def _attend_at_closing(
     return output
 
 
-def _last_layer(model: Any) -> Any:
+def narrowing_layer(model: Any) -> Any:
     """The decoder's last layer, if it is of those that `_forward_at_closing` knows; else None."""
     layer = inner_decoder(model).layers[-1]
     known = any(kind.__name__ in _PLAIN_LAYERS for kind in type(layer).__mro__)  # FSDP makes a class below the layer's
     # Others put a `forward` on an instance too: accelerate, where a model is spread over devices. It must stay.
     replaced = "forward" in vars(layer) and not _is_ours(layer.forward)
-    return layer if known and not replaced and _attention_dropout(model) == 0 else None
+    return layer if known and not replaced and attention_dropout(model) == 0 else None
 
 
 def _is_ours(forward: Any) -> bool:
@@ -298,7 +303,8 @@ def inner_decoder(model: Any) -> Any:
     return model if hasattr(model, "layers") else model.base_model
 
 
-def _attention_dropout(model: Any) -> float:
+def attention_dropout(model: Any) -> float:
+    """How likely a model in training mode drops an attention weight out; 0 in evaluation."""
     attention = getattr(inner_decoder(model).layers[0], "self_attn", None)
     of_config = getattr(model.config, "attention_dropout", 0.0)
     return float(getattr(attention, "attention_dropout", of_config)) if model.training else 0.0

@@ -10,7 +10,6 @@ and `anchor@25` for a checkpoint after 25 steps of Stage II.
 
 from __future__ import annotations
 
-import json
 import statistics
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -18,6 +17,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any, TypeAlias
 
+from llm2vec.json_text import read_object
 from llm2vec.types import UserError
 
 #: The columns of Tables 1 to 3.
@@ -159,10 +159,4 @@ def read_paper(folder: Path) -> Paper:
 
 
 def _read(path: Path) -> dict[str, Any]:
-    try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except OSError as error:
-        raise UserError(f"Cannot read the paper's data file {path}: {error.strerror}.") from None
-    except ValueError as error:
-        raise UserError(f"The paper's data file {path} is not valid JSON: {error}.") from None
-    return content if isinstance(content, dict) else {}
+    return read_object(path, f"The paper's data file {path}")

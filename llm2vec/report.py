@@ -14,6 +14,9 @@ from html import escape
 from pathlib import Path
 from typing import TypeAlias
 
+from matplotlib.figure import Figure
+
+from llm2vec.embedding_figures import TABLE_NOTE, read_spaces, space_figures, space_table
 from llm2vec.figures import (
     STAGE_NAMES,
     Run,
@@ -134,7 +137,8 @@ def write_report(
         folder: Where to write; made if missing.
         scores: Finished checkpoints, for the table and `by_stage.png`.
         curves: Checkpoints along Stage II, for `early_stage.png`; empty leaves that figure out.
-        losses: Log file (JSON lines) of each stage, for `losses.png`; empty leaves that figure out.
+        losses: Log file (JSON lines) of each stage, for `losses.png`; empty leaves that figure out. Where runs logged
+            diagnostics of their embeddings, there is a section on these too.
         context: Title, seeds, row counts, facts.
 
     Returns:
@@ -144,6 +148,7 @@ def write_report(
         UserError: There are no scores, checkpoints have no task in common, or a log cannot be read.
     """
     logs = {stage: read_log(path) for stage, path in losses.items()}
+    spaces = read_spaces(losses)
     tables = [
         section(
             "Scores",
@@ -163,15 +168,23 @@ def write_report(
             section("Training", html_table(*_training_table(logs), mark_best=False), "Speed: median of the log.")
         )
     folder.mkdir(parents=True, exist_ok=True)
-    images: list[str] = []
-    for name, (figure, caption) in figures.items():
-        content = png(figure)
-        write_whole(folder / name, content)
-        images.append(html_figure(content, f"{caption} {context.sentence()}"))
-    body = tables[0] + "".join(images) + "".join(tables[1:])
+    body = tables[0] + _html_figures(folder, figures, context) + "".join(tables[1:])
+    if spaces:
+        body += section("Embedding space", html_table(*space_table(spaces), mark_best=False), TABLE_NOTE)
+        body += _html_figures(folder, space_figures(spaces), context)
     html = page(context.title, context.sentence(), verdicts(scores), body, context.facts)
     write_whole(folder / "report.html", html.encode())
     return folder / "report.html"
+
+
+def _html_figures(folder: Path, figures: Mapping[str, tuple[Figure, str]], context: Context) -> str:
+    """Figures as part of a page, each with its caption; and beside the page as PNG files, by name."""
+    images = ""
+    for name, (figure, caption) in figures.items():
+        content = png(figure)
+        write_whole(folder / name, content)
+        images += html_figure(content, f"{caption} {context.sentence()}")
+    return images
 
 
 def verdicts(scores: Sequence[Score]) -> list[str]:

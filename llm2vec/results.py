@@ -16,6 +16,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from llm2vec.json_text import read_object
 from llm2vec.types import UserError
 
 AGGREGATE = "CQADupstackRetrieval"
@@ -163,10 +164,9 @@ def _holds_results(folder: Path) -> bool:
 def _read_json(path: Path) -> dict[str, Any]:
     """The object in a file; empty if the file is cut off or is no object."""
     try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError):
+        return read_object(path)
+    except UserError:
         return {}
-    return content if isinstance(content, dict) else {}
 
 
 def _main_score(task: str, content: Mapping[str, Any]) -> float:

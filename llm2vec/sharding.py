@@ -13,6 +13,8 @@ from accelerate import Accelerator, PartialState
 from accelerate.utils import DistributedType, FullyShardedDataParallelPlugin
 from torch import Tensor
 from torch.distributed.fsdp import MixedPrecisionPolicy
+from torch.distributed.tensor import DTensor
+from torch.optim import Optimizer
 from transformers import PreTrainedModel, TrainingArguments
 
 from llm2vec.types import UserError
@@ -62,3 +64,39 @@ def state_of_model(state: dict[str, Tensor], model: PreTrainedModel) -> dict[str
     own = {name.removeprefix(prefix): weight for name, weight in state.items() if name.startswith(prefix)}
     tied: dict[str, str] = model.all_tied_weights_keys or {}
     return own | {name: own[source] for name, source in tied.items() if source in own}
+
+
+def own_share(optimizer: Optimizer) -> dict[str, Any]:
+    """An optimiser's state as `state_dict` gives it, with this process's share of every tensor in place of it."""
+    state = optimizer.state_dict()
+    shares = {
+        i: {name: value.to_local() if isinstance(value, DTensor) else value for name, value in values.items()}
+        for i, values in state["state"].items()
+    }
+    return {**state, "state": shares}
+
+
+def load_own_share(optimizer: Optimizer, state: dict[str, Any]) -> None:
+    """Put back what `own_share` took from an optimiser over the same weights, spread over as many processes."""
+    parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
+    whole = {
+        i: {name: _spread_like(parameters[i], value) for name, value in values.items()}
+        for i, values in state["state"].items()
+    }
+    optimizer.load_state_dict({**state, "state": whole})
+
+
+def _spread_like(parameter: Any, value: Any) -> Any:
+    """A process's share of a tensor that has the parameter's form; anything else as it is."""
+    if not (isinstance(value, Tensor) and isinstance(parameter, DTensor)):
+        return value
+    if value.dim() == 0 or value.shape != parameter.to_local().shape:
+        return value
+    return DTensor.from_local(
+        value.to(parameter.device),
+        parameter.device_mesh,
+        parameter.placements,
+        run_check=False,
+        shape=parameter.shape,
+        stride=parameter.stride(),
+    )

@@ -246,7 +246,7 @@ def template_named(name: str) -> Template:
     Raises:
         UserError: no such template.
     """
-    if name not in TEMPLATES:
+    if not isinstance(name, str) or name not in TEMPLATES:
         raise UserError(f"template is {name!r}; allowed: {', '.join(TEMPLATES)}.")
     return TEMPLATES[name]
 

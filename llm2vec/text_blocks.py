@@ -6,7 +6,6 @@ the hub. They are checked before a model loads and cut once, into Arrow tables t
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -16,8 +15,10 @@ from tokenizers import Tokenizer
 from torch.utils.data import Dataset
 from transformers import PreTrainedTokenizerBase
 
-from llm2vec.data import Source, find_files, parse_line, read_rows
+from llm2vec.cached_tables import cached_table, check_unchanged, stamp_of
+from llm2vec.data import ROWS_VERSION, Source, find_files, parse_line, read_rows
 from llm2vec.distributed import rank_zero_first
+from llm2vec.json_text import parse_object
 from llm2vec.types import UserError
 
 #: What the name of a file of texts ends in.
@@ -63,9 +64,8 @@ def texts_of_file(file: Path) -> Texts:
 
     if not file.is_file():
         raise UserError(f"dataset_file_path: {file} is not there.")
-    stat = file.stat()
-    arguments = {"file": str(file.resolve()), "stamp": f"{stat.st_size} bytes, {stat.st_mtime_ns} ns"}
-    table = _built(_generate_texts, Features({"text": Value("string")}), arguments)
+    arguments = {"file": str(file.resolve()), "stamp": stamp_of(file), "version": ROWS_VERSION}
+    table = cached_table(_generate_texts, Features({"text": Value("string")}), arguments)
     return Texts(file.stem, file, table, ("text",))
 
 
@@ -148,6 +148,12 @@ class TextBlocks(Dataset[Block]):
         which = int(np.searchsorted(self._starts, row, side="right")) - 1
         return Block(self._tables[which][row - int(self._starts[which])]["ids"], epoch, row)
 
+    def place(self, index: int) -> tuple[str, int]:
+        """The file of a block, and which of its blocks it is, counted from 1."""
+        row = int(index) % len(self)
+        which = int(np.searchsorted(self._starts, row, side="right")) - 1
+        return self.sources[which].file, row - int(self._starts[which]) + 1
+
     def lengths(
         self, indices: np.ndarray[Any, np.dtype[np.int64]], most: int | None = None
     ) -> np.ndarray[Any, np.dtype[np.int64]]:
@@ -211,7 +217,7 @@ def cut_into_blocks(table: Any, columns: Sequence[str], tokenizer: PreTrainedTok
         "bos": -1 if tokenizer.bos_token_id is None else tokenizer.bos_token_id,
         "length": length,
     }
-    return _built(_generate_blocks, Features({"ids": List(Value("int32"))}), arguments)
+    return cached_table(_generate_blocks, Features({"ids": List(Value("int32"))}), arguments)
 
 
 def _bare(tokenizer: PreTrainedTokenizerBase) -> str:
@@ -222,41 +228,25 @@ def _bare(tokenizer: PreTrainedTokenizerBase) -> str:
     return str(rules.to_str())
 
 
-def _built(generate: Any, features: Any, arguments: dict[str, Any]) -> Any:
-    """The table that a generator's rows make, from the cache where it was built before; rank 0 builds."""
-    from datasets import Dataset as ArrowDataset
-    from datasets.exceptions import DatasetGenerationError
-
-    with rank_zero_first():
-        try:
-            return ArrowDataset.from_generator(generate, features=features, gen_kwargs=arguments)
-        except DatasetGenerationError as error:
-            if isinstance(error.__cause__, UserError):
-                raise error.__cause__ from None
-            raise
-
-
-def _generate_texts(file: str, stamp: str) -> Iterator[dict[str, str]]:
+def _generate_texts(file: str, stamp: str, version: int) -> Iterator[dict[str, str]]:
     empty = True
     with Path(file).open("rb") as lines:
         for number, line in enumerate(lines, start=1):
             where = f"{file}, line {number}"
             text = parse_line(line, where)
             if text and not file.endswith(".txt"):
-                text = _parse_object(text, where)
+                text = _text_of(text, where)
             if text:
                 empty = False
                 yield {"text": text}
+    check_unchanged(Path(file), stamp)
     if empty:
         raise UserError(f"dataset_file_path: {file} holds no text.")
 
 
-def _parse_object(line: str, where: str) -> str:
-    try:
-        row = json.loads(line)
-    except ValueError as error:
-        raise UserError(f"{where}: not valid JSON ({error}).") from error
-    if not isinstance(row, dict) or not isinstance(row.get("text"), str):
+def _text_of(line: str, where: str) -> str:
+    row = parse_object(line, where)
+    if not isinstance(row.get("text"), str):
         raise UserError(f"{where}: a JSON object with a string `text` is needed.")
     return str(row["text"]).strip()
 

@@ -160,6 +160,14 @@ class RowTokenizer:
             for form, row, text in zip(forms, tokens, texts, strict=False)
         ]
 
+    def opening(self, instruction: str, side: TextSide = "query") -> tuple[list[int], str]:
+        """What stands before a row's (first) text: ids, then the characters that are tokenised in one go with it."""
+        form = self._forms[side]
+        pieces = self._pieces(form, self._contents(form, instruction, "x"))
+        at, run, cut = next((i, p, p.cut) for i, p in enumerate(pieces) if isinstance(p, _Run) and p.cut is not None)
+        (before,) = self._tokenise([pieces[:at]])
+        return before.ids, run.text[: cut.start]
+
     def pad(self, rows: Sequence[Row]) -> dict[str, Tensor]:
         """Pad rows to the longest of them, on `padding_side`."""
         length = max(len(row.ids) for row in rows)

@@ -34,6 +34,18 @@ class UserError(ValueError):
     """Something a user wrote is wrong; the message is one sentence that says what and how to mend it."""
 
 
+class RunEnds(Exception):
+    """A run is over before its last step, or has nothing left to do; the message says why and how to go on.
+
+    Attributes:
+        code: the process's exit code: 0 = all is well, 1 = something broke.
+    """
+
+    def __init__(self, message: str, code: int) -> None:
+        super().__init__(message)
+        self.code = code
+
+
 class Demonstration(NamedTuple):
     """A worked example that stands before a query: another query and its answer."""
 

@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 import torch
 from helpers import family_tokenizer, tiny_model
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from transformers import LlamaForCausalLM
 
 from llm2vec.backbone import Chain, attach_lora, load_backbone
@@ -20,17 +20,22 @@ from llm2vec.checkpoint import (
     INCOMPLETE_MARKER,
     RUN_FILE,
     SETTINGS_FILE,
+    SUMS_FILE,
     EncoderSettings,
     check_complete,
+    check_sums,
+    check_weights,
     read_probe_ids,
     read_settings,
+    read_weights,
     resolve_chain,
     save_checkpoint,
     write_json,
+    write_sums,
 )
 from llm2vec.llm2vec import LLM2Vec, row_tokenizer
 from llm2vec.tokenization import probe_ids
-from llm2vec.types import UserError
+from llm2vec.types import RunEnds, UserError
 
 SETTINGS = EncoderSettings("last", 64, template="llama3", instruction_join="; ", attention="causal")
 
@@ -441,3 +446,124 @@ def test_an_adapter_that_is_a_pickle_is_not_opened(stages: Path, monkeypatch: py
     with pytest.raises(UserError, match="safetensors"):
         load(stages, "stage_II")
     assert not opened
+
+
+# --- going on from a checkpoint ---
+
+
+def changed(model: Any) -> Any:
+    """The same model with other weights."""
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.add_(torch.randn_like(parameter))
+    return model
+
+
+def state_of(model: Any) -> dict[str, torch.Tensor]:
+    return {name: tensor.clone() for name, tensor in model.state_dict().items()}
+
+
+def same(one: dict[str, torch.Tensor], other: dict[str, torch.Tensor]) -> bool:
+    return one.keys() == other.keys() and all(torch.equal(one[name], other[name]) for name in other)
+
+
+@pytest.mark.parametrize("tied", [False, True])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("family", ["llama", "gemma"])
+def test_weights_come_back_to_the_bit(family: str, dtype: torch.dtype, tied: bool, tmp_path: Path) -> None:
+    """Tied ones as one tensor."""
+    model = changed(tiny_model(family, True, dtype, tie_word_embeddings=tied))
+    save_checkpoint(tmp_path, model, family_tokenizer(family), None)
+    before = state_of(model)
+    assert not same(before, state_of(changed(model)))
+    read_weights(tmp_path, model)
+    assert same(before, state_of(model))
+    assert (model.lm_head.weight is model.get_input_embeddings().weight) == tied
+
+
+@pytest.mark.parametrize("new_tokens", [(), (3, 5)])
+def test_an_adapters_weights_come_back_to_the_bit(new_tokens: tuple[int, ...], tmp_path: Path) -> None:
+    """With the embeddings of added tokens; the base is left alone."""
+    model = attach_lora(tiny_model("llama"), r=4, alpha=8, dropout=0.0, new_tokens=new_tokens)
+    trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
+    with torch.no_grad():
+        for parameter in trained.values():
+            parameter.normal_()
+    save_checkpoint(tmp_path, model, family_tokenizer("llama"), None)
+    before = state_of(model)
+    with torch.no_grad():
+        for parameter in trained.values():
+            parameter.zero_()
+    read_weights(tmp_path, model)
+    assert same(before, state_of(model))
+    assert any("trainable_tokens" in name for name in trained) == bool(new_tokens)
+
+
+@pytest.mark.parametrize("other", ["a layer less", "wider", "another type", "no head", "an adapter"])
+def test_weights_of_another_model_are_refused(other: str, tmp_path: Path) -> None:
+    save_checkpoint(tmp_path, tiny_model("llama", True), family_tokenizer("llama"), None)
+    model: Any = {
+        "a layer less": lambda: tiny_model("llama", True, num_hidden_layers=1),
+        "wider": lambda: tiny_model("llama", True, intermediate_size=96),
+        "another type": lambda: tiny_model("llama", True, torch.bfloat16),
+        "no head": lambda: tiny_model("llama"),
+        "an adapter": lambda: attach_lora(tiny_model("llama"), r=4, alpha=8, dropout=0.0),
+    }[other]()
+    if other == "an adapter":
+        save_checkpoint(tmp_path, attach_lora(tiny_model("llama"), r=4, alpha=8, dropout=0.0, modules=["q_proj"]),
+                        family_tokenizer("llama"), None)  # fmt: skip
+    with pytest.raises(UserError, match=r"the weights are not those of this model; \S+ differs"):
+        read_weights(tmp_path, model)
+
+
+def test_gathered_weights_are_read_back(tmp_path: Path) -> None:
+    """What FSDP gathered: tied weights as one tensor; a lost, changed or infinite one ends the run."""
+    model = tiny_model("llama", True, tie_word_embeddings=True)
+    state = state_of(model)
+    state["lm_head.weight"] = state["model.embed_tokens.weight"]
+    save_checkpoint(tmp_path, model, family_tokenizer("llama"), None, state=state)
+    check_weights(tmp_path, state)
+    file = tmp_path / "model.safetensors"
+    written = {name: tensor.clone() for name, tensor in load_file(file).items()}
+    name = "model.layers.1.mlp.up_proj.weight"
+    for wrong, message in [
+        ({n: w for n, w in written.items() if n != name}, f"{name} was not written as it is in memory"),
+        ({**written, name: written[name] + 1e-6}, f"{name} was not written as it is in memory"),
+        ({**written, name: written[name] * float("inf")}, f"{name} holds numbers that are not finite"),
+    ]:
+        save_file(wrong, file, {"format": "pt"})
+        with pytest.raises(RunEnds, match=message) as end:
+            check_weights(tmp_path, state)
+        assert end.value.code == 1
+
+
+def test_sums_tell_every_change(tmp_path: Path) -> None:
+    """A file more or less, other content, a line of the sums gone; hidden files do not count."""
+    (tmp_path / "a").write_text("one", encoding="utf-8")
+    (tmp_path / "b").write_text("two", encoding="utf-8")
+    write_sums(tmp_path)
+    (tmp_path / ".DS_Store").touch()
+    check_sums(tmp_path)
+    sums = (tmp_path / SUMS_FILE).read_text(encoding="utf-8")
+    for file, content, message in [
+        ("a", "six", "a is not what was written"),
+        ("c", "", f"c is not in {SUMS_FILE}"),
+        (SUMS_FILE, sums[: sums.index("\n") + 1], f"b is not in {SUMS_FILE}"),
+        (SUMS_FILE, sums[:40], "is missing"),
+    ]:
+        old = (tmp_path / file).read_text(encoding="utf-8") if (tmp_path / file).exists() else None
+        (tmp_path / file).write_text(content, encoding="utf-8")
+        with pytest.raises(UserError, match=message):
+            check_sums(tmp_path)
+        (tmp_path / file).unlink() if old is None else (tmp_path / file).write_text(old, encoding="utf-8")
+    (tmp_path / "b").unlink()
+    with pytest.raises(UserError, match="b is missing"):
+        check_sums(tmp_path)
+
+
+def test_what_a_killed_save_left_is_removed_by_the_next(tmp_path: Path) -> None:
+    abandoned = tmp_path / ".writing-abc"
+    abandoned.mkdir()
+    (abandoned / "model.safetensors").touch()
+    save_checkpoint(tmp_path, tiny_model("llama"), family_tokenizer("llama"), None)
+    assert not list(tmp_path.glob(".writing-*"))

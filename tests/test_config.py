@@ -752,6 +752,12 @@ def test_the_resolved_config_is_read_back(tmp_path: Path) -> None:
     assert load_config(write(tmp_path, json.dumps(flat)), "stage_I") == config
 
 
+def test_a_file_may_say_whose_it_is(tmp_path: Path) -> None:
+    assert load_config(write(tmp_path, minimal(tmp_path), stage="lm"), "lm").stage == "lm"
+    with pytest.raises(UserError, match="stage is 'lm', but the script that reads it is that of stage_II"):
+        load_config(write(tmp_path, minimal(tmp_path), stage="lm"), "stage_II")
+
+
 def test_a_reporter_that_is_not_installed_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("llm2vec.config.get_available_reporting_integrations", lambda: ["tensorboard"])
     config = load_config(write(tmp_path, minimal(tmp_path), report_to="wandb", use_cpu=True), "stage_I")

@@ -204,7 +204,7 @@ def test_sources_file(tmp_path: Path) -> None:
     ("content", "message"),
     [
         ("{", "not valid JSON"),
-        ([], "must hold an object"),
+        ([], "a JSON object is needed"),
         ({}, "must hold an object"),
         ({"a": "x.jsonl"}, "source 'a': an object with file, instruction and symmetric is needed"),
         ({"a": {"file": "x", "instructions": "y"}}, "source 'a': unknown key 'instructions'; known: file, instruction"),

@@ -274,7 +274,6 @@ def refusal(folder: Path, stage: Stage = "stage_I", **keys: Any) -> str:
         (SHARDED | {"fsdp_config": {"version": 1}}, "fsdp_config: version is 1; only FSDP2 is supported"),
         (SHARDED | {"fsdp_config": {"cpu_offload": True}}, "fsdp_config: 'cpu_offload' is not supported; allowed: "),
         (SHARDED | {"fsdp_config": "fsdp.json"}, "fsdp_config is 'fsdp.json'; an object is needed"),
-        ({"fsdp": True}, "fsdp needs save_only_model: true"),
         (SHARDED | {"load_best_model_at_end": True}, "load_best_model_at_end cannot be used with fsdp"),
         (SHARDED | {"fp16": True}, "fp16 cannot be used with fsdp; use bf16"),
         (SHARDED | {"bf16": True, "torch_dtype": "bfloat16"}, "torch_dtype is 'bfloat16', but with fsdp bf16 means"),

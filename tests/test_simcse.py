@@ -109,8 +109,8 @@ def test_the_configuration_goes_on_saying_what_the_base_has(tmp_path: Path) -> N
     """A later stage that starts from the saved model trains without this dropout."""
     model = tiny_model("llama")
     set_attention_dropout(model, 0.3)
-    assert packing._attention_dropout(model.train()) == 0.3
-    assert packing._attention_dropout(model.eval()) == 0
+    assert packing.attention_dropout(model.train()) == 0.3
+    assert packing.attention_dropout(model.eval()) == 0
     assert model.config.attention_dropout == 0
     model.save_pretrained(tmp_path)
     assert json.loads((tmp_path / "config.json").read_text(encoding="utf-8"))["attention_dropout"] == 0

@@ -91,6 +91,7 @@ def run(
     save_to: Callable[[Path, dict[str, Tensor] | None], None] = lambda folder, weights: None,
     max_tokens: int | None = None,
     held_out: tuple[Any, Sampler[int]] | None = None,
+    max_skipped_steps: int = 5,
     **arguments: Any,
 ) -> tuple[Toy, EmbedderTrainer, list[dict[str, Any]]]:
     """Train the toy; returns it, its trainer, and the log."""
@@ -119,6 +120,7 @@ def run(
         stop_after_n_steps=stop_after_n_steps,
         held_out=held_out,
         max_tokens=max_tokens,
+        max_skipped_steps=max_skipped_steps,
     )
     trainer.train()
     lines = (folder / LOG_FILE).read_text(encoding="utf-8").splitlines()
@@ -190,7 +192,7 @@ def test_tokens_per_second_by_hand(tmp_path: Path, monkeypatch: pytest.MonkeyPat
     """Real tokens since the last entry over the seconds since then; here the clock moves ten seconds a look, of which
     there are three a step: before and after the rows are fetched, and at the entry."""
     clock = iter(range(0, 10_000, 10))
-    monkeypatch.setattr("llm2vec.trainer.time", SimpleNamespace(monotonic=lambda: next(clock)))
+    monkeypatch.setattr("llm2vec.train_log.time", SimpleNamespace(monotonic=lambda: next(clock)))
     _, _, log = run(tmp_path, num_rows=8, gradient_accumulation_steps=2)
     looks = [entry["tokens_per_second"] for entry in entries(log)]
     assert looks[-1] == pytest.approx(10 / 30)  # four rows of 2, 3, 2 and 3 tokens
@@ -201,7 +203,7 @@ def test_waiting_for_data_by_hand(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
     """The share of the time that went by while rows were fetched; here the clock moves there, three seconds a row,
     and in the model, one second a row."""
     now = [0.0]
-    monkeypatch.setattr("llm2vec.trainer.time", SimpleNamespace(monotonic=lambda: now[0]))
+    monkeypatch.setattr("llm2vec.train_log.time", SimpleNamespace(monotonic=lambda: now[0]))
     module, quick_collate, quick_forward = sys.modules[__name__], collate, Toy.forward
 
     def slow_collate(rows: list[int]) -> Batch:
@@ -292,7 +294,7 @@ def test_stopping_between_two_entries_of_the_log(tmp_path: Path) -> None:
 
 
 def test_saving_is_left_to_the_function_given(tmp_path: Path) -> None:
-    """It is called with each checkpoint's folder, and with the output folder at the end."""
+    """It is called with the folder that becomes each checkpoint, and with the output folder at the end."""
     saved: list[Path] = []
 
     def save_to(folder: Path, weights: dict[str, Tensor] | None) -> None:
@@ -302,7 +304,8 @@ def test_saving_is_left_to_the_function_given(tmp_path: Path) -> None:
 
     _, trainer, _ = run(tmp_path, save_to=save_to, save_strategy="steps", save_steps=2, save_only_model=True)
     trainer.save_model()
-    assert saved == [tmp_path / f"checkpoint-{step}" for step in (2, 4, 6)] + [tmp_path]
+    assert saved == [tmp_path / f".checkpoint-{step}" for step in (2, 4, 6)] + [tmp_path]
+    assert sorted(path.name for path in tmp_path.glob("*check*")) == [f"checkpoint-{step}" for step in (2, 4, 6)]
     assert not list(tmp_path.rglob("*.bin")) and not list(tmp_path.rglob("*.safetensors"))
 
 

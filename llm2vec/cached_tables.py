@@ -1,0 +1,105 @@
+"""Arrow tables in the cache of `datasets` (`HF_DATASETS_CACHE`): built once from a file, then mapped into memory.
+
+A table is built under the cache's own lock, by the first process of the run while the others wait; machines that do
+not share the cache build one each. The cache knows a table by everything that decides it: the arguments of the
+function that makes its rows, among them the file's path and its stamp. So a file that has changed is read anew.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from llm2vec.distributed import rank_zero_first
+from llm2vec.types import UserError
+
+#: Evenly spaced blocks of a file that its stamp looks into, and the bytes of each.
+NUM_BLOCKS = 16
+BLOCK_BYTES = 1 << 16
+
+#: Folder in the cache that holds the hashes of files.
+HASHES_FOLDER = "llm2vec-file-hashes"
+
+
+def stamp_of(file: Path) -> str:
+    """What tells a file's content from what it was, without reading all of it: size, time stamp and a few blocks.
+
+    Raises:
+        UserError: it cannot be read.
+    """
+    digest = hashlib.sha256()
+    try:
+        stat = file.stat()
+        with file.open("rb") as content:
+            for start in np.linspace(0, max(0, stat.st_size - BLOCK_BYTES), NUM_BLOCKS, dtype=np.int64):
+                content.seek(int(start))
+                digest.update(content.read(BLOCK_BYTES))
+    except OSError as error:
+        raise UserError(f"{file} cannot be read ({error.strerror}).") from error
+    return f"{stat.st_size} bytes, {stat.st_mtime_ns} ns, {digest.hexdigest()}"
+
+
+def check_unchanged(file: Path, stamp: str) -> None:
+    """To be called after the last line of a file was read.
+
+    Raises:
+        UserError: it is not what it was when its stamp was taken, so what was read may be of two files.
+    """
+    if stamp_of(file) != stamp:
+        raise UserError(f"{file} changed while it was read; start again when it is complete.")
+
+
+def cached_table(generate: Callable[..., Iterator[dict[str, Any]]], features: Any, arguments: dict[str, Any]) -> Any:
+    """The `datasets.Dataset` of a function's rows, from the cache if it is there; all ranks call this together.
+
+    Args:
+        generate: makes the rows.
+        features: `datasets.Features` of a row.
+        arguments: of `generate`. None may be a list: `datasets` would take its items for shards and call `generate`
+            once for each.
+
+    Raises:
+        UserError: of `generate`; or the table cannot be written.
+    """
+    from datasets import Dataset, config
+    from datasets.exceptions import DatasetGenerationError
+
+    with rank_zero_first():
+        try:
+            return Dataset.from_generator(generate, features=features, gen_kwargs=arguments)
+        except (DatasetGenerationError, OSError) as error:
+            cause = error if isinstance(error, OSError) else error.__cause__
+            if isinstance(cause, UserError):
+                raise cause from None
+            if isinstance(cause, OSError):
+                folder, reason = config.HF_DATASETS_CACHE, cause.strerror or cause
+                raise UserError(f"HF_DATASETS_CACHE: no table could be written to {folder} ({reason}).") from error
+            raise
+
+
+def content_hash(file: Path) -> str:
+    """SHA-256 of a file's content, in hexadecimal digits; taken once for its path and stamp, then kept in the cache.
+
+    Raises:
+        UserError: the file changed meanwhile.
+    """
+    from datasets import config
+
+    stamp = stamp_of(file)
+    name = hashlib.sha256(f"{file.resolve()}\n{stamp}".encode()).hexdigest()
+    kept = Path(config.HF_DATASETS_CACHE) / HASHES_FOLDER / name
+    if kept.is_file():
+        return kept.read_text(encoding="ascii")
+    with file.open("rb") as content:
+        found = hashlib.file_digest(content, "sha256").hexdigest()
+    check_unchanged(file, stamp)
+    kept.parent.mkdir(parents=True, exist_ok=True)
+    aside = kept.with_name(f"{name}.{os.getpid()}")
+    aside.write_text(found, encoding="ascii")
+    aside.replace(kept)
+    return found

@@ -1,0 +1,46 @@
+"""GPUs: their memory and the makers' figures for dense matrix products, by which a plan reckons."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+
+
+class Card(NamedTuple):
+    """A GPU.
+
+    Attributes:
+        name: as people call it.
+        memory_gb: in 10^9 bytes; cards have up to 7 % more, which CUDA itself and fragments take.
+        tflops: 10^12 operations a second in bfloat16; None = not known.
+        tflops_float32: the same in float32 (without TF32).
+    """
+
+    name: str
+    memory_gb: float
+    tflops: float | None = None
+    tflops_float32: float | None = None
+
+
+CARDS = {
+    card.name: card
+    for card in (
+        Card("B200", 180, 2250, 80),
+        Card("H200", 141, 989, 67),
+        Card("H100", 80, 989, 67),
+        Card("A100-80GB", 80, 312, 19.5),
+        Card("A100-40GB", 40, 312, 19.5),
+        Card("L40S", 48, 362, 91.6),
+        Card("L4", 24, 121, 30.3),
+        Card("RTX-4090", 24, 165, 82.6),
+    )
+}
+
+
+def card_here() -> Card | None:
+    """This machine's GPU, if torch can use one; it is not known how fast it is."""
+    if not torch.cuda.is_available():
+        return None
+    found = torch.cuda.get_device_properties(0)
+    return Card(found.name, found.total_memory / 1e9)

@@ -1,0 +1,135 @@
+"""A client of OpenAI-compatible embedding servers (vLLM, text-embeddings-inference, llama.cpp): vectors and token ids.
+
+EmbeddingServer("http://localhost:8000").vectors(["who wrote Emma?"])
+EmbeddingServer("http://localhost:8000#name-of-the-model")    # for a server that serves several
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import urllib.error
+import urllib.request
+from collections.abc import Sequence
+from http.client import HTTPException
+from typing import Any
+from urllib.parse import urldefrag
+
+from torch import Tensor, tensor
+
+from llm2vec.types import UserError
+
+#: Seconds that one request may take; the first one may have to wait for the server to compile.
+TIMEOUT = 120.0
+
+#: Answers that are about the text and not about the request: it is too long, or empty.
+_REFUSALS = (400, 413, 422)
+
+
+class _Refused(Exception):
+    """The server does not take this text; the message is what it says."""
+
+
+class EmbeddingServer:
+    """A server's `/v1/embeddings`, and its `/tokenize` where it has one.
+
+    Args:
+        address: base URL, with or without `/v1` or `/v1/embeddings`; behind a `#`, the name of the model.
+
+    Raises:
+        UserError: the server serves several models and none was named.
+    """
+
+    def __init__(self, address: str) -> None:
+        url, name = urldefrag(address)
+        self.url = url.rstrip("/").removesuffix("/embeddings").removesuffix("/v1").rstrip("/")
+        self.model = name or self._only_model()
+
+    def vectors(self, texts: Sequence[str]) -> tuple[dict[int, Tensor], dict[int, str]]:
+        """Embed texts, one a request.
+
+        Returns:
+            By index of the text: its vector, float32 [D]; and for the others, why the server refuses them.
+
+        Raises:
+            UserError: the server does not answer, answers something else, or refuses every text.
+        """
+        vectors: dict[int, Tensor] = {}
+        refused: dict[int, str] = {}
+        for i, text in enumerate(texts):
+            try:
+                answer = self._post("/v1/embeddings", model=self.model, input=[text], encoding_format="float")
+            except _Refused as error:
+                refused[i] = str(error)
+                continue
+            vectors[i] = self._vector(answer)
+        if not vectors:
+            raise UserError(f"{self.url} refuses every text: {refused[0]}")
+        if len(sizes := sorted({len(vector) for vector in vectors.values()})) > 1:
+            raise UserError(f"{self.url} answers with vectors of {' and of '.join(map(str, sizes))} numbers.")
+        return vectors, refused
+
+    def token_ids(self, texts: Sequence[str]) -> list[list[int]] | None:
+        """Token ids of texts, special ones included, uncut; None where the server does not show them."""
+        for key in ("prompt", "inputs"):  # vLLM, text-embeddings-inference
+            try:
+                return [_ids(self._post("/tokenize", **{"model": self.model, key: text})) for text in texts]
+            except (UserError, _Refused):
+                continue
+        return None
+
+    def _only_model(self) -> str:
+        """The name of the one model that the server lists; any name will do for a server without a list."""
+        try:
+            names = [entry["id"] for entry in self._request("/v1/models")["data"]]
+        except (UserError, _Refused, KeyError, TypeError):
+            return "model"
+        if len(names) > 1:
+            raise UserError(f"{self.url} serves {', '.join(names)}; write the one that is meant as {self.url}#NAME.")
+        return str(names[0]) if names else "model"
+
+    def _vector(self, answer: Any) -> Tensor:
+        try:
+            (entry,) = answer["data"]
+            numbers = [float(number) for number in entry["embedding"]]
+        except (KeyError, TypeError, ValueError):
+            raise UserError(
+                f"{self.url}/v1/embeddings answers without data[0].embedding as a list of numbers; it is no "
+                "OpenAI-compatible embedding server."
+            ) from None
+        if not numbers or not all(map(math.isfinite, numbers)):
+            raise UserError(f"{self.url}/v1/embeddings answers with a vector that is empty or not finite.")
+        return tensor(numbers)
+
+    def _post(self, path: str, **body: Any) -> Any:
+        return self._request(path, json.dumps(body).encode())
+
+    def _request(self, path: str, body: bytes | None = None) -> Any:
+        """The JSON that the server answers; GET without a body, POST with one."""
+        request = urllib.request.Request(self.url + path, body, {"Content-Type": "application/json"})
+        try:
+            with urllib.request.urlopen(request, timeout=TIMEOUT) as response:
+                return json.loads(response.read())
+        except urllib.error.HTTPError as error:
+            message = " ".join(error.read().decode("utf-8", "replace").split())[:200]
+            if error.code in _REFUSALS:
+                raise _Refused(f"HTTP {error.code} {message}".strip()) from None
+            raise UserError(f"{self.url}{path} answers HTTP {error.code} {message}".strip()) from None
+        except (OSError, HTTPException) as error:  # refused, unknown host, timeout, cut short
+            raise UserError(f"{self.url} does not answer ({getattr(error, 'reason', None) or error}).") from None
+        except ValueError:
+            raise UserError(f"{self.url}{path} does not answer in JSON.") from None
+
+
+def _ids(answer: Any) -> list[int]:
+    """The ids in an answer of `/tokenize`.
+
+    Raises:
+        UserError: there are none.
+    """
+    try:
+        if isinstance(answer, dict):  # vLLM
+            return [int(token) for token in answer["tokens"]]
+        return [int(token["id"]) for token in answer[0]]  # text-embeddings-inference
+    except (KeyError, TypeError, ValueError, IndexError):
+        raise UserError("no token ids in the answer") from None

@@ -1,0 +1,119 @@
+"""A plan in words: what the run itself says at its start, line for line, and what only a plan tells.
+
+The first lines come from the same functions as the run's (`run.describe`), so the two cannot disagree.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+
+from transformers.trainer_utils import SaveStrategy
+
+from llm2vec.memory_plan import optimiser_bytes
+from llm2vec.plan import Plan
+from llm2vec.plan_warnings import warnings_of
+from llm2vec.run import (
+    Schedule,
+    describe,
+    describe_model,
+    describe_negatives,
+    describe_rows,
+    describe_steps,
+    describe_weights,
+    rows_a_step,
+)
+
+
+def report(plan: Plan) -> list[str]:
+    """All that a plan has to say, line by line."""
+    lines = [*as_the_run_says(plan), *_work(plan), *_memory(plan), *_disk(plan)]
+    return lines + [f"warning     {warning}" for warning in warnings_of(plan)]
+
+
+def as_the_run_says(plan: Plan) -> list[str]:
+    """The lines that the run would print at its start; those that need rows are left out where there are none."""
+    config, args, processes = plan.config, plan.args, plan.conditions.num_processes
+    if plan.rows is not None and plan.collate is not None:
+        assert plan.order is not None
+        steps_per_epoch = len(plan.order) // rows_a_step(args, processes)
+        lines = describe(config, args, plan.model, plan.rows, plan.collate, plan.settings, steps_per_epoch, processes)
+    else:
+        lines = [
+            describe_model(config, plan.settings.template or "not known before the tokenizer is there"),
+            f"assumed     {plan.assumption}",
+            describe_steps(config, args, plan.schedule),
+            describe_rows(args, processes),
+            f"tokens      about {plan.tokens_a_step:,.0f} a step",
+            *describe_weights(args, plan.model),
+            f"output      {config.output_dir}",
+        ]
+    if plan.objective.contrasts:
+        lines.append(describe_negatives(config, args, processes))
+    return lines
+
+
+def _work(plan: Plan) -> Iterator[str]:
+    """Tokens and operations of the run, and how long they take."""
+    steps = None if plan.schedule is None else plan.schedule.steps
+    number, of = (1, "a step") if steps is None else (steps, "in all")
+    flops = number * plan.flops_a_step
+    yield f"work        {number * plan.tokens_a_step:.3g} tokens and {flops:.3g} useful operations {of}"
+    card, conditions = plan.conditions.card, plan.conditions
+    if card is None:
+        return
+    peak = card.tflops if plan.numbers.compute == 2 else card.tflops_float32
+    if plan.numbers.compute == 4 and plan.args.tf32 and card.tflops is not None:
+        peak = card.tflops / 2
+    if peak is None:
+        return
+    seconds = flops / (conditions.num_processes * peak * 1e12 * conditions.utilisation)
+    time = f"{seconds / 3600:.1f} h" if seconds >= 360 else f"{seconds:.2g} s"
+    yield (
+        f"time        about {time} {of} on {conditions.num_processes} x {card.name} ({peak:g} TFLOP/s each) at a "
+        f"utilisation of {conditions.utilisation:.0%}"
+    )
+
+
+def _memory(plan: Plan) -> Iterator[str]:
+    """The account of a process."""
+    if plan.memory is None:
+        return
+    yield "memory      of a process, in GB (10^9 bytes):"
+    for part in filter(lambda part: part.size, plan.memory.parts):
+        note = plan.recomputation if part.name == "activations" else part.note
+        yield f"            {part.name:<22} {part.size / 1e9:8.2f}" + (f"  {note}" if note else "")
+    card = plan.conditions.card
+    yield f"            {'at most, at once':<22} {plan.memory.most / 1e9:8.2f}" + (
+        "" if card is None else f"  of {card.memory_gb:g} ({card.name})"
+    )
+
+
+def _disk(plan: Plan) -> Iterator[str]:
+    """What the checkpoints take."""
+    trained = [weight for weight in plan.model.parameters() if weight.requires_grad]
+    weights = sum(w.nbytes for w in (trained if plan.config.use_peft else plan.model.parameters()))
+    state = 0.0 if plan.args.save_only_model else sum(optimiser_bytes(weight, plan.args) for weight in trained)
+    number = None if plan.schedule is None else num_checkpoints(plan, plan.schedule)
+    one = (weights + state) / 1e9
+    if number is None:
+        yield f"disk        {one:.2f} GB a checkpoint, {weights / 1e9:.2f} GB at the end"
+    else:
+        total, last = number * one + weights / 1e9, weights / 1e9
+        yield f"disk        {total:.2f} GB: {number} checkpoint(s) of {one:.2f} GB, and {last:.2f} GB at the end"
+
+
+def num_checkpoints(plan: Plan, schedule: Schedule) -> int | None:
+    """How many checkpoints lie in the output folder at the end; None = that depends on the run."""
+    args = plan.args
+    if args.save_strategy == SaveStrategy.NO:
+        number = 0
+    elif args.save_strategy == SaveStrategy.STEPS:
+        every = args.save_steps if args.save_steps >= 1 else math.ceil(args.save_steps * schedule.horizon)
+        number = int(schedule.steps // every)
+        number += schedule.steps == schedule.horizon and schedule.steps % every > 0  # the last step of all saves, too
+    elif args.save_strategy == SaveStrategy.EPOCH and schedule.an_epoch:
+        number = math.ceil(schedule.steps / schedule.an_epoch)
+    else:
+        return None
+    return min(number, args.save_total_limit or number)

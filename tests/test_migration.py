@@ -1,0 +1,423 @@
+"""Upstream LLM2Vec's calls on this package, on small models that stand under the published names in a hub cache.
+
+The Python blocks of docs/migration.md run as they are written there, and what its tables say is asked of the code.
+"""
+
+from __future__ import annotations
+
+import inspect
+import json
+import re
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import huggingface_hub
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from helpers import family_tokenizer, tiny_model
+from peft import PeftModel
+from torch import Tensor
+from transformers import AutoModel, AutoTokenizer, PreTrainedModel
+
+from llm2vec import LLM2Vec
+from llm2vec.backbone import attach_lora, check_attention
+from llm2vec.checkpoint import SETTINGS_FILE, EncoderSettings
+from llm2vec.config import Config, Stage, load_config, training_arguments
+from llm2vec.losses import info_nce
+from llm2vec.pooling import pool
+from llm2vec.types import UserError
+
+PAGE = Path(__file__).parents[1] / "docs/migration.md"
+BLOCKS = re.findall(r"^```python\n(.*?)^```", PAGE.read_text(encoding="utf-8"), re.MULTILINE | re.DOTALL)
+
+HUB = "McGill-NLP/LLM2Vec-"
+INSTRUCTION = "Given a web search query, retrieve relevant passages that answer the query:"
+QUERIES = [[INSTRUCTION, "who wrote it"], [INSTRUCTION, "the answer: question the user"]]
+DOCUMENTS = ["hello world", "who wrote the answer", "the red world, the green world and the blue world"]
+
+
+class Family(NamedTuple):
+    """A published family: names on the hub, what stands there here, and what upstream writes around a text."""
+
+    base: str
+    name: str
+    model: str
+    tokenizer: str
+    before: str
+    after: str
+
+
+FAMILIES = {
+    "llama3": Family(
+        "meta-llama/Meta-Llama-3-8B-Instruct", "Meta-Llama-3-8B-Instruct", "llama", "llama3",
+        "<|start_header_id|>user<|end_header_id|>\n\n", "<|eot_id|>",
+    ),
+    "mistral": Family(
+        "mistralai/Mistral-7B-Instruct-v0.2", "Mistral-7B-Instruct-v2", "mistral", "mistral_sentencepiece",
+        "[INST] ", " [/INST]",
+    ),
+    "llama2": Family(
+        "meta-llama/Llama-2-7b-chat-hf", "Llama-2-7b-chat-hf", "llama", "mistral_sentencepiece", "[INST] ", " [/INST]"
+    ),
+    "sheared": Family("princeton-nlp/Sheared-LLaMA-1.3B", "Sheared-LLaMA", "llama", "plain", "", ""),
+    "llama31": Family(
+        "meta-llama/Meta-Llama-3.1-8B-Instruct", "Meta-Llama-31-8B-Instruct", "llama", "llama3", "", ""
+    ),
+}  # fmt: skip
+
+
+def repository(cache: Path, name: str) -> Path:
+    """The folder in which the hub library keeps the current files of a repository."""
+    folder = cache / f"models--{name.replace('/', '--')}"
+    (folder / "refs").mkdir(parents=True)
+    (folder / "refs/main").write_text("0" * 40, encoding="utf-8")
+    snapshot = folder / "snapshots" / ("0" * 40)
+    snapshot.mkdir(parents=True)
+    return snapshot
+
+
+def write_adapter(folder: Path, family: Family, model: PreTrainedModel, seed: int) -> None:
+    """An adapter as upstream's scripts leave it: LoRA on the inner model, and no settings of ours."""
+    adapted = attach_lora(model, r=4, alpha=8, dropout=0.0)
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for name, parameter in adapted.named_parameters():
+            if "lora_" in name:
+                parameter.copy_(torch.randn(parameter.shape, generator=generator) * 0.2)
+    adapted.save_pretrained(str(folder))
+    file = folder / "adapter_config.json"
+    config = json.loads(file.read_text(encoding="utf-8"))
+    config["base_model_name_or_path"] = family.base
+    config["auto_mapping"] = {
+        "base_model_class": "LlamaBiModel",
+        "parent_library": "llm2vec.models.bidirectional_llama",
+    }
+    file.write_text(json.dumps(config), encoding="utf-8")
+
+
+def publish(cache: Path, family: Family) -> None:
+    """The base and its three adapters; the first of these holds a config too, and points at code of its own."""
+    tokenizer = family_tokenizer(family.tokenizer)
+    base = repository(cache, family.base)
+    tiny_model(family.model, True, tokenizer=tokenizer, initializer_range=0.2).save_pretrained(base)
+    tokenizer.save_pretrained(base)
+    for seed, suffix in enumerate(("mntp", "mntp-supervised", "mntp-unsup-simcse")):
+        folder = repository(cache, f"{HUB}{family.name}-{suffix}")
+        write_adapter(folder, family, AutoModel.from_pretrained(base), seed)
+        config = json.loads((base / "config.json").read_text(encoding="utf-8"))
+        config["auto_map"] = {"AutoModel": "modeling_llama_encoder.LlamaEncoderModel"}
+        config["_name_or_path"] = family.base
+        (folder / "config.json").write_text(json.dumps(config), encoding="utf-8")
+        if suffix == "mntp":
+            tokenizer.save_pretrained(folder)
+
+
+@pytest.fixture(scope="module")
+def hub_cache(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    cache = tmp_path_factory.mktemp("hub")
+    for family in FAMILIES.values():
+        publish(cache, family)
+    return cache
+
+
+@pytest.fixture(autouse=True)
+def hub(hub_cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The published names, to be had offline."""
+    assert huggingface_hub.constants.HF_HUB_OFFLINE
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(hub_cache))
+
+
+def names(family: str, suffix: str = "mntp-supervised") -> tuple[str, str]:
+    """First and second argument of `from_pretrained`."""
+    return f"{HUB}{FAMILIES[family].name}-mntp", f"{HUB}{FAMILIES[family].name}-{suffix}"
+
+
+def encode(model: LLM2Vec, texts: Sequence[Any] = (*QUERIES, *DOCUMENTS), **options: Any) -> Tensor:
+    vectors = model.encode(texts, show_progress_bar=False, device="cpu", **options)
+    assert isinstance(vectors, Tensor)
+    return vectors
+
+
+def apart(left: Tensor, right: Tensor) -> float:
+    return float((left - right).abs().max())
+
+
+def pooled_as_upstream(family: Family, mode: str, instruction: str, text: str, hidden: Any) -> Tensor:
+    """One embedding, by upstream's rule: the whole row as one string; pooled are as many of its last tokens as the text
+    has with what closes it, or the first token, or the last."""
+    tokenizer = AutoTokenizer.from_pretrained(family.base)
+    row = family.before + (f"{instruction.strip()} {text}" if instruction else text) + family.after
+    state_TD = hidden(tokenizer(row, return_tensors="pt").input_ids)[0]
+    if mode == "bos_token":
+        return state_TD[0]
+    if mode == "eos_token":
+        return state_TD[-1]
+    count = len(tokenizer(text + family.after, add_special_tokens=False).input_ids)
+    weight_T = torch.ones(count) if mode == "mean" else torch.arange(1.0, count + 1)
+    return (weight_T[:, None] * state_TD[-count:]).sum(dim=0) / weight_T.sum()
+
+
+def bidirectional_chain(family: str) -> Any:
+    """Ids to states, by transformers and peft alone: the base, both adapters merged, every position sees all others."""
+    mntp, supervised = names(family)
+    model = AutoModel.from_pretrained(FAMILIES[family].base)
+    for adapter in (mntp, supervised):
+        model = PeftModel.from_pretrained(model, adapter).merge_and_unload()
+
+    def hidden(ids: Tensor) -> Tensor:
+        mask = torch.zeros(1, 1, ids.shape[1], ids.shape[1])  # added to the logits: nothing is masked
+        states: Tensor = model(input_ids=ids, attention_mask=mask).last_hidden_state
+        return states
+
+    return hidden
+
+
+# --- the page's own code ---
+
+
+def test_the_page_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Every block, in order, as one program; then what its comments and sentences claim of the variables."""
+    assert len(BLOCKS) == 7
+    monkeypatch.chdir(tmp_path)
+    trained = tmp_path / "output/supervised/Meta-Llama-3-8B-Instruct/checkpoint-1000"
+    family = FAMILIES["llama3"]
+    write_adapter(trained, family, AutoModel.from_pretrained(family.base), seed=7)
+    family_tokenizer(family.tokenizer).save_pretrained(trained)
+    upstreams = {"pooling_mode": "weighted_mean", "max_length": 128, "doc_max_length": 400, "skip_instruction": True}
+    (trained / SETTINGS_FILE).write_text(json.dumps(upstreams), encoding="utf-8")
+    (trained / "training_args.bin").write_bytes(b"a pickle that nobody opens")
+
+    page: dict[str, Any] = {}
+    for block in BLOCKS:
+        exec(block, page)
+
+    assert page["similarity"].shape == (2, 2) and bool((page["similarity"].abs() < 1).all())
+    assert page["l2v"].model.dtype == torch.bfloat16
+    assert page["l2v"].settings == EncoderSettings(
+        template="llama3", parent_adapters=(f"{HUB}Meta-Llama-3-8B-Instruct-mntp",)
+    )
+    assert page["llama31"].settings.template == "plain"
+    assert page["mistral"].settings == EncoderSettings(template="mistral", doc_max_length=400)
+    assert not isinstance(page["mistral"].model, PeftModel)
+    assert page["wrapped"].settings.attention == "bidirectional"
+    vectors = page["vectors"].detach()
+    expected = F.cross_entropy(50.0 * vectors[:2] @ vectors[2:].T, torch.arange(2))
+    assert page["loss"].item() == pytest.approx(expected.item(), rel=1e-5)
+    page["loss"].backward()
+    assert page["model"].settings == page["again"].settings
+    assert page["again"].settings == EncoderSettings("weighted_mean", 128, 400, template="llama3")
+    assert torch.equal(encode(page["again"]), encode(page["model"]))
+    adapter = encode(LLM2Vec.from_pretrained("converted/adapter"))
+    assert apart(adapter, encode(page["model"])) < 1e-5 * float(adapter.abs().max())
+
+
+def test_the_pages_constructor_is_from_pretrained() -> None:
+    """A model loaded by hand and wrapped: bidirectional if said so, or if its config says it."""
+    base = FAMILIES["llama3"].base
+    tokenizer = AutoTokenizer.from_pretrained(base)
+    expected = encode(LLM2Vec.from_pretrained(base))
+    wrapped = LLM2Vec(AutoModel.from_pretrained(base), tokenizer, "mean", 512, attention="bidirectional")
+    assert apart(encode(wrapped), expected) < 1e-6
+    decoder = AutoModel.from_pretrained(base)
+    causal = LLM2Vec(decoder, tokenizer)
+    assert causal.settings.attention == "causal"
+    assert apart(encode(causal), encode(LLM2Vec.from_pretrained(base, enable_bidirectional=False))) < 1e-6
+    decoder.config.is_causal = False
+    assert apart(encode(LLM2Vec(decoder, tokenizer)), expected) < 1e-6
+    assert apart(encode(causal), expected) > 0.01
+
+
+@pytest.mark.parametrize("family", ["llama3", "mistral"])
+@pytest.mark.parametrize("implementation", ["sdpa", "eager"])
+def test_a_config_takes_the_place_of_a_class(family: str, implementation: str) -> None:
+    """What `LlamaBiModel` was for: a plain call in which the first position sees the last, with and without a head."""
+    model = AutoModel.from_pretrained(FAMILIES[family].base, attn_implementation=implementation)
+    ids = torch.tensor([[5, 6, 7, 8], [5, 6, 7, 9]])
+    with torch.no_grad():
+        causal = model(input_ids=ids).last_hidden_state
+        model.config.is_causal = False
+        both = model(input_ids=ids).last_hidden_state
+    assert apart(causal[0, 0], causal[1, 0]) < 1e-6
+    assert apart(both[0, 0], both[1, 0]) > 0.01
+    check_attention(model, "bidirectional")
+
+
+# --- embeddings ---
+
+
+@pytest.mark.parametrize("mode", ["mean", "weighted_mean", "bos_token"])
+@pytest.mark.parametrize("family", list(FAMILIES))
+def test_embeddings_are_upstreams(family: str, mode: str) -> None:
+    """Of published chains, under upstream's rules written out again."""
+    template = "plain" if family == "llama31" else None
+    vectors = encode(LLM2Vec.from_pretrained(*names(family), pooling_mode=mode, template=template))
+    hidden = bidirectional_chain(family)
+    with torch.no_grad():
+        expected = [
+            pooled_as_upstream(FAMILIES[family], mode, instruction, text, hidden)
+            for instruction, text in [*QUERIES, *(("", text) for text in DOCUMENTS)]
+        ]
+    assert apart(vectors, torch.stack(expected)) < 1e-5 * float(vectors.abs().max())
+    assert apart(vectors[0], vectors[1]) > 0.01 or mode == "bos_token"
+
+
+def test_the_closing_token_of_llama3_is_upstreams() -> None:
+    vectors = encode(LLM2Vec.from_pretrained(*names("llama3"), pooling_mode="eos_token"), DOCUMENTS)
+    hidden = bidirectional_chain("llama3")
+    with torch.no_grad():
+        expected = [pooled_as_upstream(FAMILIES["llama3"], "eos_token", "", text, hidden) for text in DOCUMENTS]
+    assert apart(vectors, torch.stack(expected)) < 1e-5 * float(vectors.abs().max())
+
+
+def test_llama31_has_a_template_here_unless_told_otherwise() -> None:
+    given, none = (LLM2Vec.from_pretrained(*names("llama31"), template=template) for template in (None, "plain"))
+    assert given.settings.template == "llama3"
+    assert apart(encode(given), encode(none)) > 0.01
+
+
+@pytest.mark.parametrize("suffix", ["mntp-supervised", "mntp-unsup-simcse"])
+@pytest.mark.parametrize("family", list(FAMILIES))
+def test_a_published_chain_is_one_however_it_is_written(family: str, suffix: str) -> None:
+    mntp, outer = names(family, suffix)
+    first = LLM2Vec.from_pretrained(mntp, peft_model_name_or_path=outer)
+    spelled_out = LLM2Vec.from_pretrained(FAMILIES[family].base, [mntp, outer])
+    assert torch.equal(encode(first), encode(spelled_out))
+    assert apart(encode(first), encode(LLM2Vec.from_pretrained(mntp))) > 0.01
+    expected = {"mistral": "mistral", "llama2": "mistral", "sheared": "plain"}.get(family, "llama3")
+    assert first.settings.template == expected
+
+
+# --- what upstream's methods took, and what the tables say ---
+
+
+def arguments(call: Any) -> list[str]:
+    return [name for name in inspect.signature(call).parameters if name != "self"]
+
+
+def test_arguments_have_upstreams_names_and_order() -> None:
+    loading = arguments(LLM2Vec.from_pretrained)
+    assert loading[:4] == ["base_model_name_or_path", "peft_model_name_or_path", "merge_peft", "enable_bidirectional"]
+    encoder = ["pooling_mode", "max_length", "doc_max_length", "skip_instruction"]
+    assert {*encoder, "torch_dtype", "device_map", "attn_implementation"} <= set(loading)
+    assert arguments(LLM2Vec)[:6] == ["model", "tokenizer", *encoder]
+    assert arguments(LLM2Vec.encode)[:6] == [
+        "sentences", "batch_size", "show_progress_bar", "convert_to_numpy", "convert_to_tensor", "device",
+    ]  # fmt: skip
+    assert arguments(LLM2Vec.save) == ["output_path", "merge_before_save", "save_config"]
+
+
+def test_encode_gives_what_upstream_gives() -> None:
+    model = LLM2Vec.from_pretrained(*names("llama3"), device_map="cpu", torch_dtype=torch.bfloat16)
+    vectors = model.encode(DOCUMENTS, batch_size=2)
+    assert isinstance(vectors, Tensor) and vectors.dtype == torch.float32 and vectors.device.type == "cpu"
+    assert apart(vectors.norm(dim=1), torch.ones(len(DOCUMENTS))) > 0.1
+    assert np.asarray(vectors).shape == (len(DOCUMENTS), 32)
+    array = model.encode(DOCUMENTS, show_progress_bar=False, convert_to_numpy=True)
+    assert isinstance(array, np.ndarray) and array.dtype == np.float32
+
+
+def test_answers_instead_of_accidents() -> None:
+    model = LLM2Vec.from_pretrained(*names("llama3"), max_length=24)
+    assert encode(model, "who").shape == (1, 32) and encode(model, []).shape == (0, 32)
+    assert torch.equal(encode(model, ["  who wrote it\n"]), encode(model, ["who wrote it"]))
+    with pytest.raises(UserError, match="max_length is 24"):
+        encode(model, [["find " * 40, "who wrote it"]])
+    with pytest.raises(TypeError, match="load_in_4bit"):
+        LLM2Vec.from_pretrained(*names("llama3"), load_in_4bit=True)  # type: ignore[call-arg]
+
+
+@pytest.mark.parametrize("name", ["models", "dataset", "loss", "experiment_utils"])
+def test_what_is_gone_is_on_the_page(name: str) -> None:
+    """A module that comes back must leave the table."""
+    with pytest.raises(ImportError):
+        __import__(f"llm2vec.{name}")
+    assert f"`llm2vec.{name}`" in PAGE.read_text(encoding="utf-8")
+
+
+def test_tokenize_and_pool_take_the_place_of_upstreams_steps() -> None:
+    model = LLM2Vec.from_pretrained(*names("mistral"))
+    batch = model.tokenize(QUERIES)
+    assert set(batch) >= {"input_ids", "attention_mask", "pool_mask"}
+    with torch.no_grad():
+        states = model.model(
+            input_ids=batch["input_ids"], attention_mask=batch["attention_mask"], is_causal=False
+        ).last_hidden_state
+        pooled = pool(states, batch["pool_mask"], model.settings.pooling_mode)
+        assert torch.equal(pooled, model(batch))
+    assert apart(pooled, encode(model, QUERIES)) < 1e-5
+    marked = encode(model, ["who!@#$%^&*()wrote it"])  # upstream's separator, which is text here
+    assert apart(marked, encode(model, ["wrote it"])) > 0.01
+
+
+def test_upstreams_loss() -> None:
+    """Positives first, then hard negatives; the mean over the queries."""
+    query, positive, negative = torch.randn(3, 4, 16)
+    documents = torch.cat([positive, negative])
+    logits = 20.0 * F.cosine_similarity(query[:, None], documents[None], dim=-1)
+    expected = F.cross_entropy(logits, torch.arange(4))
+    normal = F.normalize(query, dim=-1), F.normalize(documents, dim=-1)
+    loss = info_nce(*normal, torch.arange(4), loss_scale=20.0, weight_B=torch.full((4,), 1 / 4)).loss
+    assert float(loss) == pytest.approx(float(expected), rel=1e-5)
+
+
+# --- upstream's training files ---
+
+#: Keys and values of upstream's files for Meta-Llama-3-8B-Instruct and (MNTP) Qwen2.
+SHARED = {
+    "model_name_or_path": "meta-llama/Meta-Llama-3-8B-Instruct", "gradient_accumulation_steps": 1, "do_train": True,
+    "overwrite_output_dir": True, "output_dir": "output/x", "save_steps": 200, "stop_after_n_steps": 1000,
+    "lora_r": 16, "gradient_checkpointing": True, "torch_dtype": "bfloat16",
+    "attn_implementation": "flash_attention_2",
+}  # fmt: skip
+CONTRASTIVE = {
+    "peft_model_name_or_path": f"{HUB}Meta-Llama-3-8B-Instruct-mntp", "bidirectional": True, "pooling_mode": "mean",
+    "remove_unused_columns": False, "disable_tqdm": False, "logging_steps": 50, "save_only_model": True, "seed": 42,
+}  # fmt: skip
+FILES: dict[Stage, dict[str, Any]] = {
+    "mntp": SHARED | {
+        "dataset_name": "wikitext", "dataset_config_name": "wikitext-103-raw-v1", "per_device_train_batch_size": 32,
+        "per_device_eval_batch_size": 32, "do_eval": True, "max_seq_length": 512, "mask_token_type": "blank",
+        "data_collator_type": "default", "mlm_probability": 0.2, "evaluation_strategy": "steps", "eval_steps": 100,
+        "dataloader_num_workers": 4, "dataloader_prefetch_factor": 2,
+    },
+    "simcse": SHARED | CONTRASTIVE | {
+        "simcse_dropout": 0.3, "dataset_name": "Wiki1M", "dataset_file_path": "cache/wiki1m_for_simcse.txt",
+        "learning_rate": 3e-5, "loss_scale": 20, "per_device_train_batch_size": 128, "max_seq_length": 128,
+    },
+    "stage_II": SHARED | CONTRASTIVE | {
+        "dataset_name": "E5", "dataset_file_path": "cache/echo-data", "learning_rate": 2e-4, "num_train_epochs": 3,
+        "warmup_steps": 300, "per_device_train_batch_size": 64, "per_device_eval_batch_size": 64,
+        "max_seq_length": 512,
+    },
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("stage", list(FILES))
+def test_upstreams_files_are_read_as_they_are(stage: Stage, tmp_path: Path) -> None:
+    """Every key is taken over, but the one that has no effect and the one that has another name today."""
+    file = tmp_path / "config.json"
+    file.write_text(json.dumps(FILES[stage]), encoding="utf-8")
+    config = load_config(file, stage)
+    assert config.bidirectional and config.pooling_mode == "mean" and config.use_peft
+    for key, value in FILES[stage].items():
+        if key == "overwrite_output_dir":
+            continue
+        key = {"evaluation_strategy": "eval_strategy"}.get(key, key)
+        assert (config.training[key] if key in config.training else getattr(config, key)) == value
+    args = training_arguments(config)
+    assert args.per_device_train_batch_size == FILES[stage]["per_device_train_batch_size"]
+
+
+def test_the_pages_defaults_are_the_configs() -> None:
+    section = PAGE.read_text(encoding="utf-8").split("## Training")[1].split("\n## ")[0]
+    rows = re.findall(r"^\| `(\w+)`[^|]*\| [^|]+ \| ([^|:]+)[^|]*\|$", section, re.MULTILINE)
+    said = {key: value.strip(" `") for key, value in rows}
+    defaults = {name: getattr(Config, name) for name in said}
+    assert len(said) == 6
+    assert {
+        name: {None: "none"}.get(value, f"{value:g}" if isinstance(value, float) else str(value))
+        for name, value in defaults.items()
+    } == said

@@ -1,0 +1,747 @@
+"""`verify` passes what is the same in every way of loading, and names what is not, by its cause."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import runpy
+import shutil
+import threading
+from collections.abc import Callable, Iterator, Sequence
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from helpers import family_tokenizer, tiny_model, write_jsonl
+from peft import PeftModel
+from torch import Tensor
+from transformers import AutoModel, AutoTokenizer
+
+from llm2vec.backbone import Chain, attach_lora, load_backbone
+from llm2vec.checkpoint import RUN_FILE, EncoderSettings, save_checkpoint
+from llm2vec.export import Export, export
+from llm2vec.llm2vec import row_tokenizer
+from llm2vec.parity import ask_way, bundled_texts, compare
+from llm2vec.parity_causes import find_causes
+from llm2vec.parity_loaded import open_way
+from llm2vec.parity_tokens import token_differences, with_ids
+from llm2vec.parity_ways import choices_of, rendering_of
+from llm2vec.tokenization import Row, probe_ids
+from llm2vec.types import UserError
+
+SCRIPT = Path(__file__).parents[1] / "experiments/verify.py"
+BIDIRECTIONAL = EncoderSettings("last", 64, template="llama3", instruction_join="; ", attention="bidirectional")
+CAUSAL_MEAN = EncoderSettings("mean", 64, template="llama3", instruction_join="; ", attention="causal")
+
+
+def save_base(folder: Path, settings: EncoderSettings, seed: int = 0, family: str = "llama", **overrides: Any) -> str:
+    """A Stage I folder."""
+    model = tiny_model(family, True, seed=seed, initializer_range=0.1, tie_word_embeddings=False, **overrides)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if "norm" in name:  # all ones, leaving out the last norm would change nothing but lengths
+                parameter.copy_(torch.linspace(0.5, 1.5, len(parameter)))
+    tokenizer = family_tokenizer(family)
+    save_checkpoint(folder, model, tokenizer, settings, {"probe_ids": probe_ids(row_tokenizer(tokenizer, settings))})
+    return str(folder)
+
+
+def save_adapter(folder: Path, base: str, settings: EncoderSettings, *, with_lm_head: bool = False) -> str:
+    """A Stage II folder: an adapter that does something; with a head, its keys fit no other class of the model."""
+    model: Any = load_backbone(Chain(base, ()), with_lm_head=with_lm_head)
+    adapted = attach_lora(model, r=4, alpha=8, dropout=0.0)
+    for name, parameter in adapted.named_parameters():
+        if "lora_B" in name:
+            torch.nn.init.normal_(parameter, std=0.3)
+    settings = dataclasses.replace(settings, parent_adapters=())
+    save_checkpoint(folder, adapted, family_tokenizer("llama"), settings)
+    return str(folder)
+
+
+def save_export(folder: Path, base: str, adapter: str | None = None, dtype: str = "float32") -> Path:
+    """A folder for stock libraries."""
+    export(Export(adapter or base, base=base if adapter else None, dtype=dtype), folder)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A bidirectional base with an adapter, a causal mean-pooled base, and exports of both."""
+    folder = tmp_path_factory.mktemp("made")
+    base = save_base(folder / "base", BIDIRECTIONAL)
+    adapter = save_adapter(folder / "adapter", base, BIDIRECTIONAL)
+    save_export(folder / "exported", base, adapter)
+    save_export(folder / "mean_exported", save_base(folder / "mean_base", CAUSAL_MEAN))
+    return folder
+
+
+@pytest.fixture(scope="module")
+def other(made: Path) -> Path:
+    """An export of other weights."""
+    return save_export(made / "other", save_base(made / "other_base", BIDIRECTIONAL, seed=1))
+
+
+@pytest.fixture(scope="module")
+def half(made: Path) -> Path:
+    """The export, stored in bfloat16."""
+    return save_export(made / "half", str(made / "base"), str(made / "adapter"), "bfloat16")
+
+
+@pytest.fixture
+def damaged(made: Path, tmp_path: Path) -> Path:
+    """A copy of the export, to be damaged."""
+    return shutil.copytree(made / "exported", tmp_path / "damaged")
+
+
+@pytest.fixture
+def verify(capsys: pytest.CaptureFixture[str]) -> Callable[..., tuple[int, str]]:
+    """The script's main function: arguments to exit code and what was printed."""
+    main = runpy.run_path(str(SCRIPT))["main"]
+
+    def run(*arguments: str | Path) -> tuple[int, str]:
+        capsys.readouterr()
+        code = main(list(map(str, arguments)))
+        return code, capsys.readouterr().out
+
+    return run
+
+
+def change_json(file: Path, change: Callable[[Any], Any]) -> None:
+    content = json.loads(file.read_text(encoding="utf-8"))
+    file.write_text(json.dumps(change(content) or content), encoding="utf-8")
+
+
+def failures(printed: str) -> dict[str, list[str]]:
+    """Way -> the causes that were named."""
+    causes: dict[str, list[str]] = {}
+    for line in printed.splitlines():
+        if line.startswith("FAIL: "):
+            way, cause, _ = line.removeprefix("FAIL: ").split(": ", 2)
+            causes.setdefault(way.split(" /")[0].split(" http")[0], []).append(cause)
+    return causes
+
+
+# --- what is the same passes ---
+
+
+def test_checkpoint_and_export_agree_in_every_way(made: Path, verify: Any) -> None:
+    code, printed = verify(made / "adapter", made / "exported")
+    assert code == 0, printed
+    rows = [line for line in printed.splitlines() if line.endswith(" ok")]
+    assert [row.split("  ")[0] for row in rows] == [
+        "ours, padded", "ours, merged", "ours", "sentence-transformers", "transformers"
+    ]  # fmt: skip
+    assert all(" equal " in row and "1.000000" in row for row in rows)
+    assert "FAIL" not in printed
+
+
+def test_mean_pooling_without_the_instruction_agrees(made: Path, tmp_path: Path, verify: Any) -> None:
+    """On texts that the tokenizer joins with the blank before them."""
+    asked = [
+        {"text": text, "instruction": i} for text in ("hello world", "who wrote it", "it " * 70) for i in ("", "find")
+    ]
+    texts = write_jsonl(tmp_path / "texts.jsonl", asked)
+    code, printed = verify(made / "mean_base", made / "mean_exported", "--texts", texts)
+    assert code == 0, printed
+    assert "sentence-transformers and transformers do not apply" in printed
+    assert printed.count(" ok") == 4
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("attention", ["causal", "bidirectional"])
+@pytest.mark.parametrize(
+    ("family", "template"),
+    [("qwen2", "qwen2"), ("qwen3", "qwen3_embedding"), ("gemma", "gemma"), ("mistral", "mistral"), ("llama", "plain"),
+     ("mistral", "e5_mistral"), ("mistral", "repllama")],
+)  # fmt: skip
+def test_families_and_templates_agree(tmp_path: Path, verify: Any, family: str, template: str, attention: Any) -> None:
+    settings = EncoderSettings("last", 64, template=template, instruction_join=" ", attention=attention)
+    base = save_base(tmp_path / "base", settings, family=family)
+    code, printed = verify(base, save_export(tmp_path / "exported", base))
+    assert code == 0, printed
+    assert printed.count(" equal ") == 4
+
+
+def test_a_blank_that_is_pooled_over_is_named(made: Path, tmp_path: Path, verify: Any) -> None:
+    """A tokenizer has the last word on which token the blank behind an instruction belongs to."""
+    texts = write_jsonl(tmp_path / "texts.jsonl", [{"text": "12 o'clock", "instruction": "find"}, {"text": "hello"}])
+    code, printed = verify(made / "mean_base", made / "mean_exported", "--texts", texts)
+    assert code == 1
+    assert failures(printed) == {"sentence-transformers": ["pooling"], "transformers": ["pooling"]}
+
+
+def test_the_reference_may_be_the_export(made: Path, verify: Any) -> None:
+    code, printed = verify(
+        f"st:{made / 'exported'}", f"{made / 'base'}+{made / 'adapter'}", f"ours:{made / 'exported'}"
+    )
+    assert code == 0, printed
+    assert printed.startswith("reference: sentence-transformers ")
+
+
+def test_half_precision_is_held_to_its_own_threshold(made: Path, half: Path, verify: Any) -> None:
+    code, printed = verify(made / "adapter", made / "exported", "--dtype", "bfloat16")
+    assert code == 0, printed
+    assert " 0.999 " in printed
+    assert " 0.9999 " not in printed
+    code, printed = verify(made / "adapter", half)
+    assert code == 0, printed
+    assert printed.count(" 0.999 ") == 3  # the export's, not those of the float32 checkpoint
+    assert printed.count(" 0.9999 ") == 2
+
+
+def test_rounding_is_named_where_more_is_asked_for(made: Path, half: Path, verify: Any) -> None:
+    code, printed = verify(f"ours:{made / 'exported'}", f"st:{half}", "--threshold", "0.9999999")
+    assert code == 1
+    assert failures(printed)["sentence-transformers"] == ["precision"]
+
+
+# --- what is not the same is named ---
+
+
+def write_closing(folder: Path, closing: list[str]) -> None:
+    """Replace the token that a tokenizer's post-processor closes a row with."""
+
+    def change(content: dict[str, Any]) -> None:
+        ids = {token["content"]: token["id"] for token in content["added_tokens"]}
+        post = content["post_processor"]
+        place = max(i for i, piece in enumerate(post["single"]) if "Sequence" in piece)
+        post["single"] = [*post["single"][: place + 1], *({"SpecialToken": {"id": t, "type_id": 0}} for t in closing)]
+        for token in closing:
+            post["special_tokens"][token] = {"id": token, "ids": [ids[token]], "tokens": [token]}
+
+    change_json(folder / "tokenizer.json", change)
+
+
+def wrong_closing(folder: Path) -> None:
+    write_closing(folder, ["<|end_of_text|>"])
+
+
+def no_closing(folder: Path) -> None:
+    write_closing(folder, [])
+
+
+def closing_twice(folder: Path) -> None:
+    write_closing(folder, ["<|eot_id|>", "<|eot_id|>"])
+
+
+def no_opening(folder: Path) -> None:
+    change_json(folder / "tokenizer.json", lambda content: content["post_processor"]["single"].pop(0) and None)
+
+
+def causal_reload(folder: Path) -> None:
+    def change(config: dict[str, Any]) -> None:
+        del config["is_causal"], config["use_bidirectional_attention"]
+
+    change_json(folder / "config.json", change)
+
+
+def mean_pooling(folder: Path) -> None:
+    old = {"pooling_mode_mean_tokens": True, "pooling_mode_lasttoken": False}
+    change_json(folder / "1_Pooling/config.json", lambda config: {**config, **old, "pooling_mode": "mean"})
+
+
+def cls_pooling(folder: Path) -> None:
+    old = {"pooling_mode_cls_token": True, "pooling_mode_lasttoken": False}
+    change_json(folder / "1_Pooling/config.json", lambda config: {**config, **old, "pooling_mode": "cls"})
+
+
+def no_normalize(folder: Path) -> None:
+    change_json(folder / "modules.json", lambda modules: modules[:2])
+
+
+def shorter_rows(folder: Path) -> None:
+    change_json(folder / "sentence_bert_config.json", lambda config: {**config, "max_seq_length": 48})
+
+
+def read_control_tokens(folder: Path) -> None:
+    change_json(folder / "tokenizer_config.json", lambda config: {**config, "split_special_tokens": False})
+
+
+def no_header(folder: Path) -> None:
+    def change(content: dict[str, Any]) -> None:
+        single = content["post_processor"]["single"]
+        content["post_processor"]["single"] = [single[0], *single[-2:]]
+
+    change_json(folder / "tokenizer.json", change)
+
+
+DAMAGES = {
+    wrong_closing: ["EOS"],
+    no_closing: ["EOS"],
+    closing_twice: ["EOS"],
+    no_opening: ["BOS"],
+    causal_reload: ["attention"],
+    mean_pooling: ["pooling"],
+    cls_pooling: ["pooling"],
+    no_normalize: ["norm"],
+    shorter_rows: ["truncation"],
+    read_control_tokens: ["control tokens"],
+    no_header: ["template"],
+}
+
+
+@pytest.mark.parametrize("damage", DAMAGES, ids=lambda damage: damage.__name__)
+def test_a_damaged_export_is_named_by_its_cause(
+    made: Path, damaged: Path, verify: Any, damage: Callable[[Path], None]
+) -> None:
+    damage(damaged)
+    code, printed = verify(f"ours:{made / 'exported'}", f"st:{damaged}", f"transformers:{damaged}")
+    assert code == 1, printed
+    named = failures(printed)
+    assert set(named) == {"sentence-transformers", "transformers"}, printed
+    assert all(causes[:1] == DAMAGES[damage] for causes in named.values()), printed
+    assert printed.count("FAIL: ") == sum(map(len, named.values()))
+
+
+@pytest.mark.parametrize("damage", [wrong_closing, causal_reload, mean_pooling], ids=lambda damage: damage.__name__)
+def test_a_damaged_export_is_named_beside_its_checkpoint_too(
+    made: Path, damaged: Path, verify: Any, damage: Callable[[Path], None]
+) -> None:
+    """The reference is an adapter in place, whose vectors are not normalised."""
+    damage(damaged)
+    code, printed = verify(made / "adapter", f"st:{damaged}")
+    assert code == 1, printed
+    assert failures(printed) == {"sentence-transformers": DAMAGES[damage]}
+
+
+def test_two_faults_are_both_named(made: Path, damaged: Path, verify: Any) -> None:
+    causal_reload(damaged)
+    mean_pooling(damaged)
+    code, printed = verify(f"ours:{made / 'exported'}", f"st:{damaged}")
+    assert code == 1
+    assert sorted(failures(printed)["sentence-transformers"]) == ["attention", "pooling"]
+    wrong_closing(damaged)
+    code, printed = verify(f"ours:{made / 'exported'}", f"st:{damaged}")
+    assert code == 1
+    assert failures(printed)["sentence-transformers"] == ["weights or something else"]  # three are not looked for
+
+
+def test_the_first_difference_of_the_tokens_is_shown(made: Path, damaged: Path, verify: Any) -> None:
+    wrong_closing(damaged)
+    _, printed = verify(f"ours:{made / 'exported'}", f"st:{damaged}")
+    assert "closes with '<|end_of_text|>' instead of '<|eot_id|>' (text 'query', and 11 more)" in printed
+    assert "12 of 12 differ" in printed
+    no_header(damaged)
+    _, printed = verify(f"ours:{made / 'exported'}", f"st:{damaged}")
+    assert "position 1 holds" in printed
+    assert "instead of '<|start_header_id|>'" in printed
+
+
+def test_an_adapter_that_was_never_merged_is_named(made: Path, tmp_path: Path, verify: Any) -> None:
+    """The export is the base without it: what a merge of an adapter that did not load leaves."""
+    save_export(tmp_path / "export", str(made / "base"))
+    code, printed = verify(f"ours:{made / 'adapter'}", f"st:{tmp_path / 'export'}")
+    assert code == 1
+    assert failures(printed) == {"sentence-transformers": ["adapter"]}
+    assert "with its adapter switched off, ours" in printed
+    code, printed = verify(f"st:{tmp_path / 'export'}", f"ours:{made / 'adapter'}")
+    assert failures(printed) == {"ours": ["adapter"]}
+
+
+@pytest.mark.filterwarnings("ignore:Found missing adapter keys")
+def test_a_dead_adapter_is_named(made: Path, tmp_path: Path, verify: Any) -> None:
+    """Trained on the model with its head, put on the model without: peft warns, and goes on with a fresh adapter."""
+    other_class = save_adapter(tmp_path / "other_class", str(made / "base"), BIDIRECTIONAL, with_lm_head=True)
+    stock_base = save_export(tmp_path / "export", str(made / "base"))
+    bare = AutoModel.from_pretrained(stock_base)
+    assert isinstance(PeftModel.from_pretrained(bare, other_class), PeftModel)  # no error there
+    code, printed = verify(f"ours:{made / 'adapter'}", f"transformers:{stock_base}+{other_class}")
+    assert code == 1
+    assert failures(printed) == {"transformers": ["adapter"]}
+    assert "dead: switching off the adapter of transformers" in printed
+    code, printed = verify(f"ours:{made / 'adapter'}", f"transformers:{stock_base}+{made / 'adapter'}")
+    assert code == 0, printed
+
+
+def test_an_adapter_that_stock_libraries_load_over_a_causal_base_is_named(
+    made: Path, tmp_path: Path, verify: Any
+) -> None:
+    """An adapter's folder cannot say how its base attends, and the base's config does not."""
+    folder = shutil.copytree(made / "adapter", tmp_path / "adapter")
+    (folder / RUN_FILE).unlink()
+    for name in ("1_Pooling", "2_Normalize"):
+        shutil.copytree(made / "exported" / name, folder / name)
+    names = ("modules.json", "sentence_bert_config.json", "tokenizer.json", "tokenizer_config.json")
+    for name in (*names, "config_sentence_transformers.json"):
+        shutil.copy(made / "exported" / name, folder / name)
+    code, printed = verify(folder)
+    assert code == 1, printed
+    assert printed.count(" ok") == 2  # padded and merged
+    assert failures(printed) == {"sentence-transformers": ["attention"], "transformers": ["attention"]}
+
+
+def test_other_weights_are_not_explained_away(made: Path, other: Path, tmp_path: Path, verify: Any) -> None:
+    code, printed = verify(f"ours:{made / 'exported'}", f"st:{other}")
+    assert code == 1
+    assert failures(printed) == {"sentence-transformers": ["weights or something else"]}
+    wider = save_export(tmp_path / "wide", save_base(tmp_path / "wide_base", BIDIRECTIONAL, hidden_size=64))
+    code, printed = verify(f"ours:{made / 'exported'}", f"st:{wider}")
+    assert code == 1
+    assert "the vectors have 32 and 64 numbers" in printed
+
+
+def test_what_goes_wrong_in_a_batch_alone_is_named(made: Path) -> None:
+    """A way that reads the last column, where padding stands on the right."""
+    choices = [choices_of(f"{kind}:{made / 'exported'}")[0][0] for kind in ("ours", "transformers")]
+    rendering = rendering_of(choices)
+    reference, way = (open_way(choice, torch.float32, rendering) for choice in choices)
+    texts = bundled_texts(reference.max_length)
+
+    @torch.no_grad()
+    def last_column(asked: Sequence[Any]) -> Tensor:
+        rows = way.rows(asked, None)
+        longest = max(len(row.ids) for row in rows)
+        ids = torch.tensor([row.ids + [0] * (longest - len(row.ids)) for row in rows])
+        mask = torch.tensor([[1] * len(row.ids) + [0] * (longest - len(row.ids)) for row in rows])
+        return way.model(input_ids=ids, attention_mask=mask).last_hidden_state[:, -1]
+
+    wrong = dataclasses.replace(way, encode=last_column)
+    asked = list(texts.values())
+    answer, parity = ask_way(reference, asked), compare(ask_way(reference, asked), ask_way(wrong, asked))
+    assert not parity.passes
+    assert [finding.cause for finding in find_causes((reference, answer), (wrong, parity), texts)] == ["batching"]
+
+
+# --- servers ---
+
+
+class Stub:
+    """An OpenAI-compatible server over a function from strings to vectors, with faults to be switched on.
+
+    Attributes:
+        embed: string -> vector.
+        ids: string -> token ids; None = there is no `/tokenize`.
+        style: of `/tokenize`: vllm or tei.
+        models: what `/v1/models` lists; None = there is no such path.
+        answer: replaces the whole body of `/v1/embeddings`, as status and bytes.
+        most_characters: a longer text, or an empty one, is refused with HTTP 400.
+        requests: bodies that arrived at `/v1/embeddings`.
+    """
+
+    def __init__(self, embed: Callable[[str], Tensor], ids: Callable[[str], list[int]] | None = None) -> None:
+        self.embed = embed
+        self.ids = ids
+        self.style = "vllm"
+        self.models: list[str] | None = ["stub"]
+        self.answer: tuple[int, bytes] | None = None
+        self.most_characters: int | None = None
+        self.requests: list[dict[str, Any]] = []
+
+    def respond(self, path: str, body: dict[str, Any]) -> tuple[int, Any]:
+        """Status and JSON (or bytes) of a request."""
+        if path == "/v1/models" and self.models is not None:
+            return 200, {"data": [{"id": name} for name in self.models]}
+        if path == "/tokenize" and self.ids is not None and self.style == "vllm" and "prompt" in body:
+            return 200, {"tokens": self.ids(body["prompt"]), "count": 0}
+        if path == "/tokenize" and self.ids is not None and self.style == "tei" and "inputs" in body:
+            return 200, [[{"id": token, "text": "", "special": False} for token in self.ids(body["inputs"])]]
+        if path != "/v1/embeddings":
+            return 404, {"error": "no such path"}
+        self.requests.append(body)
+        if self.answer is not None:
+            return self.answer
+        assert body["model"] in (self.models or ["model"])
+        (text,) = body["input"]
+        if self.most_characters is not None and not 0 < len(text) <= self.most_characters:
+            return 400, {"error": "this text is not to my taste"}
+        return 200, {"data": [{"object": "embedding", "index": 0, "embedding": self.embed(text).tolist()}]}
+
+
+@pytest.fixture
+def serve() -> Iterator[Callable[[Stub], str]]:
+    """Start a stub; returns its URL."""
+    servers = []
+
+    def start(stub: Stub) -> str:
+        class Handler(BaseHTTPRequestHandler):
+            def do_GET(self) -> None:
+                self.reply({})
+
+            def do_POST(self) -> None:
+                self.reply(json.loads(self.rfile.read(int(self.headers["Content-Length"]))))
+
+            def reply(self, body: dict[str, Any]) -> None:
+                status, content = stub.respond(self.path, body)
+                sent = content if isinstance(content, bytes) else json.dumps(content).encode()
+                self.send_response(status)
+                self.send_header("Content-Length", str(len(sent)))
+                self.end_headers()
+                self.wfile.write(sent)
+
+            def log_message(self, *_: Any) -> None:
+                pass
+
+        server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        servers.append(server)
+        return f"http://127.0.0.1:{server.server_address[1]}"
+
+    yield start
+    for server in servers:
+        server.shutdown()
+        server.server_close()
+
+
+def engine(
+    folder: Path,
+    *,
+    max_length: int = 64,
+    edit: Callable[[list[int]], list[int]] = lambda ids: ids,
+    pooled: Callable[[Tensor], Tensor] = lambda states_TD: states_TD[-1],
+    before_norm: bool = False,
+    **loading: Any,
+) -> Stub:
+    """A server of an exported folder, one text at a time, with the ids edited or the states pooled in its own way."""
+    tokenizer = AutoTokenizer.from_pretrained(folder, **loading)
+    model = AutoModel.from_pretrained(folder)
+    if before_norm:
+        model.norm = torch.nn.Identity()
+
+    def ids_of(text: str) -> list[int]:
+        return edit(tokenizer(text, truncation=True, max_length=max_length)["input_ids"])
+
+    @torch.no_grad()
+    def embed(text: str) -> Tensor:
+        vector = pooled(model(input_ids=torch.tensor([ids_of(text)])).last_hidden_state[0])
+        return vector / vector.norm()
+
+    return Stub(embed, lambda text: edit(tokenizer(text)["input_ids"]))
+
+
+@pytest.mark.parametrize("style", ["vllm", "tei", "none"])
+def test_a_server_that_agrees_passes(made: Path, verify: Any, serve: Any, style: str) -> None:
+    stub = engine(made / "exported")
+    stub.style = style
+    stub.models = None if style == "tei" else ["stub"]
+    code, printed = verify(made / "adapter", f"{serve(stub)}/v1/")
+    assert code == 0, printed
+    row = next(line for line in printed.splitlines() if line.startswith("server"))
+    assert ("not shown" if style == "none" else "equal") in row
+    assert " 0.999 " in row  # a server does not say its precision
+    assert len(stub.requests) == 12
+    assert {request["encoding_format"] for request in stub.requests} == {"float"}
+
+
+def test_a_server_may_be_the_reference(made: Path, damaged: Path, verify: Any, serve: Any) -> None:
+    url = serve(engine(made / "exported"))
+    code, printed = verify(url, made / "exported")
+    assert code == 0, printed
+    causal_reload(damaged)
+    (damaged / RUN_FILE).unlink()  # its record of file sizes, by which the change would be refused at once
+    code, printed = verify(url, f"st:{damaged}")
+    assert code == 1
+    assert failures(printed) == {"sentence-transformers": ["attention"]}
+
+
+def test_a_server_of_another_model_is_caught(made: Path, other: Path, verify: Any, serve: Any) -> None:
+    stub = engine(other)
+    stub.style = "none"
+    code, printed = verify(f"ours:{made / 'exported'}", serve(stub))
+    assert code == 1
+    assert failures(printed) == {"server": ["weights or something else"]}
+
+
+def test_a_server_that_pools_otherwise_is_named(made: Path, verify: Any, serve: Any) -> None:
+    code, printed = verify(
+        made / "exported", serve(engine(made / "exported", pooled=lambda states: states.mean(dim=0)))
+    )
+    assert code == 1
+    assert failures(printed) == {"server": ["pooling"]}
+    assert "with mean pooling over every token, ours" in printed
+
+
+def test_a_causal_server_is_named(made: Path, damaged: Path, verify: Any, serve: Any) -> None:
+    causal_reload(damaged)
+    code, printed = verify(f"ours:{made / 'exported'}", serve(engine(damaged)))
+    assert code == 1
+    assert failures(printed) == {"server": ["attention"]}
+
+
+@pytest.mark.parametrize("shows_ids", [True, False])
+@pytest.mark.parametrize(
+    ("cause", "fault"),
+    [
+        ("EOS", {"edit": lambda ids: ids[:-1]}),
+        ("EOS", {"edit": lambda ids: [*ids, ids[-1]]}),
+        ("BOS", {"edit": lambda ids: ids[1:]}),
+        ("truncation", {"max_length": 2048}),
+        ("control tokens", {"split_special_tokens": False}),
+    ],
+)
+def test_a_server_that_writes_other_tokens_is_named(
+    made: Path, verify: Any, serve: Any, cause: str, fault: dict[str, Any], shows_ids: bool
+) -> None:
+    """With the ids it shows, and without them by trying what it may have done."""
+    stub = engine(made / "exported", **fault)
+    stub.style = "vllm" if shows_ids else "none"
+    code, printed = verify(f"ours:{made / 'exported'}", serve(stub))
+    assert code == 1, printed
+    assert failures(printed)["server"][0] == cause, printed
+
+
+def test_a_server_that_leaves_out_the_last_norm_is_named(made: Path, verify: Any, serve: Any) -> None:
+    stub = engine(made / "exported", before_norm=True)
+    code, printed = verify(f"ours:{made / 'exported'}", serve(stub))
+    assert code == 1
+    assert failures(printed) == {"server": ["norm"]}
+    assert "with the states from before the final norm, ours" in printed
+
+
+def test_two_servers_cannot_be_taken_apart(made: Path, tmp_path: Path, verify: Any, serve: Any) -> None:
+    mean = engine(made / "exported", pooled=lambda states_TD: states_TD.mean(dim=0))
+    texts = write_jsonl(tmp_path / "texts.jsonl", [{"text": "hello world"}])
+    code, printed = verify(serve(engine(made / "exported")), serve(mean), "--texts", texts)
+    assert code == 1
+    assert "weights or something else: neither side's steps could be taken apart here" in printed
+
+
+def test_texts_that_a_server_refuses_are_said(made: Path, verify: Any, serve: Any) -> None:
+    stub = engine(made / "exported")
+    stub.most_characters = 200
+    url = serve(stub)
+    code, printed = verify(f"ours:{made / 'exported'}", url)
+    assert code == 0, printed
+    refused = [line for line in printed.splitlines() if "refuses the text" in line]
+    assert [line.split("'")[1] for line in refused] == ["empty", "too long", "too long with instruction"]
+    assert "not to my taste" in refused[0]
+    stub.most_characters = 0
+    code, printed = verify(f"ours:{made / 'exported'}", url)
+    assert code == 2
+    assert "refuses every text" in printed
+
+
+@pytest.mark.parametrize(
+    ("answer", "words"),
+    [
+        ((200, b"<html>hello</html>"), "does not answer in JSON"),
+        ((200, b"[]"), "without data[0].embedding"),
+        ((200, b'{"data": []}'), "without data[0].embedding"),
+        ((200, b'{"data": [{"embedding": "AAAA"}]}'), "without data[0].embedding"),
+        ((200, b'{"data": [{"embedding": [1.0, NaN]}]}'), "empty or not finite"),
+        ((200, b'{"data": [{"embedding": []}]}'), "empty or not finite"),
+        ((404, b'{"error": "no such model"}'), "HTTP 404"),
+        ((500, b""), "HTTP 500"),
+    ],
+)
+def test_a_malformed_answer_is_one_sentence(
+    made: Path, verify: Any, serve: Any, answer: tuple[int, bytes], words: str
+) -> None:
+    stub = engine(made / "exported")
+    stub.answer = answer
+    code, printed = verify(f"ours:{made / 'exported'}", f"padded:{made / 'exported'}", serve(stub))
+    assert code == 2
+    (line,) = [line for line in printed.splitlines() if line.startswith("not compared: ")]
+    assert words in line
+    assert printed.count(" ok") == 1  # the others are compared all the same
+
+
+def test_a_refused_connection_is_said(made: Path, verify: Any) -> None:
+    with ThreadingHTTPServer(("127.0.0.1", 0), BaseHTTPRequestHandler) as closed:
+        port = closed.server_address[1]
+    code, printed = verify(f"ours:{made / 'exported'}", f"http://127.0.0.1:{port}")
+    assert code == 2
+    assert f"not compared: http://127.0.0.1:{port} does not answer (" in printed
+    with pytest.raises(UserError, match="does not answer"):
+        verify(f"http://127.0.0.1:{port}", made / "exported")
+
+
+def test_a_server_of_several_models_wants_a_name(made: Path, verify: Any, serve: Any) -> None:
+    stub = engine(made / "exported")
+    stub.models = ["one", "two"]
+    url = serve(stub)
+    code, printed = verify(f"ours:{made / 'exported'}", url)
+    assert code == 2
+    assert f"serves one, two; write the one that is meant as {url}#NAME" in printed
+    code, printed = verify(f"ours:{made / 'exported'}", f"{url}#two")
+    assert code == 0, printed
+    assert stub.requests[-1]["model"] == "two"
+
+
+# --- input ---
+
+
+def test_own_texts(made: Path, tmp_path: Path, verify: Any) -> None:
+    lines = tmp_path / "texts.txt"
+    lines.write_text("hello world\n who wrote it \n", encoding="utf-8")
+    code, printed = verify(made / "base", "--texts", lines)
+    assert code == 0, printed
+    assert "2 texts" in printed
+    rows = write_jsonl(
+        tmp_path / "texts.jsonl", [{"text": "hello"}, {"text": "it", "instruction": "find", "side": "query"}]
+    )
+    assert verify(made / "base", "--texts", rows)[0] == 0
+    for content, words in (
+        ([{"txt": "hello"}], "line 1: an object with `text`"),
+        ([{"text": "a"}, {"text": 1}], "line 2: every value must be a string"),
+        ([{"text": "a", "side": "left"}], "side is 'left'; allowed: query, document"),
+        ([], "is empty"),
+    ):
+        with pytest.raises(UserError, match=words):
+            verify(made / "base", "--texts", write_jsonl(rows, content))
+    with pytest.raises(UserError, match="is not there"):
+        verify(made / "base", "--texts", tmp_path / "none.txt")
+
+
+def test_wrong_arguments_are_one_sentence(made: Path, tmp_path: Path, verify: Any) -> None:
+    (tmp_path / "empty").mkdir()
+    for arguments, words in (
+        ([tmp_path / "nowhere"], "neither a folder nor"),
+        ([tmp_path / "empty"], "is no folder or hub name with a config.json"),
+        ([f"{made / 'base'}+{tmp_path / 'nowhere'}"], "neither a folder nor"),
+        ([f"st:{made / 'exported'}"], "can be loaded in one way only"),
+        ([made / "exported", "--threshold", "1.5"], "--threshold is 1.5"),
+    ):
+        with pytest.raises(UserError, match=words):
+            verify(*arguments)
+    with pytest.raises(SystemExit):
+        verify(made / "base", "--dtype", "int8")
+
+
+def test_a_named_way_that_does_not_apply_is_said(made: Path, damaged: Path, verify: Any) -> None:
+    code, printed = verify(made / "base", f"transformers:{made / 'base'}")
+    assert code == 2
+    assert "not compared: transformers" in printed
+    assert "no modules.json, so nothing says how the hidden states are pooled" in printed
+    code, printed = verify(f"ours:{made / 'exported'}", f"st:{made / 'exported'}+{made / 'adapter'}")
+    assert code == 2
+    assert "takes no adapter beside a base" in printed
+    change_json(damaged / "1_Pooling/config.json", lambda config: {**config, "pooling_mode": "mean"})
+    code, printed = verify(f"ours:{made / 'exported'}", f"transformers:{damaged}")
+    assert code == 2
+    assert "says 'mean' by pooling_mode and lasttoken by its older keys" in printed
+
+
+# --- parts ---
+
+
+@pytest.mark.parametrize(
+    ("theirs", "cut", "cause"),
+    [
+        ([1, 5, 6], False, "EOS"),
+        ([1, 5, 6, 2, 2], False, "EOS"),
+        ([1, 5, 6, 3], False, "EOS"),
+        ([5, 6, 2], False, "BOS"),
+        ([1, 1, 5, 6, 2], False, "BOS"),
+        ([1, 5, 7, 2], False, "template"),
+        ([1, 5, 2], True, "truncation"),
+        ([1, 5, 6, 7, 2], True, "truncation"),
+        ([1, 5, 6, 9], True, "truncation"),
+    ],
+)
+def test_token_differences_by_kind(theirs: list[int], cut: bool, cause: str) -> None:
+    tokenizer = family_tokenizer("llama")
+    same = [1, 8, 2]
+    (difference,) = token_differences([same, [1, 5, 6, 2]], [same, theirs], ["same", "it"], [False, cut], tokenizer)
+    assert difference.cause == cause
+    assert "(text 'it')" in difference.words
+
+
+def test_ids_take_over_the_pooled_positions_at_both_ends() -> None:
+    row = Row([1, 5, 6, 2], [False, True, True, False], [False] * 4)
+    assert with_ids(row, [1, 5, 6, 2]).pooled == row.pooled
+    assert with_ids(row, [1, 5, 9, 9, 2]).pooled == [False, True, True, True, False]
+    assert with_ids(row, [1, 5, 6]).pooled == [False, True, True]
+    assert with_ids(row, [5, 6, 2]).pooled == [True, True, False]
+    assert with_ids(row, [1, 5, 6, 2, 2]).pooled == [False, True, True, False, True]
