@@ -1,8 +1,11 @@
 # Two commands do everything: `make quickstart` and `make test`. Both make .venv and install the pinned versions first.
 PYTHON ?= python3
 BIN := .venv/bin
+# What loads, renders, trains, saves, embeds and evaluates.
+CORE := added_tokens checkpoint config data entrypoints eval_models evaluation llm2vec mntp mteb_adapter packing packed_attention \
+	sentence_transformer_loss simcse stage_I stage_II step tokenization trainer
 
-.PHONY: quickstart compare test test-slow test-gpu bench faults docs lint clean
+.PHONY: quickstart compare test test-slow test-lowest test-gpu bench faults docs lint clean
 
 quickstart: .venv/installed  ## the whole method, small, on this machine: about 8 minutes after the install
 	$(BIN)/python experiments/quickstart.py
@@ -20,6 +23,9 @@ test: .venv/installed  ## all fast tests, offline
 
 test-slow: .venv/installed  ## the tests that take longer, too
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n 2 -m "not gpu"
+
+test-lowest: .venv-lowest/installed  ## the core's tests with the oldest libraries that setup.py allows
+	OMP_NUM_THREADS=1 .venv-lowest/bin/python -m pytest -q -n 2 $(CORE:%=tests/test_%.py)
 
 test-gpu: .venv/installed  ## the tests that need a CUDA device
 	$(BIN)/python -m pytest -q -m gpu
@@ -43,5 +49,11 @@ lint: .venv/installed
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e ".[eval,quickstart,logging,data,bf16,docs,dev]"
 	touch $@
 
+.venv-lowest/installed: constraints-lowest.txt setup.py
+	$(PYTHON) -m venv .venv-lowest
+	.venv-lowest/bin/python -m pip install --quiet --disable-pip-version-check -c constraints-lowest.txt -e ".[eval,quickstart,logging]" \
+		pytest pytest-xdist hypothesis
+	touch $@
+
 clean:
-	rm -rf .venv output/quickstart cache/docstrings
+	rm -rf .venv .venv-lowest output/quickstart cache/docstrings

@@ -16,7 +16,7 @@ setup(
     python_requires=">=3.11",
     install_requires=[
         "torch>=2.6",
-        "transformers>=5.2",
+        "transformers>=5.6",  # before, accelerate divides a step's loss by its micro-batches once more
         "peft>=0.18",
         "accelerate>=1.10",
         "datasets>=4.0",
@@ -25,7 +25,8 @@ setup(
         "tqdm",
     ],
     extras_require={
-        "eval": ["matplotlib", "mteb>=2.26,<3"],
+        # Before 6, sentence-transformers runs the code that a local folder brings along.
+        "eval": ["matplotlib", "mteb>=2.26,<3", "sentence-transformers>=6"],
         "quickstart": ["PyStemmer", "bm25s", "matplotlib"],
         "logging": ["tensorboard"],
         "data": ["py3langid"],

@@ -205,11 +205,16 @@ def is_equal(output: Path, expected: Path) -> str:
     return "yes" if same and logs[0] == logs[1] else "NO"
 
 
+def is_saving(output: Path) -> bool:
+    """Whether a checkpoint is being written, or was when the run ended."""
+    return any(output.glob(".checkpoint-*"))
+
+
 # --- faults ---
 
 
 def kills(bench: Bench, number: int) -> Row:
-    """SIGKILL at random moments, one life after the other, over as many runs as that takes."""
+    """SIGKILL at random moments, one life after the other, over as many runs as that takes; every fourth in a save."""
     script, draw = "run_stage_I.py", random.Random(1)
     lost: list[int] = []
     in_a_save = runs = 0
@@ -222,13 +227,15 @@ def kills(bench: Bench, number: int) -> Row:
             began = last_step(output) if output.is_dir() else 0
             process = start(script, config)
             wait_for_step(process, config, min(NUM_STEPS, max(1, step_to_go_on_from(output) + 1)) if began else 1)
-            try:
-                process.wait(draw.uniform(0.0, 4.0))
+            moment = time.monotonic() + draw.uniform(0.0, 4.0)
+            in_save = len(lost) % 4 == 3
+            while process.poll() is None and (time.monotonic() < moment or (in_save and not is_saving(output))):
+                time.sleep(0.001)
+            if process.poll() is not None:
                 break  # it has ended
-            except subprocess.TimeoutExpired:
-                process.kill()
-                process.wait()
-            in_a_save += any(output.glob(".checkpoint-*"))
+            process.kill()
+            process.wait()
+            in_a_save += is_saving(output)
             lost.append(last_step(output) - step_to_go_on_from(output))
         go_on(script, config)
         equal.append(is_equal(output, bench.whole(script, 1)))

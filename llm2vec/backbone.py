@@ -51,11 +51,12 @@ def load_tokenizer(path: str) -> PreTrainedTokenizerBase:
     """
     find_file(path, "tokenizer_config.json")  # says what is wrong with a path better than the library does
     try:
-        tokenizer = AutoTokenizer.from_pretrained(path)
+        tokenizer = AutoTokenizer.from_pretrained(path, trust_remote_code=False)  # left out, it would ask
     except Exception as error:  # files of the tokenizer and the model's config, each refused by a type of its own
         raise UserError(f"{path}: no tokenizer could be loaded ({first_line(error)}).") from error
     if tokenizer.pad_token is None:
         tokenizer.pad_token = tokenizer.eos_token
+    tokenizer.init_kwargs.pop("auto_map", None)  # names code that was not run; nothing saved shall name it
     return tokenizer
 
 
@@ -112,6 +113,7 @@ def _load_base(
             attn_implementation=attn_implementation,
             device_map=device_map,
             use_safetensors=True,  # a pickle is never opened
+            trust_remote_code=False,  # left out, it would ask
             output_loading_info=True,
         )
     except Exception as error:
@@ -130,6 +132,7 @@ def _load_base(
             f"model_name_or_path: {path!r} holds {len(left_out)} tensors of layers that its config.json has no place "
             f"for, such as {min(left_out)}; without them it would be another model."
         )
+    vars(model.config).pop("auto_map", None)  # as of the tokenizer
     return model
 
 

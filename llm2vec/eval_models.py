@@ -107,7 +107,7 @@ def _llm2vec(choice: ModelChoice) -> LLM2VecEncoder:
 
 def _sentence_transformer(choice: ModelChoice) -> Any:
     prompts = None if choice.instructions_file is None else load_instructions(choice.instructions_file)
-    options: dict[str, Any] = {}
+    options: dict[str, Any] = {"use_safetensors": True}  # a pickle is never opened
     if choice.torch_dtype is not None:
         options["torch_dtype"] = parse_dtype(choice.torch_dtype)
     if choice.attn_implementation is not None:

@@ -268,7 +268,7 @@ def _compare(
 def _load_stock(folder: Path) -> Any:
     from sentence_transformers import SentenceTransformer  # seconds to import, and an extra
 
-    return SentenceTransformer(str(folder), model_kwargs={"dtype": torch.float32})
+    return SentenceTransformer(str(folder), model_kwargs={"dtype": torch.float32, "use_safetensors": True})
 
 
 # --- the adapter alone ---
@@ -279,7 +279,7 @@ def _base_id(what: Export, chain: Chain) -> str | None:
     base_id = what.base_id
     if base_id is None and local_folder(chain.base) is None:
         base_id = chain.base
-    if base_id is not None and (Path(base_id).exists() or not re.fullmatch(r"[\w.-]+/[\w.-]+(@[\w./-]+)?", base_id)):
+    elif base_id and (Path(base_id).exists() or not re.fullmatch(r"[\w.-]+/[\w.-]+(@[\w./-]+)?", base_id)):
         raise UserError(
             f"--base_id is {base_id!r}; the name of a repository on the hub is needed, NAME/NAME[@REVISION]."
         )
@@ -346,7 +346,7 @@ def _check_bidirectional(base_id: str) -> None:
     """
     name, _, revision = base_id.partition("@")
     try:
-        config = AutoConfig.from_pretrained(name, revision=revision or None)
+        config = AutoConfig.from_pretrained(name, revision=revision or None, trust_remote_code=False)
         obeys = getattr(config, "is_causal", True) is False
     except Exception as error:  # hub out of reach, no such repository, no config
         raise UserError(f"--adapter: the config of {base_id} could not be read: {first_line(error)}") from error

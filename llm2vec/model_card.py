@@ -284,8 +284,8 @@ def _attention_note(facts: Facts) -> list[str]:
         return []
     return [
         "\nThis model attends bidirectionally (`is_causal: false`, `use_bidirectional_attention: true` in "
-        "`config.json`). Not every engine obeys for every family: compare a few vectors with sentence-transformers "
-        "first."
+        "`config.json`). vLLM 0.32 was seen to obey for Llama, Qwen2, Qwen3 and Mistral; compare a few vectors with "
+        "sentence-transformers before you trust another engine or family."
     ]
 
 

@@ -186,7 +186,7 @@ def _open_st(choice: Choice, dtype: torch.dtype, rendering: Rendering | None) ->
 
 def _open_transformers(choice: Choice, dtype: torch.dtype, rendering: Rendering | None) -> LocalWay:
     """AutoModel, AutoTokenizer, and what `1_Pooling` and `modules.json` say; adapters as plain peft puts them on."""
-    model = AutoModel.from_pretrained(choice.path, dtype=dtype, use_safetensors=True)
+    model = AutoModel.from_pretrained(choice.path, dtype=dtype, use_safetensors=True, trust_remote_code=False)
     for adapter in choice.adapters:
         if find_file(adapter, SAFETENSORS_WEIGHTS_NAME) is None:  # peft would open a pickle instead
             raise UserError(f"{adapter} holds no {SAFETENSORS_WEIGHTS_NAME}.")
@@ -288,7 +288,7 @@ def _in_batches(embed: Callable[[Sequence[InstructedText]], Tensor]) -> Callable
 def _is_half(choice: Choice, dtype: torch.dtype) -> bool:
     is_model = find_file(choice.path, "config.json") is not None
     base = choice.path if is_model else resolve_chain(choice.path, choice.adapters).base
-    stored = getattr(AutoConfig.from_pretrained(base), "dtype", None)
+    stored = getattr(AutoConfig.from_pretrained(base, trust_remote_code=False), "dtype", None)
     return bool({dtype, stored} & {torch.bfloat16, torch.float16})
 
 

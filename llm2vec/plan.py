@@ -124,6 +124,11 @@ class Plan:
     recomputation: str = ""
 
     @property
+    def steps(self) -> int | None:
+        """How many steps the run has, or at most; None = not known."""
+        return self.config.stop_after_n_steps if self.schedule is None else self.schedule.steps
+
+    @property
     def tokens_a_step(self) -> float:
         """Of all processes, in the mean."""
         return rows_a_step(self.args, self.conditions.num_processes) * float(np.mean(self.all_rows.tokens_of_rows))
@@ -210,14 +215,14 @@ def _assumption(config: Config, conditions: Conditions, missing: str | None) -> 
         UserError: nothing is, though it must be.
     """
     if config.stage == "mntp":  # its blocks are full, whatever the texts
-        return f"blocks of {config.max_seq_length} tokens" + (f", as {missing}" if missing else "")
+        return f"blocks of {config.max_seq_length} tokens"
     if conditions.tokens_query is None:
         raise UserError(
             f"{missing} To plan without, say how many tokens a row's texts have in the mean, template included: "
             "--tokens_query and --tokens_document."
         )
     given = f"{conditions.tokens_query} tokens a query and {conditions.tokens_document} a document"
-    return f"{given}, as {missing}" if missing else f"{given}, as given"
+    return f"{given}, as rows or tokenizer are not at hand" if missing else f"{given}, as given"
 
 
 def _with_memory(plan: Plan) -> Plan:

@@ -14,7 +14,6 @@ from llm2vec.memory_plan import optimiser_bytes
 from llm2vec.plan import Plan
 from llm2vec.plan_warnings import warnings_of
 from llm2vec.run import (
-    Schedule,
     describe,
     describe_model,
     describe_negatives,
@@ -55,8 +54,7 @@ def as_the_run_says(plan: Plan) -> list[str]:
 
 def _work(plan: Plan) -> Iterator[str]:
     """Tokens and operations of the run, and how long they take."""
-    steps = None if plan.schedule is None else plan.schedule.steps
-    number, of = (1, "a step") if steps is None else (steps, "in all")
+    number, of = (1, "a step") if plan.steps is None else (plan.steps, f"in {plan.steps:,} steps")
     flops = number * plan.flops_a_step
     yield f"work        {number * plan.tokens_a_step:.3g} tokens and {flops:.3g} useful operations {of}"
     card, conditions = plan.conditions.card, plan.conditions
@@ -94,7 +92,7 @@ def _disk(plan: Plan) -> Iterator[str]:
     trained = [weight for weight in plan.model.parameters() if weight.requires_grad]
     weights = sum(w.nbytes for w in (trained if plan.config.use_peft else plan.model.parameters()))
     state = 0.0 if plan.args.save_only_model else sum(optimiser_bytes(weight, plan.args) for weight in trained)
-    number = None if plan.schedule is None else num_checkpoints(plan, plan.schedule)
+    number = num_checkpoints(plan)
     one = (weights + state) / 1e9
     if number is None:
         yield f"disk        {one:.2f} GB a checkpoint, {weights / 1e9:.2f} GB at the end"
@@ -103,16 +101,17 @@ def _disk(plan: Plan) -> Iterator[str]:
         yield f"disk        {total:.2f} GB: {number} checkpoint(s) of {one:.2f} GB, and {last:.2f} GB at the end"
 
 
-def num_checkpoints(plan: Plan, schedule: Schedule) -> int | None:
-    """How many checkpoints lie in the output folder at the end; None = that depends on the run."""
-    args = plan.args
+def num_checkpoints(plan: Plan) -> int | None:
+    """How many checkpoints lie in the output folder at the end; None = not known."""
+    args, steps, schedule = plan.args, plan.steps, plan.schedule
+    horizon = None if schedule is None else schedule.horizon
     if args.save_strategy == SaveStrategy.NO:
         number = 0
-    elif args.save_strategy == SaveStrategy.STEPS:
-        every = args.save_steps if args.save_steps >= 1 else math.ceil(args.save_steps * schedule.horizon)
-        number = int(schedule.steps // every)
-        number += schedule.steps == schedule.horizon and schedule.steps % every > 0  # the last step of all saves, too
-    elif args.save_strategy == SaveStrategy.EPOCH and schedule.an_epoch:
+    elif args.save_strategy == SaveStrategy.STEPS and steps is not None and (horizon or args.save_steps >= 1):
+        every = args.save_steps if args.save_steps >= 1 else math.ceil(args.save_steps * (horizon or 0))
+        number = int(steps // every)
+        number += steps == horizon and steps % every > 0  # the schedule's last step is saved in any case
+    elif args.save_strategy == SaveStrategy.EPOCH and schedule is not None and schedule.an_epoch:
         number = math.ceil(schedule.steps / schedule.an_epoch)
     else:
         return None

@@ -120,7 +120,7 @@ def find_start(config: Config) -> Path | None:
             return folder
         logger.warning("resume      %s It is left out.", reason)
     for folder in (*checkpoints, config.output_dir):
-        if (folder / RUN_FILE).is_file() and not _is_cut_short(folder):
+        if _holds_a_run(folder):
             _refuse_another_run(folder, config)  # or its weights would be written over
     return None
 
@@ -142,18 +142,19 @@ def why_unusable(folder: Path) -> str | None:
     return None
 
 
-def _is_cut_short(folder: Path) -> bool:
+def _holds_a_run(folder: Path) -> bool:
+    """Whether a training script wrote a folder, to its end."""
     try:
         check_complete(str(folder))
+        return (folder / RUN_FILE).is_file() and "config" in read_run(folder)
     except UserError:
-        return True
-    return False
+        return False
 
 
 def _end_if_finished(config: Config) -> None:
     """Raise RunEnds where the output folder holds this run's last weights."""
     output = config.output_dir
-    if not (output / RUN_FILE).is_file() or _is_cut_short(output):
+    if not _holds_a_run(output):
         return
     recorded = read_run(output)
     stopped_at, stop = recorded["config"].get("stop_after_n_steps"), config.stop_after_n_steps
@@ -196,7 +197,7 @@ def differences(recorded: dict[str, Any], config: Config) -> list[str]:
         for key, before, now in _differing_keys(recorded["config"], config, decides)
     ]
     if recorded.get("num_processes", world_size()) != world_size():
-        found.append(f"it has {recorded['num_processes']} process(es), not {world_size()}")
+        found.append(f"it ran in {recorded['num_processes']} process(es), not {world_size()}")
     for data in recorded.get("data", ()):
         file = Path(data["file"])
         if data["sha256"] is not None and (not file.is_file() or content_hash(file) != data["sha256"]):
@@ -283,6 +284,14 @@ def remove_checkpoints(output_dir: Path) -> None:
     """Make way for a run that starts anew."""
     for folder in checkpoints_in(output_dir):
         logger.info("resume      never: %s of an earlier run is removed", folder)
+        remove_checkpoint(folder)
+
+
+def remove_checkpoint(folder: Path) -> None:
+    """Remove a checkpoint; of one that was moved elsewhere and linked here, the link only."""
+    if folder.is_symlink():
+        folder.unlink()
+    else:
         shutil.rmtree(folder)
 
 

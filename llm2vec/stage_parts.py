@@ -77,7 +77,7 @@ def model_of_shapes(config: Config, base: str, new_tokens: list[int]) -> Backbon
         UserError: `base` has no `config.json` that can be read, or its family cannot take the adapter or the dropout.
     """
     try:
-        shape = AutoConfig.from_pretrained(base)
+        shape = AutoConfig.from_pretrained(base, trust_remote_code=False)
     except (OSError, ValueError) as error:
         raise UserError(
             f"model_name_or_path: {base!r} has no config.json that can be read here ({first_line(error)}); to plan "

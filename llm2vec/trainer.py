@@ -20,6 +20,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import nullcontext
 from functools import partial
 from pathlib import Path
+from pickle import UnpicklingError
 from typing import Any
 
 import torch
@@ -38,12 +39,19 @@ from transformers.trainer import OPTIMIZER_NAME, SCHEDULER_NAME, TRAINER_STATE_N
 
 from llm2vec.checkpoint import write_sums
 from llm2vec.distributed import max_over_ranks, rank, sum_over_ranks
-from llm2vec.resume import FIGURES_FILE, checkpoint_folder, checkpoints_in, file_of_rank, last_whole_checkpoint
+from llm2vec.resume import (
+    FIGURES_FILE,
+    checkpoint_folder,
+    checkpoints_in,
+    file_of_rank,
+    last_whole_checkpoint,
+    remove_checkpoint,
+)
 from llm2vec.sharding import load_own_share, own_share, shard_on_cpu
 from llm2vec.signals import leave_process_group
 from llm2vec.step import add_up, backward_step, loss_parts
 from llm2vec.train_log import LOG_FILE, JsonLog, StepFigures
-from llm2vec.types import Batch, Reduction, RunEnds
+from llm2vec.types import Batch, Reduction, RunEnds, UserError
 
 __all__ = ["LOG_FILE", "EmbedderTrainer"]
 
@@ -150,7 +158,13 @@ class EmbedderTrainer(Trainer):
             folder = Path(resume_from_checkpoint)
             self._load_from(folder)
             self._figures.load(folder / file_of_rank(FIGURES_FILE, rank()), self.args.device)
-        return super().train(resume_from_checkpoint, *args, **kwargs)
+        try:
+            return super().train(resume_from_checkpoint, *args, **kwargs)
+        except UnpicklingError as error:  # its text advises to open the file all the same
+            raise UserError(
+                f"{resume_from_checkpoint}: the state of the optimiser, the schedule or the random numbers holds more "
+                "than numbers, so it was not written by a run and is not opened; use another checkpoint."
+            ) from error
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
         """Called by the trainer, which would look for the objective's own weights; `train` has read the model's."""
@@ -376,7 +390,7 @@ class EmbedderTrainer(Trainer):
     def _publish(self, aside: Path, folder: Path) -> None:
         write_sums(aside)
         if folder.exists():  # cut short, or from before the run went back to an earlier one
-            shutil.rmtree(folder)
+            remove_checkpoint(folder)
         aside.rename(folder)
         self._remove_old_checkpoints(folder)
 
@@ -386,7 +400,7 @@ class EmbedderTrainer(Trainer):
         kept = {newest, Path(self.state.best_model_checkpoint or newest)}
         others = [folder for folder in checkpoints_in(newest.parent) if folder not in kept]
         for folder in others[: max(0, len(others) + len(kept) - limit)] if limit else ():
-            shutil.rmtree(folder)
+            remove_checkpoint(folder)
 
     def _checkpoint_bytes(self) -> int:
         """About what a checkpoint takes: the trained weights and the optimiser's state."""

@@ -367,7 +367,7 @@ def test_the_card_has_front_matter_and_scores(adapter: str, tmp_path: Path) -> N
 def test_the_card_says_which_servers_cannot(exported: Exported) -> None:
     skips = (exported.folders["llama_bidirectional_mean_lora"] / "README.md").read_text(encoding="utf-8")
     assert "vllm serve" not in skips and "text-embeddings-router" not in skips
-    assert skips.count("Not possible: ") == 2
+    assert skips.count("Not possible: ") == 2 and "sentence-transformers 5.4 or newer is needed" in skips
     whole = (exported.folders["mistral_bidirectional_mean_lora"] / "README.md").read_text(encoding="utf-8")
     assert '"pooling_type": "MEAN"' in whole and "--pooling mean" in whole and "is_causal: false" in whole
     last = (exported.folders["qwen2_causal_last_lora"] / "README.md").read_text(encoding="utf-8")
@@ -431,6 +431,12 @@ def test_leaves_nothing_where_the_written_tokenizer_is_wrong(
 
     monkeypatch.setattr(export_module, "write_form", forgetful)
     refuses(Export(adapter), tmp_path / "out", "renders otherwise: .* becomes")
+
+
+def test_refuses_what_is_not_there(adapter: str, tmp_path: Path) -> None:
+    for missing in ("nowhere", "nowhere/at-all", str(tmp_path / "nowhere")):
+        refuses(Export(missing), tmp_path / "out", "nowhere")
+        refuses(Export(adapter, base=missing), tmp_path / "out", "nowhere")
 
 
 def test_refuses_what_has_no_stock_form(tmp_path: Path) -> None:

@@ -15,7 +15,8 @@ PACKAGE = Path(__file__).parents[1] / "llm2vec"
 
 #: Each module may import only modules that stand before it.
 ORDER = (
-    "types", "json_text", "distributed", "pooling", "losses", "templates", "tokenization", "few_shot", "cached_tables", "data", "data_check", "config", "backbone",
+    "types", "json_text", "distributed", "pooling", "losses", "templates", "tokenization", "few_shot",
+    "cached_tables", "data", "data_check", "config", "backbone",
     "packed_attention", "packing", "checkpoint", "stock_form", "llm2vec", "llm2vec_q2d_d2q", "llm2vec_contrastive",
     "llm2vec_lm", "llm2vec_grit", "text_blocks", "llm2vec_mntp", "llm2vec_token_set", "sentence_transformer_loss",
     "activation_memory", "sharding", "step", "reconstruction", "reconstruction_probe",

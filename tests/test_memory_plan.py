@@ -1,4 +1,4 @@
-"""What a step is reckoned to keep and to hold is what it keeps and holds: tensor by tensor, and as a process's memory."""
+"""What a step is reckoned to keep and hold is what it keeps and holds: tensor by tensor, and as a process's memory."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ from torch.utils._pytree import tree_map_only
 from torch.utils.weak import WeakIdKeyDictionary
 from transformers import AutoModelForCausalLM, LlamaConfig, TrainingArguments
 
-from llm2vec import activation_memory, packed_attention, packing
+from llm2vec import activation_memory, packed_attention
 from llm2vec.activation_plan import Numbers, kept_by_layer, kept_bytes, tokens_run
 from llm2vec.backbone import attach_lora, enable_checkpointing, set_attention_dropout
 from llm2vec.bench_variants import Shape
@@ -47,8 +47,8 @@ from llm2vec.tokenization import add_template_tokens
 from llm2vec.types import Batch
 
 ROOT = Path(__file__).parents[1]
-ROWS = reference.examples(32, 1)
-LAYERS = 6
+ROWS = reference.examples(24, 1)
+LAYERS = 4
 TEMPLATES = {"llama": "llama3", "mistral": "mistral", "qwen2": "qwen2", "qwen3": "qwen2", "gemma": "gemma"}
 
 
@@ -132,9 +132,8 @@ def test_passes_are_those_that_the_objective_runs(kind: str, monkeypatch: pytest
             batch = CollateSides(renderer, (*sides, "text"))(rows)
     work = work_of(objective.train(), settings, batch)
     assert [tuple(p) for p in work.passes] == passes_run(objective, batch, monkeypatch)
-    assert any(prefix for p in work.passes for _, prefix in p.prefixes) == (
-        kind in {*OBJECTIVES[:3], "contrastive", "grit"}
-    )
+    shares = any(prefix for p in work.passes for _, prefix in p.prefixes)
+    assert shares == (kind in {*OBJECTIVES[:3], "contrastive", "grit"})
 
 
 def test_useful_operations_are_those_of_the_benchmark() -> None:
@@ -159,7 +158,13 @@ PRECISIONS = {
 
 
 def assert_kept_as_reckoned(
-    objective: Any, settings: EncoderSettings, collate: CollateSides, *, autocast: bool = False, recomputed: int = 0
+    objective: Any,
+    settings: EncoderSettings,
+    collate: CollateSides,
+    *,
+    autocast: bool = False,
+    recomputed: int = 0,
+    tolerance: float = 0.01,
 ) -> None:
     """Bytes that further rows keep; what does not depend on rows (copies of weights, the head's gradient) cancels."""
     small, large = collate(ROWS[:8]), collate(ROWS)
@@ -170,7 +175,7 @@ def assert_kept_as_reckoned(
         kept_bytes(objective.model, numbers, work_of(objective, settings, batch), recomputed)
         for batch in (small, large)
     ]
-    assert reckoned[1] - reckoned[0] == pytest.approx(counted[1] - counted[0], rel=0.01)
+    assert reckoned[1] - reckoned[0] == pytest.approx(counted[1] - counted[0], rel=tolerance)
 
 
 @pytest.mark.parametrize("precision", PRECISIONS)
@@ -210,7 +215,8 @@ def test_recomputed_layers_keep_their_input(number: int) -> None:
     enable_checkpointing(objective.decoder, contexts)
     for layer in objective.decoder.layers[number:]:
         layer.gradient_checkpointing = False
-    assert_kept_as_reckoned(objective, settings, collate, recomputed=number)
+    # Sines and cosines are arguments of a recomputed layer: there, but no saved tensors.
+    assert_kept_as_reckoned(objective, settings, collate, recomputed=number, tolerance=0.02)
 
 
 class _KeepsLikeVarlen(torch.autograd.Function):
@@ -231,9 +237,8 @@ class _KeepsLikeVarlen(torch.autograd.Function):
 def test_what_the_cuda_path_keeps(adapted: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     """Its own code around a stand-in for the kernel; a dropout's noise, a byte there, cannot be seen on a CPU."""
     monkeypatch.setattr(packed_attention, "_has_varlen_kernel", lambda *_: True)
-    monkeypatch.setattr(
-        "torch.nn.attention.varlen.varlen_attn", lambda q, k, v, *_, **__: _KeepsLikeVarlen.apply(q, k, v)
-    )
+    kernel = "torch.nn.attention.varlen.varlen_attn"
+    monkeypatch.setattr(kernel, lambda query, key, value, *_, **__: _KeepsLikeVarlen.apply(query, key, value))
     lengths = (12, 13, 15, 9)
     counted = []
     for num_layers in (2, 3):
@@ -315,13 +320,13 @@ class _Autocast(nn.Module):
     ("stage", "precision", "checkpointing", "max_tokens", "shape"),
     [
         ("stage_I", "float32", False, None, {}),
-        ("stage_I", "float32", False, 700, {"tie_word_embeddings": True}),
-        ("stage_I", "float32", True, 700, {}),
+        ("stage_I", "float32", False, 500, {"tie_word_embeddings": True}),
+        ("stage_I", "float32", True, 500, {}),
         ("stage_I", "bfloat16", True, None, {}),
-        ("stage_I", "bf16 autocast", False, 700, {}),
-        ("stage_II", "float32", False, 700, {}),
+        ("stage_I", "bf16 autocast", False, 500, {}),
+        ("stage_II", "float32", False, 500, {}),
         ("stage_II", "bf16 autocast", False, None, {}),
-        ("stage_II", "bf16 autocast", True, 700, {}),
+        ("stage_II", "bf16 autocast", True, 500, {}),
         ("stage_II", "bfloat16", True, None, {}),
     ],
 )
@@ -472,5 +477,5 @@ def test_a_process_takes_what_the_plan_says(folder: Path, stage: str, checkpoint
         planned[base] = plan.memory.most
         measured[base] = measured_run(stage, file)
     ratio = (planned["large"] - planned["tiny"]) / (measured["large"] - measured["tiny"])
-    print(f"{stage}, checkpointing {checkpointing}: planned {planned}, measured {measured}, ratio {ratio:.3f}")
+    sys.stdout.write(f"{stage}, checkpointing {checkpointing}: planned {planned}, measured {measured}: {ratio:.3f}\n")
     assert 0.85 < ratio < 1.15

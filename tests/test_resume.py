@@ -174,11 +174,14 @@ def test_weights_spread_over_processes(folder: Path, keys: dict[str, Any]) -> No
     assert_same_to_the_bit(cut, whole)
 
 
-def test_a_checkpoint_holds_float32_weights_whatever_the_steps_are_in(folder: Path, undisturbed: Path) -> None:
-    """And is a model that loads."""
-    model = LLM2Vec.from_pretrained(str(undisturbed / "checkpoint-4"))
+def test_a_checkpoint_is_a_model_and_holds_all_bits(folder: Path, keys: dict[str, Any]) -> None:
+    """Also where the steps are in bfloat16."""
+    output = folder / "bits"
+    assert run("run_stage_I.py", output, keys | {"bf16": True, "max_steps": 2}) == [0]
+    for weight in weights_of(output / "checkpoint-2").values():
+        assert weight.dtype == torch.float32 and not torch.equal(weight, weight.bfloat16().float())
+    model = LLM2Vec.from_pretrained(str(output / "checkpoint-2"))
     assert model.encode(["hello world"], show_progress_bar=False).shape == (1, 32)
-    assert {weight.dtype for weight in weights_of(undisturbed / "checkpoint-4").values()} == {torch.float32}
 
 
 def test_the_log_has_each_step_once(cut: Path, keys: dict[str, Any], undisturbed: Path) -> None:
@@ -377,7 +380,7 @@ def test_another_stage_is_refused(killed: Path, keys: dict[str, Any]) -> None:
 def test_another_number_of_processes_is_refused(killed: Path, keys: dict[str, Any]) -> None:
     """By all processes, with exit code 2; the checkpoints stay."""
     assert run("run_stage_I.py", killed, keys, 2) == [2, 2]
-    assert "it has 1 process(es), not 2" in said(killed) and said(killed, 1).count("error") == 0
+    assert "it ran in 1 process(es), not 2" in said(killed) and said(killed, 1).count("error") == 0
     assert why_unusable(killed / "checkpoint-4") is None
 
 
