@@ -25,10 +25,10 @@ from llm2vec.types import UserError
 Histograms: TypeAlias = dict[str, list[int]]  # positive, hard_negative, random -> counts in equal bins from -1 to 1
 
 SPACE_CAPTION = (
-    "Embeddings of rows held out of the training files. Hollow: first evaluation; filled: last. Left: mean squared "
-    "distance of a query and its positive, against how evenly documents are spread; a run that improves both goes down "
-    "and to the left. Right: how many dimensions the documents make use of, at most the vectors' size and one less "
-    "than there are documents. One run a line, so no spread."
+    "Embeddings of rows held out of the training files{count}. Hollow: first evaluation; filled: last. Left: mean "
+    "squared distance of a query and its positive, against how evenly documents are spread; a run that improves both "
+    "goes down and to the left. Right: how many dimensions the documents make use of, at most the vectors' size and "
+    "one less than there are documents. One run a line, so no spread."
 )
 SIMILARITIES_CAPTION = (
     "Cosine of held-out queries with their positives, with their hard negatives and with other rows' documents (all of "
@@ -117,8 +117,10 @@ def space_figures(spaces: Mapping[Stage, Space]) -> dict[str, tuple[Figure, str]
     """File name -> figure and caption: paths, similarities of all runs, and by source where there are several."""
     if not spaces:
         return {}
-    figures = {"embedding_space.png": (paths_figure(spaces), SPACE_CAPTION)}
     drawn = {stage: space.shapes for stage, space in spaces.items() if space.shapes}
+    rows = sorted({sum(shapes[-1].all.get("positive", [])) for shapes in drawn.values()})
+    count = f" ({' or '.join(f'{number:,}' for number in rows)} rows)" if rows else ""
+    figures = {"embedding_space.png": (paths_figure(spaces), SPACE_CAPTION.format(count=count))}
     if drawn:
         lines = {STAGE_NAMES[stage]: _first_and_last(shapes) for stage, shapes in drawn.items()}
         figures["similarities.png"] = (
@@ -207,7 +209,7 @@ def _draw_histograms(axes: Axes, histograms: Histograms) -> None:
             continue
         edges = np.linspace(-1, 1, len(counts) + 1)
         share = 100 * counts / counts.sum()
-        axes.stairs(share, edges, fill=True, facecolor=to_rgba(colour, 0.3), edgecolor=colour, label=label)
+        axes.stairs(share, edges, fill=True, facecolor=to_rgba(colour, 0.3), edgecolor=colour, linewidth=1, label=label)
         axes.axvline(float(share @ (edges[:-1] + edges[1:])) / 200, color=colour, linestyle="--", linewidth=1)
     axes.spines[["top", "right"]].set_visible(False)
 

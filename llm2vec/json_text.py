@@ -54,7 +54,7 @@ def read_object(file: Path, where: str | None = None) -> dict[str, Any]:
     try:
         content = file.read_bytes()
     except OSError as error:
-        raise UserError(f"{where} cannot be read ({error.strerror}).") from error
+        raise UserError(f"{where}: cannot be read ({error.strerror}).") from error
     return parse_object(content, where)
 
 

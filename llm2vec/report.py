@@ -168,22 +168,22 @@ def write_report(
             section("Training", html_table(*_training_table(logs), mark_best=False), "Speed: median of the log.")
         )
     folder.mkdir(parents=True, exist_ok=True)
-    body = tables[0] + _html_figures(folder, figures, context) + "".join(tables[1:])
+    body = tables[0] + _html_figures(folder, figures, context.sentence()) + "".join(tables[1:])
     if spaces:
         body += section("Embedding space", html_table(*space_table(spaces), mark_best=False), TABLE_NOTE)
-        body += _html_figures(folder, space_figures(spaces), context)
+        body += _html_figures(folder, space_figures(spaces))
     html = page(context.title, context.sentence(), verdicts(scores), body, context.facts)
     write_whole(folder / "report.html", html.encode())
     return folder / "report.html"
 
 
-def _html_figures(folder: Path, figures: Mapping[str, tuple[Figure, str]], context: Context) -> str:
-    """Figures as part of a page, each with its caption; and beside the page as PNG files, by name."""
+def _html_figures(folder: Path, figures: Mapping[str, tuple[Figure, str]], remark: str = "") -> str:
+    """Figures as part of a page, each with its caption and a remark; and beside the page as PNG files, by name."""
     images = ""
     for name, (figure, caption) in figures.items():
         content = png(figure)
         write_whole(folder / name, content)
-        images += html_figure(content, f"{caption} {context.sentence()}")
+        images += html_figure(content, f"{caption} {remark}".strip())
     return images
 
 

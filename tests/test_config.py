@@ -257,11 +257,11 @@ def test_a_file_in_another_encoding_is_an_error(tmp_path: Path) -> None:
 
 
 def test_a_missing_file_is_named(tmp_path: Path) -> None:
-    assert "the config cannot be read (No such file or directory)" in error_of(tmp_path / "none.json")
+    assert "cannot be read (No such file or directory)" in error_of(tmp_path / "none.json")
 
 
 def test_a_folder_is_no_config(tmp_path: Path) -> None:
-    with pytest.raises(UserError, match="the config cannot be read"):
+    with pytest.raises(UserError, match="cannot be read"):
         load_config(tmp_path, "stage_I")
 
 
@@ -517,6 +517,8 @@ KEYS_OF_STAGES = {
     "data_collator_type": "all_mask",
     "alpha": 0.5,
     "reconstruct_instruction": True,
+    "reconstruction_probe": False,
+    "embedding_diagnostics": False,
     "loss_scale": 50.0,
     "num_hard_negatives": 1,
     "examples_per_query": 5,

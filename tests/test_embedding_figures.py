@@ -108,7 +108,8 @@ def test_a_log_without_histograms_still_has_its_path(tmp_path: Path) -> None:
     log = write_run(tmp_path / "anchor")
     log.with_name("diagnostics.jsonl").unlink()
     spaces = read_spaces({"anchor": log})
-    assert list(space_figures(spaces)) == ["embedding_space.png"]
+    ((name, (_, caption)),) = space_figures(spaces).items()
+    assert name == "embedding_space.png" and "held out of the training files. Hollow" in caption
 
 
 @pytest.mark.parametrize(
@@ -178,6 +179,7 @@ def test_each_run_with_several_sources_has_a_figure_of_them(tmp_path: Path) -> N
         f"{source}, step {step}" for source in ("a", EVIL) for step in (0, 40)
     ]
     assert caption.startswith("Anchor (Stage I + II), by source;")
+    assert "held out of the training files (4 rows). Hollow" in figures["embedding_space.png"][1]
 
 
 def test_the_table_has_both_ends_of_all_and_the_last_of_each_source(tmp_path: Path) -> None:

@@ -244,7 +244,7 @@ def test_a_wrong_call_is_one_sentence(
     with pytest.raises(SystemExit) as stopped:
         runpy.run_path(script("stage_I"), run_name="__main__")
     assert stopped.value.code == 2
-    word = "missing.json: the config cannot be read" if arguments == ["missing.json"] else "usage: torchrun"
+    word = "missing.json: cannot be read" if arguments == ["missing.json"] else "usage: torchrun"
     assert_one_sentence(capfd.readouterr().err, word)
 
 

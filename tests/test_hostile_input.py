@@ -145,12 +145,13 @@ def test_any_json(content: bytes) -> None:
 CONFIG = {"model_name_or_path": "base", "output_dir": "out", "dataset_file_path": "data", "total_batch_size": 8}
 KEYS = st.sampled_from(
     [
-        *CONFIG, "alpha", "bidirectional", "pooling_mode", "template", "max_seq_length", "learning_rate", "max_steps",
-        "num_train_epochs", "warmup_steps", "save_steps", "save_only_model", "bf16", "torch_dtype", "seed", "sources",
-        "gradient_checkpointing", "tokens_per_microbatch", "activation_memory_gb", "fsdp", "optim", "report_to",
-        "resume", "logging_steps", "per_device_train_batch_size", "gradient_accumulation_steps", "lr_scheduler_type", "use_peft",
-        "reduction", "one_source_per", "num_eval_rows", "eval_strategy", "eval_steps", "stop_after_n_steps", "target",
-        "objective", "attn_implementation", "torch_compile", "instruction_join", "max_train_samples", "run_name",
+        *CONFIG, "alpha", "bidirectional", "pooling_mode", "template", "max_seq_length", "learning_rate",
+        "max_steps", "num_train_epochs", "warmup_steps", "save_steps", "save_only_model", "bf16", "torch_dtype",
+        "seed", "sources", "gradient_checkpointing", "tokens_per_microbatch", "activation_memory_gb", "fsdp",
+        "optim", "report_to", "resume", "logging_steps", "per_device_train_batch_size",
+        "gradient_accumulation_steps", "use_peft", "lr_scheduler_type", "reduction", "one_source_per",
+        "num_eval_rows", "eval_strategy", "eval_steps", "stop_after_n_steps", "target", "objective",
+        "attn_implementation", "torch_compile", "instruction_join", "max_train_samples", "run_name",
     ]
 )  # fmt: skip
 VALUE = (

@@ -270,7 +270,12 @@ def test_a_task_without_instruction_is_said_once(
 
 @pytest.mark.parametrize(
     ("content", "said"),
-    [(None, "Cannot read"), ("{oops", "not valid JSON"), ("[1]", "one JSON object"), ('{"STS12": 1}', "a string")],
+    [
+        (None, "cannot be read"),
+        ("{oops", "not valid JSON"),
+        ("[1]", "a JSON object is needed"),
+        ('{"STS12": 1}', "a string"),
+    ],
 )
 def test_a_bad_table_is_a_sentence(tmp_path: Path, content: str | None, said: str) -> None:
     file = tmp_path / "table.json"

@@ -564,7 +564,7 @@ def test_an_interrupted_file_leaves_nothing_half_written(tmp_path: Path) -> None
         ('{"query": "red"}', "line 2: `positive` or `text` must hold a text"),
         ('{"positive": " ", "text": "red"}', "line 2: `positive` or `text` must hold a text"),
         ('{"text": "red", "generated": 1}', "line 2: there is a field `generated` already"),
-        ('{"text": "\\ud800"}', "line 2: not valid JSON in UTF-8"),
+        ('{"text": "\\ud800"}', "line 2: a text holds half a surrogate pair"),
     ],
 )
 def test_a_malformed_line_is_named(line: str, words: str, tmp_path: Path) -> None:
