@@ -77,7 +77,6 @@ class EmbeddingDiagnostics:
     Args:
         model: what is being trained, sharing its weights.
         rows: held-out rows; two of each source at least.
-        batch_size: as in `LLM2Vec.encode`.
         device: where to compute; it must know float64.
         file: where the histograms go, a line a call.
         goes_on: whether this is a resumed run, which adds to the file; else the first call starts it anew.
@@ -87,13 +86,12 @@ class EmbeddingDiagnostics:
         self,
         model: LLM2Vec,
         rows: TrainingRows,
-        batch_size: int,
         device: torch.device,
         file: Path,
         *,
         goes_on: bool = False,
     ) -> None:
-        self.model, self.batch_size, self.device, self.file = model, batch_size, device, file
+        self.model, self.device, self.file = model, device, file
         examples = [rows[i] for i in range(len(rows))]
         place: dict[InstructedText, int] = {}
 
@@ -143,7 +141,7 @@ class EmbeddingDiagnostics:
         vectors_ND = torch.zeros(len(self._texts), self.model.model.config.hidden_size, device=self.device)
         for side, block in self._blocks[rank() :: world_size()]:
             texts = [[self._texts[i].instruction, self._texts[i].text] for i in block]
-            encoded = self.model.encode(texts, self.batch_size, show_progress_bar=False, device=self.device, side=side)
+            encoded = self.model.encode(texts, show_progress_bar=False, device=self.device, side=side)
             vectors_ND[block.to(self.device)] = torch.as_tensor(encoded).to(self.device)
         return F.normalize(sum_over_ranks(vectors_ND).double(), dim=-1)
 

@@ -500,13 +500,12 @@ def _probes(
     if held_out is None:
         return probes
     encoder = LLM2Vec(decoder_of(model), tokenizer, **dataclasses.asdict(settings))
-    batch_size = args.per_device_eval_batch_size
     if config.nano_beir is not None:
-        probes.append(_nano_beir(encoder, config.nano_beir, batch_size, args.device))
+        probes.append(_nano_beir(encoder, config.nano_beir, args.per_device_eval_batch_size, args.device))
     if config.embedding_diagnostics:
         assert isinstance(held_out, TrainingRows), "the config allows it for rows of queries and documents only"
         file, goes_on = config.output_dir / DIAGNOSTICS_FILE, args.resume_from_checkpoint is not None
-        probes.append(EmbeddingDiagnostics(encoder, held_out, batch_size, args.device, file, goes_on=goes_on))
+        probes.append(EmbeddingDiagnostics(encoder, held_out, args.device, file, goes_on=goes_on))
     if config.reconstruction_probe:
         probes.append(_reconstruction(config, args, model, tokenizer, settings, held_out))
     return probes

@@ -264,7 +264,7 @@ def by_hand_of(model: LLM2Vec, examples: list[Example]) -> tuple[dict[str, float
 def test_a_model_on_held_out_rows_over_all_and_by_source(folder: Path) -> None:
     rows, model, file = held_out(folder), tiny_embedder(), folder / "made" / DIAGNOSTICS_FILE
     assert {text.side for row in map(rows.__getitem__, range(12)) for text in row[1:3]} == {"query", "document"}
-    figures = EmbeddingDiagnostics(model, rows, 4, CPU, file)(7)
+    figures = EmbeddingDiagnostics(model, rows, CPU, file)(7)
     examples = [rows[i] for i in range(len(rows))]
     expected, histograms = by_hand_of(model, examples)
     line: dict[str, Any] = {"step": 7, "all": histograms, "sources": {}}
@@ -279,14 +279,14 @@ def test_a_model_on_held_out_rows_over_all_and_by_source(folder: Path) -> None:
 
 
 def test_one_source_is_all(folder: Path) -> None:
-    figures = EmbeddingDiagnostics(tiny_embedder(), held_out(folder, SOURCES[:1]), 4, CPU, folder / "file")(0)
+    figures = EmbeddingDiagnostics(tiny_embedder(), held_out(folder, SOURCES[:1]), CPU, folder / "file")(0)
     assert len(figures) == 10 and not any("/" in name for name in figures)
 
 
 def test_each_evaluation_adds_a_line_to_a_file_begun_anew(folder: Path) -> None:
     file = folder / DIAGNOSTICS_FILE
     file.write_text("of an earlier run\n", encoding="utf-8")
-    probe = EmbeddingDiagnostics(tiny_embedder(), held_out(folder), 4, CPU, file)
+    probe = EmbeddingDiagnostics(tiny_embedder(), held_out(folder), CPU, file)
     assert file.read_text(encoding="utf-8") == "of an earlier run\n"  # kept until there is something new
     for step in (0, 5):
         probe(step)
@@ -296,7 +296,7 @@ def test_each_evaluation_adds_a_line_to_a_file_begun_anew(folder: Path) -> None:
 
 def test_generators_stay_as_they_were(folder: Path) -> None:
     before = torch.random.get_rng_state(), np.random.get_state()[1].tolist()  # type: ignore[index, union-attr]
-    EmbeddingDiagnostics(tiny_embedder(), held_out(folder), 4, CPU, folder / "file")(0)
+    EmbeddingDiagnostics(tiny_embedder(), held_out(folder), CPU, folder / "file")(0)
     assert torch.equal(torch.random.get_rng_state(), before[0])
     assert np.random.get_state()[1].tolist() == before[1]  # type: ignore[index, union-attr]
 
@@ -316,7 +316,7 @@ def measure_on_a_rank(process: int, folder: Path) -> None:
 
     model.encode = counted  # type: ignore[method-assign]
     diagnostics.BLOCK_TEXTS = 8
-    figures = EmbeddingDiagnostics(model, held_out(folder), 4, CPU, folder / f"{process}.jsonl")(3)
+    figures = EmbeddingDiagnostics(model, held_out(folder), CPU, folder / f"{process}.jsonl")(3)
     (folder / f"{process}.json").write_text(json.dumps([figures, len(encoded)]), encoding="utf-8")
     dist.destroy_process_group()
 
@@ -326,7 +326,7 @@ def test_two_ranks_measure_what_one_process_does(folder: Path, monkeypatch: pyte
     torch.multiprocessing.spawn(measure_on_a_rank, (folder,), nprocs=2)
     monkeypatch.setattr(diagnostics, "BLOCK_TEXTS", 8)
     rows = held_out(folder)
-    expected = EmbeddingDiagnostics(tiny_embedder(), rows, 4, CPU, folder / "alone.jsonl")(3)
+    expected = EmbeddingDiagnostics(tiny_embedder(), rows, CPU, folder / "alone.jsonl")(3)
     found = [json.loads((folder / f"{process}.json").read_text(encoding="utf-8")) for process in range(2)]
     assert [figures for figures, _ in found] == [expected, expected]
     texts = {text for i in range(len(rows)) for text in (rows[i].query, rows[i].positive, *rows[i].negatives)}

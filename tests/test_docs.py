@@ -102,7 +102,9 @@ def workspace(tmp_path_factory: pytest.TempPathFactory) -> Path:
         config = json.loads(file.read_text(encoding="utf-8"))
         if "max_steps" in config:
             config |= {"max_steps": 2, "warmup_steps": 0}
-            file.write_text(json.dumps(config), encoding="utf-8")
+        if "stop_after_n_steps" in config:
+            config |= {"stop_after_n_steps": 2}
+        file.write_text(json.dumps(config), encoding="utf-8")
     for line in (
         "python experiments/make_docstrings.py --output_dir cache/docstrings",
         "python experiments/make_tiny_model.py --output_dir output/quickstart/init",
