@@ -8,11 +8,12 @@
 No weights are read: of the base, `config.json` and the tokenizer; of the data, everything is checked as the run would
 (once, then cached), and a sample tokenised. Where data or tokenizer are not at hand, --tokens_query and
 --tokens_document stand for them; where the base is not, as before a Stage II whose Stage I has not run, --base does.
-Memory is reckoned for a GPU if one is named or found, else for this machine's CPU. Exit code 2 if the run would be
-refused.
+Memory is reckoned for a GPU if one is named or found, else for this machine's CPU; on CPUs it was held against measured
+runs (tests/test_memory_plan.py), on GPUs it was not. Exit code 2 if the run would be refused.
 """
 
 import argparse
+import logging
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -82,4 +83,5 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 if __name__ == "__main__":
     with user_errors_in_one_sentence():
+        logging.getLogger("huggingface_hub").setLevel(logging.ERROR)  # an unreachable hub is said in one sentence, too
         main(sys.argv[1:])

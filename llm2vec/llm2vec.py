@@ -19,7 +19,7 @@ import torch.nn.functional as F
 from peft import PeftModel
 from torch import Tensor, nn
 from tqdm.auto import tqdm
-from transformers import PreTrainedTokenizerBase
+from transformers import PretrainedConfig, PreTrainedTokenizerBase
 
 from llm2vec.backbone import Backbone, check_attention, find_file, hidden_states, load_backbone, load_tokenizer
 from llm2vec.checkpoint import (
@@ -34,7 +34,7 @@ from llm2vec.pooling import pool, pool_packed
 from llm2vec.stock_form import stock_model
 from llm2vec.templates import infer_template
 from llm2vec.tokenization import Row, RowTokenizer, probe_ids
-from llm2vec.types import Attention, InstructedText, TextSide, TokenBatch, UserError
+from llm2vec.types import Attention, InstructedText, PoolingMode, TextSide, TokenBatch, UserError
 
 if TYPE_CHECKING:
     from sentence_transformers import SentenceTransformer
@@ -66,6 +66,9 @@ class LLM2Vec(nn.Module):
         attention: `causal` or `bidirectional`; None = what the model's own config says, causal if nothing.
         normalize: whether `encode` returns unit vectors.
         parent_adapters: the adapters merged into the base below this model's own.
+
+    Attributes:
+        placed: whether the model was loaded with a device map, so that `encode` leaves it where it is.
     """
 
     def __init__(
@@ -101,12 +104,13 @@ class LLM2Vec(nn.Module):
         self.tokenizer = tokenizer
         self.settings = with_template(settings, tokenizer)
         self.row_tokenizer = row_tokenizer(tokenizer, self.settings)
+        self.placed = False
 
     @classmethod
     def from_pretrained(
         cls,
-        base_model_name_or_path: str,
-        peft_model_name_or_path: str | Sequence[str] | None = None,
+        base_model_name_or_path: str | Path,
+        peft_model_name_or_path: str | Path | Sequence[str | Path] | None = None,
         merge_peft: bool = False,
         enable_bidirectional: bool | None = None,
         *,
@@ -146,10 +150,11 @@ class LLM2Vec(nn.Module):
         Raises:
             UserError: something is not found, does not fit, has no effect, or does not attend as asked.
         """
-        adapters = [peft_model_name_or_path] if isinstance(peft_model_name_or_path, str) else peft_model_name_or_path
-        chain = resolve_chain(base_model_name_or_path, list(adapters or ()))
+        base, given_adapters = str(base_model_name_or_path), peft_model_name_or_path
+        adapters = [given_adapters] if isinstance(given_adapters, str | Path) else given_adapters or ()
+        chain = resolve_chain(base, [str(adapter) for adapter in adapters])
         outermost = chain.adapters[-1] if chain.adapters else chain.base
-        recorded = read_settings(outermost) or read_settings(base_model_name_or_path)
+        recorded = read_settings(outermost) or read_settings(base)
         given = {
             "pooling_mode": pooling_mode,
             "max_length": max_length,
@@ -173,9 +178,35 @@ class LLM2Vec(nn.Module):
             model.to("cuda")  # type: ignore[arg-type]  # where `encode` would move it, and the only place this attention runs
         check_attention(model, settings.attention)
         loaded = cls(model, tokenizer, **dataclasses.asdict(settings))
+        loaded.placed = device_map is not None
         if recorded and loaded.settings == EncoderSettings(**{**recorded, **parents}):
             check_rendering(outermost, loaded.row_tokenizer)
         return loaded.eval()
+
+    @property
+    def config(self) -> PretrainedConfig:
+        """The decoder's configuration."""
+        return self.model.config
+
+    @property
+    def pooling_mode(self) -> PoolingMode:
+        """As in the settings; chosen when the model is loaded."""
+        return self.settings.pooling_mode
+
+    @property
+    def max_length(self) -> int:
+        """As in the settings; chosen when the model is loaded."""
+        return self.settings.max_length
+
+    @property
+    def doc_max_length(self) -> int | None:
+        """As in the settings; chosen when the model is loaded."""
+        return self.settings.doc_max_length
+
+    @property
+    def skip_instruction(self) -> bool:
+        """As in the settings; chosen when the model is loaded."""
+        return self.settings.skip_instruction
 
     def forward(self, batch: dict[str, Tensor]) -> Tensor:
         """Embeddings [B, D] of a padded batch as `tokenize` makes it, in the model's dtype, not normalised."""
@@ -205,7 +236,8 @@ class LLM2Vec(nn.Module):
         """Embed texts; a text's embedding does not depend on the others.
 
         Args:
-            sentences: texts, or [instruction, text] pairs; a single string counts as a list of one.
+            sentences: texts, or [instruction, text] pairs; a single string counts as a list of one. A whole number
+                behind a pair, as in upstream's examples, says nothing.
             batch_size: rows of 128 tokens a forward pass. Rows are sorted by length first, and longer or shorter ones
                 go through in as many as make the same number of tokens.
             show_progress_bar: over the different texts.
@@ -296,8 +328,8 @@ class LLM2Vec(nn.Module):
 
     def _place(self, device: str | torch.device | None) -> torch.device:
         """Move the model to where it shall compute, and say where its inputs go."""
-        if getattr(self.model, "hf_device_map", None) is None:
-            if device is None and torch.cuda.is_available():
+        if getattr(self.model, "hf_device_map", None) is None:  # else spread over several devices
+            if device is None and not self.placed and torch.cuda.is_available():
                 device = "cuda"
             if device is not None:
                 self.to(device)
@@ -365,12 +397,18 @@ def as_instructed(texts: Sequence[str] | Sequence[Sequence[str]], side: TextSide
     for i, entry in enumerate(texts):
         if isinstance(entry, str):
             instruction, text = "", entry
-        elif isinstance(entry, list | tuple) and len(entry) == 2 and all(isinstance(part, str) for part in entry):
-            instruction, text = entry
+        elif _is_pair(entry):
+            instruction, text = entry[:2]
         else:
             raise UserError(f"sentences[{i}] is {entry!r}; a string or an [instruction, text] pair is needed.")
         instructed.append(InstructedText(instruction, text, side or ("query" if instruction.strip() else "document")))
     return instructed
+
+
+def _is_pair(entry: Any) -> bool:
+    """Whether an entry is [instruction, text], or that and a whole number, which upstream's examples write there."""
+    kinds = [type(part) for part in entry] if isinstance(entry, list | tuple) else []
+    return len(kinds) in (2, 3) and issubclass(kinds[0], str) and issubclass(kinds[1], str) and kinds[2:] in ([], [int])
 
 
 def row_tokenizer(

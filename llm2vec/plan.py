@@ -17,7 +17,7 @@ from transformers import PreTrainedTokenizerBase, TrainingArguments
 
 from llm2vec.activation_memory import fit
 from llm2vec.activation_plan import Numbers, is_known, kept_bytes
-from llm2vec.backbone import find_file
+from llm2vec.backbone import Chain, find_file
 from llm2vec.cards import Card
 from llm2vec.checkpoint import EncoderSettings, resolve_chain
 from llm2vec.config import Config, Stage, load_config, training_arguments
@@ -45,6 +45,7 @@ from llm2vec.stage_parts import (
     model_of_shapes,
     objective_of,
     rows_of,
+    shape_of,
     stage_of,
 )
 from llm2vec.types import UserError
@@ -150,8 +151,10 @@ def make_plan(path: Path, conditions: Conditions) -> Plan:
     if config.stage == "simcse":
         config = dataclasses.replace(config, num_hard_negatives=0)
     args = training_arguments(config, conditions.num_processes)
-    base, tokenizer, settings, new_tokens = _start(config, conditions)
-    model = model_of_shapes(config, base, new_tokens)
+    chain = _chain(config, conditions)
+    shape = shape_of(chain.base)
+    tokenizer, settings, new_tokens = _tokenizer(config, chain)
+    model = model_of_shapes(config, shape, new_tokens)
     objective = objective_of(config, model, settings)
     missing = missing_data(config)
     rows = rows_of(config, tokenizer) if missing is None else None
@@ -162,7 +165,7 @@ def make_plan(path: Path, conditions: Conditions) -> Plan:
         if isinstance(collate, CollateSides):
             check_examples(args, rows, collate)
     elif missing is None and tokenizer is None:
-        missing = f"model_name_or_path: {base!r} has no tokenizer that can be read here."
+        missing = f"model_name_or_path: {chain.base!r} has no tokenizer that can be read here."
     assumption = "" if collate else _assumption(config, conditions, missing)
     if collate is not None and rows is not None:
         all_rows, *by_source = counted(objective, settings, rows, collate)
@@ -189,16 +192,17 @@ def make_plan(path: Path, conditions: Conditions) -> Plan:
     return plan if not is_known(model) else _with_memory(plan)
 
 
-def _start(
-    config: Config, conditions: Conditions
-) -> tuple[str, PreTrainedTokenizerBase | None, EncoderSettings, list[int]]:
-    """The base; its tokenizer, if it can be read here; how texts become vectors; ids of tokens that the base lacks."""
-    # Adapters that are merged change no shape, so those of a stage that has not run yet are not missed.
+def _chain(config: Config, conditions: Conditions) -> Chain:
+    """The base and the adapters on it, but for those that are not there yet: merged, they change no shape."""
     adapters = [adapter for adapter in config.adapters if _has(adapter, "adapter_config.json")]
-    chain = resolve_chain(conditions.base or config.model_name_or_path, adapters)
+    return resolve_chain(conditions.base or config.model_name_or_path, adapters)
+
+
+def _tokenizer(config: Config, chain: Chain) -> tuple[PreTrainedTokenizerBase | None, EncoderSettings, list[int]]:
+    """The tokenizer, if it can be read here; how texts become vectors; ids of tokens that the base lacks."""
     if any(_has(name, "tokenizer_config.json") for name in (chain.base, *chain.adapters[-1:])):
-        return chain.base, *open_tokenizer(config, chain)
-    return chain.base, None, encoder_settings(config, {}), []
+        return open_tokenizer(config, chain)
+    return None, encoder_settings(config, {}), []
 
 
 def _has(path: str, name: str) -> bool:

@@ -12,7 +12,14 @@ from typing import Any, get_args
 
 import torch
 from torch import nn
-from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, PreTrainedTokenizerBase, TrainingArguments
+from transformers import (
+    AutoConfig,
+    AutoModel,
+    AutoModelForCausalLM,
+    PretrainedConfig,
+    PreTrainedTokenizerBase,
+    TrainingArguments,
+)
 
 from llm2vec.backbone import Backbone, add_token_rows, first_line, set_attention_dropout
 from llm2vec.checkpoint import EncoderSettings
@@ -70,19 +77,28 @@ def has_head(config: Config) -> bool:
     return config.stage in ("stage_I", "lm", "mntp") or config.lm_weight > 0
 
 
-def model_of_shapes(config: Config, base: str, new_tokens: list[int]) -> Backbone:
-    """The model that `run.load_model` would load from `base`, in training mode, without weights (the meta device).
+def shape_of(base: str) -> PretrainedConfig:
+    """A base's `config.json`.
 
     Raises:
-        UserError: `base` has no `config.json` that can be read, or its family cannot take the adapter or the dropout.
+        UserError: it cannot be read; says what can be given instead.
     """
     try:
-        shape = AutoConfig.from_pretrained(base, trust_remote_code=False)
+        shape: PretrainedConfig = AutoConfig.from_pretrained(base, trust_remote_code=False)
     except (OSError, ValueError) as error:
         raise UserError(
             f"model_name_or_path: {base!r} has no config.json that can be read here ({first_line(error)}); to plan "
             "without it, name a model of the same shape with --base, a folder or a hub name."
         ) from error
+    return shape
+
+
+def model_of_shapes(config: Config, shape: PretrainedConfig, new_tokens: list[int]) -> Backbone:
+    """The model that `run.load_model` would load, in training mode, but without weights (on the meta device).
+
+    Raises:
+        UserError: a family that cannot take the adapter or the dropout.
+    """
     dtype = parse_dtype(config.torch_dtype)
     model_class = AutoModelForCausalLM if has_head(config) else AutoModel
     with torch.device("meta"):

@@ -226,7 +226,7 @@ def test_a_wrong_sources_file_names_file_source_and_key(tmp_path: Path, content:
 
 
 def test_a_missing_sources_file_is_named(tmp_path: Path) -> None:
-    with pytest.raises(UserError, match=r"sources_file: .*none\.json cannot be read \(No such file"):
+    with pytest.raises(UserError, match=r"sources_file: .*none\.json: cannot be read \(No such file"):
         read_sources_file(tmp_path / "none.json")
 
 

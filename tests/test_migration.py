@@ -319,6 +319,52 @@ def test_encode_gives_what_upstream_gives() -> None:
     assert isinstance(array, np.ndarray) and array.dtype == np.float32
 
 
+def test_the_entries_of_upstreams_examples() -> None:
+    """A zero behind each pair; a third string or a fraction is still a mistake."""
+    model = LLM2Vec.from_pretrained(*names("llama3"))
+    assert torch.equal(encode(model, [[*query, 0] for query in QUERIES]), encode(model, QUERIES))
+    for wrong in (["a", "b", 0.5], ["a", "b", "c"], ["a", "b", 0, 0], ["a", 0]):
+        with pytest.raises(UserError, match="pair is needed"):
+            encode(model, [wrong])
+
+
+def test_folders_may_be_paths(tmp_path: Path) -> None:
+    model = LLM2Vec.from_pretrained(*names("llama3"))
+    model.save(tmp_path / "adapter")
+    mntp = names("llama3")[0]
+    for loaded in (
+        LLM2Vec.from_pretrained(tmp_path / "adapter"),
+        LLM2Vec.from_pretrained(mntp, tmp_path / "adapter"),
+        LLM2Vec.from_pretrained(FAMILIES["llama3"].base, [mntp, tmp_path / "adapter"]),
+    ):
+        assert torch.equal(encode(loaded), encode(model))
+        assert loaded.settings == model.settings
+
+
+def test_upstreams_attributes_are_read_and_not_written() -> None:
+    model = LLM2Vec.from_pretrained(*names("llama3"), pooling_mode="eos_token", max_length=64, doc_max_length=20)
+    assert (model.pooling_mode, model.max_length, model.doc_max_length, model.skip_instruction) == (
+        "last",
+        64,
+        20,
+        True,
+    )
+    assert model.config.hidden_size == 32
+    for name in ("config", "pooling_mode", "max_length", "doc_max_length", "skip_instruction"):
+        with pytest.raises(AttributeError):
+            setattr(model, name, getattr(model, name))
+
+
+@pytest.mark.parametrize("device_map", [None, "cpu"])
+def test_a_model_with_a_device_map_is_not_moved(device_map: str | None, monkeypatch: pytest.MonkeyPatch) -> None:
+    model = LLM2Vec.from_pretrained(*names("llama3"), device_map=device_map)
+    moved: list[Any] = []
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(model, "to", moved.append)
+    model.encode(DOCUMENTS, show_progress_bar=False)
+    assert moved == ([] if device_map else ["cuda"])
+
+
 def test_answers_instead_of_accidents() -> None:
     model = LLM2Vec.from_pretrained(*names("llama3"), max_length=24)
     assert encode(model, "who").shape == (1, 32) and encode(model, []).shape == (0, 32)

@@ -98,7 +98,7 @@ SHAPES: dict[str, tuple[PretrainedConfig, int]] = {
 def _model(part: str, *keys: Any) -> Any:
     """A model of a base's shape, made once; `keys` is what decides about it."""
     config, new_tokens = _ASKED[part, *keys]
-    return _MODEL_OF_SHAPES(config, part, new_tokens)
+    return _MODEL_OF_SHAPES(config, SHAPES[part][0], new_tokens)
 
 
 _ASKED: dict[Any, Any] = {}
@@ -112,8 +112,8 @@ def hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def shape(path: str, **_: Any) -> PretrainedConfig:
         return next(shape for part, (shape, _) in SHAPES.items() if part in path)
 
-    def model_of_shapes(config: Any, base: str, new_tokens: list[int]) -> Any:
-        part = next(part for part in SHAPES if part in base)
+    def model_of_shapes(config: Any, shape: PretrainedConfig, new_tokens: list[int]) -> Any:
+        part = next(part for part, (known, _) in SHAPES.items() if known is shape)
         adapter = config.use_peft and (config.lora_r, config.lora_dropout)
         key = (part, stage_parts.has_head(config), config.torch_dtype, adapter, config.stage == "simcse")
         _ASKED[key] = (config, new_tokens)
