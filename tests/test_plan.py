@@ -6,6 +6,7 @@ import functools
 import json
 import logging
 import runpy
+import shutil
 import sys
 from pathlib import Path
 from types import SimpleNamespace
@@ -126,19 +127,29 @@ def hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(plan_module, "model_of_shapes", model_of_shapes)
 
 
-@pytest.fixture
-def folder(tmp_path: Path) -> Path:
+@pytest.fixture(scope="module")
+def files(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A base and data that are really there."""
-    tiny_model("llama", True, initializer_range=0.2).save_pretrained(tmp_path / "base")
-    family_tokenizer("llama").save_pretrained(tmp_path / "base")
+    path = tmp_path_factory.mktemp("files")
+    tiny_model("llama", True, initializer_range=0.2).save_pretrained(path / "base")
+    family_tokenizer("llama").save_pretrained(path / "base")
     rows = reference.under_one_instruction(reference.examples(24, 1))
     content = [
         {"query": row.query.text, "positive": row.positive.text, "negative": row.negatives[0].text} for row in rows
     ]
     for source in ("nq", "quora_duplicates"):
-        write_jsonl(tmp_path / f"data/{source}.jsonl", content)
+        write_jsonl(path / f"data/{source}.jsonl", content)
     lines = "\n".join(row.positive.text for row in rows)
-    (tmp_path / "lines.txt").write_text(lines * 4, encoding="utf-8")
+    (path / "lines.txt").write_text(lines * 4, encoding="utf-8")
+    return path
+
+
+@pytest.fixture
+def folder(files: Path, tmp_path: Path) -> Path:
+    """A base to change, and the data, whose tables are built once."""
+    shutil.copytree(files / "base", tmp_path / "base")
+    for name in ("data", "lines.txt"):
+        (tmp_path / name).symlink_to(files / name)
     return tmp_path
 
 
