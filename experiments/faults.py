@@ -23,7 +23,7 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import torch
 from safetensors.torch import load_file, save_file
@@ -140,7 +140,12 @@ def start(
     command = [str(SCRIPTS / script), str(config)]
     if processes > 1:
         command[:0] = ["-m", "torch.distributed.run", f"--nproc_per_node={processes}", "--standalone"]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false"}
+    environment = {
+        **os.environ,
+        "OMP_NUM_THREADS": "1",
+        "TOKENIZERS_PARALLELISM": "false",
+        "HF_DATASETS_CACHE": str(cache_of(config)),
+    }
     with config.with_suffix(".log").open("wb") as out:
         return subprocess.Popen(
             [sys.executable, *command], stdout=out, stderr=subprocess.STDOUT, env=environment, preexec_fn=before
@@ -165,6 +170,11 @@ def go_on(script: str, config: Path, processes: int = 1) -> None:
 def output_of(config: Path) -> Path:
     """Where a config's run writes."""
     return config.with_suffix("")
+
+
+def cache_of(config: Path) -> Path:
+    """Where a config's run keeps its tables: not among the user's."""
+    return config.parent / "cache"
 
 
 def last_step(output: Path) -> int:
@@ -322,23 +332,29 @@ def full_disk(bench: Bench) -> Row:
         return Row(how, outcome, str(lost), is_equal(output, whole))
 
 
-def damaged(bench: Bench, what: str, damage: Callable[[Path], None]) -> Row:
-    """The newest checkpoint's largest file is damaged after a kill."""
+def damaged(
+    bench: Bench, what: str, place: Literal["newest checkpoint", "cache"], damage: Callable[[Path], None]
+) -> Row:
+    """After a kill, a file is damaged: the newest checkpoint's largest, or the cached tables of the training rows."""
     script = "run_stage_I.py"
-    config = bench.config(what.replace(" ", "-"))
+    config = bench.config(f"{what} in the {place}".replace(" ", "-"))
     output = output_of(config)
     process = start(script, config)
     wait_for_step(process, config, 3 * SAVE_STEPS + 2)
     process.kill()
     process.wait()
-    newest = checkpoints_in(output)[-1]
-    damage(max(newest.iterdir(), key=lambda file: file.stat().st_size))
+    if place == "cache":
+        for file in cache_of(config).rglob("*.arrow"):
+            damage(file)
+        word, outcome = "is damaged: it is built anew", "says which table, builds it anew"
+    else:
+        damage(max(checkpoints_in(output)[-1].iterdir(), key=lambda file: file.stat().st_size))
+        word, outcome = "It is left out.", "says which file, goes on from the checkpoint before"
     lost = last_step(output) - step_to_go_on_from(output)
     go_on(script, config)
-    if f"{newest}" not in said(config) or "It is left out." not in said(config):
-        raise UserError(f"{config}: nothing was said of the damaged checkpoint.")
-    outcome = "says which file, goes on from the checkpoint before"
-    return Row(f"{what} in the newest checkpoint", outcome, str(lost), is_equal(output, bench.whole(script, 1)))
+    if word not in said(config):
+        raise UserError(f"{config}: nothing was said of the damaged {place}.")
+    return Row(f"{what} in the {place}", outcome, str(lost), is_equal(output, bench.whole(script, 1)))
 
 
 def cut(file: Path) -> None:
@@ -429,8 +445,10 @@ def main() -> None:
         lambda: lost_process(bench, signal.SIGKILL, 1800, "one of two processes dies"),
         lambda: lost_process(bench, signal.SIGSTOP, 10, "one of two processes freezes, ddp_timeout 10"),
         lambda: full_disk(bench),
-        lambda: damaged(bench, "a truncated file", cut),
-        lambda: damaged(bench, "a flipped bit", flip_a_bit),
+        lambda: damaged(bench, "a truncated file", "newest checkpoint", cut),
+        lambda: damaged(bench, "a flipped bit", "newest checkpoint", flip_a_bit),
+        lambda: damaged(bench, "a truncated table", "cache", cut),
+        lambda: damaged(bench, "a flipped bit", "cache", flip_a_bit),
         lambda: nan_batch(bench),
     ]
     for fault in faults:

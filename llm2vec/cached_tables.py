@@ -1,14 +1,20 @@
 """Arrow tables in the cache of `datasets` (`HF_DATASETS_CACHE`): built once from a file, then mapped into memory.
 
-A table is built under the cache's own lock, by the first process of the run while the others wait; machines that do
-not share the cache build one each. The cache knows a table by everything that decides it: the arguments of the
-function that makes its rows, among them the file's path and its stamp. So a file that has changed is read anew.
+A table is built under a lock, by the first process of the run while the others wait; machines that do not share the
+cache build one each. The cache knows a table by everything that decides it: the arguments of the function that makes
+its rows, among them the file's path and its stamp. So a file that has changed is read anew.
+
+With a table lie the sums of its files, written last. They are taken again at every start, at 10 GB a second from
+memory, else as fast as the disk: a table that was cut short, or has rotted, is built anew.
 """
 
 from __future__ import annotations
 
 import hashlib
+import logging
 import os
+import shutil
+import tempfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -18,12 +24,18 @@ import numpy as np
 from llm2vec.distributed import rank_zero_first
 from llm2vec.types import UserError
 
+logger = logging.getLogger(__name__)
+
 #: Evenly spaced blocks of a file that its stamp looks into, and the bytes of each.
 NUM_BLOCKS = 16
 BLOCK_BYTES = 1 << 16
 
-#: Folder in the cache that holds the hashes of files.
+#: Folders in the cache: a table in each folder of the first; the hashes of files in the second.
+TABLES_FOLDER = "llm2vec-tables"
 HASHES_FOLDER = "llm2vec-file-hashes"
+
+#: In a table's folder: a line for each file, its XXH3 sum and its path.
+SUMS_FILE = "SUMS"
 
 
 def stamp_of(file: Path) -> str:
@@ -68,18 +80,67 @@ def cached_table(generate: Callable[..., Iterator[dict[str, Any]]], features: An
     """
     from datasets import Dataset, config
     from datasets.exceptions import DatasetGenerationError
+    from datasets.fingerprint import Hasher
+    from filelock import FileLock
+
+    folder = Path(config.HF_DATASETS_CACHE) / TABLES_FOLDER / Hasher.hash((generate, features, arguments))
+
+    def build_or_map() -> Any:
+        return Dataset.from_generator(generate, features=features, gen_kwargs=arguments, cache_dir=str(folder))
 
     with rank_zero_first():
         try:
-            return Dataset.from_generator(generate, features=features, gen_kwargs=arguments)
+            if os.environ.get("LOCAL_RANK", "0") != "0":
+                return build_or_map()
+            folder.parent.mkdir(parents=True, exist_ok=True)
+            with FileLock(folder.with_suffix(".lock")):
+                _remove_if_damaged(folder)
+                table = build_or_map()
+                if not (folder / SUMS_FILE).is_file():
+                    _write_whole(folder / SUMS_FILE, _sums_of(folder))
+                return table
         except (DatasetGenerationError, OSError) as error:
             cause = error if isinstance(error, OSError) else error.__cause__
             if isinstance(cause, UserError):
                 raise cause from None
             if isinstance(cause, OSError):
-                folder, reason = config.HF_DATASETS_CACHE, cause.strerror or cause
-                raise UserError(f"HF_DATASETS_CACHE: no table could be written to {folder} ({reason}).") from error
+                reason = cause.strerror or cause
+                raise UserError(
+                    f"HF_DATASETS_CACHE: no table could be written to {config.HF_DATASETS_CACHE} ({reason})."
+                ) from error
             raise
+
+
+def _sums_of(folder: Path) -> str:
+    """A line for each file of a table."""
+    import xxhash
+
+    lines = []
+    for file in sorted(path for path in folder.rglob("*") if path.is_file()):
+        if file.name != SUMS_FILE and file.suffix != ".lock":
+            with file.open("rb") as content:
+                total = hashlib.file_digest(content, xxhash.xxh3_128).hexdigest()
+            lines.append(f"{total}  {file.relative_to(folder)}\n")
+    return "".join(lines)
+
+
+def _remove_if_damaged(folder: Path) -> None:
+    """Remove a table that is not as it was built, with a word; and what is left of one that was never finished."""
+    if not folder.is_dir():
+        return
+    if (folder / SUMS_FILE).is_file():
+        if (folder / SUMS_FILE).read_bytes() == _sums_of(folder).encode():
+            return
+        logger.warning("%s, a table of the cache, is damaged: it is built anew", folder)
+    aside = tempfile.mkdtemp(dir=folder.parent)  # a run that has mapped the table keeps it
+    shutil.rmtree(folder.rename(Path(aside) / folder.name).parent)
+
+
+def _write_whole(file: Path, text: str) -> None:
+    """Write a file aside and rename it."""
+    aside = file.with_name(f"{file.name}.{os.getpid()}")
+    aside.write_text(text, encoding="utf-8")
+    aside.replace(file)
 
 
 def content_hash(file: Path) -> str:
@@ -99,7 +160,5 @@ def content_hash(file: Path) -> str:
         found = hashlib.file_digest(content, "sha256").hexdigest()
     check_unchanged(file, stamp)
     kept.parent.mkdir(parents=True, exist_ok=True)
-    aside = kept.with_name(f"{name}.{os.getpid()}")
-    aside.write_text(found, encoding="ascii")
-    aside.replace(kept)
+    _write_whole(kept, found)
     return found

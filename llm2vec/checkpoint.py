@@ -16,6 +16,7 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import json
+import logging
 import os
 import platform
 import shutil
@@ -29,6 +30,7 @@ from pathlib import Path
 from typing import Any, NamedTuple, get_args
 
 import torch
+from huggingface_hub import try_to_load_from_cache
 from peft import PeftConfig, PeftModel, get_peft_model_state_dict, set_peft_model_state_dict
 from peft.utils import SAFETENSORS_WEIGHTS_NAME
 from safetensors import safe_open
@@ -42,11 +44,15 @@ from llm2vec.json_text import read_object
 from llm2vec.templates import segments_of
 from llm2vec.types import POOLING_ALIASES, Attention, PoolingMode, RunEnds, UserError
 
+logger = logging.getLogger(__name__)
+
 SETTINGS_FILE = "llm2vec_config.json"
 RUN_FILE = "run.json"
 SUMS_FILE = "SHA256SUMS"
 INCOMPLETE_MARKER = ".incomplete"
 WRITING_PREFIX = ".writing-"
+#: Bytes at the end of a weights file that tell it from others of its size.
+TAIL_BYTES = 1 << 20
 PACKAGES = ("torch", "transformers", "peft", "accelerate", "datasets", "tokenizers", "llm2vec")
 
 
@@ -179,6 +185,8 @@ def resolve_chain(base: str, adapters: Sequence[str]) -> Chain:
                 f"{', '.join(below) or 'no adapter'} would lie below it; list those that it was trained on, innermost "
                 "first."
             )
+    if chain:
+        _warn_of_another_base(chain[0], base)
     return Chain(base, tuple(chain))
 
 
@@ -207,6 +215,42 @@ def _is_same_adapter(parent: _Parent, given: str) -> bool:
     if weights is not None:
         return weights == parent.weights
     return Path(parent.path).name == Path(given).name
+
+
+def mark_of(path: str) -> str:
+    """What tells a model's or adapter's weights from others under the same name, without reading all of them.
+
+    Args:
+        path: a folder: a hash of its small files, and of its weights files' sizes and last bytes; or a hub name: the
+            commit in the local cache, or nothing.
+    """
+    folder = local_folder(path)
+    if folder is None:
+        cached = [try_to_load_from_cache(path, name) for name in ("config.json", "adapter_config.json")]
+        return next((Path(file).parent.name for file in cached if isinstance(file, str)), "")
+    digest = hashlib.sha256()
+    for pattern in ("*config.json", "tokenizer*.json", "*.safetensors"):
+        for file in sorted(folder.glob(pattern)):
+            with file.open("rb") as content:
+                size = content.seek(0, os.SEEK_END)
+                content.seek(max(0, size - TAIL_BYTES) if file.suffix == ".safetensors" else 0)
+                digest.update(f"{file.name} {size}\n".encode() + content.read())
+    return digest.hexdigest()[:16]
+
+
+def _warn_of_another_base(adapter: str, base: str) -> None:
+    """Say so where an adapter was trained on something else than what it is about to be put on."""
+    folder = local_folder(adapter)
+    if folder is None or not (folder / RUN_FILE).is_file():
+        return
+    parent = read_object(folder / RUN_FILE).get("parent", {})
+    recorded = parent.get("marks", {}).get(parent.get("model_name_or_path"), "")
+    found = mark_of(base)
+    if found != recorded and len(found) == len(recorded):  # a folder's and a commit's tell nothing of each other
+        logger.warning(
+            "%s was trained on %s, and %s is not the same: its weights, config or tokenizer differ",
+            adapter, parent["model_name_or_path"], base,
+        )  # fmt: skip
 
 
 def _hash_of_weights(adapter: str) -> str | None:

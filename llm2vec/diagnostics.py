@@ -104,10 +104,11 @@ class EmbeddingDiagnostics:
             torch.tensor([places(list(row.negatives)) for row in examples], dtype=torch.long, device=device),
         )
         self._texts = list(place)
+        of_side = {side: [i for i, text in enumerate(place) if text.side == side] for side in get_args(TextSide)}
         self._blocks = [
-            (side, block)
-            for side in get_args(TextSide)
-            for block in torch.tensor([i for i, text in enumerate(place) if text.side == side]).split(BLOCK_TEXTS)
+            (side, numbers[start : start + BLOCK_TEXTS])
+            for side, numbers in of_side.items()
+            for start in range(0, len(numbers), BLOCK_TEXTS)
         ]
         starts = [sum(rows.sizes[:i]) for i in range(len(rows.sizes))]
         self._sources = {
@@ -142,7 +143,7 @@ class EmbeddingDiagnostics:
         for side, block in self._blocks[rank() :: world_size()]:
             texts = [[self._texts[i].instruction, self._texts[i].text] for i in block]
             encoded = self.model.encode(texts, show_progress_bar=False, device=self.device, side=side)
-            vectors_ND[block.to(self.device)] = torch.as_tensor(encoded).to(self.device)
+            vectors_ND[block] = torch.as_tensor(encoded).to(self.device)
         return F.normalize(sum_over_ranks(vectors_ND).double(), dim=-1)
 
 

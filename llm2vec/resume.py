@@ -16,7 +16,6 @@ from __future__ import annotations
 
 import dataclasses
 import enum
-import hashlib
 import json
 import logging
 import os
@@ -27,13 +26,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from huggingface_hub import try_to_load_from_cache
 from transformers import TrainingArguments
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
-from llm2vec.backbone import local_folder
 from llm2vec.cached_tables import content_hash
-from llm2vec.checkpoint import RUN_FILE, SUMS_FILE, check_complete, check_sums, environment, read_run
+from llm2vec.checkpoint import RUN_FILE, SUMS_FILE, check_complete, check_sums, environment, mark_of, read_run
 from llm2vec.config import CHECKPOINTING_KEYS, COMPILE_KEYS, Config, training_arguments
 from llm2vec.distributed import join_on_cpu, max_over_ranks, rank, world_size
 from llm2vec.types import RunEnds, UserError
@@ -59,9 +56,6 @@ STATE_FILES = ("trainer_state.json", "scheduler.pt")
 
 #: In a checkpoint: a process's figures since the last entry of the log, its rank added to the name.
 FIGURES_FILE = "figures.json"
-
-#: Bytes at the end of a weights file that tell it from others of its size.
-TAIL_BYTES = 1 << 20
 
 
 def start_or_resume(config: Config) -> TrainingArguments:
@@ -227,27 +221,6 @@ def _differing_keys(
     unwritten = {**_all_keys(), "stage": config.stage}
     then_all, now_all = ({**unwritten, **values, **values["training"]} for values in (recorded, now))
     return [(key, then_all[key], now_all[key]) for key in sorted(keys) if then_all[key] != now_all[key]]
-
-
-def mark_of(path: str) -> str:
-    """What tells a model's or adapter's weights from others under the same name, without reading all of them.
-
-    Args:
-        path: a folder: a hash of its small files, and of its weights files' sizes and last bytes; or a hub name: the
-            commit in the local cache, or nothing.
-    """
-    folder = local_folder(path)
-    if folder is None:
-        cached = [try_to_load_from_cache(path, name) for name in ("config.json", "adapter_config.json")]
-        return next((Path(file).parent.name for file in cached if isinstance(file, str)), "")
-    digest = hashlib.sha256()
-    for pattern in ("*config.json", "tokenizer*.json", "*.safetensors"):
-        for file in sorted(folder.glob(pattern)):
-            with file.open("rb") as content:
-                size = content.seek(0, os.SEEK_END)
-                content.seek(max(0, size - TAIL_BYTES) if file.suffix == ".safetensors" else 0)
-                digest.update(f"{file.name} {size}\n".encode() + content.read())
-    return digest.hexdigest()[:16]
 
 
 # --- a run's checkpoints ---

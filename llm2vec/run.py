@@ -39,6 +39,7 @@ from llm2vec.backbone import (
 from llm2vec.cached_tables import content_hash
 from llm2vec.checkpoint import (
     EncoderSettings,
+    mark_of,
     read_settings,
     read_weights,
     resolve_chain,
@@ -62,7 +63,7 @@ from llm2vec.llm2vec_mntp import add_mask_token
 from llm2vec.llm2vec_q2d_d2q import BidirectionalReconstruction
 from llm2vec.packing import checkpoint_contexts, compile_layers, pack_rows
 from llm2vec.reconstruction_probe import ReconstructionProbe
-from llm2vec.resume import command_to_resume, last_whole_checkpoint, mark_of, remove_checkpoints, step_of
+from llm2vec.resume import command_to_resume, last_whole_checkpoint, remove_checkpoints, step_of
 from llm2vec.sharding import plan_sharding, state_of_model
 from llm2vec.signals import StopSignals
 from llm2vec.text_blocks import (

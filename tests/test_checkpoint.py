@@ -25,6 +25,7 @@ from llm2vec.checkpoint import (
     check_complete,
     check_sums,
     check_weights,
+    mark_of,
     read_probe_ids,
     read_settings,
     read_weights,
@@ -315,6 +316,22 @@ def test_a_moved_adapter_is_known_by_its_weights_or_its_name(siblings: Path) -> 
         load(siblings, "away/renamed", "outer")
     (siblings / "away/renamed").rename(siblings / "away/first")
     assert torch.equal(load(siblings, "away/first", "outer"), expected)
+
+
+def test_another_base_than_it_was_trained_on_is_said(stages: Path, caplog: pytest.LogCaptureFixture) -> None:
+    """In one sentence with both names; a copy of the true one is not another."""
+    base, adapter = str(stages / "stage_I"), stages / "stage_II"
+    run = json.loads((adapter / RUN_FILE).read_text(encoding="utf-8"))
+    write_json(adapter / RUN_FILE, run | {"parent": {"model_name_or_path": base, "marks": {base: mark_of(base)}}})
+    shutil.copytree(base, stages / "copy")
+    resolve_chain(str(stages / "copy"), [str(adapter)])
+    resolve_chain("nobody/nothing", [str(adapter)])  # a hub's name and a folder cannot be told apart
+    assert not caplog.records
+    other = tiny_model("llama", True, initializer_range=0.3)
+    save_checkpoint(stages / "other", other, family_tokenizer("llama"), SETTINGS)
+    resolve_chain(str(stages / "other"), [str(adapter)])
+    (record,) = caplog.records
+    assert f"stage_II was trained on {base}, and {stages / 'other'} is not the same" in record.getMessage()
 
 
 def test_parents_moved_during_training_do_not_cost_the_checkpoint(siblings: Path) -> None:

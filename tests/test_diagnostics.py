@@ -380,6 +380,7 @@ def run(script: str, file: Path, monkeypatch: pytest.MonkeyPatch) -> tuple[list[
         ("run_stage_I.py", {}, 8),
         ("run_stage_II.py", {"lora_dropout": 0.3, "num_hard_negatives": 2}, 10),
         ("run_lm.py", {}, 8),
+        ("run_simcse.py", {"lora_dropout": 0.3}, 8),
     ],
 )
 def test_training_is_the_same_to_the_bit(

@@ -18,7 +18,7 @@ from helpers import write_jsonl
 
 from llm2vec import LLM2Vec, trainer
 from llm2vec import checkpoint as checkpoint_module
-from llm2vec.checkpoint import RUN_FILE, SUMS_FILE, check_sums
+from llm2vec.checkpoint import RUN_FILE, SUMS_FILE, check_sums, mark_of
 from llm2vec.config import Config, Stage, load_config
 from llm2vec.resume import (
     BUT_FOR_ROUNDING,
@@ -27,7 +27,6 @@ from llm2vec.resume import (
     checkpoints_in,
     differences,
     find_start,
-    mark_of,
     why_unusable,
 )
 from llm2vec.trainer import LOG_FILE, EmbedderTrainer
