@@ -33,7 +33,7 @@ test-gpu: .venv/installed  ## the tests that need a CUDA device
 bench: .venv/installed  ## speed and memory beside the release's steps and sentence-transformers; about an hour
 	$(BIN)/python experiments/benchmark.py
 
-faults: .venv/installed  ## breaks training runs in every way and writes docs/reliability.md's table; about 10 minutes
+faults: .venv/installed  ## breaks training runs in every way and writes docs/reliability.md's table; about 15 minutes
 	$(BIN)/python experiments/faults.py
 
 docs: .venv/installed  ## the documentation site, into output/site

@@ -19,14 +19,16 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
+import torch
 from transformers.utils import logging as transformers_logging
 
 from llm2vec import bench_sections as sections
 from llm2vec.bench_measure import Line, surroundings, table, worker_environment
+from llm2vec.bench_processes import speed_over_processes
 from llm2vec.bench_sections import CPU, CUDA, LARGE, QUICK, Options, Plan
 from llm2vec.types import UserError
 
-SECTIONS = ("stage_I", "stage_II", "encode", "growth")
+SECTIONS = ("stage_I", "stage_II", "encode", "growth", "processes")
 
 
 def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
@@ -38,7 +40,7 @@ def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--max-tokens", type=int, help="of the packed Stage I step at once; a bound on its memory")
     parser.add_argument("--large", action="store_true", help="Stage I with 32 rows and V = 128,000: needs 24 GB")
-    parser.add_argument("--pool", type=int, help="memory of a gradient-cached step with so many queries; 8192: hours")
+    parser.add_argument("--pool", type=int, help="memory of a gradient-cached step with so many queries; 8192: an hour")
     parser.add_argument("--quick", action="store_true", help="tiny shapes and one round, to see that everything runs")
     parser.add_argument("--out", type=Path, help="write the table here, too")
     parser.add_argument("--plot", type=Path, help="draw how cost grows, as .svg or .png")
@@ -88,6 +90,16 @@ def main(argv: Sequence[str] | None = None) -> None:
         lines += sections.growth_lines(points)
         if args.plot is not None:
             sections.growth_figure(points).savefig(args.plot)
+    if "processes" in args.only:
+        counts = [n for n in plan.processes if args.device == "cpu" or n <= torch.cuda.device_count()]
+        lines += speed_over_processes(
+            plan.shape,
+            Path(__file__).with_name("run_stage_I.py"),
+            counts,
+            rows=plan.growth_rows,
+            rounds=options.rounds,
+            on_cpu=args.device == "cpu",
+        )
     text = f"{where}\n\n{plan.describe(options.rounds)}\n\n{table(lines)}\n"
     print(text, end="")
     if args.out is not None:

@@ -4,7 +4,8 @@
     python experiments/check_data.py my/folder --sources_file my_sources.json --test_sets mteb/nfcorpus mteb/sts12-sts
 
 Every line is read by the rules of training. The files' hashes are recorded in FOLDER/hashes.json at the first use and
-compared from then on. Exit code 1 if a line is bad or a file changed, 0 otherwise; 2 for a mistake in the command.
+compared from then on. Exit code 1 if a line is bad or a file is empty or has changed, 0 otherwise; 2 for a mistake in
+the command.
 """
 
 from __future__ import annotations
@@ -17,8 +18,17 @@ from pathlib import Path
 
 from llm2vec.backbone import load_tokenizer
 from llm2vec.data import ARCHIVE_HINT, Source, e5_sources, read_sources_file, select_sources
-from llm2vec.data_check import CountTokens, SourceReport, TestTexts, check_source, language_of, record_hashes
-from llm2vec.run import CHARACTERS_A_TOKEN, user_errors_in_one_sentence
+from llm2vec.data_check import (
+    OVERLAP_WORDS,
+    CountTokens,
+    SourceReport,
+    TestTexts,
+    check_source,
+    language_of,
+    record_hashes,
+)
+from llm2vec.run import user_errors_in_one_sentence
+from llm2vec.run_rows import CHARACTERS_A_TOKEN
 from llm2vec.types import UserError
 
 logger = logging.getLogger(__name__)
@@ -39,6 +49,8 @@ def parse_arguments() -> argparse.Namespace:
 def main() -> int:
     """Check and print; returns the exit code."""
     arguments = parse_arguments()
+    if arguments.max_length < 1:
+        raise UserError(f"--max_length is {arguments.max_length}; it must be above 0.")
     table = e5_sources() if arguments.sources_file is None else read_sources_file(arguments.sources_file)
     sources = present(arguments.folder, select_sources(table, arguments.sources), arguments.sources)
     count_tokens = token_counter(arguments.tokenizer)
@@ -53,7 +65,8 @@ def main() -> int:
         for line in overlap_lines(reports, test_texts):
             logger.info("%s", line)
     differing = record_hashes(reports, arguments.folder / "hashes.json")
-    problems = [error for report in reports for error in report.errors] + differing
+    empty = [f"{report.name}: its file has no rows." for report in reports if not report.rows + report.bad]
+    problems = [error for report in reports for error in report.errors] + empty + differing
     for problem in problems:
         logger.info("%s", problem)
     return 1 if problems else 0
@@ -108,7 +121,7 @@ def table_lines(reports: Sequence[SourceReport], max_length: int, guessed: bool)
 
 def overlap_lines(reports: Sequence[SourceReport], test_texts: TestTexts) -> list[str]:
     """Rows of each source that a test set has a text of."""
-    lines = ["rows that share a text, or 13 words in a row, with a test set:"]
+    lines = [f"rows that share a text, or {OVERLAP_WORDS} words in a row, with a test set:"]
     for name, size in test_texts.sizes.items():
         found = ", ".join(
             f"{report.name} {report.overlap[name]:,} ({report.overlap[name] / report.rows:.2%})"

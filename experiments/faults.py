@@ -2,7 +2,7 @@
 
 The table goes to docs/reliability.md.
 
-    python experiments/faults.py                    # what `make faults` runs: about ten minutes on two free cores
+    python experiments/faults.py                    # what `make faults` runs: about a quarter of an hour on two free cores
     python experiments/faults.py --kills 3 --docs_file /tmp/table.md
 
 Runs are the ordinary scripts in processes of their own. A fault is followed by the same command again, and by a look
@@ -177,21 +177,22 @@ def cache_of(config: Path) -> Path:
     return config.parent / "cache"
 
 
-def last_step(output: Path) -> int:
-    """The last step that a run has logged."""
+def last_step(output: Path, since: float = 0.0) -> int:
+    """The last step that a run has logged; 0 where nothing was written since a time, as a run that goes on keeps the
+    log of its former life until it trains."""
     log = output / LOG_FILE
-    lines = log.read_text(encoding="utf-8").splitlines() if log.is_file() else []
+    lines = log.read_text(encoding="utf-8").splitlines() if log.is_file() and log.stat().st_mtime > since else []
     return max((json.loads(line)["step"] for line in lines if line.endswith("}")), default=0)
 
 
-def wait_for_step(process: subprocess.Popen[bytes], config: Path, step: int) -> None:
-    """Until a run has done a step.
+def wait_for_step(process: subprocess.Popen[bytes], config: Path, step: int, since: float = 0.0) -> None:
+    """Until a run has done a step, and logged it since a time.
 
     Raises:
         UserError: it ends before, or hangs.
     """
     until = time.monotonic() + MOST_SECONDS
-    while last_step(output_of(config)) < step:
+    while last_step(output_of(config), since) < step:
         if process.poll() is not None or time.monotonic() > until:
             process.kill()
             raise UserError(f"{config}: no step {step}; see {config.with_suffix('.log')}.")
@@ -234,10 +235,10 @@ def kills(bench: Bench, number: int) -> Row:
         config = bench.config(f"killed-{runs}")
         output = output_of(config)
         while len(lost) < number:
-            began = last_step(output) if output.is_dir() else 0
+            since, step = time.time(), step_to_go_on_from(output) + draw.randint(1, 7)
             process = start(script, config)
-            wait_for_step(process, config, min(NUM_STEPS, max(1, step_to_go_on_from(output) + 1)) if began else 1)
-            moment = time.monotonic() + draw.uniform(0.0, 4.0)
+            wait_for_step(process, config, min(NUM_STEPS - 1, step), since)
+            moment = time.monotonic() + draw.uniform(0.0, 0.3)
             in_save = len(lost) % 4 == 3
             while process.poll() is None and (time.monotonic() < moment or (in_save and not is_saving(output))):
                 time.sleep(0.001)

@@ -8,6 +8,7 @@ a table here, and `output/quickstart/report.html`. Every stage is one of the ord
 from `train_configs/quickstart/`; their output goes to `output/quickstart/logs/`.
 """
 
+import argparse
 import json
 import logging
 import os
@@ -23,7 +24,8 @@ from typing import Any
 
 from tqdm import tqdm
 
-from llm2vec.config import Stage, load_config
+from llm2vec.config import Stage
+from llm2vec.config_file import load_config
 from llm2vec.run import user_errors_in_one_sentence
 from llm2vec.types import UserError
 
@@ -46,6 +48,9 @@ STAGE_II = {"baseline": "base", "control": "control_lm", "anchor": "stage_I"}
 
 def main() -> None:
     """Corpus, base model, the three ways of training, evaluation, report."""
+    argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    ).parse_args()  # there is nothing to choose
     started = time.monotonic()
     threads = os.cpu_count() or 1
     (OUTPUT / "logs").mkdir(parents=True, exist_ok=True)

@@ -21,7 +21,7 @@ from typing import Any
 from transformers import set_seed
 
 from llm2vec.checkpoint import write_json
-from llm2vec.config import load_config
+from llm2vec.config_file import load_config
 from llm2vec.data import Instruction, Source, TrainingRows
 from llm2vec.eval_files import read_retrieval
 from llm2vec.reconstruction import (
@@ -36,7 +36,8 @@ from llm2vec.reconstruction import (
     written,
 )
 from llm2vec.reconstruction_probe import ReconstructionProbe, as_json, as_table
-from llm2vec.run import open_rows, user_errors_in_one_sentence
+from llm2vec.run import user_errors_in_one_sentence
+from llm2vec.run_rows import open_rows
 from llm2vec.types import Example, InstructedText, UserError
 
 #: Options that do nothing in some modes, with those in which they do something.
@@ -166,10 +167,14 @@ def read_rows(args: argparse.Namespace) -> Sequence[Example]:
                 f"{args.score}: num_eval_rows is 0, so every row is trained on; give held-out rows instead."
             )
         rows = open_rows(config, num_negatives=0).held_out()
+    if not len(rows):
+        raise UserError(f"--score: {args.score} has no query with a relevant document.")
     kept: dict[str, list[Example]] = {}
     for i in range(len(rows)):
-        kept.setdefault(rows[i].source, []).append(rows[i])
-    return [row for of_source in kept.values() for row in of_source[: args.num_rows or 256]]
+        of_source = kept.setdefault(rows[i].source, [])
+        if len(of_source) < (args.num_rows or 256):
+            of_source.append(rows[i])
+    return [row for of_source in kept.values() for row in of_source]
 
 
 def pairs_of(folder: Path, instruction: str) -> list[Example]:

@@ -9,10 +9,12 @@ torchrun --nproc_per_node=N experiments/run_mntp.py CONFIG.json
 import dataclasses
 import sys
 
-from llm2vec.config import load_config
+from llm2vec.config_file import load_config
 from llm2vec.llm2vec_mntp import MaskedNextTokenPrediction, mask_tokens
 from llm2vec.resume import start_or_resume
-from llm2vec.run import config_path, load_model, open_running_text, train, user_errors_in_one_sentence
+from llm2vec.run import config_path, train, user_errors_in_one_sentence
+from llm2vec.run_model import load_model
+from llm2vec.run_rows import open_running_text
 from llm2vec.text_blocks import open_blocks
 
 

@@ -10,19 +10,15 @@ import dataclasses
 import sys
 
 from llm2vec.backbone import set_attention_dropout
-from llm2vec.config import load_config
+from llm2vec.collation import CollateSides
+from llm2vec.config_file import load_config
 from llm2vec.llm2vec import row_tokenizer
 from llm2vec.llm2vec_contrastive import ContrastiveLearning, RowFacts
 from llm2vec.resume import start_or_resume
-from llm2vec.run import (
-    CollateSides,
-    config_path,
-    describe_negatives,
-    load_model,
-    open_texts,
-    train,
-    user_errors_in_one_sentence,
-)
+from llm2vec.run import config_path, train, user_errors_in_one_sentence
+from llm2vec.run_model import load_model
+from llm2vec.run_report import describe_negatives
+from llm2vec.run_rows import open_texts
 
 
 def main() -> None:

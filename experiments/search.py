@@ -17,6 +17,7 @@ import sys
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 
+from llm2vec.corpus_rows import check_unicode
 from llm2vec.docstrings import Settings, installed_roots, read_passages, source_files, without_duplicates
 from llm2vec.encoder_choice import EncoderChoice, add_encoder_flags, chosen_encoder
 from llm2vec.llm2vec import LLM2Vec
@@ -60,8 +61,10 @@ def check_args(args: argparse.Namespace) -> None:
     for option in ("top_k", "batch_size"):
         if getattr(args, option, 1) < 1:
             raise UserError(f"--{option} is {getattr(args, option)}; give a number above 0.")
-    if getattr(args, "text", None) is not None and not args.text.strip():
-        raise UserError("The query is empty.")
+    if getattr(args, "text", None) is not None:
+        check_unicode(args.text, "TEXT")
+        if not args.text.strip():
+            raise UserError("The query is empty.")
     if args.command == "query" and args.peft and args.model is None:
         raise UserError("--peft is given without --model; give both, or neither.")
 
@@ -106,7 +109,7 @@ def answer(index: TextIndex, model: LLM2Vec, text: str | None, top_k: int, instr
     """Print what is found for one query, or for each line of standard input: at once where somebody types."""
     if text is not None:
         return show(index.search(model, [text], top_k, instruction)[0])
-    lines = (line.strip() for line in sys.stdin)
+    lines = (check_unicode(line.strip(), f"standard input, line {i}") for i, line in enumerate(sys.stdin, start=1))
     rounds: Iterable[list[str]] = ([line] for line in lines) if sys.stdin.isatty() else [list(lines)]
     for queries in rounds:
         asked = [line for line in queries if line]

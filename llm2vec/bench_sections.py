@@ -30,6 +30,8 @@ logger = logging.getLogger(__name__)
 SMALL = Shape()
 LARGE_1B = Shape(layers=16, hidden=2048, intermediate=8192, heads=32, kv_heads=8, vocabulary=128_256)
 TINY = Shape(layers=2, hidden=64, intermediate=128, heads=4, kv_heads=4, vocabulary=8_000)
+#: Mean and standard deviation of the tokens of a document where it does not matter how many they are.
+SHORT_DOCUMENT = (40.0, 20.0)
 NO_RIVAL = "sentence-transformers is not installed here"
 
 
@@ -67,6 +69,8 @@ class Plan(NamedTuple):
     #: Axis -> values; `growth_rows` is the batch where rows are not the axis.
     growth: dict[str, tuple[int, ...]]
     growth_rows: int
+    #: Numbers of processes to train with; on GPUs, those that there are cards for.
+    processes: tuple[int, ...]
 
     def describe(self, rounds: int) -> str:
         """The shape of the models, in a sentence."""
@@ -103,6 +107,7 @@ CPU = Plan(
         "vocabulary": (8_000, 32_000, 128_000),
     },
     growth_rows=8,
+    processes=(1, 2),
 )
 #: Added by --large: the release-style step holds some 20 GB.
 LARGE = {(32, 128_000, "float32"): Must(2.7, None, 0.15)}
@@ -122,6 +127,7 @@ CUDA = Plan(
     encode={"bfloat16": (None, None)},
     growth={"rows": (8, 16, 32, 64), "tokens of a document": (64, 128, 256, 512), "vocabulary": (32_000, 128_256)},
     growth_rows=32,
+    processes=(1, 2, 4, 8),
 )
 QUICK = Plan(
     TINY,
@@ -139,6 +145,7 @@ QUICK = Plan(
     encode={"float32": (None, None)},
     growth={"rows": (1, 2), "vocabulary": (8_000, 9_000)},
     growth_rows=1,
+    processes=(1, 2),
 )
 
 
@@ -261,9 +268,16 @@ def _cached_memory(case: Case, plan: Plan) -> Line:
 
 
 def pool(options: Options, plan: Plan, queries: int) -> list[Line]:
-    """Memory of a gradient-cached step with a large pool of in-batch negatives against one with 64 queries."""
-    title = f"Stage II, cached gradients, {queries:,} queries"
-    case = Case(plan.shape, 64, next(iter(plan.stage_II)), options.device, max_tokens=plan.cache_tokens)
+    """Memory of a gradient-cached step with a large pool of in-batch negatives against one with 64 queries.
+
+    Over short documents, as a micro-batch has as many tokens whatever the length, and a large pool takes long.
+    """
+    mean, deviation = SHORT_DOCUMENT
+    title = f"Stage II, cached gradients, {queries:,} queries, documents of {mean:.0f} tokens"
+    case = Case(
+        plan.shape, 64, next(iter(plan.stage_II)), options.device,
+        document_length=(mean, deviation), max_tokens=plan.cache_tokens,
+    )  # fmt: skip
     named = {
         "small": Variant(variants.packed_stage_II, case),
         "large": Variant(variants.packed_stage_II, replace(case, rows=queries)),

@@ -294,9 +294,9 @@ def random_pairs(number: int, length: tuple[float, float], instruction: str = ""
     return tuple((instruction, " ".join(generator.choices(words, k=of_text))) for of_text in lengths)
 
 
-def write_model(folder: Path, shape: Shape) -> None:
-    """A random decoder without head, and a tokenizer, in a folder."""
-    random_model(shape, with_head=False).save_pretrained(folder)
+def write_model(folder: Path, shape: Shape, *, with_head: bool = False) -> None:
+    """A random decoder, and a tokenizer, in a folder."""
+    random_model(shape, with_head=with_head).save_pretrained(folder)
     words = [f" {word}" for word in random_words()]
     train_tokenizer(words, min(8000, shape.vocabulary)).save_pretrained(folder)
 

@@ -1,11 +1,11 @@
 """Arrow tables in the cache of `datasets` (`HF_DATASETS_CACHE`): built once from a file, then mapped into memory.
 
 A table is built under a lock, by the first process of the run while the others wait; machines that do not share the
-cache build one each. The cache knows a table by everything that decides it: the arguments of the function that makes
-its rows, among them the file's path and its stamp. So a file that has changed is read anew.
+cache build one each, by their first process. The cache knows a table by everything that decides it: the arguments of
+the function that makes its rows, among them the file's path and its stamp. So a file that has changed is read anew.
 
-With a table lie the sums of its files, written last. They are taken again at every start, at 10 GB a second from
-memory, else as fast as the disk: a table that was cut short, or has rotted, is built anew.
+With a table lie the sums of its files, written last. They are taken again at every start, as fast as the disk or the
+file cache is read: a table that was cut short, or has rotted, is built anew.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from typing import Any
 
 import numpy as np
 
-from llm2vec.distributed import rank_zero_first
+from llm2vec.distributed import first_of_each_machine_first, local_rank, rank_zero_first
 from llm2vec.types import UserError
 
 logger = logging.getLogger(__name__)
@@ -88,9 +88,10 @@ def cached_table(generate: Callable[..., Iterator[dict[str, Any]]], features: An
     def build_or_map() -> Any:
         return Dataset.from_generator(generate, features=features, gen_kwargs=arguments, cache_dir=str(folder))
 
-    with rank_zero_first():
+    # A machine's others come after its first: what they built without the lock, it would remove as unfinished.
+    with first_of_each_machine_first(), rank_zero_first():
         try:
-            if os.environ.get("LOCAL_RANK", "0") != "0":
+            if local_rank() != 0:
                 return build_or_map()
             folder.parent.mkdir(parents=True, exist_ok=True)
             with FileLock(folder.with_suffix(".lock")):
@@ -147,7 +148,7 @@ def content_hash(file: Path) -> str:
     """SHA-256 of a file's content, in hexadecimal digits; taken once for its path and stamp, then kept in the cache.
 
     Raises:
-        UserError: the file changed meanwhile.
+        UserError: the file cannot be read or changed meanwhile, or the cache cannot be written.
     """
     from datasets import config
 
@@ -159,6 +160,9 @@ def content_hash(file: Path) -> str:
     with file.open("rb") as content:
         found = hashlib.file_digest(content, "sha256").hexdigest()
     check_unchanged(file, stamp)
-    kept.parent.mkdir(parents=True, exist_ok=True)
-    _write_whole(kept, found)
+    try:
+        kept.parent.mkdir(parents=True, exist_ok=True)
+        _write_whole(kept, found)
+    except OSError as error:
+        raise UserError(f"HF_DATASETS_CACHE: {kept.parent} cannot be written ({error.strerror}).") from error
     return found

@@ -24,7 +24,8 @@ from queue import SimpleQueue
 from typing import Any, NamedTuple, get_args
 
 from llm2vec.checkpoint import RUN_FILE, SETTINGS_FILE, check_complete, write_json
-from llm2vec.config import Config, Stage, load_config
+from llm2vec.config import Config, Stage
+from llm2vec.config_file import load_config
 from llm2vec.data import e5_sources, find_files, read_sources_file, select_sources
 from llm2vec.json_text import read_object
 from llm2vec.revision import checkpoint_revision, data_revision, files_hash, hash_of

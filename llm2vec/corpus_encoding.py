@@ -111,6 +111,10 @@ def encode_corpus(encoding: CorpusEncoding, engine: Engine, num_workers: int | N
         UserError: the output folder holds anything else, the input is malformed, or a shard could not be encoded.
     """
     _check_is_ours(encoding.output)
+    try:
+        encoding.output.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(f"{encoding.output} cannot be made ({error.strerror}).") from error
     with alone_in(encoding.output, "encoding"):
         sizes, missing = _open_output(encoding)
         logger.info("%d shards of %d rows in all, %d of them to encode", len(sizes), sum(sizes), len(missing))

@@ -158,13 +158,14 @@ def check_unicode(text: str, where: str) -> str:
     """The text itself.
 
     Raises:
-        UserError: it holds half a surrogate pair, which JSON can write and nothing can store.
+        UserError: it holds half a surrogate pair, which JSON can write and nothing can store; bytes on the command
+            line or standard input that are not UTF-8 come as such, too.
     """
     if not text.isascii():
         try:
             text.encode("utf-8")
         except UnicodeEncodeError as error:
-            raise UserError(f"{where}: half a surrogate pair in a text ({error.reason}).") from error
+            raise UserError(f"{where}: half a surrogate pair in a text, or not UTF-8 ({error.reason}).") from error
     return text
 
 

@@ -32,6 +32,9 @@ LEAST_WORDS = 5
 #: Bad lines that a report quotes.
 SHOWN = 3
 
+#: Characters of a cell of a CSV file; Python's own limit of 131,072 is less than a long document has.
+LARGEST_CELL = 1 << 30
+
 TEXT_FILES = (".jsonl", ".json", ".tsv", ".csv", ".parquet")
 
 CountTokens = Callable[[Sequence[str]], list[int]]
@@ -42,7 +45,8 @@ class SourceReport:
     """What a source's file holds.
 
     Attributes:
-        name, sha256, num_bytes: of the file.
+        name: of the source.
+        sha256, num_bytes: of its file.
         rows: lines that training would take.
         bad: other lines; `errors` quotes the first of them.
         duplicates: rows whose query and positive an earlier row has.
@@ -187,7 +191,7 @@ def record_hashes(reports: Sequence[SourceReport], record: Path) -> list[str]:
 
     Args:
         reports: of the files.
-        record: a JSON object, file -> {"sha256", "bytes", "rows"}; made at the first use.
+        record: a JSON object, source -> {"sha256", "bytes", "rows"}; made at the first use.
 
     Returns:
         What differs from the record, a sentence a file; the record of such a file is left as it is.
@@ -230,21 +234,35 @@ def language_of() -> Callable[[str], str] | None:
 
 
 def texts_of_folder(folder: Path) -> Iterator[str]:
-    """Every string in the data files of a test set, whatever the fields are called."""
+    """Every string in the data files of a test set, whatever the fields are called.
+
+    Raises:
+        UserError: a file is not what its name says.
+    """
     for file in sorted(folder.rglob("*")):
         if file.suffix not in TEXT_FILES or not file.is_file():
             continue
         if file.suffix == ".parquet":
-            import pyarrow.parquet as pq  # comes with datasets
-
-            for batch in pq.ParquetFile(file).iter_batches():
-                yield from _strings(batch.to_pylist())
+            yield from _strings(_batches_of(file))
         elif file.suffix in (".csv", ".tsv"):
+            csv.field_size_limit(LARGEST_CELL)
             with file.open(encoding="utf-8", errors="replace", newline="") as lines:
                 for cells in csv.reader(lines, delimiter="\t" if file.suffix == ".tsv" else ","):
                     yield from cells
         else:
             yield from _strings(_json_of(file))
+
+
+def _batches_of(file: Path) -> Iterator[Any]:
+    import pyarrow as pa  # comes with datasets
+    import pyarrow.parquet as pq
+
+    try:
+        with pq.ParquetFile(file) as table:
+            for batch in table.iter_batches():
+                yield batch.to_pylist()
+    except pa.ArrowInvalid as error:
+        raise UserError(f"--test_sets: {file}: not a whole Parquet file ({error}).") from error
 
 
 def _json_of(file: Path) -> Iterator[Any]:

@@ -26,6 +26,11 @@ def rank() -> int:
     return dist.get_rank() if dist.is_available() and dist.is_initialized() else 0
 
 
+def local_rank() -> int:
+    """Index of this process among those of its machine, as torchrun tells; 0 without it."""
+    return int(os.environ.get("LOCAL_RANK", "0"))
+
+
 class _Gather(torch.autograd.Function):
     """All ranks' rows, end to end; the gradient of a row is the sum over ranks of its gradients there."""
 
@@ -95,6 +100,19 @@ def rank_zero_first() -> Iterator[None]:
         yield
     finally:
         if world_size() > 1 and rank() == 0:
+            dist.barrier()
+
+
+@contextmanager
+def first_of_each_machine_first() -> Iterator[None]:
+    """Run the body on one process of each machine before that machine's others; inside may be `rank_zero_first`."""
+    is_first = local_rank() == 0
+    if world_size() > 1 and not is_first:
+        dist.barrier()
+    try:
+        yield
+    finally:
+        if world_size() > 1 and is_first:
             dist.barrier()
 
 

@@ -10,6 +10,7 @@ Models whose attention is more than scaled products run padded instead, with the
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from functools import partial
@@ -28,6 +29,11 @@ from llm2vec.backbone import hidden_states
 from llm2vec.packed_attention import NAME, Group, Layout, attend, can_share_prefix
 from llm2vec.tokenization import Row
 from llm2vec.types import Attention, TokenBatch
+
+# On a CPU, oneDNN keeps what it has compiled for a product's sizes, 1.5 MB a pass in bfloat16, and each packed pass has
+# another number of tokens: after a thousand, gigabytes. Read by torch at its first such product.
+for _cache in ("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "LRU_CACHE_CAPACITY"):
+    os.environ.setdefault(_cache, "64")
 
 #: Decoder layers whose last instance can run at some positions only: rotary attention with all of a head rotated by
 #: halves, and an MLP, each behind its norm and added to the stream as it is. Others with parts of the same names scale

@@ -20,25 +20,17 @@ from llm2vec.activation_plan import Numbers, is_known, kept_bytes
 from llm2vec.backbone import Chain, find_file
 from llm2vec.cards import Card
 from llm2vec.checkpoint import EncoderSettings, resolve_chain
-from llm2vec.config import Config, Stage, load_config, training_arguments
+from llm2vec.collation import Collate, CollateSides, check_examples
+from llm2vec.config import Config, Stage, training_arguments
+from llm2vec.config_file import load_config
 from llm2vec.data import OneSourceBlocks
 from llm2vec.memory_plan import Memory, Step, memory_of
 from llm2vec.packing import inner_decoder
 from llm2vec.passes import useful_flops
 from llm2vec.row_lengths import Texts, assumed, counted
-from llm2vec.run import (
-    Collate,
-    CollateSides,
-    Rows,
-    Schedule,
-    check_examples,
-    decoder_of,
-    encoder_settings,
-    open_tokenizer,
-    row_orders,
-    rows_a_step,
-    schedule_of,
-)
+from llm2vec.run_model import decoder_of, encoder_settings, open_tokenizer
+from llm2vec.run_report import Schedule, rows_a_step, schedule_of
+from llm2vec.run_rows import Rows, row_orders
 from llm2vec.stage_parts import (
     collate_of,
     missing_data,

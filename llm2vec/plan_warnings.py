@@ -12,7 +12,8 @@ from transformers.trainer_utils import SaveStrategy
 from llm2vec.memory_plan import STATES, optimiser_name
 from llm2vec.packing import can_pack
 from llm2vec.plan import Plan
-from llm2vec.run import Schedule, sample_of
+from llm2vec.run_report import Schedule
+from llm2vec.run_rows import sample_of
 
 #: Share of the texts that are cut, and of a source's rows that an epoch leaves out, from which on a plan warns.
 LARGE_SHARE = 0.1

@@ -9,9 +9,10 @@ import numpy as np
 import torch
 
 from llm2vec.checkpoint import EncoderSettings
+from llm2vec.collation import Collate
 from llm2vec.config import Config
 from llm2vec.passes import Work, work_of
-from llm2vec.run import Collate, Rows, sample_of
+from llm2vec.run_rows import Rows, sample_of
 from llm2vec.stage_parts import sides_of
 from llm2vec.types import Batch, TokenBatch
 

@@ -23,6 +23,7 @@ from transformers import (
 
 from llm2vec.backbone import Backbone, add_token_rows, first_line, set_attention_dropout
 from llm2vec.checkpoint import EncoderSettings
+from llm2vec.collation import Collate, CollateSides, Side
 from llm2vec.config import DATASET_NAMES, STAGE_KEYS, Config, Stage
 from llm2vec.data import find_files
 from llm2vec.json_text import read_object
@@ -33,18 +34,8 @@ from llm2vec.llm2vec_lm import LanguageModelling
 from llm2vec.llm2vec_mntp import MaskedNextTokenPrediction, mask_tokens
 from llm2vec.llm2vec_q2d_d2q import BidirectionalReconstruction
 from llm2vec.llm2vec_token_set import CollateBlocks, TokenSetPrediction
-from llm2vec.run import (
-    Collate,
-    CollateSides,
-    Rows,
-    Side,
-    decoder_of,
-    open_rows,
-    open_running_text,
-    open_texts,
-    sources_of,
-    with_adapter,
-)
+from llm2vec.run_model import decoder_of, with_adapter
+from llm2vec.run_rows import Rows, open_rows, open_running_text, open_texts, sources_of
 from llm2vec.text_blocks import TEXT_SUFFIXES, open_blocks
 from llm2vec.types import UserError
 
@@ -94,7 +85,7 @@ def shape_of(base: str) -> PretrainedConfig:
 
 
 def model_of_shapes(config: Config, shape: PretrainedConfig, new_tokens: list[int]) -> Backbone:
-    """The model that `run.load_model` would load, in training mode, but without weights (on the meta device).
+    """The model that `run_model.load_model` would load, in training mode, but without weights (on the meta device).
 
     Raises:
         UserError: a family that cannot take the adapter or the dropout.

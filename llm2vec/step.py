@@ -62,10 +62,9 @@ def backward_step(
         with seeded(seed, piece), no_sync() if kept else torch.no_grad():
             # Without totals, rows' own losses are left out: they come with the pass that differentiates them.
             outputs.append(objective(piece, totals if kept else {}))
+    last = outputs[-1] if keep else None
     between, gradients = _gradients_of_vectors(inner, outputs, totals)
     shares = [add_up([between])]
-    last = outputs.pop() if keep else None
-    del outputs  # as large as the gradients, and read no more
     if last is not None:
         with no_sync():
             backward(_surrogate(last, {side: of_pieces.pop() for side, of_pieces in gradients.items()}) * scale)
@@ -168,15 +167,17 @@ def _backward_whole(
 
 
 def _gradients_of_vectors(
-    inner: Any, outputs: Sequence[Output], totals: dict[str, Tensor]
+    inner: Any, outputs: list[Output], totals: dict[str, Tensor]
 ) -> tuple[dict[str, Tensor], dict[str, list[Tensor]]]:
-    """Loss parts between the vectors, and for each side the gradient of each piece's vectors."""
+    """Loss parts between the vectors, and for each side the gradient of each piece's vectors; empties `outputs`."""
     leaves = {side: vectors.detach().requires_grad_() for side, vectors in _joined(outputs, "vectors").items()}
+    facts = _joined(outputs, "facts")
+    lengths = {side: [len(output.vectors[side]) for output in outputs] for side in leaves}
+    outputs.clear()  # as large as the leaves, and read no more
     with torch.enable_grad():
-        between = inner.contrast(leaves | _joined(outputs, "facts"), totals)
+        between = inner.contrast(leaves | facts, totals)
         gradients = dict(zip(leaves, torch.autograd.grad(between["loss"], list(leaves.values())), strict=True))
-    by_piece = {side: list(g.split([len(output.vectors[side]) for output in outputs])) for side, g in gradients.items()}
-    return between, by_piece
+    return between, {side: list(gradient.split(lengths[side])) for side, gradient in gradients.items()}
 
 
 def _joined(outputs: Sequence[Output], field: Literal["vectors", "facts"]) -> dict[str, Tensor]:

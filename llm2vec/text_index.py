@@ -67,7 +67,7 @@ class TextIndex:
         self.folder = folder
         if not (folder / INDEX_FILE).is_file():
             raise UserError(f"{folder} is no index: it holds no {INDEX_FILE}.")
-        content = read_object(folder / INDEX_FILE)
+        content = _read_about(folder)
         for name, size in content["files"].items():
             if not (folder / name).is_file() or (folder / name).stat().st_size != size:
                 raise UserError(f"{folder} was cut short: {name} is not {size:,} bytes long; make the index again.")
@@ -142,10 +142,9 @@ def build_index(source: Path, folder: Path, encoder: EncoderChoice, batch_size: 
         batch_size: as in `LLM2Vec.encode`.
 
     Raises:
-        UserError: `folder` is something else than an index, or source or model cannot be read.
+        UserError: `folder` is something else than an index or cannot be written, or source or model cannot be read.
     """
-    if folder.exists() and not (folder / INDEX_FILE).is_file():
-        raise UserError(f"{folder} is there and is no index; give a folder that is not there yet.")
+    _check_replaceable(folder)
     revision, settings = encoder.revision(), encoder.settings()
     passages = read_passages(source, passage_characters(settings))
     logger.info("%d passages of %s", len(passages), source)
@@ -177,6 +176,26 @@ def _unit_vectors(
     vectors_ND = model.encode(entries, batch_size, show_progress_bar=progress, convert_to_tensor=True, side=side)
     assert isinstance(vectors_ND, Tensor)
     return F.normalize(vectors_ND, dim=-1)
+
+
+def _check_replaceable(folder: Path) -> None:
+    """Refuse a folder that holds anything but an index: all that is in it will be removed."""
+    if not folder.exists():
+        return
+    names = {file.name for file in folder.iterdir()} if folder.is_dir() else set()
+    if INDEX_FILE not in names:
+        raise UserError(f"{folder} is there and is no index; give a folder that is not there yet.")
+    if other := sorted(names - {INDEX_FILE, TEXTS_FILE, VECTORS_FILE}):
+        raise UserError(f"{folder} holds {other[0]!r}, which is of no index; give a folder that is not there yet.")
+    _read_about(folder)
+
+
+def _read_about(folder: Path) -> dict[str, Any]:
+    """What a folder's `index.json` says; other programs give files of theirs this name, too."""
+    content = read_object(folder / INDEX_FILE)
+    if not {"files", "encoder", "revision"} <= content.keys():
+        raise UserError(f"{folder} is no index: its {INDEX_FILE} is another program's.")
+    return content
 
 
 def _write(folder: Path, vectors_ND: Tensor, passages: Sequence[Passage], about: dict[str, Any]) -> None:

@@ -15,9 +15,11 @@ from pathlib import Path
 import psutil
 from torch.utils.data import DataLoader
 
-from llm2vec.config import load_config, training_arguments
+from llm2vec.config import training_arguments
+from llm2vec.config_file import load_config
 from llm2vec.distributed import rank, world_size
-from llm2vec.run import open_rows, provenance, row_orders, user_errors_in_one_sentence
+from llm2vec.run import provenance, user_errors_in_one_sentence
+from llm2vec.run_rows import open_rows, row_orders
 
 ROWS_AT_ONCE = 16
 NUM_BATCHES = 200

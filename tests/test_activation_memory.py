@@ -12,10 +12,10 @@ from torch import Tensor
 
 from llm2vec.activation_memory import bytes_per_token, fit_activations, kept_bytes, layers_to_recompute
 from llm2vec.checkpoint import EncoderSettings
+from llm2vec.collation import CollateSides
 from llm2vec.llm2vec import row_tokenizer
 from llm2vec.llm2vec_q2d_d2q import BidirectionalReconstruction
 from llm2vec.packing import compile_layers
-from llm2vec.run import CollateSides
 from llm2vec.step import backward_step
 from llm2vec.types import Batch, UserError
 

@@ -19,12 +19,14 @@ from transformers import TrainingArguments
 
 from llm2vec.backbone import Chain, add_token_rows, attach_lora, load_backbone, load_tokenizer
 from llm2vec.checkpoint import EncoderSettings, save_checkpoint
+from llm2vec.collation import CollateSides
 from llm2vec.config import Config
 from llm2vec.data import Instruction, Source, TrainingRows
 from llm2vec.few_shot import check_examples_fit, with_examples
 from llm2vec.llm2vec import LLM2Vec, embed, row_tokenizer
 from llm2vec.llm2vec_contrastive import ContrastiveLearning
-from llm2vec.run import CollateSides, load_model, train
+from llm2vec.run import train
+from llm2vec.run_model import load_model
 from llm2vec.tokenization import RowTokenizer, add_template_tokens, probe_ids
 from llm2vec.types import Example, InstructedText, UserError
 

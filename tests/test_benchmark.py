@@ -287,7 +287,9 @@ def test_the_script_measures_and_writes_everything(tmp_path: Path) -> None:
     assert out.read_text(encoding="utf-8") == finished.stdout
     assert "1 thread(s)" in finished.stdout
     rows = [line for line in finished.stdout.splitlines() if line.startswith("| ") and "---" not in line]
-    assert len(rows) == 1 + 3 + 6 + 2 + 2 + 2 * sum(len(values) for values in QUICK.growth.values())
+    assert (
+        len(rows) == 3 + 6 + 2 + 2 + 2 * sum(len(values) for values in QUICK.growth.values()) + len(QUICK.processes) + 1
+    )
     assert "not measured" not in finished.stdout
     cosines = [float(line.split("lowest cosine ")[1].split()[0]) for line in rows if "lowest cosine" in line]
     assert len(cosines) == 2 and min(cosines) > 0.99999
@@ -304,7 +306,7 @@ def test_the_script_measures_one_section() -> None:
 @pytest.mark.parametrize(
     ("arguments", "words"),
     [
-        (["--only", "stage_III"], ["--only", "'stage_III'", "stage_I, stage_II, encode, growth"]),
+        (["--only", "stage_III"], ["--only", "'stage_III'", "stage_I, stage_II, encode, growth, processes"]),
         (["--device", "tpu"], ["--device is 'tpu'", "cpu, cuda"]),
         (["--rounds", "0"], ["--rounds is 0"]),
         (["--max-tokens", "-1"], ["--max-tokens is -1"]),

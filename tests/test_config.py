@@ -15,16 +15,8 @@ from transformers import TrainingArguments
 
 from llm2vec import config as config_module
 from llm2vec.backbone import LORA_MODULES
-from llm2vec.config import (
-    LORA_STAGES,
-    REPLACED,
-    STAGE_KEYS,
-    WITHOUT_EFFECT,
-    Config,
-    Stage,
-    load_config,
-    training_arguments,
-)
+from llm2vec.config import LORA_STAGES, STAGE_KEYS, Config, Stage, training_arguments
+from llm2vec.config_file import REPLACED, WITHOUT_EFFECT, load_config
 from llm2vec.data import read_sources_file
 from llm2vec.templates import TEMPLATES
 from llm2vec.types import POOLING_ALIASES, UserError

@@ -407,6 +407,12 @@ def test_a_folder_with_other_content_is_refused_and_left_alone(encoding: CorpusE
         encode_corpus(dataclasses.replace(encoding, output=encoding.output / "thesis.tex"), encode_locally)
 
 
+def test_a_folder_that_cannot_be_made_is_one_sentence(encoding: CorpusEncoding, tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+    with pytest.raises(UserError, match=r"file/vectors cannot be made \(Not a directory\)"):
+        encode_corpus(dataclasses.replace(encoding, output=tmp_path / "file/vectors"), encode_locally)
+
+
 @pytest.mark.parametrize(
     ("dtype", "number", "said"),
     [
@@ -451,6 +457,7 @@ def test_the_script_does_the_same(encoding: CorpusEncoding, folder: Path, tmp_pa
     [
         (["--shard_rows", "0"], "--shard_rows is 0; give a number above 0."),
         (["--num_workers", "-1"], "--num_workers is -1; give a number above 0."),
+        (["--instruction", "\udcff"], "--instruction: half a surrogate pair in a text, or not UTF-8"),
         (["--split", "train"], "--subset and --split are for datasets of the hub"),
         (["--peft", "a/b/c"], "'a/b/c' is neither a folder nor the name of a repository"),
     ],

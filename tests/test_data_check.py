@@ -12,6 +12,7 @@ import pytest
 
 from llm2vec.data import Source
 from llm2vec.data_check import LEAST_WORDS, OVERLAP_WORDS, TestTexts, check_source, language_of
+from llm2vec.types import UserError
 
 SCRIPT = Path(__file__).parents[1] / "experiments" / "check_data.py"
 SOURCE = Source("faq", "faq.jsonl", ())
@@ -91,6 +92,18 @@ def test_reads_parquet_and_nested_json(tmp_path: Path) -> None:
     assert TestTexts([folder]).found_in(["one two three four five six"]) == {"sts"}
 
 
+def test_a_broken_parquet_file_is_named(tmp_path: Path) -> None:
+    (tmp_path / "a.parquet").write_bytes(b"no")
+    with pytest.raises(UserError, match=r"--test_sets: .*a\.parquet: not a whole Parquet file"):
+        TestTexts([tmp_path])
+
+
+def test_a_long_cell_is_read(tmp_path: Path) -> None:
+    long = "one two three four five " * 10_000
+    (tmp_path / "a.csv").write_text(f"id,text\n1,{long}\n", encoding="utf-8")
+    assert TestTexts([tmp_path]).found_in([long]) == {tmp_path.name}
+
+
 def test_ideographs_are_words(tmp_path: Path) -> None:
     folder = tmp_path / "t2"
     folder.mkdir()
@@ -147,10 +160,16 @@ def test_script_finds_overlap(folder: Path) -> None:
         (["--sources", "nothing"], "'nothing' is not known; known: faq"),
         (["--test_sets", "nowhere"], "--test_sets: nowhere is not a folder"),
         (["--test_sets", "data"], "--test_sets: data holds no text of 5 words or more"),
+        (["--max_length", "0"], "--max_length is 0; it must be above 0"),
     ],
 )
 def test_bad_commands(folder: Path, arguments: list[str], sentence: str) -> None:
     assert sentence in check(folder, *arguments, expect=2)
+
+
+def test_an_empty_file_is_a_problem(folder: Path) -> None:
+    (folder / "faq.jsonl").write_bytes(b"")
+    assert "faq: its file has no rows." in check(folder, expect=1)
 
 
 def test_missing_files(folder: Path) -> None:

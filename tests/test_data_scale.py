@@ -216,6 +216,13 @@ def test_a_hash_is_of_the_content_and_is_kept(tmp_path: Path, cache: Path, monke
     assert len(list((cache / HASHES_FOLDER).iterdir())) == 2
 
 
+def test_a_hash_that_cannot_be_kept_is_one_sentence(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    file = write_rows(tmp_path / "a.jsonl", 3)
+    monkeypatch.setattr("datasets.config.HF_DATASETS_CACHE", file)  # no folder can be made in a file
+    with pytest.raises(UserError, match=r"HF_DATASETS_CACHE: .* cannot be written \(Not a directory\)"):
+        content_hash(file)
+
+
 def test_equal_stamps_of_two_files_do_not_mix(tmp_path: Path) -> None:
     """Where files differ only between the blocks that a stamp looks at, their paths tell them apart."""
     content = bytearray(100 * BLOCK_BYTES)

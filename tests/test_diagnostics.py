@@ -22,7 +22,8 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from llm2vec import diagnostics
-from llm2vec.config import Stage, load_config
+from llm2vec.config import Stage
+from llm2vec.config_file import load_config
 from llm2vec.data import Instruction, Source, TrainingRows
 from llm2vec.diagnostics import (
     DIAGNOSTICS_FILE,

@@ -6,6 +6,7 @@ import json
 import os
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Callable
 from contextlib import nullcontext
@@ -22,9 +23,12 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
+from llm2vec import distributed
 from llm2vec.backbone import attach_lora, enable_checkpointing
 from llm2vec.checkpoint import EncoderSettings
+from llm2vec.collation import CollateSides
 from llm2vec.distributed import (
+    first_of_each_machine_first,
     gather_with_gradient,
     max_over_ranks,
     rank,
@@ -36,7 +40,6 @@ from llm2vec.llm2vec import row_tokenizer
 from llm2vec.llm2vec_contrastive import ContrastiveLearning
 from llm2vec.llm2vec_q2d_d2q import BidirectionalReconstruction
 from llm2vec.packing import checkpoint_contexts
-from llm2vec.run import CollateSides
 from llm2vec.step import backward_step, loss_parts, number_of_pieces, split_batch
 from llm2vec.trainer import LOG_FILE
 from llm2vec.types import Batch
@@ -165,6 +168,28 @@ def test_one_process_is_the_identity() -> None:
     assert torch.equal(summed, rows) and summed is not rows and not summed.requires_grad
     with rank_zero_first():
         pass
+
+
+def test_a_machines_first_process_comes_before_its_others(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Two machines of two processes, here threads: the run's first, the other machine's first, then the others."""
+    here, barrier, came = threading.local(), threading.Barrier(4, timeout=60), list[int]()
+    monkeypatch.setattr(distributed, "world_size", lambda: 4)
+    monkeypatch.setattr(distributed, "rank", lambda: here.rank)
+    monkeypatch.setattr(distributed, "local_rank", lambda: here.rank % 2)
+    monkeypatch.setattr(distributed.dist, "barrier", barrier.wait)
+
+    def process(number: int) -> None:
+        here.rank = number
+        with first_of_each_machine_first(), rank_zero_first():
+            time.sleep(0.05 * (number % 2 == 0))  # or the order may be chance
+            came.append(number)
+
+    threads = [threading.Thread(target=process, args=(number,)) for number in (3, 1, 2, 0)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert came[:2] == [0, 2] and sorted(came[2:]) == [1, 3]
 
 
 def test_ranks_know_themselves(ranks: list[dict[str, Any]]) -> None:

@@ -248,6 +248,20 @@ def test_a_wrong_call_is_one_sentence(
     assert_one_sentence(capfd.readouterr().err, word)
 
 
+@pytest.mark.parametrize("file", sorted((ROOT / "experiments").glob("*.py")), ids=lambda file: file.stem)
+def test_help_says_what_a_script_is_for(
+    file: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    """Its header, and nothing is begun."""
+    monkeypatch.setattr(sys, "argv", [str(file), "--help"])
+    monkeypatch.syspath_prepend(str(file.parent))
+    with pytest.raises(SystemExit) as stopped:
+        runpy.run_path(str(file), run_name="__main__")
+    assert stopped.value.code == 0
+    said = capfd.readouterr().out
+    assert said.strip() and not said.startswith("None")
+
+
 def test_a_checkpoint_cut_short_is_not_trained_on(
     folder: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
 ) -> None:

@@ -21,7 +21,8 @@ from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor
 
 from llm2vec import LLM2Vec
-from llm2vec.config import Stage, load_config, training_arguments
+from llm2vec.config import Stage, training_arguments
+from llm2vec.config_file import load_config
 from llm2vec.sharding import plan_sharding
 from llm2vec.trainer import LOG_FILE, EmbedderTrainer
 from llm2vec.types import UserError

@@ -21,13 +21,13 @@ from torch.nn.parallel import DistributedDataParallel
 from llm2vec import LLM2Vec
 from llm2vec.backbone import attach_lora
 from llm2vec.checkpoint import EncoderSettings
-from llm2vec.config import load_config
+from llm2vec.collation import CollateSides
+from llm2vec.config_file import load_config
 from llm2vec.distributed import rank, sum_over_ranks, world_size
 from llm2vec.llm2vec import row_tokenizer
 from llm2vec.llm2vec_contrastive import ContrastiveLearning
 from llm2vec.llm2vec_grit import ContrastiveLanguageModelling
 from llm2vec.llm2vec_lm import LanguageModelling
-from llm2vec.run import CollateSides
 from llm2vec.step import backward_step, loss_parts, split_batch
 from llm2vec.trainer import LOG_FILE
 from llm2vec.types import UserError

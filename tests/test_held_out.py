@@ -15,10 +15,10 @@ from helpers import family_tokenizer, tiny_model, write_jsonl
 from transformers import AutoModelForCausalLM
 
 from llm2vec.checkpoint import EncoderSettings
+from llm2vec.collation import CollateSides
 from llm2vec.data import Instruction, OneSourceBlocks, Source, TrainingRows
 from llm2vec.llm2vec import row_tokenizer
 from llm2vec.llm2vec_q2d_d2q import BidirectionalReconstruction
-from llm2vec.run import CollateSides
 from llm2vec.types import UserError
 
 ROOT = Path(__file__).resolve().parents[1]

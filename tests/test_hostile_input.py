@@ -27,7 +27,7 @@ from safetensors.torch import load_file, save_file
 
 from llm2vec import LLM2Vec
 from llm2vec.checkpoint import EncoderSettings, read_settings
-from llm2vec.config import load_config
+from llm2vec.config_file import load_config
 from llm2vec.data import parse_line, parse_row, read_sources_file
 from llm2vec.eval_files import load_instructions, read_retrieval
 from llm2vec.json_text import parse_json

@@ -15,19 +15,19 @@ PACKAGE = Path(__file__).parents[1] / "llm2vec"
 
 #: Each module may import only modules that stand before it.
 ORDER = (
-    "types", "json_text", "distributed", "pooling", "losses", "templates", "tokenization", "few_shot",
-    "cached_tables", "data", "data_check", "config", "backbone", "packed_attention", "packing", "checkpoint",
-    "stock_form", "llm2vec", "llm2vec_q2d_d2q", "llm2vec_contrastive", "llm2vec_lm", "llm2vec_grit", "text_blocks",
-    "llm2vec_mntp", "llm2vec_token_set", "passes", "activation_plan", "memory_plan", "cards",
-    "sentence_transformer_loss", "activation_memory", "sharding", "step", "reconstruction", "reconstruction_probe",
-    "nano_beir", "diagnostics", "signals", "resume", "train_log", "trainer", "run", "stage_parts", "row_lengths",
-    "plan", "plan_warnings", "plan_report", "search", "job_queue", "revision", "corpus_search", "eval_files",
-    "mteb_adapter", "eval_models", "eval_cost", "eval_jobs", "evaluation", "docstrings", "tiny", "figures",
-    "embedding_figures", "report", "paper", "results", "comparison", "paper_tables", "evaluation_report",
-    "compare_runs", "compare_table", "model_card", "export", "encoder_choice", "corpus_rows", "passages",
-    "text_index", "corpus_encoding", "corpus_encoding_ray", "embedding_server", "parity_ways", "parity_loaded",
-    "parity", "parity_tokens", "parity_causes", "bench_measure", "bench_reference", "bench_variants",
-    "bench_sections", "__init__",
+    "types", "json_text", "json_types", "distributed", "pooling", "losses", "templates", "tokenization", "few_shot",
+    "cached_tables", "data", "data_check", "config", "config_checks", "config_file", "backbone", "packed_attention",
+    "packing", "collation", "checkpoint", "stock_form", "llm2vec", "llm2vec_q2d_d2q", "llm2vec_contrastive",
+    "llm2vec_lm", "llm2vec_grit", "text_blocks", "llm2vec_mntp", "llm2vec_token_set", "passes", "activation_plan",
+    "memory_plan", "cards", "sentence_transformer_loss", "activation_memory", "sharding", "step", "reconstruction",
+    "reconstruction_probe", "nano_beir", "diagnostics", "signals", "resume", "train_log", "trainer", "run_rows",
+    "run_model", "run_report", "run_probes", "run", "stage_parts", "row_lengths", "plan", "plan_warnings",
+    "plan_report", "search", "job_queue", "revision", "corpus_search", "eval_files", "mteb_adapter", "eval_models",
+    "eval_cost", "eval_jobs", "evaluation", "docstrings", "tiny", "figures", "embedding_figures", "report", "paper",
+    "results", "comparison", "paper_tables", "evaluation_report", "compare_runs", "compare_table", "model_card",
+    "export", "encoder_choice", "corpus_rows", "passages", "text_index", "corpus_encoding", "corpus_encoding_ray",
+    "embedding_server", "parity_ways", "parity_loaded", "parity", "parity_tokens", "parity_causes", "bench_measure",
+    "bench_reference", "bench_variants", "bench_sections", "bench_processes", "__init__",
 )  # fmt: skip
 
 FILES = sorted(PACKAGE.rglob("*.py"))

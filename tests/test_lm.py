@@ -11,10 +11,10 @@ from helpers import MODELS, family_tokenizer, tiny_model
 
 from llm2vec.backbone import enable_checkpointing
 from llm2vec.checkpoint import EncoderSettings
+from llm2vec.collation import CollateSides
 from llm2vec.llm2vec import row_tokenizer
 from llm2vec.llm2vec_lm import LanguageModelling
 from llm2vec.packing import checkpoint_contexts, pack_rows
-from llm2vec.run import CollateSides
 from llm2vec.step import backward_step, loss_parts, split_batch
 
 ROWS = reference.examples(5)

@@ -29,6 +29,7 @@ from llm2vec.backbone import attach_lora, enable_checkpointing, set_attention_dr
 from llm2vec.bench_variants import Shape
 from llm2vec.bench_variants import useful_flops as bench_flops
 from llm2vec.checkpoint import EncoderSettings
+from llm2vec.collation import CollateSides
 from llm2vec.llm2vec import row_tokenizer
 from llm2vec.llm2vec_contrastive import ContrastiveLearning
 from llm2vec.llm2vec_grit import ContrastiveLanguageModelling
@@ -40,7 +41,6 @@ from llm2vec.memory_plan import Step, memory_of
 from llm2vec.packing import checkpoint_contexts, packed_hidden_states
 from llm2vec.passes import Pass, Work, useful_flops, work_of
 from llm2vec.plan import Conditions, make_plan
-from llm2vec.run import CollateSides
 from llm2vec.step import backward_step, split_batch
 from llm2vec.text_blocks import Block
 from llm2vec.tokenization import add_template_tokens
@@ -394,16 +394,16 @@ def test_processes_that_share_the_weights() -> None:
 #: Runs a training script and prints the most memory it held above what it held before the model was loaded.
 MEASURED_RUN = """
 import runpy, sys
-from llm2vec import run
+from llm2vec import run_model
 from llm2vec.bench_measure import Meter
 
-meter, load = Meter("cpu"), run.load_backbone
+meter, load = Meter("cpu"), run_model.load_backbone
 
 def load_and_note(*arguments, **options):
     meter.start()
     return load(*arguments, **options)
 
-run.load_backbone = load_and_note
+run_model.load_backbone = load_and_note
 sys.argv = sys.argv[1:]
 runpy.run_path(sys.argv[0], run_name="__main__")
 print("held", meter.peak() - meter.base)

@@ -8,6 +8,7 @@ from __future__ import annotations
 import inspect
 import json
 import re
+import runpy
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -25,7 +26,8 @@ from transformers import AutoModel, AutoTokenizer, PreTrainedModel
 from llm2vec import LLM2Vec
 from llm2vec.backbone import attach_lora, check_attention
 from llm2vec.checkpoint import SETTINGS_FILE, EncoderSettings
-from llm2vec.config import Config, Stage, load_config, training_arguments
+from llm2vec.config import Config, Stage, training_arguments
+from llm2vec.config_file import load_config
 from llm2vec.losses import info_nce
 from llm2vec.pooling import pool
 from llm2vec.types import UserError
@@ -467,3 +469,15 @@ def test_the_pages_defaults_are_the_configs() -> None:
         name: {None: "none"}.get(value, f"{value:g}" if isinstance(value, float) else str(value))
         for name, value in defaults.items()
     } == said
+
+
+@pytest.mark.parametrize(("keys", "said"), [({}, True), ({"loss_scale": 20}, False)])
+def test_supervised_training_says_that_its_loss_scale_is_not_upstreams(
+    keys: dict[str, Any], said: bool, tmp_path: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    experiments = PAGE.parents[1] / "experiments"
+    monkeypatch.syspath_prepend(str(experiments))  # as where the script is started
+    (tmp_path / "supervised.json").write_text(json.dumps(keys), encoding="utf-8")
+    runpy.run_path(str(experiments / "run_supervised.py"))["say_loss_scale"](tmp_path / "supervised.json")
+    words = f"loss_scale is left out and is {Config.loss_scale:g} here; upstream llm2vec's default is 50."
+    assert (words in caplog.text) is said

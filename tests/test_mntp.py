@@ -21,7 +21,8 @@ from torch.utils.data import DataLoader
 
 from llm2vec.backbone import attach_lora, enable_checkpointing
 from llm2vec.checkpoint import RUN_FILE, EncoderSettings, read_settings
-from llm2vec.config import STAGE_KEYS, load_config
+from llm2vec.config import STAGE_KEYS
+from llm2vec.config_file import load_config
 from llm2vec.data import OneSourceBlocks, Source
 from llm2vec.llm2vec import LLM2Vec, row_tokenizer
 from llm2vec.llm2vec_mntp import MaskedNextTokenPrediction, MaskTokens, add_mask_token, mask_token_id, mask_tokens

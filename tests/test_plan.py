@@ -28,7 +28,7 @@ from llm2vec.config import Stage
 from llm2vec.plan import Conditions, Plan, make_plan
 from llm2vec.plan_report import as_the_run_says, num_checkpoints, report
 from llm2vec.plan_warnings import learning_rate_share, warnings_of
-from llm2vec.run import Schedule
+from llm2vec.run_report import Schedule
 from llm2vec.stage_parts import stage_of
 from llm2vec.types import UserError
 

@@ -11,7 +11,7 @@ from helpers import family_tokenizer, tiny_model, write_jsonl
 from tokenizers import AddedToken
 
 from llm2vec.checkpoint import EncoderSettings
-from llm2vec.config import load_config
+from llm2vec.config_file import load_config
 from llm2vec.data import Instruction, Source, TrainingRows
 from llm2vec.llm2vec import LLM2Vec, as_instructed
 from llm2vec.pooling import pool

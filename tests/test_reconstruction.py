@@ -24,7 +24,7 @@ from transformers import GenerationConfig
 
 from llm2vec import LLM2Vec, reconstruction_probe
 from llm2vec.checkpoint import RUN_FILE, SETTINGS_FILE, EncoderSettings
-from llm2vec.config import load_config
+from llm2vec.config_file import load_config
 from llm2vec.data import Instruction, Source, TrainingRows
 from llm2vec.llm2vec import row_tokenizer
 from llm2vec.llm2vec_q2d_d2q import BidirectionalReconstruction
@@ -625,6 +625,17 @@ def test_the_script_scores_rows_a_config_and_a_retrieval_set(
     assert overall["I.json"][0]["loss"]["other"] == pytest.approx(
         logged(folder / "I")[-1]["eval_reconstruction_q2d_loss_other"], rel=1e-5
     )
+
+
+def test_a_retrieval_set_without_a_relevant_document_is_refused(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    write_jsonl(tmp_path / "set/corpus.jsonl", [{"_id": "d", "text": "red"}])
+    write_jsonl(tmp_path / "set/queries.jsonl", [{"_id": "q", "text": "blue"}])
+    write_jsonl(tmp_path / "set/qrels/test.jsonl", [{"query-id": "q", "corpus-id": "d", "score": 0}])
+    with pytest.raises(SystemExit) as ended:
+        script("reconstruct", monkeypatch, "nowhere", "--score", tmp_path / "set")
+    assert ended.value.code == 2 and "has no query with a relevant document" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(

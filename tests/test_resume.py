@@ -19,7 +19,8 @@ from helpers import write_jsonl
 from llm2vec import LLM2Vec, trainer
 from llm2vec import checkpoint as checkpoint_module
 from llm2vec.checkpoint import RUN_FILE, SUMS_FILE, check_sums, mark_of
-from llm2vec.config import Config, Stage, load_config
+from llm2vec.config import Config, Stage
+from llm2vec.config_file import load_config
 from llm2vec.resume import (
     BUT_FOR_ROUNDING,
     WITHOUT_INFLUENCE,

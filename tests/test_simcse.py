@@ -19,11 +19,13 @@ from torch import Tensor, nn
 from llm2vec import LLM2Vec, packing
 from llm2vec.backbone import attach_lora, enable_checkpointing, hidden_states, set_attention_dropout
 from llm2vec.checkpoint import RUN_FILE, SETTINGS_FILE, EncoderSettings
-from llm2vec.config import Config, load_config
+from llm2vec.collation import CollateSides
+from llm2vec.config import Config
+from llm2vec.config_file import load_config
 from llm2vec.llm2vec import embed, row_tokenizer
 from llm2vec.llm2vec_contrastive import ContrastiveLearning
 from llm2vec.packing import checkpoint_contexts, packed_hidden_states
-from llm2vec.run import CollateSides, open_texts
+from llm2vec.run_rows import open_texts
 from llm2vec.step import backward_step, seeded, split_batch
 from llm2vec.trainer import LOG_FILE
 from llm2vec.types import Example, InstructedText, Output, UserError

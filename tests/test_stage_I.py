@@ -18,10 +18,10 @@ from transformers import TrainingArguments
 from llm2vec import llm2vec_q2d_d2q, packing
 from llm2vec.backbone import enable_checkpointing
 from llm2vec.checkpoint import EncoderSettings
+from llm2vec.collation import CollateSides
 from llm2vec.llm2vec import embed, row_tokenizer
 from llm2vec.llm2vec_q2d_d2q import BidirectionalReconstruction, LLM2Vec_q2d_d2q
 from llm2vec.packing import checkpoint_contexts
-from llm2vec.run import CollateSides
 from llm2vec.step import add_up, backward_step, loss_parts, split_batch
 from llm2vec.tokenization import Row
 from llm2vec.trainer import LOG_FILE, EmbedderTrainer

@@ -15,10 +15,10 @@ from torch import Tensor
 from llm2vec import llm2vec_contrastive, packing
 from llm2vec.backbone import LORA_MODULES, attach_lora, enable_checkpointing
 from llm2vec.checkpoint import EncoderSettings
+from llm2vec.collation import CollateSides, Side
 from llm2vec.llm2vec import embed, row_tokenizer
 from llm2vec.llm2vec_contrastive import ContrastiveLearning
 from llm2vec.packing import checkpoint_contexts
-from llm2vec.run import CollateSides, Side
 from llm2vec.step import backward_step, loss_parts, split_batch
 from llm2vec.types import Batch
 

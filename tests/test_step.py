@@ -19,11 +19,11 @@ from torch import Tensor, nn
 from llm2vec import step
 from llm2vec.backbone import attach_lora, enable_checkpointing
 from llm2vec.checkpoint import EncoderSettings
+from llm2vec.collation import CollateSides
 from llm2vec.llm2vec import row_tokenizer
 from llm2vec.llm2vec_contrastive import ContrastiveLearning
 from llm2vec.llm2vec_q2d_d2q import BidirectionalReconstruction
 from llm2vec.packing import checkpoint_contexts
-from llm2vec.run import CollateSides
 from llm2vec.step import add_up, backward_step, balanced, loss_parts, number_of_pieces, seeded, split_batch
 from llm2vec.types import Batch, Output
 

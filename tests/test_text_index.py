@@ -306,6 +306,35 @@ def test_an_index_is_replaced_whole_or_not_at_all(
     assert {path.name for path in tmp_path.iterdir()} == {"new.jsonl", "texts.jsonl", "index"}
 
 
+@pytest.mark.parametrize("kept", ["notes.txt", VECTORS_FILE])
+def test_another_programs_folder_with_an_index_json_is_left_alone(
+    tmp_path: Path, texts_file: Path, model_folder: Path, kept: str
+) -> None:
+    folder = tmp_path / "site"
+    folder.mkdir()
+    (folder / INDEX_FILE).write_text('{"name": "site"}', encoding="utf-8")
+    (folder / kept).write_text("precious", encoding="utf-8")
+    with pytest.raises(UserError, match=r"is of no index|another program's"):
+        build_index(texts_file, folder, EncoderChoice(str(model_folder)))
+    with pytest.raises(UserError, match=r"is no index: its index\.json is another program's"):
+        TextIndex(folder)
+    assert (folder / kept).read_text(encoding="utf-8") == "precious"
+
+
+def test_what_was_put_into_an_index_is_not_removed_with_it(index: TextIndex, texts_file: Path) -> None:
+    (index.folder / "notes.txt").write_text("precious", encoding="utf-8")
+    with pytest.raises(UserError, match=r"holds 'notes\.txt', which is of no index"):
+        build_index(texts_file, index.folder, index.encoder)
+    assert (index.folder / "notes.txt").is_file()
+
+
+def test_an_index_that_was_cut_short_can_be_made_again(index: TextIndex, texts_file: Path) -> None:
+    (index.folder / VECTORS_FILE).write_bytes(b"")
+    with pytest.raises(UserError, match="make the index again"):
+        TextIndex(index.folder)
+    assert len(build_index(texts_file, index.folder, index.encoder)) == len(TEXTS)
+
+
 # --- the script ---
 
 
@@ -335,6 +364,7 @@ def test_the_script_finds_lines_of_files(
     ("arguments", "said"),
     [
         (["query", "index", " "], "The query is empty."),
+        (["query", "index", "\udcff"], "TEXT: half a surrogate pair in a text, or not UTF-8"),
         (["query", "index", "red", "--top_k", "0"], "--top_k is 0; give a number above 0."),
         (["query", "index", "red", "--peft", "x"], "--peft is given without --model"),
         (["query", "nowhere", "red"], "nowhere is no index"),
@@ -352,6 +382,13 @@ def test_what_is_wrong_is_one_sentence(
         run(*[str(model_folder) if argument == "MODEL" else argument for argument in arguments])
     assert str(error.value).startswith(said)
     assert not Path("new").exists()
+
+
+def test_queries_that_are_not_utf8_are_named(index: TextIndex, monkeypatch: pytest.MonkeyPatch) -> None:
+    bad = io.TextIOWrapper(io.BytesIO(b"red\n\xff\n"), encoding="utf-8", errors="surrogateescape")  # as Python opens it
+    monkeypatch.setattr(sys, "stdin", bad)
+    with pytest.raises(UserError, match="standard input, line 2: half a surrogate pair in a text, or not UTF-8"):
+        run("query", index.folder)
 
 
 def test_the_demo_indexes_docstrings_once(

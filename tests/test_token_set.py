@@ -16,7 +16,7 @@ from torch import Tensor
 
 from llm2vec import LLM2Vec, llm2vec_token_set
 from llm2vec.checkpoint import EncoderSettings
-from llm2vec.config import load_config
+from llm2vec.config_file import load_config
 from llm2vec.llm2vec import row_tokenizer
 from llm2vec.llm2vec_token_set import CollateBlocks, TokenSetPrediction, token_set_loss
 from llm2vec.packing import pack_rows
