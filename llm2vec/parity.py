@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import repeat
@@ -13,7 +12,9 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from llm2vec.backbone import first_line
+from llm2vec.corpus_rows import check_unicode
 from llm2vec.embedding_server import EmbeddingServer
+from llm2vec.json_text import parse_json
 from llm2vec.parity_loaded import LocalWay
 from llm2vec.parity_ways import LABELS, Choice, Rendering, prompt_writer
 from llm2vec.types import InstructedText, UserError
@@ -61,27 +62,31 @@ def read_texts(file: Path) -> dict[str, InstructedText]:
     """
     if not file.is_file():
         raise UserError(f"--texts: {file} is not there.")
-    lines = file.read_text(encoding="utf-8").splitlines()
-    texts = {
-        f"line {number}": _text_of(line, f"{file}, line {number}")
-        if file.suffix == ".jsonl"
-        else InstructedText("", line.strip(), "document")
-        for number, line in enumerate(lines, 1)
-    }
+    texts = {}
+    with file.open("rb") as lines:  # which end at line feeds alone; a text may hold what else Unicode breaks lines at
+        for number, line in enumerate(lines, 1):
+            where = f"{file}, line {number}"
+            texts[f"line {number}"] = _text_of(line, where) if file.suffix == ".jsonl" else _document(line, where)
     if not texts:
         raise UserError(f"--texts: {file} is empty.")
     return texts
 
 
-def _text_of(line: str, where: str) -> InstructedText:
+def _document(line: bytes, where: str) -> InstructedText:
     try:
-        entry = json.loads(line)
-    except ValueError as error:
-        raise UserError(f"{where}: not valid JSON ({error}).") from error
+        return InstructedText("", line.decode("utf-8-sig").strip(), "document")
+    except UnicodeDecodeError as error:
+        raise UserError(f"{where}: not UTF-8 ({error.reason}).") from error
+
+
+def _text_of(line: bytes, where: str) -> InstructedText:
+    entry = parse_json(line, where)
     if not isinstance(entry, dict) or set(entry) - {"text", "instruction", "side"} or "text" not in entry:
         raise UserError(f"{where}: an object with `text`, and at most `instruction` and `side`, is needed.")
     if not all(isinstance(value, str) for value in entry.values()):
         raise UserError(f"{where}: every value must be a string.")
+    for value in entry.values():
+        check_unicode(value, where)
     instruction = entry.get("instruction", "")
     side = entry.get("side", "query" if instruction else "document")
     if side not in ("query", "document"):

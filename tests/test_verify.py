@@ -23,7 +23,7 @@ from llm2vec.backbone import Chain, attach_lora, load_backbone
 from llm2vec.checkpoint import RUN_FILE, EncoderSettings, save_checkpoint
 from llm2vec.export import Export, export
 from llm2vec.llm2vec import row_tokenizer
-from llm2vec.parity import ask_way, bundled_texts, compare
+from llm2vec.parity import ask_way, bundled_texts, compare, read_texts
 from llm2vec.parity_causes import find_causes
 from llm2vec.parity_loaded import open_way
 from llm2vec.parity_tokens import token_differences, with_ids
@@ -745,3 +745,24 @@ def test_ids_take_over_the_pooled_positions_at_both_ends() -> None:
     assert with_ids(row, [1, 5, 6]).pooled == [False, True, True]
     assert with_ids(row, [5, 6, 2]).pooled == [True, True, False]
     assert with_ids(row, [1, 5, 6, 2, 2]).pooled == [False, True, True, False, True]
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "said"),
+    [
+        ("a.txt", b"red\n\xff\n", r"a\.txt, line 2: not UTF-8"),
+        ("a.jsonl", b'{"text": "\\ud800"}\n', r"a\.jsonl, line 1: half a surrogate pair"),
+        ("b.jsonl", b"\xff\n", r"b\.jsonl, line 1: not valid JSON"),
+    ],
+)
+def test_texts_that_nothing_can_embed_are_named(name: str, content: bytes, said: str, tmp_path: Path) -> None:
+    (tmp_path / name).write_bytes(content)
+    with pytest.raises(UserError, match=said):
+        read_texts(tmp_path / name)
+
+
+def test_a_line_separator_within_a_text_ends_no_line(tmp_path: Path) -> None:
+    (tmp_path / "a.jsonl").write_text('{"text": "red\u2028blue"}\n', encoding="utf-8")
+    (tmp_path / "a.txt").write_text("red\u2028blue\r\ngreen", encoding="utf-8")
+    assert [text.text for text in read_texts(tmp_path / "a.jsonl").values()] == ["red\u2028blue"]
+    assert [text.text for text in read_texts(tmp_path / "a.txt").values()] == ["red\u2028blue", "green"]
