@@ -5,7 +5,7 @@ BIN := .venv/bin
 CORE := added_tokens checkpoint config data entrypoints eval_models evaluation llm2vec mntp mteb_adapter packing packed_attention \
 	sentence_transformer_loss simcse stage_I stage_II step tokenization trainer
 
-.PHONY: quickstart compare test test-slow test-lowest test-gpu bench faults docs lint clean
+.PHONY: quickstart compare test test-slow test-lowest test-gpu bench faults docs lint audit clean
 
 quickstart: .venv/installed  ## the whole method, small, on this machine: about 9 minutes after the install
 	$(BIN)/python experiments/quickstart.py
@@ -44,6 +44,14 @@ lint: .venv/installed
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 
+audit: .venv-audit/installed  ## known vulnerabilities of the pinned versions, as PyPI reports them; needs the network
+	.venv-audit/bin/pip-audit --disable-pip --no-deps -r constraints.txt
+
+.venv-audit/installed:
+	$(PYTHON) -m venv .venv-audit
+	.venv-audit/bin/python -m pip install --quiet --disable-pip-version-check pip-audit
+	touch $@
+
 .venv/installed: constraints.txt setup.py
 	$(PYTHON) -m venv .venv
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e ".[eval,quickstart,logging,data,bf16,docs,dev]"
@@ -56,4 +64,4 @@ lint: .venv/installed
 	touch $@
 
 clean:
-	rm -rf .venv .venv-lowest output/quickstart cache/docstrings
+	rm -rf .venv .venv-lowest .venv-audit output/quickstart cache/docstrings

@@ -2,7 +2,7 @@
 
 The table goes to docs/reliability.md.
 
-    python experiments/faults.py                    # what `make faults` runs: about a quarter of an hour on two free cores
+    python experiments/faults.py                    # what `make faults` runs: about 15 minutes on two free cores
     python experiments/faults.py --kills 3 --docs_file /tmp/table.md
 
 Runs are the ordinary scripts in processes of their own. A fault is followed by the same command again, and by a look
