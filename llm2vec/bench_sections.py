@@ -8,6 +8,7 @@ Plans say what a kind of device is measured with. Run by `experiments/benchmark.
 from __future__ import annotations
 
 import logging
+import os
 import statistics
 import tempfile
 from collections.abc import Sequence
@@ -270,7 +271,8 @@ def _cached_memory(case: Case, plan: Plan) -> Line:
 def pool(options: Options, plan: Plan, queries: int) -> list[Line]:
     """Memory of a gradient-cached step with a large pool of in-batch negatives against one with 64 queries.
 
-    Over short documents, as a micro-batch has as many tokens whatever the length, and a large pool takes long.
+    Over short documents, as a micro-batch has as many tokens whatever the length, and a large pool takes long. The C
+    library is told to give large freed blocks back at once; else the process keeps what the vectors' gradients took.
     """
     mean, deviation = SHORT_DOCUMENT
     title = f"Stage II, cached gradients, {queries:,} queries, documents of {mean:.0f} tokens"
@@ -282,7 +284,11 @@ def pool(options: Options, plan: Plan, queries: int) -> list[Line]:
         "small": Variant(variants.packed_stage_II, case),
         "large": Variant(variants.packed_stage_II, replace(case, rows=queries)),
     }
-    readings, lost = measured(title, named, rounds=1, warm_up=False)
+    os.environ["MALLOC_MMAP_THRESHOLD_"] = str(2**22)  # read by the workers when they start
+    try:
+        readings, lost = measured(title, named, rounds=1, warm_up=False)
+    finally:
+        del os.environ["MALLOC_MMAP_THRESHOLD_"]
     return [
         Line(f"{title}: peak memory of the process, 64 queries = 1",
              ratios(readings, "large", "small", "whole_memory"), at_most=plan.pool_memory,
