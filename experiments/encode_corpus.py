@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import get_args
 
 from llm2vec.corpus_encoding import CorpusEncoding, VectorDtype, encode_corpus, encode_locally
-from llm2vec.corpus_encoding_ray import encode_on_ray
+from llm2vec.corpus_encoding_ray import check_ray_installed, encode_on_ray
 from llm2vec.corpus_rows import check_unicode, open_corpus
 from llm2vec.encoder_choice import add_encoder_flags, chosen_encoder
 from llm2vec.run import user_errors_in_one_sentence
@@ -50,6 +50,8 @@ def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
         if getattr(args, option) is not None and getattr(args, option) < 1:
             raise UserError(f"--{option} is {getattr(args, option)}; give a number above 0.")
     check_unicode(args.instruction, "--instruction")
+    if args.engine == "ray":
+        check_ray_installed()
     return args
 
 

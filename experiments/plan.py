@@ -13,7 +13,6 @@ runs (tests/test_memory_plan.py), on GPUs it was not. Exit code 2 if the run wou
 """
 
 import argparse
-import logging
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -83,5 +82,4 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 if __name__ == "__main__":
     with user_errors_in_one_sentence():
-        logging.getLogger("huggingface_hub").setLevel(logging.ERROR)  # an unreachable hub is said in one sentence, too
         main(sys.argv[1:])

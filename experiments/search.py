@@ -21,6 +21,7 @@ from llm2vec.corpus_rows import check_unicode
 from llm2vec.docstrings import Settings, installed_roots, read_passages, source_files, without_duplicates
 from llm2vec.encoder_choice import EncoderChoice, add_encoder_flags, chosen_encoder
 from llm2vec.llm2vec import LLM2Vec
+from llm2vec.reconstruction import printable
 from llm2vec.run import user_errors_in_one_sentence
 from llm2vec.text_index import Hit, TextIndex, build_index
 from llm2vec.types import UserError
@@ -111,19 +112,23 @@ def answer(index: TextIndex, model: LLM2Vec, text: str | None, top_k: int, instr
         return show(index.search(model, [text], top_k, instruction)[0])
     lines = (check_unicode(line.strip(), f"standard input, line {i}") for i, line in enumerate(sys.stdin, start=1))
     rounds: Iterable[list[str]] = ([line] for line in lines) if sys.stdin.isatty() else [list(lines)]
+    answered = 0
     for queries in rounds:
         asked = [line for line in queries if line]
+        answered += len(asked)
         for line, hits in zip(asked, index.search(model, asked, top_k, instruction) if asked else [], strict=True):
-            print(f"\n{line}")
+            print(f"\n{printable(line)}")
             show(hits)
+    if not answered:
+        raise UserError("There is no query: none is given, and standard input is empty.")
 
 
 def show(hits: Sequence[Hit]) -> None:
-    """A line a passage."""
+    """A line a passage, without the control characters that a terminal would obey."""
     width = max(len(hit.passage.where) for hit in hits)
     for score, passage in hits:
         first = (passage.title or passage.text).strip().partition("\n")[0]
-        print(f"{score:7.4f}  {passage.where:<{width}}  {first[:LINE_CHARACTERS]}")
+        print(printable(f"{score:7.4f}  {passage.where:<{width}}  {first.expandtabs()[:LINE_CHARACTERS]}"))
 
 
 def main(argv: Sequence[str] | None = None) -> None:

@@ -48,6 +48,18 @@ class _Worker:
             raise UserError(f"Shard {shard:05d} was given up: its worker died {MOST_ATTEMPTS} times.")
 
 
+def check_ray_installed() -> None:
+    """Refuse to begin what only Ray can do, before anything is written.
+
+    Raises:
+        UserError: Ray is not installed.
+    """
+    try:
+        import ray.data  # noqa: F401
+    except ImportError as error:
+        raise UserError('--engine ray needs Ray: pip install -e ".[ray]".') from error
+
+
 def encode_on_ray(encoding: CorpusEncoding, shards: Sequence[int], num_workers: int | None) -> list[str]:
     """An engine: actors of the running Ray cluster, or of one started on this machine if there is none.
 
@@ -61,10 +73,9 @@ def encode_on_ray(encoding: CorpusEncoding, shards: Sequence[int], num_workers: 
     Raises:
         UserError: Ray is not installed.
     """
-    try:
-        import ray.data
-    except ImportError as error:
-        raise UserError('--engine ray needs Ray: pip install -e ".[ray]".') from error
+    check_ray_installed()
+    import ray.data
+
     shutil.rmtree(encoding.output / QUEUE_FOLDER, ignore_errors=True)  # the attempts of an earlier start
     (encoding.output / QUEUE_FOLDER).mkdir()
     if not ray.is_initialized():

@@ -13,7 +13,7 @@ import urllib.request
 from collections.abc import Sequence
 from http.client import HTTPException
 from typing import Any
-from urllib.parse import urldefrag
+from urllib.parse import urldefrag, urlsplit
 
 from torch import Tensor, tensor
 
@@ -37,11 +37,14 @@ class EmbeddingServer:
         address: base URL, with or without `/v1` or `/v1/embeddings`; behind a `#`, the name of the model.
 
     Raises:
-        UserError: the server serves several models and none was named.
+        UserError: it is no address, or the server serves several models and none was named.
     """
 
     def __init__(self, address: str) -> None:
-        url, name = urldefrag(address)
+        try:
+            url, name = urldefrag(urlsplit(address).geturl())
+        except ValueError as error:  # a bracket of an IPv6 address is missing
+            raise UserError(f"{address} is no address of a server ({error}).") from None
         self.url = url.rstrip("/").removesuffix("/embeddings").removesuffix("/v1").rstrip("/")
         self.model = name or self._only_model()
 

@@ -9,7 +9,6 @@ http://localhost:8000[#MODEL]      an OpenAI-compatible server
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from types import MappingProxyType
@@ -19,6 +18,7 @@ from transformers import PreTrainedTokenizerBase
 
 from llm2vec.backbone import find_file, load_tokenizer
 from llm2vec.checkpoint import SETTINGS_FILE, EncoderSettings, read_settings, resolve_chain
+from llm2vec.json_text import parse_json
 from llm2vec.llm2vec import row_tokenizer
 from llm2vec.stock_form import possible_forms
 from llm2vec.tokenization import RowTokenizer
@@ -173,6 +173,10 @@ def shared_start(first: Sequence[Any], second: Sequence[Any]) -> int:
 
 
 def read_json(folder: str, name: str) -> Any:
-    """The JSON of a folder's file; None where it has no such file."""
+    """The JSON of a folder's file; None where it has no such file.
+
+    Raises:
+        UserError: as `json_text.parse_json`.
+    """
     file = find_file(folder, name)
-    return None if file is None else json.loads(Path(file).read_text(encoding="utf-8"))
+    return None if file is None else parse_json(Path(file).read_bytes(), file)

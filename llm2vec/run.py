@@ -52,6 +52,7 @@ def user_errors_in_one_sentence() -> Iterator[None]:
     level = logging.INFO if _is_first_process() else logging.ERROR
     logging.basicConfig(level=level, format="%(message)s")
     logging.getLogger("httpx").setLevel(logging.WARNING)
+    logging.getLogger("huggingface_hub").setLevel(logging.ERROR)  # an unreachable hub is said in one sentence
     warnings.filterwarnings("ignore", category=FutureWarning, module="transformers")  # peft uses its older names
     try:
         yield

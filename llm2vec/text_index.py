@@ -65,6 +65,7 @@ class TextIndex:
             UserError: there is none, or it was cut short.
         """
         self.folder = folder
+        _restore(folder)
         if not (folder / INDEX_FILE).is_file():
             raise UserError(f"{folder} is no index: it holds no {INDEX_FILE}.")
         content = _read_about(folder)
@@ -144,6 +145,7 @@ def build_index(source: Path, folder: Path, encoder: EncoderChoice, batch_size: 
     Raises:
         UserError: `folder` is something else than an index or cannot be written, or source or model cannot be read.
     """
+    _restore(folder)
     _check_replaceable(folder)
     revision, settings = encoder.revision(), encoder.settings()
     passages = read_passages(source, passage_characters(settings))
@@ -198,10 +200,25 @@ def _read_about(folder: Path) -> dict[str, Any]:
     return content
 
 
+def _places_aside(folder: Path) -> tuple[Path, Path]:
+    """Where a new index is written, and where the old one waits while the new one takes its place."""
+    return folder.with_name(f".{folder.name}.writing"), folder.with_name(f".{folder.name}.before")
+
+
+def _restore(folder: Path) -> None:
+    """Put the old index back where a process was killed before the new one had its place."""
+    folder = folder.resolve()
+    if folder.exists():
+        return
+    _, before = _places_aside(folder)
+    if (before / INDEX_FILE).is_file():
+        before.rename(folder)
+
+
 def _write(folder: Path, vectors_ND: Tensor, passages: Sequence[Passage], about: dict[str, Any]) -> None:
     """Write an index aside and put it where it belongs."""
     folder = folder.resolve()
-    aside, before = (folder.with_name(f".{folder.name}.{what}") for what in ("writing", "before"))
+    aside, before = _places_aside(folder)
     shutil.rmtree(aside, ignore_errors=True)  # of a process that was killed
     aside.mkdir(parents=True)
     lines = [json.dumps(passage._asdict(), ensure_ascii=False).encode() + b"\n" for passage in passages]

@@ -615,3 +615,16 @@ def test_ray_is_asked_for_where_it_is_missing(encoding: CorpusEncoding, monkeypa
     monkeypatch.setitem(sys.modules, "ray.data", None)
     with pytest.raises(UserError, match=r'--engine ray needs Ray: pip install -e "\.\[ray\]"'):
         encode_corpus(encoding, encode_on_ray)
+
+
+def test_the_script_asks_for_ray_before_it_writes(
+    encoding: CorpusEncoding, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(sys.modules, "ray", None)
+    monkeypatch.setitem(sys.modules, "ray.data", None)
+    texts = write_jsonl(tmp_path / "ray.jsonl", [{"text": "hello"}])
+    output = tmp_path / "by_ray"
+    script = runpy.run_path(str(Path(__file__).parents[1] / "experiments/encode_corpus.py"))
+    with pytest.raises(UserError, match="--engine ray needs Ray"):
+        script["main"]([str(texts), str(output), "--model", encoding.encoder.base, "--engine", "ray"])
+    assert not output.exists()

@@ -306,6 +306,32 @@ def test_an_index_is_replaced_whole_or_not_at_all(
     assert {path.name for path in tmp_path.iterdir()} == {"new.jsonl", "texts.jsonl", "index"}
 
 
+@pytest.mark.parametrize("command", ["query", "index"])
+def test_an_index_comes_back_where_a_process_was_killed_between_the_renames(
+    index: TextIndex, tmp_path: Path, model_folder: Path, monkeypatch: pytest.MonkeyPatch, command: str
+) -> None:
+    file = write_jsonl(tmp_path / "new.jsonl", [{"text": "hello"}])
+    before, rename = len(index), Path.rename
+
+    def killed(path: Path, target: Path) -> Path:
+        if path.name == ".index.writing":
+            raise KeyboardInterrupt
+        return rename(path, target)
+
+    with monkeypatch.context() as patched, pytest.raises(KeyboardInterrupt):
+        patched.setattr(Path, "rename", killed)
+        build_index(file, index.folder, EncoderChoice(str(model_folder)))
+    assert not index.folder.exists()
+    if command == "query":
+        assert len(TextIndex(index.folder)) == before
+        return
+    with pytest.raises(UserError, match="no folder or file"):
+        build_index(tmp_path / "nowhere", index.folder, EncoderChoice(str(model_folder)))
+    assert len(TextIndex(index.folder)) == before
+    assert len(build_index(file, index.folder, EncoderChoice(str(model_folder)))) == 1
+    assert {path.name for path in tmp_path.iterdir()} == {"new.jsonl", "texts.jsonl", "index"}
+
+
 @pytest.mark.parametrize("kept", ["notes.txt", VECTORS_FILE])
 def test_another_programs_folder_with_an_index_json_is_left_alone(
     tmp_path: Path, texts_file: Path, model_folder: Path, kept: str
@@ -382,6 +408,23 @@ def test_what_is_wrong_is_one_sentence(
         run(*[str(model_folder) if argument == "MODEL" else argument for argument in arguments])
     assert str(error.value).startswith(said)
     assert not Path("new").exists()
+
+
+def test_no_query_at_all_is_said(index: TextIndex, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sys, "stdin", io.StringIO(" \n\n"))
+    with pytest.raises(UserError, match="There is no query"):
+        run("query", index.folder)
+
+
+def test_control_characters_of_a_passage_do_not_reach_the_terminal(
+    tmp_path: Path, model_folder: Path, capsys: Any
+) -> None:
+    file = write_jsonl(tmp_path / "texts.jsonl", [{"id": "a\x1b]0;b", "text": "red\x1b[2J\tworld"}])
+    run("index", file, tmp_path / "index", "--model", model_folder)
+    capsys.readouterr()
+    run("query", tmp_path / "index", "red")
+    line = capsys.readouterr().out
+    assert "a\ufffd]0;b" in line and "red\ufffd[2J" in line and "\x1b" not in line and "\t" not in line
 
 
 def test_queries_that_are_not_utf8_are_named(index: TextIndex, monkeypatch: pytest.MonkeyPatch) -> None:

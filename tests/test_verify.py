@@ -21,13 +21,14 @@ from transformers import AutoModel, AutoTokenizer
 
 from llm2vec.backbone import Chain, attach_lora, load_backbone
 from llm2vec.checkpoint import RUN_FILE, EncoderSettings, save_checkpoint
+from llm2vec.embedding_server import EmbeddingServer
 from llm2vec.export import Export, export
 from llm2vec.llm2vec import row_tokenizer
 from llm2vec.parity import ask_way, bundled_texts, compare, read_texts
 from llm2vec.parity_causes import find_causes
 from llm2vec.parity_loaded import open_way
 from llm2vec.parity_tokens import token_differences, with_ids
-from llm2vec.parity_ways import choices_of, rendering_of
+from llm2vec.parity_ways import choices_of, read_json, rendering_of
 from llm2vec.tokenization import Row, probe_ids
 from llm2vec.types import UserError
 
@@ -645,6 +646,17 @@ def test_a_refused_connection_is_said(made: Path, verify: Any) -> None:
     assert f"not compared: http://127.0.0.1:{port} does not answer (" in printed
     with pytest.raises(UserError, match="does not answer"):
         verify(f"http://127.0.0.1:{port}", made / "exported")
+
+
+def test_an_address_that_is_none_is_said() -> None:
+    with pytest.raises(UserError, match=r"http://\[::1 is no address of a server"):
+        EmbeddingServer("http://[::1")
+
+
+def test_a_damaged_json_file_is_named(tmp_path: Path) -> None:
+    (tmp_path / "modules.json").write_text("[{", encoding="utf-8")
+    with pytest.raises(UserError, match=r"modules\.json: not valid JSON"):
+        read_json(str(tmp_path), "modules.json")
 
 
 def test_a_server_of_several_models_wants_a_name(made: Path, verify: Any, serve: Any) -> None:
