@@ -31,6 +31,7 @@ from typing import Any, NamedTuple, get_args
 
 import torch
 from huggingface_hub import try_to_load_from_cache
+from huggingface_hub.errors import HFValidationError
 from peft import PeftConfig, PeftModel, get_peft_model_state_dict, set_peft_model_state_dict
 from peft.utils import SAFETENSORS_WEIGHTS_NAME
 from safetensors import safe_open
@@ -222,11 +223,14 @@ def mark_of(path: str) -> str:
 
     Args:
         path: a folder: a hash of its small files, and of its weights files' sizes and last bytes; or a hub name: the
-            commit in the local cache, or nothing.
+            commit in the local cache, or nothing. Nothing for what is neither, which loading it will say.
     """
     folder = local_folder(path)
     if folder is None:
-        cached = [try_to_load_from_cache(path, name) for name in ("config.json", "adapter_config.json")]
+        try:
+            cached = [try_to_load_from_cache(path, name) for name in ("config.json", "adapter_config.json")]
+        except HFValidationError:
+            return ""
         return next((Path(file).parent.name for file in cached if isinstance(file, str)), "")
     digest = hashlib.sha256()
     for pattern in ("*config.json", "tokenizer*.json", "*.safetensors"):

@@ -401,7 +401,7 @@ def test_training_is_the_same_to_the_bit(
     lines = (folder / "measured" / DIAGNOSTICS_FILE).read_text(encoding="utf-8").splitlines()
     assert [json.loads(line)["step"] for line in lines] == [0, 2, 4]
     assert not (folder / "plain" / DIAGNOSTICS_FILE).exists()
-    assert len({entry["eval_alignment"] for entry in evaluations}) == 3  # the model in training, not a copy
+    assert len({entry["eval_uniformity_query"] for entry in evaluations}) == 3  # the model in training, not a copy
 
 
 @pytest.mark.parametrize(
