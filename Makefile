@@ -7,7 +7,7 @@ CORE := added_tokens checkpoint config data entrypoints eval_models evaluation l
 
 .PHONY: quickstart compare test test-slow test-lowest test-gpu bench faults docs lint audit clean
 
-quickstart: .venv/installed  ## the whole method, small, on this machine: about 9 minutes after the install
+quickstart: .venv/installed  ## the whole method, small, on this machine: about 8 minutes after the install
 	$(BIN)/python experiments/quickstart.py
 
 compare: output/quickstart/base/run.json  ## every recipe on the quickstart's text, two seeds; about 40 minutes on 2 free cores
