@@ -169,6 +169,8 @@ def read_rows(args: argparse.Namespace) -> Sequence[Example]:
         rows = open_rows(config, num_negatives=0).held_out()
     if not len(rows):
         raise UserError(f"--score: {args.score} has no query with a relevant document.")
+    if args.instruction is None and args.score.suffix != ".json":
+        sys.stderr.write("note: queries go without an instruction; a model trained with one needs --instruction.\n")
     kept: dict[str, list[Example]] = {}
     for i in range(len(rows)):
         of_source = kept.setdefault(rows[i].source, [])

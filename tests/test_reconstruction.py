@@ -617,8 +617,11 @@ def test_the_script_scores_rows_a_config_and_a_retrieval_set(
     for name, (path, more) in what.items():
         output = tmp_path / f"{name}.figures.json"
         script("reconstruct", monkeypatch, folder / "I", "--score", path, *more, "--output", output, "--device", "cpu")
-        assert "q2d" in capsys.readouterr().out
+        said = capsys.readouterr()
+        assert "q2d" in said.out and "without an instruction" not in said.err
         figures[name] = json.loads(output.read_text("utf-8"))
+    script("reconstruct", monkeypatch, folder / "I", "--score", tmp_path / "set", "--device", "cpu")
+    assert "note: queries go without an instruction" in capsys.readouterr().err
     overall = {name: [f for f in of["figures"] if f["group"] == "all"] for name, of in figures.items()}
     assert overall["rows.jsonl"] == overall["set"]
     assert figures["I.json"]["rows"] == 8 and figures["set"]["rows"] == 4
