@@ -23,7 +23,7 @@ from transformers import set_seed
 from llm2vec.checkpoint import write_json
 from llm2vec.config_file import load_config
 from llm2vec.data import Instruction, Source, TrainingRows
-from llm2vec.eval_files import read_retrieval
+from llm2vec.eval_files import retrieval_set_of
 from llm2vec.reconstruction import (
     Reconstructor,
     Sampling,
@@ -181,7 +181,7 @@ def read_rows(args: argparse.Namespace) -> Sequence[Example]:
 
 def pairs_of(folder: Path, instruction: str) -> list[Example]:
     """The queries of a retrieval set, each with its first relevant document."""
-    retrieval = read_retrieval(folder)
+    retrieval = retrieval_set_of(folder)
     documents = {row["id"]: f"{row['title']} {row['text']}".strip() for row in retrieval.corpus}
     pairs = []
     for query in retrieval.queries:

@@ -239,7 +239,7 @@ def check_attention(model: Backbone, attention: Attention) -> None:
         UserError: the first state moves under causal attention, or stays under bidirectional attention.
     """
     was_training = model.training
-    model.eval()
+    model.eval()  # torch's mode without dropout; no code is evaluated
     dtype = next(model.parameters()).dtype
     # FlashAttention computes in half precision only; training float32 weights with it means autocast, so the probe too.
     flash = model.config._attn_implementation == "flash_attention_2"

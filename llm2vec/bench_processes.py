@@ -1,6 +1,6 @@
 """How training speed grows with the number of processes: Stage I by the ordinary script, under torchrun.
 
-    points = speed_over_processes(plan.shape, script, (1, 2), rows=8, rounds=3)
+    lines = speed_over_processes(plan.shape, script, (1, 2), rows=8, rounds=3, on_cpu=True)
 
 Each process has one thread (or one card) and as many rows a step as the others, so that twice as many do twice the work
 in the same time where exchanging gradients costs nothing. Run by `experiments/benchmark.py`.

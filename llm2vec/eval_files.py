@@ -94,7 +94,7 @@ def _set_dataset(task: Task, **values: str) -> None:
     task.metadata = task.metadata.model_copy(update={"dataset": {**task.metadata.dataset, **values}})
 
 
-def read_retrieval(folder: Path) -> RetrievalSet:
+def retrieval_set_of(folder: Path) -> RetrievalSet:
     """Read corpus.jsonl (`_id`, `text`, perhaps `title`), queries.jsonl and qrels/test.jsonl.
 
     Raises:

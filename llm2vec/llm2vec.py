@@ -181,7 +181,7 @@ class LLM2Vec(nn.Module):
         loaded.placed = device_map is not None
         if recorded and loaded.settings == EncoderSettings(**{**recorded, **parents}):
             check_rendering(outermost, loaded.row_tokenizer)
-        return loaded.eval()
+        return loaded.eval()  # torch's mode without dropout; no code is evaluated
 
     @property
     def config(self) -> PretrainedConfig:
@@ -264,7 +264,7 @@ class LLM2Vec(nn.Module):
         texts = as_instructed([sentences] if isinstance(sentences, str) else sentences, side)
         place = {text: i for i, text in enumerate(dict.fromkeys(texts))}  # each different text is computed once
         target = self._place(device)
-        self.eval()
+        self.eval()  # likewise
         vectors = torch.zeros(len(place), truncate_dim or hidden_size)
         with tqdm(total=len(place), desc="Texts", disable=not show_progress_bar) as progress:
             for chosen, rows in self._tokenize_ahead(list(place), batch_size * ROWS_AHEAD):

@@ -147,7 +147,7 @@ def transformers_snippet(facts: Facts) -> str:
             "from transformers import AutoModel, AutoTokenizer",
             "",
             f'tokenizer = AutoTokenizer.from_pretrained("{facts.name}")',
-            f'model = AutoModel.from_pretrained("{facts.name}").eval()',
+            f'model = AutoModel.from_pretrained("{facts.name}").eval()',  # torch's mode without dropout
             "",
             "@torch.no_grad()",
             f"def embed(texts, prompt={prompt!r}):",

@@ -44,7 +44,7 @@ from torch.utils.data import DataLoader
 
 from llm2vec.checkpoint import resolve_chain
 from llm2vec.corpus_search import CorpusSearch, Side
-from llm2vec.eval_files import load_data, parts_of, read_retrieval, use_local_data
+from llm2vec.eval_files import load_data, parts_of, retrieval_set_of, use_local_data
 from llm2vec.llm2vec import LLM2Vec
 from llm2vec.revision import checkpoint_revision, data_revision, hash_of, model_name
 from llm2vec.types import UserError
@@ -372,7 +372,7 @@ def find_task(name: str, local_data_dir: str | Path | None = None, benchmark: st
     try:
         task = mteb.get_task(name)
     except KeyError:
-        return _own_retrieval(name, folder)
+        return _own_task(name, folder)
     if name in defined:
         task = mteb.get_task(name, eval_splits=defined[name].eval_splits, hf_subsets=defined[name].hf_subsets)
     if isinstance(task, AbsTaskAggregate):
@@ -388,7 +388,7 @@ def _defined_tasks(benchmark: str) -> dict[str, AbsTask]:
     return {task.metadata.name: task for task in mteb.get_benchmark(benchmark).tasks}
 
 
-def _own_retrieval(name: str, folder: Path | None) -> AbsTask:
+def _own_task(name: str, folder: Path | None) -> AbsTask:
     """A retrieval task of the user's own, from the folder of its name."""
     source = (folder or Path()) / name
     if folder is None or source.parent != folder or not source.is_dir():
@@ -410,7 +410,7 @@ def _own_retrieval(name: str, folder: Path | None) -> AbsTask:
         def load_data(self, num_proc: int | None = None, **kwargs: Any) -> None:
             if in_hub_layout or self.data_loaded:
                 return super().load_data(num_proc, **kwargs)
-            corpus, queries, relevant = read_retrieval(source)
+            corpus, queries, relevant = retrieval_set_of(source)
             split = RetrievalSplitData(
                 corpus=Dataset.from_list(corpus),
                 queries=Dataset.from_list(queries),

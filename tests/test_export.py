@@ -378,6 +378,7 @@ def test_the_card_says_which_servers_cannot(exported: Exported) -> None:
 
 
 def refuses(what: Export, out: Path, reason: str) -> None:
+    """Asserts that an export is refused for this reason, and that nothing of it is left."""
     with pytest.raises(UserError, match=reason):
         export(what, out)
     left = [path.name for path in out.parent.iterdir() if path.name == out.name or path.name.startswith(f".{out.name}")]
@@ -391,7 +392,8 @@ def test_refuses_a_folder_with_something_in_it(adapter: str, tmp_path: Path) -> 
     (out / "mine").touch()
     refuses(Export(adapter), out, "is there already")
     (out / "mine").unlink()
-    export(Export(adapter), out)  # an empty one is taken
+    export(Export(adapter), out)
+    assert (out / "model.safetensors").is_file(), "an empty one is taken"
 
 
 @pytest.mark.parametrize(

@@ -29,7 +29,7 @@ from llm2vec import LLM2Vec
 from llm2vec.checkpoint import EncoderSettings, read_settings
 from llm2vec.config_file import load_config
 from llm2vec.data import parse_line, parse_row, read_sources_file
-from llm2vec.eval_files import load_instructions, read_retrieval
+from llm2vec.eval_files import load_instructions, retrieval_set_of
 from llm2vec.json_text import parse_json
 from llm2vec.report import html_table
 from llm2vec.results import read_results
@@ -224,7 +224,11 @@ def test_retrieval_sets(folder: Path, documents: list[Any], judgements: list[Any
     (folder / "qrels").mkdir(exist_ok=True)
     for name, rows in (("corpus", documents), ("queries", documents), ("qrels/test", judgements)):
         (folder / f"{name}.jsonl").write_text("\n".join(map(json.dumps, rows)), encoding="utf-8")
-    outcome("retrieval set", lambda: read_retrieval(folder))
+    found = outcome("retrieval set", lambda: retrieval_set_of(folder))
+    if found is not None:
+        texts = [row["text"] for row in found.corpus]
+        assert texts == [row["text"] for row in documents] and all(isinstance(text, str) for text in texts)
+        assert {row["id"] for row in found.queries} <= found.relevant.keys()
 
 
 @cases(300)
