@@ -10,10 +10,12 @@ from __future__ import annotations
 import importlib.util
 import logging
 import re
+import threading
 import warnings
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple, TypeAlias
+from weakref import WeakKeyDictionary
 
 import torch
 from peft import LoraConfig, PeftConfig, PeftModel, get_peft_model, get_peft_model_state_dict
@@ -34,6 +36,12 @@ LORA_MODULES = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", 
 
 #: A weight of a numbered layer, as opposed to a head and to tables that older files hold.
 _LAYER_WEIGHT = re.compile(r"\blayers\.\d+\..*\b(weight|bias)$")
+
+#: What a layer may be called in `config.layer_types` and still look at all tokens, or at a window or chunk of them.
+ATTENTION_LAYERS = {"full_attention", "sliding_attention", "chunked_attention"}
+
+#: Table of token embeddings -> the lock of the model it belongs to, adapter and head or not.
+_locks: WeakKeyDictionary[Any, threading.RLock] = WeakKeyDictionary()
 
 
 class Chain(NamedTuple):
@@ -220,15 +228,21 @@ def hidden_states(
     inputs_embeds: Tensor | None = None,
 ) -> Tensor:
     """Last layer's states after the final norm, [B, T, D], from ids [B, T] or from embeddings [B, T, D]."""
-    output = model(
-        input_ids=input_ids,
-        inputs_embeds=inputs_embeds,
-        attention_mask=attention_mask,
-        is_causal=attention == "causal",
-        use_cache=False,
-    )
+    with one_pass(model):
+        output = model(
+            input_ids=input_ids,
+            inputs_embeds=inputs_embeds,
+            attention_mask=attention_mask,
+            is_causal=attention == "causal",
+            use_cache=False,
+        )
     states: Tensor = output.last_hidden_state
     return states
+
+
+def one_pass(model: Any) -> threading.RLock:
+    """Held during a forward pass: a packed one sets the model's attention, and another thread's would run with it."""
+    return _locks.setdefault(model.get_input_embeddings(), threading.RLock())
 
 
 @torch.no_grad()
@@ -236,8 +250,15 @@ def check_attention(model: Backbone, attention: Attention) -> None:
     """Prove that the model attends as asked: change the last of four tokens and look at the first one's state.
 
     Raises:
-        UserError: the first state moves under causal attention, or stays under bidirectional attention.
+        UserError: the first state moves under causal attention, or stays under bidirectional attention; or the latter
+            was asked of a model some of whose layers only ever read forwards.
     """
+    forward_only = set(getattr(model.config, "layer_types", None) or ()) - ATTENTION_LAYERS
+    if attention == "bidirectional" and forward_only:
+        raise UserError(
+            f"attention: bidirectional was asked for, but {type(model).__name__} has layers ({min(forward_only)}) that "
+            "read from left to right only; it can embed with causal attention."
+        )
     was_training = model.training
     model.eval()  # torch's mode without dropout; no code is evaluated
     dtype = next(model.parameters()).dtype
@@ -318,7 +339,8 @@ def _apply_adapter(model: PreTrainedModel, path: str, *, on_inner: bool) -> Peft
             f"peft_model_name_or_path: {path!r} does not fit {type(inner).__name__} (missing or unexpected adapter "
             f"keys, such as {unmatched[0]}), so it would have no effect; it was trained on another model class or base."
         )
-    if not any(bool(weight.any()) for name, weight in saved.items() if "lora_B" in name):
+    added = [weight for name, weight in saved.items() if "lora_B" in name]  # none, where only tokens were trained
+    if added and not any(bool(weight.any()) for weight in added):
         raise UserError(f"peft_model_name_or_path: {path!r} has no effect, every lora_B weight in it is zero.")
     return wrapped
 

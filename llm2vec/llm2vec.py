@@ -88,7 +88,10 @@ class LLM2Vec(nn.Module):
     ) -> None:
         super().__init__()
         if attention is None:
-            attention = "causal" if getattr(model.config, "is_causal", True) else "bidirectional"
+            said = getattr(model.config, "is_causal", None)
+            attention = "bidirectional" if said is False else "causal"
+            if said is None:
+                logger.warning("attention: none is set, so it is causal; LLM2Vec's own models need `bidirectional`.")
         settings = EncoderSettings(
             pooling_mode=pooling_mode,  # type: ignore[arg-type]
             max_length=max_length,
@@ -233,7 +236,7 @@ class LLM2Vec(nn.Module):
         side: TextSide | None = None,
         truncate_dim: int | None = None,
     ) -> Tensor | np.ndarray[Any, np.dtype[np.float32]]:
-        """Embed texts; a text's embedding does not depend on the others.
+        """Embed texts; a text's embedding does not depend on the others. The model is in evaluation mode afterwards.
 
         Args:
             sentences: texts, or [instruction, text] pairs; a single string counts as a list of one. A whole number
@@ -255,16 +258,18 @@ class LLM2Vec(nn.Module):
             `normalize`.
 
         Raises:
-            UserError: an entry is neither a string nor an [instruction, text] pair, there is no such side, or
-                `truncate_dim` is not between 1 and the hidden size.
+            UserError: an entry is neither a string nor an [instruction, text] pair, there is no such side,
+                `batch_size` is below 1, or `truncate_dim` is not between 1 and the hidden size.
         """
         hidden_size: int = self.model.config.hidden_size
+        if batch_size < 1:
+            raise UserError(f"batch_size is {batch_size}; give a number above 0.")
         if truncate_dim is not None and not 1 <= truncate_dim <= hidden_size:
             raise UserError(f"truncate_dim is {truncate_dim}; it must lie between 1 and the hidden size {hidden_size}.")
         texts = as_instructed([sentences] if isinstance(sentences, str) else sentences, side)
         place = {text: i for i, text in enumerate(dict.fromkeys(texts))}  # each different text is computed once
         target = self._place(device)
-        self.eval()  # likewise
+        self.eval()  # torch's mode without dropout; no code is evaluated
         vectors = torch.zeros(len(place), truncate_dim or hidden_size)
         with tqdm(total=len(place), desc="Texts", disable=not show_progress_bar) as progress:
             for chosen, rows in self._tokenize_ahead(list(place), batch_size * ROWS_AHEAD):
@@ -288,6 +293,9 @@ class LLM2Vec(nn.Module):
         """
         if merge_before_save and isinstance(self.model, PeftModel):
             self.model = self.model.merge_and_unload()
+            # Where transformers loaded an adapter itself, it would save as if that were not merged but still there.
+            self.model._hf_peft_config_loaded = False
+            self.model._weight_conversions = None
             self.settings = dataclasses.replace(self.settings, parent_adapters=None)
         run = {"probe_ids": probe_ids(self.row_tokenizer)}
         save_checkpoint(Path(output_path), self.model, self.tokenizer, self.settings if save_config else None, run)

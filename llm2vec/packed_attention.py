@@ -199,7 +199,8 @@ class _SharedPrefix(torch.autograd.Function):
         ctx: Any, query: Tensor, key: Tensor, value: Tensor, layout: Layout, causal: bool, scaling: float | None
     ) -> Tensor:
         output = torch.empty_like(query.transpose(1, 2)).transpose(1, 2)
-        log_sum = query.new_empty(query.shape[:3])
+        exact = torch.promote_types(query.dtype, torch.float32)  # as the kernel gives it, also in half precision
+        log_sum = query.new_empty(query.shape[:3], dtype=exact)
         for span in layout.spans:
             own = causal and _size(span.query) > 1
             q = query[:, :, span.query]

@@ -5,7 +5,7 @@ apart (`packed_attention`); everything else in a decoder works token by token an
 not computed twice or for nothing: a prefix that all texts of a side begin with (header and instruction) runs once where
 attention is causal, and where only closing tokens are read, the last layer runs at those alone.
 
-Models whose attention is more than scaled products run padded instead, with the same results.
+Models whose layers do more than attend by scaled products run padded instead, with the same results.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from transformers import AttentionInterface
 from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.models.llama.modeling_llama import apply_rotary_pos_emb
 
-from llm2vec.backbone import hidden_states
+from llm2vec.backbone import ATTENTION_LAYERS, hidden_states, one_pass
 from llm2vec.packed_attention import NAME, Group, Layout, attend, can_share_prefix
 from llm2vec.tokenization import Row
 from llm2vec.types import Attention, TokenBatch
@@ -110,12 +110,18 @@ def shares_prefix(model: Any, attention: Attention, device: torch.device, dtype:
 def can_pack(model: Any, longest: int) -> bool:
     """Whether packed attention gives what the model's own would, for texts of up to `longest` tokens.
 
-    It does where the scores are plain scaled products: no logit capping, and no sliding window shorter than a text.
+    It does where every layer attends, by plain scaled products: no recurrence or convolution, which would run on into
+    the next text; no logit capping and no attention sinks; no sliding window or chunk shorter than a text.
     """
     config = model.config
-    window = getattr(config, "sliding_window", None)
+    attentions = [getattr(layer, "self_attn", None) for layer in getattr(inner_decoder(model), "layers", ())]
+    if not attentions or any(attention is None or hasattr(attention, "sinks") for attention in attentions):
+        return False
+    if not ATTENTION_LAYERS.issuperset(getattr(config, "layer_types", None) or ()):
+        return False
     capped = getattr(config, "attn_logit_softcapping", None) is not None
-    return not capped and (window is None or window >= longest)
+    windows = [getattr(config, name, None) for name in ("sliding_window", "attention_chunk_size")]
+    return not capped and all(window is None or window >= longest for window in windows)
 
 
 def packed_hidden_states(
@@ -206,21 +212,22 @@ def _padded_hidden_states(
 @contextmanager
 def packed(model: Any) -> Iterator[None]:
     """Within it, the model's attention is packed and its last layer can be narrowed; both need a `layout`."""
-    previous = model.config._attn_implementation
-    if previous == NAME:
-        yield
-        return
-    AttentionInterface.register(NAME, attend)  # here, as importing this file must change nothing
-    last = narrowing_layer(model)
-    model.config._attn_implementation = NAME
-    if last is not None:
-        last.forward = partial(_forward_at_closing, last, type(last).forward)
-    try:
-        yield
-    finally:
-        model.config._attn_implementation = previous
+    with one_pass(model):
+        previous = model.config._attn_implementation
+        if previous == NAME:
+            yield
+            return
+        AttentionInterface.register(NAME, attend)  # here, as importing this file must change nothing
+        last = narrowing_layer(model)
+        model.config._attn_implementation = NAME
         if last is not None:
-            del last.forward
+            last.forward = partial(_forward_at_closing, last, type(last).forward)
+        try:
+            yield
+        finally:
+            model.config._attn_implementation = previous
+            if last is not None:
+                del last.forward
 
 
 def compile_layers(model: Any, *, backend: str = "inductor", mode: str | None = None) -> None:

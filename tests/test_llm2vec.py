@@ -5,7 +5,9 @@ from __future__ import annotations
 import inspect
 import json
 import re
-from collections.abc import Sequence
+import sys
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +16,7 @@ import numpy as np
 import pytest
 import torch
 from helpers import MODELS, family_tokenizer, tiny_model
-from peft import PeftModel
+from peft import PeftModel, TrainableTokensConfig, get_peft_model
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import AutoModel, LlamaModel, PreTrainedModel
@@ -316,6 +318,21 @@ def test_a_dead_adapter_is_refused(base: str, tmp_path: Path) -> None:
         LLM2Vec.from_pretrained(base, str(tmp_path))
 
 
+def test_an_adapter_of_tokens_alone_is_taken(base: str, tmp_path: Path) -> None:
+    """It has no lora_B that could be zero."""
+    adapted = get_peft_model(AutoModel.from_pretrained(base), TrainableTokensConfig(token_indices=list(range(300))))
+    with torch.no_grad():
+        for name, parameter in adapted.named_parameters():
+            if "trainable_tokens_delta" in name:
+                parameter.add_(1)
+    adapted.save_pretrained(str(tmp_path))
+    texts = ["hello", "who wrote it", "red"]
+    assert (
+        apart(encode(LLM2Vec.from_pretrained(base, str(tmp_path)), texts), encode(LLM2Vec.from_pretrained(base), texts))
+        > 0.01
+    )
+
+
 @pytest.mark.filterwarnings("ignore:Found missing adapter keys")
 def test_an_adapter_of_the_model_with_a_head_is_refused(base: str, tmp_path: Path) -> None:
     """Its keys name other modules, so it would stay at zero without a word."""
@@ -411,6 +428,37 @@ def test_a_text_that_is_given_twice_is_computed_once(model: LLM2Vec) -> None:
     assert apart(once[0], once[1]) > 0.01
 
 
+@pytest.mark.parametrize("batch_size", [0, -1])
+def test_a_batch_of_no_rows_is_refused(model: LLM2Vec, batch_size: int) -> None:
+    with pytest.raises(UserError, match=f"batch_size is {batch_size}; give a number above 0"):
+        encode(model, batch_size=batch_size)
+
+
+@pytest.mark.parametrize("pooling_mode", ["mean", "last"])
+def test_threads_may_share_a_model(pooling_mode: str) -> None:
+    """A packed pass sets the model's attention while it runs, which no other thread's pass must see."""
+    model = LLM2Vec(
+        tiny_model("llama", num_hidden_layers=6), family_tokenizer("llama"), pooling_mode, attention="bidirectional"
+    )
+    calls: list[Callable[[], Tensor]] = [
+        lambda: encode(model, ["hello world " * 40, "red " * 90]),
+        lambda: encode(model, ["green " * 70, "blue world " * 25, "who"]),
+        lambda: padded(model, ["the answer " * 30, "it"]),
+    ]
+    expected = [call() for call in calls]
+
+    def largest_difference(i: int) -> float:
+        return max(apart(calls[i](), expected[i]) for _ in range(25))
+
+    switching = sys.getswitchinterval()
+    sys.setswitchinterval(1e-5)
+    try:
+        with ThreadPoolExecutor(len(calls)) as threads:
+            assert max(threads.map(largest_difference, range(len(calls)))) < 1e-5
+    finally:
+        sys.setswitchinterval(switching)
+
+
 def test_encode_leaves_dropout_off(base: str) -> None:
     model = LLM2Vec(tiny_model("llama", attention_dropout=0.5), family_tokenizer("llama")).train()
     assert torch.equal(encode(model), encode(model))
@@ -477,6 +525,28 @@ def test_upstreams_constructor(base: str) -> None:
     """A loaded model and tokenizer, as upstream's README wraps them after merging by hand."""
     l2v = LLM2Vec(AutoModel.from_pretrained(base), family_tokenizer("llama"), pooling_mode="mean", max_length=512)
     assert torch.equal(encode(l2v), encode(LLM2Vec.from_pretrained(base, enable_bidirectional=False)))
+
+
+def test_a_constructor_that_is_told_no_attention_says_what_it_took(base: str, caplog: pytest.LogCaptureFixture) -> None:
+    """Upstream's own models are bidirectional, so whoever wraps one by hand must hear that this is not."""
+    model, tokenizer = AutoModel.from_pretrained(base), family_tokenizer("llama")
+    assert LLM2Vec(model, tokenizer, template="plain").settings.attention == "causal"
+    assert "attention: none is set, so it is causal" in caplog.text
+    caplog.clear()
+    LLM2Vec(model, tokenizer, template="plain", attention="causal")
+    model.config.is_causal = False
+    assert LLM2Vec(model, tokenizer, template="plain").settings.attention == "bidirectional"
+    assert not caplog.text
+
+
+@pytest.mark.filterwarnings("ignore:.*Already found a `peft_config` attribute")
+def test_what_the_model_cards_of_upstream_build_can_be_saved(base: str, adapters: list[str], tmp_path: Path) -> None:
+    """There transformers loads the first adapter, peft the same again; both remember it when it is long merged."""
+    model = PeftModel.from_pretrained(AutoModel.from_pretrained(adapters[0]), adapters[0]).merge_and_unload()
+    l2v = LLM2Vec(PeftModel.from_pretrained(model, adapters[1]), family_tokenizer("llama"), attention="bidirectional")
+    before = encode(l2v)
+    l2v.save(tmp_path, merge_before_save=True)
+    assert apart(encode(LLM2Vec.from_pretrained(tmp_path)), before) < 1e-5
 
 
 def test_upstreams_order_of_arguments() -> None:

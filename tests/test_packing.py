@@ -12,7 +12,7 @@ import reference
 import torch
 from helpers import MODELS, family_tokenizer, tiny_model
 from torch import Tensor, nn
-from transformers import PreTrainedModel
+from transformers import AutoConfig, AutoModel, PreTrainedModel
 from transformers.models.ernie4_5 import Ernie4_5Config, Ernie4_5Model
 from transformers.models.gemma2 import Gemma2Config, Gemma2Model
 from transformers.models.glm import GlmConfig, GlmModel
@@ -21,7 +21,7 @@ from transformers.models.helium import HeliumConfig, HeliumModel
 from transformers.models.olmo import OlmoConfig, OlmoModel
 from transformers.models.smollm3 import SmolLM3Config, SmolLM3Model
 
-from llm2vec.backbone import attach_lora, enable_checkpointing, hidden_states
+from llm2vec.backbone import attach_lora, check_attention, enable_checkpointing, hidden_states
 from llm2vec.checkpoint import EncoderSettings
 from llm2vec.llm2vec import LLM2Vec, embed, row_tokenizer
 from llm2vec.packed_attention import NAME
@@ -37,7 +37,7 @@ from llm2vec.packing import (
     starts_of,
 )
 from llm2vec.tokenization import Row
-from llm2vec.types import Attention, InstructedText, PoolingMode, TokenBatch
+from llm2vec.types import Attention, InstructedText, PoolingMode, TokenBatch, UserError
 
 IDS = [[5, 9, 12, 7, 30, 8], [11], [6, 6, 21, 40], [14, 13]]
 #: Three texts that begin alike, then two that begin alike in another way.
@@ -225,6 +225,42 @@ def test_a_window_shorter_than_a_text_and_capped_scores_are_not_packed() -> None
     assert can_pack(model, 4) and not can_pack(model, 5)
     model.config.sliding_window, model.config.attn_logit_softcapping = None, 50.0
     assert not can_pack(model, 1)
+
+
+RECURRENT: dict[str, dict[str, Any]] = {
+    "lfm2": {"layer_types": ["conv", "full_attention"] * 2},
+    "qwen3_5_text": {
+        "layer_types": ["linear_attention", "full_attention"] * 2, "linear_num_value_heads": 4,
+        "linear_num_key_heads": 2, "linear_key_head_dim": 8, "linear_value_head_dim": 8,
+    },
+    "mamba2": {"num_heads": 8, "head_dim": 8, "state_size": 16, "n_groups": 1, "expand": 2},
+}  # fmt: skip
+OTHER: dict[str, dict[str, Any]] = {
+    "gpt_oss": {"num_local_experts": 4, "num_experts_per_tok": 2, "sliding_window": 64},  # a sink in each head
+    "gpt2": {"n_embd": 32, "n_head": 4, "n_layer": 2, "n_positions": 64},  # layers under another name
+}
+
+
+@pytest.mark.parametrize("family", [*RECURRENT, *OTHER])
+@torch.no_grad()
+def test_families_that_do_more_than_attend_run_padded(family: str) -> None:
+    """Convolutions and recurrences would run on into the next text, and packed attention knows no sinks."""
+    config = AutoConfig.for_model(family, **{**SMALL, **RECURRENT.get(family, {}), **OTHER.get(family, {})})
+    torch.manual_seed(0)
+    model = AutoModel.from_config(config).eval()
+    assert not can_pack(model, 6)
+    states = packed_hidden_states(model, "causal", lengths_of(IDS), embeddings_of(model, IDS), closing_only=True)
+    expected = torch.stack([text[-1] for text in states_alone(model, "causal", IDS)])
+    torch.testing.assert_close(states, expected, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("family", ["lfm2", "qwen3_5_text"])
+def test_layers_that_only_read_forwards_cannot_be_bidirectional(family: str) -> None:
+    """Their attention obeys, so only their layers' kind tells."""
+    model = AutoModel.from_config(AutoConfig.for_model(family, **{**SMALL, **RECURRENT[family]})).eval()
+    check_attention(model, "causal")
+    with pytest.raises(UserError, match="read from left to right only"):
+        check_attention(model, "bidirectional")
 
 
 SMALL: dict[str, Any] = {
