@@ -39,7 +39,7 @@ def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--max-tokens", type=int, help="of the packed Stage I step at once; a bound on its memory")
-    parser.add_argument("--large", action="store_true", help="Stage I with 32 rows and V = 128,000: needs 24 GB")
+    parser.add_argument("--large", action="store_true", help="more rows, Stage I with V = 128,000, too: needs 24 GB")
     parser.add_argument("--pool", type=int, help="memory of a gradient-cached step with so many queries; 8192: an hour")
     parser.add_argument("--quick", action="store_true", help="tiny shapes and one round, to see that everything runs")
     parser.add_argument("--out", type=Path, help="write the table here, too")
@@ -64,7 +64,7 @@ def make_plan(device: str, *, quick: bool, large: bool) -> Plan:
         return QUICK
     if device == "cuda":
         return CUDA
-    return CPU._replace(stage_I=CPU.stage_I | LARGE) if large else CPU
+    return LARGE if large else CPU
 
 
 def main(argv: Sequence[str] | None = None) -> None:

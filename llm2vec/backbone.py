@@ -12,7 +12,8 @@ import logging
 import re
 import threading
 import warnings
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple, TypeAlias
 from weakref import WeakKeyDictionary
@@ -245,7 +246,6 @@ def one_pass(model: Any) -> threading.RLock:
     return _locks.setdefault(model.get_input_embeddings(), threading.RLock())
 
 
-@torch.no_grad()
 def check_attention(model: Backbone, attention: Attention) -> None:
     """Prove that the model attends as asked: change the last of four tokens and look at the first one's state.
 
@@ -259,20 +259,10 @@ def check_attention(model: Backbone, attention: Attention) -> None:
             f"attention: bidirectional was asked for, but {type(model).__name__} has layers ({min(forward_only)}) that "
             "read from left to right only; it can embed with causal attention."
         )
-    was_training = model.training
-    model.eval()  # torch's mode without dropout; no code is evaluated
-    dtype = next(model.parameters()).dtype
-    # FlashAttention computes in half precision only; training float32 weights with it means autocast, so the probe too.
-    flash = model.config._attn_implementation == "flash_attention_2"
-    exact = dtype in (torch.float32, torch.float64) and not flash
-    embedding: Tensor = model.get_input_embeddings().weight  # type: ignore[assignment]
-    vocabulary, device = embedding.shape[0], embedding.device
-    ids = (torch.arange(4, device=device) * 7 + 11) % vocabulary
-    rows = ids.repeat(4, 1)
-    rows[:, -1] = (torch.arange(4, device=device) * 13 + 17) % vocabulary
-    with torch.autocast(device.type, torch.bfloat16, enabled=flash and dtype == torch.float32):
+    rows = probe_tokens(model, 4).repeat(4, 1)
+    rows[:, -1] = probe_tokens(model, 8)[4:]
+    with probing(model) as exact:
         state_BTD = hidden_states(model, attention, torch.ones_like(rows), input_ids=rows).float()
-    model.train(was_training)
     moved = (state_BTD[1:, 0] - state_BTD[:1, 0]).norm(dim=-1).max()
     own = (state_BTD[1:, -1] - state_BTD[:1, -1]).norm(dim=-1).max()
     # Under causal attention the rows' first states are the same sums; half precision gets some room for kernels
@@ -283,6 +273,29 @@ def check_attention(model: Backbone, attention: Attention) -> None:
             f"attention: {attention} was asked for, but {type(model).__name__} with "
             f"attn_implementation={model.config._attn_implementation!r} does not attend that way."
         )
+
+
+@contextmanager
+def probing(model: Backbone) -> Iterator[bool]:
+    """For a short pass that proves something: no dropout, no graph. Yields whether it computes in float32 or better."""
+    was_training = model.training
+    model.eval()  # torch's mode without dropout; no code is evaluated
+    weight = next(model.parameters())
+    # FlashAttention computes in half precision only; training float32 weights with it means autocast, so the probe too.
+    flash = model.config._attn_implementation == "flash_attention_2"
+    rounds = flash and weight.dtype == torch.float32
+    try:
+        with torch.no_grad(), torch.autocast(weight.device.type, torch.bfloat16, enabled=rounds):
+            yield weight.dtype in (torch.float32, torch.float64) and not flash
+    finally:
+        model.train(was_training)
+
+
+def probe_tokens(model: Backbone, number: int) -> Tensor:
+    """So many tokens [T], no two alike, on the model's device."""
+    embedding: Tensor = model.get_input_embeddings().weight  # type: ignore[assignment]
+    vocabulary, device = embedding.shape[0], embedding.device
+    return (torch.arange(number, device=device) * 7 + 11) % vocabulary
 
 
 def add_token_rows(model: PreTrainedModel, ids: Sequence[int], seed: int) -> None:

@@ -33,6 +33,8 @@ LARGE_1B = Shape(layers=16, hidden=2048, intermediate=8192, heads=32, kv_heads=8
 TINY = Shape(layers=2, hidden=64, intermediate=128, heads=4, kv_heads=4, vocabulary=8_000)
 #: Mean and standard deviation of the tokens of a document where it does not matter how many they are.
 SHORT_DOCUMENT = (40.0, 20.0)
+#: Bytes of a block above which freed memory goes back to the system at once, where memory is measured.
+GIVE_BACK_ABOVE = 2**20
 NO_RIVAL = "sentence-transformers is not installed here"
 
 
@@ -110,8 +112,9 @@ CPU = Plan(
     growth_rows=8,
     processes=(1, 2),
 )
-#: Added by --large: the release-style step holds some 20 GB.
-LARGE = {(32, 128_000, "float32"): Must(2.7, None, 0.15)}
+#: With --large: in Stage I the release-style step holds some 20 GB, in Stage II 10.
+LARGE_STAGE_I = {(32, 128_000, "float32"): Must(2.7, None, 0.15)}
+LARGE = CPU._replace(stage_I=CPU.stage_I | LARGE_STAGE_I, cached_rows=256)
 CUDA = Plan(
     LARGE_1B,
     {(64, 128_256, "autocast"): Must(None, 0.40)},
@@ -159,15 +162,30 @@ class Options:
     max_tokens: int | None = None
 
 
-def measured(title: str, named: dict[str, Variant], rounds: int, *, warm_up: bool = True) -> tuple[Readings, str]:
+def measured(title: str, named: dict[str, Variant], rounds: int) -> tuple[Readings, str]:
     """The readings of all variants, and a note on those whose process did not survive."""
     logger.info("%s", title)
-    readings, lost = take_turns(named, rounds, warm_up=warm_up)
+    readings, lost = take_turns(named, rounds)
     return readings, "; ".join(f"{name}: {why}" for name, why in lost.items())
 
 
-def against_release(title: str, readings: Readings, lost: str, must: Must) -> list[Line]:
+def peaks(named: dict[str, Variant]) -> tuple[Readings, str]:
+    """One step of each variant for its memory alone, in processes whose peak is what is in use and not what was.
+
+    The C library otherwise keeps freed blocks for later, of which a process that makes tensors of ever other sizes has
+    twice what it needs. Giving them back at once costs time, so nothing is timed here.
+    """
+    os.environ["MALLOC_MMAP_THRESHOLD_"] = str(GIVE_BACK_ABOVE)  # read by the workers when they start
+    try:
+        readings, lost = take_turns(named, rounds=1, warm_up=False)
+    finally:
+        del os.environ["MALLOC_MMAP_THRESHOLD_"]
+    return readings, "; ".join(f"{name}: {why}" for name, why in lost.items())
+
+
+def against_release(title: str, named: dict[str, Variant], readings: Readings, lost: str, must: Must) -> list[Line]:
     """Time, share of the matrix products' speed, and memory of the packed step beside the release-style one's."""
+    memory, lost_for_memory = peaks({name: named[name] for name in ("packed", "release")})
     share = ratios(readings, "release", "matrix product", "rate")
     release_share = f"release-style {np.median(share):.2f}" if share else lost
     return [
@@ -176,8 +194,8 @@ def against_release(title: str, readings: Readings, lost: str, must: Must) -> li
         Line(f"{title}: useful FLOPs over the matrix products' (MFU)",
              ratios(readings, "packed", "matrix product", "rate"), must.of_peak, note=release_share),
         Line(f"{title}: peak memory above the weights, release-style = 1",
-             ratios(readings, "packed", "release", "memory"), at_most=must.memory,
-             note=megabytes(readings, "packed", "release")),
+             ratios(memory, "packed", "release", "memory"), at_most=must.memory,
+             note=lost_for_memory or megabytes(memory, "packed", "release")),
     ]  # fmt: skip
 
 
@@ -204,7 +222,7 @@ def stage_I(options: Options, plan: Plan) -> list[Line]:
             "matrix product": Variant(variants.matrix_product, case),
         }
         readings, lost = measured(title, named, options.rounds)
-        lines += against_release(title, readings, lost, must)
+        lines += against_release(title, named, readings, lost, must)
     return lines
 
 
@@ -227,7 +245,7 @@ def stage_II(options: Options, plan: Plan) -> list[Line]:
             if rival:
                 named["sentence-transformers"] = Variant(variants.sentence_transformers_stage_II, case)
             readings, lost = measured(title, named, options.rounds)
-            lines += against_release(title, readings, lost, Must(times))
+            lines += against_release(title, named, readings, lost, Must(times))
             lines += _beside_release(title, readings, plan, rival)
             lines.append(_cached_memory(case, plan))
     return lines
@@ -259,7 +277,8 @@ def _cached_memory(case: Case, plan: Plan) -> Line:
         "cached": Variant(variants.packed_stage_II, replace(many, max_tokens=plan.cache_tokens)),
         "release": Variant(variants.release_stage_II, many),
     }
-    readings, lost = measured(title, named, rounds=1, warm_up=False)
+    logger.info("%s", title)
+    readings, lost = peaks(named)
     return Line(
         f"{title}: peak memory above the weights, release-style = 1",
         ratios(readings, "cached", "release", "memory"),
@@ -271,8 +290,7 @@ def _cached_memory(case: Case, plan: Plan) -> Line:
 def pool(options: Options, plan: Plan, queries: int) -> list[Line]:
     """Memory of a gradient-cached step with a large pool of in-batch negatives against one with 64 queries.
 
-    Over short documents, as a micro-batch has as many tokens whatever the length, and a large pool takes long. The C
-    library is told to give large freed blocks back at once; else the process keeps what the vectors' gradients took.
+    Over short documents, as a micro-batch has as many tokens whatever the length, and a large pool takes long.
     """
     mean, deviation = SHORT_DOCUMENT
     title = f"Stage II, cached gradients, {queries:,} queries, documents of {mean:.0f} tokens"
@@ -284,11 +302,8 @@ def pool(options: Options, plan: Plan, queries: int) -> list[Line]:
         "small": Variant(variants.packed_stage_II, case),
         "large": Variant(variants.packed_stage_II, replace(case, rows=queries)),
     }
-    os.environ["MALLOC_MMAP_THRESHOLD_"] = str(2**22)  # read by the workers when they start
-    try:
-        readings, lost = measured(title, named, rounds=1, warm_up=False)
-    finally:
-        del os.environ["MALLOC_MMAP_THRESHOLD_"]
+    logger.info("%s", title)
+    readings, lost = peaks(named)
     return [
         Line(f"{title}: peak memory of the process, 64 queries = 1",
              ratios(readings, "large", "small", "whole_memory"), at_most=plan.pool_memory,
@@ -342,6 +357,8 @@ class GrowthPoint(NamedTuple):
     value: int
     variant: str
     readings: list[Reading]
+    #: Of a step that was run for its memory; none if the process did not survive.
+    memory: list[Reading]
 
 
 def growth(options: Options, plan: Plan) -> list[GrowthPoint]:
@@ -363,7 +380,8 @@ def growth(options: Options, plan: Plan) -> list[GrowthPoint]:
                 "release-style": Variant(variants.release_stage_I, case),
             }
             readings, _ = measured(f"Growth: {axis} {value:,}", named, options.rounds)
-            points += [GrowthPoint(axis, value, name, of_one) for name, of_one in readings.items()]
+            memory, _ = peaks(named)
+            points += [GrowthPoint(axis, value, name, readings[name], memory[name]) for name in named]
     return points
 
 
@@ -374,7 +392,7 @@ def growth_lines(points: Sequence[GrowthPoint]) -> list[Line]:
             f"Stage I, {point.variant}, {point.axis} {point.value:,}: tokens a second",
             [reading.speed for reading in point.readings],
             digits=0,
-            note=megabytes({"": point.readings}, ""),
+            note=megabytes({"": point.memory}, ""),
         )
         for point in points
     ]
@@ -392,10 +410,10 @@ def growth_figure(points: Sequence[GrowthPoint]) -> Figure:
     panels = figure.subplots(2, len(axes_names), squeeze=False, sharex="col")
     for column, name in enumerate(axes_names):
         for variant, colour in (("packed", "#D55E00"), ("release-style", "#0072B2")):
-            chosen = [p for p in points if p.axis == name and p.variant == variant and p.readings]
+            chosen = [p for p in points if p.axis == name and p.variant == variant and p.readings and p.memory]
             at = [p.value for p in chosen]
             speeds = [[reading.speed for reading in p.readings] for p in chosen]
-            memory = [max(reading.memory for reading in p.readings) / 1e6 for p in chosen]
+            memory = [p.memory[0].memory / 1e6 for p in chosen]
             upper, lower = panels[0][column], panels[1][column]
             upper.plot(at, [statistics.median(s) for s in speeds], "o-", color=colour, markersize=4, label=variant)
             upper.fill_between(at, [min(s) for s in speeds], [max(s) for s in speeds], color=colour, alpha=0.15)

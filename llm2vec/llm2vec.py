@@ -29,7 +29,7 @@ from llm2vec.checkpoint import (
     resolve_chain,
     save_checkpoint,
 )
-from llm2vec.packing import pack_rows, packed_hidden_states
+from llm2vec.packing import check_packing, pack_rows, packed_hidden_states
 from llm2vec.pooling import pool, pool_packed
 from llm2vec.stock_form import stock_model
 from llm2vec.templates import infer_template
@@ -180,6 +180,7 @@ class LLM2Vec(nn.Module):
         if device_map is None and model.config._attn_implementation == "flash_attention_2":
             model.to("cuda")  # type: ignore[arg-type]  # where `encode` would move it, and the only place this attention runs
         check_attention(model, settings.attention)
+        check_packing(model, settings.attention)
         loaded = cls(model, tokenizer, **dataclasses.asdict(settings))
         loaded.placed = device_map is not None
         if recorded and loaded.settings == EncoderSettings(**{**recorded, **parents}):

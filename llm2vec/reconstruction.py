@@ -31,7 +31,7 @@ from llm2vec.json_text import parse_object
 from llm2vec.llm2vec import check_rendering, embed, parse_dtype, row_tokenizer, with_template
 from llm2vec.llm2vec_q2d_d2q import BidirectionalReconstruction
 from llm2vec.losses import CrossEntropy, linear_cross_entropy
-from llm2vec.packing import pack_rows
+from llm2vec.packing import check_packing, pack_rows
 from llm2vec.tokenization import Row, RowTokenizer
 from llm2vec.types import InstructedText, TextSide, UserError
 
@@ -171,6 +171,7 @@ def load_reconstructor(
     objective = BidirectionalReconstruction(model, settings, target=trained.get("target", "counterpart"))
     for attention in (settings.attention, "causal"):
         check_attention(objective.decoder, attention)
+    check_packing(objective.decoder, settings.attention)
     return Reconstructor(objective, rows)
 
 

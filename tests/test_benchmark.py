@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from llm2vec.bench_measure import Line, Meter, Reading, Readings, Variant, Work, measure, ratios, table, take_turns
 from llm2vec.bench_reference import pad, release_stage_I_loss, release_stage_II_loss
-from llm2vec.bench_sections import QUICK, GrowthPoint, growth_figure, growth_lines, lowest_cosine
+from llm2vec.bench_sections import QUICK, GrowthPoint, growth_figure, growth_lines, lowest_cosine, peaks
 from llm2vec.bench_variants import (
     LOSS_SCALE,
     Case,
@@ -215,6 +215,26 @@ def idle(case: str) -> Work:
     return Work(step, "cpu", [1.0], [1])
 
 
+def leaves_holes(_: None) -> Work:
+    """Never more than 80 MB in use: what comes last would fit into the holes that are left, were it not larger."""
+
+    def step(index: int) -> None:
+        torch.ones(30_000_000, dtype=torch.uint8)  # once one of a size is freed, the C library keeps what is smaller
+        blocks: list[Tensor | None] = [torch.ones(2_000_000, dtype=torch.uint8) for _ in range(40)]
+        blocks[::2] = [None] * 20
+        blocks += [torch.ones(3_000_000, dtype=torch.uint8) for _ in range(10)]
+
+    return Work(step, "cpu", [1.0], [1])
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(sys.platform != "linux", reason="the variable is the GNU C library's")
+def test_peaks_are_of_what_is_in_use() -> None:
+    readings, lost = peaks({"holes": Variant(leaves_holes, None)})
+    assert readings["holes"][0].memory == pytest.approx(80e6, rel=0.1) and not lost
+    assert "MALLOC_MMAP_THRESHOLD_" not in os.environ
+
+
 @pytest.mark.slow
 def test_variants_take_turns_and_a_lost_one_is_said(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("OMP_NUM_THREADS", "1")
@@ -257,13 +277,13 @@ def test_table() -> None:
 
 def test_growth_is_listed_and_drawn(tmp_path: Path) -> None:
     points = [
-        GrowthPoint("rows", rows, name, [reading(1.0 / rows, 10**6 * rows), reading(2.0 / rows, 10**6)])
+        GrowthPoint("rows", rows, name, [reading(1.0 / rows), reading(2.0 / rows)], [reading(memory=10**6 * rows)])
         for rows in (4, 8)
         for name in ("packed", "release-style")
     ]
     assert growth_lines(points)[0].values == [20.0, 10.0]
     assert growth_lines(points)[2].note == "8 MB"
-    figure = growth_figure([*points, GrowthPoint("rows", 16, "release-style", [])])
+    figure = growth_figure([*points, GrowthPoint("rows", 16, "release-style", [], [])])
     upper, lower = figure.axes
     assert [list(line.get_xdata()) for line in upper.lines] == [[4, 8], [4, 8]]
     assert list(lower.lines[0].get_ydata()) == [4.0, 8.0]

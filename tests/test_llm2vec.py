@@ -169,9 +169,10 @@ def test_from_pretrained_checks_the_attention(base: str, monkeypatch: pytest.Mon
         return obeys(self, *arguments, **keywords)
 
     monkeypatch.setattr(LlamaModel, "forward", deaf)
-    LLM2Vec.from_pretrained(base, enable_bidirectional=False)
     with pytest.raises(UserError, match="bidirectional"):
         LLM2Vec.from_pretrained(base)
+    with pytest.raises(UserError, match="cannot be laid end to end"):  # packed attention would not hear of it either
+        LLM2Vec.from_pretrained(base, enable_bidirectional=False)
 
 
 def test_the_check_leaves_dropout_and_mode_alone() -> None:

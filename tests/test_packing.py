@@ -27,6 +27,7 @@ from llm2vec.llm2vec import LLM2Vec, embed, row_tokenizer
 from llm2vec.packed_attention import NAME
 from llm2vec.packing import (
     can_pack,
+    check_packing,
     checkpoint_contexts,
     pack_rows,
     packed,
@@ -252,6 +253,25 @@ def test_families_that_do_more_than_attend_run_padded(family: str) -> None:
     states = packed_hidden_states(model, "causal", lengths_of(IDS), embeddings_of(model, IDS), closing_only=True)
     expected = torch.stack([text[-1] for text in states_alone(model, "causal", IDS)])
     torch.testing.assert_close(states, expected, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("attention", ["causal", "bidirectional"])
+def test_a_family_that_attends_in_a_way_of_its_own_is_refused(attention: Attention) -> None:
+    """Doge leaves keys out by their values, which its config does not say."""
+    config = AutoConfig.for_model("doge", **{**SMALL, "keep_window_size": 2})
+    torch.manual_seed(0)
+    with pytest.raises(UserError, match="DogeModel computes more than attention over the text's own tokens"):
+        check_packing(AutoModel.from_config(config), attention)
+
+
+@pytest.mark.parametrize("family", MODELS)
+@pytest.mark.parametrize("attention", ["causal", "bidirectional"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_the_families_that_are_trained_pass(family: str, attention: Attention, dtype: torch.dtype) -> None:
+    """Also where the texts' states are the more alike for random weights, and mode and gradients stay."""
+    model = tiny_model(family).to(dtype).train()
+    check_packing(model, attention)
+    assert model.training and torch.is_grad_enabled()
 
 
 @pytest.mark.parametrize("family", ["lfm2", "qwen3_5_text"])
