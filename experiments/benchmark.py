@@ -24,7 +24,7 @@ from transformers.utils import logging as transformers_logging
 
 from llm2vec import bench_sections as sections
 from llm2vec.bench_measure import Line, surroundings, table, worker_environment
-from llm2vec.bench_processes import speed_over_processes
+from llm2vec.bench_processes import process_lines, speed_over_processes
 from llm2vec.bench_sections import CPU, CUDA, LARGE, QUICK, Options, Plan
 from llm2vec.types import UserError
 
@@ -77,6 +77,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     plan = make_plan(args.device, quick=args.quick, large=args.large)
     options = Options(args.device, 1 if args.quick else args.rounds, args.max_tokens)
     lines: list[Line] = []
+    speeds: dict[int, list[float]] = {}
     if "stage_I" in args.only:
         lines += sections.stage_I(options, plan)
     if "stage_II" in args.only:
@@ -88,11 +89,9 @@ def main(argv: Sequence[str] | None = None) -> None:
     if "growth" in args.only:
         points = sections.growth(options, plan)
         lines += sections.growth_lines(points)
-        if args.plot is not None:
-            sections.growth_figure(points).savefig(args.plot)
     if "processes" in args.only:
         counts = [n for n in plan.processes if args.device == "cpu" or n <= torch.cuda.device_count()]
-        lines += speed_over_processes(
+        speeds = speed_over_processes(
             plan.shape,
             Path(__file__).with_name("run_stage_I.py"),
             counts,
@@ -100,6 +99,9 @@ def main(argv: Sequence[str] | None = None) -> None:
             rounds=options.rounds,
             on_cpu=args.device == "cpu",
         )
+        lines += process_lines(speeds, plan.growth_rows)
+    if args.plot is not None:
+        sections.growth_figure(points, speeds).savefig(args.plot)
     text = f"{where}\n\n{plan.describe(options.rounds)}\n\n{table(lines)}\n"
     print(text, end="")
     if args.out is not None:

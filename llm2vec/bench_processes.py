@@ -1,6 +1,7 @@
 """How training speed grows with the number of processes: Stage I by the ordinary script, under torchrun.
 
-    lines = speed_over_processes(plan.shape, script, (1, 2), rows=8, rounds=3, on_cpu=True)
+    speeds = speed_over_processes(plan.shape, script, (1, 2), rows=8, rounds=3, on_cpu=True)
+    lines = process_lines(speeds, rows=8)
 
 Each process has one thread (or one card) and as many rows a step as the others, so that twice as many do twice the work
 in the same time where exchanging gradients costs nothing. Run by `experiments/benchmark.py`.
@@ -36,13 +37,13 @@ NUM_STEPS, NUM_WARM_UP = 6, 2
 
 def speed_over_processes(
     shape: Shape, script: Path, counts: Sequence[int], *, rows: int, rounds: int, on_cpu: bool
-) -> list[Line]:
-    """Tokens a second of a training run with so many processes; the runs take turns.
+) -> dict[int, list[float]]:
+    """Tokens a second of a training run with so many processes, in each round; the runs take turns.
 
     Args:
         shape: of the model.
         script: `experiments/run_stage_I.py`.
-        counts: numbers of processes; the first is what the others are compared with.
+        counts: numbers of processes.
         rows: of a process, a step.
         rounds: how often all of them run.
         on_cpu: not on an accelerator, even where there is one.
@@ -59,13 +60,18 @@ def speed_over_processes(
             for count in counts:
                 output = folder / f"{count}-{turn}"
                 speeds[count].append(_speed_of_run(folder, output, script, count, rows, on_cpu))
-    first = counts[0]
+    return speeds
+
+
+def process_lines(speeds: dict[int, list[float]], rows: int) -> list[Line]:
+    """The speeds as lines of the table, each compared with the first."""
+    first = next(iter(speeds))
     lines = []
-    for count in counts:
-        share = [speed * first / (count * alone) for speed, alone in zip(speeds[count], speeds[first], strict=True)]
+    for count, of_count in speeds.items():
+        share = [speed * first / (count * alone) for speed, alone in zip(of_count, speeds[first], strict=True)]
         beside = "" if count == first else f"of {count} times one's speed: {min(share):.2f} to {max(share):.2f}"
         title = f"Stage I as trained, {count} process(es), {rows} rows each: tokens a second"
-        lines.append(Line(title, speeds[count], digits=0, note=beside))
+        lines.append(Line(title, of_count, digits=0, note=beside))
     return lines
 
 

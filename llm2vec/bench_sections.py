@@ -24,6 +24,7 @@ from llm2vec.bench_measure import Line, Reading, Readings, Variant, ratios, take
 from llm2vec.bench_variants import Case, EncodeCase, Precision, Shape
 
 if TYPE_CHECKING:
+    from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
 logger = logging.getLogger(__name__)
@@ -113,7 +114,7 @@ CPU = Plan(
     processes=(1, 2),
 )
 #: With --large: in Stage I the release-style step holds some 20 GB, in Stage II 10.
-LARGE_STAGE_I = {(32, 128_000, "float32"): Must(2.7, None, 0.15)}
+LARGE_STAGE_I: dict[tuple[int, int, Precision], Must] = {(32, 128_000, "float32"): Must(2.7, None, 0.15)}
 LARGE = CPU._replace(stage_I=CPU.stage_I | LARGE_STAGE_I, cached_rows=256)
 CUDA = Plan(
     LARGE_1B,
@@ -330,15 +331,24 @@ def encode(options: Options, plan: Plan) -> list[Line]:
     with tempfile.TemporaryDirectory() as folder:
         variants.write_model(Path(folder), plan.shape)
         for title, dtype, name, must in titles:
-            case = EncodeCase(folder, kinds[name], dtype, options.device)
+            case = EncodeCase(folder, plan.shape, kinds[name], dtype, options.device)
             named = {
                 "ours": Variant(variants.encode_ours, case),
                 "theirs": Variant(variants.encode_sentence_transformers, case),
+                "matrix product": Variant(variants.matrix_product, Case(plan.shape, 1, dtype, options.device)),
             }
             readings, lost = measured(title, named, options.rounds)
             note = lost or f"{readings['ours'][0].tokens:,} tokens; lowest cosine {lowest_cosine(readings):.7f}"
             times = ratios(readings, "theirs", "ours", "seconds")
-            lines.append(Line(f"{title}: times sentence-transformers", times, must, note=note))
+            of_peak = {one: ratios(readings, one, "matrix product", "rate") for one in ("ours", "theirs")}
+            lines += [
+                Line(f"{title}: times sentence-transformers", times, must, note=note),
+                Line(
+                    f"{title}: useful FLOPs over the matrix products'",
+                    of_peak["ours"],
+                    note=f"sentence-transformers {np.median(of_peak['theirs']):.2f}" if of_peak["theirs"] else lost,
+                ),
+            ]
     return lines
 
 
@@ -398,16 +408,22 @@ def growth_lines(points: Sequence[GrowthPoint]) -> list[Line]:
     ]
 
 
-def growth_figure(points: Sequence[GrowthPoint]) -> Figure:
-    """Above, tokens a second (median, and band from lowest to highest); below, peak memory above the weights."""
+def growth_figure(points: Sequence[GrowthPoint], over_processes: dict[int, list[float]]) -> Figure:
+    """Above, tokens a second (median, and band from lowest to highest); below, peak memory above the weights.
+
+    Args:
+        points: a column for each of their axes.
+        over_processes: number of processes -> tokens a second of all of them; empty = no such column.
+    """
     # Here and not above: every worker imports what stands above, and matplotlib is large.
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
     axes_names = list(dict.fromkeys(point.axis for point in points))
-    figure = Figure(figsize=(4.2 * len(axes_names), 7), dpi=150, layout="constrained")
+    columns = len(axes_names) + bool(over_processes)
+    figure = Figure(figsize=(4.2 * columns, 7), dpi=150, layout="constrained")
     FigureCanvasAgg(figure)
-    panels = figure.subplots(2, len(axes_names), squeeze=False, sharex="col")
+    panels = figure.subplots(2, columns, squeeze=False, sharex="col")
     for column, name in enumerate(axes_names):
         for variant, colour in (("packed", "#D55E00"), ("release-style", "#0072B2")):
             chosen = [p for p in points if p.axis == name and p.variant == variant and p.readings and p.memory]
@@ -415,16 +431,30 @@ def growth_figure(points: Sequence[GrowthPoint]) -> Figure:
             speeds = [[reading.speed for reading in p.readings] for p in chosen]
             memory = [p.memory[0].memory / 1e6 for p in chosen]
             upper, lower = panels[0][column], panels[1][column]
-            upper.plot(at, [statistics.median(s) for s in speeds], "o-", color=colour, markersize=4, label=variant)
-            upper.fill_between(at, [min(s) for s in speeds], [max(s) for s in speeds], color=colour, alpha=0.15)
+            _draw_speeds(upper, at, speeds, colour, variant)
             lower.plot(at, memory, "o-", color=colour, markersize=4, label=variant)
         lower.set_xlabel(name)
-        for axes in (upper, lower):
-            axes.set_xscale("log", base=2)
-            axes.set_ylim(bottom=0)
-            axes.grid(axis="y", color="#dddddd", linewidth=0.8)
-            axes.spines[["top", "right"]].set_visible(False)
+    if over_processes:
+        upper, lower = panels[0][-1], panels[1][-1]
+        counts, speeds = list(over_processes), list(over_processes.values())
+        _draw_speeds(upper, counts, speeds, "#D55E00", "packed, torchrun")
+        alone = statistics.median(speeds[0]) / counts[0]
+        upper.plot(counts, [alone * count for count in counts], "--", color="#888888", label="as many times one's")
+        upper.set_xlabel("processes, as many rows each")
+        upper.tick_params(labelbottom=True)
+        upper.legend(frameon=False)
+        lower.set_axis_off()
+    for axes in panels.flat:
+        axes.set_xscale("log", base=2)
+        axes.set_ylim(bottom=0)
+        axes.grid(axis="y", color="#dddddd", linewidth=0.8)
+        axes.spines[["top", "right"]].set_visible(False)
     panels[0][0].set_ylabel("tokens a second")
     panels[1][0].set_ylabel("peak memory above the weights, MB")
     panels[0][0].legend(frameon=False)
     return figure
+
+
+def _draw_speeds(axes: Axes, at: Sequence[int], speeds: Sequence[Sequence[float]], colour: str, label: str) -> None:
+    axes.plot(at, [statistics.median(s) for s in speeds], "o-", color=colour, markersize=4, label=label)
+    axes.fill_between(at, [min(s) for s in speeds], [max(s) for s in speeds], color=colour, alpha=0.15)

@@ -125,9 +125,10 @@ class Case:
 
 @dataclass(frozen=True)
 class EncodeCase:
-    """[instruction, text] pairs, and the folder of the model that encodes them."""
+    """[instruction, text] pairs, and the model that encodes them: its folder and its sizes."""
 
     folder: str
+    shape: Shape
     pairs: tuple[tuple[str, str], ...]
     dtype: Literal["float32", "bfloat16"] = "float32"
     device: str = "cpu"
@@ -257,13 +258,13 @@ def encode_ours(case: EncodeCase) -> Work:
         instruction_join="; ",
         torch_dtype=case.dtype,
     )
-    tokens = int(sum(len(row.ids) for row in model.row_tokenizer.rows(as_instructed(case.pairs))))
+    lengths = [len(row.ids) for row in model.row_tokenizer.rows(as_instructed(case.pairs))]
 
     def step(_: int) -> Tensor:
         vectors = model.encode(case.pairs, batch_size=ENCODE_BATCH, show_progress_bar=False, device=case.device)
         return torch.as_tensor(vectors)
 
-    return Work(step, case.device, [0.0], [tokens])
+    return _encoding_work(case, step, lengths)
 
 
 def encode_sentence_transformers(case: EncodeCase) -> Work:
@@ -271,13 +272,18 @@ def encode_sentence_transformers(case: EncodeCase) -> Work:
     model = sentence_transformer(case.folder, getattr(torch, case.dtype), case.device)
     header = "<|start_header_id|>user<|end_header_id|>\n\n"
     texts = [f"{header}{render_instruction(i, '; ')}{text}<|eot_id|>" for i, text in case.pairs]
-    tokens = sum(len(ids) for ids in model.tokenizer(texts)["input_ids"])
+    lengths = [len(ids) for ids in model.tokenizer(texts)["input_ids"]]
 
     def step(_: int) -> Tensor:
         vectors: Tensor = model.encode(texts, batch_size=ENCODE_BATCH, convert_to_tensor=True, show_progress_bar=False)
         return vectors
 
-    return Work(step, case.device, [0.0], [tokens])
+    return _encoding_work(case, step, lengths)
+
+
+def _encoding_work(case: EncodeCase, step: Callable[[int], Tensor], lengths: Sequence[int]) -> Work:
+    forward = useful_flops(case.shape, lengths) / 3  # of a training step's three thirds
+    return Work(step, case.device, [forward], [sum(lengths)])
 
 
 def random_words() -> list[str]:

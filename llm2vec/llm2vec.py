@@ -296,7 +296,7 @@ class LLM2Vec(nn.Module):
             self.model = self.model.merge_and_unload()
             # Where transformers loaded an adapter itself, it would save as if that were not merged but still there.
             self.model._hf_peft_config_loaded = False
-            self.model._weight_conversions = None
+            self.model._weight_conversions = None  # type: ignore[assignment]
             self.settings = dataclasses.replace(self.settings, parent_adapters=None)
         run = {"probe_ids": probe_ids(self.row_tokenizer)}
         save_checkpoint(Path(output_path), self.model, self.tokenizer, self.settings if save_config else None, run)

@@ -283,10 +283,13 @@ def test_growth_is_listed_and_drawn(tmp_path: Path) -> None:
     ]
     assert growth_lines(points)[0].values == [20.0, 10.0]
     assert growth_lines(points)[2].note == "8 MB"
-    figure = growth_figure([*points, GrowthPoint("rows", 16, "release-style", [], [])])
-    upper, lower = figure.axes
+    points.append(GrowthPoint("rows", 16, "release-style", [], []))
+    assert len(growth_figure(points, {}).axes) == 2
+    figure = growth_figure(points, {1: [10.0, 12.0], 2: [20.0, 18.0]})
+    upper, over_processes, lower, _ = figure.axes
     assert [list(line.get_xdata()) for line in upper.lines] == [[4, 8], [4, 8]]
     assert list(lower.lines[0].get_ydata()) == [4.0, 8.0]
+    assert [list(line.get_ydata()) for line in over_processes.lines] == [[11.0, 19.0], [11.0, 22.0]]
     figure.savefig(tmp_path / "growth.svg")
     assert (tmp_path / "growth.svg").stat().st_size > 1000
 
@@ -308,7 +311,7 @@ def test_the_script_measures_and_writes_everything(tmp_path: Path) -> None:
     assert "1 thread(s)" in finished.stdout
     rows = [line for line in finished.stdout.splitlines() if line.startswith("| ") and "---" not in line]
     assert (
-        len(rows) == 3 + 6 + 2 + 2 + 2 * sum(len(values) for values in QUICK.growth.values()) + len(QUICK.processes) + 1
+        len(rows) == 3 + 6 + 2 + 4 + 2 * sum(len(values) for values in QUICK.growth.values()) + len(QUICK.processes) + 1
     )
     assert "not measured" not in finished.stdout
     cosines = [float(line.split("lowest cosine ")[1].split()[0]) for line in rows if "lowest cosine" in line]
