@@ -39,6 +39,7 @@ def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
     which.add_argument("--task_name", help="one task of mteb, or a folder in --local_data_dir")
     which.add_argument("--tasks", nargs="+", help="tasks, subset15, mteb56, beir14, benchmarks such as 'MTEB(eng, v2)'")
     parser.add_argument("--task_to_instructions_fp", help="default: the paper's for our models, none for others")
+    parser.add_argument("--template", help="how our models' texts are written (default: the model's own)")
     parser.add_argument("--output_dir", default="results")
     parser.add_argument("--local_data_dir", help="read data sets from here, not from the hub")
     parser.add_argument("--batch_size", type=int, default=32)
@@ -83,6 +84,7 @@ def run(args: argparse.Namespace) -> None:
         args.base_model_name_or_path,
         tuple(args.peft_model_name_or_path),
         instructions_file=args.task_to_instructions_fp,
+        template=args.template,
         max_length=args.max_length,
         torch_dtype=args.torch_dtype,
         attn_implementation=args.attn_implementation,

@@ -54,6 +54,10 @@ INCOMPLETE_MARKER = ".incomplete"
 WRITING_PREFIX = ".writing-"
 #: Bytes at the end of a weights file that tell it from others of its size.
 TAIL_BYTES = 1 << 20
+#: Files that a loader takes for a folder's weights, or that say where to look for them.
+WEIGHTS_FILES = (
+    "adapter_config.json", "adapter_model*.safetensors", "model*.safetensors", "model.safetensors.index.json",
+)  # fmt: skip
 PACKAGES = ("torch", "transformers", "peft", "accelerate", "datasets", "tokenizers", "llm2vec")
 
 
@@ -305,7 +309,7 @@ def save_checkpoint(
     run: dict[str, Any] | None = None,
     state: dict[str, Tensor] | None = None,
 ) -> None:
-    """Write a checkpoint into `folder`, over one that may be there; other files in it are left alone.
+    """Write a checkpoint into `folder`, over one that may be there, whose weights go; other files in it are left alone.
 
     Args:
         folder: made if missing.
@@ -337,11 +341,24 @@ def save_checkpoint(
         parents = {} if settings is None else {"parent_weights": _parent_weights(settings)}
         write_json(staging / RUN_FILE, {**(run or {}), **environment(), **parents, "files": sizes})
         (folder / INCOMPLETE_MARKER).touch()
+        for old in _weights_in(folder) if not _is_base_of(folder, model) else ():
+            if not (staging / old.name).exists():  # an adapter's, a full model's, or a shard more: it would be loaded
+                old.unlink()
         for file in staging.iterdir():
             file.replace(folder / file.name)
         (folder / INCOMPLETE_MARKER).unlink()
     finally:
         shutil.rmtree(staging, ignore_errors=True)
+
+
+def _weights_in(folder: Path) -> list[Path]:
+    return [file for pattern in WEIGHTS_FILES for file in folder.glob(pattern)]
+
+
+def _is_base_of(folder: Path, model: Backbone) -> bool:
+    """Whether a folder holds what the model is an adapter of."""
+    base = model.active_peft_config.base_model_name_or_path if isinstance(model, PeftModel) else None
+    return base is not None and folder.resolve() == Path(base).resolve()
 
 
 @torch.no_grad()
@@ -408,8 +425,8 @@ def check_weights(folder: Path, state: dict[str, Tensor]) -> None:
 
 
 def write_sums(folder: Path) -> None:
-    """Write `SHA256SUMS` over all files of a folder, last of all and only when they have reached the disk."""
-    files = sorted(file for file in folder.iterdir() if file.name != SUMS_FILE)
+    """Write `SHA256SUMS` over all files of a folder but hidden ones, last of all, when they have reached the disk."""
+    files = sorted(_summed(folder))
     with ThreadPoolExecutor() as pool:  # a sum is taken outside the interpreter's lock
         sums = list(pool.map(_sum_on_disk, files))
     file = folder / SUMS_FILE
@@ -427,7 +444,7 @@ def check_sums(folder: Path) -> None:
         raise UserError(f"{folder} has no {SUMS_FILE}, so it was cut short while it was written.")
     lines = (folder / SUMS_FILE).read_text(encoding="utf-8", errors="replace").split("\n")
     expected = {name: sum_ for sum_, _, name in (line.partition("  ") for line in lines if line)}
-    files = [file for file in folder.iterdir() if not file.name.startswith(".") and file.name != SUMS_FILE]
+    files = _summed(folder)
     odd = sorted(expected.keys() ^ {file.name for file in files})
     if odd:
         raise UserError(f"{folder}: {odd[0]} is {'missing' if odd[0] in expected else f'not in {SUMS_FILE}'}.")
@@ -436,6 +453,11 @@ def check_sums(folder: Path) -> None:
     changed = sorted(name for name in expected if expected[name] != actual[name])
     if changed:
         raise UserError(f"{folder}: {changed[0]} is not what was written, by its SHA-256.")
+
+
+def _summed(folder: Path) -> list[Path]:
+    """A network disk and a desktop leave hidden files of their own."""
+    return [file for file in folder.iterdir() if not file.name.startswith(".") and file.name != SUMS_FILE]
 
 
 def sha256(file: Path) -> str:

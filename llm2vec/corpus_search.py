@@ -14,6 +14,7 @@ from torch import Tensor
 
 from llm2vec.revision import hash_of
 from llm2vec.search import Similarity, blocks, from_keys, rerank, top_k
+from llm2vec.types import UserError
 
 Side = Literal["query", "document"]
 Results = dict[str, dict[str, float]]
@@ -70,14 +71,20 @@ class CorpusSearch:
         }
 
     def rerank(self, top_ranked: Mapping[str, list[str]], k: int) -> Results:
-        """Query -> document -> score, of the documents listed for each query; the vectors of all those are held."""
+        """Query -> document -> score, of the documents listed for each query; the vectors of all those are held.
+
+        Raises:
+            UserError: A listed document is not in the corpus.
+        """
         listed = {document for query in self._names for document in top_ranked.get(query, ())}
         chosen = self.corpus.select([row for row, document in enumerate(self.corpus["id"]) if document in listed])
         results: Results = {query: {} for query in self._names}
         if not listed:
             return results
-        documents_ND = torch.cat([self._document_vectors(chosen, block) for block in blocks(len(chosen))])
         row_of_document = {document: row for row, document in enumerate(chosen["id"])}
+        if lost := listed - row_of_document.keys():
+            raise UserError(f"The corpus lacks documents that are listed for reranking: {', '.join(sorted(lost)[:3])}.")
+        documents_ND = torch.cat([self._document_vectors(chosen, block) for block in blocks(len(chosen))])
         pairs = sorted(zip(self._row_of_query, self._names, strict=True), key=lambda pair: pair[0])
         candidates = ((row, query, top_ranked[query]) for row, query in pairs if top_ranked.get(query))
         queries_QD = self._query_vectors()

@@ -190,7 +190,6 @@ class TrainingRows(Dataset[Example]):
         self.drawn_anew = False
         self.files = find_files(folder, sources)
         self.sources = list(sources)
-        self.num_negatives = num_negatives
         self.symmetric_instructions = symmetric_instructions
         self._tables = [read_rows(file, num_negatives, with_scores, texts_alone) for file in self.files]
         for file, table in zip(self.files, self._tables, strict=True):
@@ -257,13 +256,16 @@ def find_files(folder: Path, sources: Sequence[Source]) -> list[Path]:
     """The sources' files in `folder`.
 
     Raises:
-        UserError: the folder or a file is not there; says what was looked for and where to get it.
+        UserError: the folder or a file is not there; says what was looked for and, of the paper's sources, where to
+            get it.
     """
     files = [folder / source.file for source in sources]
     missing = [file.name for file in files if not file.is_file()]
     if missing:
         what = f"lacks {', '.join(missing)}" if folder.is_dir() else f"is not a folder (wanted: {', '.join(missing)})"
-        raise UserError(f"dataset_file_path: {folder} {what}; {ARCHIVE_HINT}.")
+        of_archive = {(source.name, source.file) for source in e5_sources()}
+        hint = f"; {ARCHIVE_HINT}" if {(source.name, source.file) for source in sources} <= of_archive else ""
+        raise UserError(f"dataset_file_path: {folder} {what}{hint}.")
     return files
 
 
@@ -379,6 +381,15 @@ def _check_text(text: Any, field: str, present: bool, where: str) -> None:
         raise UserError(f"{where}: `{field}` must be text, not a {type(text).__name__}.")
     if not text.strip():
         raise UserError(f"{where}: `{field}` is empty.")
+    check_unicode(text, field, where)
+
+
+def check_unicode(text: str, field: str, where: str) -> None:
+    """Refuse what JSON can write and UTF-8 cannot.
+
+    Raises:
+        UserError: half a surrogate pair; begins with `where`.
+    """
     if not text.isascii():
         try:
             text.encode("utf-8")
@@ -475,7 +486,11 @@ class OneSourceBlocks(Sampler[int]):
         return sum(size - size % self.block_size for size in self.sizes)
 
     def __iter__(self) -> Iterator[int]:
-        order = block_order(self.sizes, self.block_size, self.seed, self.epoch)
+        return self.rows_from(0)
+
+    def rows_from(self, place: int) -> Iterator[int]:
+        """The order from a place on at which a step begins; the rows before it are not looked at."""
+        order = block_order(self.sizes, self.block_size, self.seed, self.epoch)[place:]
         first = self.epoch * sum(self.sizes) if self.rows.drawn_anew else 0
         if self.num_ranks == 1:
             return map(int, first + order)  # a list of so many integers would take four times the array's memory

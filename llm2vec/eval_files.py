@@ -5,6 +5,7 @@ Tasks here are mteb's, but mteb is not imported: only the adapter does that.
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -104,27 +105,52 @@ def retrieval_set_of(folder: Path) -> RetrievalSet:
         raise UserError(f"The retrieval set {folder} lacks {', '.join(missing)}.")
     documents, queries, judgements = (folder / name for name in RETRIEVAL_FILES)
     relevant: dict[str, dict[str, int]] = {}
-    for row in _read_jsonl(judgements, ("query-id", "corpus-id", "score")):
-        relevant.setdefault(str(row["query-id"]), {})[str(row["corpus-id"])] = int(row["score"])
-    # An absent title must be empty for mteb, not None.
-    corpus = [
-        {"id": str(row["_id"]), "title": row.get("title") or "", "text": row["text"]}
-        for row in _read_jsonl(documents, ("_id", "text"))
-    ]
-    judged = [
-        {"id": str(row["_id"]), "text": row["text"]}
-        for row in _read_jsonl(queries, ("_id", "text"))
-        if str(row["_id"]) in relevant
-    ]
+    for where, row in _read_jsonl(judgements, ("query-id", "corpus-id", "score")):
+        relevant.setdefault(str(row["query-id"]), {})[str(row["corpus-id"])] = _relevance(row["score"], where)
+    corpus = list(_read_texts(documents, ("title", "text")))
+    judged = [row for row in _read_texts(queries, ("text",)) if row["id"] in relevant]
     if not corpus or not judged:
         raise UserError(f"The retrieval set {folder} has {len(corpus)} documents and {len(judged)} judged queries.")
+    if not any(score > 0 for query in judged for score in relevant[query["id"]].values()):
+        raise UserError(f"The retrieval set {folder} has no query with a relevant document: no score is above 0.")
     return RetrievalSet(corpus, judged, relevant)
 
 
-def _read_jsonl(path: Path, keys: tuple[str, ...]) -> Iterator[dict[str, Any]]:
+def _read_texts(path: Path, keys: tuple[str, ...]) -> Iterator[dict[str, str]]:
+    """The `id` of each row and its texts; an absent title is empty, as mteb needs it."""
+    seen: set[str] = set()
+    for where, row in _read_jsonl(path, ("_id", "text")):
+        text = {"id": str(row["_id"])}
+        if text["id"] in seen:
+            raise UserError(f"{where}: the _id {text['id']!r} is there twice.")
+        seen.add(text["id"])
+        for key in keys:
+            value = "" if key == "title" and row.get(key) is None else row[key]
+            if not isinstance(value, str):
+                raise UserError(f"{where}: `{key}` must be text, not {json.dumps(value)[:40]}.")
+            text[key] = value
+        yield text
+
+
+def _relevance(score: Any, where: str) -> int:
+    """A judgement as the whole number that the figures are made of."""
+    try:
+        whole = int(score)
+        if whole == float(score):
+            return whole
+    except (TypeError, ValueError, OverflowError):
+        pass
+    raise UserError(f"{where}: `score` must be a whole number, not {json.dumps(score)[:40]}.")
+
+
+def _read_jsonl(path: Path, keys: tuple[str, ...]) -> Iterator[tuple[str, dict[str, Any]]]:
+    """Each line that is not blank: file and line number for a message, and its object."""
     with path.open("rb") as lines:
         for number, line in enumerate(lines, start=1):
-            row = parse_object(line, f"{path}, line {number}")
+            if not line.strip():
+                continue
+            where = f"{path}, line {number}"
+            row = parse_object(line, where)
             if not row.keys() >= set(keys):
-                raise UserError(f"{path}, line {number}: expected an object with the keys {', '.join(keys)}.")
-            yield row
+                raise UserError(f"{where}: expected an object with the keys {', '.join(keys)}.")
+            yield where, row

@@ -27,6 +27,8 @@ INSTRUCTIONS = "test_configs/mteb/task_to_instructions.json"
 DTYPE = "bfloat16"
 #: Published chains: mteb's registry cannot load its own entries of this form, and they are two adapters each.
 PUBLISHED = re.compile(r"(.+/LLM2Vec-.+-mntp)-(?:supervised|unsup-simcse)")
+#: Upstream trained these without a template, as it had none for Llama 3.1; their tokenizer suggests `llama3`.
+PUBLISHED_WITHOUT_TEMPLATE = re.compile(r".+/LLM2Vec-Meta-Llama-31-.+-mntp(?:-supervised|-unsup-simcse)?")
 
 
 @dataclass(frozen=True)
@@ -37,6 +39,7 @@ class ModelChoice:
         base: Directory or name of a model.
         adapters: Directories or names of adapters on it, innermost first.
         instructions_file: Table of instructions; None = `INSTRUCTIONS` for our models, the model's own for others.
+        template: Key of `templates.TEMPLATES`, for our models; None = the model's own.
         max_length: Tokens a text is cut to; None = the model's own.
         torch_dtype: Name of the weights' dtype; None = `DTYPE` for our models, the model's own for others.
         attn_implementation: As in transformers.
@@ -46,6 +49,7 @@ class ModelChoice:
     base: str
     adapters: tuple[str, ...] = ()
     instructions_file: str | None = None
+    template: str | None = None
     max_length: int | None = None
     torch_dtype: str | None = None
     attn_implementation: str | None = None
@@ -94,9 +98,11 @@ def _llm2vec(choice: ModelChoice) -> LLM2VecEncoder:
     base, adapters = choice.base, list(choice.adapters)
     if (published := PUBLISHED.fullmatch(base)) and not adapters:
         base, adapters = published.group(1), [base]
+    is_without = PUBLISHED_WITHOUT_TEMPLATE.fullmatch([base, *adapters][-1])
     model = LLM2Vec.from_pretrained(
         base,
         peft_model_name_or_path=adapters or None,
+        template=choice.template or ("plain" if is_without else None),
         max_length=choice.max_length,
         torch_dtype=choice.torch_dtype or DTYPE,
         attn_implementation=choice.attn_implementation,
@@ -106,6 +112,8 @@ def _llm2vec(choice: ModelChoice) -> LLM2VecEncoder:
 
 
 def _sentence_transformer(choice: ModelChoice) -> Any:
+    if choice.template is not None:
+        raise UserError(f"template has no effect on {choice.base}: sentence-transformers decides how it is run.")
     prompts = None if choice.instructions_file is None else load_instructions(choice.instructions_file)
     options: dict[str, Any] = {"use_safetensors": True}  # a pickle is never opened
     if choice.torch_dtype is not None:
@@ -132,7 +140,7 @@ def _sentence_transformer(choice: ModelChoice) -> Any:
 
 
 def _registered(choice: ModelChoice) -> Any:
-    for option in ("instructions_file", "max_length", "torch_dtype", "attn_implementation"):
+    for option in ("instructions_file", "template", "max_length", "torch_dtype", "attn_implementation"):
         if getattr(choice, option) is not None:
             raise UserError(f"{option} has no effect on {choice.base}: mteb's registry decides how it is run.")
     return registered_model(choice.base, choice.device)

@@ -21,7 +21,7 @@ import os
 import re
 import shutil
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -393,7 +393,10 @@ def _log(folder: Path) -> list[dict[str, Any]]:
         file, last = folder.resolve().parent / LOG_FILE, int(step.group(1))
     if not file.is_file():
         return []
-    entries = [json.loads(line) for line in file.read_text(encoding="utf-8").splitlines()]
+    entries = []
+    for line in file.read_text(encoding="utf-8").splitlines():
+        with suppress(ValueError):  # cut short by what ended the run
+            entries.append(json.loads(line))
     return [entry for entry in entries if last is None or entry["step"] <= last]
 
 

@@ -89,7 +89,8 @@ class BidirectionalReconstruction(nn.Module):
         states_ND = self.decode(anchor_BD, target_embeddings, [n for goal in goals for n in goal["num_targets"]])
         sizes = [sum(goal["num_targets"]) for goal in goals]
         exact = torch.promote_types(states_ND.dtype, torch.float32)
-        shares = [1 / totals[direction.name].to(states_ND.device, exact) for direction in directions]
+        # Where the whole step has no target, a share of it is 0 and not 0 / 0.
+        shares = [1 / totals[direction.name].to(states_ND.device, exact).clamp_min(1) for direction in directions]
         weight_N = torch.cat(
             [(weights[d.name] * share).expand(size) for d, share, size in zip(directions, shares, sizes, strict=True)]
         )
@@ -109,6 +110,8 @@ class BidirectionalReconstruction(nn.Module):
             target_ND: embeddings of the rows' target tokens, row after row.
             lengths: number of target tokens of each row.
         """
+        if not any(lengths):  # nothing to predict: the pass is run all the same, as other processes run theirs
+            return packed_hidden_states(self.decoder, "causal", [1], anchor_BD[:1].to(target_ND.dtype))[:0]
         filled = torch.tensor([i for i, length in enumerate(lengths) if length], device=anchor_BD.device)
         lengths = [length for length in lengths if length]
         starts = starts_of(lengths).to(target_ND.device)

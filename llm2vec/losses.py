@@ -46,7 +46,7 @@ def linear_cross_entropy(
 
     Memory is one block of logits and the gradients of `hidden` and `weight`, whatever N times V is. The gradients are
     made with the loss, so nothing is computed twice; the softmax runs in float32 at least, and the gradient of `weight`
-    is summed over the blocks in that precision.
+    is summed over the blocks in that precision. Over no rows the sum is 0, and its gradients are zeros.
 
     Args:
         hidden_ND: states, in the dtype that the product shall be computed in.
@@ -87,8 +87,9 @@ class _LinearCrossEntropy(torch.autograd.Function):
         hits_N = torch.empty(len(hidden_ND), dtype=torch.bool, device=hidden_ND.device)
         into_hidden_ND = torch.empty_like(hidden_ND) if ctx.needs_input_grad[0] else None
         into_weight_VD = torch.zeros_like(weight_VD, dtype=exact) if ctx.needs_input_grad[1] else None
-        # Weights of 1 / (tokens of a step) would leave half precision's range in the products below.
-        largest_weight = term_weight_N.to(exact).abs().max().clamp_min(torch.finfo(exact).tiny)
+        # Weights of 1 / (tokens of a step) would leave half precision's range in the products below. The floor stands
+        # among them, as there may be no rows.
+        largest_weight = F.pad(term_weight_N.to(exact).abs(), (0, 1), value=torch.finfo(exact).tiny).max()
         relative_N = term_weight_N.to(exact) / largest_weight
         # In half precision, the sum into the float32 gradient of the weight costs as much as a product does, so it is
         # taken over several blocks at once.

@@ -240,8 +240,7 @@ class StreamingSearch:
 
         Args:
             encoder: Gives one dense vector a text.
-            prediction_folder: Where mteb keeps rankings and other predictions of tasks it scores; None = not kept.
-        found: Merged hits from `eval_jobs.search_shard`; these searches are not made again.
+            found: Merged hits from `eval_jobs.search_shard`; these searches are not made again.
         """
         self.encoder = encoder
         self.found = found

@@ -82,9 +82,9 @@ def open_way(choice: Choice, dtype: torch.dtype, rendering: Rendering | None) ->
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
-            return {"st": _open_st, "transformers": _open_transformers}.get(choice.kind, _open_ours)(
-                choice, dtype, rendering
-            )
+            if choice.kind not in ("st", "transformers"):
+                return _open_ours(choice, dtype)
+            return (_open_st if choice.kind == "st" else _open_transformers)(choice, dtype, rendering)
     except UserError as error:
         raise UserError(f"{LABELS[choice.kind]} {choice.place}: {error}") from error
     except (ImportError, OSError, RuntimeError, ValueError, KeyError, TypeError) as error:
@@ -93,7 +93,7 @@ def open_way(choice: Choice, dtype: torch.dtype, rendering: Rendering | None) ->
         transformers_logging.set_verbosity(verbosity)
 
 
-def _open_ours(choice: Choice, dtype: torch.dtype, rendering: Rendering | None) -> LocalWay:
+def _open_ours(choice: Choice, dtype: torch.dtype) -> LocalWay:
     loaded = LLM2Vec.from_pretrained(
         choice.path, choice.adapters or None, merge_peft=choice.kind == "merged", torch_dtype=dtype
     )
@@ -200,7 +200,9 @@ def _open_transformers(choice: Choice, dtype: torch.dtype, rendering: Rendering 
     mode, with_prompt = read_pooling(folder)
     normalize = any(str(module["type"]).endswith("Normalize") for module in read_json(folder, MODULES_FILE))
     module = read_json(folder, "sentence_bert_config.json") or {}
-    own_length = module.get("max_seq_length") or tokenizer.model_max_length
+    # Where the tokenizer names no limit, sentence-transformers takes the model's.
+    most = min(tokenizer.model_max_length, getattr(model.config, "max_position_embeddings", tokenizer.model_max_length))
+    own_length = module.get("max_seq_length") or most
     declared = read_json(folder, "config_sentence_transformers.json") or {}
     prompt = prompt_writer(rendering, tokenizer, declared.get("prompts", {}))
 

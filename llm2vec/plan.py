@@ -29,7 +29,7 @@ from llm2vec.packing import inner_decoder
 from llm2vec.passes import useful_flops
 from llm2vec.row_lengths import Texts, assumed, counted
 from llm2vec.run_model import decoder_of, encoder_settings, open_tokenizer
-from llm2vec.run_report import Schedule, rows_a_step, schedule_of
+from llm2vec.run_report import Schedule, rows_a_step, schedule_of, steps_an_epoch
 from llm2vec.run_rows import Rows, row_orders
 from llm2vec.stage_parts import (
     collate_of,
@@ -164,7 +164,7 @@ def make_plan(path: Path, conditions: Conditions) -> Plan:
     else:
         lengths = (conditions.tokens_query or 0, conditions.tokens_document or 0)
         all_rows, *by_source = assumed(objective, settings, config, *lengths)
-    steps_per_epoch = None if order is None else len(order) // rows_a_step(args, conditions.num_processes)
+    steps_per_epoch = None if order is None else steps_an_epoch(args, len(order), conditions.num_processes)
     plan = Plan(
         config=config,
         args=args,

@@ -20,7 +20,7 @@ from llm2vec.run_report import (
     describe_rows,
     describe_steps,
     describe_weights,
-    rows_a_step,
+    steps_an_epoch,
 )
 
 
@@ -35,7 +35,7 @@ def as_the_run_says(plan: Plan) -> list[str]:
     config, args, processes = plan.config, plan.args, plan.conditions.num_processes
     if plan.rows is not None and plan.collate is not None:
         assert plan.order is not None
-        steps_per_epoch = len(plan.order) // rows_a_step(args, processes)
+        steps_per_epoch = steps_an_epoch(args, len(plan.order), processes)
         lines = describe(config, args, plan.model, plan.rows, plan.collate, plan.settings, steps_per_epoch, processes)
     else:
         lines = [

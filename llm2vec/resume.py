@@ -18,6 +18,7 @@ import dataclasses
 import enum
 import json
 import logging
+import math
 import os
 import shlex
 import shutil
@@ -116,6 +117,11 @@ def find_start(config: Config) -> Path | None:
     for folder in (*checkpoints, config.output_dir):
         if _holds_a_run(folder):
             _refuse_another_run(folder, config)  # or its weights would be written over
+    if _holds_a_run(config.output_dir):
+        logger.warning(
+            "resume      %s holds this run's weights, but no checkpoint to go on from: it starts at step 0, and writes "
+            "over them at its end", config.output_dir,
+        )  # fmt: skip
     return None
 
 
@@ -242,15 +248,17 @@ def step_of(folder: Path) -> int:
     return int(state["global_step"])
 
 
-def checkpoints_in(output_dir: Path) -> list[Path]:
-    """A run's checkpoints, whole or not, by their steps."""
+def checkpoints_in(output_dir: Path, *, after: int = -1, up_to: float = math.inf) -> list[Path]:
+    """A run's checkpoints, whole or not, by their steps, which are above `after` and at most `up_to`."""
     numbered = {path: path.name.rpartition("-")[2] for path in output_dir.glob(f"{PREFIX_CHECKPOINT_DIR}-*")}
-    return sorted((path for path, n in numbered.items() if n.isdecimal()), key=lambda path: int(numbered[path]))
+    steps = {path: int(number) for path, number in numbered.items() if number.isdecimal()}
+    return sorted((path for path, step in steps.items() if after < step <= up_to), key=steps.__getitem__)
 
 
-def last_whole_checkpoint(output_dir: Path) -> Path | None:
-    """The newest checkpoint that was written to its end; its sums are not taken."""
-    return next((path for path in reversed(checkpoints_in(output_dir)) if (path / SUMS_FILE).is_file()), None)
+def last_checkpoint(output_dir: Path, step: int) -> str:
+    """The newest checkpoint up to a step that was written to its end, in a sentence; its sums are not taken."""
+    whole = [path for path in checkpoints_in(output_dir, up_to=step) if (path / SUMS_FILE).is_file()]
+    return f"The last good checkpoint is {whole[-1]}." if whole else "There is no checkpoint yet."
 
 
 def remove_checkpoints(output_dir: Path) -> None:

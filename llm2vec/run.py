@@ -11,6 +11,7 @@ import dataclasses
 import logging
 import os
 import sys
+import time
 import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -28,12 +29,12 @@ from llm2vec.checkpoint import EncoderSettings, mark_of, read_weights, save_chec
 from llm2vec.collation import Collate, CollateSides, check_examples
 from llm2vec.config import Config
 from llm2vec.diagnostics import DIAGNOSTICS_FILE
-from llm2vec.distributed import is_of_lost_process, rank, shut_down, world_size
+from llm2vec.distributed import is_of_lost_process, local_rank, rank, shut_down, world_size
 from llm2vec.llm2vec import row_tokenizer
-from llm2vec.resume import command_to_resume, last_whole_checkpoint, remove_checkpoints, step_of
+from llm2vec.resume import checkpoint_folder, checkpoints_in, command_to_resume, remove_checkpoints, step_of
 from llm2vec.run_model import autocast, decoder_of, written
 from llm2vec.run_probes import probes_of
-from llm2vec.run_report import describe, rows_a_step
+from llm2vec.run_report import describe, steps_an_epoch
 from llm2vec.run_rows import Rows, row_orders
 from llm2vec.sharding import plan_sharding, state_of_model
 from llm2vec.signals import StopSignals
@@ -44,11 +45,14 @@ from llm2vec.types import RunEnds, UserError
 
 logger = logging.getLogger(__name__)
 
+#: How long a process waits with what the first one of its machine may say for it: that one's exit may take seconds.
+SECONDS_BEHIND_THE_FIRST = 5.0
+
 
 @contextmanager
 def user_errors_in_one_sentence() -> Iterator[None]:
-    """Around a script's main: sets up logging and leaves the process group at the end; a UserError is printed (once,
-    by the first process) and ends with exit code 2, a RunEnds with its own."""
+    """Around a script's main: sets up logging and leaves the process group at the end; a UserError is printed and ends
+    with exit code 2, a RunEnds with its own."""
     level = logging.INFO if _is_first_process() else logging.ERROR
     logging.basicConfig(level=level, format="%(message)s")
     logging.getLogger("httpx").setLevel(logging.WARNING)
@@ -58,13 +62,14 @@ def user_errors_in_one_sentence() -> Iterator[None]:
         yield
         shut_down()
     except UserError as error:
-        if _is_first_process():
-            sys.stderr.write(f"error: {error}\n")
+        _say_error(str(error))
         raise SystemExit(2) from None
     except RunEnds as end:
-        if _is_first_process():
-            sys.stderr.write(f"{'error: ' * bool(end.code)}{end}\n")
-        if end.code == 0:
+        if end.code:
+            _say_error(str(end))
+        else:
+            if _is_first_process():
+                sys.stderr.write(f"{end}\n")
             shut_down()
         raise SystemExit(end.code) from None
     except RuntimeError as error:
@@ -72,6 +77,20 @@ def user_errors_in_one_sentence() -> Iterator[None]:
             raise
         sys.stderr.write(f"error: process {rank()}: another process of the run ended or hangs ({first_line(error)}).\n")
         os._exit(1)  # leaving the group in order would wait for it
+
+
+def _say_error(text: str) -> None:
+    """Print an error that this process met; most are met by all of them.
+
+    The first process of a machine says it at once, and torchrun then ends the others, which wait; one that alone met it
+    lives to say it. Without a text, another process has it.
+    """
+    if not text:
+        return
+    if local_rank() > 0:
+        time.sleep(SECONDS_BEHIND_THE_FIRST)
+    process = "" if _is_first_process() else f"process {os.environ['RANK']}: "
+    sys.stderr.write(f"error: {process}{text}\n")
 
 
 def config_path(arguments: Sequence[str]) -> Path:
@@ -102,7 +121,7 @@ def train(
     if isinstance(collate, CollateSides):
         check_examples(args, rows, collate)
     sampler, held_out = row_orders(config, args, rows, world_size())
-    steps_per_epoch = len(sampler) // rows_a_step(args, world_size())
+    steps_per_epoch = steps_an_epoch(args, len(sampler), world_size())
     for line in [
         *describe(config, args, objective, rows, collate, settings, steps_per_epoch, world_size()),
         *notes,
@@ -118,6 +137,8 @@ def train(
     def save_to(folder: Path, weights: dict[str, Tensor] | None) -> None:
         state = None if weights is None else state_of_model(weights, objective.model)  # type: ignore[arg-type]
         at_step = {**(run or {}), "step": trainer.state.global_step}
+        if trainer.weights_of_step is not None:
+            at_step["weights_of_step"] = trainer.weights_of_step
         save_checkpoint(folder, written(objective.model), tokenizer, settings, at_step, state)  # type: ignore[arg-type]
 
     signals = StopSignals()
@@ -144,20 +165,25 @@ def train(
         trainer.train(args.resume_from_checkpoint)
         if trainer.is_stopped:
             raise RunEnds(_stopped(config, trainer.state.global_step), code=0)
-        trainer.save_model()
+        trainer.save_last()
     logger.info("saved to %s", config.output_dir)
 
 
 def _make_way(config: Config, start: str | None) -> None:
-    """Take out of the output folder what belongs to no step up to the one that the run starts from."""
+    """Take later steps' lines out of the diagnostics, and all checkpoints of a run that begins anew. Later ones than
+    that which the config names stay, and are said: whoever goes back may still want them."""
+    step = 0 if start is None else step_of(Path(start))
     if config.resume == "never":
         remove_checkpoints(config.output_dir)
-    drop_entries_after(config.output_dir / DIAGNOSTICS_FILE, 0 if start is None else step_of(Path(start)))
+    elif config.resume != "auto":
+        for folder in checkpoints_in(config.output_dir, after=step):
+            logger.warning("resume      %s, of a later step, stays until this run writes over it", folder)
+    drop_entries_after(config.output_dir / DIAGNOSTICS_FILE, step)
 
 
 def _stopped(config: Config, step: int) -> str:
     """What a run says that was asked to stop."""
-    saved = last_whole_checkpoint(config.output_dir)
+    saved = checkpoint_folder(config.output_dir, step)
     command = command_to_resume()
     how = command if config.resume == "auto" else f'{command} with "resume": "{saved}"'
     return f"stopped after step {step:,}, saved to {saved}; to go on: {how}"

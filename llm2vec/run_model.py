@@ -31,7 +31,8 @@ from llm2vec.checkpoint import EncoderSettings, read_settings, resolve_chain
 from llm2vec.config import Config
 from llm2vec.llm2vec import parse_dtype, row_tokenizer, with_template
 from llm2vec.llm2vec_mntp import add_mask_token
-from llm2vec.packing import checkpoint_contexts, compile_layers
+from llm2vec.packing import check_packing, checkpoint_contexts, compile_layers
+from llm2vec.templates import leaves_join_open
 from llm2vec.tokenization import add_template_tokens
 from llm2vec.types import UserError
 
@@ -64,6 +65,7 @@ def load_model(
         logger.info("added tokens: %s; they start at the mean of the other tokens' embeddings", names)
     model.to(device)  # type: ignore[arg-type]  # FlashAttention cannot be probed on the CPU
     check_attention(decoder_of(model), settings.attention)
+    check_packing(decoder_of(model), settings.attention)
     if config.checkpointing is not None:
         contexts = partial(checkpoint_contexts, decoder_of(model))
         enable_checkpointing(model, {**config.checkpointing, "context_fn": contexts})
@@ -78,15 +80,24 @@ def load_model(
 def open_tokenizer(config: Config, chain: Chain) -> tuple[PreTrainedTokenizerBase, EncoderSettings, list[int]]:
     """The tokenizer, how texts become vectors, and the ids of the tokens that the base lacks.
 
-    Settings that a parent checkpoint recorded must agree with the config's where those change what a row of tokens
-    is; the template, where the config names none, is the parent's.
+    The template, where the config names none, is the parent checkpoint's, and may be no other. Where another
+    `instruction_join` than the parent's changes what a row of tokens is, it is said.
 
     Raises:
         UserError: not found, contradicts the parent checkpoint, or a template that the tokenizer cannot write.
     """
     parent = chain.adapters[-1] if chain.adapters else chain.base
     tokenizer = load_tokenizer(parent if find_file(parent, "tokenizer_config.json") else chain.base)
-    settings = with_template(encoder_settings(config, read_settings(parent)), tokenizer)
+    recorded = read_settings(parent)
+    settings = with_template(encoder_settings(config, recorded), tokenizer)
+    join = recorded.get("instruction_join", settings.instruction_join)
+    if join != settings.instruction_join and leaves_join_open(str(settings.template)):
+        logger.warning(
+            "instruction_join is %r, but %s was trained with %r: rows with an instruction are other tokens than there.",
+            settings.instruction_join,
+            parent,
+            join,
+        )
     new_tokens = add_template_tokens(tokenizer, str(settings.template))
     new_tokens += add_mask_token(tokenizer, config.mask_token_type)
     row_tokenizer(tokenizer, settings)  # a template the tokenizer cannot write is found before the weights load

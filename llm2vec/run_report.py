@@ -48,6 +48,11 @@ def rows_a_step(args: TrainingArguments, num_processes: int) -> int:
     return args.per_device_train_batch_size * num_processes * args.gradient_accumulation_steps
 
 
+def steps_an_epoch(args: TrainingArguments, num_rows: int, num_processes: int) -> int:
+    """Optimiser steps over rows of that number; those that fill no whole step make one more."""
+    return math.ceil(num_rows / rows_a_step(args, num_processes))
+
+
 def describe(
     config: Config,
     args: TrainingArguments,

@@ -100,10 +100,15 @@ def row_orders(
     """The order of the training rows; and, where evaluation is on, the held-out rows and theirs.
 
     Raises:
-        UserError: a source does not fill one batch, or evaluation has no rows.
+        UserError: a source or its held-out rows do not fill one batch, or evaluation has no rows.
     """
     at_once = args.per_device_train_batch_size * num_processes
     block_size = at_once * (args.gradient_accumulation_steps if config.one_source_per == "step" else 1)
+    if config.max_train_samples is not None and config.max_train_samples < block_size:
+        raise UserError(
+            f"max_train_samples is {config.max_train_samples}, fewer than the {block_size} rows of one batch; raise it "
+            "or make the batch smaller."
+        )
     sampler = OneSourceBlocks(
         rows,
         block_size,
@@ -113,14 +118,22 @@ def row_orders(
         rows_a_rank=args.per_device_train_batch_size,
         max_characters=CHARACTERS_A_TOKEN * config.max_seq_length,
     )
-    return sampler, _held_out(args, rows, at_once)
+    return sampler, _held_out(config, args, rows, at_once)
 
 
-def _held_out(args: TrainingArguments, rows: Rows, at_once: int) -> tuple[Rows, OneSourceBlocks] | None:
+def _held_out(config: Config, args: TrainingArguments, rows: Rows, at_once: int) -> tuple[Rows, OneSourceBlocks] | None:
     """The held-out rows and their order, where evaluation is on; every rank holds equally many of each block."""
     if args.eval_strategy == "no":
         return None
     args.per_device_eval_batch_size = args.per_device_train_batch_size  # in-batch figures depend on it
     args.dataloader_drop_last = True
     held_out = rows.held_out()
+    fewest = min(held_out.sizes)
+    if fewest < at_once:
+        found = f"the validation split of {config.hub_dataset} fills {fewest} blocks"
+        raise UserError(
+            f"{f'num_eval_rows is {fewest}' if config.num_eval_rows else found}, fewer than the {at_once} rows of an "
+            "evaluation batch (per_device_train_batch_size on every process); hold more out by num_eval_rows, or make "
+            "the batch smaller."
+        )
     return held_out, OneSourceBlocks(held_out, at_once, args.seed)

@@ -39,7 +39,8 @@ class BidirectionalReconstructionLoss(nn.Module):
         alpha: weight of the direction that starts at the query; with 0 or 1 the other one is not run.
 
     Raises:
-        UserError: the model has modules behind its pooling, or a head of its own that was not given.
+        UserError: the model has modules behind its pooling, or a head of its own that was not given; or `alpha` is no
+            share.
     """
 
     def __init__(self, model: SentenceTransformer, lm_head: nn.Linear | None = None, alpha: float = 0.2) -> None:
@@ -50,6 +51,8 @@ class BidirectionalReconstructionLoss(nn.Module):
                 f"model has the modules {', '.join(modules)}; an anchor is a decoder's state, so Transformer and "
                 "Pooling are needed, and nothing behind them in this stage."
             )
+        if not 0 <= alpha <= 1:
+            raise UserError(f"alpha is {alpha}; it must lie between 0 and 1.")
         decoder: Any = model.transformers_model
         if lm_head is None and not decoder.config.tie_word_embeddings:
             raise UserError(
@@ -78,9 +81,11 @@ class BidirectionalReconstructionLoss(nn.Module):
         }
 
     def reconstruct(self, anchor_BD: Tensor, goal: dict[str, Any]) -> Tensor:
-        """Mean cross-entropy of the goal's tokens, each predicted from its row's anchor and the tokens before it."""
+        """Mean cross-entropy of the goal's tokens, each predicted from its anchor and those before it; of none, 0."""
         rows = [ids[kept] for ids, kept in zip(goal["input_ids"], self.target_mask(goal), strict=True)]
         filled = [i for i, row in enumerate(rows) if len(row)]
+        if not filled:
+            return anchor_BD.sum() * 0
         target_N = torch.cat([rows[i] for i in filled])
         embedding = self.decoder.get_input_embeddings()
         # Position 0 holds the anchor and predicts the first token; the last one is not an input.

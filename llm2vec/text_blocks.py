@@ -6,7 +6,8 @@ the hub. They are checked before a model loads and cut once, into Arrow tables t
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -16,7 +17,7 @@ from torch.utils.data import Dataset
 from transformers import PreTrainedTokenizerBase
 
 from llm2vec.cached_tables import cached_table, check_unchanged, stamp_of
-from llm2vec.data import ROWS_VERSION, Source, find_files, parse_line, read_rows
+from llm2vec.data import ROWS_VERSION, Source, check_unicode, find_files, parse_line, read_rows
 from llm2vec.distributed import rank_zero_first
 from llm2vec.json_text import parse_object
 from llm2vec.types import UserError
@@ -115,10 +116,12 @@ class TextBlocks(Dataset[Block]):
     Args:
         texts: the sources.
         tables: each source's blocks, as `cut_into_blocks` makes them.
-        held_out: each source's blocks that are never trained on; none = there are none.
+        held_out: makes each source's blocks that are never trained on; None = there are none.
     """
 
-    def __init__(self, texts: Sequence[Texts], tables: Sequence[Any], held_out: Sequence[Any] = ()) -> None:
+    def __init__(
+        self, texts: Sequence[Texts], tables: Sequence[Any], held_out: Callable[[], Sequence[Any]] | None = None
+    ) -> None:
         self.drawn_anew = True
         self.files = [source.file for source in texts]
         self.sources = [Source(source.name, source.file.name, ()) for source in texts]
@@ -129,15 +132,15 @@ class TextBlocks(Dataset[Block]):
         self._starts = np.concatenate([[0], np.cumsum(self.sizes)])
 
     def held_out(self) -> TextBlocks:
-        """The blocks that these leave out, as blocks of their own.
+        """The blocks that these leave out, as blocks of their own; all ranks call this together.
 
         Raises:
             UserError: there are none.
         """
-        if not self._held_out:
+        if self._held_out is None:
             names = ", ".join(source.name for source in self.sources)
             raise UserError(f"num_eval_rows is 0, and {names} brings no texts for evaluation; hold some blocks out.")
-        return TextBlocks(self._texts, self._held_out)
+        return TextBlocks(self._texts, self._held_out())
 
     def __len__(self) -> int:
         return int(self._starts[-1])
@@ -190,20 +193,28 @@ def open_blocks(
                 f"{num_held_out} are held out (num_eval_rows); make blocks shorter, or bring more text."
             )
     sizes = [len(table) - num_held_out for table in tables]
-    held_out: list[Any] = []
+    held_out: Callable[[], Sequence[Any]] | None = None
     if num_held_out:
-        held_out = [table.select(range(size, len(table))) for table, size in zip(tables, sizes, strict=True)]
+        held_out = partial(_ends_of, tables, sizes)
     elif all(source.held_out is not None for source in texts):
-        held_out = [cut_into_blocks(t.held_out, t.columns, tokenizer, length) for t in texts]
+        held_out = partial(_cut_held_out, texts, tokenizer, length)
     kept = [table.select(range(min(size, max_rows or size))) for table, size in zip(tables, sizes, strict=True)]
     return TextBlocks(texts, kept, held_out)
+
+
+def _ends_of(tables: Sequence[Any], starts: Sequence[int]) -> list[Any]:
+    return [table.select(range(start, len(table))) for table, start in zip(tables, starts, strict=True)]
+
+
+def _cut_held_out(texts: Sequence[Texts], tokenizer: PreTrainedTokenizerBase, length: int) -> list[Any]:
+    return [cut_into_blocks(source.held_out, source.columns, tokenizer, length) for source in texts]
 
 
 def cut_into_blocks(table: Any, columns: Sequence[str], tokenizer: PreTrainedTokenizerBase, length: int) -> Any:
     """A table's texts as a `datasets.Dataset` of blocks, `ids`: built once for its arguments, then mapped.
 
-    Texts without any character but blanks are left out. Between two texts stands what the tokenizer begins a text with,
-    and nothing else.
+    Texts without any character but blanks are left out. Each text stands behind the tokenizer's BOS, if there is one
+    (also where the tokenizer does not write it by itself), and nothing else stands between two texts.
 
     Raises:
         UserError: they do not fill a block.
@@ -248,6 +259,7 @@ def _text_of(line: str, where: str) -> str:
     row = parse_object(line, where)
     if not isinstance(row.get("text"), str):
         raise UserError(f"{where}: a JSON object with a string `text` is needed.")
+    check_unicode(row["text"], "text", where)
     return str(row["text"]).strip()
 
 
@@ -258,7 +270,8 @@ def _generate_blocks(texts: Any, columns: str, tokenizer: str, bos: int, length:
     empty = True
     for start in range(0, len(texts), TEXTS_AT_ONCE):
         rows = texts[start : start + TEXTS_AT_ONCE]
-        joined = ["\n\n".join(parts) for parts in zip(*(rows[name] for name in columns.split("\n")), strict=True)]
+        parts_of_each = zip(*(rows[name] for name in columns.split("\n")), strict=True)
+        joined = ["\n\n".join(part or "" for part in parts) for parts in parts_of_each]  # a dataset may hold nulls
         for encoding in rules.encode_batch([text for text in joined if text.strip()], add_special_tokens=False):
             rest += [bos] * (bos >= 0)
             rest += encoding.ids

@@ -1,8 +1,8 @@
 """Texts to token rows: ids, attention mask, pool mask and target mask, by a template's segments.
 
 Four rules hold here and nowhere else:
-- special tokens are written as ids; the text of a user is never read as control tokens (`<|eot_id|>` inside a text
-  stays text);
+- special tokens are written as ids and never read in the text of a user (`<|eot_id|>` inside a text stays text; an
+  added token that the tokenizer does not call special, as Qwen's `<tool_call>`, is one token there as anywhere);
 - text that stands side by side (header, instruction, text) is tokenised in one go, as the model's own chat format
   would be, and the masks come from character offsets;
 - a fixed phrase behind the text is tokenised on its own, so that no token of it goes when the text is cut;
@@ -140,8 +140,8 @@ class RowTokenizer:
         row stays within `max_length` with its own text as it is; each of their parts is cut to `EXAMPLE_PART` tokens.
 
         Raises:
-            UserError: a row's template and instruction alone fill `max_length`, or there are examples and no place
-                for them.
+            UserError: a row's template and instruction alone fill `max_length`, there are examples and no place for
+                them, or a text holds half a surrogate pair.
         """
         forms = [self._forms[text.side] for text in texts]
         pieces = [
@@ -256,9 +256,13 @@ class RowTokenizer:
         texts = [piece.text for row in rows for piece in row if isinstance(piece, _Run)]
         encoded: Iterator[tuple[list[int], list[tuple[int, int]]]] = iter(())
         if texts:
-            output = self.tokenizer(
-                texts, add_special_tokens=False, return_offsets_mapping=True, split_special_tokens=True
-            )
+            try:
+                output = self.tokenizer(
+                    texts, add_special_tokens=False, return_offsets_mapping=True, split_special_tokens=True
+                )
+            except TypeError:
+                _refuse_surrogates(texts)
+                raise
             encoded = zip(output["input_ids"], output["offset_mapping"], strict=True)
         tokens = []
         for row in rows:
@@ -329,6 +333,16 @@ def bare_instruction(instruction: str, join: str | None) -> str:
 def render_instruction(instruction: str, join: str) -> str:
     """Instruction and what joins it to the text; empty without an instruction."""
     return bare_instruction(instruction, join) + join if instruction.strip() else ""
+
+
+def _refuse_surrogates(texts: Sequence[str]) -> None:
+    """Name the first text that no UTF-8 can hold, and no tokenizer takes."""
+    for text in texts:
+        try:
+            text.encode("utf-8")
+        except UnicodeEncodeError as error:
+            around = text[max(0, error.start - 20) : error.start + 20]
+            raise UserError(f"a text holds half a surrogate pair: {around!r}; take it out.") from error
 
 
 def _fixed_text(segment: Segment, seen_text: bool) -> str:

@@ -15,7 +15,9 @@ from transformers import TrainerCallback, TrainerControl, TrainerState, Training
 
 from llm2vec.checkpoint import write_json
 from llm2vec.distributed import sum_over_ranks
+from llm2vec.resume import last_checkpoint
 from llm2vec.step import add_up
+from llm2vec.types import RunEnds
 
 LOG_FILE = "log.jsonl"
 
@@ -151,23 +153,35 @@ class StepFigures:
 class JsonLog(TrainerCallback):
     """Appends every log entry to `log.jsonl` in the output folder, one JSON object a line.
 
-    The file is a copy of the run's own record, so a resumed run has each step once.
+    The file is a copy of the run's own record, so a resumed run has each step once. Where it cannot be written, on a
+    full disk, the run ends (RunEnds).
     """
 
     def on_train_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
         """Called by the trainer: the file begins with what the checkpoint knows, or empty."""
+        file = Path(str(args.output_dir), LOG_FILE)
         if state.is_world_process_zero:
-            file = Path(str(args.output_dir), LOG_FILE)
-            file.parent.mkdir(parents=True, exist_ok=True)
-            aside = file.with_name(f".{file.name}")
-            aside.write_text("".join(map(_line, state.log_history)), encoding="utf-8")
-            aside.replace(file)
+            with _or_end(file, state.global_step):
+                file.parent.mkdir(parents=True, exist_ok=True)
+                aside = file.with_name(f".{file.name}")
+                aside.write_text("".join(map(_line, state.log_history)), encoding="utf-8")
+                aside.replace(file)
 
     def on_log(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
         """Called by the trainer, which has put the entry at the end of its record."""
+        file = Path(str(args.output_dir), LOG_FILE)
         if state.is_world_process_zero:
-            with Path(str(args.output_dir), LOG_FILE).open("a", encoding="utf-8") as out:
+            with _or_end(file, state.global_step), file.open("a", encoding="utf-8") as out:
                 out.write(_line(state.log_history[-1]))
+
+
+@contextmanager
+def _or_end(file: Path, step: int) -> Iterator[None]:
+    """Around the writing of a run's file."""
+    try:
+        yield
+    except OSError as error:
+        raise RunEnds(f"{file} could not be written ({error}). {last_checkpoint(file.parent, step)}", code=1) from error
 
 
 def _line(entry: dict[str, Any]) -> str:
@@ -175,13 +189,18 @@ def _line(entry: dict[str, Any]) -> str:
 
 
 def drop_entries_after(file: Path, step: int) -> None:
-    """Take the lines of later steps out of a JSONL file of a run that goes on from `step`; nothing without the file."""
+    """Take the lines of later steps out of a JSONL file of a run that goes on from `step`; nothing without the file.
+
+    Raises:
+        RunEnds: it cannot be written.
+    """
     if not file.is_file():
         return
-    lines = file.read_text(encoding="utf-8").splitlines(keepends=True)
-    aside = file.with_name(f".{file.name}")
-    aside.write_text("".join(line for line in lines if _step_of(line) <= step), encoding="utf-8")
-    aside.replace(file)
+    with _or_end(file, step):
+        lines = file.read_text(encoding="utf-8").splitlines(keepends=True)
+        aside = file.with_name(f".{file.name}")
+        aside.write_text("".join(line for line in lines if _step_of(line) <= step), encoding="utf-8")
+        aside.replace(file)
 
 
 def _step_of(line: str) -> float:

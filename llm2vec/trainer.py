@@ -8,7 +8,8 @@ numbers and the place in the data; here are the figures since the last entry of 
 
 A step whose loss or gradient is not finite is skipped: the weights and the optimiser's state stay as they are, while
 the schedule and the rows go on. In float16, a gradient that overflows is the loss scale's affair: the scaler skips the
-step and makes the scale smaller, and it counts here only once the scale has come down to 1.
+step and makes the scale smaller, and it counts here only once the scale has come down to 1. The schedule waits at every
+step that the scaler skips, counted or not.
 """
 
 from __future__ import annotations
@@ -37,6 +38,7 @@ from transformers import (
 )
 from transformers.trainer import OPTIMIZER_NAME, SCHEDULER_NAME, TRAINER_STATE_NAME
 
+from llm2vec.backbone import first_line
 from llm2vec.checkpoint import write_sums
 from llm2vec.distributed import max_over_ranks, rank, sum_over_ranks
 from llm2vec.resume import (
@@ -44,8 +46,9 @@ from llm2vec.resume import (
     checkpoint_folder,
     checkpoints_in,
     file_of_rank,
-    last_whole_checkpoint,
+    last_checkpoint,
     remove_checkpoint,
+    step_of,
 )
 from llm2vec.sharding import load_own_share, own_share, shard_on_cpu
 from llm2vec.signals import leave_process_group
@@ -57,8 +60,8 @@ __all__ = ["LOG_FILE", "EmbedderTrainer"]
 
 logger = logging.getLogger(__name__)
 
-#: What writing a file to a full or broken disk raises, from Python, torch and safetensors.
-WRITE_ERRORS = (OSError, RuntimeError, SafetensorError)
+#: What writing to a full or broken disk raises, from Python, torch and safetensors; and comparing what was written.
+WRITE_ERRORS = (OSError, RuntimeError, SafetensorError, RunEnds)
 
 
 class EmbedderTrainer(Trainer):
@@ -69,7 +72,8 @@ class EmbedderTrainer(Trainer):
         args: training arguments.
         rows: the training rows.
         collate: rows of a micro-batch -> Batch.
-        sampler: order of the rows; consecutive rows fill one micro-batch of one process after the other.
+        sampler: order of the rows, as `data.OneSourceBlocks` gives it; consecutive rows fill one micro-batch of one
+            process after the other.
         reduction: `token_mean`: every loss part is a mean over the terms of the whole optimiser step; or
             `micro_batch_mean`: a mean over micro-batches of each micro-batch's mean.
         save_to: writes the model into a folder, which it makes; called on the main process, with the objective's
@@ -82,6 +86,9 @@ class EmbedderTrainer(Trainer):
         place_of: the file, and the place in it, of a row by its index.
         should_stop: whether this process was asked to stop; asked once a step.
         max_skipped_steps: so many skipped steps in a row end the run.
+
+    Attributes:
+        weights_of_step: the step of the best checkpoint, once its weights are loaded (`load_best_model_at_end`).
     """
 
     # The objective divides by what the whole step holds, so the loop must not divide by the accumulation again.
@@ -126,6 +133,7 @@ class EmbedderTrainer(Trainer):
         self._figures = StepFigures()
         self._json_log = JsonLog()
         self._is_asked_to_stop = False
+        self.weights_of_step: int | None = None
         self.add_callback(StopAfter(stop_after_n_steps))
         self.add_callback(StopWhenAsked(self))
         self.add_callback(self._json_log)
@@ -149,11 +157,17 @@ class EmbedderTrainer(Trainer):
         """Whether a process was asked to stop, with steps left to do."""
         return self._is_asked_to_stop and not self._is_over
 
-    def train(self, resume_from_checkpoint: str | bool | None = None, *args: Any, **kwargs: Any) -> Any:
-        """Train, from a checkpoint's folder on if one is given; its weights are read before they may be spread."""
+    def train(self, resume_from_checkpoint: str | None = None, *args: Any, **kwargs: Any) -> Any:  # type: ignore[override]
+        """Train, from a checkpoint's folder on if one is given; its weights are read before they may be spread.
+
+        Raises:
+            UserError: the checkpoint is not named by its folder, or not one that a run wrote.
+        """
+        if isinstance(resume_from_checkpoint, bool):
+            raise UserError(f"resume_from_checkpoint is {resume_from_checkpoint}; a checkpoint's folder is needed.")
         for unfinished in Path(str(self.args.output_dir)).glob(".checkpoint-*") if rank() == 0 else ():
             shutil.rmtree(unfinished)
-        if isinstance(resume_from_checkpoint, str):
+        if resume_from_checkpoint is not None:
             assert self._load_from is not None
             folder = Path(resume_from_checkpoint)
             self._load_from(folder)
@@ -172,7 +186,15 @@ class EmbedderTrainer(Trainer):
     def _load_best_model(self) -> None:
         """Called by the trainer at the end, where `load_best_model_at_end` asks for it."""
         assert self._load_from is not None
-        self._load_from(Path(str(self.state.best_model_checkpoint)))
+        best = Path(str(self.state.best_model_checkpoint))
+        self._load_from(best)
+        self.weights_of_step = step_of(best)
+
+    def _determine_best_metric(self, metrics: dict[str, float], trial: Any) -> bool:
+        """Called by the trainer after an evaluation; with `save_strategy` "best" it saves just where this is true, and
+        would forget the checkpoint of a run that stops."""
+        is_best = super()._determine_best_metric(metrics, trial)
+        return is_best or (self.is_stopped and self.control.should_save)
 
     def _init_training_state(self, max_steps: int, *arguments: Any) -> Any:
         """Called by the trainer, which would log and save as often as before, whatever is asked for now."""
@@ -190,9 +212,9 @@ class EmbedderTrainer(Trainer):
             return
         super()._run_epoch(**arguments)
 
-    def get_train_dataloader(self) -> DataLoader[Any]:
-        """Called by the trainer: its loader, with workers that outlive a signal to stop."""
-        loader: Any = super().get_train_dataloader()
+    def _get_dataloader(self, *arguments: Any, **keywords: Any) -> DataLoader[Any]:
+        """Called by the trainer, to train and to evaluate: its loader, with workers that outlive a signal to stop."""
+        loader: Any = super()._get_dataloader(*arguments, **keywords)
         rows_only = loader.base_dataloader  # accelerate's loader hands on what this one yields
         rows_only.worker_init_fn = partial(_begin_worker, rows_only.worker_init_fn)
         return loader
@@ -314,9 +336,10 @@ class EmbedderTrainer(Trainer):
         self._json_log.on_log(self.args, self.state, self.control)
         logger.warning("step %s is skipped: its %s is not finite; %s names its rows", f"{step:,}", what, LOG_FILE)
         if self._figures.skipped_in_a_row >= self._max_skipped_steps:
+            last = last_checkpoint(self._output_dir, self.state.global_step)
             raise RunEnds(
                 f"{self._figures.skipped_in_a_row} steps in a row, up to step {step:,}, had a loss or a gradient that "
-                f"is not finite; {LOG_FILE} names their rows. {_last_checkpoint(Path(str(self.args.output_dir)))}",
+                f"is not finite; {LOG_FILE} names their rows. {last}",
                 code=1,
             )
 
@@ -324,7 +347,8 @@ class EmbedderTrainer(Trainer):
         """Indices of the rows of the step under way, of all processes: consecutive ones of the sampler's order."""
         within = self.state.global_step % self._steps_per_epoch
         per_step = self.get_total_train_batch_size(self.args)
-        return list(itertools.islice(self._sampler, within * per_step, (within + 1) * per_step))
+        order = self._sampler.rows_from(within * per_step)  # type: ignore[attr-defined]
+        return list(itertools.islice(order, per_step))
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         """Add what happened since the last entry: the loss parts' means, tokens, and the share of time without rows."""
@@ -339,37 +363,51 @@ class EmbedderTrainer(Trainer):
 
     def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
         """Called by the trainer: write a checkpoint beside its place, sum it up, rename it; or leave nothing."""
-        folder = checkpoint_folder(Path(str(self.args.output_dir)), self.state.global_step)
+        folder = checkpoint_folder(self._output_dir, self.state.global_step)
         aside = folder.with_name(f".{folder.name}")
-        if rank() == 0:
+        try:
+            # No process writes before the folder is there.
+            self._on_all_or_none(lambda: _make_anew(aside) if rank() == 0 else None, folder)
+            self._on_all_or_none(lambda: self._write_checkpoint(aside, folder), folder)
+            self._on_all_or_none(lambda: self._publish(aside, folder) if self.args.should_save else None, folder)
+        except RunEnds:
             shutil.rmtree(aside, ignore_errors=True)
-            aside.mkdir(parents=True)
-        max_over_ranks(0)  # no process writes before the folder is there
-        self._on_all_or_none(lambda: self._write_checkpoint(aside, folder), folder)
-        self._on_all_or_none(lambda: self._publish(aside, folder) if self.args.should_save else None, folder)
+            raise
         if max_over_ranks(int(not folder.is_dir())):
             logger.warning("%s is not seen by all machines: no run can go on from it; share the output folder.", folder)
             shutil.rmtree(aside, ignore_errors=True)
 
-    def _on_all_or_none(self, write: Callable[[], None], folder: Path) -> None:
-        """Write a part of a checkpoint on all processes.
+    def save_last(self) -> None:
+        """Write the model into the output folder.
 
         Raises:
-            RunEnds: one of them could not, on all of them; nothing of it is left behind.
+            RunEnds: it could not be written.
+        """
+        self._on_all_or_none(self.save_model, self._output_dir, with_state=False)
+
+    @property
+    def _output_dir(self) -> Path:
+        return Path(str(self.args.output_dir))
+
+    def _on_all_or_none(self, write: Callable[[], None], folder: Path, *, with_state: bool = True) -> None:
+        """Write a part of what `folder` is to hold, on all processes.
+
+        Raises:
+            RunEnds: one of them could not, on all of them.
         """
         error: Exception | None = None
         try:
             write()
         except WRITE_ERRORS as caught:
             error = caught
-        if not max_over_ranks(int(error is not None)):
+        failed = max_over_ranks(0 if error is None else 1 + rank())
+        if not failed:
             return
-        shutil.rmtree(folder.with_name(f".{folder.name}"), ignore_errors=True)
-        reason = str(error).splitlines()[0] if error is not None else "on another process"
-        free = shutil.disk_usage(folder.parent).free
+        reason = f"on process {failed - 1}" if error is None else first_line(error)
+        free = shutil.disk_usage(self._output_dir).free
         raise RunEnds(
-            f"{folder} could not be written ({reason}). It takes about {self._checkpoint_bytes():,} bytes, and "
-            f"{free:,} are free there. {_last_checkpoint(folder.parent)}",
+            f"{folder} could not be written ({reason}). It takes about {self._num_bytes(with_state):,} bytes, and "
+            f"{free:,} are free there. {last_checkpoint(self._output_dir, self.state.global_step)}",
             code=1,
         ) from error
 
@@ -395,18 +433,20 @@ class EmbedderTrainer(Trainer):
         self._remove_old_checkpoints(folder)
 
     def _remove_old_checkpoints(self, newest: Path) -> None:
-        """Keep `save_total_limit` checkpoints, the newest and the best one among them."""
+        """Keep `save_total_limit` checkpoints, the newest and the best one among them. Those of later steps, left by a
+        run that went back, do not count."""
         limit = self.args.save_total_limit
         kept = {newest, Path(self.state.best_model_checkpoint or newest)}
-        others = [folder for folder in checkpoints_in(newest.parent) if folder not in kept]
+        others = [f for f in checkpoints_in(newest.parent, up_to=self.state.global_step) if f not in kept]
         for folder in others[: max(0, len(others) + len(kept) - limit)] if limit else ():
             remove_checkpoint(folder)
 
-    def _checkpoint_bytes(self) -> int:
-        """About what a checkpoint takes: the trained weights and the optimiser's state."""
+    def _num_bytes(self, with_state: bool) -> int:
+        """About what the trained weights take, and the optimiser's state."""
         parameters = [p for group in self.optimizer.param_groups for p in group["params"]]  # type: ignore[union-attr]
         states = [value for p in parameters for value in self.optimizer.state[p].values()]  # type: ignore[union-attr]
-        return sum(t.numel() * t.element_size() for t in [*parameters, *states] if isinstance(t, Tensor))
+        written = [*parameters, *states] if with_state else parameters
+        return sum(t.numel() * t.element_size() for t in written if isinstance(t, Tensor))
 
     def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
         """Called by the trainer; state that lies spread over the processes (FSDP) is written by each of them."""
@@ -441,10 +481,9 @@ def _begin_worker(begin: Callable[[int], None] | None, worker_id: int) -> None:
         begin(worker_id)
 
 
-def _last_checkpoint(output_dir: Path) -> str:
-    """Which checkpoint to go on from, in a sentence."""
-    last = last_whole_checkpoint(output_dir)
-    return "There is no checkpoint yet." if last is None else f"The last good checkpoint is {last}."
+def _make_anew(folder: Path) -> None:
+    shutil.rmtree(folder, ignore_errors=True)
+    folder.mkdir(parents=True)
 
 
 def _num_tokens(batch: Batch) -> Tensor:

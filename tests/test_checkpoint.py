@@ -120,6 +120,39 @@ def test_settings_are_read_as_written(written: Path) -> None:
     assert EncoderSettings(**read_settings(str(written / "stage_I"))) == SETTINGS
 
 
+def test_weights_of_another_kind_do_not_stay(stages: Path) -> None:
+    """An adapter, a full model and one in shards, each over the one before: what is loaded is the last."""
+    folder = stages / "stage_II"
+    fresh = LLM2Vec.from_pretrained(str(folder))
+    texts = ["who wrote it", "hello world"]
+    expected = fresh.encode(texts, show_progress_bar=False)
+    base = stages / "stage_I"
+    for save in (
+        lambda: save_stage_I(folder, seed=1),
+        lambda: save_stage_II(folder, base),
+        lambda: tiny_model("llama").save_pretrained(folder, max_shard_size="20KB"),
+    ):
+        save()
+        assert len(list(folder.glob("*model*.safetensors"))) > 0
+    assert len(list(folder.glob("model-*.safetensors"))) > 1 and (folder / "model.safetensors.index.json").is_file()
+    fresh.save(folder, merge_before_save=True)
+    kept = {file.name for file in folder.iterdir() if "model" in file.name or "adapter" in file.name}
+    assert kept == {"model.safetensors"}
+    assert resolve_chain(str(folder), ()) == Chain(str(folder), ())
+    again = LLM2Vec.from_pretrained(str(folder)).encode(texts, show_progress_bar=False)
+    assert torch.allclose(torch.as_tensor(again), torch.as_tensor(expected), atol=1e-5)
+    save_stage_II(folder, base)
+    assert not list(folder.glob("model*.safetensors")) and (folder / "adapter_model.safetensors").is_file()
+
+
+def test_an_adapter_does_not_take_its_base_away(stages: Path) -> None:
+    """Written into the base's own folder, it lies beside the weights that it needs."""
+    before = load_file(stages / "stage_I/model.safetensors")
+    save_stage_II(stages / "stage_I", stages / "stage_I")
+    after = load_file(stages / "stage_I/model.safetensors")
+    assert after.keys() == before.keys() and all(torch.equal(after[name], before[name]) for name in before)
+
+
 # --- cut short ---
 
 
@@ -558,7 +591,9 @@ def test_sums_tell_every_change(tmp_path: Path) -> None:
     """A file more or less, other content, a line of the sums gone; hidden files do not count."""
     (tmp_path / "a").write_text("one", encoding="utf-8")
     (tmp_path / "b").write_text("two", encoding="utf-8")
+    (tmp_path / ".nfs0001").write_text("of a network disk", encoding="utf-8")
     write_sums(tmp_path)
+    (tmp_path / ".nfs0001").unlink()
     (tmp_path / ".DS_Store").touch()
     check_sums(tmp_path)
     sums = (tmp_path / SUMS_FILE).read_text(encoding="utf-8")

@@ -120,6 +120,12 @@ def test_candidates_score_as_in_mtebs_own_search(small_blocks: None, queries: Da
     assert len(encoded) == len({d for listed in ranked.values() for d in listed}), "only what is listed"
 
 
+@pytest.mark.parametrize("listed", [["d1", "d300", "d999"], ["d300"]], ids=str)
+def test_a_candidate_that_the_corpus_lacks_is_named(queries: Dataset, corpus: Dataset, listed: list[str]) -> None:
+    with pytest.raises(UserError, match="corpus lacks documents that are listed for reranking: d300"):
+        ask(StreamingSearch(RandomEncoder()), queries, corpus, top_k=2, top_ranked={"q0": listed})  # type: ignore[arg-type]
+
+
 def test_equal_queries_are_encoded_once_and_answered_each(queries: Dataset, corpus: Dataset) -> None:
     for ranked in (None, {f"q{i}": ["d1", f"d{i + 2}"] for i in range(15)}):
         encoder = RandomEncoder()

@@ -301,13 +301,16 @@ def test_an_error_is_not_remembered(tmp_path: Path) -> None:
 
 
 def test_missing_files_are_listed(tmp_path: Path) -> None:
-    """All at once, with the folder that was searched and where the archive is to be had."""
-    sources = make_sources(tmp_path, {"a": 1, "b": 1, "c": 1})
-    (tmp_path / "a.jsonl").unlink()
-    (tmp_path / "c.jsonl").unlink()
+    """All at once, with the folder that was searched; and where the archive is to be had, if they are the archive's."""
+    sources = make_sources(tmp_path, {"a": 1, "nq": 1, "fever": 1})
+    for name in ("a", "nq"):
+        (tmp_path / f"{name}.jsonl").unlink()
     with pytest.raises(UserError) as error:
         TrainingRows(tmp_path, sources)
-    assert f"dataset_file_path: {tmp_path} lacks a.jsonl, c.jsonl; " in str(error.value)
+    assert str(error.value) == f"dataset_file_path: {tmp_path} lacks a.jsonl, nq.jsonl."
+    with pytest.raises(UserError) as error:
+        TrainingRows(tmp_path, sources[1:])
+    assert f"dataset_file_path: {tmp_path} lacks nq.jsonl; " in str(error.value)
     assert "https://" in str(error.value)
 
 

@@ -164,6 +164,20 @@ def test_a_loss_that_is_no_number_is_counted_at_any_scale(tmp_path: Path, monkey
     assert scaler.get_scale() == 2**16
 
 
+@pytest.mark.parametrize("scale", [1.0, 2.0**16], ids=["counted", "the scaler's affair"])
+def test_the_schedule_waits_where_the_scaler_skips(
+    scale: float, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It knows no difference between a scale that is too large and a gradient that is no number."""
+    scaler = scale_the_loss(monkeypatch)
+    scaler.load_state_dict({**scaler.state_dict(), "scale": scale})
+    diverge(monkeypatch, {2}, "gradient")
+    _, _, log = test_trainer.run(tmp_path, num_rows=8, lr_scheduler_type="linear", learning_rate=0.1)
+    rates = [entry["learning_rate"] for entry in log if "learning_rate" in entry]
+    assert rates == pytest.approx([0.1, 0.075, 0.075, 0.05])
+    assert [entry["step"] for entry in log if "skipped" in entry] == ([2] if scale == 1 else [])
+
+
 # --- the scripts ---
 
 

@@ -21,7 +21,16 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from llm2vec import LLM2Vec
-from llm2vec.checkpoint import INCOMPLETE_MARKER, RUN_FILE, SETTINGS_FILE
+from llm2vec.checkpoint import (
+    INCOMPLETE_MARKER,
+    RUN_FILE,
+    SETTINGS_FILE,
+    EncoderSettings,
+    resolve_chain,
+    save_checkpoint,
+)
+from llm2vec.config import Config
+from llm2vec.run_model import open_tokenizer
 from llm2vec.trainer import LOG_FILE
 
 ROOT = Path(__file__).parents[1]
@@ -293,3 +302,16 @@ def test_another_template_than_the_parents_is_refused(
         run_here("stage_II", write_config(folder / "II.json", keys), monkeypatch)
     assert stopped.value.code == 2
     assert_one_sentence(capfd.readouterr().err, "template is 'plain'", "was trained with 'llama3'")
+
+
+@pytest.mark.parametrize(
+    ("template", "join", "said"), [("llama3", ": ", 1), ("llama3", "; ", 0), ("e5_mistral", " ", 0)]
+)
+def test_another_join_than_the_parents_is_said(
+    tmp_path: Path, template: str, join: str, said: int, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Where the template leaves it open."""
+    settings = EncoderSettings("last", 64, template=template, instruction_join="; ", attention="causal")
+    save_checkpoint(tmp_path, tiny_model("llama"), family_tokenizer("llama"), settings)
+    open_tokenizer(Config(str(tmp_path), instruction_join=join), resolve_chain(str(tmp_path), ()))
+    assert caplog.text.count(f"instruction_join is '{join}', but {tmp_path} was trained with '; '") == said

@@ -65,7 +65,7 @@ def test_a_published_chain_is_loaded_as_its_two_adapters(monkeypatch: pytest.Mon
     loaded: list[Any] = []
 
     def from_pretrained(base: str, **options: Any) -> None:
-        loaded.append((base, options["peft_model_name_or_path"]))
+        loaded.append((base, options["peft_model_name_or_path"], options["template"]))
         raise UserError("enough")
 
     monkeypatch.setattr(eval_models.LLM2Vec, "from_pretrained", from_pretrained)
@@ -73,9 +73,22 @@ def test_a_published_chain_is_loaded_as_its_two_adapters(monkeypatch: pytest.Mon
     for name in (name for name in mteb.models.model_implementations.MODEL_REGISTRY if "/LLM2Vec-" in name):
         with pytest.raises(UserError, match="enough"):
             load_encoder(ModelChoice(name, instructions_file=table))
-        base, adapters = loaded[-1]
-        assert adapters == [name] and name.startswith(f"{base}-") and base.endswith("-mntp")
+        base, adapters, template = loaded[-1]
+        assert template is None and adapters == [name] and name.startswith(f"{base}-") and base.endswith("-mntp")
     assert len(loaded) == 8
+    llama31 = "McGill-NLP/LLM2Vec-Meta-Llama-31-8B-Instruct-mntp"
+    monkeypatch.setattr(eval_models, "kind_of", lambda _: "llm2vec")
+    for choice, template in (
+        (ModelChoice(llama31), "plain"),  # as docs/migration.md says
+        (ModelChoice(f"{llama31}-supervised"), "plain"),
+        (ModelChoice(llama31, (f"{llama31}-supervised",)), "plain"),
+        (ModelChoice(llama31, ("output/mine",)), None),
+        (ModelChoice(f"{llama31}-supervised", template="llama3"), "llama3"),
+        (ModelChoice("output/mine", template="qwen2"), "qwen2"),
+    ):
+        with pytest.raises(UserError, match="enough"):
+            load_encoder(choice)
+        assert loaded[-1][2] == template
 
 
 def test_local_sentence_transformers_do_not_collide(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
@@ -128,11 +141,23 @@ def test_a_table_replaces_a_models_own_prompts(tmp_path: Path, caplog: pytest.Lo
 
 @pytest.mark.parametrize(
     "option",
-    [{"max_length": 32}, {"torch_dtype": "float16"}, {"instructions_file": "x"}, {"attn_implementation": "sdpa"}],
+    [
+        {"max_length": 32},
+        {"torch_dtype": "float16"},
+        {"instructions_file": "x"},
+        {"attn_implementation": "sdpa"},
+        {"template": "plain"},
+    ],
 )
 def test_an_option_without_effect_is_refused(option: dict[str, Any]) -> None:
     with pytest.raises(UserError, match=f"{next(iter(option))} has no effect on BAAI/bge-large-en-v1.5"):
         load_encoder(ModelChoice("BAAI/bge-large-en-v1.5", **option))
+
+
+def test_a_template_has_no_effect_on_sentence_transformers(tmp_path: Path) -> None:
+    (tmp_path / "modules.json").touch()
+    with pytest.raises(UserError, match=r"^template has no effect on .*sentence-transformers decides"):
+        load_encoder(ModelChoice(str(tmp_path), template="plain"))
 
 
 def test_a_model_that_cannot_be_had_is_a_sentence(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -332,6 +332,8 @@ def test_a_checkpoint_of_a_run_takes_the_runs_log_up_to_its_step(adapter: str, t
     for file in run.iterdir():
         if file.is_file() and file.name != "log.jsonl":
             file.rename(run / "checkpoint-5" / file.name)
+    with (run / "log.jsonl").open("a", encoding="utf-8") as log:
+        log.write('{"step": 12, "lo')  # as a run leaves it that was killed
     export(Export(str(run / "checkpoint-5"), dtype="float32"), tmp_path / "out")
     card = (tmp_path / "out" / "README.md").read_text(encoding="utf-8")
     assert "| logged | step 2 | step 2 |" in card

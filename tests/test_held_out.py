@@ -12,13 +12,15 @@ import pytest
 import reference
 import torch
 from helpers import family_tokenizer, tiny_model, write_jsonl
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, TrainingArguments
 
 from llm2vec.checkpoint import EncoderSettings
 from llm2vec.collation import CollateSides
+from llm2vec.config import Config
 from llm2vec.data import Instruction, OneSourceBlocks, Source, TrainingRows
 from llm2vec.llm2vec import row_tokenizer
 from llm2vec.llm2vec_q2d_d2q import BidirectionalReconstruction
+from llm2vec.run_rows import row_orders
 from llm2vec.types import UserError
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -60,6 +62,28 @@ def test_max_rows_counts_rows_that_are_trained_on(folder: Path) -> None:
 def test_holding_out_everything_is_refused(folder: Path) -> None:
     with pytest.raises(UserError, match=r"num_eval_rows is 12, but .*one.jsonl has only 12 rows"):
         TrainingRows(folder, SOURCES, num_held_out=12)
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({"num_eval_rows": 4, "eval_strategy": "epoch"}, "num_eval_rows is 4, fewer than the 8 rows of an evaluation"),
+        ({"max_train_samples": 7}, "max_train_samples is 7, fewer than the 8 rows of one batch"),
+    ],
+    ids=str,
+)
+def test_a_number_of_rows_below_a_batch_is_named_by_its_key(folder: Path, changes: dict[str, Any], words: str) -> None:
+    args = TrainingArguments(
+        str(folder / "out"),
+        per_device_train_batch_size=4,
+        eval_strategy=changes.pop("eval_strategy", "no"),
+        use_cpu=True,
+    )
+    config = Config("base", **changes)
+    rows = TrainingRows(folder, SOURCES, max_rows=config.max_train_samples, num_held_out=config.num_eval_rows)
+    with pytest.raises(UserError) as error:
+        row_orders(config, args, rows, num_processes=2)
+    assert words in str(error.value) and "source" not in str(error.value)
 
 
 def test_logged_figures_are_the_loss_on_the_held_out_rows(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:

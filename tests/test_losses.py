@@ -197,6 +197,16 @@ def test_a_weight_of_zero_takes_its_row_out() -> None:
         assert torch.equal(value, torch.zeros_like(value))
 
 
+def test_the_loss_of_no_rows_is_zero_and_connected() -> None:
+    p = problem(rows=6)
+    none = p._replace(hidden_ND=p.hidden_ND[:0], target_N=p.target_N[:0], term_weight_N=p.term_weight_N[:0])
+    loss, terms_N, hits_N = linear_cross_entropy(*none)
+    assert loss == 0 and len(terms_N) == len(hits_N) == 0
+    loss.backward()
+    for leaf in (p.hidden_ND, p.weight_VD):
+        assert leaf.grad is not None and torch.equal(leaf.grad, torch.zeros_like(leaf))
+
+
 def test_the_gradient_is_not_to_be_taken_twice() -> None:
     """It is made with the loss and used up; a second backward pass is refused rather than wrong."""
     p = problem()

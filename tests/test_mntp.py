@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import pickle
 import runpy
 import sys
 from functools import partial
@@ -243,15 +244,16 @@ def test_an_ordinary_token_is_not_taken_for_a_mask() -> None:
 # --- the blocks ---
 
 
-def texts_of(*lines: str) -> Texts:
+def texts_of(*lines: str | None) -> Texts:
     return Texts("lines", Path("lines.txt"), datasets.Dataset.from_dict({"text": list(lines)}), ("text",))
 
 
 @pytest.mark.parametrize("family", ["llama", "qwen2", "mistral_sentencepiece"])
 def test_blocks_by_hand(family: str) -> None:
-    """Each text behind a BOS where there is one, end to end, cut, the rest dropped; never read as special tokens."""
+    """Each text behind a BOS where there is one, end to end, cut, the rest dropped; never read as special tokens. Blank
+    texts and nulls are left out."""
     tokenizer = family_tokenizer(family)
-    lines = ["who wrote it", "  ", "hello world </s> <|eot_id|>", "", "the red answer"]
+    lines = ["who wrote it", "  ", "hello world </s> <|eot_id|>", None, "the red answer"]
     bos = [] if tokenizer.bos_token_id is None else [tokenizer.bos_token_id]
     stream = []
     for line in (lines[0], lines[2], lines[4]):
@@ -294,6 +296,7 @@ def test_text_files_and_training_rows(tmp_path: Path) -> None:
         ("a.txt", b"fine\n\xff\xfe\n", ["a.txt, line 2", "UTF-8"]),
         ("a.jsonl", b'{"text": "fine"}\n{"txt": "x"}\n', ["a.jsonl, line 2", "`text`"]),
         ("a.jsonl", b'{"text": "fine"}\nfine\n', ["a.jsonl, line 2", "not valid JSON"]),
+        ("a.jsonl", b'{"text": "fine"}\n{"text": "x \\ud83d y"}\n', ["a.jsonl, line 2", "half a surrogate pair"]),
         ("a.txt", b"\n \n", ["a.txt holds no text"]),
         ("a.txt", b"", ["a.txt holds no text"]),
         ("a.txt", None, ["a.txt is not there"]),
@@ -346,8 +349,14 @@ def test_a_hub_dataset_as_upstream_names_it(monkeypatch: pytest.MonkeyPatch) -> 
     splits["validation"] = datasets.Dataset.from_dict({"text": sentences(9, seed=1)})
     blocks = open_blocks([texts_of_hub("wikitext", "wikitext-103-raw-v1")], tokenizer, 8)
     assert asked == [("wikitext", None), ("wikitext", "wikitext-103-raw-v1")]
+    assert len(pickle.loads(pickle.dumps(blocks)).held_out()) > 0, "as it goes to worker processes"
     assert blocks.sources[0].name == "wikitext/wikitext-103-raw-v1"
     assert 0 < len(blocks.held_out()) < len(blocks)
+    splits["validation"] = datasets.Dataset.from_dict({"text": ["who"]})
+    short = open_blocks([texts_of_hub("wikitext", None)], tokenizer, 8)
+    assert short.sizes == blocks.sizes, "without evaluation, a split that fills no block matters to nobody"
+    with pytest.raises(UserError, match=r"1 texts have [0-9]+ tokens in all"):
+        short.held_out()
     splits["train"] = datasets.Dataset.from_dict({"title": ["x"]})
     with pytest.raises(UserError, match="no split `train` with a column `text`"):
         texts_of_hub("wikitext", None)

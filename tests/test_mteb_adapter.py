@@ -29,7 +29,7 @@ from mteb.types import PromptType
 from torch.utils.data import DataLoader
 
 from llm2vec import mteb_adapter, revision
-from llm2vec.eval_files import load_instructions, parts_of
+from llm2vec.eval_files import RETRIEVAL_FILES, load_instructions, parts_of, retrieval_set_of
 from llm2vec.mteb_adapter import LLM2VecEncoder, evaluate, load_tasks
 from llm2vec.revision import checkpoint_revision, model_name
 from llm2vec.types import UserError
@@ -416,6 +416,19 @@ def bad_sets() -> Iterator[tuple[str, str, str]]:
     yield "corpus.jsonl", '{"_id": "1"}\n', r"corpus\.jsonl, line 1: expected an object with the keys _id, text"
     yield "queries.jsonl", '{"_id": "q1", "text": "a"}\n{', r"queries\.jsonl, line 2: not valid JSON"
     yield "queries.jsonl", '{"_id": "q9", "text": "a"}\n', "2 documents and 0 judged queries"
+    yield (
+        "corpus.jsonl",
+        '{"_id": 1, "text": "a"}\n\n{"_id": 2, "text": null}\n',
+        r"line 3: `text` must be text, not null",
+    )
+    yield "corpus.jsonl", '{"_id": 1, "text": "a", "title": 5}\n', r"corpus\.jsonl, line 1: `title` must be text, not 5"
+    yield "corpus.jsonl", '{"_id": 1, "text": "a"}\n{"_id": "1", "text": "b"}\n', r"line 2: the _id '1' is there twice"
+    yield "queries.jsonl", '{"_id": "q1", "text": ["a"]}\n', r'queries\.jsonl, line 1: `text` must be text, not \["a"\]'
+    for score in ("0.5", '"high"', "null", "NaN", "1e999"):
+        line = f'{{"query-id": "q1", "corpus-id": "1", "score": {score}}}\n'
+        yield "qrels/test.jsonl", line, r"qrels/test\.jsonl, line 1: `score` must be a whole number, not "
+    line = '{"query-id": "q1", "corpus-id": "1", "score": 0}\n'
+    yield "qrels/test.jsonl", line, "no query with a relevant document: no score is above 0"
 
 
 @pytest.mark.parametrize(("file", "content", "said"), bad_sets())
@@ -424,6 +437,16 @@ def test_a_bad_retrieval_set_is_a_sentence(tmp_path: Path, file: str, content: s
     (tmp_path / "MySet" / file).write_text(content)
     with pytest.raises(UserError, match=said):
         load_tasks(["MySet"], tmp_path)
+
+
+def test_blank_lines_and_other_spellings_of_a_whole_number_are_read(tmp_path: Path) -> None:
+    write_retrieval(tmp_path / "MySet")
+    for name in RETRIEVAL_FILES:
+        file = tmp_path / "MySet" / name
+        file.write_text(f"\n{file.read_text()}  \n\n".replace('"score": 1', '"score": 1.0'))
+    found = retrieval_set_of(tmp_path / "MySet")
+    assert found.relevant == {"q1": {"1": 1}} and len(found.corpus) == 2 and len(found.queries) == 1
+    assert {type(row[key]) for row in found.corpus for key in ("id", "title", "text")} == {str}
 
 
 def test_an_incomplete_retrieval_set_names_what_it_lacks(tmp_path: Path) -> None:

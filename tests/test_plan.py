@@ -184,6 +184,12 @@ STAGES: dict[str, dict[str, Any]] = {
     "stage_I": {"alpha": 0.2, "gradient_accumulation_steps": 2},
     "stage_I token_set": {"objective": "token_set", "template": "llara", "pooling_mode": "mean"},
     "stage_II": {"loss_scale": 20, "num_train_epochs": 3, "max_steps": -1, "stop_after_n_steps": 2},
+    "stage_II micro-batches": {
+        "one_source_per": "micro_batch",
+        "gradient_accumulation_steps": 5,
+        "num_train_epochs": 3,
+        "max_steps": -1,
+    },
     "stage_II grit": {"lm_weight": 1.0, "torch_dtype": "bfloat16", "own_negatives_only": ["nq"]},
     "stage_II few-shot": {"template": "bge_en_icl", "examples_per_query": 2, "lora_r": 4},
     "lm": {"tokens_per_microbatch": 128},
@@ -220,6 +226,13 @@ def test_a_plan_says_what_the_run_says(
     assert as_the_run_says(plan) == said
     assert len(said) == 8 + plan.objective.contrasts
     assert plan.memory is not None and plan.memory.most > 0
+
+
+def test_rows_that_fill_no_whole_step_are_counted(folder: Path) -> None:
+    """As the trainer takes them: 12 micro-batches, 5 a step."""
+    keys = STAGES["stage_II micro-batches"]
+    assert planned(folder, **keys).schedule == Schedule(9, 9, 3)
+    assert any("steps       9 of a schedule over 9 (3 an epoch)" in line for line in report(planned(folder, **keys)))
 
 
 def test_the_budgets_line_is_worded_alike(folder: Path) -> None:
@@ -555,7 +568,7 @@ def test_a_card_that_is_too_small(folder: Path) -> None:
         ({"sources": ["nqq"]}, "'nqq' is not known"),
         ({"matryoshka_dims": [64]}, "more than the model's hidden size"),
         ({"lora_modules": ["nothing"]}, "lora_modules"),
-        ({"eval_strategy": "steps", "num_eval_rows": 3}, "fewer than the 4 of one batch"),
+        ({"eval_strategy": "steps", "num_eval_rows": 3}, "num_eval_rows is 3, fewer than the 4 rows"),
         ({"num_hard_negatives": 2}, "num_hard_negatives is 2"),
         ({"fsdp": True, "use_peft": False}, "fsdp needs several processes"),
         ({"activation_memory_gb": 1e-6, "tokens_per_microbatch": 128}, "make tokens_per_microbatch smaller"),

@@ -13,10 +13,21 @@ from typing import Any
 
 import pytest
 import torch
-from forked_runs import Setup, assert_same_to_the_bit, kill_within, log_of, make_data, run, said, weights_of
+from forked_runs import (
+    Setup,
+    assert_same_to_the_bit,
+    kill_within,
+    log_of,
+    make_data,
+    run,
+    said,
+    signal_within,
+    weights_of,
+)
 from helpers import write_jsonl
+from transformers import LlamaForCausalLM
 
-from llm2vec import LLM2Vec, trainer
+from llm2vec import LLM2Vec, run_model, trainer
 from llm2vec import checkpoint as checkpoint_module
 from llm2vec.checkpoint import RUN_FILE, SUMS_FILE, check_sums, mark_of
 from llm2vec.config import Config, Stage
@@ -204,6 +215,31 @@ def test_a_run_goes_on_where_its_stop_was_moved(cut: Path, keys: dict[str, Any],
     assert_same_to_the_bit(cut, undisturbed)
 
 
+def test_a_stop_that_was_moved_without_a_checkpoint_is_said(folder: Path, keys: dict[str, Any]) -> None:
+    """The run starts at step 0, and its weights are there as long as it takes."""
+    output = folder / "moved"
+    further = {"save_strategy": "no"}
+    assert run("run_stage_I.py", output, keys | further | {"stop_after_n_steps": 2}) == [0]
+    assert "no checkpoint to go on from" not in said(output)
+    assert run("run_stage_I.py", output, keys | further | {"stop_after_n_steps": 4}) == [0]
+    assert f"{output} holds this run's weights, but no checkpoint to go on from: it starts at step 0" in said(output)
+
+
+def test_the_record_names_the_step_of_the_best_weights(folder: Path, keys: dict[str, Any]) -> None:
+    """Here the worst pass for the best, so that they are not the last."""
+    output = folder / "best"
+    further = {"num_eval_rows": 8, "eval_strategy": "steps", "eval_steps": 2, "save_steps": 2, "max_steps": 6}
+    further |= {"load_best_model_at_end": True, "metric_for_best_model": "eval_loss", "greater_is_better": True}
+    assert run("run_stage_I.py", output, keys | further) == [0]
+    losses = {entry["step"]: entry["eval_loss"] for entry in log_of(output) if "eval_loss" in entry}
+    best = max(losses, key=losses.__getitem__)
+    record = json.loads((output / RUN_FILE).read_text(encoding="utf-8"))
+    assert (record["step"], record["weights_of_step"]) == (6, best) and best < 6
+    own, of_best = weights_of(output), weights_of(output / f"checkpoint-{best}")
+    assert all(torch.equal(own[name], of_best[name]) for name in of_best)
+    assert "weights_of_step" not in json.loads((output / "checkpoint-6" / RUN_FILE).read_text(encoding="utf-8"))
+
+
 # --- killed while it writes ---
 
 
@@ -341,6 +377,87 @@ def test_a_full_disk_ends_the_run_and_leaves_the_last_checkpoint(
     assert run("run_stage_I.py", output, keys, processes) == [0] * processes
     if processes == 1:
         assert_same_to_the_bit(output, undisturbed)
+
+
+def full_at(module: Any, name: str, wanted: Callable[..., bool] = lambda *_, **__: True) -> Setup:
+    """The disk is full where the first process calls a function of a module or class with arguments of interest."""
+
+    def setup(rank: int) -> None:
+        original: Callable[..., Any] = getattr(module, name)
+
+        def fails(*arguments: Any, **keywords: Any) -> Any:
+            if rank == 0 and wanted(*arguments, **keywords):
+                raise OSError(28, "No space left on device")
+            return original(*arguments, **keywords)
+
+        setattr(module, name, fails)
+
+    return setup
+
+
+def has_last_weights(model: Any, folder: str, **_: Any) -> bool:
+    """Whether the weights are on their way into the output folder itself."""
+    return not Path(folder).parent.name.startswith(".checkpoint-")
+
+
+#: What cannot be written for want of room, and the last checkpoint then.
+FULL = {
+    "checkpoint-4": (full_at(Path, "mkdir", lambda path, **_: path.name == ".checkpoint-4"), 2),
+    LOG_FILE: (full_at(Path, "open", lambda path, *mode, **_: path.name == LOG_FILE and mode == ("a",)), 2),
+    f"{LOG_FILE} at the start": (full_at(Path, "write_text", lambda path, *_, **__: path.name == f".{LOG_FILE}"), 0),
+    "the last weights": (full_at(LlamaForCausalLM, "save_pretrained", has_last_weights), 7),
+}
+
+
+@pytest.mark.parametrize("what", FULL)
+def test_a_full_disk_is_said_in_a_sentence_wherever_it_is_met(
+    what: str, folder: Path, keys: dict[str, Any], undisturbed: Path
+) -> None:
+    """With exit code 1; nothing is left half written, and the same command goes on."""
+    setup, last = FULL[what]
+    output = folder / f"no-room-{what.replace(' ', '-')}"
+    assert run("run_stage_I.py", output, keys, setup=setup) == [1], said(output)
+    message = said(output).splitlines()[-1]
+    file = {"the last weights": output, f"{LOG_FILE} at the start": output / LOG_FILE}.get(what, output / what)
+    assert message.startswith(f"error: {file} could not be written ([Errno 28] No space left on device"), message
+    good = f"The last good checkpoint is {output / f'checkpoint-{last}'}." if last else "There is no checkpoint yet."
+    assert message.endswith(good) and "Traceback" not in said(output)
+    assert not list(output.glob(".checkpoint-*")) and not list(output.glob(".writing-*"))
+    assert run("run_stage_I.py", output, keys) == [0]
+    assert_same_to_the_bit(output, undisturbed)
+
+
+def test_weights_that_do_not_come_back_end_all_processes(folder: Path, keys: dict[str, Any]) -> None:
+    """Those that FSDP gathered are read back by the first process alone; the other one is told."""
+
+    def setup(rank: int) -> None:
+        def changed(folder: Path, state: Any) -> None:
+            raise RunEnds("a weight was not written as it is in memory.", code=1)
+
+        checkpoint_module.check_weights = changed
+
+    output = folder / "not-back"
+    assert run("run_stage_I.py", output, keys | {"fsdp": True}, 2, setup) == [1, 1]
+    for rank, reason in ((0, "a weight was not written as it is in memory."), (1, "on process 0")):
+        assert f"{output / 'checkpoint-2'} could not be written ({reason})" in said(output, rank).splitlines()[-1]
+    assert not list(output.glob("*checkpoint-*"))
+
+
+def test_a_mistake_that_one_process_meets_is_said_by_it(folder: Path, keys: dict[str, Any]) -> None:
+    """With its number; the other one sees that it is gone."""
+
+    def setup(rank: int) -> None:
+        def refuse(*arguments: Any, **keywords: Any) -> Any:
+            raise UserError("model_name_or_path: there is no such folder on this machine.")
+
+        if rank == 1:
+            run_model.load_backbone = refuse
+
+    output = folder / "one-alone"
+    assert run("run_stage_II.py", output, keys, 2, setup) == [1, 2]
+    last = said(output, 1).splitlines()[-1]
+    assert last == "error: process 1: model_name_or_path: there is no such folder on this machine."
+    assert said(output).splitlines()[-1].startswith("error: process 0: another process of the run ended")
 
 
 # --- whose checkpoint ---
@@ -498,6 +615,25 @@ def test_a_path_names_the_checkpoint(cut: Path, keys: dict[str, Any], folder: Pa
             find_start(config_of(output, keys | {"resume": str(path)}))
     with pytest.raises(UserError, match="max_steps is 7 there and 8 here"):
         find_start(config_of(output, keys | {"resume": str(cut / "checkpoint-4"), "max_steps": 8}))
+
+
+def test_going_back_leaves_later_checkpoints_and_says_so(folder: Path, keys: dict[str, Any], undisturbed: Path) -> None:
+    """They do not push out the run's own, and what it says and saves is its own; in the end they are written over."""
+    output = folder / "back"
+    shutil.copytree(undisturbed, output)
+    back = keys | {"resume": str(output / "checkpoint-2"), "save_total_limit": 2}
+    assert run("run_stage_I.py", output, back, setup=signal_within(5, signal.SIGTERM)) == [0]
+    for later in (4, 6, 7):
+        assert f"{output / f'checkpoint-{later}'}, of a later step, stays until this run writes over it" in said(output)
+    assert [path.name for path in checkpoints_in(output)] == [f"checkpoint-{step}" for step in (4, 5, 6, 7)]
+    stopped = f"stopped after step 5, saved to {output / 'checkpoint-5'}; to go on: "
+    assert stopped in said(output) and said(output).endswith(f'with "resume": "{output / "checkpoint-5"}"\n')
+    full = full_from(1)
+    assert run("run_stage_I.py", output, back | {"resume": str(output / "checkpoint-5")}, setup=full) == [1]
+    assert f"The last good checkpoint is {output / 'checkpoint-6'}." in said(output)  # the earlier one of this step
+    assert run("run_stage_I.py", output, back | {"resume": str(output / "checkpoint-5")}) == [0]
+    assert [path.name for path in checkpoints_in(output)] == ["checkpoint-6", "checkpoint-7"]
+    assert_same_to_the_bit(output, undisturbed)
 
 
 def test_a_finished_run_is_over_whatever_its_end_was(undisturbed: Path, keys: dict[str, Any]) -> None:

@@ -168,6 +168,8 @@ def test_what_does_not_fit_is_refused(tmp_path: Path) -> None:
         BidirectionalReconstructionLoss(sentence_model(untied))
     with pytest.raises(UserError, match="modules Transformer, Pooling, Normalize"):
         BidirectionalReconstructionLoss(sentence_model(tied, Normalize()))
+    with pytest.raises(UserError, match=r"alpha is 1\.5; it must lie between 0 and 1"):
+        BidirectionalReconstructionLoss(sentence_model(tied), alpha=1.5)
     model = sentence_model(tied)
     loss = BidirectionalReconstructionLoss(model)
     goal = features(model, 1)
@@ -184,3 +186,11 @@ def test_an_empty_text_is_no_target(tmp_path: Path) -> None:
     with_empty = loss.reconstruct(anchor_BD, model.preprocess(["who wrote it", "", "the answer"]))
     without = loss.reconstruct(anchor_BD[[0, 2]], model.preprocess(["who wrote it", "the answer"]))
     torch.testing.assert_close(with_empty, without)
+
+
+def test_a_batch_of_empty_texts_has_a_loss_of_zero(tmp_path: Path) -> None:
+    model = sentence_model(save_base(tmp_path, tie_word_embeddings=True))
+    parts = BidirectionalReconstructionLoss(model)([features(model, 0), model.preprocess([""] * len(ROWS))], None)
+    assert parts["q2d"] == 0 and parts["d2q"] > 0
+    torch.stack(list(parts.values())).sum().backward()
+    assert all(p.grad is not None and p.grad.isfinite().all() for p in model.transformers_model.parameters())

@@ -18,6 +18,7 @@ from typing import Any
 import pytest
 from forked_runs import Setup, assert_same_to_the_bit, log_of, make_data, run, said, signal_within
 
+from llm2vec import trainer
 from llm2vec.resume import checkpoints_in, why_unusable
 from llm2vec.signals import STOP_SIGNALS, StopSignals
 from llm2vec.trainer import LOG_FILE
@@ -123,6 +124,60 @@ def test_handlers_are_put_back() -> None:
         os.kill(os.getpid(), signal.SIGTERM)
         assert signals.received == signal.SIGTERM
     assert [signal.getsignal(number) for number in STOP_SIGNALS] == before
+
+
+def test_a_handler_that_cannot_be_put_back_gives_way_to_the_default(monkeypatch: pytest.MonkeyPatch) -> None:
+    """One that a program in C had set, before it began to run Python in itself, is None to Python."""
+    set_to: list[Any] = []
+    monkeypatch.setattr(signal, "signal", lambda number, handler: set_to.append(handler))
+    with StopSignals() as signals:
+        assert set_to == [signals._note] * len(STOP_SIGNALS)
+    assert set_to[len(STOP_SIGNALS) :] == [signal.SIG_DFL] * len(STOP_SIGNALS)
+
+
+def signal_group_within(name: str) -> Setup:
+    """SIGTERM to the process and its workers, as Ctrl-C and Slurm send it, once they fetch rows: when a function of the
+    trainer's module is called for the first time."""
+
+    def setup(rank: int) -> None:
+        os.setpgid(0, 0)
+        function = getattr(trainer, name)
+
+        def signal_first(*arguments: Any, **keywords: Any) -> Any:
+            setattr(trainer, name, function)
+            os.killpg(os.getpid(), signal.SIGTERM)
+            time.sleep(0.5)  # a worker that is hit is found dead
+            return function(*arguments, **keywords)
+
+        setattr(trainer, name, signal_first)
+
+    return setup
+
+
+@pytest.mark.parametrize("name", ["backward_step", "loss_parts"], ids=["training", "evaluating"])
+def test_workers_outlive_a_signal_to_all_of_the_group(name: str, folder: Path, keys: dict[str, Any]) -> None:
+    output = folder / f"group-{name}"
+    further = {"dataloader_num_workers": 1, "num_eval_rows": 16, "eval_strategy": "steps", "eval_steps": 1}
+    further |= {"per_device_train_batch_size": 2}  # so that rows are still to be fetched
+    assert run("run_stage_II.py", output, keys | further, setup=signal_group_within(name)) == [0], said(output)
+    assert "stopped after step" in said(output) and "exited unexpectedly" not in said(output)
+    assert why_unusable(checkpoints_in(output)[-1]) is None
+
+
+@pytest.mark.parametrize(("step", "evaluated"), [(3, "steps"), (4, "steps"), (6, "steps"), (8, "epoch")])
+def test_where_only_the_best_is_saved_a_stop_is_saved_too(
+    step: int, evaluated: str, folder: Path, keys: dict[str, Any]
+) -> None:
+    """Where nothing is evaluated, and where it is and is no better than before; an epoch has 4 steps."""
+    output = folder / f"best-{step}"
+    further = {"save_strategy": "best", "metric_for_best_model": "eval_loss", "greater_is_better": True}
+    further |= {"num_eval_rows": 8, "eval_strategy": evaluated, "eval_steps": 2, "max_steps": 9}
+    setup = signal_within(step, signal.SIGTERM)
+    assert run("run_stage_II.py", output, keys | further, setup=setup) == [0], said(output)
+    measured = {entry["step"]: entry["eval_loss"] for entry in log_of(output) if "eval_loss" in entry}
+    assert step == 3 or max(measured.values()) > measured[step]
+    assert f"stopped after step {step}, saved to {output / f'checkpoint-{step}'}; to go on:" in said(output)
+    assert why_unusable(output / f"checkpoint-{step}") is None
 
 
 # --- lost processes ---

@@ -283,6 +283,23 @@ def test_a_model_that_cannot_be_packed_gives_the_same(
     reference.assert_same_gradients(reference.gradients(objective), expected)
 
 
+@pytest.mark.parametrize("empty", [("positive",), ("query", "positive")], ids=str)
+def test_a_micro_batch_without_targets_has_a_loss_of_zero(empty: tuple[str, ...]) -> None:
+    """Of one direction, or of both: as if its rows were not there, and every weight has a gradient to exchange."""
+    objective, collate = make()
+    batch = collate([row._replace(**{side: InstructedText("find", "") for side in empty}) for row in ROWS[:2]])
+    parts = run_step(objective, [batch])
+    assert all(torch.isfinite(value) for value in parts.values())
+    assert parts["loss_q2d"] == 0 and (parts["loss_d2q"] == 0) == (len(empty) == 2)
+    assert parts["loss"] == 0.8 * parts["loss_d2q"]
+    for name, parameter in objective.named_parameters():
+        assert parameter.grad is not None and parameter.grad.isfinite().all(), name
+        assert len(empty) < 2 or not parameter.grad.any(), name
+    alone = run_step(objective, [collate(ROWS[2:])])
+    beside = run_step(objective, [batch, collate(ROWS[2:])])
+    assert len(empty) < 2 or all(torch.equal(beside[name], alone[name]) for name in alone)
+
+
 def test_a_batch_is_left_as_it_was() -> None:
     objective, collate = make()
     batch, untouched = collate(ROWS), collate(ROWS)

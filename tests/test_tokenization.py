@@ -329,6 +329,12 @@ def test_an_instruction_that_leaves_no_room_is_an_error(case: Case, pooling: Poo
         row_of(tokenizer, text, "find " * 16)
 
 
+def test_half_a_surrogate_pair_is_named() -> None:
+    tokenizer = row_tokenizer(CASES[0])
+    with pytest.raises(UserError, match=r"half a surrogate pair: '.*hello \\ud83d world'"):
+        tokenizer.rows([InstructedText("", text) for text in ("it", "hello \ud83d world", "\ud800")])
+
+
 def test_no_row_is_longer_than_max_length() -> None:
     """Whatever instruction and text, unless they are refused."""
     tokenizer = row_tokenizer(CASES[3], max_length=20)

@@ -24,9 +24,10 @@ from llm2vec.checkpoint import SETTINGS_FILE, read_settings
 from llm2vec.data import Instruction, OneSourceBlocks, Source, TrainingRows, block_order
 from llm2vec.llm2vec import LLM2Vec
 from llm2vec.packing import pack_rows, starts_of
+from llm2vec.run_report import steps_an_epoch
 from llm2vec.tokenization import Row
 from llm2vec.trainer import LOG_FILE, EmbedderTrainer
-from llm2vec.types import Batch, Example, InstructedText, Output, Reduction
+from llm2vec.types import Batch, Example, InstructedText, Output, Reduction, RunEnds, UserError
 
 ROOT = Path(__file__).parents[1]
 
@@ -71,7 +72,10 @@ class Numbered(Sampler[int]):
         return self.length
 
     def __iter__(self) -> Iterator[int]:
-        return iter([(i + self.epoch) % self.length for i in range(self.length)])
+        return self.rows_from(0)
+
+    def rows_from(self, place: int) -> Iterator[int]:
+        return iter([(i + self.epoch) % self.length for i in range(place, self.length)])
 
 
 def collate(rows: list[int]) -> Batch:
@@ -165,6 +169,42 @@ def test_rows_come_in_the_order_of_seed_and_epoch(tmp_path: Path) -> None:
     epochs = [block_order([12], 4, 3, epoch).tolist() for epoch in (0, 1)]
     assert epochs[0] != epochs[1]
     assert [number for seen in toy.seen for number in seen] == epochs[0] + epochs[1]
+
+
+def test_rows_that_fill_no_whole_step_make_one_more(tmp_path: Path) -> None:
+    """As the run and the plan say it, and as the trainer does it: six micro-batches, four a step."""
+    toy, trainer, log = run(tmp_path, gradient_accumulation_steps=4, num_train_epochs=2, num_rows=12)
+    assert steps_an_epoch(trainer.args, 12, 1) == trainer.state.global_step / 2 == 2
+    assert toy.totals == [8.0] * 4 + [4.0] * 2 + [8.0] * 4 + [4.0] * 2
+    assert log[-1]["step"] == 4
+
+
+def test_a_step_knows_its_rows(tmp_path: Path) -> None:
+    """The last of an epoch may have fewer."""
+    _, trainer, _ = run(tmp_path, gradient_accumulation_steps=4, num_rows=12)
+    rows = []
+    for step in range(4):
+        trainer.state.global_step = step
+        trainer._sampler.set_epoch(step // 2)  # type: ignore[attr-defined]
+        rows.append(trainer._rows_of_step())
+    assert rows == [[*range(8)], [8, 9, 10, 11], [*range(1, 9)], [9, 10, 11, 0]]
+
+
+@pytest.mark.parametrize("given", [True, False])
+def test_a_checkpoint_to_go_on_from_is_named(given: Any, tmp_path: Path) -> None:
+    """transformers' `True` would take the newest folder, whole or not, and none of its weights."""
+    _, trainer, _ = run(tmp_path, num_rows=4)
+    with pytest.raises(UserError, match=f"resume_from_checkpoint is {given}; a checkpoint's folder is needed"):
+        trainer.train(given)
+
+
+def test_an_error_without_a_text_ends_the_run_by_its_name(tmp_path: Path) -> None:
+    def broken(folder: Path, weights: dict[str, Tensor] | None) -> None:
+        raise OSError
+
+    with pytest.raises(RunEnds, match=r"checkpoint-2 could not be written \(OSError\)") as end:
+        run(tmp_path, save_to=broken, save_strategy="steps", save_steps=2)
+    assert end.value.code == 1
 
 
 # --- the log ---

@@ -28,9 +28,9 @@ from llm2vec.parity import ask_way, bundled_texts, compare, read_texts
 from llm2vec.parity_causes import find_causes
 from llm2vec.parity_loaded import open_way
 from llm2vec.parity_tokens import token_differences, with_ids
-from llm2vec.parity_ways import choices_of, read_json, rendering_of
+from llm2vec.parity_ways import Choice, choices_of, read_json, rendering_of
 from llm2vec.tokenization import Row, probe_ids
-from llm2vec.types import UserError
+from llm2vec.types import InstructedText, UserError
 
 SCRIPT = Path(__file__).parents[1] / "experiments/verify.py"
 BIDIRECTIONAL = EncoderSettings("last", 64, template="llama3", instruction_join="; ", attention="bidirectional")
@@ -179,6 +179,21 @@ def test_the_reference_may_be_the_export(made: Path, verify: Any) -> None:
     )
     assert code == 0, printed
     assert printed.startswith("reference: sentence-transformers ")
+
+
+def test_a_folder_that_names_no_length_has_the_models(damaged: Path, verify: Any) -> None:
+    """As older versions of sentence-transformers wrote them: both libraries' ways cut at the same place."""
+    (damaged / RUN_FILE).unlink()
+    change_json(damaged / "tokenizer_config.json", lambda config: config.pop("model_max_length") and None)
+    change_json(damaged / "sentence_bert_config.json", lambda config: config.pop("max_seq_length", None) and None)
+    most = read_json(str(damaged), "config.json")["max_position_embeddings"]
+    for kind in ("st", "transformers"):
+        way = open_way(Choice(kind, str(damaged)), torch.float32, None)  # type: ignore[arg-type]
+        assert way.max_length == most
+        (row,) = way.rows([InstructedText("", "red " * (most + 10))], None)
+        assert len(row.ids) == most
+    code, printed = verify(f"st:{damaged}", f"transformers:{damaged}")
+    assert code == 0, printed
 
 
 def test_half_precision_is_held_to_its_own_threshold(made: Path, half: Path, verify: Any) -> None:
