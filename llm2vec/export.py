@@ -52,7 +52,8 @@ PATH_KEYS = ("output_dir", "logging_dir", "dataset_file_path", "sources_file", "
 
 #: What of a checkpoint's `run.json` is of use in another folder.
 RUN_KEYS = (
-    "config", "num_processes", "gradient_accumulation_steps", "parent", "data", "step", "versions", "git_commit",
+    "config", "num_processes", "gradient_accumulation_steps", "parent", "data", "step", "weights_of_step", "versions",
+    "git_commit",
 )  # fmt: skip
 
 
