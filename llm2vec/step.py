@@ -11,7 +11,7 @@ from __future__ import annotations
 import heapq
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -56,23 +56,25 @@ def backward_step(
     # The last piece's graph is kept and differentiated first, which saves embedding it again; with many pieces that is
     # a small saving, and the memory is better spent on their vectors.
     keep = len(pieces) <= MOST_PIECES_WITH_A_GRAPH
-    outputs: list[Output] = []
+    held = _Held(batch)
+    output: Output
     for i, (piece, seed) in enumerate(zip(pieces, seeds, strict=True)):
         kept = keep and i == len(pieces) - 1
         with seeded(seed, piece), no_sync() if kept else torch.no_grad():
             # Without totals, rows' own losses are left out: they come with the pass that differentiates them.
-            outputs.append(objective(piece, totals if kept else {}))
-    last = outputs[-1] if keep else None
-    between, gradients = _gradients_of_vectors(inner, outputs, totals)
+            output = objective(piece, totals if kept else {})
+        held.add(piece, output)
+    between, gradients = _gradients_of_vectors(inner, held, totals)
     shares = [add_up([between])]
-    if last is not None:
+    if keep:
         with no_sync():
-            backward(_surrogate(last, {side: of_pieces.pop() for side, of_pieces in gradients.items()}) * scale)
-        shares.append(add_up([last.parts]))
-        pieces, seeds, last = pieces[:-1], seeds[:-1], None
+            backward(_surrogate(output, {side: of_pieces.pop() for side, of_pieces in gradients.items()}) * scale)
+        shares.append(add_up([output.parts]))
+        pieces, seeds = pieces[:-1], seeds[:-1]
+    del output, held  # the last piece's graph, and vectors that are read no more
     for i, (piece, seed) in enumerate(zip(pieces, seeds, strict=True)):
         with seeded(seed, piece), nullcontext() if i == len(pieces) - 1 else no_sync():
-            output: Output = objective(piece, totals)
+            output = objective(piece, totals)
             backward(_surrogate(output, {side: of_pieces[i] for side, of_pieces in gradients.items()}) * scale)
             shares.append(add_up([output.parts]))
     return add_up(shares)
@@ -90,10 +92,13 @@ def loss_parts(
     """The figures of `backward_step` alone: nothing is differentiated."""
     inner: Any = getattr(objective, "module", objective)
     with torch.no_grad():
-        outputs = [objective(piece, totals) for piece in split_batch(batch, max_tokens)]
-        held = _joined(outputs, "vectors") | _joined(outputs, "facts")
-        between = inner.contrast(held, totals) if inner.contrasts else {}
-        return add_up([*(output.parts for output in outputs), between])
+        held, shares = _Held(batch), []
+        for piece in split_batch(batch, max_tokens):
+            output: Output = objective(piece, totals)
+            held.add(piece, output)
+            shares.append(output.parts)
+        between = inner.contrast(held.vectors | held.facts, totals) if inner.contrasts else {}
+        return add_up([*shares, between])
 
 
 def split_batch(batch: Batch, max_tokens: int | None) -> list[Batch]:
@@ -104,7 +109,7 @@ def split_batch(batch: Batch, max_tokens: int | None) -> list[Batch]:
     """
     if max_tokens is None:
         return [batch]
-    num_rows = len(batch[next(iter(batch))]["lengths"])
+    num_rows = _num_rows(batch)
     tokens = [0] * num_rows
     for side in batch.values():
         per_row = len(side["lengths"]) // num_rows
@@ -166,24 +171,52 @@ def _backward_whole(
     return add_up(shares)
 
 
+class _Held:
+    """Vectors and facts of all pieces' rows, each written into its place when its piece is done.
+
+    Thousands of small tensors, put together at the end, would take their memory twice, and leave holes behind.
+
+    Attributes:
+        vectors: of each side, detached; its rows in the order of the pieces.
+        facts: likewise.
+        lengths: of each side, how many vectors each piece has.
+    """
+
+    def __init__(self, batch: Batch) -> None:
+        self.vectors: dict[str, Tensor] = {}
+        self.facts: dict[str, Tensor] = {}
+        self.lengths: dict[str, list[int]] = {}
+        self._num_rows = _num_rows(batch)
+        self._filled = 0
+
+    def add(self, piece: Batch, output: Output) -> None:
+        """The next piece's."""
+        rows = _num_rows(piece)
+        for of_all, of_piece in ((self.vectors, output.vectors), (self.facts, output.facts)):
+            for name, values in of_piece.items():
+                per_row = len(values) // rows
+                if name not in of_all:
+                    of_all[name] = values.new_empty(per_row * self._num_rows, *values.shape[1:])
+                of_all[name][per_row * self._filled : per_row * (self._filled + rows)] = values.detach()
+        for side, vectors in output.vectors.items():
+            self.lengths.setdefault(side, []).append(len(vectors))
+        self._filled += rows
+
+
 def _gradients_of_vectors(
-    inner: Any, outputs: list[Output], totals: dict[str, Tensor]
+    inner: Any, held: _Held, totals: dict[str, Tensor]
 ) -> tuple[dict[str, Tensor], dict[str, list[Tensor]]]:
-    """Loss parts between the vectors, and for each side the gradient of each piece's vectors; empties `outputs`."""
-    leaves = {side: vectors.detach().requires_grad_() for side, vectors in _joined(outputs, "vectors").items()}
-    facts = _joined(outputs, "facts")
-    lengths = {side: [len(output.vectors[side]) for output in outputs] for side in leaves}
-    outputs.clear()  # as large as the leaves, and read no more
+    """Loss parts between the vectors, and for each side the gradient of each piece's vectors."""
+    leaves = {side: vectors.requires_grad_() for side, vectors in held.vectors.items()}
     with torch.enable_grad():
-        between = inner.contrast(leaves | facts, totals)
+        between = inner.contrast(leaves | held.facts, totals)
         gradients = dict(zip(leaves, torch.autograd.grad(between["loss"], list(leaves.values())), strict=True))
-    return between, {side: list(gradient.split(lengths[side])) for side, gradient in gradients.items()}
+    return between, {side: list(gradient.split(held.lengths[side])) for side, gradient in gradients.items()}
 
 
-def _joined(outputs: Sequence[Output], field: Literal["vectors", "facts"]) -> dict[str, Tensor]:
-    """A field of all pieces' outputs, row after row."""
-    names = getattr(outputs[0], field)
-    return {name: torch.cat([getattr(output, field)[name] for output in outputs]) for name in names}
+def _num_rows(batch: Batch) -> int:
+    """The first side has one text a row."""
+    return len(batch[next(iter(batch))]["lengths"])
 
 
 def _rows_of(batch: Batch, rows: Sequence[int], num_rows: int) -> Batch:
