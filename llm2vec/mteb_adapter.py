@@ -395,7 +395,7 @@ def _own_task(name: str, folder: Path | None) -> AbsTask:
     readme = source / "README.md"
     in_hub_layout = readme.is_file() and "configs:" in readme.read_text(encoding="utf-8")
 
-    class OwnRetrieval(AbsTaskRetrieval):
+    class OwnTask(AbsTaskRetrieval):
         metadata = TaskMetadata(
             name=name,
             description=f"Retrieval over {name}",
@@ -418,7 +418,7 @@ def _own_task(name: str, folder: Path | None) -> AbsTask:
             )
             self.dataset, self.data_loaded = {"default": {"test": split}}, True
 
-    return OwnRetrieval()
+    return OwnTask()
 
 
 @functools.cache

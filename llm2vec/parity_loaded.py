@@ -145,7 +145,7 @@ def _open_st(choice: Choice, dtype: torch.dtype, rendering: Rendering | None) ->
         raise UserError("takes no adapter beside a base; give a folder that sentence-transformers has written.")
     loaded = SentenceTransformer(
         choice.path, device=str(_device()), model_kwargs={"dtype": dtype, "use_safetensors": True}
-    ).eval()
+    ).eval()  # torch's mode without dropout; no code is evaluated
     pooling = next((module for module in loaded if hasattr(module, "pooling_mode")), None)
     if pooling is None or loaded.transformers_model is None:
         raise UserError(f"{MODULES_FILE} lists no transformer with a pooling behind it.")
@@ -192,7 +192,7 @@ def _open_transformers(choice: Choice, dtype: torch.dtype, rendering: Rendering 
             raise UserError(f"{adapter} holds no {SAFETENSORS_WEIGHTS_NAME}.")
         model = PeftModel.from_pretrained(model, adapter)
         model = model if adapter == choice.adapters[-1] else model.merge_and_unload()
-    model.to(_device()).eval()
+    model.to(_device()).eval()  # torch's mode without dropout; no code is evaluated
     folder = next((p for p in (*reversed(choice.adapters), choice.path) if find_file(p, MODULES_FILE)), None)
     if folder is None:
         raise UserError(f"no {MODULES_FILE}, so nothing says how the hidden states are pooled.")

@@ -137,7 +137,8 @@ def make_plan(path: Path, conditions: Conditions) -> Plan:
     """Read a config and reckon what its run would be.
 
     Raises:
-        UserError: what the run would refuse; or the base's shape, or the lengths of texts, can be had nowhere.
+        UserError: what the run would refuse; or the base's shape, or the lengths of texts, can be had nowhere; or a
+            family whose layers are not known.
     """
     config = load_config(path, conditions.stage or stage_of(path))
     if config.stage == "simcse":
@@ -147,6 +148,8 @@ def make_plan(path: Path, conditions: Conditions) -> Plan:
     shape = shape_of(chain.base)
     tokenizer, settings, new_tokens = _tokenizer(config, chain)
     model = model_of_shapes(config, shape, new_tokens)
+    if not hasattr(inner_decoder(model), "layers"):
+        raise UserError(f"{chain.base}: a {shape.model_type} cannot be planned, its layers are not known here.")
     objective = objective_of(config, model, settings)
     missing = missing_data(config)
     rows = rows_of(config, tokenizer) if missing is None else None

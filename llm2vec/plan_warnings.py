@@ -115,7 +115,7 @@ def _of_the_memory(plan: Plan) -> Iterator[str]:
     if config.compilation is not None:
         yield "compiled layers keep less than what is counted here."
     if not can_pack(plan.model, config.max_seq_length):
-        yield "the model's attention cannot be packed (capped scores, or a short window): padding takes more memory."
+        yield "the model cannot be packed (capped scores, sinks, a short window, recurrence): padding takes more."
     if card is None or plan.memory.most <= FULL * card.memory_gb * 1e9:
         return
     fits = "fills" if plan.memory.most <= card.memory_gb * 1e9 else "does not fit"

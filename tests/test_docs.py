@@ -112,11 +112,11 @@ def workspace(tmp_path_factory: pytest.TempPathFactory) -> Path:
         "python experiments/run_stage_I.py train_configs/quickstart/stage_I.json",
         "python experiments/run_stage_II.py train_configs/quickstart/stage_II.json",
     ):
-        run(line, folder)
+        assert_runs(line, folder)
     return folder
 
 
-def run(line: str, folder: Path) -> None:
+def assert_runs(line: str, folder: Path) -> None:
     """A command as a reader would type it with the environment activated."""
     environment = {**os.environ, "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}", "HF_HUB_OFFLINE": "1"}
     done = subprocess.run(["bash", "-c", line], cwd=folder, env=environment, capture_output=True, text=True)
@@ -139,9 +139,11 @@ def test_what_a_page_says_does_run(page: Path, workspace: Path) -> None:
     chosen = runnable(page)
     for block in chosen:
         if block.language == "bash" and commands(block):
-            run("set -e\n" + block.text if "<<" in block.text else "\n".join(["set -e", *commands(block)]), workspace)
+            assert_runs(
+                "set -e\n" + block.text if "<<" in block.text else "\n".join(["set -e", *commands(block)]), workspace
+            )
     program = "\n".join(block.text for block in chosen if block.language == "python")
     if program and page.name not in OWN_TEST:
         file = workspace / "program.py"
         file.write_text(program, encoding="utf-8")
-        run("python program.py", workspace)
+        assert_runs("python program.py", workspace)

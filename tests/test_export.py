@@ -379,7 +379,7 @@ def test_the_card_says_which_servers_cannot(exported: Exported) -> None:
 # --- refusals ---
 
 
-def refuses(what: Export, out: Path, reason: str) -> None:
+def assert_refused(what: Export, out: Path, reason: str) -> None:
     """Asserts that an export is refused for this reason, and that nothing of it is left."""
     with pytest.raises(UserError, match=reason):
         export(what, out)
@@ -392,7 +392,7 @@ def test_refuses_a_folder_with_something_in_it(adapter: str, tmp_path: Path) -> 
     out = tmp_path / "out"
     out.mkdir()
     (out / "mine").touch()
-    refuses(Export(adapter), out, "is there already")
+    assert_refused(Export(adapter), out, "is there already")
     (out / "mine").unlink()
     export(Export(adapter), out)
     assert (out / "model.safetensors").is_file(), "an empty one is taken"
@@ -417,7 +417,7 @@ def test_leaves_nothing_where_the_proof_fails(
         return value + 2e-5 if broken == "stock_vectors" else [*value, len(calls)]
 
     monkeypatch.setattr(export_module, broken, wrong)
-    refuses(Export(adapter), tmp_path / "out", reason)
+    assert_refused(Export(adapter), tmp_path / "out", reason)
 
 
 def test_leaves_nothing_where_the_written_tokenizer_is_wrong(
@@ -434,37 +434,41 @@ def test_leaves_nothing_where_the_written_tokenizer_is_wrong(
         file.write_text(json.dumps(content), encoding="utf-8")
 
     monkeypatch.setattr(export_module, "write_form", forgetful)
-    refuses(Export(adapter), tmp_path / "out", "renders otherwise: .* becomes")
+    assert_refused(Export(adapter), tmp_path / "out", "renders otherwise: .* becomes")
 
 
 def test_refuses_what_is_not_there(adapter: str, tmp_path: Path) -> None:
     for missing in ("nowhere", "nowhere/at-all", str(tmp_path / "nowhere")):
-        refuses(Export(missing), tmp_path / "out", "nowhere")
-        refuses(Export(adapter, base=missing), tmp_path / "out", "nowhere")
+        assert_refused(Export(missing), tmp_path / "out", "nowhere")
+        assert_refused(Export(adapter, base=missing), tmp_path / "out", "nowhere")
 
 
 def test_refuses_what_has_no_stock_form(tmp_path: Path) -> None:
     checkpoint = save(tmp_path, Case("mistral", "mean", "bidirectional", False))
-    refuses(Export(checkpoint), tmp_path / "out", "allows for one special token there")
+    assert_refused(Export(checkpoint), tmp_path / "out", "allows for one special token there")
     limited = save(tmp_path, Case("llama", "last", "causal", False, {"doc_max_length": 20}), name="limited")
-    refuses(Export(limited), tmp_path / "out", "knows one limit")
+    assert_refused(Export(limited), tmp_path / "out", "knows one limit")
     export(Export(limited, doc_max_length=64), tmp_path / "out")
 
 
 def test_refuses_adapters_that_nobody_could_load(adapter: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     out = tmp_path / "out"
-    refuses(Export(adapter, adapter=True), out, "is a local folder; export it, push it and name it by --base_id")
-    refuses(Export(adapter, adapter=True, base_id=str(tmp_path)), out, "the name of a repository on the hub is needed")
-    refuses(Export(adapter, adapter=True, base_id="no slash"), out, "the name of a repository on the hub is needed")
+    assert_refused(Export(adapter, adapter=True), out, "is a local folder; export it, push it and name it by --base_id")
+    assert_refused(
+        Export(adapter, adapter=True, base_id=str(tmp_path)), out, "the name of a repository on the hub is needed"
+    )
+    assert_refused(
+        Export(adapter, adapter=True, base_id="no slash"), out, "the name of a repository on the hub is needed"
+    )
     full = str(Path(adapter).with_name("it-base"))
-    refuses(Export(full, adapter=True, base_id=HUB_BASE), out, "the checkpoint is a full model")
+    assert_refused(Export(full, adapter=True, base_id=HUB_BASE), out, "the checkpoint is a full model")
     bidirectional = save(tmp_path, CASES["llama_bidirectional_mean_lora"], name="both-ways")
     what = Export(bidirectional, dtype="float32", adapter=True, base_id=HUB_BASE)
-    refuses(what, out, "the config of somebody/base could not be read")
+    assert_refused(what, out, "the config of somebody/base could not be read")
     config = tiny_model("llama").config
     hub = SimpleNamespace(from_pretrained=lambda *_, **__: config)
     monkeypatch.setattr(export_module, "AutoConfig", hub)
-    refuses(what, out, "does not say is_causal: false")
+    assert_refused(what, out, "does not say is_causal: false")
     config.is_causal = False
     export(what, out)
     assert (out / "adapter" / "adapter_model.safetensors").is_file()
@@ -489,7 +493,7 @@ def test_two_adapters_are_merged_but_not_written_apart(adapter: str, tmp_path: P
     config["base_model_name_or_path"] = base
     file.write_text(json.dumps(config, indent=0), encoding="utf-8")
     (tmp_path / "outer" / "run.json").unlink()
-    refuses(
+    assert_refused(
         Export(str(tmp_path / "outer"), adapter=True, base_id=HUB_BASE), tmp_path / "out", "1 other adapter.s. merged"
     )
     export(Export(str(tmp_path / "outer"), dtype="float32"), tmp_path / "out")
@@ -500,7 +504,7 @@ def test_an_adapter_whose_base_has_moved_takes_it_by_base(adapter: str, tmp_path
     base = Path(adapter).with_name("it-base")
     expected = unit_vectors(LLM2Vec.from_pretrained(adapter))
     base.rename(tmp_path / "moved")
-    refuses(Export(adapter), tmp_path / "out", "it-base")
+    assert_refused(Export(adapter), tmp_path / "out", "it-base")
     export(Export(adapter, base=str(tmp_path / "moved"), dtype="float32"), tmp_path / "out")
     assert apart(unit_vectors(LLM2Vec.from_pretrained(str(tmp_path / "out"))), expected) < 1e-5
 

@@ -17,7 +17,7 @@ import reference
 import test_config
 import torch
 from helpers import family_tokenizer, tiny_model, write_jsonl
-from transformers import LlamaConfig, MistralConfig, PretrainedConfig, Qwen2Config
+from transformers import GPT2Config, LlamaConfig, MistralConfig, PretrainedConfig, Qwen2Config
 
 from llm2vec import plan as plan_module
 from llm2vec import run as run_module
@@ -470,6 +470,12 @@ def test_without_the_base_another_of_its_shape_serves(folder: Path) -> None:
     there = planned(folder)
     assert plan.memory == there.memory
     assert report(plan)[0].startswith("model       output/stage_I/to-come, ")
+
+
+def test_a_family_with_unknown_layers_is_one_sentence(tmp_path: Path) -> None:
+    GPT2Config(n_embd=32, n_head=4, n_layer=2).save_pretrained(tmp_path)
+    with pytest.raises(UserError, match="a gpt2 cannot be planned, its layers are not known here"):
+        make_plan(CONFIGS / "stage_I/MetaLlama3.2_1b_q2d_d2q.json", Conditions(base=str(tmp_path), **ASSUMED))
 
 
 def test_adapters_that_are_not_there_yet_change_nothing(folder: Path) -> None:
