@@ -68,9 +68,16 @@ def shared_prefix(rows: Sequence[Row]) -> int:
     return next((i for i in range(most) if any(row.ids[i] != first.ids[i] for row in rows)), most)
 
 
-def select_rows(side: TokenBatch, chosen: Sequence[int]) -> TokenBatch:
-    """Some rows of a packed side, in the order given."""
-    ends = list(accumulate(side["lengths"]))  # and no view of every text, as a large batch has thousands of pieces
+def select_rows(side: TokenBatch, chosen: Sequence[int], ends: Sequence[int] | None = None) -> TokenBatch:
+    """Some rows of a packed side, in the order given.
+
+    Args:
+        side: packed texts.
+        chosen: which of them.
+        ends: where each of the side's texts ends, for who selects thousands of times; None = summed up here.
+    """
+    if ends is None:
+        ends = list(accumulate(side["lengths"]))
 
     def pick(flat: Tensor) -> Tensor:
         return torch.cat([flat[ends[i] - side["lengths"][i] : ends[i]] for i in chosen])

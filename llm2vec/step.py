@@ -9,8 +9,10 @@ carry its vectors' gradients into the weights. Memory is one micro-batch's activ
 from __future__ import annotations
 
 import heapq
+from bisect import bisect_left
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
+from itertools import accumulate
 from typing import Any
 
 import torch
@@ -65,15 +67,15 @@ def backward_step(
             output = objective(piece, totals if kept else {})
         held.add(piece, output)
     between, gradients = _gradients_of_vectors(inner, held, totals)
-    shares = [add_up([between])]
+    shares = [between]
     if keep:
         with no_sync():
             backward(_surrogate(output, {side: of_pieces.pop() for side, of_pieces in gradients.items()}) * scale)
         shares.append(add_up([output.parts]))
-        pieces, seeds = pieces[:-1], seeds[:-1]
+        seeds.pop()
     del output, held  # the last piece's graph, and vectors that are read no more
-    for i, (piece, seed) in enumerate(zip(pieces, seeds, strict=True)):
-        with seeded(seed, piece), nullcontext() if i == len(pieces) - 1 else no_sync():
+    for i, (seed, piece) in enumerate(zip(seeds, pieces, strict=not keep)):
+        with seeded(seed, piece), nullcontext() if i == len(seeds) - 1 else no_sync():
             output = objective(piece, totals)
             backward(_surrogate(output, {side: of_pieces[i] for side, of_pieces in gradients.items()}) * scale)
             shares.append(add_up([output.parts]))
@@ -101,7 +103,7 @@ def loss_parts(
         return add_up([*shares, between])
 
 
-def split_batch(batch: Batch, max_tokens: int | None) -> list[Batch]:
+def split_batch(batch: Batch, max_tokens: int | None) -> Pieces | list[Batch]:
     """Rows of a batch in micro-batches of about equally many tokens, at most `max_tokens`; as many on every rank.
 
     A row that is longer than that goes alone. The number is the same on all ranks, as a model whose weights lie spread
@@ -118,16 +120,40 @@ def split_batch(batch: Batch, max_tokens: int | None) -> list[Batch]:
     number = max_over_ranks(number_of_pieces(tokens, max_tokens))
     if number == 1:
         return [batch]
-    return [_rows_of(batch, piece, num_rows) for piece in balanced(tokens, number)]
+    return Pieces(batch, balanced(tokens, number))
+
+
+class Pieces:
+    """A batch's micro-batches. Each is put together when its turn comes, so a large batch lies in memory once."""
+
+    def __init__(self, batch: Batch, rows_of_pieces: Sequence[Sequence[int]]) -> None:
+        self._batch = batch
+        self._rows_of_pieces = rows_of_pieces
+
+    def __len__(self) -> int:
+        return len(self._rows_of_pieces)
+
+    def __iter__(self) -> Iterator[Batch]:
+        num_rows = _num_rows(self._batch)
+        ends = {name: list(accumulate(side["lengths"])) for name, side in self._batch.items()}
+        for rows in self._rows_of_pieces:
+            piece: Batch = {}
+            for name, side in self._batch.items():
+                per_row = len(side["lengths"]) // num_rows  # a side with K texts a row keeps them together
+                texts = [row * per_row + k for row in rows for k in range(per_row)]
+                piece[name] = select_rows(side, texts, ends[name])
+            yield piece
 
 
 def number_of_pieces(tokens: Sequence[int], max_tokens: int) -> int:
     """How many balanced pieces it takes that none has more than `max_tokens`, but for rows longer by themselves."""
     most = max(max_tokens, max(tokens))
-    number = -(-sum(tokens) // most)
-    while max(sum(tokens[i] for i in piece) for piece in balanced(tokens, number)) > most:
-        number += 1
-    return number
+
+    def fit(number: int) -> bool:
+        return max(sum(tokens[row] for row in piece) for piece in balanced(tokens, number)) <= most
+
+    fewest = -(-sum(tokens) // most)
+    return fewest + bisect_left(range(fewest, len(tokens)), True, key=fit)  # each row alone fits
 
 
 def balanced(tokens: Sequence[int], number: int) -> list[list[int]]:
@@ -153,7 +179,7 @@ def add_up(parts: Sequence[dict[str, Tensor]]) -> dict[str, Tensor]:
 def _backward_whole(
     objective: nn.Module,
     inner: Any,
-    pieces: Sequence[Batch],
+    pieces: Pieces | list[Batch],
     totals: dict[str, Tensor],
     scale: float,
     backward: Callable[[Tensor], None],
@@ -206,26 +232,18 @@ class _Held:
 def _gradients_of_vectors(
     inner: Any, held: _Held, totals: dict[str, Tensor]
 ) -> tuple[dict[str, Tensor], dict[str, list[Tensor]]]:
-    """Loss parts between the vectors, and for each side the gradient of each piece's vectors."""
+    """Loss parts between the vectors, detached as their graph holds the vectors; and for each side the gradient of
+    each piece's vectors."""
     leaves = {side: vectors.requires_grad_() for side, vectors in held.vectors.items()}
     with torch.enable_grad():
         between = inner.contrast(leaves | held.facts, totals)
         gradients = dict(zip(leaves, torch.autograd.grad(between["loss"], list(leaves.values())), strict=True))
-    return between, {side: list(gradient.split(held.lengths[side])) for side, gradient in gradients.items()}
+    return add_up([between]), {side: list(gradient.split(held.lengths[side])) for side, gradient in gradients.items()}
 
 
 def _num_rows(batch: Batch) -> int:
     """The first side has one text a row."""
     return len(batch[next(iter(batch))]["lengths"])
-
-
-def _rows_of(batch: Batch, rows: Sequence[int], num_rows: int) -> Batch:
-    """Some rows with all their sides; a side with K texts a row keeps them together."""
-    chosen: Batch = {}
-    for name, side in batch.items():
-        per_row = len(side["lengths"]) // num_rows
-        chosen[name] = select_rows(side, [row * per_row + k for row in rows for k in range(per_row)])
-    return chosen
 
 
 @contextmanager
