@@ -11,6 +11,7 @@ interface. It reads how the texts lie from a `Layout`, which the caller hands to
 from __future__ import annotations
 
 import importlib.util
+import inspect
 import logging
 from collections.abc import Iterator
 from dataclasses import dataclass, field
@@ -289,14 +290,25 @@ def _is_half_on_cuda(device: torch.device, dtype: torch.dtype) -> bool:
 @cache
 def _varlen_is_there() -> bool:
     """Whether torch's variable-length kernel can run on this machine's GPU; where not, that is said, once."""
-    if importlib.util.find_spec("torch.nn.attention.varlen") is None:
-        missing = f"torch {torch.__version__} has no torch.nn.attention.varlen (2.10 has)"
+    if not _varlen_scales():
+        missing = (
+            f"torch {torch.__version__} has no varlen_attn with a scale (2.11 has)"
+        )
     elif torch.cuda.is_available() and torch.cuda.get_device_capability() < (8, 0):
         missing = f"{torch.cuda.get_device_name()} is older than its kernel (compute capability 8.0)"
     else:
         return True
     logger.warning("variable-length attention: %s; texts attend one after the other, which is slower.", missing)
     return False
+
+
+def _varlen_scales() -> bool:
+    """2.10 has an earlier form, without `scale` and `window_size`; before, there was none."""
+    if importlib.util.find_spec("torch.nn.attention.varlen") is None:
+        return False
+    from torch.nn.attention.varlen import varlen_attn
+
+    return {"scale", "window_size"} <= inspect.signature(varlen_attn).parameters.keys()
 
 
 def _same_heads(query: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
