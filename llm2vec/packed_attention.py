@@ -291,9 +291,7 @@ def _is_half_on_cuda(device: torch.device, dtype: torch.dtype) -> bool:
 def _varlen_is_there() -> bool:
     """Whether torch's variable-length kernel can run on this machine's GPU; where not, that is said, once."""
     if not _varlen_scales():
-        missing = (
-            f"torch {torch.__version__} has no varlen_attn with a scale (2.11 has)"
-        )
+        missing = f"torch {torch.__version__} has no varlen_attn with a scale (2.11 has)"
     elif torch.cuda.is_available() and torch.cuda.get_device_capability() < (8, 0):
         missing = f"{torch.cuda.get_device_name()} is older than its kernel (compute capability 8.0)"
     else:
