@@ -399,11 +399,12 @@ def random_rows(case: Case, side: str, index: int) -> list[Row]:
     """Rows of one side of batch number `index`: header, random text, closing token. Number -1 is tiny."""
     generator = random.Random(f"{side} {index}")
     rows = []
+    words = list(range(CLOSING + 1, case.shape.vocabulary))  # no new numbers for each text: a pool's would be 30 MB
     shortest = len(HEADER) + 2
     length = QUERY_LENGTH if side == "query" else case.document_length
     for _ in range(case.rows if index >= 0 else 2):
         tokens = random_length(generator, length, shortest, LONGEST_ROW) if index >= 0 else shortest + 2
-        text = [generator.randrange(CLOSING + 1, case.shape.vocabulary) for _ in range(tokens - shortest + 1)]
+        text = generator.choices(words, k=tokens - shortest + 1)
         around = [False] * len(HEADER)
         rows.append(
             Row(

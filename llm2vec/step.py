@@ -69,15 +69,17 @@ def backward_step(
     between, gradients = _gradients_of_vectors(inner, held, totals)
     shares = [between]
     if keep:
+        of_last = {side: gradient[-held.lengths[side][-1] :] for side, gradient in gradients.items()}
         with no_sync():
-            backward(_surrogate(output, {side: of_pieces.pop() for side, of_pieces in gradients.items()}) * scale)
+            backward(_surrogate(output, of_last) * scale)
         shares.append(add_up([output.parts]))
         seeds.pop()
+    of_pieces = {side: _cut(gradient, held.lengths[side]) for side, gradient in gradients.items()}
     del output, held  # the last piece's graph, and vectors that are read no more
     for i, (seed, piece) in enumerate(zip(seeds, pieces, strict=not keep)):
         with seeded(seed, piece), nullcontext() if i == len(seeds) - 1 else no_sync():
             output = objective(piece, totals)
-            backward(_surrogate(output, {side: of_pieces[i] for side, of_pieces in gradients.items()}) * scale)
+            backward(_surrogate(output, {side: next(cut) for side, cut in of_pieces.items()}) * scale)
             shares.append(add_up([output.parts]))
     return add_up(shares)
 
@@ -231,14 +233,21 @@ class _Held:
 
 def _gradients_of_vectors(
     inner: Any, held: _Held, totals: dict[str, Tensor]
-) -> tuple[dict[str, Tensor], dict[str, list[Tensor]]]:
-    """Loss parts between the vectors, detached as their graph holds the vectors; and for each side the gradient of
-    each piece's vectors."""
+) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+    """Loss parts between the vectors, detached as their graph holds the vectors; and the gradient of each side's."""
     leaves = {side: vectors.requires_grad_() for side, vectors in held.vectors.items()}
     with torch.enable_grad():
         between = inner.contrast(leaves | held.facts, totals)
         gradients = dict(zip(leaves, torch.autograd.grad(between["loss"], list(leaves.values())), strict=True))
-    return add_up([between]), {side: list(gradient.split(held.lengths[side])) for side, gradient in gradients.items()}
+    return add_up([between]), gradients
+
+
+def _cut(values: Tensor, lengths: Sequence[int]) -> Iterator[Tensor]:
+    """Slices of so many rows one after the other, each made when its turn comes: there may be thousands."""
+    end = 0
+    for length in lengths:
+        end += length
+        yield values[end - length : end]
 
 
 def _num_rows(batch: Batch) -> int:

