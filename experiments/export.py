@@ -14,6 +14,7 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
+from llm2vec.backbone import without_waiting_for_the_hub
 from llm2vec.eval_files import load_instructions
 from llm2vec.export import Export, export, push
 from llm2vec.results import read_results
@@ -53,7 +54,8 @@ def main(argv: Sequence[str] | None = None) -> None:
         repository=args.push_to_hub,
     )
     logging.getLogger("sentence_transformers").setLevel(logging.WARNING)
-    proof = export(what, args.out)
+    with without_waiting_for_the_hub():
+        proof = export(what, args.out)
     print(
         f"{args.out}: stock sentence-transformers gives the checkpoint's vectors up to {proof.difference:.1e} (float32)"
     )

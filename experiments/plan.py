@@ -9,10 +9,12 @@ No weights are read: of the base, `config.json` and the tokenizer; of the data, 
 (once, then cached), and a sample tokenised. Where data or tokenizer are not at hand, --tokens_query and
 --tokens_document stand for them; where the base is not, as before a Stage II whose Stage I has not run, --base does.
 Memory is reckoned for a GPU if one is named or found, else for this machine's CPU; on CPUs it was held against measured
-runs (tests/test_memory_plan.py), on GPUs it was not. Exit code 2 if the run would be refused.
+runs (tests/test_memory_plan.py), on GPUs it was not. Exit code 2 if the run would refuse its config, base or data; what
+is wrong with its output folder is a warning, as the run may be for another machine.
 """
 
 import argparse
+import math
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -59,9 +61,9 @@ def card_of(args: argparse.Namespace) -> Card | None:
             raise UserError("--card_tflops needs --card_memory_gb.")
         return card_here()
     for name in ("card_memory_gb", "card_tflops"):
-        if (value := getattr(args, name)) is not None and value <= 0:
-            raise UserError(f"--{name} is {value:g}; it must be above 0.")
-    return Card("card", args.card_memory_gb, args.card_tflops, args.card_tflops)
+        if (value := getattr(args, name)) is not None and not 0 < value < math.inf:
+            raise UserError(f"--{name} is {value:g}; it must be a number above 0.")
+    return Card("card", args.card_memory_gb, *[args.card_tflops] * 3)  # one figure, in whichever precision the run has
 
 
 def main(argv: Sequence[str] | None = None) -> None:

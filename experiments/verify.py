@@ -23,6 +23,7 @@ from pathlib import Path
 
 from transformers.utils import logging as transformers_logging
 
+from llm2vec.backbone import without_waiting_for_the_hub
 from llm2vec.checkpoint import EncoderSettings
 from llm2vec.llm2vec import DTYPES
 from llm2vec.parity import Answer, Parity, ask_server, ask_way, bundled_texts, compare, read_texts
@@ -63,8 +64,14 @@ def all_choices(arguments: Sequence[str]) -> list[Choice]:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Ask the reference, then every other way; returns the exit code."""
+    """Read the command line and compare; returns the exit code."""
     args = parse_args(argv)
+    with without_waiting_for_the_hub():
+        return compare_ways(args)
+
+
+def compare_ways(args: argparse.Namespace) -> int:
+    """Ask the reference, then every other way; returns the exit code."""
     choices = all_choices(args.ways)
     rendering = rendering_of(choices)
 

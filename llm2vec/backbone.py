@@ -14,11 +14,14 @@ import threading
 import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from contextvars import ContextVar
 from pathlib import Path
 from typing import Any, NamedTuple, TypeAlias
 from weakref import WeakKeyDictionary
 
 import torch
+from huggingface_hub import constants
+from huggingface_hub.utils import http_backoff  # type: ignore[attr-defined]  # public, and not in its __all__
 from peft import LoraConfig, PeftConfig, PeftModel, get_peft_model, get_peft_model_state_dict
 from peft.utils import SAFETENSORS_WEIGHTS_NAME, load_peft_weights
 from torch import Tensor
@@ -40,6 +43,12 @@ _LAYER_WEIGHT = re.compile(r"\blayers\.\d+\..*\b(weight|bias)$")
 
 #: What a layer may be called in `config.layer_types` and still look at all tokens, or at a window or chunk of them.
 ATTENTION_LAYERS = {"full_attention", "sliding_attention", "chunked_attention"}
+
+#: Seconds in which the hub must answer, tried twice, where nobody waits for it.
+SECONDS_FOR_THE_HUB = 5.0
+
+#: Whether the hub has still to be asked if it is there.
+_asks_first: ContextVar[bool] = ContextVar("_asks_first", default=False)
 
 #: Table of token embeddings -> the lock of the model it belongs to, adapter and head or not.
 _locks: WeakKeyDictionary[Any, threading.RLock] = WeakKeyDictionary()
@@ -364,6 +373,9 @@ def find_file(path: str, name: str) -> str | None:
     Raises:
         UserError: `path` is neither a folder nor a possible name of a repository.
     """
+    if _asks_first.get() and local_folder(path) is None:
+        _asks_first.set(False)
+        _go_offline_if_the_hub_is_silent()
     try:
         found: str | None = cached_file(
             path,
@@ -375,6 +387,31 @@ def find_file(path: str, name: str) -> str | None:
     except OSError as error:
         raise UserError(f"{path!r} is neither a folder nor the name of a repository on the hub.") from error
     return found
+
+
+@contextmanager
+def without_waiting_for_the_hub() -> Iterator[None]:
+    """Within it, a hub that is out of reach counts as offline (`HF_HUB_OFFLINE`), and this is said.
+
+    The hub's client asks for each file for half a minute before it gives up, which suits a run that loads a model, and
+    not a script that looks at names. Here the hub is asked once whether it is there, when the first name comes up that
+    is no folder's.
+    """
+    was_offline, outside = constants.HF_HUB_OFFLINE, _asks_first.set(not constants.HF_HUB_OFFLINE)
+    try:
+        yield
+    finally:
+        constants.HF_HUB_OFFLINE = was_offline
+        _asks_first.reset(outside)
+
+
+def _go_offline_if_the_hub_is_silent() -> None:
+    try:
+        http_backoff("HEAD", constants.ENDPOINT, max_retries=1, retry_on_status_codes=(), timeout=SECONDS_FOR_THE_HUB)
+    except Exception as error:  # no route, no such host, a proxy's refusal, a timeout: the client has a type for each
+        constants.HF_HUB_OFFLINE = True
+        reason = first_line(error)
+        logger.warning("%s does not answer (%s); only folders and cached files are found", constants.ENDPOINT, reason)
 
 
 def local_folder(path: str) -> Path | None:

@@ -14,26 +14,28 @@ class Card(NamedTuple):
         name: as people call it.
         memory_gb: in 10^9 bytes; cards have up to 7 % more, which CUDA itself and fragments take.
         tflops: 10^12 operations a second in bfloat16; None = not known.
-        tflops_float32: the same in float32 (without TF32).
+        tflops_tf32: the same in TF32.
+        tflops_float32: the same in float32 without TF32.
     """
 
     name: str
     memory_gb: float
     tflops: float | None = None
+    tflops_tf32: float | None = None
     tflops_float32: float | None = None
 
 
 CARDS = {
     card.name: card
     for card in (
-        Card("B200", 180, 2250, 80),
-        Card("H200", 141, 989, 67),
-        Card("H100", 80, 989, 67),
-        Card("A100-80GB", 80, 312, 19.5),
-        Card("A100-40GB", 40, 312, 19.5),
-        Card("L40S", 48, 362, 91.6),
-        Card("L4", 24, 121, 30.3),
-        Card("RTX-4090", 24, 165, 82.6),
+        Card("B200", 180, 2250, 1125, 80),
+        Card("H200", 141, 989, 494.5, 67),
+        Card("H100", 80, 989, 494.5, 67),
+        Card("A100-80GB", 80, 312, 156, 19.5),
+        Card("A100-40GB", 40, 312, 156, 19.5),
+        Card("L40S", 48, 362, 181, 91.6),
+        Card("L4", 24, 121, 60.5, 30.3),
+        Card("RTX-4090", 24, 165, 82.6, 82.6),
     )
 }
 

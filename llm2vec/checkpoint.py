@@ -33,14 +33,13 @@ import torch
 from huggingface_hub import try_to_load_from_cache
 from huggingface_hub.errors import HFValidationError
 from peft import PeftConfig, PeftModel, get_peft_model_state_dict, set_peft_model_state_dict
-from peft.utils import SAFETENSORS_WEIGHTS_NAME
+from peft.utils import CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME
 from safetensors import safe_open
 from safetensors.torch import load_file
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
-from transformers.utils.peft_utils import find_adapter_config_file
 
-from llm2vec.backbone import Backbone, Chain, find_file, local_folder
+from llm2vec.backbone import Backbone, Chain, find_file, first_line, local_folder
 from llm2vec.json_text import read_object
 from llm2vec.templates import segments_of
 from llm2vec.types import POOLING_ALIASES, Attention, PoolingMode, RunEnds, UserError
@@ -54,10 +53,17 @@ INCOMPLETE_MARKER = ".incomplete"
 WRITING_PREFIX = ".writing-"
 #: Bytes at the end of a weights file that tell it from others of its size.
 TAIL_BYTES = 1 << 20
+#: Hexadecimal digits by which a folder's weights are told from others; a commit on the hub has 40.
+DIGITS_OF_A_MARK = 16
 #: Files that a loader takes for a folder's weights, or that say where to look for them.
 WEIGHTS_FILES = (
     "adapter_config.json", "adapter_model*.safetensors", "model*.safetensors", "model.safetensors.index.json",
 )  # fmt: skip
+#: Keys of `run.json` that are read again, and what each holds.
+RUN_TYPES = {
+    "config": dict, "parent": dict, "files": dict, "data": list, "parent_weights": list, "probe_ids": list,
+    "stages": list,
+}  # fmt: skip
 PACKAGES = ("torch", "transformers", "peft", "accelerate", "datasets", "tokenizers", "llm2vec")
 
 
@@ -117,7 +123,7 @@ def read_settings(path: str) -> dict[str, Any]:
     """What a folder's or hub repository's `llm2vec_config.json` says; empty where there is none.
 
     Raises:
-        UserError: the folder is cut short, or the file is no JSON object with known keys.
+        UserError: the folder is cut short, or the file is no JSON object of settings.
     """
     check_complete(path)
     file = find_file(path, SETTINGS_FILE)
@@ -128,34 +134,42 @@ def read_settings(path: str) -> dict[str, Any]:
     unknown = sorted(set(settings) - set(known))
     if unknown:
         raise UserError(f"{file}: unknown key {unknown[0]!r}; known: {', '.join(known)}.")
+    try:
+        EncoderSettings(**settings)
+    except UserError as error:
+        raise UserError(f"{file}: {error}") from error
     return settings
 
 
 def read_probe_ids(path: str) -> list[list[int]] | None:
     """The probe texts' token ids that a checkpoint folder's `run.json` holds, if any."""
-    folder = local_folder(path)
-    if folder is None or not (folder / RUN_FILE).is_file():
-        return None
-    recorded: list[list[int]] | None = read_object(folder / RUN_FILE).get("probe_ids")
-    return recorded
+    return _run_of(path).get("probe_ids")
 
 
 def read_run(folder: Path) -> dict[str, Any]:
     """What a folder's `run.json` says.
 
     Raises:
-        UserError: it is no JSON object.
+        UserError: it is no JSON object, or a key of it holds something else than a run writes there.
     """
-    return read_object(folder / RUN_FILE)
+    run = read_object(folder / RUN_FILE)
+    for key, kind in RUN_TYPES.items():
+        if not isinstance(run.get(key, kind()), kind):
+            needed = "an object" if kind is dict else "a list"
+            raise UserError(f"{folder / RUN_FILE}: {key} is {run[key]!r}; {needed} is needed.")
+    return run
 
 
 def read_run_config(path: str) -> dict[str, Any]:
     """The resolved config that a checkpoint folder's `run.json` holds; empty where there is none."""
-    folder = local_folder(path)
-    if folder is None or not (folder / RUN_FILE).is_file():
-        return {}
-    recorded: dict[str, Any] = read_object(folder / RUN_FILE).get("config", {})
+    recorded: dict[str, Any] = _run_of(path).get("config", {})
     return recorded
+
+
+def _run_of(path: str) -> dict[str, Any]:
+    """What a checkpoint's `run.json` says; empty where there is none, as for a name on the hub."""
+    folder = local_folder(path)
+    return {} if folder is None or not (folder / RUN_FILE).is_file() else read_run(folder)
 
 
 def resolve_chain(base: str, adapters: Sequence[str]) -> Chain:
@@ -172,11 +186,13 @@ def resolve_chain(base: str, adapters: Sequence[str]) -> Chain:
     their weights where those are recorded, so that a folder may be moved and renamed; else by their folders' names.
 
     Raises:
-        UserError: others lie below an adapter than it was trained on. Loading it on them would give wrong embeddings
-            and no other sign.
+        UserError: others lie below an adapter than it was trained on, and loading it on them would give wrong
+            embeddings and no other sign; or an adapter is its own base.
     """
     check_complete(base)
     chain = list(adapters)
+    if base in chain:
+        raise UserError(f"{base}: an adapter cannot be its own base; put the two into folders of their own.")
     if (recorded_base := _adapter_base(base)) is not None:
         chain = [*(read_settings(base).get("parent_adapters") or ()), base, *chain]
         return resolve_chain(recorded_base, chain)
@@ -207,9 +223,7 @@ def _read_parents(adapter: str) -> list[_Parent] | None:
     paths = read_settings(adapter).get("parent_adapters")
     if paths is None:
         return None
-    folder = local_folder(adapter)
-    run = read_object(folder / RUN_FILE) if folder is not None and (folder / RUN_FILE).is_file() else {}
-    hashes = run.get("parent_weights") or ()
+    hashes = _run_of(adapter).get("parent_weights") or ()
     if len(hashes) != len(paths):
         hashes = [None] * len(paths)
     return [_Parent(path, weights) for path, weights in zip(paths, hashes, strict=True)]
@@ -243,15 +257,19 @@ def mark_of(path: str) -> str:
                 size = content.seek(0, os.SEEK_END)
                 content.seek(max(0, size - TAIL_BYTES) if file.suffix == ".safetensors" else 0)
                 digest.update(f"{file.name} {size}\n".encode() + content.read())
-    return digest.hexdigest()[:16]
+    return digest.hexdigest()[:DIGITS_OF_A_MARK]
+
+
+def is_mark_of_folder(mark: str) -> bool:
+    """Whether a mark is a folder's, and not a commit on the hub, which is longer."""
+    return len(mark) == DIGITS_OF_A_MARK
 
 
 def _warn_of_another_base(adapter: str, base: str) -> None:
     """Say so where an adapter was trained on something else than what it is about to be put on."""
-    folder = local_folder(adapter)
-    if folder is None or not (folder / RUN_FILE).is_file():
+    parent = _run_of(adapter).get("parent")
+    if parent is None:
         return
-    parent = read_object(folder / RUN_FILE).get("parent", {})
     recorded = parent.get("marks", {}).get(parent.get("model_name_or_path"), "")
     found = mark_of(base)
     if found != recorded and len(found) == len(recorded):  # a folder's and a commit's tell nothing of each other
@@ -270,13 +288,16 @@ def _hash_of_weights(adapter: str) -> str | None:
 def _adapter_base(path: str) -> str | None:
     """The base that an adapter folder records, or None where `path` is no adapter."""
     try:
-        if find_adapter_config_file(path) is None:
+        if find_file(path, CONFIG_NAME) is None:
             return None
-    except OSError:  # hub unreachable, or no such repository: loading the base itself will say so
+    except UserError:  # hub unreachable, or no such repository: loading the base itself will say so
         return None
-    recorded = PeftConfig.from_pretrained(path).base_model_name_or_path
+    try:
+        recorded = PeftConfig.from_pretrained(path).base_model_name_or_path
+    except Exception as error:  # no JSON, no object, an unknown kind of adapter: each a type of its own
+        raise UserError(f"{path}: its {CONFIG_NAME} cannot be read ({first_line(error)}).") from error
     if not recorded:
-        raise UserError(f"{path}: adapter_config.json names no base model; give the base and list this adapter.")
+        raise UserError(f"{path}: {CONFIG_NAME} names no base model; give the base and list this adapter.")
     return str(recorded)
 
 
@@ -291,9 +312,7 @@ def check_complete(path: str) -> None:
         return
     if (folder / INCOMPLETE_MARKER).exists():
         raise UserError(f"{folder}: this checkpoint was cut short while it was written; use an earlier one.")
-    if not (folder / RUN_FILE).is_file():
-        return
-    for name, size in read_object(folder / RUN_FILE).get("files", {}).items():
+    for name, size in _run_of(path).get("files", {}).items():
         file = folder / name
         actual = file.stat().st_size if file.is_file() else None
         if actual != size:

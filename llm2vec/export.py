@@ -20,7 +20,7 @@ import logging
 import os
 import re
 import shutil
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -28,12 +28,23 @@ from typing import Any, NamedTuple
 
 import torch
 from huggingface_hub import HfApi
+from huggingface_hub.errors import HFValidationError
+from huggingface_hub.utils import validate_repo_id  # type: ignore[attr-defined]  # public, and not in its __all__
 from peft import PeftModel, TaskType
 from torch import Tensor
 from transformers import AutoConfig
 
 from llm2vec.backbone import Chain, find_file, first_line, load_tokenizer, local_folder
-from llm2vec.checkpoint import RUN_FILE, SETTINGS_FILE, EncoderSettings, read_run, resolve_chain, write_json
+from llm2vec.checkpoint import (
+    RUN_FILE,
+    SETTINGS_FILE,
+    EncoderSettings,
+    is_mark_of_folder,
+    mark_of,
+    read_run,
+    resolve_chain,
+    write_json,
+)
 from llm2vec.llm2vec import DTYPES, LLM2Vec, row_tokenizer
 from llm2vec.model_card import Facts, Stage, model_card
 from llm2vec.results import Results
@@ -48,7 +59,9 @@ logger = logging.getLogger(__name__)
 TOLERANCE = 1e-5
 
 #: Keys of a run's record that hold local paths, whatever they look like.
-PATH_KEYS = ("output_dir", "logging_dir", "dataset_file_path", "sources_file", "file", "resume_from_checkpoint")
+PATH_KEYS = (
+    "output_dir", "logging_dir", "dataset_file_path", "sources_file", "file", "resume", "resume_from_checkpoint",
+)  # fmt: skip
 
 #: What of a checkpoint's `run.json` is of use in another folder.
 RUN_KEYS = (
@@ -104,18 +117,18 @@ def export(what: Export, out: Path) -> Proof:
     """Write a checkpoint to `out` for stock libraries, and prove that they give its vectors.
 
     Raises:
-        UserError: something is missing or contradicts itself, the template or pooling cannot be said, or the stock
-            libraries give other tokens or vectors. Nothing is left in `out` then.
+        UserError: something is missing or contradicts itself, the template or pooling cannot be said, the stock
+            libraries give other tokens or vectors, or `out` cannot be written. Nothing is left in `out` then.
     """
-    if out.exists() and not (out.is_dir() and not any(out.iterdir())):
-        raise UserError(f"{out} is there already; remove it or name another folder.")
+    _check_repository(what.repository)
+    _check_free(out)
     chain = resolve_chain(what.base or what.checkpoint, [what.checkpoint] if what.base else [])
     base_id = _base_id(what, chain)
-    model = LLM2Vec.from_pretrained(chain.base, chain.adapters or None, doc_max_length=what.doc_max_length)
-    form = stock_model(model.model, model.row_tokenizer, model.settings, what.instructions).form
-    texts = probes(form.rows)
-    exact = our_vectors(model, texts)
     with _written_aside(out) as folder:
+        model = LLM2Vec.from_pretrained(chain.base, chain.adapters or None, doc_max_length=what.doc_max_length)
+        form = stock_model(model.model, model.row_tokenizer, model.settings, what.instructions).form
+        texts = probes(form.rows)
+        exact = our_vectors(model, texts)
         if what.adapter:
             assert base_id is not None
             _write_adapter(folder / "adapter", model, form, what, chain.base, base_id)
@@ -132,7 +145,7 @@ def export(what: Export, out: Path) -> Proof:
         proof = _prove(folder, form, settings, texts, exact, stored)
         stages = _stages(chain)
         facts = Facts(
-            name=what.repository or out.name,
+            name=what.repository or out.resolve().name,
             form=form,
             settings=settings,
             architecture=architecture,
@@ -193,16 +206,26 @@ def push(folder: Path, repository: str) -> str:
     return str(address)
 
 
+def _check_free(out: Path) -> None:
+    if os.path.lexists(out) and not (out.is_dir() and not any(out.iterdir())):
+        raise UserError(f"{out} is there already; remove it or name another folder.")
+
+
 @contextmanager
 def _written_aside(out: Path) -> Iterator[Path]:
-    """A folder to write in, which becomes `out` at the end, or goes if anything fails."""
-    folder = out.absolute().with_name(f".{out.name}.{os.getpid()}")
-    folder.mkdir(parents=True)
+    """A folder to write in, which becomes `out` at the end, or goes if anything fails.
+
+    Raises:
+        UserError: it cannot be written.
+    """
+    target = out.resolve()
+    folder = target.with_name(f".{target.name}.{os.getpid()}")
     try:
+        folder.mkdir(parents=True)
         yield folder
-        if out.exists():
-            out.rmdir()
-        folder.rename(out)
+        folder.rename(target)  # over an empty folder, too
+    except OSError as error:
+        raise UserError(f"{out} could not be written ({error.strerror or first_line(error)}).") from error
     finally:
         shutil.rmtree(folder, ignore_errors=True)
 
@@ -273,6 +296,15 @@ def _load_stock(folder: Path) -> Any:
 
 
 # --- the adapter alone ---
+
+
+def _check_repository(name: str | None) -> None:
+    """Refuse a name that the hub would, before anything is computed."""
+    try:
+        if name is not None:
+            validate_repo_id(name)
+    except HFValidationError as error:
+        raise UserError(f"--push_to_hub: {first_line(error)}") from error
 
 
 def _base_id(what: Export, chain: Chain) -> str | None:
@@ -364,26 +396,41 @@ def _check_bidirectional(base_id: str) -> None:
 
 def _stages(chain: Chain) -> list[Stage]:
     """The runs that made a model, as far as they can be followed, the earliest first."""
-    stages: list[Stage] = []
-    for path in (*reversed(chain.adapters), chain.base):
-        if (stage := _stage(path)) is not None:
-            stages.append(stage[0])
-    parent = (_stage(chain.base) or (None, None))[1]
-    while parent is not None and (stage := _stage(parent)) is not None:
-        stages.append(stage[0])
-        parent = stage[1]
-    return stages[::-1]
+    paths = [*reversed(chain.adapters), chain.base]
+    while (parent := _parent(paths[-1])) is not None and parent not in paths:
+        paths.append(parent)
+    return [stage for path in reversed(paths) for stage in _recorded_stages(path)]
 
 
-def _stage(path: str) -> tuple[Stage, str | None] | None:
-    """The run that wrote a checkpoint, and what it started from; None where that is not recorded here."""
+def _has_run(path: str) -> bool:
     folder = local_folder(path)
-    if folder is None or not (folder / RUN_FILE).is_file():
+    return folder is not None and (folder / RUN_FILE).is_file()
+
+
+def _parent(path: str) -> str | None:
+    """What a checkpoint's run started from; None where that is not recorded, not here, or no longer what it was."""
+    parent = read_run(Path(path)).get("parent", {}) if _has_run(path) else {}
+    name: str | None = parent.get("model_name_or_path")
+    if name is None or not _has_run(name):
         return None
-    run = read_run(folder)
-    parent = run.get("parent", {}).get("model_name_or_path")
+    found = mark_of(name)
+    if parent.get("marks", {}).get(name, found) != found:
+        logger.warning("%s has changed since %s was trained from it; its run is left out of the records", name, path)
+        return None
+    return name
+
+
+def _recorded_stages(path: str) -> list[Stage]:
+    """The run that wrote a checkpoint, or all those that an export lists; none where no run wrote it."""
+    run = read_run(Path(path)) if _has_run(path) else {}
+    if "stages" in run:
+        return [Stage(stage, []) for stage in run["stages"]]
+    if "config" not in run:
+        return []
+    marks = run.get("parent", {}).get("marks", {})
+    local = {name for name, mark in marks.items() if is_mark_of_folder(mark)}
     kept = {key: run[key] for key in RUN_KEYS if key in run}
-    return Stage(without_local_paths(kept), _log(folder)), parent
+    return [Stage(without_local_paths(kept, local), _log(Path(path)))]
 
 
 def _log(folder: Path) -> list[dict[str, Any]]:
@@ -398,7 +445,7 @@ def _log(folder: Path) -> list[dict[str, Any]]:
     for line in file.read_text(encoding="utf-8").splitlines():
         with suppress(ValueError):  # cut short by what ended the run
             entries.append(json.loads(line))
-    return [entry for entry in entries if last is None or entry["step"] <= last]
+    return [entry for entry in entries if last is None or entry.get("step", 0) <= last]
 
 
 def _trained_from(chain: Chain, stages: Sequence[Stage]) -> str | None:
@@ -407,19 +454,27 @@ def _trained_from(chain: Chain, stages: Sequence[Stage]) -> str | None:
     return next((name for name in names if name and local_folder(name) is None and name.count("/") == 1), None)
 
 
-def without_local_paths(value: Any, key: str = "") -> Any:
-    """A record with each local path in it, also as a key, cut to its last part; names on the hub stay whole."""
+def without_local_paths(value: Any, local: Collection[str] = (), key: str = "") -> Any:
+    """A record with each local path in it, also as a key, cut to its last part; names on the hub stay whole.
+
+    Args:
+        value: the record.
+        local: paths that are known to be local, even if nothing is there any more.
+        key: whose value it is.
+    """
     if isinstance(value, dict):
-        return {_shortened(k, ""): without_local_paths(v, k) for k, v in value.items()}
+        return {_shortened(k, local, ""): without_local_paths(v, local, k) for k, v in value.items()}
     if isinstance(value, list):
-        return [without_local_paths(item, key) for item in value]
-    return _shortened(value, key) if isinstance(value, str) else value
+        return [without_local_paths(item, local, key) for item in value]
+    return _shortened(value, local, key) if isinstance(value, str) else value
 
 
-def _shortened(text: str, key: str) -> str:
+def _shortened(text: str, local: Collection[str], key: str) -> str:
     path = Path(text)
     try:
-        is_local = key in PATH_KEYS or path.is_absolute() or text.startswith(("~", ".")) or path.exists()
+        is_local = (
+            key in PATH_KEYS or text in local or path.is_absolute() or text.startswith(("~", ".")) or path.exists()
+        )
     except (OSError, ValueError):  # too long for a path
         is_local = False
     return path.name if is_local else text

@@ -6,6 +6,7 @@ transformers snippet is code that the tests run as printed.
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -24,6 +25,11 @@ CONFIG_KEYS = (
     "learning_rate", "lr_scheduler_type", "warmup_steps", "max_steps", "num_train_epochs", "stop_after_n_steps", "seed",
     "torch_dtype", "bf16",
 )  # fmt: skip
+
+#: Stages as headings.
+STAGE_NAMES = {
+    "stage_I": "Stage I", "stage_II": "Stage II", "lm": "Language modelling", "mntp": "MNTP", "simcse": "SimCSE",
+}  # fmt: skip
 
 EXAMPLE_INSTRUCTION = "Given a question, retrieve passages that answer it"
 EXAMPLE_QUERY = "who wrote Emma?"
@@ -305,8 +311,8 @@ def _training(facts: Facts) -> str:
     parts = ["## Training\n\nThe full configs, versions and hashes are in `run.json`."]
     for number, stage in enumerate(facts.stages, 1):
         config = stage.run.get("config", {})
-        name = str(config.get("stage", "")).replace("_", " ") or f"run {number}"
-        parts.append(f"### {name[0].upper()}{name[1:]}")
+        name = config.get("stage")
+        parts.append(f"### {STAGE_NAMES.get(name, name or f'Run {number}')}")
         parts.append(_table(["setting", "value"], _settings(config)))
         logged = [entry for entry in stage.log if "loss" in entry]
         if logged:
@@ -325,12 +331,13 @@ def _training(facts: Facts) -> str:
 
 
 def _settings(config: Mapping[str, Any]) -> list[list[str]]:
-    """The settings of a run that its stage reads, as table rows."""
+    """The settings of a run that its stage reads, as table rows, each value as a config writes it."""
     values = {**config, **config.get("training", {})}
     unread = {key for key, stages in STAGE_KEYS.items() if config.get("stage") not in (None, *stages)}
     unread |= set() if config.get("use_peft") else {"lora_r", "lora_alpha"}
-    shown = [key for key in CONFIG_KEYS if values.get(key) not in (None, False) and key not in unread]
-    return [[f"`{key}`", f"`{values[key]}`"] for key in shown]
+    off = (None, False)  # unlike 0, which equals False
+    shown = [key for key in CONFIG_KEYS if not any(values.get(key) is value for value in off) and key not in unread]
+    return [[f"`{key}`", f"`{json.dumps(values[key], ensure_ascii=False)}`"] for key in shown]
 
 
 def _is_figure(key: str) -> bool:
@@ -355,8 +362,8 @@ def _revision(revision: str | None) -> str | None:
 
 
 def _table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    lines = [header, ["---"] * len(header), *rows]
-    return "\n".join(f"| {' | '.join(cells)} |" for cells in lines)
+    escaped = [[cell.replace("|", r"\|") for cell in cells] for cells in rows]
+    return "\n".join(f"| {' | '.join(cells)} |" for cells in [header, ["---"] * len(header), *escaped])
 
 
 def _code(language: str, code: str) -> str:

@@ -134,7 +134,7 @@ def ask_way(way: LocalWay, texts: Sequence[InstructedText]) -> Answer:
     try:
         ids: list[list[int] | None] = [row.ids for row in way.rows(texts, None)]
         return Answer(label, place, ids, way.encode(texts), {}, way.is_half, None, way.any_length)
-    except (ValueError, RuntimeError, IndexError) as error:  # such as a token that the model has no embedding for
+    except Exception as error:  # such as a token without an embedding, or a limit that is no number
         raise UserError(f"{label} {place}: cannot embed the texts ({first_line(error)}).") from error
 
 

@@ -22,7 +22,7 @@ from transformers.utils import logging as transformers_logging
 from llm2vec.backbone import find_file, first_line, load_tokenizer
 from llm2vec.checkpoint import resolve_chain
 from llm2vec.llm2vec import LLM2Vec
-from llm2vec.parity_ways import LABELS, MODULES_FILE, Choice, Rendering, prompt_writer, read_json
+from llm2vec.parity_ways import LABELS, MODULES_FILE, Choice, Rendering, prompt_writer, read_json, read_modules
 from llm2vec.pooling import pool
 from llm2vec.stock_form import POOLING, SWITCHES
 from llm2vec.tokenization import Row
@@ -87,7 +87,7 @@ def open_way(choice: Choice, dtype: torch.dtype, rendering: Rendering | None) ->
             return (_open_st if choice.kind == "st" else _open_transformers)(choice, dtype, rendering)
     except UserError as error:
         raise UserError(f"{LABELS[choice.kind]} {choice.place}: {error}") from error
-    except (ImportError, OSError, RuntimeError, ValueError, KeyError, TypeError) as error:
+    except Exception as error:  # damaged files: what stock libraries raise for them has no common type
         raise UserError(f"{LABELS[choice.kind]} {choice.place}: cannot be loaded ({first_line(error)}).") from error
     finally:
         transformers_logging.set_verbosity(verbosity)
@@ -193,18 +193,16 @@ def _open_transformers(choice: Choice, dtype: torch.dtype, rendering: Rendering 
         model = PeftModel.from_pretrained(model, adapter)
         model = model if adapter == choice.adapters[-1] else model.merge_and_unload()
     model.to(_device()).eval()  # torch's mode without dropout; no code is evaluated
-    folder = next((p for p in (*reversed(choice.adapters), choice.path) if find_file(p, MODULES_FILE)), None)
-    if folder is None:
-        raise UserError(f"no {MODULES_FILE}, so nothing says how the hidden states are pooled.")
+    folder = next((p for p in (*reversed(choice.adapters), choice.path) if find_file(p, MODULES_FILE)), choice.path)
+    normalize = any(module.endswith("Normalize") for module in read_modules(folder))
     tokenizer = load_tokenizer(folder)
     mode, with_prompt = read_pooling(folder)
-    normalize = any(str(module["type"]).endswith("Normalize") for module in read_json(folder, MODULES_FILE))
     module = read_json(folder, "sentence_bert_config.json") or {}
     # Where the tokenizer names no limit, sentence-transformers takes the model's.
     most = min(tokenizer.model_max_length, getattr(model.config, "max_position_embeddings", tokenizer.model_max_length))
     own_length = module.get("max_seq_length") or most
     declared = read_json(folder, "config_sentence_transformers.json") or {}
-    prompt = prompt_writer(rendering, tokenizer, declared.get("prompts", {}))
+    prompt = prompt_writer(rendering, tokenizer, declared.get("prompts") or {})
 
     @_in_batches
     @torch.no_grad()
@@ -269,7 +267,7 @@ def read_pooling(folder: str) -> tuple[PoolingMode, bool]:
 
 
 def _mode_named(name: Any) -> PoolingMode:
-    if name not in _MODES:
+    if not isinstance(name, str) or name not in _MODES:
         raise UserError(f"its pooling is {name!r}; this project knows {', '.join(_MODES)}.")
     return _MODES[name]
 

@@ -18,7 +18,7 @@ from transformers import PreTrainedTokenizerBase
 
 from llm2vec.backbone import find_file, load_tokenizer
 from llm2vec.checkpoint import SETTINGS_FILE, EncoderSettings, read_settings, resolve_chain
-from llm2vec.json_text import parse_json
+from llm2vec.json_text import parse_json, read_object
 from llm2vec.llm2vec import row_tokenizer
 from llm2vec.stock_form import possible_forms
 from llm2vec.tokenization import RowTokenizer
@@ -172,11 +172,26 @@ def shared_start(first: Sequence[Any], second: Sequence[Any]) -> int:
     )
 
 
-def read_json(folder: str, name: str) -> Any:
-    """The JSON of a folder's file; None where it has no such file.
+def read_json(folder: str, name: str) -> dict[str, Any] | None:
+    """The JSON object of a folder's file; None where it has no such file.
 
     Raises:
-        UserError: as `json_text.parse_json`.
+        UserError: as `json_text.read_object`.
     """
     file = find_file(folder, name)
-    return None if file is None else parse_json(Path(file).read_bytes(), file)
+    return None if file is None else read_object(Path(file))
+
+
+def read_modules(folder: str) -> list[str]:
+    """The classes that a folder's `modules.json` lists.
+
+    Raises:
+        UserError: there is no such file, or it is no list of objects with a `type`.
+    """
+    file = find_file(folder, MODULES_FILE)
+    if file is None:
+        raise UserError(f"no {MODULES_FILE}, so nothing says how the hidden states are pooled.")
+    modules = parse_json(Path(file).read_bytes(), file)
+    if not isinstance(modules, list) or not all(isinstance(module, dict) and "type" in module for module in modules):
+        raise UserError(f"{file}: a list of objects with a `type` is needed.")
+    return [str(module["type"]) for module in modules]

@@ -17,7 +17,7 @@ from transformers import PreTrainedTokenizerBase, TrainingArguments
 
 from llm2vec.activation_memory import fit
 from llm2vec.activation_plan import Numbers, is_known, kept_bytes
-from llm2vec.backbone import Chain, find_file
+from llm2vec.backbone import Chain, find_file, without_waiting_for_the_hub
 from llm2vec.cards import Card
 from llm2vec.checkpoint import EncoderSettings, resolve_chain
 from llm2vec.collation import Collate, CollateSides, check_examples
@@ -93,6 +93,7 @@ class Plan:
         order: of the rows.
         schedule: steps; None = only the rows would tell.
         assumption: what is assumed, and why; empty = nothing.
+        absent: adapters below the run's own that are not there yet.
         all_rows: a sample over all sources.
         by_source: one of each source.
         memory: of a process; None = the model's layers are of another kind.
@@ -111,6 +112,7 @@ class Plan:
     order: OneSourceBlocks | None
     schedule: Schedule | None
     assumption: str
+    absent: tuple[str, ...]
     all_rows: Texts
     by_source: tuple[Texts, ...]
     memory: Memory | None = None
@@ -144,9 +146,13 @@ def make_plan(path: Path, conditions: Conditions) -> Plan:
     if config.stage == "simcse":
         config = dataclasses.replace(config, num_hard_negatives=0)
     args = training_arguments(config, conditions.num_processes)
-    chain = _chain(config, conditions)
-    shape = shape_of(chain.base)
-    tokenizer, settings, new_tokens = _tokenizer(config, chain)
+    base = conditions.base or config.model_name_or_path
+    with without_waiting_for_the_hub():
+        absent = tuple(adapter for adapter in config.adapters if not _has(adapter, "adapter_config.json"))
+        # Those that are not there yet are left out: merged, they change no shape.
+        chain = resolve_chain(base, [adapter for adapter in config.adapters if adapter not in absent])
+        shape = shape_of(chain.base)
+        tokenizer, settings, new_tokens = _tokenizer(config, chain)
     model = model_of_shapes(config, shape, new_tokens)
     if not hasattr(inner_decoder(model), "layers"):
         raise UserError(f"{chain.base}: a {shape.model_type} cannot be planned, its layers are not known here.")
@@ -165,8 +171,7 @@ def make_plan(path: Path, conditions: Conditions) -> Plan:
     if collate is not None and rows is not None:
         all_rows, *by_source = counted(objective, settings, rows, collate)
     else:
-        lengths = (conditions.tokens_query or 0, conditions.tokens_document or 0)
-        all_rows, *by_source = assumed(objective, settings, config, *lengths)
+        all_rows, *by_source = assumed(objective, settings, config, *_assumed_lengths(config, conditions))
     steps_per_epoch = None if order is None else steps_an_epoch(args, len(order), conditions.num_processes)
     plan = Plan(
         config=config,
@@ -181,16 +186,11 @@ def make_plan(path: Path, conditions: Conditions) -> Plan:
         order=order,
         schedule=schedule_of(config, args, steps_per_epoch),
         assumption=assumption,
+        absent=absent,
         all_rows=all_rows,
         by_source=tuple(by_source),
     )
     return plan if not is_known(model) else _with_memory(plan)
-
-
-def _chain(config: Config, conditions: Conditions) -> Chain:
-    """The base and the adapters on it, but for those that are not there yet: merged, they change no shape."""
-    adapters = [adapter for adapter in config.adapters if _has(adapter, "adapter_config.json")]
-    return resolve_chain(conditions.base or config.model_name_or_path, adapters)
 
 
 def _tokenizer(config: Config, chain: Chain) -> tuple[PreTrainedTokenizerBase | None, EncoderSettings, list[int]]:
@@ -220,8 +220,17 @@ def _assumption(config: Config, conditions: Conditions, missing: str | None) -> 
             f"{missing} To plan without, say how many tokens a row's texts have in the mean, template included: "
             "--tokens_query and --tokens_document."
         )
-    given = f"{conditions.tokens_query} tokens a query and {conditions.tokens_document} a document"
+    query, document = _assumed_lengths(config, conditions)
+    given = f"{query} tokens a query and {document} a document"
+    if (query, document) != (conditions.tokens_query, conditions.tokens_document):
+        given += " (cut at max_seq_length)"
     return f"{given}, as rows or tokenizer are not at hand" if missing else f"{given}, as given"
+
+
+def _assumed_lengths(config: Config, conditions: Conditions) -> tuple[int, int]:
+    """Tokens of a query and of a document, cut as the run would cut them."""
+    query, document = conditions.tokens_query or 0, conditions.tokens_document or 0
+    return min(query, config.max_seq_length), min(document, config.max_seq_length)
 
 
 def _with_memory(plan: Plan) -> Plan:

@@ -60,13 +60,12 @@ def _work(plan: Plan) -> Iterator[str]:
     card, conditions = plan.conditions.card, plan.conditions
     if card is None:
         return
-    peak = card.tflops if plan.numbers.compute == 2 else card.tflops_float32
-    if plan.numbers.compute == 4 and plan.args.tf32 and card.tflops is not None:
-        peak = card.tflops / 2
+    in_float32 = card.tflops_tf32 if plan.args.tf32 else card.tflops_float32
+    peak = card.tflops if plan.numbers.compute == 2 else in_float32
     if peak is None:
         return
     seconds = flops / (conditions.num_processes * peak * 1e12 * conditions.utilisation)
-    time = f"{seconds / 3600:.1f} h" if seconds >= 360 else f"{seconds:.2g} s"
+    time = f"{seconds / 3600:,.1f} h" if seconds >= 360 else f"{seconds:.0f} s" if seconds >= 10 else f"{seconds:.2g} s"
     yield (
         f"time        about {time} {of} on {conditions.num_processes} x {card.name} ({peak:g} TFLOP/s each) at a "
         f"utilisation of {conditions.utilisation:.0%}"
@@ -77,14 +76,19 @@ def _memory(plan: Plan) -> Iterator[str]:
     """The account of a process."""
     if plan.memory is None:
         return
-    yield "memory      of a process, in GB (10^9 bytes):"
+    yield "memory      of a process (GB = 10^9 bytes):"
     for part in filter(lambda part: part.size, plan.memory.parts):
         note = plan.recomputation if part.name == "activations" else part.note
-        yield f"            {part.name:<22} {part.size / 1e9:8.2f}" + (f"  {note}" if note else "")
+        yield f"            {part.name:<22} {in_bytes(part.size):>12}" + (f"  {note}" if note else "")
     card = plan.conditions.card
-    yield f"            {'at most, at once':<22} {plan.memory.most / 1e9:8.2f}" + (
-        "" if card is None else f"  of {card.memory_gb:g} ({card.name})"
+    yield f"            {'at most, at once':<22} {in_bytes(plan.memory.most):>12}" + (
+        "" if card is None else f"  of {card.memory_gb:g} GB ({card.name})"
     )
+
+
+def in_bytes(size: float) -> str:
+    """A number of bytes in words: of a model of the quickstart's size, gigabytes would say nothing."""
+    return f"{size / 1e9:,.2f} GB" if size >= 1e8 else f"{size / 1e6:,.2f} MB"
 
 
 def _disk(plan: Plan) -> Iterator[str]:
@@ -93,12 +97,12 @@ def _disk(plan: Plan) -> Iterator[str]:
     weights = sum(w.nbytes for w in (trained if plan.config.use_peft else plan.model.parameters()))
     state = 0.0 if plan.args.save_only_model else sum(optimiser_bytes(weight, plan.args) for weight in trained)
     number = num_checkpoints(plan)
-    one = (weights + state) / 1e9
+    one, last = in_bytes(weights + state), in_bytes(weights)
     if number is None:
-        yield f"disk        {one:.2f} GB a checkpoint, {weights / 1e9:.2f} GB at the end"
+        yield f"disk        {one} a checkpoint, {last} at the end"
     else:
-        total, last = number * one + weights / 1e9, weights / 1e9
-        yield f"disk        {total:.2f} GB: {number} checkpoint(s) of {one:.2f} GB, and {last:.2f} GB at the end"
+        total = in_bytes(number * (weights + state) + weights)
+        yield f"disk        {total}: {number} checkpoint(s) of {one}, and {last} at the end"
 
 
 def num_checkpoints(plan: Plan) -> int | None:

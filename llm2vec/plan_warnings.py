@@ -12,8 +12,10 @@ from transformers.trainer_utils import SaveStrategy
 from llm2vec.memory_plan import STATES, optimiser_name
 from llm2vec.packing import can_pack
 from llm2vec.plan import Plan
+from llm2vec.resume import check_writable
 from llm2vec.run_report import Schedule
 from llm2vec.run_rows import sample_of
+from llm2vec.types import UserError
 
 #: Share of the texts that are cut, and of a source's rows that an epoch leaves out, from which on a plan warns.
 LARGE_SHARE = 0.1
@@ -23,6 +25,8 @@ FULL = 0.9
 
 def warnings_of(plan: Plan) -> Iterator[str]:
     """What a user should know before the run starts."""
+    for adapter in plan.absent:
+        yield f"the adapter {adapter} is not there; merged, it changes no shape, but the run needs it."
     yield from _of_the_schedule(plan)
     yield from _of_the_rows(plan)
     yield from _of_the_numbers(plan)
@@ -131,6 +135,10 @@ def _of_the_memory(plan: Plan) -> Iterator[str]:
 
 def _of_the_output(plan: Plan) -> Iterator[str]:
     output, args = plan.config.output_dir, plan.args
+    try:
+        check_writable(output)
+    except UserError as error:  # no refusal: the run may be for another machine
+        yield str(error)
     if output.is_dir() and any(output.iterdir()):
         yield (
             f"{output} is there: an earlier run's checkpoints in it are removed, its files written over (resume)."

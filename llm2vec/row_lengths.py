@@ -86,7 +86,8 @@ def assumed_batch(config: Config, settings: EncoderSettings, query: int, documen
     if config.stage == "stage_I" and config.objective == "token_set":
         lengths = {"query_self": query, "query_next": query, "positive_self": document, "positive_next": document}
     else:
-        of_sides = {"query": query, "positive": document, "negative": document, "text": query + document}
+        text = min(query + document, config.max_seq_length)
+        of_sides = {"query": query, "positive": document, "negative": document, "text": text}
         if config.stage == "simcse":
             of_sides["query"] = document  # each text is its own positive
         lengths = {side: of_sides[side] for side in sides_of(config)}

@@ -39,8 +39,8 @@ class BidirectionalReconstructionLoss(nn.Module):
         alpha: weight of the direction that starts at the query; with 0 or 1 the other one is not run.
 
     Raises:
-        UserError: the model has modules behind its pooling, or a head of its own that was not given; or `alpha` is no
-            share.
+        UserError: the model has modules behind its pooling, or a head of its own that was not given; the head has a
+            bias; or `alpha` is no share.
     """
 
     def __init__(self, model: SentenceTransformer, lm_head: nn.Linear | None = None, alpha: float = 0.2) -> None:
@@ -59,6 +59,8 @@ class BidirectionalReconstructionLoss(nn.Module):
                 "lm_head: this decoder's head is not its embedding table; give the head, as in "
                 "AutoModelForCausalLM.from_pretrained(...).lm_head."
             )
+        if lm_head is not None and lm_head.bias is not None:
+            raise UserError("lm_head has a bias, which this loss would leave out; it serves heads without one.")
         self.model = model
         self.decoder = decoder
         self.lm_head = lm_head

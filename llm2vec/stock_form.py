@@ -108,11 +108,17 @@ class StockForm:
 
         For the task NFCorpus that is `NFCorpus`, and `NFCorpus-document` for its documents, which carry none: so mteb
         asks for them.
+
+        Raises:
+            UserError: a name is taken, so that an instruction would replace another prompt.
         """
         document = self.prompt("", "document")
         named = {"query": self.prompt(""), "document": document}
         for name, instruction in instructions.items():
-            named |= {name: self.prompt(instruction), f"{name}-document": document}
+            added = {name: self.prompt(instruction), f"{name}-document": document}
+            if taken := sorted(added.keys() & named.keys()):
+                raise UserError(f"instructions: {name!r} makes a second prompt of the name {taken[0]!r}; rename it.")
+            named |= added
         return named
 
     @property

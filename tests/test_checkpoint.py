@@ -146,11 +146,13 @@ def test_weights_of_another_kind_do_not_stay(stages: Path) -> None:
 
 
 def test_an_adapter_does_not_take_its_base_away(stages: Path) -> None:
-    """Written into the base's own folder, it lies beside the weights that it needs."""
+    """Written into the base's own folder, it lies beside the weights that it needs; which of both is meant is open."""
     before = load_file(stages / "stage_I/model.safetensors")
     save_stage_II(stages / "stage_I", stages / "stage_I")
     after = load_file(stages / "stage_I/model.safetensors")
     assert after.keys() == before.keys() and all(torch.equal(after[name], before[name]) for name in before)
+    with pytest.raises(UserError, match="stage_I: an adapter cannot be its own base; put the two into folders"):
+        resolve_chain(str(stages / "stage_I"), ())
 
 
 # --- cut short ---
@@ -233,6 +235,27 @@ def test_truncated_weights_are_refused_without_our_record_too(stages: Path, shar
     with pytest.raises(UserError, match="could not be loaded") as error:
         LLM2Vec.from_pretrained(str(folder))
     assert str(folder) in str(error.value)
+
+
+@pytest.mark.parametrize("content", ["{", "[1]", '{"peft_type": "NOPE", "base_model_name_or_path": "base"}'])
+def test_a_damaged_adapter_config_is_named(stages: Path, content: str) -> None:
+    (stages / "stage_II" / RUN_FILE).unlink()
+    (stages / "stage_II/adapter_config.json").write_text(content, encoding="utf-8")
+    with pytest.raises(UserError, match=r"stage_II: its adapter_config\.json cannot be read \("):
+        resolve_chain(str(stages / "stage_II"), ())
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "needed"),
+    [("files", [1], "an object"), ("parent", "base", "an object"), ("parent_weights", {}, "a list"),
+     ("config", 3, "an object")],
+)  # fmt: skip
+def test_a_record_of_another_form_is_named(stages: Path, key: str, value: Any, needed: str) -> None:
+    file = stages / "stage_II" / RUN_FILE
+    write_json(file, json.loads(file.read_text(encoding="utf-8")) | {key: value})
+    with pytest.raises(UserError) as refused:
+        resolve_chain(str(stages / "stage_II"), ())
+    assert str(refused.value) == f"{file}: {key} is {value!r}; {needed} is needed."
 
 
 def test_a_missing_folder_is_named(tmp_path: Path) -> None:
@@ -433,12 +456,12 @@ def test_upstreams_own_settings_file_loads(stages: Path) -> None:
     ids=str,
 )
 def test_a_wrong_setting_is_named(stages: Path, key: str, value: Any) -> None:
-    """Key and value are named, and what is allowed or needed."""
+    """File, key and value are named, and what is allowed or needed."""
     folder = bare(stages / "stage_I")
     (folder / SETTINGS_FILE).write_text(json.dumps({key: value}), encoding="utf-8")
     with pytest.raises(UserError) as error:
         LLM2Vec.from_pretrained(str(folder))
-    assert key in str(error.value)
+    assert str(error.value).startswith(str(folder / SETTINGS_FILE)) and key in str(error.value)
     assert key == "poling_mode" or repr(value) in str(error.value)
     assert "\n" not in str(error.value)
 

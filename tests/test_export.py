@@ -6,9 +6,9 @@ import json
 import re
 import subprocess
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
-from types import SimpleNamespace
+from types import MappingProxyType, SimpleNamespace
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -23,7 +23,7 @@ from torch import Tensor
 from llm2vec import LLM2Vec
 from llm2vec import export as export_module
 from llm2vec.backbone import attach_lora
-from llm2vec.checkpoint import EncoderSettings, save_checkpoint
+from llm2vec.checkpoint import EncoderSettings, mark_of, save_checkpoint
 from llm2vec.export import Export, Proof, export, push, without_local_paths
 from llm2vec.llm2vec import row_tokenizer
 from llm2vec.results import read_results
@@ -100,8 +100,11 @@ CASES = {
 }
 
 
-def save(folder: Path, case: Case, *, name: str = "it") -> str:
-    """A checkpoint of a case, its base beside it, as training writes them; returns its path."""
+def save(folder: Path, case: Case, *, name: str = "it", run_config: Mapping[str, Any] = MappingProxyType({})) -> str:
+    """A checkpoint of a case, its base beside it, as training writes them; returns its path.
+
+    `run_config` is what the record of the base's run says beside paths.
+    """
     tokenizer = family_tokenizer(case.family)
     tokenizer.pad_token = tokenizer.pad_token or tokenizer.eos_token
     template = {"llama": "llama3", "qwen2": "qwen2", "mistral": "mistral"}[case.family]
@@ -113,7 +116,8 @@ def save(folder: Path, case: Case, *, name: str = "it") -> str:
         **case.settings,
     )
     base = folder / f"{name}-base"
-    save_checkpoint(base, tiny_model(case.family, True, initializer_range=0.2), tokenizer, settings, record(folder))
+    run = record(folder, **run_config)
+    save_checkpoint(base, tiny_model(case.family, True, initializer_range=0.2), tokenizer, settings, run)
     model = LLM2Vec.from_pretrained(str(base))
     if not case.lora:
         return str(base)
@@ -376,6 +380,90 @@ def test_the_card_says_which_servers_cannot(exported: Exported) -> None:
     assert '"pooling_type": "LAST"' in last and "--pooling last-token" in last and "is_causal" not in last
 
 
+def test_settings_on_the_card_are_as_a_config_writes_them(tmp_path: Path) -> None:
+    """A line break would end the table, and 0 is a value."""
+    config = {"stage": "stage_I", "instruction_join": "\n", "alpha": 0.0, "template": "a|b", "bidirectional": False}
+    checkpoint = save(tmp_path, CASES["llama_causal_last_full"], run_config=config)
+    export(Export(checkpoint), tmp_path / "out")
+    card = (tmp_path / "out" / "README.md").read_text(encoding="utf-8")
+    rows = card.partition("### Stage I\n\n")[2].partition("\n\n")[0].splitlines()
+    assert rows[2:5] == ["| `alpha` | `0.0` |", r'| `template` | `"a\|b"` |', r'| `instruction_join` | `"\n"` |']
+    assert "bidirectional" not in "".join(rows)
+
+
+@pytest.mark.parametrize(("stage", "heading"), [("lm", "### Language modelling\n"), (None, "### Run 1\n")])
+def test_a_stage_is_a_heading_of_the_card(stage: str | None, heading: str, tmp_path: Path) -> None:
+    export(Export(save(tmp_path, CASES["llama_causal_last_full"], run_config={"stage": stage})), tmp_path / "out")
+    assert heading in (tmp_path / "out" / "README.md").read_text(encoding="utf-8")
+
+
+# --- where a model is from ---
+
+
+def stages_of(checkpoint: str, out: Path) -> list[dict[str, Any]]:
+    """The runs that an export records."""
+    export(Export(checkpoint, dtype="float32"), out)
+    stages: list[dict[str, Any]] = json.loads((out / "run.json").read_text(encoding="utf-8"))["stages"]
+    return stages
+
+
+def write_parent(checkpoint: Path, parent: str, mark: str) -> None:
+    """Have a checkpoint say what it was trained from."""
+    file = checkpoint / "run.json"
+    run = json.loads(file.read_text(encoding="utf-8"))
+    run["config"]["model_name_or_path"] = parent
+    run["parent"] = {"model_name_or_path": parent, "marks": {parent: mark}}
+    file.write_text(json.dumps(run), encoding="utf-8")
+
+
+def test_an_export_hands_its_stages_on(tmp_path: Path) -> None:
+    """Exported again, or trained on; a folder that no run wrote tells of none."""
+    first = stages_of(save(tmp_path, CASES["llama_causal_last_lora"]), tmp_path / "first")
+    assert len(first) == 2
+    assert stages_of(str(tmp_path / "first"), tmp_path / "again") == first
+    child = Path(save(tmp_path, CASES["llama_causal_last_full"], name="child"))
+    write_parent(child, str(tmp_path / "first"), mark_of(str(tmp_path / "first")))
+    *before, _ = stages_of(str(child), tmp_path / "child-exported")
+    assert before == first
+    LLM2Vec.from_pretrained(str(child)).save(tmp_path / "saved")
+    assert stages_of(str(tmp_path / "saved"), tmp_path / "saved-exported") == []
+    assert "## Training" not in (tmp_path / "saved-exported" / "README.md").read_text(encoding="utf-8")
+
+
+def test_a_parent_that_has_changed_is_no_parent(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    """Another run wrote there since; what it did is not how this model came to be."""
+    case = CASES["llama_causal_last_full"]
+    child, parent = (Path(save(tmp_path, case, name=name)) for name in ("child", "parent"))
+    write_parent(child, str(parent), mark_of(str(parent)))
+    assert len(stages_of(str(child), tmp_path / "same")) == 2
+    assert "has changed since" not in caplog.text
+    write_parent(child, str(parent), "0123456789abcdef")
+    (stage,) = stages_of(str(child), tmp_path / "changed")
+    assert stage["config"]["model_name_or_path"] == "parent-base"
+    assert f"{parent} has changed since {child} was trained from it" in caplog.text
+
+
+def test_a_model_trained_onto_itself_is_followed_once(tmp_path: Path) -> None:
+    checkpoint = Path(save(tmp_path, CASES["llama_causal_last_full"]))
+    write_parent(checkpoint, str(checkpoint), mark_of(str(checkpoint)))
+    assert len(stages_of(str(checkpoint), tmp_path / "out")) == 1
+
+
+def test_a_local_base_that_is_gone_is_no_name_on_the_hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """`output/base` has the form of one; the mark of a folder tells."""
+    monkeypatch.chdir(tmp_path)
+    checkpoint = Path(save(tmp_path, CASES["llama_causal_last_full"]))
+    write_parent(checkpoint, "output/base", "0123456789abcdef")
+    (stage,) = stages_of(str(checkpoint), tmp_path / "out")
+    assert stage["parent"] == {"model_name_or_path": "base", "marks": {"base": "0123456789abcdef"}}
+    assert stage["config"]["model_name_or_path"] == "base"
+    assert "output/base" not in (tmp_path / "out" / "README.md").read_text(encoding="utf-8")
+    write_parent(checkpoint, "meta/base", "0123456789abcdef0123456789abcdef01234567")
+    (stage,) = stages_of(str(checkpoint), tmp_path / "of_the_hub")
+    assert stage["parent"]["model_name_or_path"] == "meta/base"
+    assert "\nbase_model: meta/base\n" in (tmp_path / "of_the_hub" / "README.md").read_text(encoding="utf-8")
+
+
 # --- refusals ---
 
 
@@ -396,6 +484,23 @@ def test_refuses_a_folder_with_something_in_it(adapter: str, tmp_path: Path) -> 
     (out / "mine").unlink()
     export(Export(adapter), out)
     assert (out / "model.safetensors").is_file(), "an empty one is taken"
+
+
+def test_refuses_early_what_cannot_be_written(adapter: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Before anything loads."""
+    monkeypatch.setattr(export_module.LLM2Vec, "from_pretrained", lambda *_, **__: pytest.fail("a model is loaded"))
+    (tmp_path / "file").touch()
+    with pytest.raises(UserError, match=r"file/out could not be written \(Not a directory"):
+        export(Export(adapter), tmp_path / "file" / "out")
+    (tmp_path / "link").symlink_to(tmp_path / "nowhere")
+    assert_refused(Export(adapter), tmp_path / "link", "link is there already")
+    assert_refused(Export(adapter, repository="a b"), tmp_path / "out", "--push_to_hub: Repo id must use")
+
+
+def test_refuses_instructions_that_would_replace_a_prompt(adapter: str, tmp_path: Path) -> None:
+    for names in (("document",), ("query",), ("NQ", "NQ-document"), ("NQ-document", "NQ")):
+        what = Export(adapter, instructions=dict.fromkeys(names, "find it"))
+        assert_refused(what, tmp_path / "out", f"instructions: '{names[-1]}' makes a second prompt of the name")
 
 
 @pytest.mark.parametrize(

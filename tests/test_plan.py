@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import json
 import logging
@@ -354,6 +355,31 @@ def test_operations_of_stage_II(hub: None) -> None:
     assert trained == adapter
 
 
+@pytest.mark.parametrize(("seconds", "said"), [(0.123, "0.12 s"), (123.4, "123 s"), (7200.0, "2.0 h")])
+def test_time_is_written_out(seconds: float, said: str, folder: Path) -> None:
+    """Without powers of ten, however long."""
+    plan = planned(folder)
+    tflops = 3 * plan.flops_a_step / (0.4e12 * seconds)
+    conditions = Conditions(card=Card("card", 24, tflops_float32=tflops))
+    lines = report(dataclasses.replace(plan, conditions=conditions))
+    assert any(line.startswith(f"time        about {said} in 3 steps on 1 x card") for line in lines)
+
+
+@pytest.mark.parametrize(
+    ("keys", "peak"),
+    [({}, 19.5), ({"tf32": True}, 156), ({"bf16": True}, 312), ({"bf16": True, "tf32": True}, 312)],
+)
+def test_the_peak_is_that_of_the_runs_precision(
+    keys: dict[str, Any], peak: float, folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("transformers.training_args.is_torch_tf32_available", lambda: True)
+    monkeypatch.setattr("transformers.training_args.enable_tf32", lambda _: None)
+    plan = planned(folder, Conditions(stage="stage_II", card=CARDS["A100-80GB"]), **keys)
+    assert f"({peak:g} TFLOP/s each)" in "\n".join(report(plan))
+    own = runpy.run_path(str(SCRIPT))["card_of"](SimpleNamespace(card=None, card_memory_gb=80.0, card_tflops=150.0))
+    assert "(150 TFLOP/s each)" in "\n".join(report(dataclasses.replace(plan, conditions=Conditions(card=own))))
+
+
 def test_memory_by_part(hub: None) -> None:
     """Llama-3.2-1B in float32 over eight processes: 4 bytes a weight, its gradient, its buckets; 8 of Adam."""
     path = "stage_I/MetaLlama3.2_1b_q2d_d2q.json"
@@ -417,15 +443,16 @@ def test_disk_is_what_checkpoints_hold(folder: Path) -> None:
     plan = planned(folder, save_strategy="steps", save_steps=1)
     adapter = 4 * sum(weight.numel() for weight in plan.model.parameters() if weight.requires_grad)
     (line,) = [line for line in report(plan) if line.startswith("disk")]
-    total = (3 * 3 * adapter + adapter) / 1e9  # three checkpoints with Adam's two moments, and the last weights
-    assert line.startswith(f"disk        {total:.2f} GB: 3 checkpoint(s)")
+    total = (3 * 3 * adapter + adapter) / 1e6  # three checkpoints with Adam's two moments, and the last weights
+    assert total > 0.1
+    assert line.startswith(f"disk        {total:.2f} MB: 3 checkpoint(s) of {3 * adapter / 1e6:.2f} MB")
 
 
 # --- what is missing ---
 
 
 def test_without_data_the_lengths_are_assumed(folder: Path) -> None:
-    path = write(folder, dataset_file_path=str(folder / "none"))
+    path = write(folder, dataset_file_path=str(folder / "none"), max_seq_length=256)
     with pytest.raises(
         UserError, match=r"dataset_file_path: .*none is not a folder.* --tokens_query and --tokens_document"
     ):
@@ -435,6 +462,18 @@ def test_without_data_the_lengths_are_assumed(folder: Path) -> None:
     assert "assumed     24 tokens a query and 170 a document, as rows or tokenizer are not at hand" in lines
     assert plan.tokens_a_step == 4 * (24 + 2 * 170)
     assert any(line.startswith("steps       3 of a schedule over 3, warm-up") for line in lines)
+
+
+def test_assumed_lengths_are_cut_as_the_run_cuts(folder: Path) -> None:
+    keys = {"dataset_file_path": str(folder / "none"), "max_seq_length": 100}
+    plan = planned(folder, Conditions(stage="stage_II", **ASSUMED), **keys)
+    assert plan.assumption.startswith("24 tokens a query and 100 a document (cut at max_seq_length), as rows")
+    assert plan.tokens_a_step == 4 * (24 + 2 * 100)
+    assert (
+        plan.memory
+        == planned(folder, Conditions(stage="stage_II", tokens_query=24, tokens_document=100), **keys).memory
+    )
+    assert planned(folder, Conditions(stage="lm", **ASSUMED), **keys).tokens_a_step == 4 * 100
 
 
 def test_without_data_a_schedule_of_epochs_is_not_known(folder: Path) -> None:
@@ -478,9 +517,10 @@ def test_a_family_with_unknown_layers_is_one_sentence(tmp_path: Path) -> None:
         make_plan(CONFIGS / "stage_I/MetaLlama3.2_1b_q2d_d2q.json", Conditions(base=str(tmp_path), **ASSUMED))
 
 
-def test_adapters_that_are_not_there_yet_change_nothing(folder: Path) -> None:
+def test_adapters_that_are_not_there_yet_change_nothing_and_are_named(folder: Path) -> None:
     plan = planned(folder, peft_model_name_or_path="output/mntp/to-come")
     assert plan.memory == planned(folder).memory
+    assert next(warnings_of(plan)).startswith("the adapter output/mntp/to-come is not there; ")
 
 
 def test_blocks_of_text_need_no_lengths(folder: Path) -> None:
@@ -547,6 +587,12 @@ def test_an_output_folder_that_is_there(folder: Path) -> None:
     (folder / "out/log.jsonl").write_text("", encoding="utf-8")
     assert any("another one is refused" in warning for warning in warnings_of(planned(folder)))
     assert any("are removed" in warning for warning in warnings_of(planned(folder, resume="never")))
+
+
+def test_an_output_folder_that_cannot_be_written(folder: Path) -> None:
+    (folder / "file").touch()
+    found = list(warnings_of(planned(folder, output_dir=str(folder / "file/out"))))
+    assert f"output_dir: {folder / 'file/out'} cannot be written to (Not a directory)." in found
 
 
 def test_a_card_that_is_too_small(folder: Path) -> None:
@@ -616,11 +662,11 @@ def test_the_script(folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytes
     before = sorted(file.name for file in folder.iterdir())
     code, said = script_says([path, "--card", "H200", "--num_processes", "2"], monkeypatch, capsys)
     assert code == 0
-    for words in ("template llama3", "x 2 process(es)", "of 141 (H200)", "at a utilisation of 40%", "warning     "):
+    for words in ("template llama3", "x 2 process(es)", "of 141 GB (H200)", "at a utilisation of 40%", "warning     "):
         assert words in said
     assert sorted(file.name for file in folder.iterdir()) == before, "nothing is written"
     code, said = script_says([path, "--card_memory_gb", "24", "--card_tflops", "100"], monkeypatch, capsys)
-    assert code == 0 and "of 24 (card)" in said and "(100 TFLOP/s each)" in said
+    assert code == 0 and "of 24 GB (card)" in said and "(100 TFLOP/s each)" in said
 
 
 @pytest.mark.parametrize(
@@ -630,6 +676,8 @@ def test_the_script(folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytes
         (["--card", "H200", "--card_memory_gb", "3"], "leave --card_memory_gb and --card_tflops out"),
         (["--card_tflops", "3"], "--card_tflops needs --card_memory_gb"),
         (["--card_memory_gb", "-3"], "--card_memory_gb is -3"),
+        (["--card_memory_gb", "nan"], "--card_memory_gb is nan"),
+        (["--card_memory_gb", "80", "--card_tflops", "inf"], "--card_tflops is inf"),
         (["--utilisation", "40"], "--utilisation is 40"),
         (["--num_processes", "0"], "--num_processes is 0"),
         (["--tokens_query", "3"], "--tokens_query and --tokens_document are given together"),
