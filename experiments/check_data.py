@@ -17,7 +17,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from llm2vec.backbone import load_tokenizer
-from llm2vec.data import ARCHIVE_HINT, Source, e5_sources, read_sources_file, select_sources
+from llm2vec.data import Source, archive_hint, e5_sources, read_sources_file, select_sources
 from llm2vec.data_check import (
     OVERLAP_WORDS,
     CountTokens,
@@ -77,7 +77,7 @@ def present(folder: Path, sources: Sequence[Source], named: Sequence[str] | None
     there = [source for source in sources if (folder / source.file).is_file()]
     missing = ", ".join(source.file for source in sources if source not in there)
     if missing and (named or not there):
-        raise UserError(f"{folder} lacks {missing}; {ARCHIVE_HINT}.")
+        raise UserError(f"{folder} lacks {missing}{archive_hint(sources)}.")
     if missing:
         logger.info("not there: %s", missing)
     return there

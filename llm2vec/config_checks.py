@@ -8,9 +8,26 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+from transformers import TrainingArguments
+
 from llm2vec.config import DATASET_NAMES, LORA_STAGES, STAGE_KEYS, Config, Stage
 from llm2vec.templates import TEMPLATES, leaves_join_open, segments_of
 from llm2vec.types import POOLING_ALIASES, UserError
+
+#: Keys of TrainingArguments that the trainer here does not serve, and why; unless as they are where nobody writes them,
+#: they would be ignored or break the run.
+UNSUPPORTED = {
+    "data_seed": "rows come in the order of `seed`",
+    "train_sampling_strategy": "rows come in one-source blocks, in the order of `seed`",
+    "label_smoothing_factor": "the losses are the objectives' own",
+    "neftune_noise_alpha": "the objectives add no noise to embeddings",
+    "use_liger_kernel": "models run by transformers' own code",
+    "auto_find_batch_size": "the batch decides a query's negatives; `tokens_per_microbatch` bounds the memory",
+    "accelerator_config": "it would share rows out otherwise than in one-source blocks",
+    "deepspeed": "`fsdp` shares the weights out",
+    "parallelism_config": "`fsdp` shares the weights out",
+    "push_to_hub": "experiments/export.py uploads what was trained",
+}
 
 #: What `fsdp_config` may say.
 FSDP_KEYS = ("version", "reshard_after_forward", "transformer_layer_cls_to_wrap")
@@ -29,6 +46,7 @@ def check_config(config: Config, content: dict[str, Any], stage: Stage, path: st
         UserError: what is wrong, with file and key.
     """
     _check_values(config, content, stage, path)
+    _check_training(config, path)
     _check_contrastive(config, content, stage, path)
     _check_token_objectives(config, stage, path)
     _check_template(config, content, path)
@@ -112,6 +130,12 @@ def _check_values(config: Config, content: dict[str, Any], stage: Stage, path: s
         "reconstruction_probe is true, but it is taken of held-out rows at evaluations; set eval_strategy, and "
         "num_eval_rows to 2 or more.",
     )
+    below = Path(config.experiment_id or "")
+    refuse(
+        below.is_absolute() or ".." in below.parts,
+        f"experiment_id is {config.experiment_id!r}; the name of a folder below output_dir is needed.",
+    )
+    refuse(not config.resume, "resume is ''; write auto, never, or a checkpoint's folder.")
     refuse(
         bool(content.get("resume_from_checkpoint")),
         "resume_from_checkpoint: write `resume` instead: auto, never, or the checkpoint's folder.",
@@ -119,6 +143,33 @@ def _check_values(config: Config, content: dict[str, Any], stage: Stage, path: s
     refuse(
         stage not in LORA_STAGES and bool(config.use_peft),
         f"use_peft: {stage} trains all parameters, the language-model head among them; LoRA belongs to stage_II.",
+    )
+
+
+def _check_training(config: Config, path: str | Path) -> None:
+    """The keys of TrainingArguments, of which transformers refuses some late and some never."""
+    training = config.training
+
+    def refuse(condition: bool, sentence: str) -> None:
+        if condition:
+            raise UserError(f"{path}: {sentence}")
+
+    for key, reason in UNSUPPORTED.items():
+        default = getattr(TrainingArguments, key, None)
+        refuse(training.get(key, default) != default, f"{key} is not supported: {reason}; take it out.")
+    seed = training.get("seed", 0)
+    refuse(not 0 <= seed < 2**32, f"seed is {seed}; it must lie between 0 and {2**32 - 1}.")
+    for key in ("learning_rate", "weight_decay"):
+        value = training.get(key, 0)
+        refuse(value < 0, f"{key} is {value}; 0 or more is needed.")
+    epochs = training.get("num_train_epochs", 1)
+    refuse(
+        epochs <= 0 and training.get("max_steps", -1) <= 0,
+        f"num_train_epochs is {epochs}, so there is no step to do; it must be above 0, or max_steps must.",
+    )
+    refuse(
+        bool(training.get("eval_on_start")) and training.get("eval_strategy", "no") == "no",
+        "eval_on_start is true, but eval_strategy is not set, so there is nothing to evaluate on.",
     )
 
 
@@ -146,6 +197,10 @@ def _check_token_objectives(config: Config, stage: Stage, path: str | Path) -> N
     refuse(
         stage == "mntp" and not config.bidirectional,
         "bidirectional is false, but mntp accustoms a model to bidirectional attention; take it out.",
+    )
+    refuse(
+        stage == "mntp" and config.max_seq_length < 2,
+        "max_seq_length is 1, but a masked token is predicted from the one before it; 2 or more are needed.",
     )
     refuse(
         config.dataset_config_name is not None and config.hub_dataset is None,
@@ -190,7 +245,8 @@ def _check_contrastive(config: Config, content: dict[str, Any], stage: Stage, pa
         ".txt file, E5 a folder.",
     )
     for key in ("sources", "sources_file"):
-        refuse(lines and key in content, f"{key} has no effect where dataset_file_path is a text file; take it out.")
+        given = getattr(config, key) is not None
+        refuse(lines and given, f"{key} has no effect where dataset_file_path is a text file; take it out.")
 
 
 def _check_template(config: Config, content: dict[str, Any], path: str | Path) -> None:

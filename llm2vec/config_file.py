@@ -24,24 +24,28 @@ from llm2vec.types import UserError
 
 logger = logging.getLogger(__name__)
 
-#: Keys of older TrainingArguments that changed nothing about a result: accepted, and said to be without effect.
+#: Keys of older TrainingArguments, and of upstream LLM2Vec's scripts, that changed nothing about a result: accepted,
+#: and said to be without effect.
 WITHOUT_EFFECT = (
     "overwrite_output_dir", "logging_dir", "save_safetensors", "include_tokens_per_second", "past_index",
     "use_legacy_prediction_loop", "half_precision_backend", "fp16_backend", "use_ipex", "jit_mode_eval",
     "tpu_metrics_debug", "ray_scope", "push_to_hub_model_id", "push_to_hub_organization", "push_to_hub_token",
+    "group_by_length", "use_fast_tokenizer", "low_cpu_mem_usage", "overwrite_cache", "preprocessing_num_workers",
 )  # fmt: skip
 
 #: Keys of older TrainingArguments that still mean what they meant, and their names today.
 RENAMED = {"evaluation_strategy": "eval_strategy"}
 
-#: Keys of older TrainingArguments that did matter, and what to write instead.
+#: Keys of the same that did matter, and what to write instead.
 REPLACED = {
     "warmup_ratio": "`warmup_steps` with a fraction below 1",
     "per_gpu_train_batch_size": "`per_device_train_batch_size`",
     "no_cuda": "`use_cpu`",
-    "group_by_length": "`train_sampling_strategy` (and note that rows come in one-source blocks here)",
     "adafactor": '`optim`: "adafactor"',
     "fp16_opt_level": "`fp16`",
+    "train_file": "`dataset_file_path`",
+    "validation_file": "`num_eval_rows` (blocks that are held out of the training texts)",
+    "validation_split_percentage": "`num_eval_rows` (a number of blocks)",
 }
 
 #: What keys of TrainingArguments take, where their annotation says something else.
@@ -60,12 +64,12 @@ def load_config(path: str | Path, stage: Stage) -> Config:
     """
     content = _with_current_names(read_object(Path(path), str(path)), path)
     own = {f.name for f in dataclasses.fields(Config)} - {"training"}
-    foreign = {f.name for f in dataclasses.fields(TrainingArguments)}
+    foreign = {f.name: f for f in dataclasses.fields(TrainingArguments)}
     values: dict[str, Any] = {"stage": stage, "training": {}}
     for key, value in content.items():
         where = f"{path}: {key}"
         if key in WITHOUT_EFFECT and key not in foreign:
-            logger.warning("%s: the current transformers has no such option; it has no effect.", where)
+            logger.warning("%s: there is no such option any more; it has no effect.", where)
         elif key in REPLACED and key not in foreign:
             raise UserError(f"{where}: this option is gone; write {REPLACED[key]} instead.")
         elif key in own:
@@ -73,9 +77,12 @@ def load_config(path: str | Path, stage: Stage) -> Config:
             values[key] = value
         elif key in foreign:
             check_type(value, TYPES.get(key) or typing.get_type_hints(TrainingArguments)[key], where)
+            choices = foreign[key].metadata.get("choices")
+            if choices and value is not None and value not in choices:
+                raise UserError(f"{where} is {value!r}; allowed: {', '.join(choices)}.")
             values["training"][key] = value
         else:
-            nearest = difflib.get_close_matches(key, [*own, *foreign], n=1, cutoff=0.5)
+            nearest = difflib.get_close_matches(key, [*own, *foreign], n=1, cutoff=0.6)
             hint = f"; did you mean {nearest[0]!r}?" if nearest else "."
             raise UserError(f"{path}: unknown key {key!r}{hint}")
     for required in ("model_name_or_path", "output_dir"):

@@ -29,7 +29,7 @@ ARCHIVE_HINT = (
 
 
 #: How a table's rows are made of lines. Raise it when that changes, so that no table made the older way is taken up.
-ROWS_VERSION = 2
+ROWS_VERSION = 3
 
 
 class Instruction(NamedTuple):
@@ -245,8 +245,8 @@ class TrainingRows(Dataset[Example]):
         columns = self._tables[which].with_format("arrow")[places]
         total = np.zeros(len(indices), dtype=np.int64)
         for name in ("query", "positive", "negative"):
-            texts = columns[name].combine_chunks()
-            texts = texts.flatten() if name == "negative" else texts
+            # A chunk a row; their texts are not copied together, which may be more than one array can hold.
+            texts = pc.list_flatten(columns[name]) if name == "negative" else columns[name]
             characters = pc.utf8_length(texts).to_numpy().reshape(len(indices), -1)
             total += (characters if most is None else characters.clip(max=most)).sum(axis=1)
         return total
@@ -263,10 +263,14 @@ def find_files(folder: Path, sources: Sequence[Source]) -> list[Path]:
     missing = [file.name for file in files if not file.is_file()]
     if missing:
         what = f"lacks {', '.join(missing)}" if folder.is_dir() else f"is not a folder (wanted: {', '.join(missing)})"
-        of_archive = {(source.name, source.file) for source in e5_sources()}
-        hint = f"; {ARCHIVE_HINT}" if {(source.name, source.file) for source in sources} <= of_archive else ""
-        raise UserError(f"dataset_file_path: {folder} {what}{hint}.")
+        raise UserError(f"dataset_file_path: {folder} {what}{archive_hint(sources)}.")
     return files
+
+
+def archive_hint(sources: Sequence[Source]) -> str:
+    """The end of a sentence that says where the sources' files are to be had; empty for one's own."""
+    of_archive = {(source.name, source.file) for source in e5_sources()}
+    return f"; {ARCHIVE_HINT}" if {(source.name, source.file) for source in sources} <= of_archive else ""
 
 
 def read_rows(file: Path, num_negatives: int, with_scores: bool = False, texts_alone: bool = False) -> Any:
@@ -299,39 +303,39 @@ def read_rows(file: Path, num_negatives: int, with_scores: bool = False, texts_a
 def _generate_rows(
     file: str, num_negatives: int, with_scores: bool, texts_alone: bool, stamp: str, version: int
 ) -> Iterator[dict[str, Any]]:
+    empty = True
     with Path(file).open("rb") as lines:
         for number, line in enumerate(lines, start=1):
             where = f"{file}, line {number}"
             if not texts_alone:
-                yield parse_row(line, num_negatives, where, with_scores)
-            elif file.endswith(".txt"):
-                yield from _pair(parse_line(line, where))
+                row = parse_row(line, num_negatives, where, with_scores)
             else:
-                yield from _pair(parse_row(line, 0, where)["positive"])
+                text = parse_line(line, where) if file.endswith(".txt") else parse_row(line, 0, where)["positive"]
+                if not text:
+                    continue
+                row = {"query": text, "positive": text, "negative": []}
+            empty = False
+            yield row
     check_unchanged(Path(file), stamp)
-
-
-def _pair(text: str) -> Iterator[dict[str, Any]]:
-    """A row of a text with itself; none for an empty one."""
-    if text:
-        yield {"query": text, "positive": text, "negative": []}
+    if empty:
+        raise UserError(f"{file} holds no text.")
 
 
 def parse_line(line: bytes, where: str) -> str:
-    """A line of plain text, without the blanks around it; empty if it has nothing else.
+    """A line of plain text, without the blanks around it and a byte order mark; empty if it has nothing else.
 
     Raises:
         UserError: not UTF-8; begins with `where`.
     """
     try:
-        return line.decode("utf-8").strip()
+        return line.decode("utf-8-sig").strip()
     except ValueError as error:
         raise UserError(f"{where}: not valid UTF-8 ({error}).") from error
 
 
-def parse_row(line: bytes, num_negatives: int, where: str, with_scores: bool = False) -> dict[str, Any]:
-    """One line of a source as `query`, `positive` and `negative` (the first `num_negatives` of them); with a teacher,
-    `scores` too: the positive's, then those negatives'.
+def parse_row(line: bytes, num_negatives: int | None, where: str, with_scores: bool = False) -> dict[str, Any]:
+    """One line of a source as `query`, `positive` and `negative` (the first `num_negatives` of them, or all for None);
+    with a teacher, `scores` too: the positive's, then those negatives'.
 
     Raises:
         UserError: not JSON, no object, a field missing, empty or no text, too few negatives, or scores that are
@@ -344,6 +348,7 @@ def parse_row(line: bytes, num_negatives: int, where: str, with_scores: bool = F
     negatives = [negatives] if isinstance(negatives, str) else negatives
     if not isinstance(negatives, list):
         raise UserError(f"{where}: `negative` must be a string or a list of strings.")
+    num_negatives = len(negatives) if num_negatives is None else num_negatives
     if len(negatives) < num_negatives:
         raise UserError(
             f"{where}: {len(negatives)} hard negatives, but num_hard_negatives is {num_negatives}"

@@ -11,7 +11,9 @@ from __future__ import annotations
 import csv
 import hashlib
 import json
+import logging
 import re
+from array import array
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
@@ -19,9 +21,13 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from llm2vec.data import Source, parse_row
-from llm2vec.json_text import parse_json, parse_object, read_object
+from llm2vec.json_text import parse_json, read_object
 from llm2vec.types import UserError
+
+logger = logging.getLogger(__name__)
 
 #: Rows of a source whose languages and tokens are looked at.
 SAMPLE = 2000
@@ -132,11 +138,13 @@ def check_source(
         folder: where its file lies.
         count_tokens: tokens of each of some texts.
         test_texts: what to look for in queries, positives and negatives.
+
+    Raises:
+        UserError: it cannot be read.
     """
     report = SourceReport(source.name)
     digest = hashlib.sha256()
-    pairs: set[int] = set()
-    queries: set[int] = set()
+    pairs, queries = array("q"), array("q")  # hashes, 8 bytes each: a set of so many takes nine times that
     path = folder / source.file
     every = max(1, count_lines(path) // SAMPLE)
     sample: dict[str, list[str]] = {"query": [], "positive": [], "negative": []}
@@ -145,20 +153,17 @@ def check_source(
             digest.update(line)
             report.num_bytes += len(line)
             try:
-                row = _row_with_all_negatives(line, f"{path.name}, line {number}")
+                row = parse_row(line, None, f"{path.name}, line {number}")
             except UserError as error:
                 report.bad += 1
                 report.errors += [str(error)] if len(report.errors) < SHOWN else []
                 continue
             query, positive, negatives = row["query"], row["positive"], row["negative"]
             report.rows += 1
-            pair, of_query = hash((query, positive)), hash(query)
-            report.duplicates += pair in pairs
-            report.repeated_queries += of_query in queries
-            pairs.add(pair)
-            queries.add(of_query)
+            pairs.append(hash((query, positive)))
+            queries.append(hash(query))
             report.query_is_positive += query.strip() == positive.strip()
-            report.positive_is_negative += positive in negatives
+            report.positive_is_negative += positive.strip() in (text.strip() for text in negatives)
             report.without_negative += not negatives
             if (number - 1) % every == 0:
                 sample["query"].append(query)
@@ -167,23 +172,25 @@ def check_source(
             if test_texts is not None:
                 report.overlap.update(test_texts.found_in([query, positive, *negatives]))
     report.sha256 = digest.hexdigest()
+    report.duplicates = len(pairs) - len(np.unique(pairs))
+    report.repeated_queries = len(queries) - len(np.unique(queries))
     report.tokens = {name: count_tokens(texts) for name, texts in sample.items() if texts}
     if language_of() is not None:
         report.languages = {name: Counter(map(language_of(), texts)) for name, texts in sample.items() if texts}  # type: ignore[arg-type]
     return report
 
 
-def _row_with_all_negatives(line: bytes, where: str) -> dict[str, Any]:
-    row = parse_row(line, 0, where)
-    negatives = parse_object(line, where).get("negative", [])
-    given = 1 if isinstance(negatives, str) else len(negatives)
-    return parse_row(line, given, where) if given else row
-
-
 def count_lines(file: Path) -> int:
-    """Lines of a file, read in blocks."""
-    with file.open("rb") as content:
-        return sum(block.count(b"\n") for block in iter(lambda: content.read(1 << 20), b""))
+    """Lines of a file, read in blocks.
+
+    Raises:
+        UserError: it cannot be read.
+    """
+    try:
+        with file.open("rb") as content:
+            return sum(block.count(b"\n") for block in iter(lambda: content.read(1 << 20), b""))
+    except OSError as error:
+        raise UserError(f"{file} cannot be read ({error.strerror}).") from error
 
 
 def record_hashes(reports: Sequence[SourceReport], record: Path) -> list[str]:
@@ -194,7 +201,8 @@ def record_hashes(reports: Sequence[SourceReport], record: Path) -> list[str]:
         record: a JSON object, source -> {"sha256", "bytes", "rows"}; made at the first use.
 
     Returns:
-        What differs from the record, a sentence a file; the record of such a file is left as it is.
+        What differs from the record, a sentence a file; the record of such a file is left as it is. Where none can be
+        written, as beside data that is shared and read-only, that is said and no more.
 
     Raises:
         UserError: the record is no such object.
@@ -218,8 +226,11 @@ def record_hashes(reports: Sequence[SourceReport], record: Path) -> list[str]:
             )
     if new:
         aside = record.with_name(f".{record.name}.writing")
-        aside.write_text(json.dumps({**known, **new}, indent=2) + "\n", encoding="utf-8")
-        aside.replace(record)
+        try:
+            aside.write_text(json.dumps({**known, **new}, indent=2) + "\n", encoding="utf-8")
+            aside.replace(record)
+        except OSError as error:
+            logger.warning("%s cannot be written (%s): later changes will not be seen", record, error.strerror)
     return differing
 
 
@@ -261,8 +272,9 @@ def _batches_of(file: Path) -> Iterator[Any]:
         with pq.ParquetFile(file) as table:
             for batch in table.iter_batches():
                 yield batch.to_pylist()
-    except pa.ArrowInvalid as error:
-        raise UserError(f"--test_sets: {file}: not a whole Parquet file ({error}).") from error
+    except (pa.ArrowException, OSError, UnicodeDecodeError) as error:  # what is damaged where decides which
+        reason = str(error).splitlines()[0]
+        raise UserError(f"--test_sets: {file}: not a whole Parquet file ({reason}).") from error
 
 
 def _json_of(file: Path) -> Iterator[Any]:

@@ -34,7 +34,7 @@ from torch import Tensor
 from llm2vec.data import TrainingRows
 from llm2vec.distributed import rank, sum_over_ranks, world_size
 from llm2vec.llm2vec import LLM2Vec
-from llm2vec.types import InstructedText, TextSide
+from llm2vec.types import InstructedText, RunEnds, TextSide
 
 DIAGNOSTICS_FILE = "diagnostics.jsonl"
 
@@ -122,6 +122,9 @@ class EmbeddingDiagnostics:
 
         Args:
             step: optimiser step, for the file.
+
+        Raises:
+            RunEnds: the file cannot be written, as on a full disk.
         """
         vectors_ND = self._vectors()
         figures, of_all = measure(vectors_ND, self._rows)
@@ -131,9 +134,12 @@ class EmbeddingDiagnostics:
                 own, of_sources[source] = measure(vectors_ND, self._rows.of(rows))
                 figures |= {f"{name}/{source}": value for name, value in own.items()}
         if rank() == 0:
-            self.file.parent.mkdir(parents=True, exist_ok=True)
-            with self.file.open(self._file_mode, encoding="utf-8") as out:
-                out.write(json.dumps({"step": step, "all": of_all, "sources": of_sources}) + "\n")
+            try:
+                self.file.parent.mkdir(parents=True, exist_ok=True)
+                with self.file.open(self._file_mode, encoding="utf-8") as out:
+                    out.write(json.dumps({"step": step, "all": of_all, "sources": of_sources}) + "\n")
+            except OSError as error:
+                raise RunEnds(f"{self.file} could not be written ({error}).", code=1) from error
             self._file_mode = "a"
         return figures
 

@@ -10,7 +10,9 @@ from __future__ import annotations
 
 import hashlib
 import random
-from collections.abc import Sequence
+from bisect import bisect_left, bisect_right
+from collections import defaultdict
+from collections.abc import Hashable, Iterable, Sequence
 from itertools import pairwise
 
 from llm2vec.tokenization import RowTokenizer
@@ -29,13 +31,34 @@ def with_examples(rows: Sequence[Example], most: int, seed: int) -> list[Instruc
     """
     texts = "\n".join(f"{len(row.query.text)} {row.query.text} {row.positive.text}" for row in rows)
     digest = hashlib.sha256(f"{seed} {texts}".encode()).hexdigest()
+    of_query = _places(row.query.text for row in rows)
+    of_positive = _places(row.positive.text for row in rows)
+    of_both = _places((row.query.text, row.positive.text) for row in rows)
     queries = []
     for i, row in enumerate(rows):
-        others = [r for r in rows if r.query.text != row.query.text and r.positive.text != row.positive.text]
+        barred = of_query[row.query.text], of_positive[row.positive.text], of_both[row.query.text, row.positive.text]
+        num_others = _others_before(len(rows), *barred)
         generator = random.Random(f"{digest} {i}")
-        chosen = generator.sample(others, min(generator.randint(0, most), len(others)))
-        queries.append(row.query._replace(examples=tuple(map(_demonstration, chosen))))
+        chosen = generator.sample(range(num_others), min(generator.randint(0, most), num_others))
+        # Of the rows that may be shown only those drawn are looked up: all of them, for each row, would be a list as
+        # long as the micro-batch.
+        places = [bisect_left(range(len(rows)), n + 1, key=lambda i: _others_before(i + 1, *barred)) for n in chosen]
+        queries.append(row.query._replace(examples=tuple(_demonstration(rows[place]) for place in places)))
     return queries
+
+
+def _places(keys: Iterable[Hashable]) -> dict[Hashable, list[int]]:
+    """Where each key stands, in rising order."""
+    places: dict[Hashable, list[int]] = defaultdict(list)
+    for i, key in enumerate(keys):
+        places[key].append(i)
+    return places
+
+
+def _others_before(end: int, of_query: Sequence[int], of_positive: Sequence[int], of_both: Sequence[int]) -> int:
+    """How many of the places before `end` have neither a row's query nor its positive."""
+    with_one = bisect_right(of_query, end - 1) + bisect_right(of_positive, end - 1)
+    return end - with_one + bisect_right(of_both, end - 1)
 
 
 def check_examples_fit(rows: Sequence[Example], tokenizer: RowTokenizer) -> None:

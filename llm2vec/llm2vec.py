@@ -220,9 +220,9 @@ class LLM2Vec(nn.Module):
         return pool(hidden_BTD, batch["pool_mask"], self.settings.pooling_mode)
 
     def tokenize(
-        self, texts: Sequence[str] | Sequence[Sequence[str]], side: TextSide | None = None
+        self, texts: str | Sequence[str] | Sequence[Sequence[str]], side: TextSide | None = None
     ) -> dict[str, Tensor]:
-        """Texts, or [instruction, text] pairs, to the batch that `forward` takes; `side` as in `encode`."""
+        """Texts, or [instruction, text] pairs, to the batch that `forward` takes; arguments as in `encode`."""
         return self.row_tokenizer(as_instructed(texts, side))
 
     @torch.no_grad()
@@ -240,8 +240,9 @@ class LLM2Vec(nn.Module):
         """Embed texts; a text's embedding does not depend on the others. The model is in evaluation mode afterwards.
 
         Args:
-            sentences: texts, or [instruction, text] pairs; a single string counts as a list of one. A whole number
-                behind a pair, as in upstream's examples, says nothing.
+            sentences: texts, or [instruction, text] pairs, in a list or an array; a single string counts as a list of
+                one. A whole number behind a pair, as in upstream's examples, says nothing; one entry with it may stand
+                alone.
             batch_size: rows of 128 tokens a forward pass. Rows are sorted by length first, and longer or shorter ones
                 go through in as many as make the same number of tokens.
             show_progress_bar: over the different texts.
@@ -267,7 +268,7 @@ class LLM2Vec(nn.Module):
             raise UserError(f"batch_size is {batch_size}; give a number above 0.")
         if truncate_dim is not None and not 1 <= truncate_dim <= hidden_size:
             raise UserError(f"truncate_dim is {truncate_dim}; it must lie between 1 and the hidden size {hidden_size}.")
-        texts = as_instructed([sentences] if isinstance(sentences, str) else sentences, side)
+        texts = as_instructed(sentences, side)
         place = {text: i for i, text in enumerate(dict.fromkeys(texts))}  # each different text is computed once
         target = self._place(device)
         self.eval()  # torch's mode without dropout; no code is evaluated
@@ -394,14 +395,18 @@ def token_batches(lengths: Sequence[int], max_tokens: int) -> list[list[int]]:
     return batches
 
 
-def as_instructed(texts: Sequence[str] | Sequence[Sequence[str]], side: TextSide | None = None) -> list[InstructedText]:
-    """Texts or [instruction, text] pairs, each as an InstructedText; `side` as in `LLM2Vec.encode`.
+def as_instructed(
+    texts: str | Sequence[str] | Sequence[Sequence[str]], side: TextSide | None = None
+) -> list[InstructedText]:
+    """Texts or [instruction, text] pairs, each as an InstructedText; arguments as in `LLM2Vec.encode`.
 
     Raises:
         UserError: an entry is neither, or there is no such side.
     """
     if side not in (None, *get_args(TextSide)):
         raise UserError(f"side is {side!r}; allowed: {', '.join(get_args(TextSide))}, None.")
+    if isinstance(texts, str) or (_is_pair(texts) and len(texts) == 3):
+        texts = [texts]  # type: ignore[list-item]  # one entry, of either kind
     instructed = []
     for i, entry in enumerate(texts):
         if isinstance(entry, str):
@@ -416,8 +421,11 @@ def as_instructed(texts: Sequence[str] | Sequence[Sequence[str]], side: TextSide
 
 def _is_pair(entry: Any) -> bool:
     """Whether an entry is [instruction, text], or that and a whole number, which upstream's examples write there."""
-    kinds = [type(part) for part in entry] if isinstance(entry, list | tuple) else []
-    return len(kinds) in (2, 3) and issubclass(kinds[0], str) and issubclass(kinds[1], str) and kinds[2:] in ([], [int])
+    if not isinstance(entry, list | tuple | np.ndarray) or len(entry) not in (2, 3):
+        return False
+    instruction, text, *number = entry
+    is_number = [isinstance(part, int | np.integer) and not isinstance(part, bool) for part in number]
+    return isinstance(instruction, str) and isinstance(text, str) and all(is_number)
 
 
 def row_tokenizer(

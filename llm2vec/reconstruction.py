@@ -25,7 +25,7 @@ from torch import Tensor
 from tqdm.auto import tqdm
 from transformers import GenerationConfig
 
-from llm2vec.backbone import check_attention, find_file, load_backbone, load_tokenizer
+from llm2vec.backbone import check_attention, find_file, first_line, load_backbone, load_tokenizer
 from llm2vec.checkpoint import EncoderSettings, read_run_config, read_settings, resolve_chain
 from llm2vec.json_text import parse_object
 from llm2vec.llm2vec import check_rendering, embed, parse_dtype, row_tokenizer, with_template
@@ -149,7 +149,8 @@ def load_reconstructor(
         device: where to compute; None = a CUDA device where there is one, else the CPU.
 
     Raises:
-        UserError: it has no settings or no head, or was trained to another objective; or it does not load.
+        UserError: it has no settings or no head, or was trained to another objective; or it does not load, or not
+            onto the device.
     """
     chain = resolve_chain(checkpoint, [])
     outermost = chain.adapters[-1] if chain.adapters else chain.base
@@ -165,7 +166,11 @@ def load_reconstructor(
     rows = row_tokenizer(tokenizer, settings, reconstruct_instruction=trained.get("reconstruct_instruction", False))
     check_rendering(outermost, rows)
     model: Any = load_backbone(chain, dtype=parse_dtype(torch_dtype), with_lm_head=True)
-    model.to(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    place = device or ("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        model.to(place)
+    except (RuntimeError, AssertionError) as error:  # no such device, none of this torch, or too small a one
+        raise UserError(f"device is {str(place)!r}, where the model cannot be put: {first_line(error)}") from error
     # Of the folder's habits of generating, only its ends: `generate` would fill in its temperature and penalties.
     model.generation_config = GenerationConfig(eos_token_id=model.generation_config.eos_token_id)
     objective = BidirectionalReconstruction(model, settings, target=trained.get("target", "counterpart"))

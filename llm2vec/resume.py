@@ -23,6 +23,7 @@ import os
 import shlex
 import shutil
 import sys
+import tempfile
 from pathlib import Path
 from typing import Any
 
@@ -75,6 +76,7 @@ def start_or_resume(config: Config) -> TrainingArguments:
     if rank() == 0:  # files are read once, and all processes start from the same step
         try:
             start = find_start(config)
+            check_writable(config.output_dir)
         except (UserError, RunEnds) as caught:
             end = caught
     # The first process alone says why.
@@ -89,6 +91,20 @@ def start_or_resume(config: Config) -> TrainingArguments:
         args.eval_on_start = False  # has been done
         logger.info("resume      from step %s, %s", f"{step:,}", folder)
     return args
+
+
+def check_writable(folder: Path) -> None:
+    """Say before the training what every checkpoint would meet after it; the folder need not be there yet.
+
+    Raises:
+        UserError: the output folder, or where it is to be made, cannot be written to.
+    """
+    place = next(path for path in (folder, *folder.parents) if path.exists())
+    try:
+        with tempfile.TemporaryFile(dir=place):
+            pass
+    except OSError as error:
+        raise UserError(f"output_dir: {folder} cannot be written to ({error.strerror}).") from error
 
 
 def find_start(config: Config) -> Path | None:

@@ -45,8 +45,9 @@ from llm2vec.types import RunEnds, UserError
 
 logger = logging.getLogger(__name__)
 
-#: How long a process waits with what the first one of its machine may say for it: that one's exit may take seconds.
-SECONDS_BEHIND_THE_FIRST = 5.0
+#: How long a process waits with what the first one of its machine may say for it. On a machine under load that one may
+#: come to the same mistake many seconds later; once it has, torchrun ends the others within seconds.
+SECONDS_BEHIND_THE_FIRST = 60.0
 
 
 @contextmanager

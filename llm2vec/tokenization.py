@@ -287,9 +287,11 @@ class RowTokenizer:
         kept = sum(owner not in copies for owner in tokens.owners)
         room = (self.max_length - kept) // len(copies)
         if room < (1 if text.text.strip() else 0):
+            alone = f"and the instruction {text.instruction!r} alone take" if text.instruction else "alone takes"
+            remedy = ", or shorten the instruction" if text.instruction else ""
             raise UserError(
-                f"max_length is {self.max_length}, but the template and the instruction {text.instruction!r} alone "
-                f"take {kept} tokens; shorten the instruction or raise the limit."
+                f"max_length is {self.max_length}, but the template {alone} {kept} tokens; raise the limit "
+                f"(max_seq_length in a config){remedy}."
             )
         if self.text_max_length is not None:
             room = min(room, self.text_max_length)
@@ -410,5 +412,15 @@ PROBE_TEXTS = (
 
 
 def probe_ids(tokenizer: RowTokenizer) -> list[list[int]]:
-    """Token ids of the probe texts, in each form the template has: stored with a checkpoint, compared at loading."""
-    return [row.ids for side in tokenizer.sides for row in tokenizer.rows([t._replace(side=side) for t in PROBE_TEXTS])]
+    """Token ids of the probe texts, in each form the template has: stored with a checkpoint, compared at loading.
+
+    Of a text whose instruction alone fills the tokenizer's `max_length`, none.
+    """
+    return [_ids_if_it_fits(tokenizer, text._replace(side=side)) for side in tokenizer.sides for text in PROBE_TEXTS]
+
+
+def _ids_if_it_fits(tokenizer: RowTokenizer, text: InstructedText) -> list[int]:
+    try:
+        return tokenizer.rows([text])[0].ids
+    except UserError:  # rows may be short where nobody writes such an instruction
+        return []

@@ -18,7 +18,7 @@ import itertools
 import logging
 import shutil
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import nullcontext
+from contextlib import contextmanager, nullcontext
 from functools import partial
 from pathlib import Path
 from pickle import UnpicklingError
@@ -116,7 +116,10 @@ class EmbedderTrainer(Trainer):
         args._n_gpu = min(args.n_gpu, 1)  # several cards mean torchrun here; DataParallel would split the in-batch pool
         args.logging_nan_inf_filter = False  # it waits for the device at every micro-batch; steps are looked at here
         eval_rows, eval_sampler = held_out if held_out is not None else (None, None)
-        super().__init__(model=objective, args=args, train_dataset=rows, eval_dataset=eval_rows, data_collator=collate)
+        with _of_arguments():
+            super().__init__(
+                model=objective, args=args, train_dataset=rows, eval_dataset=eval_rows, data_collator=collate
+            )
         self.model_accepts_loss_kwargs = True
         self._sampler = sampler
         self._eval_sampler = eval_sampler
@@ -193,7 +196,14 @@ class EmbedderTrainer(Trainer):
     def _determine_best_metric(self, metrics: dict[str, float], trial: Any) -> bool:
         """Called by the trainer after an evaluation; with `save_strategy` "best" it saves just where this is true, and
         would forget the checkpoint of a run that stops."""
-        is_best = super()._determine_best_metric(metrics, trial)
+        try:
+            is_best = super()._determine_best_metric(metrics, trial)
+        except KeyError as error:
+            known = ", ".join(name for name in metrics if name.startswith("eval_"))
+            raise UserError(
+                f"metric_for_best_model is {self.args.metric_for_best_model!r}, which no evaluation of this run "
+                f"measures; it measures {known}."
+            ) from error
         return is_best or (self.is_stopped and self.control.should_save)
 
     def _init_training_state(self, max_steps: int, *arguments: Any) -> Any:
@@ -212,9 +222,20 @@ class EmbedderTrainer(Trainer):
             return
         super()._run_epoch(**arguments)
 
+    def create_optimizer(self, *arguments: Any, **keywords: Any) -> Any:
+        """Called by the trainer."""
+        with _of_arguments():
+            return super().create_optimizer(*arguments, **keywords)
+
+    def create_scheduler(self, *arguments: Any, **keywords: Any) -> Any:
+        """Called by the trainer."""
+        with _of_arguments():
+            return super().create_scheduler(*arguments, **keywords)
+
     def _get_dataloader(self, *arguments: Any, **keywords: Any) -> DataLoader[Any]:
         """Called by the trainer, to train and to evaluate: its loader, with workers that outlive a signal to stop."""
-        loader: Any = super()._get_dataloader(*arguments, **keywords)
+        with _of_arguments():
+            loader: Any = super()._get_dataloader(*arguments, **keywords)
         rows_only = loader.base_dataloader  # accelerate's loader hands on what this one yields
         rows_only.worker_init_fn = partial(_begin_worker, rows_only.worker_init_fn)
         return loader
@@ -404,7 +425,8 @@ class EmbedderTrainer(Trainer):
         if not failed:
             return
         reason = f"on process {failed - 1}" if error is None else first_line(error)
-        free = shutil.disk_usage(self._output_dir).free
+        place = next(path for path in (self._output_dir, *self._output_dir.parents) if path.exists())  # it may be lost
+        free = shutil.disk_usage(place).free
         raise RunEnds(
             f"{folder} could not be written ({reason}). It takes about {self._num_bytes(with_state):,} bytes, and "
             f"{free:,} are free there. {last_checkpoint(self._output_dir, self.state.global_step)}",
@@ -473,6 +495,21 @@ class EmbedderTrainer(Trainer):
 
     def _objective(self) -> Any:
         return self.accelerator.unwrap_model(self.model)
+
+
+@contextmanager
+def _of_arguments() -> Iterator[None]:
+    """Around what the library makes of training arguments alone, to say in one sentence what it refuses.
+
+    Raises:
+        UserError: it does.
+    """
+    try:
+        yield
+    except UserError:
+        raise
+    except (ValueError, TypeError, ImportError) as error:
+        raise UserError(f"training arguments: {first_line(error)}") from error
 
 
 def _begin_worker(begin: Callable[[int], None] | None, worker_id: int) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import logging
+from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -308,6 +309,46 @@ def test_a_row_that_tells_the_answer_is_not_shown() -> None:
     rows = [example(0), example(1, query=query), example(2, positive=positive), example(3)]
     for seed in range(20):
         assert {e.query for e in with_examples(rows, 3, seed)[0].examples} <= {rows[3].query.text}
+
+
+@pytest.mark.parametrize(("queries", "positives"), [(40, 40), (40, 2), (3, 40), (7, 5), (1, 1)])
+def test_rows_are_drawn_from_those_that_do_not_tell(queries: int, positives: int) -> None:
+    """Each as if from a list of them, whatever repeats: a few labels as positives, the same query again."""
+    rows = [example(i, query=f"query {i % queries}", positive=f"answer {i % positives}") for i in range(40)]
+    for row, query in zip(rows, with_examples(rows, 60, 0), strict=True):
+        others = {(r.query.text, r.positive.text) for r in rows}
+        others = {(q, a) for q, a in others if q != row.query.text and a != row.positive.text}
+        assert {(e.query, e.answer) for e in query.examples} <= others
+    shown = [with_examples(rows, 1, seed)[0].examples for seed in range(2000)]
+    counts = Counter((e.query, e.answer) for examples in shown for e in examples)
+    allowed = [(r.query.text, r.positive.text) for r in rows]
+    allowed = [(q, a) for q, a in allowed if q != "query 0" and a != "answer 0"]
+    expected = {pair: 1000 * count / len(allowed) for pair, count in Counter(allowed).items()}
+    assert counts.keys() == expected.keys()
+    assert all(abs(counts[pair] - mean) < 5 * mean**0.5 + 1 for pair, mean in expected.items())
+
+
+class CountedText(str):
+    """A text that counts how often it is compared."""
+
+    compared = 0
+
+    def __eq__(self, other: object) -> bool:
+        CountedText.compared += 1
+        return str.__eq__(self, other)
+
+    def __ne__(self, other: object) -> bool:
+        return not self == other
+
+    __hash__ = str.__hash__
+
+
+def test_a_large_micro_batch_is_not_compared_row_by_row() -> None:
+    """A process may hold thousands of rows."""
+    rows = [example(i, query=CountedText(f"query {i}"), positive=CountedText(f"answer {i % 3}")) for i in range(600)]
+    CountedText.compared = 0
+    with_examples(rows, 3, 0)
+    assert 0 < CountedText.compared < 20 * len(rows)
 
 
 def test_a_single_row_has_no_examples() -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
+import tracemalloc
 from pathlib import Path
 from typing import Any
 
@@ -57,6 +58,20 @@ def test_sample_is_bounded(tmp_path: Path) -> None:
     assert 2000 <= len(report.tokens["query"]) <= 3000
 
 
+def test_memory_is_some_bytes_a_row(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whatever is held beside the rows' hashes does not grow with them: a source may have tens of millions."""
+    monkeypatch.setattr("llm2vec.data_check.SAMPLE", 10)
+    peaks = []
+    check_source(SOURCE, write(tmp_path, [row("q", "p")]), characters)  # loads what it loads once
+    for number in (2_000, 22_000):
+        folder = write(tmp_path / str(number), [row(f"query {i}", "p") for i in range(number)])
+        tracemalloc.start()
+        check_source(SOURCE, folder, characters)
+        peaks.append(tracemalloc.get_traced_memory()[1])
+        tracemalloc.stop()
+    assert 0 < peaks[1] - peaks[0] < 100 * 20_000
+
+
 @pytest.mark.parametrize(
     ("text", "found"),
     [
@@ -96,6 +111,26 @@ def test_a_broken_parquet_file_is_named(tmp_path: Path) -> None:
     (tmp_path / "a.parquet").write_bytes(b"no")
     with pytest.raises(UserError, match=r"--test_sets: .*a\.parquet: not a whole Parquet file"):
         TestTexts([tmp_path])
+
+
+def test_a_parquet_file_damaged_within_is_named(tmp_path: Path) -> None:
+    """Wherever the damage is, whatever the library calls it."""
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    file = tmp_path / "a.parquet"
+    pq.write_table(pa.table({"text": [f"some text {i} of many words" for i in range(300)]}), file)
+    whole = file.read_bytes()
+    assert whole.startswith(b"PAR1")
+    refused = 0
+    for place in range(4, len(whole) - 8, 29):
+        file.write_bytes(whole[:place] + bytes([whole[place] ^ 0xFF]) + whole[place + 1 :])
+        try:
+            TestTexts([tmp_path])
+        except UserError as error:
+            refused += 1
+            assert f"--test_sets: {file}: not a whole Parquet file (" in str(error) and "\n" not in str(error)
+    assert refused > 20
 
 
 def test_a_long_cell_is_read(tmp_path: Path) -> None:
@@ -174,7 +209,24 @@ def test_an_empty_file_is_a_problem(folder: Path) -> None:
 
 def test_missing_files(folder: Path) -> None:
     (folder / "faq.jsonl").unlink()
-    assert "lacks faq.jsonl" in check(folder, expect=2)
+    """Of the released archive it is said where they are to be had, of one's own it is not known."""
+    assert "data lacks faq.jsonl.\n" in check(folder, expect=2)
+    command = [sys.executable, str(SCRIPT), str(folder), "--sources", "nq"]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.returncode == 2 and "lacks nq.jsonl; the training archive (echo-data" in done.stderr
+
+
+def test_a_record_that_cannot_be_written_is_said(folder: Path) -> None:
+    """Data may be shared and read-only; everything else is printed all the same."""
+    (folder / ".hashes.json.writing").mkdir()
+    out = check(folder)
+    assert "hashes.json cannot be written (Is a directory): later changes will not be seen" in out and "faq " in out
+
+
+def test_a_file_that_cannot_be_read_is_named(tmp_path: Path) -> None:
+    (tmp_path / "faq.jsonl").mkdir()
+    with pytest.raises(UserError, match=r"faq\.jsonl cannot be read \(Is a directory\)"):
+        check_source(SOURCE, tmp_path, characters)
 
 
 def test_bad_record(folder: Path) -> None:

@@ -37,7 +37,7 @@ from llm2vec.diagnostics import (
     uniformity,
 )
 from llm2vec.llm2vec import LLM2Vec
-from llm2vec.types import Example, UserError
+from llm2vec.types import Example, RunEnds, UserError
 
 ROOT = Path(__file__).parents[1]
 CPU = torch.device("cpu")
@@ -293,6 +293,14 @@ def test_each_evaluation_adds_a_line_to_a_file_begun_anew(folder: Path) -> None:
         probe(step)
     lines = [json.loads(line) for line in file.read_text(encoding="utf-8").splitlines()]
     assert [line.pop("step") for line in lines] == [0, 5] and lines[0] == lines[1]
+
+
+def test_a_file_that_cannot_be_written_ends_the_run_in_a_sentence(folder: Path) -> None:
+    (folder / DIAGNOSTICS_FILE).mkdir()
+    probe = EmbeddingDiagnostics(tiny_embedder(), held_out(folder), CPU, folder / DIAGNOSTICS_FILE)
+    with pytest.raises(RunEnds, match=rf"{DIAGNOSTICS_FILE} could not be written \(.*Is a directory") as end:
+        probe(3)
+    assert end.value.code == 1
 
 
 def test_generators_stay_as_they_were(folder: Path) -> None:

@@ -245,6 +245,46 @@ def test_an_error_is_one_sentence_and_leaves_no_folder(
     assert not (folder / "out").exists()
 
 
+@pytest.mark.parametrize(
+    ("keys", "words"),
+    [
+        ({"adam_beta1": 2}, ["training arguments", "Invalid beta parameter"]),
+        ({"lr_scheduler_kwargs": {"foo": 1}}, ["training arguments", "'foo'"]),
+        ({"dataloader_num_workers": -1}, ["training arguments", "num_workers"]),
+        ({"save_strategy": "best"}, ["training arguments", "metric_for_best_model"]),
+        (
+            {"eval_strategy": "steps", "eval_steps": 1, "num_eval_rows": 4, "save_strategy": "best",
+             "metric_for_best_model": "foo"},
+            ["metric_for_best_model is 'foo'", "it measures eval_loss, "],
+        ),
+    ],
+    ids=lambda value: next(iter(value), "") if isinstance(value, dict) else "",
+)  # fmt: skip
+def test_what_the_library_refuses_late_is_one_sentence(
+    keys: dict[str, Any],
+    words: list[str],
+    folder: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capfd: pytest.CaptureFixture[str],
+) -> None:
+    """Where it makes something of the training arguments, not where it reads them."""
+    with pytest.raises(SystemExit) as stopped:
+        run_here("stage_II", write_config(folder / "run.json", config(folder, **keys)), monkeypatch)
+    assert stopped.value.code == 2
+    assert_one_sentence(capfd.readouterr().err, *words)
+
+
+@pytest.mark.parametrize("place", ["base/config.json", "base/config.json/out", "/proc/out"])
+def test_an_output_folder_that_cannot_be_is_found_before_the_training(
+    place: str, folder: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    keys = config(folder, output_dir=str(folder / place), model_name_or_path="/nowhere/base")  # not even looked for
+    with pytest.raises(SystemExit) as stopped:
+        run_here("stage_II", write_config(folder / "run.json", keys), monkeypatch)
+    assert stopped.value.code == 2
+    assert_one_sentence(capfd.readouterr().err, f"output_dir: {folder / place} cannot be written to (")
+
+
 @pytest.mark.parametrize("arguments", [[], ["a.json", "b.json"], ["missing.json"]], ids=str)
 def test_a_wrong_call_is_one_sentence(
     arguments: list[str], monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]

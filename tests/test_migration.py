@@ -21,7 +21,7 @@ import torch.nn.functional as F
 from helpers import family_tokenizer, tiny_model
 from peft import PeftModel
 from torch import Tensor
-from transformers import AutoModel, AutoTokenizer, PreTrainedModel
+from transformers import AutoConfig, AutoModel, AutoTokenizer, PreTrainedModel
 
 from llm2vec import LLM2Vec
 from llm2vec.backbone import attach_lora, check_attention
@@ -292,6 +292,14 @@ def test_a_published_chain_is_one_however_it_is_written(family: str, suffix: str
     assert first.settings.template == expected
 
 
+def test_an_adapter_as_first_argument_alone() -> None:
+    """It stays one unless told otherwise; upstream merges it."""
+    mntp = names("llama3")[0]
+    kept, merged = (LLM2Vec.from_pretrained(mntp, merge_peft=merge) for merge in (False, True))
+    assert isinstance(kept.model, PeftModel) and not isinstance(merged.model, PeftModel)
+    assert apart(encode(kept), encode(merged)) < 1e-5
+
+
 # --- what upstream's methods took, and what the tables say ---
 
 
@@ -322,10 +330,17 @@ def test_encode_gives_what_upstream_gives() -> None:
 
 
 def test_the_entries_of_upstreams_examples() -> None:
-    """A zero behind each pair; a third string or a fraction is still a mistake."""
+    """A zero behind each pair, also of one pair alone; arrays. A third string or a fraction is still a mistake."""
     model = LLM2Vec.from_pretrained(*names("llama3"))
-    assert torch.equal(encode(model, [[*query, 0] for query in QUERIES]), encode(model, QUERIES))
-    for wrong in (["a", "b", 0.5], ["a", "b", "c"], ["a", "b", 0, 0], ["a", 0]):
+    expected = encode(model, QUERIES)
+    assert torch.equal(encode(model, [[*query, 0] for query in QUERIES]), expected)
+    assert torch.equal(encode(model, [(*query, np.int64(0)) for query in QUERIES]), expected)
+    assert torch.equal(encode(model, np.array(QUERIES)), expected)
+    alone = encode(model, [*QUERIES[0], 0])
+    assert alone.shape == (1, 32) and torch.equal(alone, encode(model, QUERIES[:1]))
+    assert torch.equal(model.tokenize([*QUERIES[0], 0])["input_ids"], model.tokenize(QUERIES[:1])["input_ids"])
+    assert len(model.tokenize("who")["input_ids"]) == 1
+    for wrong in (["a", "b", 0.5], ["a", "b", "c"], ["a", "b", 0, 0], ["a", "b", True], ["a", 0], ["a"], []):
         with pytest.raises(UserError, match="pair is needed"):
             encode(model, [wrong])
 
@@ -457,6 +472,40 @@ def test_upstreams_files_are_read_as_they_are(stage: Stage, tmp_path: Path) -> N
         assert (config.training[key] if key in config.training else getattr(config, key)) == value
     args = training_arguments(config)
     assert args.per_device_train_batch_size == FILES[stage]["per_device_train_batch_size"]
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "word"),
+    [
+        ("low_cpu_mem_usage", True, "no effect"),
+        ("preprocessing_num_workers", 4, "no effect"),
+        ("train_file", "texts.txt", "write `dataset_file_path`"),
+        ("validation_split_percentage", 5, "write `num_eval_rows`"),
+    ],
+)
+def test_keys_of_upstreams_mntp_script(
+    key: str, value: Any, word: str, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Which its files do not use and its users may: without effect and said, or refused with what replaces them."""
+    file = tmp_path / "config.json"
+    file.write_text(json.dumps(FILES["mntp"] | {key: value}), encoding="utf-8")
+    try:
+        load_config(file, "mntp")
+    except UserError as error:
+        caplog.handler.stream.write(str(error))
+    assert f": {key}: " in caplog.text and word in caplog.text
+
+
+def test_a_model_cards_example() -> None:
+    """The lines of a published model's page, but for its own code, which transformers 5 cannot run."""
+    mntp, supervised = names("mistral")
+    tokenizer = AutoTokenizer.from_pretrained(mntp)
+    model = AutoModel.from_pretrained(mntp, config=AutoConfig.from_pretrained(mntp), device_map="cpu")
+    model = PeftModel.from_pretrained(model, mntp)
+    model = model.merge_and_unload()
+    model = PeftModel.from_pretrained(model, supervised)
+    wrapped = LLM2Vec(model, tokenizer, pooling_mode="mean", max_length=512, attention="bidirectional")
+    assert apart(encode(wrapped), encode(LLM2Vec.from_pretrained(mntp, supervised))) < 1e-5
 
 
 def test_the_pages_defaults_are_the_configs() -> None:

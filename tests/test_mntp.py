@@ -398,6 +398,7 @@ def test_the_resolved_config_is_read_back(tmp_path: Path) -> None:
     [
         ({"mlm_probability": 0}, "mlm_probability is 0; it must be above 0"),
         ({"mlm_probability": 1.5}, "mlm_probability is 1.5"),
+        ({"max_seq_length": 1}, "max_seq_length is 1, but a masked token is predicted from the one before it"),
         ({"mask_token_type": "underscore"}, "allowed: 'blank', 'eos', 'mask'"),
         ({"data_collator_type": "some_mask"}, "allowed: 'default', 'all_mask'"),
         ({"bidirectional": False}, "bidirectional is false, but mntp"),
@@ -524,6 +525,20 @@ def test_mntp_then_another_adapter_then_loaded_both_ways(
     assert torch.equal(encode(base, moved, supervised), both)
     run_record = json.loads((supervised / RUN_FILE).read_text(encoding="utf-8"))
     assert len(run_record["parent_weights"]) == 1 and len(run_record["parent_weights"][0]) == 64
+
+
+def test_rows_shorter_than_a_probes_instruction(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Blocks hold no instruction, so there may be little room for one; what is written loads and saves again."""
+    make_files(tmp_path)
+    keys = {
+        "model_name_or_path": str(tmp_path / "base"), "output_dir": str(tmp_path / "out"), "max_seq_length": 16,
+        "dataset_file_path": str(tmp_path / "texts.txt"), "per_device_train_batch_size": 4, "max_steps": 1,
+        "lora_r": 4, "report_to": "none", "use_cpu": True, "disable_tqdm": True, "save_strategy": "no",
+    }  # fmt: skip
+    run("mntp", write_config(tmp_path / "c.json", keys), monkeypatch)
+    model = LLM2Vec.from_pretrained(tmp_path / "out")
+    model.save(tmp_path / "again")
+    assert LLM2Vec.from_pretrained(tmp_path / "again").max_length == 16
 
 
 def test_a_row_of_the_next_stage_is_rendered_by_its_own_template(tmp_path: Path) -> None:

@@ -296,6 +296,9 @@ def test_no_room_for_text_is_an_error(template: str) -> None:
     assert len(row_of(renderer(template, max_length=whole), "hello hello", "find it").ids) == whole
     with pytest.raises(UserError, match=f"max_length is {whole - 1}, but the template and the instruction 'find it'"):
         row_of(renderer(template, max_length=whole - 1), "hello", "find it")
+    bare = len(row_of(renderer(template), "hello", "").ids)
+    with pytest.raises(UserError, match=rf"max_length is {bare - 1}, but the template alone takes \d+ tokens; raise"):
+        row_of(renderer(template, max_length=bare - 1), "hello", "")
 
 
 # Look-alikes

@@ -510,6 +510,13 @@ def test_what_has_no_anchor_to_decode_is_refused(folder: Path, tmp_path: Path) -
         load_reconstructor(str(tmp_path / "headless"))
 
 
+@pytest.mark.parametrize("device", ["nowhere", "cuda:99"])
+def test_a_device_that_is_not_there_is_one_sentence(device: str, folder: Path) -> None:
+    with pytest.raises(UserError, match=f"^device is '{device}', where the model cannot be put: .") as raised:
+        load_reconstructor(str(folder / "I"), device=device)
+    assert "\n" not in str(raised.value)
+
+
 def test_the_target_of_training_is_the_target_of_decoding(folder: Path, tmp_path: Path) -> None:
     copy = copy_of(folder / "I", tmp_path / "self")
     run = json.loads((copy / RUN_FILE).read_text("utf-8"))
@@ -648,6 +655,8 @@ def test_a_retrieval_set_without_a_relevant_document_is_refused(
         (["red", "--score", "x.jsonl"], "give one of TEXT, --file and --score"),
         (["red", "--num_rows", "3"], "--num_rows has no effect with TEXT"),
         (["red", "--output", "x"], "--output has no effect with TEXT"),
+        (["red", "--seed", "-1"], "--seed is -1; a number from 0 to 4294967295 is needed"),
+        (["red", "--seed", "4294967296"], "--seed is 4294967296; a number from 0"),
         (["--score", "x.jsonl", "--from", "query"], "--from has no effect with --score"),
         (["--score", "x.jsonl", "--sample"], "--sample has no effect with --score"),
         (["red", "--temperature", "0.5"], "--temperature has no effect without --sample"),

@@ -29,6 +29,7 @@ from transformers import LlamaForCausalLM
 
 from llm2vec import LLM2Vec, run_model, trainer
 from llm2vec import checkpoint as checkpoint_module
+from llm2vec import run as run_module
 from llm2vec.checkpoint import RUN_FILE, SUMS_FILE, check_sums, mark_of
 from llm2vec.config import Config, Stage
 from llm2vec.config_file import load_config
@@ -458,6 +459,26 @@ def test_a_mistake_that_one_process_meets_is_said_by_it(folder: Path, keys: dict
     last = said(output, 1).splitlines()[-1]
     assert last == "error: process 1: model_name_or_path: there is no such folder on this machine."
     assert said(output).splitlines()[-1].startswith("error: process 0: another process of the run ended")
+
+
+def test_a_mistake_that_all_processes_meet_is_said_once(
+    monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    """By the first of the machine, also where that one comes to it half a minute later; torchrun then ends the rest."""
+
+    class Ended(BaseException):
+        pass
+
+    def sleep(seconds: float) -> None:
+        if seconds > 30:
+            raise Ended
+
+    monkeypatch.setenv("RANK", "1")
+    monkeypatch.setenv("LOCAL_RANK", "1")
+    monkeypatch.setattr("llm2vec.run.time.sleep", sleep)
+    with pytest.raises(Ended), run_module.user_errors_in_one_sentence():
+        raise UserError("alpha is 2; it must lie between 0 and 1.")
+    assert "error" not in capfd.readouterr().err
 
 
 # --- whose checkpoint ---

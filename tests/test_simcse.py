@@ -193,9 +193,9 @@ def config_of(path: Path, **keys: Any) -> Config:
 
 
 def test_a_text_file_is_a_sentence_a_line(tmp_path: Path) -> None:
-    """Blank lines are none; blanks around a sentence go; two of the rows are held out."""
+    """Blank lines are none; blanks around a sentence go, and a byte order mark; two of the rows are held out."""
     file = tmp_path / "wiki1m_for_simcse.txt"
-    file.write_text('hello world \n\n  red "green" {blue}\n\t\nüber\nfind the answer', encoding="utf-8")
+    file.write_text('\ufeffhello world \n\n  red "green" {blue}\n\t\nüber\nfind the answer', encoding="utf-8")
     rows = open_texts(config_of(file))
     assert [row.query.text for row in map(rows.__getitem__, range(len(rows)))] == [
         "hello world", 'red "green" {blue}', "über", "find the answer"
@@ -222,6 +222,7 @@ def test_rows_give_their_documents(tmp_path: Path) -> None:
     [
         (None, "dataset_file_path: .*/a.txt is not there; Wiki1M is the file"),
         (b"fine\n\xff\n", "a.txt, line 2: not valid"),
+        (b"\n \n\t\n", "a.txt holds no text"),
     ],
 )
 def test_a_bad_text_file_is_one_sentence(content: bytes | None, message: str, tmp_path: Path) -> None:
@@ -364,6 +365,13 @@ def test_a_wrong_key_is_one_sentence(keys: dict[str, Any], message: str, tmp_pat
     file.write_text(json.dumps(config), encoding="utf-8")
     with pytest.raises(UserError, match=message):
         load_config(file, "simcse")
+
+
+def test_a_key_that_is_null_is_not_written(tmp_path: Path) -> None:
+    file = tmp_path / "run.json"
+    keys = {"model_name_or_path": "m", "output_dir": "o", "dataset_file_path": "a.txt", "sources_file": None}
+    file.write_text(json.dumps(keys), encoding="utf-8")
+    assert load_config(file, "simcse").sources_file is None
 
 
 def test_defaults(tmp_path: Path) -> None:

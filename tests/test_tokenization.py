@@ -553,7 +553,8 @@ def test_last_pooling_needs_a_closing_token() -> None:
 
 
 def test_probes_tell_templates_and_vocabularies_apart() -> None:
-    """The ids stored with a checkpoint repeat, and change with template, join and vocabulary."""
+    """The ids stored with a checkpoint repeat, and change with template, join and vocabulary. Where rows are too short
+    for a probe's instruction, which nobody else wrote, it says nothing."""
 
     def ids(template: str, tokenizer: PreTrainedTokenizerFast, **options: Any) -> list[list[int]]:
         return probe_ids(RowTokenizer(tokenizer, template, "last", 512, **options))
@@ -563,6 +564,10 @@ def test_probes_tell_templates_and_vocabularies_apart() -> None:
     assert ids("llama3", family_tokenizer("llama3")) == reference
     assert ids("plain", family_tokenizer("llama3")) != reference
     assert ids("llama3", family_tokenizer("llama3"), instruction_join=": ") != reference
+    with_room, without = (
+        probe_ids(RowTokenizer(family_tokenizer("llama3"), "llama3", "last", most)) for most in (512, 40)
+    )
+    assert without[0] == with_room[0] and with_room[1] and without[1] == []
     grown = family_tokenizer("llama3")
     grown.add_tokens([AddedToken("fox", special=False)])
     assert ids("llama3", grown) != reference
