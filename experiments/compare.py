@@ -73,7 +73,7 @@ def num_cores() -> int:
 
 def plan(args: argparse.Namespace) -> tuple[Planner, list[Trial]]:
     """The trials that were asked for; every config is read, and nothing runs yet."""
-    planner = Planner(read_set(args.folder), args.output_dir)
+    planner = Planner(read_set(args.folder), args.output_dir, args.processes)
     trials = planner.trials(args.seeds)
     known = sorted({trial.recipe for trial in trials})
     if unknown := [name for name in args.recipes or () if name not in known]:
@@ -84,8 +84,8 @@ def plan(args: argparse.Namespace) -> tuple[Planner, list[Trial]]:
 class Progress:
     """Runs scripts, their output in log files, and says how far it all is."""
 
-    def __init__(self, args: argparse.Namespace, trials: Sequence[Trial]) -> None:
-        self.args = args
+    def __init__(self, args: argparse.Namespace, trials: Sequence[Trial], lock: int) -> None:
+        self.args, self.lock = args, lock
         runs = unique_runs(trials)
         self.num_runs, self.num_ended = len(runs), 0
         self.recipes = {run.name: [t.recipe for t in trials if run in t.runs] for run in runs}
@@ -100,7 +100,12 @@ class Progress:
         started, log = time.monotonic(), self.logs / f"{run.name}.log"
         with log.open("w") as out:
             ended = subprocess.run(
-                self.command(run), stdout=out, stderr=subprocess.STDOUT, env=self.environment(worker), check=False
+                self.command(run),
+                stdout=out,
+                stderr=subprocess.STDOUT,
+                env=self.environment(worker),
+                pass_fds=[self.lock],  # while it lives, no other comparison begins anew what it writes
+                check=False,
             )
         if not ended.returncode and run.script != EVALUATION_SCRIPT and not (run.folder / RUN_FILE).is_file():
             self.say(run, f"was stopped; see {log}")
@@ -150,22 +155,23 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Plan, run, report; returns the exit code."""
     started = time.monotonic()
     args = parse_args(argv)
-    with alone_in(args.output_dir, "comparison"):
-        return compare(args, started)
+    with alone_in(args.output_dir, "comparison, or a run of an earlier one,") as lock:
+        return compare(args, started, lock)
 
 
-def compare(args: argparse.Namespace, started: float) -> int:
-    """The same, for checked options."""
+def compare(args: argparse.Namespace, started: float, lock: int) -> int:
+    """The same, for checked options and a held folder."""
     planner, trials = plan(args)
     runs = unique_runs(trials)
     num_recipes = len({trial.recipe for trial in trials})
     print(f"{len(trials)} trials of {num_recipes} recipes: {len(runs)} runs, {args.workers} at a time")
-    failures = do_all(runs, Progress(args, trials).do, args.workers)
+    failures = do_all(runs, Progress(args, trials, lock).do, args.workers)
     outcomes = [outcome_of(trial, failures) for trial in trials]
     facts = {
         "Base model": planner.recipes.shared["all"]["model_name_or_path"],
         "Seeds": ", ".join(map(str, args.seeds)),
         "Runs at a time": str(args.workers),
+        "Processes of a training run": str(args.processes),
         "Machine": f"{platform.machine()}, {os.cpu_count()} cores, {torch.cuda.device_count()} GPUs",
     }
     chosen = [recipe for recipe in planner.recipes.recipes if recipe.name in {t.recipe for t in trials}]

@@ -7,11 +7,12 @@ Writes a Hugging Face model folder; every run with the same file and flags write
 """
 
 import argparse
-import json
 import shutil
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 
+from llm2vec.json_text import parse_object
 from llm2vec.tiny import tiny_llama, train_tokenizer
 from llm2vec.types import UserError
 
@@ -34,9 +35,7 @@ def main() -> None:
     if flags.output_dir.exists():
         raise UserError(f"{flags.output_dir} exists: remove it or choose another --output_dir.")
 
-    with flags.train_file.open(encoding="utf-8") as lines:
-        rows = [json.loads(line) for line in lines]
-    tokenizer = train_tokenizer((row[key] for row in rows for key in ("query", "positive")), flags.vocab_size)
+    tokenizer = train_tokenizer(texts_of(flags.train_file), flags.vocab_size)
     model = tiny_llama(
         tokenizer,
         hidden_size=flags.hidden_size,
@@ -52,6 +51,18 @@ def main() -> None:
     model.save_pretrained(partial)
     partial.rename(flags.output_dir)
     print(f"{flags.output_dir}: {model.num_parameters():,} parameters, {len(tokenizer):,} tokens")
+
+
+def texts_of(file: Path) -> Iterator[str]:
+    """The queries and positives of a file of training rows."""
+    with file.open("rb") as lines:
+        for number, line in enumerate(lines, start=1):
+            where = f"{file}, line {number}"
+            row = parse_object(line, where)
+            for key in ("query", "positive"):
+                if not isinstance(row.get(key), str):
+                    raise UserError(f"{where}: a JSON object with a string `{key}` is needed.")
+                yield row[key]
 
 
 if __name__ == "__main__":

@@ -9,6 +9,7 @@ from `train_configs/quickstart/`; their output goes to `output/quickstart/logs/`
 """
 
 import argparse
+import dataclasses
 import json
 import logging
 import os
@@ -26,6 +27,8 @@ from tqdm import tqdm
 
 from llm2vec.config import Stage
 from llm2vec.config_file import load_config
+from llm2vec.docstrings import TRAIN_FILE
+from llm2vec.job_queue import alone_in
 from llm2vec.run import user_errors_in_one_sentence
 from llm2vec.types import UserError
 
@@ -51,24 +54,33 @@ def main() -> None:
     argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     ).parse_args()  # there is nothing to choose
-    started = time.monotonic()
-    threads = os.cpu_count() or 1
-    (OUTPUT / "logs").mkdir(parents=True, exist_ok=True)
+    with alone_in(OUTPUT, "quickstart"):
+        make_all(time.monotonic(), os.cpu_count() or 1)
+
+
+def make_all(started: float, threads: int) -> None:
+    """The same, in a folder that no other quickstart writes to."""
+    (OUTPUT / "logs").mkdir(exist_ok=True)
     print("1/4 corpus: docstrings of the standard library and the installed packages")
     run_script("make_docstrings.py", ["--output_dir", str(CORPUS)], threads)
     print("2/4 base model: tokenizer and a tiny Llama, pre-trained on the training part")
-    if not (OUTPUT / "init").is_dir():
-        run_script("make_tiny_model.py", ["--output_dir", str(OUTPUT / "init")], threads)
-    if base_is_up_to_date():
-        print(f"    {OUTPUT / 'base'} is there and was made from this config and this text: reused")
-    else:
-        train("run_lm.py", "pretrain", max(1, threads // 2), processes=2)  # on so small a model faster than threads
+    make_base(threads)
     print("3/4 training: Stage I + II, baseline, control (two at a time)")
     with ThreadPoolExecutor(max_workers=2) as pool:
         for future in [pool.submit(train_chain, chain, max(1, threads // 2)) for chain in CHAINS]:
             future.result()
     print("4/4 evaluation and report")
     evaluate_and_report(started)
+
+
+def make_base(threads: int) -> None:
+    """The base model and the random one that it starts from, whose tokenizer is learnt from the same text."""
+    if base_is_up_to_date():
+        print(f"    {OUTPUT / 'base'} is there and was made from this config and this text: reused")
+        return
+    shutil.rmtree(OUTPUT / "init", ignore_errors=True)
+    run_script("make_tiny_model.py", ["--output_dir", str(OUTPUT / "init")], threads)
+    train("run_lm.py", "pretrain", max(1, threads // 2), processes=2)  # on so small a model faster than threads
 
 
 def run_script(script: str, arguments: Sequence[str], threads: int) -> None:
@@ -107,8 +119,9 @@ def train(script: str, name: str, threads: int, processes: int = 1) -> None:
 
 def last_step(steps_file: Path) -> int:
     """The step of a run's newest log entry; 0 before the first."""
-    lines = steps_file.read_text(encoding="utf-8").splitlines() if steps_file.is_file() else []
-    return int(json.loads(lines[-1])["step"]) if lines else 0
+    lines = steps_file.read_text(encoding="utf-8").splitlines(keepends=True) if steps_file.is_file() else []
+    whole = [line for line in lines if line.endswith("\n")]  # the last one may just be written
+    return int(json.loads(whole[-1])["step"]) if whole else 0
 
 
 def base_is_up_to_date() -> bool:
@@ -118,12 +131,8 @@ def base_is_up_to_date() -> bool:
         manifest = json.loads((CORPUS / "manifest.json").read_text(encoding="utf-8"))
     except (OSError, ValueError):
         return False
-    config = load_config(CONFIGS / "pretrain.json", "lm")
-    return bool(
-        run["config"]["training"] == config.training
-        and run["config"]["max_seq_length"] == config.max_seq_length
-        and run["data"][0]["sha256"] in json.dumps(manifest)
-    )
+    config = json.loads(json.dumps(dataclasses.asdict(load_config(CONFIGS / "pretrain.json", "lm")), default=str))
+    return bool(run["config"] == config and run["data"][0]["sha256"] == manifest["sha256"][TRAIN_FILE])
 
 
 def evaluate_and_report(started: float) -> None:

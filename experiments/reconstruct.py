@@ -91,6 +91,8 @@ def check_args(args: argparse.Namespace) -> None:
         value = getattr(args, name)
         if value is not None and (not 0 < value < float("inf") or (name == "top_p" and value > 1)):
             raise UserError(f"--{name} is {value:g}; above 0{' and at most 1' if name == 'top_p' else ''} is needed.")
+    if args.seed is not None and not 0 <= args.seed < 2**32:
+        raise UserError(f"--seed is {args.seed}; a number from 0 to {2**32 - 1} is needed.")
     if args.file is not None and args.output is None:
         raise UserError("--file needs --output, the file to write.")
     if args.output is not None and args.output.exists():
@@ -173,9 +175,10 @@ def read_rows(args: argparse.Namespace) -> Sequence[Example]:
         sys.stderr.write("note: queries go without an instruction; a model trained with one needs --instruction.\n")
     kept: dict[str, list[Example]] = {}
     for i in range(len(rows)):
-        of_source = kept.setdefault(rows[i].source, [])
+        row = rows[i]
+        of_source = kept.setdefault(row.source, [])
         if len(of_source) < (args.num_rows or 256):
-            of_source.append(rows[i])
+            of_source.append(row)
     return [row for of_source in kept.values() for row in of_source]
 
 

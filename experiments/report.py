@@ -44,6 +44,9 @@ def assignments(values: Sequence[str], option: str) -> dict[str, Path]:
     pairs = [value.partition("=") for value in values]
     if wrong := [value for value, (name, _, file) in zip(values, pairs, strict=True) if not (name and file)]:
         raise UserError(f"{option}: expected NAME=FILE, got {', '.join(wrong)}.")
+    names = [name for name, _, _ in pairs]
+    if twice := sorted({name for name in names if names.count(name) > 1}):
+        raise UserError(f"{option}: {', '.join(twice)} is given more than once.")
     return {name: Path(file) for name, _, file in pairs}
 
 

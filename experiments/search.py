@@ -12,6 +12,7 @@ packages with the quickstart's Anchor model and searches there: a tiny model, wh
 """
 
 import argparse
+import io
 import json
 import sys
 from collections.abc import Iterable, Sequence
@@ -88,12 +89,20 @@ def demo(args: argparse.Namespace) -> None:
     if not DEMO_MODEL.is_dir():
         raise UserError(f"There is no model {DEMO_MODEL}; run `make quickstart` first.")
     encoder = EncoderChoice(str(DEMO_MODEL))
-    if not DEMO_INDEX.is_dir() or TextIndex(DEMO_INDEX).revision != encoder.revision():
+    if not is_made_by(encoder):
         write_docstrings()
         build_index(DEMO_TEXTS, DEMO_INDEX, encoder)
     index = TextIndex(DEMO_INDEX)
     instruction = json.loads(DEMO_SOURCES.read_text(encoding="utf-8"))["docstrings"]["instruction"]
     answer(index, index.load_model(), args.text, args.top_k, instruction)
+
+
+def is_made_by(encoder: EncoderChoice) -> bool:
+    """Whether the demo's index is there, whole, and of this model."""
+    try:
+        return TextIndex(DEMO_INDEX).revision == encoder.revision()
+    except UserError:
+        return False
 
 
 def write_docstrings() -> None:
@@ -110,6 +119,8 @@ def answer(index: TextIndex, model: LLM2Vec, text: str | None, top_k: int, instr
     """Print what is found for one query, or for each line of standard input: at once where somebody types."""
     if text is not None:
         return show(index.search(model, [text], top_k, instruction)[0])
+    if isinstance(sys.stdin, io.TextIOWrapper):
+        sys.stdin.reconfigure(errors="surrogateescape")  # which `check_unicode` names; in some locales Python does not
     lines = (check_unicode(line.strip(), f"standard input, line {i}") for i, line in enumerate(sys.stdin, start=1))
     rounds: Iterable[list[str]] = ([line] for line in lines) if sys.stdin.isatty() else [list(lines)]
     answered = 0

@@ -8,21 +8,23 @@
     FOLDER/<recipe>/evaluation.json         options over the set's; alone, it names a model to be scored as it is
 
 Each stage starts from the folder of the one before it, the first from the shared base. A run's folder is named by a
-hash of all that decides it: its keys, seed and data, and the run or base it starts from. So a changed recipe runs
-again and an unchanged one does not, and a stage that two recipes have in common is trained once.
+hash of all that decides it: its keys, seed and data, the run or base it starts from, and the number of processes where
+a step has more rows with more of them (no `total_batch_size`). So a changed recipe runs again and an unchanged one does
+not, and a stage that two recipes have in common is trained once.
 """
 
 from __future__ import annotations
 
 import re
 import shutil
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass, field
 from pathlib import Path
 from queue import SimpleQueue
 from typing import Any, NamedTuple, get_args
 
+from llm2vec.backbone import find_file, without_waiting_for_the_hub
 from llm2vec.checkpoint import RUN_FILE, SETTINGS_FILE, check_complete, write_json
 from llm2vec.config import Config, Stage
 from llm2vec.config_file import load_config
@@ -134,12 +136,15 @@ def read_set(folder: Path) -> RecipeSet:
     """
     content = read_object(folder / SHARED_FILE)
     library = content.pop("recipes", None)
+    if not isinstance(library, str | None):
+        raise UserError(f"{folder / SHARED_FILE}: recipes is {library!r}; it must name a folder.")
     for section, keys in content.items():
         if section not in ("all", *get_args(Stage)):
             allowed = ", ".join(["recipes", "all", *get_args(Stage)])
             raise UserError(f"{folder / SHARED_FILE}: unknown section {section!r}; allowed: {allowed}.")
         if not isinstance(keys, dict):
             raise UserError(f"{folder / SHARED_FILE}: {section} must be an object of keys.")
+        _refuse_decided(folder / SHARED_FILE, [key for key in keys if (section, key) != ("all", "model_name_or_path")])
     if not content.get("all", {}).get("model_name_or_path"):
         raise UserError(f"{folder / SHARED_FILE}: all.model_name_or_path must name the base model.")
     evaluation = read_object(folder / EVALUATION_FILE)
@@ -147,7 +152,7 @@ def read_set(folder: Path) -> RecipeSet:
     for parent in [folder / library, folder] if library is not None else [folder]:
         if not parent.is_dir():
             raise UserError(f"{folder / SHARED_FILE}: recipes names {parent}, and there is no such folder.")
-        found |= {path.name: path for path in parent.iterdir() if path.is_dir()}
+        found |= {path.name: path for path in parent.iterdir() if path.is_dir() and not path.name.startswith(".")}
     recipes = tuple(_read_recipe(found[name], evaluation) for name in sorted(found))
     if not recipes:
         raise UserError(f"{folder} holds no recipes; each is a folder of files such as 1_stage_II.json.")
@@ -167,8 +172,7 @@ def _read_recipe(folder: Path, evaluation: Mapping[str, Any]) -> Recipe:
         if int(name[1]) in stages:
             raise UserError(f"{file}: {stages[int(name[1])].file.name} has the same number.")
         keys = read_object(file)
-        if decided := [key for key in keys if key in DECIDED_KEYS]:
-            raise UserError(f"{file}: {decided[0]} follows from the set and cannot be given here.")
+        _refuse_decided(file, keys)
         stages[int(name[1])] = StageFile(name[2], keys, file)  # type: ignore[arg-type]
     if sorted(stages) != list(range(1, len(stages) + 1)):
         raise UserError(f"{folder}: the stages are numbered {sorted(stages)}; 1, 2, ... without a gap is needed.")
@@ -184,9 +188,18 @@ def _read_recipe(folder: Path, evaluation: Mapping[str, Any]) -> Recipe:
             raise UserError(
                 f"{folder / EVALUATION_FILE}: unknown option {key!r}; allowed: {', '.join(EVALUATION_KEYS)}."
             )
-    if not options.get("tasks"):
-        raise UserError(f"{folder / EVALUATION_FILE}: tasks must name at least one task, here or in the set's file.")
+    for key in ("base_model_name_or_path", "local_data_dir", "task_to_instructions_fp"):
+        if not isinstance(options.get(key, ""), str):
+            raise UserError(f"{folder / EVALUATION_FILE}: {key} is {options[key]!r}; a string is needed.")
+    tasks = options.get("tasks")
+    if not (isinstance(tasks, list) and tasks and all(isinstance(task, str) for task in tasks)):
+        raise UserError(f"{folder / EVALUATION_FILE}: tasks must list at least one task, here or in the set's file.")
     return Recipe(folder.name, tuple(stages[number] for number in sorted(stages)), options)
+
+
+def _refuse_decided(file: Path, keys: Iterable[str]) -> None:
+    if decided := [key for key in keys if key in DECIDED_KEYS]:
+        raise UserError(f"{file}: {decided[0]} follows from the set and cannot be given here.")
 
 
 # --- from recipes to runs ---
@@ -199,12 +212,14 @@ class Planner:
     Attributes:
         recipes: the set.
         output_dir: `configs/`, `runs/` and `evaluations/` lie below it.
+        num_processes: that share a step of training.
         base: what first stages start from.
         base_revision: what tells it from other models.
     """
 
     recipes: RecipeSet
     output_dir: Path
+    num_processes: int = 1
     base: str = field(init=False)
     base_revision: str = field(init=False)
     _hashes: dict[tuple[Path, ...], str] = field(init=False, default_factory=dict)
@@ -213,6 +228,9 @@ class Planner:
         named = str(self.recipes.shared["all"]["model_name_or_path"])
         if _is_local(named) and not Path(named).is_dir():
             raise UserError(f"{self.recipes.folder / SHARED_FILE}: there is no base model {named}.")
+        if not _is_local(named):
+            with without_waiting_for_the_hub():  # the commit is known of what has been asked for once
+                find_file(named, "config.json")
         self.base_revision = checkpoint_revision(named)
         self.base = _bare_base(named, self.output_dir / f"base-{self.base_revision}")
 
@@ -238,12 +256,14 @@ class Planner:
         own = {**shared["all"], **shared.get(stage.stage, {}), **stage.keys, "seed": seed}
         keys = {**own, "model_name_or_path": str(parent.folder if parent else self.base)}
         config = self._checked(keys, stage)
-        decides = {
+        decides: dict[str, Any] = {
             "stage": stage.stage,
             "keys": {key: value for key, value in own.items() if key != "model_name_or_path"},
             "start": parent.name if parent else self.base_revision,
             "data": self._data_hashes(config),
         }
+        if self.num_processes > 1 and config.total_batch_size is None:
+            decides["processes"] = self.num_processes  # a step has that many times the rows
         name = f"{stage.stage}-seed{seed}-{hash_of(decides)}"
         folder, file = self.output_dir / "runs" / name, self.output_dir / "configs" / f"{name}.json"
         write_json(file, {**keys, "output_dir": str(folder)})

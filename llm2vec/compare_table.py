@@ -13,7 +13,8 @@ from pathlib import Path
 from typing import Any
 
 from llm2vec.compare_runs import Recipe, Run, Trial
-from llm2vec.report import Cell, html_table, page, section, shown, write_whole
+from llm2vec.figures import read_log
+from llm2vec.report import Cell, html_table, make_folder, page, section, shown, write_whole
 from llm2vec.results import read_results
 from llm2vec.trainer import LOG_FILE
 from llm2vec.types import UserError
@@ -65,8 +66,9 @@ def outcome_of(trial: Trial, failures: Mapping[str, str]) -> Outcome:
         scores = read_results(trial.evaluation.folder).scores
     except UserError as error:
         return Outcome(trial.recipe, trial.seed, {}, failure=str(error), runs=folders)
-    tokens = [logged(run, "tokens") for run in trial.training]
-    seconds = [logged(run, "train_runtime") for run in trial.training]
+    logs = [log_of(run) for run in trial.training]
+    tokens = [tokens_in(log) for log in logs]
+    seconds = [logged(log, "train_runtime") for log in logs]
     return Outcome(
         trial.recipe,
         trial.seed,
@@ -77,18 +79,31 @@ def outcome_of(trial: Trial, failures: Mapping[str, str]) -> Outcome:
     )
 
 
-def logged(run: Run, key: str) -> float | None:
-    """The sum of a figure over a run's log; None where no entry has it."""
+def log_of(run: Run) -> list[dict[str, float]]:
+    """The entries of a run's log; none where there is no log."""
     file = run.folder / LOG_FILE
-    if not file.is_file():
-        return None
-    entries = [json.loads(line) for line in file.read_text(encoding="utf-8").splitlines()]
-    values = [float(entry[key]) for entry in entries if key in entry]
+    return read_log(file) if file.is_file() else []
+
+
+def logged(log: Sequence[Mapping[str, float]], key: str) -> float | None:
+    """The sum of a figure over a log; None where no entry has it."""
+    values = [entry[key] for entry in log if key in entry]
     return sum(values) if values else None
 
 
+def tokens_in(log: Sequence[Mapping[str, float]]) -> float | None:
+    """Tokens of a run; None where its log does not say.
+
+    The steps behind the last multiple of `logging_steps` have no entry: they are taken to be like the others.
+    """
+    tokens = logged(log, "tokens")
+    if tokens is None:
+        return None
+    return tokens * max(entry["step"] for entry in log) / max(entry["step"] for entry in log if "tokens" in entry)
+
+
 def score_table(outcomes: Sequence[Outcome]) -> tuple[list[str], list[list[Cell]]]:
-    """Header and rows, one a recipe, the highest mean first and what failed last.
+    """Header and rows, one a recipe, the highest mean of the tasks that all have first, and what has none last.
 
     Returns:
         The header, and rows of names, scores x 100 and None where there is none.
@@ -98,7 +113,8 @@ def score_table(outcomes: Sequence[Outcome]) -> tuple[list[str], list[list[Cell]
         by_recipe.setdefault(outcome.recipe, []).append(outcome)
     tasks = list(dict.fromkeys(task for outcome in outcomes for task in outcome.scores))
     common = [task for task in tasks if all(task in o.scores for o in outcomes if o.failure is None)]
-    header = ["Recipe", *tasks, *[f"Mean of {len(common)}"] * (len(tasks) > 1)]
+    with_mean = len(tasks) > 1 and bool(common)
+    header = ["Recipe", *tasks, *[f"Mean of {len(common)}"] * with_mean]
     header += ["Lowest", "Highest", "Seeds", "Tokens, millions", "Minutes"]
     rows: list[tuple[float, list[Cell]]] = []
     for recipe, of_seeds in by_recipe.items():
@@ -106,7 +122,7 @@ def score_table(outcomes: Sequence[Outcome]) -> tuple[list[str], list[list[Cell]
         means = [statistics.fmean(outcome.scores[task] for task in common) for outcome in scored if common]
         row: list[Cell] = [recipe]
         row += [_mean([outcome.scores.get(task) for outcome in scored]) for task in tasks]
-        row += [_mean(means)] * (len(tasks) > 1)
+        row += [_mean(means)] * with_mean
         row += [min(means), max(means)] if len(means) > 1 else [None, None]
         row.append(f"{len(scored)} of {len(of_seeds)}: failed" if len(scored) < len(of_seeds) else _seeds(scored))
         tokens = _mean([outcome.tokens for outcome in scored])
@@ -162,7 +178,7 @@ def write_comparison(
     """
     scores, own = score_table(outcomes), own_keys_table(recipes)
     failures = failure_lines(outcomes)
-    folder.mkdir(parents=True, exist_ok=True)
+    make_folder(folder)
     content = {"facts": dict(facts), "trials": [asdict(outcome) for outcome in outcomes]}
     write_whole(folder / "comparison.json", (json.dumps(content, indent=1, ensure_ascii=False) + "\n").encode())
     blocks = [f"# {TITLE}", markdown_table(*scores), NOTE, *(f"- {line}" for line in failures)]

@@ -111,10 +111,6 @@ def encode_corpus(encoding: CorpusEncoding, engine: Engine, num_workers: int | N
         UserError: the output folder holds anything else, the input is malformed, or a shard could not be encoded.
     """
     _check_is_ours(encoding.output)
-    try:
-        encoding.output.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise UserError(f"{encoding.output} cannot be made ({error.strerror}).") from error
     with alone_in(encoding.output, "encoding"):
         sizes, missing = _open_output(encoding)
         logger.info("%d shards of %d rows in all, %d of them to encode", len(sizes), sum(sizes), len(missing))
@@ -195,8 +191,8 @@ def _open_output(encoding: CorpusEncoding) -> tuple[list[int], list[int]]:
         _check_identity(encoding.output, manifest["settings"], identity)
         missing = _missing(encoding.output, manifest)
     folder = encoding.output / INPUT_FOLDER
-    if manifest is None or (missing and not folder.is_dir()):
-        shutil.rmtree(folder, ignore_errors=True)  # without a manifest nothing vouches for it
+    if manifest is None or not all((folder / part_name(shard)).is_file() for shard in missing or ()):
+        shutil.rmtree(folder, ignore_errors=True)  # nothing vouches for it, or some of it was removed
         sizes = cut_into_shards(encoding.corpus.rows(), folder, encoding.shard_rows, part_name)
         manifest = {
             "settings": identity,

@@ -102,7 +102,7 @@ class Corpus:
                 for batch in table.iter_batches(columns=columns if found else None):
                     for number, row in enumerate(batch.to_pylist(), start=number + 1):  # noqa: B020
                         yield f"{file}, row {number}", row
-        except pa.ArrowInvalid as error:
+        except (pa.ArrowException, OSError) as error:  # cut short; pages that cannot be decompressed
             raise UserError(f"{file}: not a whole Parquet file ({first_line(error)}).") from error
 
     def _hub_rows(self) -> Iterator[tuple[str, Mapping[str, Any]]]:
@@ -209,6 +209,7 @@ def cut_into_shards(
 
 def _check_ids(files: Iterable[Path]) -> None:
     ids = pa.chunked_array([chunk for file in files for chunk in pq.read_table(file, columns=["id"])["id"].chunks])
+    ids = ids.cast(pa.large_string())  # of strings, Arrow counts no more than 2 GB of different ones
     counts = pc.value_counts(ids)
     twice = counts.filter(pc.greater(counts.field("counts"), 1))
     if len(twice):
@@ -225,7 +226,7 @@ def _find_files(path: Path) -> tuple[Path, ...]:
         if path.suffix not in (".jsonl", ".parquet"):
             raise UserError(f"{path}: a .jsonl or a .parquet file is needed.")
         return (path,)
-    files = [file for file in sorted(path.iterdir()) if not file.name.startswith((".", "_"))]
+    files = [file for file in sorted(path.iterdir()) if file.is_file() and not file.name.startswith((".", "_"))]
     found = {suffix: [f for f in files if f.suffix == suffix] for suffix in (".jsonl", ".parquet")}
     if bool(found[".jsonl"]) == bool(found[".parquet"]):
         raise UserError(

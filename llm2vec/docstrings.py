@@ -308,11 +308,16 @@ def write_corpus(output_dir: Path, roots: Mapping[str, Path], settings: Settings
         settings: Thresholds and split.
 
     Returns:
-        The manifest: `made_from` (settings, Python version, versions of the distributions), `counts`, `sha256`.
+        The manifest: `made_from` (settings, a hash of this file, whose rules they are, Python version, versions of the
+        distributions), `counts`, `sha256`.
 
     Raises:
-        UserError: The source trees hold too little for either split.
+        UserError: The folder cannot be made, or the source trees hold too little for either split.
     """
+    try:
+        output_dir.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(f"{output_dir} cannot be made ({error.strerror}).") from error
     made_from = _made_from(roots, settings)
     if (manifest := _reusable(output_dir, made_from)) is not None:
         logger.info("%s is up to date and is reused", output_dir)
@@ -342,10 +347,12 @@ def write_corpus(output_dir: Path, roots: Mapping[str, Path], settings: Settings
 def _made_from(roots: Mapping[str, Path], settings: Settings) -> dict[str, Any]:
     """Everything the corpus depends on, as JSON values."""
     found = distributions(path=[str(root) for root in roots.values()])
+    named = {(one.metadata["Name"], one.version) for one in found if one.metadata["Name"]}  # a broken one has no name
     return {
         "settings": asdict(settings),
+        "rules": hashlib.sha256(Path(__file__).read_bytes()).hexdigest(),
         "python": platform.python_version(),
-        "distributions": dict(sorted((one.metadata["Name"], one.version) for one in found)),
+        "distributions": dict(sorted(named)),
     }
 
 

@@ -94,10 +94,14 @@ def read_shapes(path: Path) -> list[Shapes]:
     """The lines of a `diagnostics.jsonl`.
 
     Raises:
-        UserError: a line is not a step with histograms; names file and line.
+        UserError: the file cannot be read, or a line is not a step with histograms; names file and line.
     """
     shapes = []
-    for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), start=1):
+    try:
+        lines = path.read_bytes().splitlines()
+    except OSError as error:
+        raise UserError(f"Cannot read the diagnostics {path}: {error.strerror}.") from None
+    for number, line in enumerate(lines, start=1):
         try:
             entry = json.loads(line)
             sources = {str(name): _histograms(one) for name, one in entry["sources"].items()}

@@ -42,9 +42,12 @@ class EmbeddingServer:
 
     def __init__(self, address: str) -> None:
         try:
-            url, name = urldefrag(urlsplit(address).geturl())
+            parts = urlsplit(address)
+            url, name = urldefrag(parts.geturl())
         except ValueError as error:  # a bracket of an IPv6 address is missing
             raise UserError(f"{address} is no address of a server ({error}).") from None
+        if parts.scheme not in ("http", "https") or not parts.netloc:
+            raise UserError(f"{address} is no address of a server; it begins with http:// or https:// and a host.")
         self.url = url.rstrip("/").removesuffix("/embeddings").removesuffix("/v1").rstrip("/")
         self.model = name or self._only_model()
 

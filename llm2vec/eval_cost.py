@@ -30,7 +30,7 @@ class Cost(NamedTuple):
 
 
 def task_cost(task: Any, max_tokens: float = MAX_TOKENS) -> Cost | None:
-    """Cost of one of mteb's tasks (not of an aggregate); None where mteb has no statistics of it.
+    """Cost of one of mteb's tasks (not of an aggregate); None where mteb has no statistics of it, or of no texts.
 
     Args:
         task: The task; its data need not be loaded.
@@ -46,12 +46,12 @@ def task_cost(task: Any, max_tokens: float = MAX_TOKENS) -> Cost | None:
             if task.metadata.type == "Summarization" and side == "text_statistics":
                 continue  # the summaries are compared with one another, not with their text
             number = texts.get("unique_texts") or round(texts["total_text_length"] / texts["average_text_length"])
-            if split == "train":
+            if split not in task.eval_splits:  # what a classifier is trained on
                 number = min(number, _training_samples(task, statistics))
             bare = texts["average_text_length"] / CHARACTERS_PER_TOKEN
             tokens = min(bare + (0 if side.startswith("documents") else INSTRUCTION_TOKENS), max_tokens)
             total = Cost(total.texts + number, total.tokens + number * tokens)
-    return total
+    return total if total.texts else None
 
 
 def num_documents(task: Any) -> int:

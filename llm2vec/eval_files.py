@@ -12,6 +12,7 @@ from typing import Any, NamedTuple
 
 from datasets import get_dataset_config_names
 
+from llm2vec.data import check_unicode
 from llm2vec.json_text import parse_object, read_object
 from llm2vec.revision import data_revision
 from llm2vec.types import UserError
@@ -121,6 +122,7 @@ def _read_texts(path: Path, keys: tuple[str, ...]) -> Iterator[dict[str, str]]:
     seen: set[str] = set()
     for where, row in _read_jsonl(path, ("_id", "text")):
         text = {"id": str(row["_id"])}
+        check_unicode(text["id"], "_id", where)
         if text["id"] in seen:
             raise UserError(f"{where}: the _id {text['id']!r} is there twice.")
         seen.add(text["id"])
@@ -128,6 +130,7 @@ def _read_texts(path: Path, keys: tuple[str, ...]) -> Iterator[dict[str, str]]:
             value = "" if key == "title" and row.get(key) is None else row[key]
             if not isinstance(value, str):
                 raise UserError(f"{where}: `{key}` must be text, not {json.dumps(value)[:40]}.")
+            check_unicode(value, key, where)
             text[key] = value
         yield text
 

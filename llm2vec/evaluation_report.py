@@ -22,7 +22,17 @@ from llm2vec.embedding_figures import TABLE_NOTE, read_spaces, space_figures, sp
 from llm2vec.figures import Score, Stage, by_stage_figure, early_stage_figure, losses_figure, png, read_log
 from llm2vec.paper import SUBSET, Paper, mean_of
 from llm2vec.paper_tables import Run, Table, pairs, paper_tables
-from llm2vec.report import LOSSES_CAPTION, html_figure, html_table, page, section, shown, text_table, write_whole
+from llm2vec.report import (
+    LOSSES_CAPTION,
+    html_figure,
+    html_table,
+    make_folder,
+    page,
+    section,
+    shown,
+    text_table,
+    write_whole,
+)
 from llm2vec.types import UserError
 
 TITLE = "Evaluation on MTEB"
@@ -86,14 +96,16 @@ def build_report(
     tables = paper_tables(runs, paper, paper_model)
     if not tables:
         problems = [f"{run.name}, {task}: {why}" for run in runs for task, why in run.results.problems.items()]
-        raise UserError("; ".join(["There is not one score to report", *problems]) + ".")
+        partial = [_describe(run, paper)[0].removesuffix(".") for run in runs if run.scores]
+        missing = "mean that a table could show" if partial else "score to report"
+        raise UserError("; ".join([f"There is not one {missing}", *partial, *problems]) + ".")
     comparisons = [comparison for pair in pairs(runs) for comparison in _compare(*pair, paper)]
     sentences = [sentence for run in runs for sentence in _describe(run, paper)]
     sentences += [f"{c.label}: {c.interval.sentence(c.unit)}." for c in comparisons]
     sentences += [sentence for pair in pairs(runs) for sentence in _too_few(*pair, paper)]
     sentences += _paper_interval(paper, paper_model) + _different_data(runs) + _far_off(tables)
-    if paper_model is not None:
-        tables.append(_verdict_table(tables))
+    if (beside := _verdict_table(tables)).rows:
+        tables.append(beside)
     spaces = read_spaces(cast(Mapping[Stage, Path], losses))
     if spaces:
         tables.append(Table("Embedding space along training", *space_table(spaces), TABLE_NOTE, {}))
@@ -113,8 +125,11 @@ def write_evaluation_report(report: EvaluationReport, folder: Path) -> Path:
 
     Returns:
         The path of `report.html`.
+
+    Raises:
+        UserError: The folder cannot be made.
     """
-    folder.mkdir(parents=True, exist_ok=True)
+    make_folder(folder)
     write_whole(folder / "report.md", as_markdown(report).encode())
     write_whole(folder / "report.json", (json.dumps(as_json(report), indent=1, ensure_ascii=False) + "\n").encode())
     images = ""
@@ -192,7 +207,7 @@ def _describe(run: Run, paper: Paper) -> list[str]:
     said = f"{run.name} ({run.results.model}): {len(present)} of {len(tasks)} tasks"
     said += " of the subset" if whole == SUBSET else ""
     others = len(set(run.scores) - set(paper.tasks))
-    said += f", {others} other tasks" * bool(others)
+    said += f", {others} other task{'s' * (others > 1)}" * bool(others)
     if not present:
         sentences = [f"{said}."]
     elif mean is not None:
@@ -221,7 +236,10 @@ def _compare(run: Run, other: Run, paper: Paper) -> list[Comparison]:
         task: (of, other.query_scores[task]) for task, of in run.query_scores.items() if task in other.query_scores
     }
     for task, both in queries.items():
-        found.append(Comparison(f"{label} on {task}", "queries", compare_units(*both)))
+        try:
+            found.append(Comparison(f"{label} on {task}", "queries", compare_units(*both)))
+        except UserError as error:
+            raise UserError(f"{label} on {task}: {error}") from None
     if len(queries) > 1:
         interval = compare_within_tasks(list(queries.values()))
         found.append(Comparison(f"{label}, mean of these {len(queries)} tasks", "queries, tasks fixed", interval))
@@ -235,7 +253,8 @@ def _too_few(run: Run, other: Run, paper: Paper) -> list[str]:
     if not tasks:
         return [f"{run.name} and {other.name} have no task in common."]
     mean = statistics.fmean(run.scores[task] - other.scores[task] for task in tasks)
-    return [f"{run.name} - {other.name}: {mean:+.2f} over the {len(tasks)} tasks both have, too few for an interval."]
+    over = f"the {len(tasks)} tasks both have" if len(tasks) > 1 else f"{tasks[0]}, the one task both have"
+    return [f"{run.name} - {other.name}: {mean:+.2f} over {over}, too few for an interval."]
 
 
 def _paper_interval(paper: Paper, model: str | None) -> list[str]:

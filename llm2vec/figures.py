@@ -116,7 +116,7 @@ def read_log(path: Path) -> list[dict[str, float]]:
     """
     entries: list[dict[str, float]] = []
     try:
-        lines = path.read_text(encoding="utf-8").splitlines()
+        lines = path.read_bytes().splitlines()
     except OSError as error:
         raise UserError(f"Cannot read the log {path}: {error.strerror}.") from None
     for number, line in enumerate(lines, start=1):
@@ -132,7 +132,8 @@ def read_log(path: Path) -> list[dict[str, float]]:
 def early_stage_figure(curves: Sequence[Score]) -> Figure:
     """Score against Stage II step, one line a stage and model: mean over seeds, band from lowest to highest."""
     figure, (axes,) = _new_figure(1)
-    means = run_means([score for score in curves if score.step is not None])
+    curves = [score for score in curves if score.step is not None]
+    means = run_means(curves)
     models = list(dict.fromkeys(model for model, _, _ in means))
     for model, stage in dict.fromkeys((model, stage) for model, stage, _ in means):
         points = {step: values for (m, s, step), values in means.items() if (m, s) == (model, stage)}

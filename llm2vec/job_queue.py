@@ -87,9 +87,10 @@ class JobQueue:
 
     def claim(self) -> Job | None:
         """The largest job that is free and may begin, now this process's; None if there is none at this moment."""
-        done, failed, claimed = self._names("done"), self._names("failed"), self._names("claims")
+        done = self._names("done")
+        taken = done | self._names("failed") | self._names("claims")
         for name, job in self.jobs.items():
-            if name in done | failed | claimed or not self._unmet(job) <= done:
+            if name in taken or not self._unmet(job) <= done:
                 continue
             try:
                 file = os.open(self.folder / "claims" / name, os.O_CREAT | os.O_EXCL | os.O_WRONLY)
@@ -135,7 +136,8 @@ class JobQueue:
 
     def unfinished(self) -> list[str]:
         """Jobs that are neither done nor failed: their process is gone, or what they wait for is not done."""
-        return [name for name in self.jobs if name not in self._names("done") | self._names("failed")]
+        ended = self._names("done") | self._names("failed")
+        return [name for name in self.jobs if name not in ended]
 
     def num_done(self) -> int:
         """How many jobs are done."""
@@ -155,23 +157,31 @@ class JobQueue:
 
 
 @contextmanager
-def alone_in(folder: Path, work: str) -> Iterator[None]:
+def alone_in(folder: Path, work: str) -> Iterator[int]:
     """Hold a folder that two starts at a time would write over each other's files in; it is made if missing.
 
     Args:
         folder: where the files go.
         work: what is done there, for the message.
 
+    Yields:
+        The lock's file descriptor. A program that is started with it (`pass_fds`) holds the folder, too, and goes on
+        doing so when this process is killed.
+
     Raises:
-        UserError: another process holds it.
+        UserError: another process holds it, or it cannot be made.
     """
-    folder.mkdir(parents=True, exist_ok=True)
-    with (folder / LOCK_FILE).open("w") as lock:
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        lock = (folder / LOCK_FILE).open("w")
+    except OSError as error:
+        raise UserError(f"{folder} cannot be made or written to ({error.strerror}).") from error
+    with lock:
         try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)  # ends with the process
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)  # ends with the last process that holds the file open
         except BlockingIOError:
             raise UserError(f"{folder}: another {work} is at work here; wait, or give another output folder.") from None
-        yield
+        yield lock.fileno()
 
 
 def _jobs_file(folder: Path) -> Path:

@@ -99,8 +99,9 @@ class Paper:
         """The contradiction that keeps a cell from being held against a run, if there is one."""
         runs = ("anchor", "baseline") if run == "delta" else (run,)
         for found in self.inconsistencies:
-            if (found.table, found.model, found.column) == (table, model, column) and found.run in runs:
-                return None if found.judged else found
+            cell = (found.table, found.model, found.column)
+            if cell == (table, model, column) and found.run in runs and not found.judged:
+                return found
         return None
 
     def run_names(self, model: str) -> tuple[str, ...]:

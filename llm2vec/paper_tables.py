@@ -162,7 +162,9 @@ def _task_table(runs: Sequence[Run], paper: Paper, model: str | None) -> Table |
     header = ["Task"]
     for line, printed in lines:
         header += [line.label] if printed is None else [line.label, "paper", "verdict"]
-    note = "Main scores x 100. Means have their verdict in the table by category."
+    note = "Main scores x 100."
+    if any(printed is not None for _, printed in lines):
+        note += " Means have their verdict in the table by category."
     return Table("MTEB by task" + (f" (Table {number})" if number else ""), header, rows, note, checks)
 
 

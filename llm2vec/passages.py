@@ -24,7 +24,7 @@ class Passage(NamedTuple):
     """A text and where it stands.
 
     Attributes:
-        where: `path:line` below the folder; of a JSONL file's row its id, or `file:line`.
+        where: `path:line` below the folder; of a JSONL file's row its id, or `file:line` where it has none.
         text: the text.
         title: stands before it when it is embedded.
     """
@@ -90,14 +90,21 @@ def _folder_passages(folder: Path, max_characters: int) -> Iterator[Passage]:
     not_read = []
     for file in _text_files(folder):
         try:
-            text = file.read_text(encoding="utf-8")
-        except UnicodeDecodeError:
-            not_read.append(file)
+            text = file.read_text(encoding="utf-8-sig")
+        except (UnicodeDecodeError, OSError):  # a link to nowhere, no permission
+            not_read.append(_printable(file))
             continue
-        where = file.relative_to(folder).as_posix()
+        where = _printable(file.relative_to(folder))
         yield from (Passage(f"{where}:{line}", part) for line, part in cut_into_passages(text, max_characters))
     if not_read:
-        logger.warning("%d files are not UTF-8 and are left out, such as %s", len(not_read), not_read[0])
+        logger.warning(
+            "%d files cannot be read or are not UTF-8 and are left out, such as %s", len(not_read), not_read[0]
+        )
+
+
+def _printable(path: Path) -> str:
+    """A path's name; bytes that are not UTF-8, which file names may hold, as question marks."""
+    return path.as_posix().encode("utf-8", "replace").decode()
 
 
 def _text_files(folder: Path) -> list[Path]:
@@ -116,8 +123,15 @@ def _jsonl_passages(file: Path) -> Iterator[Passage]:
             row = parse_object(line, where)
             if "text" not in row:
                 raise UserError(f"{where}: there is no `text`; there are {', '.join(row) or 'no keys'}.")
-            name = row.get("id", row.get("_id", f"{file.name}:{number}"))
-            yield Passage(str(name), _text(row["text"], "text", where), _text(row.get("title") or "", "title", where))
+            key = next((key for key in ("id", "_id") if row.get(key) is not None), None)
+            name = f"{_printable(Path(file.name))}:{number}" if key is None else _name(row[key], key, where)
+            yield Passage(name, _text(row["text"], "text", where), _text(row.get("title") or "", "title", where))
+
+
+def _name(value: Any, key: str, where: str) -> str:
+    if not isinstance(value, str | int) or isinstance(value, bool):
+        raise UserError(f"{where}: `{key}` must be a string or a whole number, not a {type(value).__name__}.")
+    return check_unicode(str(value), where)
 
 
 def _text(value: Any, key: str, where: str) -> str:

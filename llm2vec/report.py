@@ -32,6 +32,7 @@ from llm2vec.figures import (
     read_log,
     run_means,
 )
+from llm2vec.types import UserError
 
 Cell: TypeAlias = str | float | None
 
@@ -145,7 +146,8 @@ def write_report(
         The path of `report.html`, which is written last.
 
     Raises:
-        UserError: There are no scores, checkpoints have no task in common, or a log cannot be read.
+        UserError: There are no scores, checkpoints have no task in common, a log cannot be read, or the folder cannot
+            be made.
     """
     logs = {stage: read_log(path) for stage, path in losses.items()}
     spaces = read_spaces(losses)
@@ -167,7 +169,7 @@ def write_report(
         tables.append(
             section("Training", html_table(*_training_table(logs), mark_best=False), "Speed: median of the log.")
         )
-    folder.mkdir(parents=True, exist_ok=True)
+    make_folder(folder)
     body = tables[0] + _html_figures(folder, figures, context.sentence()) + "".join(tables[1:])
     if spaces:
         body += section("Embedding space", html_table(*space_table(spaces), mark_best=False), TABLE_NOTE)
@@ -217,7 +219,7 @@ def _training_table(logs: Mapping[Stage, Sequence[Mapping[str, float]]]) -> tupl
     """A row a log: last step, first and last of each loss part, last accuracy x 100, median speed."""
     parts = {"loss_q2d": "EBQ2D", "loss_d2q": "EBD2Q", "loss_contrastive": "InfoNCE"}
     header = ["Trained with", "Steps", *(f"{name}, first to last" for name in parts.values())]
-    header += ["In-batch accuracy x 100", "Tokens per second"]
+    header += ["Last in-batch accuracy x 100", "Tokens per second"]
     rows: list[list[Cell]] = []
     for stage, log in logs.items():
         row: list[Cell] = [STAGE_NAMES[stage], f"{max(entry['step'] for entry in log):,.0f}" if log else None]
@@ -230,6 +232,18 @@ def _training_table(logs: Mapping[Stage, Sequence[Mapping[str, float]]]) -> tupl
             [*row, 100 * accuracy[-1] if accuracy else None, f"{statistics.median(speed):,.0f}" if speed else None]
         )
     return header, rows
+
+
+def make_folder(folder: Path) -> None:
+    """Make a folder that a report goes to, where it is missing.
+
+    Raises:
+        UserError: It cannot be made.
+    """
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(f"The folder {folder} cannot be made ({error.strerror}).") from error
 
 
 def write_whole(path: Path, content: bytes) -> None:

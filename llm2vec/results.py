@@ -8,15 +8,15 @@ from __future__ import annotations
 
 import csv
 import heapq
-import json
+import io
 import math
 import statistics
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from llm2vec.json_text import read_object
+from llm2vec.json_text import parse_object, read_object
 from llm2vec.types import UserError
 
 AGGREGATE = "CQADupstackRetrieval"
@@ -193,15 +193,19 @@ def _main_score(task: str, content: Mapping[str, Any]) -> float:
 
 
 def _count_parts_once(scores: dict[str, float], problems: dict[str, str], data_revisions: dict[str, str]) -> None:
-    """Put the 12 parts of CQADupstackRetrieval in its place, unless its own file is there."""
+    """Put the 12 parts of CQADupstackRetrieval in its place, unless its own file is there.
+
+    Its data are those of its parts, wherever all of them say theirs: of two runs, one may have the file alone.
+    """
     parts = {task: scores.pop(task) for task in PARTS if task in scores}
     revisions = [data_revisions.pop(task) for task in PARTS if task in data_revisions]
     faults = [problems.pop(task) for task in PARTS if task in problems]
+    if len(parts) == len(PARTS):
+        data_revisions[AGGREGATE] = "+".join(revisions)
     if AGGREGATE in scores:
         return
     if len(parts) == len(PARTS):
         scores[AGGREGATE] = statistics.fmean(parts.values())
-        data_revisions[AGGREGATE] = "+".join(revisions)
         problems.pop(AGGREGATE, None)
     elif parts or faults:
         missing = ", ".join(task for task in PARTS if task not in parts)
@@ -217,6 +221,9 @@ def _read_predictions(path: Path, task: str) -> dict[str, dict[str, float]]:
     found = [queries for splits in subsets.values() if isinstance(splits, dict) for queries in splits.values()]
     if len(found) != 1 or not isinstance(found[0], dict):
         raise UserError(f"{path}: expected rankings of one subset and one split, found {len(found)}.")
+    for query, ranking in found[0].items():
+        if not isinstance(ranking, dict) or not all(isinstance(score, int | float) for score in ranking.values()):
+            raise UserError(f"{path}: expected a score for each document of the query {query!r}.")
     return found[0]
 
 
@@ -224,12 +231,34 @@ def _read_qrels(path: Path) -> dict[str, dict[str, int]]:
     """Query -> document -> grade, of queries with a document that is relevant at all."""
     relevant: dict[str, dict[str, int]] = {}
     try:
-        with path.open(encoding="utf-8", newline="") as lines:
-            rows = map(json.loads, lines) if path.suffix == ".jsonl" else csv.DictReader(lines, delimiter="\t")
-            for row in rows:
-                relevant.setdefault(str(row["query-id"]), {})[str(row["corpus-id"])] = int(row["score"])
+        content = path.read_bytes().decode("utf-8-sig")
     except OSError as error:
         raise UserError(f"Cannot read the judgements {path}: {error.strerror}.") from None
-    except (ValueError, TypeError, KeyError) as error:
-        raise UserError(f"{path}: expected rows of query-id, corpus-id and score ({error!r}).") from None
+    except UnicodeDecodeError as error:
+        raise UserError(f"{path}: the judgements are not UTF-8 ({error.reason}).") from None
+    for number, row in _rows_of(path, content):
+        try:
+            query, document, grade = str(row["query-id"]), str(row["corpus-id"]), float(row["score"])
+            relevant.setdefault(query, {})[document] = int(grade)
+            if not grade.is_integer():
+                raise ValueError(f"the score {grade} is no whole number")
+        except (ValueError, TypeError, KeyError, OverflowError) as error:
+            reason = f"no {error}" if isinstance(error, KeyError) else str(error)
+            raise UserError(f"{path}, line {number}: expected query-id, corpus-id and score ({reason}).") from None
     return {query: grades for query, grades in relevant.items() if any(grade > 0 for grade in grades.values())}
+
+
+def _rows_of(path: Path, content: str) -> Iterator[tuple[int, Mapping[str, Any]]]:
+    """Line number and row of a JSON-lines file, or of a tab-separated one with a header."""
+    lines = io.StringIO(content, newline="")  # a line ends where the file says so, not at U+2028
+    if path.suffix == ".jsonl":
+        filled = ((number, line) for number, line in enumerate(lines, start=1) if line.strip())
+        yield from ((number, parse_object(line, f"{path}, line {number}")) for number, line in filled)
+        return
+    rows = csv.DictReader(lines, delimiter="\t")
+    try:
+        yield from ((rows.line_num, row) for row in rows)
+    except csv.Error as error:
+        raise UserError(
+            f"{path}, line {rows.line_num + 1}: expected columns with tabs between them ({error})."
+        ) from None

@@ -13,6 +13,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import logging
+import mmap
 import shutil
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -26,6 +27,7 @@ from torch import Tensor
 
 from llm2vec.checkpoint import EncoderSettings, write_json
 from llm2vec.encoder_choice import EncoderChoice
+from llm2vec.job_queue import LOCK_FILE, alone_in
 from llm2vec.json_text import read_object
 from llm2vec.llm2vec import LLM2Vec
 from llm2vec.passages import Passage, read_passages
@@ -59,7 +61,7 @@ class TextIndex:
     """
 
     def __init__(self, folder: Path) -> None:
-        """Open an index; vectors and texts stay on disk.
+        """Open an index; vectors and texts stay on disk, and are these even if the index is replaced meanwhile.
 
         Raises:
             UserError: there is none, or it was cut short.
@@ -75,6 +77,8 @@ class TextIndex:
         encoder = content["encoder"]
         self.encoder = EncoderChoice(encoder["base"], tuple(encoder["adapters"]), encoder["torch_dtype"])
         self.revision: str = content["revision"]
+        with (folder / TEXTS_FILE).open("rb") as texts:
+            self._texts = mmap.mmap(texts.fileno(), 0, access=mmap.ACCESS_READ)
         try:
             self._vectors = safe_open(folder / VECTORS_FILE, framework="pt")
         except SafetensorError as error:
@@ -114,18 +118,17 @@ class TextIndex:
         vectors_QD = _unit_vectors(model, entries, "query")
         if torch.cuda.is_available():
             vectors_QD = vectors_QD.cuda()
+        k = min(k, len(self))
         keys = top_k(vectors_QD, self._blocks(), lambda q_QD, d_ND: q_QD @ d_ND.float().T, k).cpu()
         scores, numbers = (part.tolist() for part in from_keys(keys))
-        with (self.folder / TEXTS_FILE).open("rb") as texts:
+        return [
+            [Hit(score, self._passage(number)) for score, number in zip(*row, strict=True)]
+            for row in zip(scores, numbers, strict=True)
+        ]
 
-            def passage(number: int) -> Passage:
-                texts.seek(int(self._starts[number]))
-                return Passage(**json.loads(texts.readline()))
-
-            return [
-                [Hit(score, passage(number)) for score, number in zip(*row, strict=True) if number >= 0]
-                for row in zip(scores, numbers, strict=True)
-            ]
+    def _passage(self, number: int) -> Passage:
+        start, end = self._starts[number : number + 2].tolist()
+        return Passage(**json.loads(self._texts[start:end]))
 
     def _blocks(self) -> Iterator[tuple[int, Tensor]]:
         vectors = self._vectors.get_slice("vectors")
@@ -143,26 +146,34 @@ def build_index(source: Path, folder: Path, encoder: EncoderChoice, batch_size: 
         batch_size: as in `LLM2Vec.encode`.
 
     Raises:
-        UserError: `folder` is something else than an index or cannot be written, or source or model cannot be read.
+        UserError: `folder` is something else than an index, cannot be written or is being written by another process,
+            or source or model cannot be read.
     """
     _restore(folder)
     _check_replaceable(folder)
     revision, settings = encoder.revision(), encoder.settings()
     passages = read_passages(source, passage_characters(settings))
     logger.info("%d passages of %s", len(passages), source)
-    model = encoder.load()
-    vectors_ND = _unit_vectors(model, [passage.embedded for passage in passages], "document", batch_size, progress=True)
-    stored_ND = vectors_ND if encoder.torch_dtype == "float32" else vectors_ND.half()
-    about = {
-        "encoder": dataclasses.asdict(encoder.resolved()),
-        "revision": revision,
-        "settings": dataclasses.asdict(model.settings),
-        "source": str(source.resolve()),
-        "passages": len(passages),
-        "dimension": stored_ND.shape[1],
-        "dtype": str(stored_ND.dtype).removeprefix("torch."),
-    }
-    _write(folder, stored_ND, passages, about)
+    aside, _ = _places_aside(folder.resolve())
+    with alone_in(aside, "indexing"):
+        try:
+            model = encoder.load()
+            texts = [passage.embedded for passage in passages]
+            vectors_ND = _unit_vectors(model, texts, "document", batch_size, progress=True)
+            stored_ND = vectors_ND if encoder.torch_dtype == "float32" else vectors_ND.half()
+            about = {
+                "encoder": dataclasses.asdict(encoder.resolved()),
+                "revision": revision,
+                "settings": dataclasses.asdict(model.settings),
+                "source": str(source.resolve()),
+                "passages": len(passages),
+                "dimension": stored_ND.shape[1],
+                "dtype": str(stored_ND.dtype).removeprefix("torch."),
+            }
+            _write(folder, stored_ND, passages, about)
+        except BaseException:
+            shutil.rmtree(aside, ignore_errors=True)
+            raise
     return TextIndex(folder)
 
 
@@ -187,7 +198,7 @@ def _check_replaceable(folder: Path) -> None:
     names = {file.name for file in folder.iterdir()} if folder.is_dir() else set()
     if INDEX_FILE not in names:
         raise UserError(f"{folder} is there and is no index; give a folder that is not there yet.")
-    if other := sorted(names - {INDEX_FILE, TEXTS_FILE, VECTORS_FILE}):
+    if other := sorted(names - {INDEX_FILE, TEXTS_FILE, VECTORS_FILE, LOCK_FILE}):
         raise UserError(f"{folder} holds {other[0]!r}, which is of no index; give a folder that is not there yet.")
     _read_about(folder)
 
@@ -195,7 +206,12 @@ def _check_replaceable(folder: Path) -> None:
 def _read_about(folder: Path) -> dict[str, Any]:
     """What a folder's `index.json` says; other programs give files of theirs this name, too."""
     content = read_object(folder / INDEX_FILE)
-    if not {"files", "encoder", "revision"} <= content.keys():
+    files, encoder = content.get("files"), content.get("encoder")
+    if not (
+        isinstance(content.get("revision"), str)
+        and isinstance(files, dict) and files.keys() == {TEXTS_FILE, VECTORS_FILE}
+        and isinstance(encoder, dict) and {"base", "adapters", "torch_dtype"} <= encoder.keys()
+    ):  # fmt: skip
         raise UserError(f"{folder} is no index: its {INDEX_FILE} is another program's.")
     return content
 
@@ -216,11 +232,12 @@ def _restore(folder: Path) -> None:
 
 
 def _write(folder: Path, vectors_ND: Tensor, passages: Sequence[Passage], about: dict[str, Any]) -> None:
-    """Write an index aside and put it where it belongs."""
+    """Write an index aside, where this process is alone, and put it where it belongs."""
     folder = folder.resolve()
     aside, before = _places_aside(folder)
-    shutil.rmtree(aside, ignore_errors=True)  # of a process that was killed
-    aside.mkdir(parents=True)
+    for file in aside.iterdir():  # of a process that was killed
+        if file.name != LOCK_FILE:
+            file.unlink()
     lines = [json.dumps(passage._asdict(), ensure_ascii=False).encode() + b"\n" for passage in passages]
     starts = torch.tensor([0, *map(len, lines)]).cumsum(0)
     (aside / TEXTS_FILE).write_bytes(b"".join(lines))
@@ -230,5 +247,6 @@ def _write(folder: Path, vectors_ND: Tensor, passages: Sequence[Passage], about:
     if folder.exists():
         shutil.rmtree(before, ignore_errors=True)
         folder.rename(before)
-    aside.rename(folder)
+    aside.rename(folder)  # with the lock, so that nobody else begins to write there before it has its new name
+    (folder / LOCK_FILE).unlink()
     shutil.rmtree(before, ignore_errors=True)

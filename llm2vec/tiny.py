@@ -89,8 +89,13 @@ def tiny_llama(
         The model in float32 on the CPU.
 
     Raises:
-        UserError: The hidden size does not divide into heads of even width.
+        UserError: A size is below 1, or the hidden size does not divide into heads of even width.
     """
+    sizes = {"hidden_size": hidden_size, "num_layers": num_layers, "num_heads": num_heads}
+    sizes |= {"intermediate_size": intermediate_size, "max_positions": max_positions}
+    for name, size in sizes.items():
+        if size < 1:
+            raise UserError(f"{name} is {size}: choose a number above 0.")
     if hidden_size % (2 * num_heads):
         raise UserError(f"hidden_size is {hidden_size}: choose a multiple of 2 * num_heads = {2 * num_heads}.")
     config = LlamaConfig(

@@ -197,9 +197,9 @@ def drop_entries_after(file: Path, step: int) -> None:
     if not file.is_file():
         return
     with _or_end(file, step):
-        lines = file.read_text(encoding="utf-8").splitlines(keepends=True)
+        lines = file.read_text(encoding="utf-8").splitlines()
         aside = file.with_name(f".{file.name}")
-        aside.write_text("".join(line for line in lines if _step_of(line) <= step), encoding="utf-8")
+        aside.write_text("".join(f"{line}\n" for line in lines if _step_of(line) <= step), encoding="utf-8")
         aside.replace(file)
 
 

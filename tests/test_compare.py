@@ -7,6 +7,7 @@ import json
 import os
 import re
 import runpy
+import signal
 import subprocess
 import sys
 import threading
@@ -19,6 +20,7 @@ import reference
 from eval_stubs import write_retrieval
 from helpers import family_tokenizer, tiny_model, write_jsonl
 
+from llm2vec import compare_runs
 from llm2vec.checkpoint import INCOMPLETE_MARKER, SETTINGS_FILE
 from llm2vec.compare_runs import (
     FINISHED_FILE,
@@ -214,6 +216,36 @@ def test_other_data_or_another_base_are_other_runs(folder: Path) -> None:
     assert trials_of(folder)["two_stages", 7].training[0].name != other_data.training[0].name
 
 
+def test_more_processes_are_other_runs_where_they_make_a_larger_batch(folder: Path) -> None:
+    def name(num_processes: int) -> str:
+        return Planner(read_set(folder / "set"), folder / "out", num_processes).trials([7])[0].training[0].name
+
+    assert name(1) == trials_of(folder)["one_stage", 7].training[0].name
+    assert len({name(1), name(2), name(4)}) == 3
+    shared = json.loads((folder / "set/shared.json").read_text(encoding="utf-8"))
+    change(folder / "set/shared.json", all={**shared["all"], "total_batch_size": 4})
+    assert name(1) == name(2)
+
+
+def test_a_base_on_the_hub_has_its_commit_from_the_first_start_on(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Before anything of it was fetched it has no commit here; runs named without would all be done again."""
+    fetched: set[str] = set()
+    monkeypatch.setattr(compare_runs, "find_file", lambda path, name: fetched.add(path))
+    monkeypatch.setattr(compare_runs, "checkpoint_revision", lambda path: "0123abc" if path in fetched else path)
+    shared = json.loads((folder / "set/shared.json").read_text(encoding="utf-8"))
+    change(folder / "set/shared.json", all={**shared["all"], "model_name_or_path": "somebody/base"})
+    first = Planner(read_set(folder / "set"), folder / "out")
+    assert first.base_revision == "0123abc"
+    assert first.trials([7]) == Planner(read_set(folder / "set"), folder / "out").trials([7])
+
+
+def test_a_hidden_folder_is_no_recipe(folder: Path) -> None:
+    write(folder / "set/.ipynb_checkpoints/1_stage_II-checkpoint.json", {})
+    assert ".ipynb_checkpoints" not in {recipe.name for recipe in read_set(folder / "set").recipes}
+
+
 def test_a_model_can_be_scored_as_it_is(folder: Path) -> None:
     """Once, whatever the seeds; null takes an option of the set out."""
     options = {"base_model_name_or_path": "mteb/baseline-bm25s", "torch_dtype": None}
@@ -234,9 +266,22 @@ def test_a_model_can_be_scored_as_it_is(folder: Path) -> None:
         ("set/shared.json", {"all": {}}, "all.model_name_or_path must name the base"),
         ("set/shared.json", {"all": {"model_name_or_path": "a/b/c"}}, "there is no base model a/b/c"),
         ("set/shared.json", {"all": {"model_name_or_path": "x/y"}, "recipes": "../no"}, r"no such folder"),
-        ("set/evaluation.json", {}, "tasks must name at least one task"),
+        (
+            "set/shared.json",
+            {"all": {"model_name_or_path": "x/y"}, "recipes": 5},
+            "recipes is 5; it must name a folder",
+        ),
+        (
+            "set/shared.json",
+            {"all": {"model_name_or_path": "x/y", "seed": 1}},
+            r"shared\.json: seed follows from the set",
+        ),
+        ("set/shared.json", {"lm": {"model_name_or_path": "x/y"}}, "model_name_or_path follows from the set"),
+        ("set/evaluation.json", {}, "tasks must list at least one task"),
+        ("set/evaluation.json", {"tasks": "MySet"}, "tasks must list at least one task"),
         ("set/evaluation.json", {"tasks": ["MySet"], "task": "x"}, "unknown option 'task'"),
         ("set/evaluation.json", {"tasks": ["MySet"], "local_data_dir": "no"}, "there is no folder no"),
+        ("set/evaluation.json", {"tasks": ["MySet"], "local_data_dir": 5}, "local_data_dir is 5; a string is needed"),
         ("set/two_stages/3_stage_III.json", {}, r"the name must be <number>_<stage>\.json; stages: stage_I, "),
         ("set/two_stages/notes.json", {}, r"the name must be <number>_<stage>\.json"),
         ("set/two_stages/2_lm.json", {}, r"2_stage_II\.json: 2_lm\.json has the same number"),
@@ -355,7 +400,10 @@ def test_an_outcome_is_read_from_what_the_runs_left(tmp_path: Path) -> None:
     """Tokens and minutes of all stages together, from their logs."""
     first, second = chain(tmp_path, 1, 1)
     evaluation = Run("e", "x.py", (), tmp_path / "e", second)
-    logs = {first: [{"tokens": 100.0}, {"tokens": 50.0}, {"train_runtime": 60.0}], second: [{"train_runtime": 30.0}]}
+    logs = {
+        first: [{"step": 5, "tokens": 100.0}, {"step": 10, "tokens": 50.0}, {"step": 10, "train_runtime": 60.0}],
+        second: [{"step": 4, "train_runtime": 30.0}],
+    }
     for run, entries in logs.items():
         write_jsonl(run.folder / "log.jsonl", entries)
     write_scores(evaluation, {"NFCorpus": 30.0, "SciFact": 60.0})
@@ -364,8 +412,8 @@ def test_an_outcome_is_read_from_what_the_runs_left(tmp_path: Path) -> None:
     assert outcome.scores == {"NFCorpus": pytest.approx(30), "SciFact": pytest.approx(60)}
     assert outcome.minutes == pytest.approx(1.5)
     assert outcome.tokens is None, "one log does not say"
-    write_jsonl(second.folder / "log.jsonl", [{"tokens": 7.0}, {"train_runtime": 30.0}])
-    assert outcome_of(trial, {}).tokens == 157
+    write_jsonl(second.folder / "log.jsonl", [{"step": 4, "tokens": 8.0}, {"step": 6, "train_runtime": 30.0}])
+    assert outcome_of(trial, {}).tokens == 150 + 8 * 6 / 4, "the last two steps have no entry"
     assert outcome_of(trial, {"run1": "no luck", "e": "no luck"}).failure == "no luck"
     assert "holds no results" in str(outcome_of(Trial("mine", 42, (), first), {}).failure)
 
@@ -392,6 +440,12 @@ def test_the_table_by_hand() -> None:
     assert failure_lines(OUTCOMES) == ["b, seed 43: no luck; see b.log", "c, seed 42: no luck; see c.log"]
     header, rows = score_table([Outcome("a", 1, {"X": 1.0}), Outcome("a", 2, {"X": 2.0})])
     assert header[:4] == ["Recipe", "X", "Lowest", "Highest"] and rows[0][:4] == ["a", 1.5, 1.0, 2.0]
+
+
+def test_recipes_without_a_common_task_have_no_mean() -> None:
+    header, rows = score_table([Outcome("a", 1, {"X": 1.0}), Outcome("b", 1, {"Y": 2.0})])
+    assert header == ["Recipe", "X", "Y", "Lowest", "Highest", "Seeds", "Tokens, millions", "Minutes"]
+    assert [row[:3] for row in rows] == [["a", 1.0, None], ["b", None, 2.0]]
 
 
 def test_nothing_but_failures_is_a_table_too() -> None:
@@ -539,9 +593,33 @@ def test_two_comparisons_do_not_work_in_one_folder(folder: Path) -> None:
     with (folder / "out/.lock").open("w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
         main = runpy.run_path(str(SCRIPT))["main"]
-        with pytest.raises(UserError, match="another comparison is at work here"):
+        with pytest.raises(UserError, match="another comparison, or a run of an earlier one, is at work here"):
             main([str(folder / "set"), "--output_dir", str(folder / "out")])
     assert not (folder / "out/configs").exists()
+
+
+def test_a_run_that_outlives_its_comparison_keeps_others_out(folder: Path) -> None:
+    """Killed, a comparison leaves its runs behind; another start would remove the folder that they write."""
+    write(folder / "scripts/run_stage_II.py", "import os, time\nprint(os.getpid(), flush=True)\ntime.sleep(600)\n")
+    options = [str(folder / "set"), "--output_dir", str(folder / "out"), "--recipes", "one_stage"]
+    started = f"""
+import pathlib, runpy
+main = runpy.run_path({str(SCRIPT)!r})["main"]
+main.__globals__["SCRIPTS"] = pathlib.Path({str(folder / "scripts")!r})
+main({options})
+"""
+    comparison = subprocess.Popen([sys.executable, "-c", started], stdout=subprocess.DEVNULL)
+    pid = ""
+    while comparison.poll() is None and not pid.endswith("\n"):
+        time.sleep(0.1)
+        pid = "".join(log.read_text() for log in (folder / "out").glob("logs/*.log"))
+    comparison.kill()
+    comparison.wait()
+    try:
+        with pytest.raises(UserError, match="a run of an earlier one, is at work here"):
+            runpy.run_path(str(SCRIPT))["main"](options)
+    finally:
+        os.kill(int(pid), signal.SIGKILL)
 
 
 @pytest.mark.slow

@@ -24,8 +24,15 @@ from helpers import WORDS, family_tokenizer, tiny_model, write_jsonl
 
 from llm2vec import corpus_encoding, corpus_rows, job_queue
 from llm2vec.checkpoint import write_json
-from llm2vec.corpus_encoding import MANIFEST_FILE, CorpusEncoding, ShardEncoder, encode_corpus, encode_locally
-from llm2vec.corpus_rows import open_corpus
+from llm2vec.corpus_encoding import (
+    MANIFEST_FILE,
+    CorpusEncoding,
+    ShardEncoder,
+    encode_corpus,
+    encode_locally,
+    part_name,
+)
+from llm2vec.corpus_rows import cut_into_shards, open_corpus
 from llm2vec.encoder_choice import EncoderChoice
 from llm2vec.llm2vec import LLM2Vec
 from llm2vec.types import UserError
@@ -263,6 +270,18 @@ def test_a_part_that_is_cut_short_or_lost_is_made_anew(encoding: CorpusEncoding,
     assert sorted(encoded) == [0, 2] and content(encoding.output) == before
 
 
+def test_texts_that_were_removed_in_part_are_cut_anew(encoding: CorpusEncoding, encoded: list[int]) -> None:
+    """As by a start that was killed while it tidied up; later a part is lost."""
+    encode_corpus(encoding, encode_locally)
+    before = content(encoding.output)
+    (encoding.output / "part-00002.parquet").unlink()
+    (encoding.output / ".input").mkdir()
+    (encoding.output / ".input/part-00000.parquet").write_bytes(b"left over")
+    encoded.clear()
+    assert encode_corpus(encoding, encode_locally) > 0
+    assert encoded == [2] and content(encoding.output) == before
+
+
 def test_a_start_that_died_over_the_input_begins_again(
     encoding: CorpusEncoding, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -360,6 +379,21 @@ def test_a_malformed_input_is_refused_before_the_model_loads(
     assert encoded == [] and {path.name for path in encoding.output.glob("*")} <= {".lock"}
 
 
+def test_ids_may_be_more_than_two_gigabytes(
+    encoding: CorpusEncoding, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Arrow gives up on that much of its type `string`, after the whole input was read."""
+    count, types = corpus_rows.pc.value_counts, []
+
+    def noting(ids: pa.ChunkedArray) -> Any:
+        types.append(ids.type)
+        return count(ids)
+
+    monkeypatch.setattr(corpus_rows.pc, "value_counts", noting)
+    assert cut_into_shards(encoding.corpus.rows(), tmp_path / "shards", 7, part_name)
+    assert types == [pa.large_string()]
+
+
 def test_a_malformed_parquet_file_is_refused(tmp_path: Path) -> None:
     file = tmp_path / "rows.parquet"
 
@@ -377,6 +411,12 @@ def test_a_malformed_parquet_file_is_refused(tmp_path: Path) -> None:
     file.write_bytes(file.read_bytes()[:-20])
     with pytest.raises(UserError, match="not a whole Parquet file"):
         list(open_corpus(str(file)).rows())
+    pq.write_table(pa.table({"id": range(2000), "text": [f"text {i}" for i in range(2000)]}), file)
+    content = bytearray(file.read_bytes())
+    content[len(content) // 4 : len(content) // 2] = b"\xff" * (len(content) // 2 - len(content) // 4)
+    file.write_bytes(content)  # pages that cannot be decompressed
+    with pytest.raises(UserError, match=r"rows\.parquet: not a whole Parquet file"):
+        list(open_corpus(str(file)).rows())
 
 
 def test_an_input_that_is_not_there_is_refused(tmp_path: Path, folder: Path) -> None:
@@ -390,6 +430,7 @@ def test_an_input_that_is_not_there_is_refused(tmp_path: Path, folder: Path) -> 
     (tmp_path / "a.csv").touch()
     with pytest.raises(UserError, match=r"a \.jsonl or a \.parquet file is needed"):
         open_corpus(str(tmp_path / "a.csv"))
+    (tmp_path / "folder.jsonl").mkdir()
     for names in ([], ["a.jsonl", "b.parquet"]):
         for name in names:
             (tmp_path / name).touch()
@@ -409,7 +450,7 @@ def test_a_folder_with_other_content_is_refused_and_left_alone(encoding: CorpusE
 
 def test_a_folder_that_cannot_be_made_is_one_sentence(encoding: CorpusEncoding, tmp_path: Path) -> None:
     (tmp_path / "file").touch()
-    with pytest.raises(UserError, match=r"file/vectors cannot be made \(Not a directory\)"):
+    with pytest.raises(UserError, match=r"file/vectors cannot be made or written to \(Not a directory\)"):
         encode_corpus(dataclasses.replace(encoding, output=tmp_path / "file/vectors"), encode_locally)
 
 

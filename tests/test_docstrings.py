@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import re
 import runpy
 import sys
 from pathlib import Path
@@ -11,6 +12,7 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaForCausalLM
 
+from llm2vec import docstrings
 from llm2vec.docstrings import (
     EVAL_FOLDER,
     MANIFEST_FILE,
@@ -194,8 +196,8 @@ def test_corpus_depends_on_neither_place_nor_order_of_creation(tmp_path: Path) -
     assert write_corpus(tmp_path / "2", {"r": elsewhere}, SETTINGS) == first
 
 
-def test_corpus_is_reused_until_settings_packages_or_files_change(
-    tmp_path: Path, caplog: pytest.LogCaptureFixture
+def test_corpus_is_reused_until_settings_rules_packages_or_files_change(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     caplog.set_level("INFO", logger="llm2vec.docstrings")
     root, out = write_tree(tmp_path / "src", many_modules()), tmp_path / "out"
@@ -212,8 +214,20 @@ def test_corpus_is_reused_until_settings_packages_or_files_change(
     assert is_made_again(SETTINGS) and not is_made_again(SETTINGS)
     write_tree(root, {"some-1.0.dist-info/METADATA": "Metadata-Version: 2.1\nName: some\nVersion: 1.0\n"})
     assert is_made_again(SETTINGS) and not is_made_again(SETTINGS)
+    changed_rules = tmp_path / "docstrings.py"
+    changed_rules.write_text("# another version")
+    with monkeypatch.context() as patched:
+        patched.setattr(docstrings, "__file__", str(changed_rules))
+        assert is_made_again(SETTINGS) and not is_made_again(SETTINGS)
     assert is_made_again(Settings(held_out_per_mille=301))
     assert not list(out.rglob("*.partial")) and (out / MANIFEST_FILE).is_file()
+
+
+def test_a_broken_installation_has_no_name_and_stops_nobody(tmp_path: Path) -> None:
+    root = write_tree(tmp_path / "src", many_modules())
+    write_tree(root, {"some-1.0.dist-info/METADATA": "Name: some\nVersion: 1.0\n", "~roken-1.0.dist-info/RECORD": ""})
+    manifest = write_corpus(tmp_path / "out", {"r": root}, SETTINGS)
+    assert manifest["made_from"]["distributions"] == {"some": "1.0"}
 
 
 def test_users_mistakes_are_told(tmp_path: Path) -> None:
@@ -223,6 +237,9 @@ def test_users_mistakes_are_told(tmp_path: Path) -> None:
         Settings(min_query_words=0)
     with pytest.raises(UserError, match="0 training and 0 held-out rows"):
         write_corpus(tmp_path / "out", {"r": tmp_path}, SETTINGS)
+    (tmp_path / "file").touch()
+    with pytest.raises(UserError, match=r"file cannot be made \(File exists\)"):
+        write_corpus(tmp_path / "file", {"r": tmp_path}, SETTINGS)
     with pytest.raises(UserError, match="vocab_size is 100"):
         train_tokenizer(["text"], vocab_size=100)
 
@@ -272,6 +289,35 @@ def test_tiny_llama_is_seeded_tied_and_leaves_the_random_state(tmp_path: Path) -
             max_positions=8,
             seed=0,
         )
+
+
+@pytest.mark.parametrize("wrong", ["hidden_size", "num_layers", "num_heads", "intermediate_size", "max_positions"])
+def test_a_size_below_one_is_refused(wrong: str) -> None:
+    sizes = {"hidden_size": 16, "num_layers": 1, "num_heads": 2, "intermediate_size": 24, "max_positions": 32}
+    with pytest.raises(UserError, match=f"{wrong} is 0: choose a number above 0"):
+        tiny_llama(train_tokenizer(["a"], vocab_size=262), **{**sizes, wrong: 0}, seed=0)
+
+
+@pytest.mark.parametrize(
+    ("line", "said"),
+    [
+        ("not json", r"train\.jsonl, line 2: not valid JSON"),
+        ("[1]", "line 2: a JSON object is needed"),
+        ('{"query": "a"}', "line 2: a JSON object with a string `positive` is needed"),
+        ('{"query": ["a"], "positive": "b"}', "line 2: a JSON object with a string `query` is needed"),
+    ],
+)
+def test_a_malformed_training_row_is_named(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], line: str, said: str
+) -> None:
+    (tmp_path / "train.jsonl").write_text('{"query": "a", "positive": "b"}\n' + line + "\n")
+    script = str(Path(__file__).parents[1] / "experiments" / "make_tiny_model.py")
+    flags = ["--train_file", str(tmp_path / "train.jsonl"), "--output_dir", str(tmp_path / "init")]
+    monkeypatch.setattr(sys, "argv", [script, *flags])
+    with pytest.raises(SystemExit) as exit_:
+        runpy.run_path(script, run_name="__main__")
+    assert exit_.value.code == 2 and re.search(said, capsys.readouterr().err)
+    assert not (tmp_path / "init").exists()
 
 
 def test_make_tiny_model_script(

@@ -29,6 +29,7 @@ from llm2vec.paper import read_paper
 from llm2vec.paper_tables import Run
 from llm2vec.report import Context, write_report
 from llm2vec.results import read_results
+from llm2vec.train_log import drop_entries_after
 from llm2vec.types import UserError
 
 EVIL = "<script>alert('$x$')</script>"
@@ -130,6 +131,27 @@ def test_bad_lines_are_named(tmp_path: Path, line: str) -> None:
     with pytest.raises(UserError, match=r"diagnostics\.jsonl, line 2: expected a step and histograms") as error:
         read_spaces({"anchor": log})
     assert "\n" not in str(error.value)
+
+
+def test_diagnostics_that_cannot_be_read_are_named(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=r"Cannot read the diagnostics .*none\.jsonl: No such file"):
+        read_shapes(tmp_path / "none.jsonl")
+    (tmp_path / "bytes.jsonl").write_bytes(b"\xff\n")
+    with pytest.raises(UserError, match=r"bytes\.jsonl, line 1: expected a step"):
+        read_shapes(tmp_path / "bytes.jsonl")
+
+
+def test_a_run_goes_on_behind_a_line_that_lacks_its_end(tmp_path: Path) -> None:
+    """A process can be killed between a line's last brace and its end; the next line must not stand on the same."""
+    file = tmp_path / "diagnostics.jsonl"
+    lines = [json.dumps({"step": step, "all": {"random": [1, 0]}, "sources": {}}) for step in (5, 10, 15)]
+    file.write_text(f"{lines[0]}\n{lines[1]}")
+    drop_entries_after(file, 10)
+    with file.open("a") as out:
+        out.write(f"{lines[2]}\n")
+    assert [one.step for one in read_shapes(file)] == [5, 10, 15]
+    drop_entries_after(file, 5)
+    assert [one.step for one in read_shapes(file)] == [5]
 
 
 def test_paths_begin_hollow_and_end_filled(tmp_path: Path) -> None:

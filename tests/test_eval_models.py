@@ -202,6 +202,18 @@ def test_only_what_is_encoded_counts() -> None:
     assert sizes["MTOPIntentClassification"].texts < 15_000  # type: ignore[union-attr]
 
 
+def test_a_retrieval_task_on_a_split_named_train_trains_nothing() -> None:
+    """All of NanoBEIR lies in splits of that name; every text is encoded."""
+    task = find_task("NanoSciFactRetrieval")
+    cost = task_cost(task)
+    assert task.eval_splits == ["train"] and cost is not None
+    assert cost.texts == num_documents(task) + 50
+
+
+def test_a_task_without_texts_has_no_known_cost() -> None:
+    assert task_cost(find_task("FSDD")) is None  # spoken digits
+
+
 def test_the_size_of_a_corpus_is_known_before_it_is_read(tmp_path: Path) -> None:
     assert num_documents(find_task("MSMARCO")) == 8_841_823 and num_documents(find_task("SciDocsRR")) == 0
     (tmp_path / "MySet").mkdir()

@@ -154,10 +154,10 @@ def test_few_tasks_are_named_by_what_is_there(make_run: MakeRun) -> None:
         [make_run("a", {"NFCorpus": 31, "Mine": 50}), make_run("b", {"NFCorpus": 30})], PAPER, None, {}
     )
     assert (
-        "a (org/a): 1 of 56 tasks, 1 other tasks, so there is no mean of 56; missing: all but NFCorpus."
+        "a (org/a): 1 of 56 tasks, 1 other task, so there is no mean of 56; missing: all but NFCorpus."
         in report.sentences
     )
-    assert "a - b: +1.00 over the 1 tasks both have, too few for an interval." in report.sentences
+    assert "a - b: +1.00 over NFCorpus, the one task both have, too few for an interval." in report.sentences
     assert report.comparisons == [] and row(table(report, "by task"), "Mine")["b"] is None
 
 
@@ -293,6 +293,36 @@ def test_report_refuses_what_it_cannot_tell_apart(make_run: MakeRun, tmp_path: P
         build_report([Run("cut", read_results(folder))], PAPER, None, {})
 
 
+def test_runs_without_a_task_of_the_papers_make_a_report_too(make_run: MakeRun, tmp_path: Path) -> None:
+    """Nothing of it stands beside the paper, so there are no verdicts to count."""
+    runs = [make_run("anchor", {"MyOwn": 30.0}), make_run("baseline", {"MyOwn": 20.0})]
+    report = build_report(runs, PAPER, ONE, {})
+    assert "Beside the paper" not in {one.title for one in report.tables}
+    assert write(report, tmp_path / "out").is_file()
+    both = build_report([make_run("a", {"MyOwn": 1.0, "Other": 2.0}), make_run("b", {"MyOwn": 1.0})], PAPER, None, {})
+    assert "verdict" not in both.tables[0].note
+
+
+def test_checkpoints_on_the_way_need_the_whole_subset(make_run: MakeRun) -> None:
+    with pytest.raises(
+        UserError, match=r"not one mean that a table could show; anchor@25 \(org/anchor@25\): 1 of 15 tasks"
+    ):
+        build_report([make_run("anchor@25", {"NFCorpus": 30.0})], PAPER, None, {})
+
+
+def test_too_few_queries_are_said_with_their_task(make_run: MakeRun) -> None:
+    runs = [Run(name, make_run(name, {"Docs": 50.0}).results, {"Docs": {"q": 50.0}}) for name in ("a", "b")]
+    with pytest.raises(UserError, match=r"a - b on Docs: An interval needs 10 or more tasks or queries, here .* 1\."):
+        build_report(runs, PAPER, None, {})
+
+
+def test_a_folder_that_cannot_be_made_is_one_sentence(make_run: MakeRun, tmp_path: Path) -> None:
+    report = build_report([make_run("a", {"MyOwn": 30.0})], PAPER, None, {})
+    (tmp_path / "file").touch()
+    with pytest.raises(UserError, match=r"The folder .*file cannot be made \(File exists\)"):
+        write(report, tmp_path / "file")
+
+
 def report_script(*arguments: str | Path) -> None:
     runpy.run_path(str(SCRIPT))["main"]([str(argument) for argument in arguments])
 
@@ -326,6 +356,7 @@ def test_the_script_from_folders_to_page(tmp_path: Path, capsys: pytest.CaptureF
         (["--names", "a", "b"], "--names: 2 given for 1 RESULTS"),
         (["--qrels", "Docs=x"], "--predictions and --qrels go together"),
         (["--qrels", "Docs"], "--qrels: expected NAME=FILE, got Docs"),
+        (["--losses", "anchor=x", "anchor=y"], "--losses: anchor is given more than once"),
         (["--losses", "stage_2=x"], "losses: no stage stage_2; choose from bm25, base, stage_I"),
         (["--predictions", "p", "--qrels", "Other=x"], "--qrels: org/model has no score of Other"),
     ],

@@ -16,7 +16,8 @@ from pathlib import Path
 import pytest
 
 from llm2vec import job_queue
-from llm2vec.job_queue import Job, JobQueue
+from llm2vec.job_queue import Job, JobQueue, alone_in
+from llm2vec.types import UserError
 
 
 def in_another_process(action: Callable[[], None]) -> int:
@@ -159,3 +160,46 @@ def test_a_folder_that_is_gone_means_that_all_is_done(tmp_path: Path) -> None:
     for file in sorted((tmp_path / "queue").rglob("*"), reverse=True):
         file.unlink() if file.is_file() else file.rmdir()
     assert queue.claim_or_wait(0.01) is None
+
+
+def test_a_queue_is_looked_at_once_however_many_jobs_it_has(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    jobs = [Job(f"job {i:04}", 1) for i in range(2000)]
+    queue = JobQueue.prepare(tmp_path, jobs, done=[job.name for job in jobs[:-1]])
+    looks, names = [], queue._names
+    monkeypatch.setattr(queue, "_names", lambda kind: _Watched(names(kind), looks))
+    assert queue.unfinished() == ["job 1999"]
+    job = queue.claim()
+    assert job is not None and job.name == "job 1999"
+    assert len(looks) < 10
+
+
+class _Watched(set[str]):
+    """A set that notes each union that is made of it: those copy the names of all jobs."""
+
+    def __init__(self, names: set[str], looks: list[str]) -> None:
+        super().__init__(names)
+        self.looks = looks
+
+    def __or__(self, other: object) -> set[str]:  # type: ignore[override]
+        self.looks.append("union")
+        return _Watched(set(self) | set(other), self.looks)  # type: ignore[call-overload]
+
+
+def test_a_folder_is_held_by_the_programs_that_were_given_its_lock(tmp_path: Path) -> None:
+    with alone_in(tmp_path, "work") as lock:
+        program = subprocess.Popen([sys.executable, "-c", "input()"], stdin=subprocess.PIPE, pass_fds=[lock])
+    try:
+        with pytest.raises(UserError, match="another work is at work here"), alone_in(tmp_path, "work"):
+            pass
+    finally:
+        program.kill()
+        program.wait()
+    with alone_in(tmp_path, "work"):
+        pass
+
+
+def test_a_folder_that_cannot_be_made_is_one_sentence(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    for folder in (tmp_path / "file", tmp_path / "file" / "below"):
+        with pytest.raises(UserError, match=r"file.* cannot be made or written to"), alone_in(folder, "work"):
+            pass

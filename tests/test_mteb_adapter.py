@@ -449,6 +449,16 @@ def test_blank_lines_and_other_spellings_of_a_whole_number_are_read(tmp_path: Pa
     assert {type(row[key]) for row in found.corpus for key in ("id", "title", "text")} == {str}
 
 
+@pytest.mark.parametrize("file", ["corpus.jsonl", "queries.jsonl"])
+@pytest.mark.parametrize("key", ["_id", "text"])
+def test_what_no_tokenizer_can_read_is_named_by_its_line(tmp_path: Path, file: str, key: str) -> None:
+    write_retrieval(tmp_path / "MySet")
+    row = json.dumps({"_id": "new", "text": "new", key: "a \ud83d b"})
+    (tmp_path / "MySet" / file).write_text(f"{row}\n")
+    with pytest.raises(UserError, match=rf"{file}, line 1: `{key}` holds half a surrogate pair"):
+        retrieval_set_of(tmp_path / "MySet")
+
+
 def test_an_incomplete_retrieval_set_names_what_it_lacks(tmp_path: Path) -> None:
     (tmp_path / "MySet").mkdir()
     with pytest.raises(UserError, match=r"lacks corpus\.jsonl, queries\.jsonl, qrels/test\.jsonl"):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import math
 import shutil
@@ -204,3 +205,15 @@ def test_the_files_hold_what_the_transcription_holds() -> None:
     for size, model in (("1B", ONE), ("3B", THREE)):
         assert list(PAPER.tables[10][model].values()) == [row[size] for row in tables["table_10"]["rows"].values()]
     assert list(PAPER.tables[11][EIGHT].values()) == [row["BEIR"] for row in tables["table_11"]["rows"].values()]
+
+
+def test_a_cell_that_is_judged_does_not_hide_one_that_is_not() -> None:
+    """A difference has two cells, and either may be in doubt."""
+    cell = next(one for one in PAPER.inconsistencies if one.table == 1)
+    cells = [
+        dataclasses.replace(cell, run=run, judged=judged) for run, judged in (("anchor", True), ("baseline", False))
+    ]
+    for listed in (cells, cells[::-1]):
+        paper = dataclasses.replace(PAPER, inconsistencies=tuple(listed))
+        assert paper.doubt(1, cell.model, "delta", cell.column) == cells[1]
+        assert paper.doubt(1, cell.model, "anchor", cell.column) is None

@@ -120,6 +120,12 @@ def test_early_stage_draws_each_stage_by_step() -> None:
     assert axes.get_ylabel() == "Docs, nDCG@10 x 100" and axes.get_xlabel() == "Stage II optimiser step"
 
 
+def test_early_stage_is_named_by_what_it_draws() -> None:
+    """A score that belongs to no step is not drawn, whatever tasks it is of."""
+    (axes,) = early_stage_figure([*curves(), score("bm25", 0.6, task="Other")]).axes
+    assert axes.get_ylabel() == "Docs, nDCG@10 x 100"
+
+
 def test_early_stage_band_spans_the_seeds_and_models_are_told_apart() -> None:
     scores = [score("anchor", value, 50, seed) for seed, value in ((1, 0.3), (2, 0.5))]
     (axes,) = early_stage_figure([*scores, score("anchor", 0.1, 50, 1, model="other")]).axes
@@ -174,6 +180,12 @@ def test_bad_log_lines_are_named(tmp_path: Path, line: str) -> None:
     path.write_text('{"step": 1, "loss": 2}\n' + line + "\n")
     with pytest.raises(UserError, match=r"log\.jsonl, line 2: expected"):
         read_log(path)
+
+
+def test_a_log_that_is_no_text_is_named(tmp_path: Path) -> None:
+    (tmp_path / "log.jsonl").write_bytes(PNG_START)
+    with pytest.raises(UserError, match=r"log\.jsonl, line 1: expected"):
+        read_log(tmp_path / "log.jsonl")
 
 
 def test_a_missing_log_is_named(tmp_path: Path) -> None:

@@ -121,6 +121,8 @@ def test_cqadupstack_counts_once(tmp_path: Path) -> None:
     assert read_results(tmp_path / "parts").scores == {"CQADupstackRetrieval": pytest.approx(35.5)}
     write_results(tmp_path / "both", {**parts, "CQADupstackRetrieval": 35.4})
     assert read_results(tmp_path / "both").scores == {"CQADupstackRetrieval": pytest.approx(35.4)}
+    data = [read_results(tmp_path / name).data_revisions for name in ("parts", "both")]
+    assert data[0] == data[1] == {"CQADupstackRetrieval": "+".join(["d1"] * 12)}, "the same data, with and without it"
     write_results(tmp_path / "some", {part: parts[part] for part in PARTS[:10]})
     results = read_results(tmp_path / "some")
     missing = "parts without a score: CQADupstackWebmastersRetrieval, CQADupstackWordpressRetrieval"
@@ -190,7 +192,45 @@ def test_missing_and_broken_predictions_and_judgements_are_named(tmp_path: Path)
     with pytest.raises(UserError, match="expected rankings of one subset and one split, found 0"):
         read_query_scores(tmp_path, "Docs", qrels, 1)
     (tmp_path / "bad.tsv").write_text("a\tb\n1\t2\n")
-    with pytest.raises(UserError, match=r"bad\.tsv: expected rows of query-id, corpus-id and score"):
+    with pytest.raises(UserError, match=r"bad\.tsv, line 2: expected query-id, corpus-id and score \(no 'query-id'\)"):
         read_query_scores(tmp_path, "Docs", tmp_path / "bad.tsv", 1)
     with pytest.raises(UserError, match=r"Cannot read the judgements .*none\.tsv"):
         read_query_scores(tmp_path, "Docs", tmp_path / "none.tsv", 1)
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "said"),
+    [
+        ("q.jsonl", b'{"query-id": "q"\n', r"q\.jsonl, line 1: not valid JSON"),
+        ("q.jsonl", b'\n{"query-id": "q", "corpus-id": "a", "score": 1.7}\n', r"line 2: .* 1\.7 is no whole number"),
+        (
+            "q.jsonl",
+            b'{"query-id": "q", "corpus-id": "a", "score": 1}\n{"query-id": "q"}\n',
+            "line 2: .*no 'corpus-id'",
+        ),
+        ("q.tsv", b"query-id\tcorpus-id\tscore\nq\ta\t1\nq\tb\n", r"q\.tsv, line 3: expected query-id"),
+        ("q.tsv", b"query-id\tcorpus-id\tscore\nq\ta\tx\n", r"q\.tsv, line 2: .*'x'"),
+        ("q.tsv", b"query-id\tcorpus-id\tscore\nq\t" + b"a" * 200_000 + b"\t1\n", r"q\.tsv, line 2: .*field larger"),
+        ("q.tsv", b"\xff\xfe", "judgements are not UTF-8"),
+    ],
+)
+def test_a_wrong_judgement_is_named_by_its_line(tmp_path: Path, name: str, content: bytes, said: str) -> None:
+    (tmp_path / name).write_bytes(content)
+    with pytest.raises(UserError, match=said):
+        read_query_scores(tmp_path, "Docs", tmp_path / name, 1)
+
+
+def test_a_byte_order_mark_and_odd_line_separators_do_not_count(tmp_path: Path) -> None:
+    keep_predictions(tmp_path, "Docs", {"q\u2028": {"a": 1.0}})
+    (tmp_path / "q.tsv").write_text(
+        "\ufeffquery-id\tcorpus-id\tscore\r\nq\u2028\ta\t1\r\n", encoding="utf-8", newline=""
+    )
+    assert read_query_scores(tmp_path, "Docs", tmp_path / "q.tsv", 100) == {"q\u2028": pytest.approx(100)}
+
+
+def test_predictions_that_are_no_scores_are_refused(tmp_path: Path) -> None:
+    qrels = write_qrels(tmp_path / "qrels.tsv", [("q", "a", 1)])
+    for ranking in (["a"], {"a": "high"}, None):
+        (tmp_path / "Docs_predictions.json").write_text(json.dumps({"default": {"test": {"q": ranking}}}))
+        with pytest.raises(UserError, match="expected a score for each document of the query 'q'"):
+            read_query_scores(tmp_path, "Docs", qrels, 1)

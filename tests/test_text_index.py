@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+import os
 import runpy
 import shutil
 import sys
@@ -19,6 +20,7 @@ from safetensors.torch import load_file, save_file
 from llm2vec import search, text_index
 from llm2vec.checkpoint import EncoderSettings
 from llm2vec.encoder_choice import EncoderChoice
+from llm2vec.job_queue import alone_in
 from llm2vec.llm2vec import LLM2Vec
 from llm2vec.passages import cut_into_passages, read_passages
 from llm2vec.text_index import INDEX_FILE, TEXTS_FILE, VECTORS_FILE, TextIndex, build_index
@@ -117,14 +119,32 @@ def test_a_folder_is_read_in_order_without_what_is_hidden_or_no_text(tmp_path: P
     passages = read_passages(tmp_path, 100)
     assert [p.where for p in passages] == ["a/b.rst:3", "a/z.py:3", "b.md:3", "c.txt:3"]
     assert [p.text for p in passages] == ["a/b.rst", "a/z.py", "b.md", "c.txt"]
-    assert "1 files are not UTF-8 and are left out, such as" in caplog.text and "latin.txt" in caplog.text
+    assert "1 files cannot be read or are not UTF-8 and are left out, such as" in caplog.text
+    assert "latin.txt" in caplog.text
+
+
+def test_a_link_to_nowhere_and_a_byte_order_mark_stop_nobody(tmp_path: Path, caplog: Any) -> None:
+    (tmp_path / ".#notes.md").symlink_to(tmp_path / "somebody@somewhere.1234")  # as Emacs marks a file that it edits
+    (tmp_path / "notes.md").write_bytes(b"\xef\xbb\xbfhello\n")
+    assert [(p.where, p.text) for p in read_passages(tmp_path, 100)] == [("notes.md:1", "hello")]
+    assert "1 files cannot be read" in caplog.text and ".#notes.md" in caplog.text
+
+
+def test_a_file_name_that_is_not_utf8_can_be_indexed(tmp_path: Path, model_folder: Path) -> None:
+    source = tmp_path / "notes"
+    source.mkdir()
+    Path(os.fsdecode(os.fsencode(source) + b"/caf\xe9.md")).write_text("hello", encoding="utf-8")
+    index = build_index(source, tmp_path / "index", EncoderChoice(str(model_folder)))
+    (hits,) = index.search(index.load_model(), ["hello"], 1)
+    assert hits[0].passage.where == "caf?.md:1"
 
 
 def test_rows_of_a_jsonl_file_have_a_place(tmp_path: Path) -> None:
-    rows = [{"id": 7, "text": "x"}, {"_id": "d/7", "text": "y", "title": "T"}, {"text": "z", "title": None}]
+    rows: list[Any] = [{"id": 7, "text": "x"}, {"_id": "d/7", "text": "y", "title": "T"}]
+    rows += [{"text": "z", "title": None}, {"id": None, "text": ""}]
     passages = read_passages(write_jsonl(tmp_path / "rows.jsonl", rows), 1)
-    assert [p.where for p in passages] == ["7", "d/7", "rows.jsonl:3"]
-    assert [p.embedded for p in passages] == ["x", "T y", "z"]
+    assert [p.where for p in passages] == ["7", "d/7", "rows.jsonl:3", "rows.jsonl:4"]
+    assert [p.embedded for p in passages] == ["x", "T y", "z", ""]
 
 
 @pytest.mark.parametrize(
@@ -137,6 +157,9 @@ def test_rows_of_a_jsonl_file_have_a_place(tmp_path: Path) -> None:
         ('{"text": "a"\n', "line 1: not valid JSON"),
         ('["a"]\n', "line 1: a JSON object is needed, not a list."),
         ('{"text": "\\ud800"}\n', "line 1: half a surrogate pair"),
+        ('{"id": "\\ud800", "text": "a"}\n', "line 1: half a surrogate pair"),
+        ('{"id": ["a"], "text": "a"}\n', "line 1: `id` must be a string or a whole number, not a list."),
+        ('{"_id": 1.5, "text": "a"}\n', "line 1: `_id` must be a string or a whole number, not a float."),
     ],
 )
 def test_a_malformed_line_is_named(tmp_path: Path, content: str, said: str) -> None:
@@ -191,6 +214,7 @@ def test_a_small_index_gives_what_it_has_and_ties_go_to_the_earlier(tmp_path: Pa
     index = build_index(file, tmp_path / "index", EncoderChoice(str(model_folder)))
     (hits,) = index.search(index.load_model(), ["red"], 10)
     assert sorted(hit.passage.where[-1] for hit in hits) == ["1", "2", "3"]
+    assert index.search(index.load_model(), ["red"], 10**13) == [hits], "takes no more memory than the index has"
     red = [hit for hit in hits if hit.passage.text == "red"]
     assert [hit.passage.where for hit in red] == ["texts.jsonl:1", "texts.jsonl:3"] and red[0].score == red[1].score
 
@@ -304,6 +328,71 @@ def test_an_index_is_replaced_whole_or_not_at_all(
     monkeypatch.setattr(text_index, "write_json", write_json)
     assert len(build_index(file, index.folder, EncoderChoice(str(model_folder)))) == 1
     assert {path.name for path in tmp_path.iterdir()} == {"new.jsonl", "texts.jsonl", "index"}
+
+
+def test_an_open_index_stays_what_it_was_when_it_is_replaced(
+    index: TextIndex, tmp_path: Path, model_folder: Path
+) -> None:
+    """Vectors and texts belong together, also for a program that has it open."""
+    model = index.load_model()
+    before = index.search(model, ["find it"], 5)
+    file = write_jsonl(tmp_path / "new.jsonl", [{"text": f"longer than the others before {i}"} for i in range(30)])
+    build_index(file, index.folder, EncoderChoice(str(model_folder)))
+    assert index.search(model, ["find it"], 5) == before
+    assert len(TextIndex(index.folder)) == 30
+
+
+def test_two_processes_do_not_write_one_index(
+    index: TextIndex, texts_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The second is refused before it encodes anything, and does not disturb the first."""
+    with alone_in(tmp_path / ".index.writing", "indexing"):
+        (tmp_path / ".index.writing" / TEXTS_FILE).write_text("of the other process", encoding="utf-8")
+        with monkeypatch.context() as patched, pytest.raises(UserError, match="another indexing is at work here"):
+            patched.setattr(EncoderChoice, "load", lambda _: pytest.fail("it encodes"))
+            build_index(texts_file, index.folder, index.encoder)
+        assert (tmp_path / ".index.writing" / TEXTS_FILE).read_text(encoding="utf-8") == "of the other process"
+    (tmp_path / ".index.writing" / ".index.json.123").touch()  # of a process that was killed
+    (index.folder / ".lock").touch()  # of another one
+    assert len(build_index(texts_file, index.folder, index.encoder)) == len(TEXTS)
+    assert {file.name for file in index.folder.iterdir()} == {INDEX_FILE, TEXTS_FILE, VECTORS_FILE}
+    assert not (tmp_path / ".index.writing").exists()
+
+
+def test_a_process_that_begins_when_another_ends_keeps_its_place(
+    index: TextIndex, texts_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Between the renaming of the new index and the end of the process that made it, the next one may begin."""
+    place, rmtree = tmp_path / ".index.writing", shutil.rmtree
+
+    def next_begins(path: Path, **options: Any) -> None:
+        if path.name == ".index.before" and not place.exists() and (index.folder / INDEX_FILE).exists():
+            place.mkdir()
+            (place / ".lock").touch()
+        rmtree(path, **options)
+
+    monkeypatch.setattr(shutil, "rmtree", next_begins)
+    build_index(texts_file, index.folder, index.encoder)
+    assert (place / ".lock").is_file()
+
+
+def test_a_place_that_cannot_be_written_is_said_before_anything_is_encoded(
+    texts_file: Path, model_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(EncoderChoice, "load", lambda _: pytest.fail("it encodes"))
+    (tmp_path / "file").touch()
+    with pytest.raises(UserError, match=r"file/\.index\.writing cannot be made or written to \(Not a directory\)"):
+        build_index(texts_file, tmp_path / "file" / "index", EncoderChoice(str(model_folder)))
+
+
+@pytest.mark.parametrize(
+    "about", [{"files": []}, {"files": {"x": 1}}, {"encoder": {}}, {"encoder": "base"}, {"revision": None}]
+)
+def test_an_index_json_of_another_form_is_refused(index: TextIndex, about: dict[str, Any]) -> None:
+    file = index.folder / INDEX_FILE
+    file.write_text(json.dumps({**json.loads(file.read_text(encoding="utf-8")), **about}), encoding="utf-8")
+    with pytest.raises(UserError, match=r"is no index: its index\.json is another program's"):
+        TextIndex(index.folder)
 
 
 @pytest.mark.parametrize("command", ["query", "index"])
@@ -427,8 +516,9 @@ def test_control_characters_of_a_passage_do_not_reach_the_terminal(
     assert "a\ufffd]0;b" in line and "red\ufffd[2J" in line and "\x1b" not in line and "\t" not in line
 
 
-def test_queries_that_are_not_utf8_are_named(index: TextIndex, monkeypatch: pytest.MonkeyPatch) -> None:
-    bad = io.TextIOWrapper(io.BytesIO(b"red\n\xff\n"), encoding="utf-8", errors="surrogateescape")  # as Python opens it
+@pytest.mark.parametrize("errors", ["surrogateescape", "strict"])  # as Python opens it, by the locale
+def test_queries_that_are_not_utf8_are_named(index: TextIndex, monkeypatch: pytest.MonkeyPatch, errors: str) -> None:
+    bad = io.TextIOWrapper(io.BytesIO(b"red\n\xff\n"), encoding="utf-8", errors=errors)
     monkeypatch.setattr(sys, "stdin", bad)
     with pytest.raises(UserError, match="standard input, line 2: half a surrogate pair in a text, or not UTF-8"):
         run("query", index.folder)
@@ -455,3 +545,6 @@ def test_the_demo_indexes_docstrings_once(
     assert len(lines) == 4 and lines[:2] == lines[2:]
     assert {line.split()[1] for line in lines} == {"root/one.py:1", "root/two.py:1"}
     assert all(body[:40] in line for line in lines)
+    Path("output/quickstart/docstring-index", VECTORS_FILE).write_bytes(b"")
+    script["main"](["demo", "wait for the one"])
+    assert capsys.readouterr().out.splitlines() == lines[:2], "an index that was cut short is made anew"

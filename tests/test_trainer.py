@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import runpy
+import shutil
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -204,6 +205,18 @@ def test_an_error_without_a_text_ends_the_run_by_its_name(tmp_path: Path) -> Non
 
     with pytest.raises(RunEnds, match=r"checkpoint-2 could not be written \(OSError\)") as end:
         run(tmp_path, save_to=broken, save_strategy="steps", save_steps=2)
+    assert end.value.code == 1
+
+
+def test_an_output_folder_that_is_lost_ends_the_run_in_a_sentence(tmp_path: Path) -> None:
+    """A disk that went away, say; how much is free on it cannot be asked any more."""
+
+    def lost(folder: Path, weights: dict[str, Tensor] | None) -> None:
+        shutil.rmtree(tmp_path / "out")
+        raise OSError("Stale file handle")
+
+    with pytest.raises(RunEnds, match=r"checkpoint-2 could not be written \(Stale file handle\)") as end:
+        run(tmp_path / "out", save_to=lost, save_strategy="steps", save_steps=2)
     assert end.value.code == 1
 
 
