@@ -291,17 +291,19 @@ def _cached_memory(case: Case, plan: Plan) -> Line:
 def pool(options: Options, plan: Plan, queries: int) -> list[Line]:
     """Memory of a gradient-cached step with a large pool of in-batch negatives against one with 64 queries.
 
-    Over short documents, as a micro-batch has as many tokens whatever the length, and a large pool takes long.
+    Over short documents, as a micro-batch has as many tokens whatever the length, and a large pool takes long. Both
+    pools' micro-batches are as large: 64 rows fill seven or eight, and by chance not to the brim.
     """
     mean, deviation = SHORT_DOCUMENT
     title = f"Stage II, cached gradients, {queries:,} queries, documents of {mean:.0f} tokens"
-    case = Case(
+    small = Case(
         plan.shape, 64, next(iter(plan.stage_II)), options.device,
         document_length=(mean, deviation), max_tokens=plan.cache_tokens,
     )  # fmt: skip
+    large = replace(small, rows=queries, max_tokens=variants.largest_micro_batch(small))
     named = {
-        "small": Variant(variants.packed_stage_II, case),
-        "large": Variant(variants.packed_stage_II, replace(case, rows=queries)),
+        "small": Variant(variants.packed_stage_II, small),
+        "large": Variant(variants.packed_stage_II, large),
     }
     logger.info("%s", title)
     readings, lost = peaks(named)

@@ -14,7 +14,7 @@ import math
 import random
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal, cast
 
@@ -38,7 +38,7 @@ from llm2vec.llm2vec import LLM2Vec, as_instructed
 from llm2vec.llm2vec_contrastive import ContrastiveLearning
 from llm2vec.llm2vec_q2d_d2q import BidirectionalReconstruction
 from llm2vec.packing import pack_rows
-from llm2vec.step import backward_step
+from llm2vec.step import backward_step, split_batch
 from llm2vec.tiny import train_tokenizer
 from llm2vec.tokenization import Row, render_instruction
 from llm2vec.types import Batch, TokenBatch
@@ -195,6 +195,12 @@ def packed_stage_II(case: Case) -> Work:
             backward_step(objective, batches[i], objective.count(batches[i]), max_tokens=case.max_tokens)
 
     return _stage_II_work(case, step, model)
+
+
+def largest_micro_batch(case: Case) -> int:
+    """Tokens of the largest one that `packed_stage_II` makes of its first batch."""
+    pieces = split_batch(packed_batch(replace(case, device="cpu"), 0, _TRIPLE), case.max_tokens)
+    return max(sum(sum(side["lengths"]) for side in piece.values()) for piece in pieces)
 
 
 def release_stage_II(case: Case) -> Work:

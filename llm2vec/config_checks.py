@@ -135,6 +135,10 @@ def _check_values(config: Config, content: dict[str, Any], stage: Stage, path: s
         below.is_absolute() or ".." in below.parts,
         f"experiment_id is {config.experiment_id!r}; the name of a folder below output_dir is needed.",
     )
+    refuse(
+        config.output_dir.resolve() == Path(config.model_name_or_path).resolve(),
+        f"output_dir is {config.output_dir}, which the run starts from and would write over; name another folder.",
+    )
     refuse(not config.resume, "resume is ''; write auto, never, or a checkpoint's folder.")
     refuse(
         bool(content.get("resume_from_checkpoint")),

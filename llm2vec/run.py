@@ -10,6 +10,7 @@ from __future__ import annotations
 import dataclasses
 import logging
 import os
+import signal
 import sys
 import time
 import warnings
@@ -53,7 +54,7 @@ SECONDS_BEHIND_THE_FIRST = 60.0
 @contextmanager
 def user_errors_in_one_sentence() -> Iterator[None]:
     """Around a script's main: sets up logging and leaves the process group at the end; a UserError is printed and ends
-    with exit code 2, a RunEnds with its own."""
+    with exit code 2, a RunEnds with its own, Ctrl-C with 130."""
     level = logging.INFO if _is_first_process() else logging.ERROR
     logging.basicConfig(level=level, format="%(message)s")
     logging.getLogger("httpx").setLevel(logging.WARNING)
@@ -73,6 +74,10 @@ def user_errors_in_one_sentence() -> Iterator[None]:
                 sys.stderr.write(f"{end}\n")
             shut_down()
         raise SystemExit(end.code) from None
+    except KeyboardInterrupt:  # where no run is under way, which would save first (`signals`)
+        if _is_first_process():
+            sys.stderr.write("interrupted\n")
+        raise SystemExit(128 + signal.SIGINT) from None
     except RuntimeError as error:
         if not is_of_lost_process(error):
             raise

@@ -485,6 +485,15 @@ def test_keys_that_contradict_each_other(tmp_path: Path, changes: dict[str, Any]
     assert sentence in error_of(write(tmp_path, minimal(tmp_path), **changes), stage)
 
 
+def test_a_run_does_not_write_over_what_it_starts_from(tmp_path: Path) -> None:
+    changes = {"model_name_or_path": str(tmp_path / "base"), "output_dir": str(tmp_path / "x" / ".." / "base")}
+    assert "base, which the run starts from and would write over" in error_of(
+        write(tmp_path, minimal(tmp_path), **changes), "stage_II"
+    )
+    below = write(tmp_path, minimal(tmp_path), **changes, experiment_id="run")
+    assert load_config(below, "stage_II").output_dir.resolve() == tmp_path / "base" / "run"
+
+
 @pytest.mark.parametrize(
     ("changes", "stage"),
     [

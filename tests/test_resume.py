@@ -481,6 +481,17 @@ def test_a_mistake_that_all_processes_meet_is_said_once(
     assert "error" not in capfd.readouterr().err
 
 
+@pytest.mark.parametrize(("local_rank", "said"), [(0, "interrupted\n"), (1, "")])
+def test_ctrl_c_outside_a_run_is_one_word(
+    local_rank: int, said: str, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("RANK", str(local_rank))
+    with pytest.raises(SystemExit) as end, run_module.user_errors_in_one_sentence():
+        raise KeyboardInterrupt
+    assert end.value.code == 130
+    assert capfd.readouterr().err == said
+
+
 # --- whose checkpoint ---
 
 
