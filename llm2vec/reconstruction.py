@@ -72,7 +72,7 @@ class Reconstructor:
     """
 
     def __init__(self, objective: BidirectionalReconstruction, tokenizer: RowTokenizer) -> None:
-        self.objective = objective.eval()
+        self.objective = objective.eval()  # torch's mode without dropout; no code is evaluated
         self.tokenizer = tokenizer
 
     @torch.no_grad()

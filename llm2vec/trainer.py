@@ -255,7 +255,7 @@ class EmbedderTrainer(Trainer):
         """The objective's loss parts on the held-out rows: a mean over micro-batches, each rank taking its share."""
         with self._figures.paused():
             was_training = self.model_wrapped.training
-            self.model_wrapped.eval()
+            self.model_wrapped.eval()  # torch's mode without dropout; no code is evaluated
             sums: dict[str, Tensor] = {}
             num_batches = 0
             for batch in self.get_eval_dataloader():

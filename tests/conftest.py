@@ -18,6 +18,8 @@ import torch  # noqa: E402
 
 from llm2vec import step  # noqa: E402
 
+pytest_plugins = ["verify_folders"]
+
 
 @pytest.fixture(autouse=True)
 def _seeded() -> Iterator[None]:

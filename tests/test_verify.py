@@ -20,10 +20,8 @@ from verify_folders import (
     change_json,
     failures,
     save_adapter,
-    save_all,
     save_base,
     save_export,
-    script,
 )
 
 from llm2vec.checkpoint import RUN_FILE, EncoderSettings
@@ -37,25 +35,9 @@ from llm2vec.types import InstructedText, UserError
 
 
 @pytest.fixture(scope="module")
-def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return save_all(tmp_path_factory.mktemp("made"))
-
-
-@pytest.fixture(scope="module")
 def half(made: Path) -> Path:
     """The export, stored in bfloat16."""
     return save_export(made / "half", str(made / "base"), str(made / "adapter"), "bfloat16")
-
-
-@pytest.fixture
-def damaged(made: Path, tmp_path: Path) -> Path:
-    """A copy of the export, to be damaged."""
-    return shutil.copytree(made / "exported", tmp_path / "damaged")
-
-
-@pytest.fixture
-def verify(capsys: pytest.CaptureFixture[str]) -> Callable[..., tuple[int, str]]:
-    return script(capsys)
 
 
 # --- what is the same passes ---

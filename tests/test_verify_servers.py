@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import shutil
 import threading
 from collections.abc import Callable, Iterator
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
@@ -15,27 +14,11 @@ import torch
 from helpers import write_jsonl
 from torch import Tensor
 from transformers import AutoModel, AutoTokenizer
-from verify_folders import causal_reload, failures, save_all, script
+from verify_folders import causal_reload, failures
 
 from llm2vec.checkpoint import RUN_FILE
 from llm2vec.embedding_server import EmbeddingServer
 from llm2vec.types import UserError
-
-
-@pytest.fixture(scope="module")
-def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return save_all(tmp_path_factory.mktemp("made"))
-
-
-@pytest.fixture
-def damaged(made: Path, tmp_path: Path) -> Path:
-    """A copy of the export, to be damaged."""
-    return shutil.copytree(made / "exported", tmp_path / "damaged")
-
-
-@pytest.fixture
-def verify(capsys: pytest.CaptureFixture[str]) -> Callable[..., tuple[int, str]]:
-    return script(capsys)
 
 
 class Stub:

@@ -1,10 +1,11 @@
-"""Folders of small embedders that `verify` compares, and the script as a function."""
+"""Folders of small embedders that `verify` compares, and the script as a function; fixtures of its two test files."""
 
 from __future__ import annotations
 
 import dataclasses
 import json
 import runpy
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -97,3 +98,21 @@ def causal_reload(folder: Path) -> None:
         del config["is_causal"], config["use_bidirectional_attention"]
 
     change_json(folder / "config.json", change)
+
+
+@pytest.fixture(scope="module")
+def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """All of `save_all`."""
+    return save_all(tmp_path_factory.mktemp("made"))
+
+
+@pytest.fixture
+def damaged(made: Path, tmp_path: Path) -> Path:
+    """A copy of the export, to be damaged."""
+    return shutil.copytree(made / "exported", tmp_path / "damaged")
+
+
+@pytest.fixture
+def verify(capsys: pytest.CaptureFixture[str]) -> Callable[..., tuple[int, str]]:
+    """The script: arguments -> exit code and what it printed."""
+    return script(capsys)
