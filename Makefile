@@ -25,16 +25,16 @@ test-slow: .venv/installed  ## the tests that take longer, too
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n 2 -m "not gpu"
 
 test-lowest: .venv-lowest/installed  ## the core's tests with the oldest libraries that setup.py allows
-	OMP_NUM_THREADS=1 .venv-lowest/bin/python -m pytest -q -n 2 $(CORE:%=tests/test_%.py)
+	OMP_NUM_THREADS=1 .venv-lowest/bin/python -m pytest -q -n 2 $(foreach name,$(CORE),$(wildcard tests/test_$(name).py tests/*/test_$(name).py))
 
 test-gpu: .venv/installed  ## the tests that need a CUDA device
 	$(BIN)/python -m pytest -q -m gpu
 
 bench: .venv/installed  ## speed and memory beside the release's steps and sentence-transformers; about an hour
-	$(BIN)/python experiments/benchmark.py
+	$(BIN)/python -m benchmarks.benchmark
 
 faults: .venv/installed  ## breaks training runs in every way and writes docs/reliability.md's table; about 15 minutes
-	$(BIN)/python experiments/faults.py
+	$(BIN)/python -m benchmarks.faults
 
 docs: .venv/installed  ## the documentation site, into output/site
 	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --strict

@@ -2,7 +2,7 @@
 
 from pathlib import Path
 
-from setuptools import setup
+from setuptools import find_packages, setup
 
 setup(
     name="llm2vec",
@@ -11,7 +11,7 @@ setup(
     long_description=Path(__file__).with_name("README.md").read_text(encoding="utf-8"),
     long_description_content_type="text/markdown",
     license="MIT",
-    packages=["llm2vec"],
+    packages=find_packages(include=["llm2vec", "llm2vec.*"]),
     package_data={"llm2vec": ["py.typed"]},
     python_requires=">=3.11",
     install_requires=[

@@ -3,7 +3,7 @@
     python experiments/compare.py train_configs/comparison/quickstart --seeds 42 43        # what `make compare` runs
     python experiments/compare.py train_configs/comparison/llama3.2_1b --processes 8
 
-The set is a folder of configs (`llm2vec/compare_runs.py` says which). A recipe's stages wait for each other; runs that
+The set is a folder of configs (`llm2vec/compare/runs.py` says which). A recipe's stages wait for each other; runs that
 do not are done at the same time, `--workers` of them. What has been done and has not changed since is not done again.
 A run that fails stops its own recipe only, and the exit code is then 1. Everything goes below --output_dir:
 
@@ -23,8 +23,7 @@ from pathlib import Path
 
 import torch
 
-from llm2vec.checkpoint import RUN_FILE
-from llm2vec.compare_runs import (
+from llm2vec.compare.runs import (
     EVALUATION_SCRIPT,
     FINISHED_FILE,
     Planner,
@@ -36,10 +35,11 @@ from llm2vec.compare_runs import (
     read_set,
     unique_runs,
 )
-from llm2vec.compare_table import failure_lines, outcome_of, score_table, write_comparison
-from llm2vec.job_queue import alone_in
-from llm2vec.report import text_table
-from llm2vec.run import user_errors_in_one_sentence
+from llm2vec.compare.table import failure_lines, outcome_of, score_table, write_comparison
+from llm2vec.corpus.queue import alone_in
+from llm2vec.model.checkpoint import RUN_FILE
+from llm2vec.reports.page import text_table
+from llm2vec.train.run import user_errors_in_one_sentence
 from llm2vec.types import UserError
 
 SCRIPTS = Path(__file__).resolve().parent

@@ -11,7 +11,7 @@ import sys
 import time
 from pathlib import Path
 
-from llm2vec.docstrings import Settings, installed_roots, write_corpus
+from llm2vec.quickstart.docstrings import Settings, installed_roots, write_corpus
 from llm2vec.types import UserError
 
 

@@ -12,8 +12,8 @@ import sys
 from collections.abc import Iterator
 from pathlib import Path
 
-from llm2vec.json_text import parse_object
-from llm2vec.tiny import tiny_llama, train_tokenizer
+from llm2vec.files import parse_object
+from llm2vec.quickstart.tiny import tiny_llama, train_tokenizer
 from llm2vec.types import UserError
 
 

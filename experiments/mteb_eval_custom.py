@@ -76,8 +76,8 @@ def fail(sentence: object) -> NoReturn:
 
 def run(args: argparse.Namespace) -> None:
     """Do the evaluation and print its table; a problem with a task is said after the others' scores."""
-    from llm2vec.eval_models import ModelChoice
-    from llm2vec.evaluation import Request, dry_run, evaluate_all, expand
+    from llm2vec.evaluation.models import ModelChoice
+    from llm2vec.evaluation.run import Request, dry_run, evaluate_all, expand
     from llm2vec.types import UserError
 
     choice = ModelChoice(

@@ -9,8 +9,8 @@ No weights are read: of the base, `config.json` and the tokenizer; of the data, 
 (once, then cached), and a sample tokenised. Where data or tokenizer are not at hand, --tokens_query and
 --tokens_document stand for them; where the base is not, as before a Stage II whose Stage I has not run, --base does.
 Memory is reckoned for a GPU if one is named or found, else for this machine's CPU; on CPUs it was held against measured
-runs (tests/test_memory_plan.py), on GPUs it was not. Exit code 2 if the run would refuse its config, base or data; what
-is wrong with its output folder is a warning, as the run may be for another machine.
+runs (tests/planning/test_memory_plan.py), on GPUs it was not. Exit code 2 if the run would refuse its config, base or
+data; what is wrong with its output folder is a warning, as the run may be for another machine.
 """
 
 import argparse
@@ -20,11 +20,11 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import get_args
 
-from llm2vec.cards import CARDS, Card, card_here
-from llm2vec.config import Stage
-from llm2vec.plan import Conditions, make_plan
-from llm2vec.plan_report import report
-from llm2vec.run import user_errors_in_one_sentence
+from llm2vec.planning.gpus import CARDS, Card, card_here
+from llm2vec.planning.plan import Conditions, make_plan
+from llm2vec.planning.words import report
+from llm2vec.train.config import Stage
+from llm2vec.train.run import user_errors_in_one_sentence
 from llm2vec.types import UserError
 
 

@@ -25,11 +25,11 @@ from typing import Any
 
 from tqdm import tqdm
 
-from llm2vec.config import Stage
-from llm2vec.config_file import load_config
-from llm2vec.docstrings import TRAIN_FILE
-from llm2vec.job_queue import alone_in
-from llm2vec.run import user_errors_in_one_sentence
+from llm2vec.corpus.queue import alone_in
+from llm2vec.quickstart.docstrings import TRAIN_FILE
+from llm2vec.train.config import Stage
+from llm2vec.train.config_file import load_config
+from llm2vec.train.run import user_errors_in_one_sentence
 from llm2vec.types import UserError
 
 OUTPUT = Path("output/quickstart")
@@ -142,8 +142,8 @@ def evaluate_and_report(started: float) -> None:
     import torch
     import transformers
 
-    from llm2vec.mteb_adapter import evaluate, load_tasks
-    from llm2vec.report import Score, terminal_table, write_report
+    from llm2vec.evaluation.mteb_adapter import evaluate, load_tasks
+    from llm2vec.reports.page import Score, terminal_table, write_report
 
     for library in ("mteb", "bm25s"):  # a page of lines for each checkpoint
         logging.getLogger(library).setLevel(logging.WARNING)
@@ -177,8 +177,8 @@ def evaluate_and_report(started: float) -> None:
 
 def score_checkpoint(folder: Path, tasks: Sequence[Any]) -> float:
     """nDCG@10 of a checkpoint on the held-out docstrings."""
+    from llm2vec.evaluation.mteb_adapter import LLM2VecEncoder, evaluate
     from llm2vec.llm2vec import LLM2Vec
-    from llm2vec.mteb_adapter import LLM2VecEncoder, evaluate
 
     instruction = json.loads((CONFIGS / "sources.json").read_text(encoding="utf-8"))["docstrings"]["instruction"]
     encoder = LLM2VecEncoder(LLM2Vec.from_pretrained(str(folder)), [folder], {TASK: instruction})
@@ -194,7 +194,7 @@ def checkpoints_of(folder: Path) -> dict[int, Path]:
 
 def report_context() -> Any:
     """What the report says beside the numbers."""
-    from llm2vec.report import Context
+    from llm2vec.reports.page import Context
 
     counts = json.loads((CORPUS / "manifest.json").read_text(encoding="utf-8"))["counts"]
     config = load_config(CONFIGS / "stage_I.json", "stage_I")

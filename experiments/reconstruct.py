@@ -20,11 +20,10 @@ from typing import Any
 
 from transformers import set_seed
 
-from llm2vec.checkpoint import write_json
-from llm2vec.config_file import load_config
-from llm2vec.data import Instruction, Source, TrainingRows
-from llm2vec.eval_files import retrieval_set_of
-from llm2vec.reconstruction import (
+from llm2vec.data.rows import Instruction, Source, TrainingRows
+from llm2vec.evaluation.files import retrieval_set_of
+from llm2vec.model.checkpoint import write_json
+from llm2vec.probes.reconstruction import (
     Reconstructor,
     Sampling,
     expand_file,
@@ -35,9 +34,10 @@ from llm2vec.reconstruction import (
     render,
     written,
 )
-from llm2vec.reconstruction_probe import ReconstructionProbe, as_json, as_table
-from llm2vec.run import user_errors_in_one_sentence
-from llm2vec.run_rows import open_rows
+from llm2vec.probes.reconstruction_probe import ReconstructionProbe, as_json, as_table
+from llm2vec.train.config_file import load_config
+from llm2vec.train.rows import open_rows
+from llm2vec.train.run import user_errors_in_one_sentence
 from llm2vec.types import Example, InstructedText, UserError
 
 #: Options that do nothing in some modes, with those in which they do something.

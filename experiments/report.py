@@ -17,10 +17,10 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from llm2vec.evaluation_report import as_text, build_report, write_evaluation_report
-from llm2vec.paper import read_paper
-from llm2vec.paper_tables import Run
-from llm2vec.results import read_query_scores, read_results
+from llm2vec.reports.evaluation import as_text, build_report, write_evaluation_report
+from llm2vec.reports.paper import read_paper
+from llm2vec.reports.paper_tables import Run
+from llm2vec.reports.results import read_query_scores, read_results
 from llm2vec.types import UserError
 
 PAPER_DATA = Path(__file__).resolve().parents[1] / "test_configs"

@@ -9,13 +9,13 @@ torchrun --nproc_per_node=N experiments/run_mntp.py CONFIG.json
 import dataclasses
 import sys
 
-from llm2vec.config_file import load_config
-from llm2vec.llm2vec_mntp import MaskedNextTokenPrediction, mask_tokens
-from llm2vec.resume import start_or_resume
-from llm2vec.run import config_path, train, user_errors_in_one_sentence
-from llm2vec.run_model import load_model
-from llm2vec.run_rows import open_running_text
-from llm2vec.text_blocks import open_blocks
+from llm2vec.data.blocks import open_blocks
+from llm2vec.objectives.mntp import MaskedNextTokenPrediction, mask_tokens
+from llm2vec.train.config_file import load_config
+from llm2vec.train.model import load_model
+from llm2vec.train.resume import start_or_resume
+from llm2vec.train.rows import open_running_text
+from llm2vec.train.run import config_path, train, user_errors_in_one_sentence
 
 
 def main() -> None:

@@ -9,16 +9,16 @@ torchrun --nproc_per_node=1 experiments/run_simcse.py train_configs/llm2vec/simc
 import dataclasses
 import sys
 
-from llm2vec.backbone import set_attention_dropout
-from llm2vec.collation import CollateSides
-from llm2vec.config_file import load_config
+from llm2vec.data.collation import CollateSides
 from llm2vec.llm2vec import row_tokenizer
-from llm2vec.llm2vec_contrastive import ContrastiveLearning, RowFacts
-from llm2vec.resume import start_or_resume
-from llm2vec.run import config_path, train, user_errors_in_one_sentence
-from llm2vec.run_model import load_model
-from llm2vec.run_report import describe_negatives
-from llm2vec.run_rows import open_texts
+from llm2vec.model.backbone import set_attention_dropout
+from llm2vec.objectives.contrastive import ContrastiveLearning, RowFacts
+from llm2vec.train.config_file import load_config
+from llm2vec.train.model import load_model
+from llm2vec.train.resume import start_or_resume
+from llm2vec.train.rows import open_texts
+from llm2vec.train.run import config_path, train, user_errors_in_one_sentence
+from llm2vec.train.words import describe_negatives
 
 
 def main() -> None:

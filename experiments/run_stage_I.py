@@ -6,15 +6,15 @@ python experiments/run_stage_I.py train_configs/quickstart/stage_I.json      # o
 
 import sys
 
-from llm2vec.collation import CollateSides
-from llm2vec.config_file import load_config
+from llm2vec.data.collation import CollateSides
 from llm2vec.llm2vec import row_tokenizer
 from llm2vec.llm2vec_q2d_d2q import BidirectionalReconstruction
-from llm2vec.llm2vec_token_set import CollateBlocks, TokenSetPrediction
-from llm2vec.resume import start_or_resume
-from llm2vec.run import config_path, train, user_errors_in_one_sentence
-from llm2vec.run_model import load_model
-from llm2vec.run_rows import open_rows
+from llm2vec.objectives.token_set import CollateBlocks, TokenSetPrediction
+from llm2vec.train.config_file import load_config
+from llm2vec.train.model import load_model
+from llm2vec.train.resume import start_or_resume
+from llm2vec.train.rows import open_rows
+from llm2vec.train.run import config_path, train, user_errors_in_one_sentence
 
 
 def main() -> None:

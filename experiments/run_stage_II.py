@@ -11,17 +11,17 @@ python experiments/run_stage_II.py train_configs/quickstart/stage_II.json    # o
 import dataclasses
 import sys
 
-from llm2vec.collation import CollateSides, Side
-from llm2vec.config_file import load_config
+from llm2vec.data.collation import CollateSides, Side
 from llm2vec.llm2vec import row_tokenizer
-from llm2vec.llm2vec_contrastive import ContrastiveLearning, RowFacts
-from llm2vec.llm2vec_grit import ContrastiveLanguageModelling
-from llm2vec.llm2vec_lm import LanguageModelling
-from llm2vec.resume import start_or_resume
-from llm2vec.run import config_path, train, user_errors_in_one_sentence
-from llm2vec.run_model import decoder_of, load_model
-from llm2vec.run_report import describe_negatives
-from llm2vec.run_rows import open_rows
+from llm2vec.objectives.contrastive import ContrastiveLearning, RowFacts
+from llm2vec.objectives.grit import ContrastiveLanguageModelling
+from llm2vec.objectives.language_modelling import LanguageModelling
+from llm2vec.train.config_file import load_config
+from llm2vec.train.model import decoder_of, load_model
+from llm2vec.train.resume import start_or_resume
+from llm2vec.train.rows import open_rows
+from llm2vec.train.run import config_path, train, user_errors_in_one_sentence
+from llm2vec.train.words import describe_negatives
 
 
 def main() -> None:

@@ -12,9 +12,9 @@ from pathlib import Path
 
 from run_stage_II import main
 
-from llm2vec.config import Config
-from llm2vec.json_text import read_object
-from llm2vec.run import config_path, user_errors_in_one_sentence
+from llm2vec.files import read_object
+from llm2vec.train.config import Config
+from llm2vec.train.run import config_path, user_errors_in_one_sentence
 
 logger = logging.getLogger(__name__)
 

@@ -23,16 +23,16 @@ from pathlib import Path
 
 from transformers.utils import logging as transformers_logging
 
-from llm2vec.backbone import without_waiting_for_the_hub
-from llm2vec.checkpoint import EncoderSettings
 from llm2vec.llm2vec import DTYPES
-from llm2vec.parity import Answer, Parity, ask_server, ask_way, bundled_texts, compare, read_texts
-from llm2vec.parity_causes import find_causes
-from llm2vec.parity_loaded import LocalWay, open_way
-from llm2vec.parity_ways import Choice, choices_of, rendering_of
-from llm2vec.report import text_table
-from llm2vec.run import user_errors_in_one_sentence
+from llm2vec.model.backbone import without_waiting_for_the_hub
+from llm2vec.model.checkpoint import EncoderSettings
+from llm2vec.reports.page import text_table
+from llm2vec.train.run import user_errors_in_one_sentence
 from llm2vec.types import InstructedText, UserError
+from llm2vec.verify.causes import find_causes
+from llm2vec.verify.compare import Answer, Parity, ask_server, ask_way, bundled_texts, compare, read_texts
+from llm2vec.verify.loaded import LocalWay, open_way
+from llm2vec.verify.ways import Choice, choices_of, rendering_of
 
 
 def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:

@@ -21,19 +21,19 @@ from torch import Tensor, nn
 from tqdm.auto import tqdm
 from transformers import PretrainedConfig, PreTrainedTokenizerBase
 
-from llm2vec.backbone import Backbone, check_attention, find_file, hidden_states, load_backbone, load_tokenizer
-from llm2vec.checkpoint import (
+from llm2vec.model.backbone import Backbone, check_attention, find_file, hidden_states, load_backbone, load_tokenizer
+from llm2vec.model.checkpoint import (
     EncoderSettings,
     read_probe_ids,
     read_settings,
     resolve_chain,
     save_checkpoint,
 )
-from llm2vec.packing import check_packing, pack_rows, packed_hidden_states
-from llm2vec.pooling import pool, pool_packed
-from llm2vec.stock_form import stock_model
-from llm2vec.templates import infer_template
-from llm2vec.tokenization import Row, RowTokenizer, probe_ids
+from llm2vec.model.packing import check_packing, pack_rows, packed_hidden_states
+from llm2vec.model.pooling import pool, pool_packed
+from llm2vec.model.stock_form import stock_model
+from llm2vec.text.templates import infer_template
+from llm2vec.text.tokenization import Row, RowTokenizer, probe_ids
 from llm2vec.types import Attention, InstructedText, PoolingMode, TextSide, TokenBatch, UserError
 
 if TYPE_CHECKING:

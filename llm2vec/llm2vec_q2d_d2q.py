@@ -22,10 +22,10 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from llm2vec.checkpoint import EncoderSettings
 from llm2vec.llm2vec import embed
-from llm2vec.losses import linear_cross_entropy
-from llm2vec.packing import packed_hidden_states, starts_of
+from llm2vec.model.checkpoint import EncoderSettings
+from llm2vec.model.packing import packed_hidden_states, starts_of
+from llm2vec.objectives.losses import linear_cross_entropy
 from llm2vec.types import Batch, Output, ReconstructionTarget
 
 

@@ -15,7 +15,7 @@ from pathlib import Path
 
 import numpy as np
 
-from llm2vec.data import E5_INSTRUCTIONS
+from llm2vec.data.rows import E5_INSTRUCTIONS
 
 #: Shares of the 14 sources, in their order: uneven, as the released ones are.
 SHARES = (18, 6, 2, 7, 6, 2, 3, 24, 5, 6, 5, 6, 6, 4)

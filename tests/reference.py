@@ -15,7 +15,7 @@ import torch
 from helpers import WORDS
 from torch import Tensor, nn
 
-from llm2vec.tokenization import Row
+from llm2vec.text.tokenization import Row
 from llm2vec.types import Attention, Example, InstructedText, PoolingMode
 
 

@@ -21,7 +21,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from llm2vec import LLM2Vec
-from llm2vec.checkpoint import (
+from llm2vec.model.checkpoint import (
     INCOMPLETE_MARKER,
     RUN_FILE,
     SETTINGS_FILE,
@@ -29,9 +29,9 @@ from llm2vec.checkpoint import (
     resolve_chain,
     save_checkpoint,
 )
-from llm2vec.config import Config
-from llm2vec.run_model import open_tokenizer
-from llm2vec.trainer import LOG_FILE
+from llm2vec.train.config import Config
+from llm2vec.train.model import open_tokenizer
+from llm2vec.train.trainer import LOG_FILE
 
 ROOT = Path(__file__).parents[1]
 

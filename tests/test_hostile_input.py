@@ -26,16 +26,16 @@ from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 
 from llm2vec import LLM2Vec
-from llm2vec.checkpoint import EncoderSettings, read_settings
-from llm2vec.config_file import load_config
-from llm2vec.data import parse_line, parse_row, read_sources_file
-from llm2vec.eval_files import load_instructions, retrieval_set_of
-from llm2vec.json_text import parse_json
-from llm2vec.report import html_table
-from llm2vec.results import read_results
-from llm2vec.revision import model_name
-from llm2vec.templates import TEMPLATES
-from llm2vec.tokenization import RowTokenizer
+from llm2vec.data.rows import parse_line, parse_row, read_sources_file
+from llm2vec.evaluation.files import load_instructions, retrieval_set_of
+from llm2vec.files import parse_json
+from llm2vec.model.checkpoint import EncoderSettings, read_settings
+from llm2vec.model.revision import model_name
+from llm2vec.reports.page import html_table
+from llm2vec.reports.results import read_results
+from llm2vec.text.templates import TEMPLATES
+from llm2vec.text.tokenization import RowTokenizer
+from llm2vec.train.config_file import load_config
 from llm2vec.types import InstructedText, UserError
 from tests.helpers import family_tokenizer, tiny_model
 

@@ -15,19 +15,25 @@ PACKAGE = Path(__file__).parents[1] / "llm2vec"
 
 #: Each module may import only modules that stand before it.
 ORDER = (
-    "types", "json_text", "json_types", "distributed", "pooling", "losses", "templates", "tokenization", "few_shot",
-    "cached_tables", "data", "data_check", "config", "config_checks", "config_file", "backbone", "packed_attention",
-    "packing", "collation", "checkpoint", "stock_form", "llm2vec", "llm2vec_q2d_d2q", "llm2vec_contrastive",
-    "llm2vec_lm", "llm2vec_grit", "text_blocks", "llm2vec_mntp", "llm2vec_token_set", "passes", "activation_plan",
-    "memory_plan", "cards", "sentence_transformer_loss", "activation_memory", "sharding", "step", "reconstruction",
-    "reconstruction_probe", "nano_beir", "diagnostics", "signals", "resume", "train_log", "trainer", "run_rows",
-    "run_model", "run_report", "run_probes", "run", "stage_parts", "row_lengths", "plan", "plan_warnings",
-    "plan_report", "search", "job_queue", "revision", "corpus_search", "eval_files", "mteb_adapter", "eval_models",
-    "eval_cost", "eval_jobs", "evaluation", "docstrings", "tiny", "figures", "embedding_figures", "report", "paper",
-    "results", "comparison", "paper_tables", "evaluation_report", "compare_runs", "compare_table", "model_card",
-    "export", "encoder_choice", "corpus_rows", "passages", "text_index", "corpus_encoding", "corpus_encoding_ray",
-    "embedding_server", "parity_ways", "parity_loaded", "parity", "parity_tokens", "parity_causes", "bench_measure",
-    "bench_reference", "bench_variants", "bench_sections", "bench_processes", "__init__",
+    "types", "files", "train.json_types", "distributed", "model.pooling", "objectives.losses", "text.templates",
+    "text.tokenization", "text.few_shot", "data.tables", "data.rows", "data.check", "train.config",
+    "train.config_checks", "train.config_file", "model.backbone", "model.packed_attention", "model.packing",
+    "data.collation", "model.checkpoint", "model.stock_form", "llm2vec", "llm2vec_q2d_d2q", "objectives.contrastive",
+    "objectives.language_modelling", "objectives.grit", "data.blocks", "objectives.mntp", "objectives.token_set",
+    "planning.work", "planning.activations", "planning.memory", "planning.gpus", "objectives.sentence_transformers",
+    "model.recomputation", "train.sharding", "train.step", "probes.reconstruction", "probes.reconstruction_probe",
+    "probes.nano_beir", "probes.diagnostics", "signals", "train.resume", "train.log", "train.trainer", "train.rows",
+    "train.model", "train.words", "train.run_probes", "train.run", "train.stages", "planning.row_lengths",
+    "planning.plan", "planning.warnings", "planning.words", "corpus.search", "corpus.queue", "model.revision",
+    "corpus.sharded_search", "evaluation.files", "evaluation.mteb_adapter", "evaluation.models", "evaluation.cost",
+    "evaluation.jobs", "evaluation.run", "quickstart.docstrings", "quickstart.tiny", "reports.figures",
+    "reports.embedding_figures", "reports.page", "reports.paper", "reports.results", "reports.intervals",
+    "reports.paper_tables", "reports.evaluation", "compare.runs", "compare.table", "export.model_card",
+    "export.export", "model.choice", "corpus.rows", "corpus.passages", "corpus.text_index", "corpus.encoding",
+    "corpus.ray", "verify.server", "verify.ways", "verify.loaded", "verify.compare", "verify.tokens", "verify.causes",
+    "text.__init__", "data.__init__", "model.__init__", "objectives.__init__", "train.__init__", "probes.__init__",
+    "planning.__init__", "evaluation.__init__", "corpus.__init__", "reports.__init__", "compare.__init__",
+    "export.__init__", "verify.__init__", "quickstart.__init__", "__init__",
 )  # fmt: skip
 
 FILES = sorted(PACKAGE.rglob("*.py"))
@@ -146,13 +152,19 @@ def test_imports_point_one_way(file: Path) -> None:
 
 def test_only_the_adapter_imports_mteb() -> None:
     importers = {module_name(f) for f in FILES if any(name.split(".")[0] == "mteb" for name in imports_of(f))}
-    assert importers == {"mteb_adapter"}
+    assert importers == {"evaluation.mteb_adapter"}
 
 
 @pytest.mark.parametrize("file", FILES, ids=module_name)
 def test_the_package_imports_nothing_around_it(file: Path) -> None:
     """Scripts and tests import the package, never the other way round."""
-    assert not {name.split(".")[0] for name in imports_of(file)} & {"experiments", "tests", "helpers", "conftest"}
+    assert not {name.split(".")[0] for name in imports_of(file)} & {
+        "benchmarks",
+        "experiments",
+        "tests",
+        "helpers",
+        "conftest",
+    }
 
 
 @pytest.mark.parametrize("file", FILES, ids=module_name)
@@ -195,7 +207,7 @@ def test_importing_has_no_side_effect(tmp_path: Path) -> None:
             and "__future__" not in ast.unparse(node)
         }
     )
-    ours = ["llm2vec", *(f"llm2vec.{name}" for name in ORDER if name != "__init__")]
+    ours = ["llm2vec", *(f"llm2vec.{name}" for name in ORDER if not name.endswith("__init__"))]
     output = run_python(WATCH, json.dumps([libraries, ours]), tmp_path)
     assert json.loads(output.rpartition("RESULT")[2]) == []
     assert not list(tmp_path.iterdir())

@@ -14,11 +14,11 @@ import pytest
 import torch
 from helpers import family_tokenizer, tiny_model
 
-from llm2vec.backbone import Chain, attach_lora, load_backbone
-from llm2vec.checkpoint import EncoderSettings, save_checkpoint
-from llm2vec.export import Export, export
+from llm2vec.export.export import Export, export
 from llm2vec.llm2vec import row_tokenizer
-from llm2vec.tokenization import probe_ids
+from llm2vec.model.backbone import Chain, attach_lora, load_backbone
+from llm2vec.model.checkpoint import EncoderSettings, save_checkpoint
+from llm2vec.text.tokenization import probe_ids
 
 SCRIPT = Path(__file__).parents[1] / "experiments/verify.py"
 BIDIRECTIONAL = EncoderSettings("last", 64, template="llama3", instruction_join="; ", attention="bidirectional")

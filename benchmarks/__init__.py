@@ -1,0 +1,1 @@
+"""Measurements of speed and memory, and a test bench of faults. Not part of the package."""

@@ -1,0 +1,467 @@
+"""What is left of a training run when something breaks: each fault is made to happen to a tiny model.
+
+The table goes to docs/reliability.md.
+
+    python -m benchmarks.faults                    # what `make faults` runs: about 15 minutes on two free cores
+    python -m benchmarks.faults --kills 3 --docs_file /tmp/table.md
+
+Runs are the ordinary scripts in processes of their own. A fault is followed by the same command again, and by a look
+whether that ends as a run that nothing happened to: the same weights and the same log, to the bit.
+"""
+
+import argparse
+import json
+import os
+import platform
+import random
+import resource
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, Literal, NamedTuple
+
+import torch
+from safetensors.torch import load_file, save_file
+
+from llm2vec.quickstart.tiny import tiny_llama, train_tokenizer
+from llm2vec.reports.page import text_table
+from llm2vec.train.log import LOG_FILE
+from llm2vec.train.resume import checkpoints_in, why_unusable
+from llm2vec.train.run import user_errors_in_one_sentence
+from llm2vec.types import UserError
+
+SCRIPTS = Path(__file__).parents[1] / "experiments"
+BEGIN, END = "<!-- faults: begin -->", "<!-- faults: end -->"
+NUM_STEPS = 40
+SAVE_STEPS = 4
+#: Figures that say how long something took.
+TIMED = ("tokens_per_second", "waiting_for_data", "train_runtime", "train_samples_per_second", "train_steps_per_second")
+#: A letter that one training row has, and no other.
+RARE = "\N{EURO SIGN}"
+#: How long to wait for a step or an end before the fault counts as a hang.
+MOST_SECONDS = 3600.0
+
+
+class Row(NamedTuple):
+    """A line of the table: the fault, what the run did, how many steps had to be done again, and how it ended."""
+
+    fault: str
+    outcome: str
+    steps_lost: str
+    equal: str
+
+
+class Bench:
+    """A folder with a base model and rows, and what runs in it are compared with.
+
+    Args:
+        folder: made anew.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        shutil.rmtree(folder, ignore_errors=True)
+        folder.mkdir(parents=True)
+        write_inputs(folder)
+        self.undisturbed: dict[tuple[str, int], Path] = {}
+
+    def config(self, name: str, **keys: Any) -> Path:
+        """A config whose run writes to a folder of that name."""
+        content = {
+            "model_name_or_path": str(self.folder / "base"),
+            "sources_file": str(self.folder / "sources.json"),
+            "output_dir": str(self.folder / name),
+            "template": "llama3",
+            "max_seq_length": 64,
+            "total_batch_size": 8,
+            "tokens_per_microbatch": 256,
+            "learning_rate": 1e-3,
+            "max_steps": NUM_STEPS,
+            "logging_steps": 1,
+            "save_steps": SAVE_STEPS,
+            "save_total_limit": 2,
+            "report_to": "none",
+            "disable_tqdm": True,
+            "use_cpu": True,
+            **keys,
+        }
+        file = self.folder / f"{name}.json"
+        file.write_text(json.dumps(content, indent=2), encoding="utf-8")
+        return file
+
+    def whole(self, script: str, processes: int) -> Path:
+        """The output of an undisturbed run, which is done once."""
+        if (script, processes) not in self.undisturbed:
+            name = f"undisturbed-{Path(script).stem}-{processes}"
+            go_on(script, self.config(name), processes)
+            self.undisturbed[script, processes] = self.folder / name
+        return self.undisturbed[script, processes]
+
+
+def write_inputs(folder: Path) -> None:
+    """Rows of made-up words, one with a rare letter; a tokenizer and two models, for one of which that letter is no
+    number."""
+    draw = random.Random(0)
+    words = ["".join(draw.choices("abcdefghijklmnoprstuvw", k=draw.randint(2, 8))) for _ in range(500)]
+
+    def text(most: int) -> str:
+        return " ".join(draw.choices(words, k=draw.randint(3, most)))
+
+    rows = [{"query": text(8), "positive": text(30), "negative": text(30)} for _ in range(8 * NUM_STEPS)]
+    rows[100]["query"] += RARE
+    with (folder / "rows.jsonl").open("w", encoding="utf-8") as out:
+        out.writelines(json.dumps(row) + "\n" for row in rows)
+    sources = {"rows": {"file": "rows.jsonl", "instruction": "find it"}}
+    (folder / "sources.json").write_text(json.dumps(sources), encoding="utf-8")
+    tokenizer = train_tokenizer((row["positive"] for row in rows), 2000)
+    model = tiny_llama(
+        tokenizer, hidden_size=256, num_layers=4, num_heads=4, intermediate_size=768, max_positions=128, seed=0
+    )
+    for name in ("base", "poisoned"):
+        model.save_pretrained(folder / name)
+        tokenizer.save_pretrained(folder / name)
+    weights = load_file(folder / "poisoned/model.safetensors")
+    weights["model.embed_tokens.weight"][tokenizer(RARE, add_special_tokens=False)["input_ids"]] = torch.nan
+    save_file(weights, folder / "poisoned/model.safetensors", {"format": "pt"})
+
+
+# --- runs ---
+
+
+def start(
+    script: str, config: Path, processes: int = 1, before: Callable[[], None] | None = None
+) -> subprocess.Popen[bytes]:
+    """Start a script, what it says going to `<config>.log`."""
+    command = [str(SCRIPTS / script), str(config)]
+    if processes > 1:
+        command[:0] = ["-m", "torch.distributed.run", f"--nproc_per_node={processes}", "--standalone"]
+    environment = {
+        **os.environ,
+        "OMP_NUM_THREADS": "1",
+        "TOKENIZERS_PARALLELISM": "false",
+        "HF_DATASETS_CACHE": str(cache_of(config)),
+    }
+    with config.with_suffix(".log").open("wb") as out:
+        return subprocess.Popen(
+            [sys.executable, *command], stdout=out, stderr=subprocess.STDOUT, env=environment, preexec_fn=before
+        )
+
+
+def said(config: Path) -> str:
+    """What the last run of a config said."""
+    return config.with_suffix(".log").read_text(encoding="utf-8", errors="replace")
+
+
+def go_on(script: str, config: Path, processes: int = 1) -> None:
+    """Run a script to its end.
+
+    Raises:
+        UserError: it does not end well.
+    """
+    if code := start(script, config, processes).wait(MOST_SECONDS):
+        raise UserError(f"{script} {config} ended with exit code {code}; see {config.with_suffix('.log')}.")
+
+
+def output_of(config: Path) -> Path:
+    """Where a config's run writes."""
+    return config.with_suffix("")
+
+
+def cache_of(config: Path) -> Path:
+    """Where a config's run keeps its tables: not among the user's."""
+    return config.parent / "cache"
+
+
+def last_step(output: Path, since: float = 0.0) -> int:
+    """The last step that a run has logged; 0 where nothing was written since a time, as a run that goes on keeps the
+    log of its former life until it trains."""
+    log = output / LOG_FILE
+    lines = log.read_text(encoding="utf-8").splitlines() if log.is_file() and log.stat().st_mtime > since else []
+    return max((json.loads(line)["step"] for line in lines if line.endswith("}")), default=0)
+
+
+def wait_for_step(process: subprocess.Popen[bytes], config: Path, step: int, since: float = 0.0) -> None:
+    """Until a run has done a step, and logged it since a time.
+
+    Raises:
+        UserError: it ends before, or hangs.
+    """
+    until = time.monotonic() + MOST_SECONDS
+    while last_step(output_of(config), since) < step:
+        if process.poll() is not None or time.monotonic() > until:
+            process.kill()
+            raise UserError(f"{config}: no step {step}; see {config.with_suffix('.log')}.")
+        time.sleep(0.02)
+
+
+def step_to_go_on_from(output: Path) -> int:
+    """The step of the newest whole checkpoint; 0 where there is none."""
+    whole = [folder for folder in checkpoints_in(output) if why_unusable(folder) is None]
+    return int(whole[-1].name.rpartition("-")[2]) if whole else 0
+
+
+def is_equal(output: Path, expected: Path) -> str:
+    """Whether two runs ended with the same weights and the same log but for its times."""
+    weights, logs = [], []
+    for folder in (output, expected):
+        weights.append(load_file(next(folder.glob("*model.safetensors"))))
+        lines = (folder / LOG_FILE).read_text(encoding="utf-8").splitlines()
+        logs.append([{k: v for k, v in json.loads(line).items() if k not in TIMED} for line in lines])
+    same = weights[0].keys() == weights[1].keys() and all(torch.equal(weights[0][n], w) for n, w in weights[1].items())
+    return "yes" if same and logs[0] == logs[1] else "NO"
+
+
+def is_saving(output: Path) -> bool:
+    """Whether a checkpoint is being written, or was when the run ended."""
+    return any(output.glob(".checkpoint-*"))
+
+
+# --- faults ---
+
+
+def kills(bench: Bench, number: int) -> Row:
+    """SIGKILL at random moments, one life after the other, over as many runs as that takes; every fourth in a save."""
+    script, draw = "run_stage_I.py", random.Random(1)
+    lost: list[int] = []
+    in_a_save = runs = 0
+    equal: list[str] = []
+    while len(lost) < number:
+        runs += 1
+        config = bench.config(f"killed-{runs}")
+        output = output_of(config)
+        while len(lost) < number:
+            since, step = time.time(), step_to_go_on_from(output) + draw.randint(1, 7)
+            process = start(script, config)
+            wait_for_step(process, config, min(NUM_STEPS - 1, step), since)
+            moment = time.monotonic() + draw.uniform(0.0, 0.3)
+            in_save = len(lost) % 4 == 3
+            while process.poll() is None and (time.monotonic() < moment or (in_save and not is_saving(output))):
+                time.sleep(0.001)
+            if process.poll() is not None:
+                break  # it has ended
+            process.kill()
+            process.wait()
+            in_a_save += is_saving(output)
+            lost.append(last_step(output) - step_to_go_on_from(output))
+        go_on(script, config)
+        equal.append(is_equal(output, bench.whole(script, 1)))
+    outcome = f"goes on from the last checkpoint; {in_a_save} kill(s) fell into a save; {runs} run(s)"
+    worst = f"{sum(lost) / len(lost):.1f} on average, at most {max(lost)}"
+    return Row(f"SIGKILL at {number} random moments", outcome, worst, "yes" if set(equal) == {"yes"} else "NO")
+
+
+def stopped(bench: Bench, number: signal.Signals, processes: int) -> Row:
+    """A signal that asks the run to stop."""
+    script = "run_stage_II.py"
+    config = bench.config(f"{number.name}-{processes}")
+    process = start(script, config, processes)
+    wait_for_step(process, config, 10)
+    process.send_signal(number)
+    code = process.wait(MOST_SECONDS)
+    lost = last_step(output_of(config)) - step_to_go_on_from(output_of(config))
+    if "stopped after step" not in said(config):
+        raise UserError(f"{config}: {number.name} did not stop it in order; see {config.with_suffix('.log')}.")
+    go_on(script, config, processes)
+    who = "torchrun" if processes > 1 else "the process"
+    return Row(
+        f"{number.name} to {who}, {processes} process(es)",
+        f"finishes the step, saves, says how to go on; exit code {code}{' (torchrun)' if processes > 1 else ''}",
+        str(lost),
+        is_equal(output_of(config), bench.whole(script, processes)),
+    )
+
+
+def lost_process(bench: Bench, number: signal.Signals, timeout: int, what: str) -> Row:
+    """One of two processes dies or freezes."""
+    script = "run_stage_II.py"
+    config = bench.config(f"lost-{number.name}", ddp_timeout=timeout)
+    process = start(script, config, 2)
+    wait_for_step(process, config, 10)
+    children = subprocess.run(["pgrep", "-P", str(process.pid)], capture_output=True, text=True, check=True).stdout
+    os.kill(int(children.split()[-1]), number)
+    began = time.monotonic()
+    code = process.wait(MOST_SECONDS)
+    seconds = time.monotonic() - began
+    lines = sum("another process of the run ended or hangs" in line for line in said(config).splitlines())
+    lost = last_step(output_of(config)) - step_to_go_on_from(output_of(config))
+    go_on(script, config, 2)
+    outcome = f"the other one ends, in {lines} line(s) of its own; all is over after {seconds:.0f} s, exit code {code}"
+    return Row(what, outcome, str(lost), is_equal(output_of(config), bench.whole(script, 2)))
+
+
+@contextmanager
+def small_disk(folder: Path, size: int) -> Iterator[bool]:
+    """A disk of so many bytes under a folder; False where this user may not mount one."""
+    folder.mkdir()
+    mounted = subprocess.run(["mount", "-t", "tmpfs", "-o", f"size={size}", "tmpfs", str(folder)], check=False)
+    try:
+        yield not mounted.returncode
+    finally:
+        if not mounted.returncode:
+            subprocess.run(["umount", str(folder)], check=True)
+
+
+def full_disk(bench: Bench) -> Row:
+    """The disk is full in the second save; then it has room again."""
+    script = "run_stage_I.py"
+    whole = bench.whole(script, 1)
+    checkpoint = sum(file.stat().st_size for file in checkpoints_in(whole)[-1].iterdir())
+    config = bench.config("full")
+    output = output_of(config)
+    with small_disk(output, int(1.6 * checkpoint)) as mounted:
+        # Without the right to mount: no file may be as long as the optimiser's state once a checkpoint is there.
+        limit = (checkpoint // 2, resource.RLIM_INFINITY)
+        process = start(script, config)
+        if not mounted:
+            wait_for_step(process, config, SAVE_STEPS + 1)
+            resource.prlimit(process.pid, resource.RLIMIT_FSIZE, limit)
+        code = process.wait(MOST_SECONDS)
+        lost = last_step(output) - step_to_go_on_from(output)
+        error = next(line for line in said(config).splitlines() if line.startswith("error: "))
+        if "bytes, and" not in error or not step_to_go_on_from(output):
+            raise UserError(f"{config}: the full disk was not said, or took the checkpoint: {error}")
+        if mounted:
+            subprocess.run(["mount", "-o", f"remount,size={8 * checkpoint}", str(output)], check=True)
+        go_on(script, config)
+        how = "a full disk (a small tmpfs)" if mounted else "a full disk (a limit on the length of files)"
+        outcome = f"ends with exit code {code}, says how much room it needs and how much there is"
+        return Row(how, outcome, str(lost), is_equal(output, whole))
+
+
+def damaged(
+    bench: Bench, what: str, place: Literal["newest checkpoint", "cache"], damage: Callable[[Path], None]
+) -> Row:
+    """After a kill, a file is damaged: the newest checkpoint's largest, or the cached tables of the training rows."""
+    script = "run_stage_I.py"
+    config = bench.config(f"{what} in the {place}".replace(" ", "-"))
+    output = output_of(config)
+    process = start(script, config)
+    wait_for_step(process, config, 3 * SAVE_STEPS + 2)
+    process.kill()
+    process.wait()
+    if place == "cache":
+        for file in cache_of(config).rglob("*.arrow"):
+            damage(file)
+        word, outcome = "is damaged: it is built anew", "says which table, builds it anew"
+    else:
+        damage(max(checkpoints_in(output)[-1].iterdir(), key=lambda file: file.stat().st_size))
+        word, outcome = "It is left out.", "says which file, goes on from the checkpoint before"
+    lost = last_step(output) - step_to_go_on_from(output)
+    go_on(script, config)
+    if word not in said(config):
+        raise UserError(f"{config}: nothing was said of the damaged {place}.")
+    return Row(f"{what} in the {place}", outcome, str(lost), is_equal(output, bench.whole(script, 1)))
+
+
+def cut(file: Path) -> None:
+    """Take half of a file away."""
+    os.truncate(file, file.stat().st_size // 2)
+
+
+def flip_a_bit(file: Path) -> None:
+    """Change one bit in the middle of a file."""
+    with file.open("r+b") as content:
+        content.seek(file.stat().st_size // 2)
+        byte = content.read(1)[0]
+        content.seek(-1, os.SEEK_CUR)
+        content.write(bytes([byte ^ 1]))
+
+
+def nan_batch(bench: Bench) -> list[Row]:
+    """One row makes its batch's loss no number; then every row does."""
+    script, base = "run_stage_II.py", {"model_name_or_path": str(bench.folder / "poisoned")}
+    whole, killed = bench.config("nan", **base), bench.config("nan-killed", **base)
+    go_on(script, whole)
+    log = [json.loads(line) for line in (output_of(whole) / LOG_FILE).read_text(encoding="utf-8").splitlines()]
+    skipped = [entry for entry in log if "skipped" in entry]
+    named = sum(101 in entry["rows"]["rows.jsonl"] for entry in skipped)
+    weights = load_file(output_of(whole) / "adapter_model.safetensors")
+    if not all(torch.isfinite(weight).all() for weight in weights.values()):
+        raise UserError(f"{whole}: the weights are not finite.")
+    process = start(script, killed)
+    wait_for_step(process, killed, min(NUM_STEPS - 4, skipped[0]["step"] + 2))
+    process.kill()
+    process.wait()
+    go_on(script, killed)
+    outcome = f"skips {len(skipped)} step(s), {named} naming the row; weights are finite; the same, killed and gone on"
+    rows = [
+        Row("one row whose loss is no number", outcome, str(len(skipped)), is_equal(*map(output_of, (killed, whole))))
+    ]
+    diverged = bench.config("diverged", learning_rate=1e30, max_grad_norm=0.0, lr_scheduler_type="constant")
+    code = start(script, diverged).wait(MOST_SECONDS)
+    error = next(line for line in said(diverged).splitlines() if line.startswith("error: "))
+    rows.append(Row("every loss is no number (learning rate 1e30)", f"exit code {code}: {shortened(error)}", "-", "-"))
+    return rows
+
+
+def shortened(error: str) -> str:
+    """An error without the paths in it."""
+    return " ".join(Path(word).name if "/" in word else word for word in error.removeprefix("error: ").split())
+
+
+# --- the table ---
+
+
+def write_table(file: Path, rows: Sequence[Row], seconds: float) -> None:
+    """Put the table between the markers of a document, or into a new file.
+
+    Raises:
+        UserError: the document has no markers.
+    """
+    lines = ["| fault | what the run does | steps lost | ends as the undisturbed run |", "| --- | --- | --- | --- |"]
+    lines += [f"| {' | '.join(row)} |" for row in rows]
+    lines += [
+        "",
+        f"{NUM_STEPS} steps of 8 rows, a checkpoint every {SAVE_STEPS}; torch {torch.__version__}, "
+        f"{platform.machine()}, {os.cpu_count()} CPU cores; {seconds / 60:.0f} minutes in all.",
+    ]
+    text = file.read_text(encoding="utf-8") if file.is_file() else f"{BEGIN}\n{END}\n"
+    if BEGIN not in text or END not in text:
+        raise UserError(f"{file}: there is no {BEGIN} and {END} to write between.")
+    before, rest = text.split(BEGIN, 1)
+    table = "\n".join(lines)
+    file.write_text(f"{before}{BEGIN}\n{table}\n{END}{rest.split(END, 1)[1]}", encoding="utf-8")
+
+
+def main() -> None:
+    """All faults, one after the other."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--output_dir", type=Path, default=Path("output/faults"))
+    parser.add_argument("--docs_file", type=Path, default=Path("docs/reliability.md"))
+    parser.add_argument("--kills", type=int, default=20)
+    args = parser.parse_args()
+    began = time.monotonic()
+    bench = Bench(args.output_dir.resolve())
+    rows: list[Row] = []
+    faults: list[Callable[[], Row | list[Row]]] = [
+        lambda: kills(bench, args.kills),
+        lambda: stopped(bench, signal.SIGTERM, 1),
+        lambda: stopped(bench, signal.SIGINT, 1),
+        lambda: stopped(bench, signal.SIGTERM, 2),
+        lambda: lost_process(bench, signal.SIGKILL, 1800, "one of two processes dies"),
+        lambda: lost_process(bench, signal.SIGSTOP, 10, "one of two processes freezes, ddp_timeout 10"),
+        lambda: full_disk(bench),
+        lambda: damaged(bench, "a truncated file", "newest checkpoint", cut),
+        lambda: damaged(bench, "a flipped bit", "newest checkpoint", flip_a_bit),
+        lambda: damaged(bench, "a truncated table", "cache", cut),
+        lambda: damaged(bench, "a flipped bit", "cache", flip_a_bit),
+        lambda: nan_batch(bench),
+    ]
+    for fault in faults:
+        found = fault()
+        rows += found if isinstance(found, list) else [found]
+        print(f"[{(time.monotonic() - began) / 60:4.1f} min] {rows[-1].fault}: {rows[-1].equal}", flush=True)
+    write_table(args.docs_file, rows, time.monotonic() - began)
+    print("", text_table(list(Row._fields), [list(row) for row in rows], num_names=2), sep="\n")
+    if any(row.equal == "NO" for row in rows):
+        raise UserError("a run did not end as the undisturbed one; see the table.")
+
+
+if __name__ == "__main__":
+    with user_errors_in_one_sentence():
+        main()

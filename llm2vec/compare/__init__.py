@@ -1,0 +1,1 @@
+"""Many recipes beside each other."""

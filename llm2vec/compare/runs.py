@@ -1,0 +1,445 @@
+"""Recipes to be compared on the same data: from a folder of configs to runs, and the order in which they can be done.
+
+    FOLDER/shared.json                      what all recipes share: the keys of `all` stages (base model, data, batch)
+                                            and those of single ones (`stage_I`, `stage_II`, ...); `recipes`: a folder
+                                            with further recipes, which other sets may use, too
+    FOLDER/evaluation.json                  options of `experiments/mteb_eval_custom.py`: tasks, data, ...
+    FOLDER/<recipe>/<n>_<stage>.json        the recipe's own keys, which go over the shared ones; stage after stage
+    FOLDER/<recipe>/evaluation.json         options over the set's; alone, it names a model to be scored as it is
+
+Each stage starts from the folder of the one before it, the first from the shared base. A run's folder is named by a
+hash of all that decides it: its keys, seed and data, the run or base it starts from, and the number of processes where
+a step has more rows with more of them (no `total_batch_size`). So a changed recipe runs again and an unchanged one does
+not, and a stage that two recipes have in common is trained once.
+"""
+
+from __future__ import annotations
+
+import re
+import shutil
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
+from dataclasses import dataclass, field
+from pathlib import Path
+from queue import SimpleQueue
+from typing import Any, NamedTuple, get_args
+
+from llm2vec.data.rows import e5_sources, find_files, read_sources_file, select_sources
+from llm2vec.files import read_object
+from llm2vec.model.backbone import find_file, without_waiting_for_the_hub
+from llm2vec.model.checkpoint import RUN_FILE, SETTINGS_FILE, check_complete, write_json
+from llm2vec.model.revision import checkpoint_revision, data_revision, files_hash, hash_of
+from llm2vec.train.config import Config, Stage
+from llm2vec.train.config_file import load_config
+from llm2vec.types import UserError
+
+SHARED_FILE = "shared.json"
+EVALUATION_FILE = "evaluation.json"
+EVALUATION_SCRIPT = "mteb_eval_custom.py"
+#: In a run's folder, once the run has ended well.
+FINISHED_FILE = ".finished"
+#: Options of the evaluation; the model and where results go are decided here, unless a recipe only names a model.
+EVALUATION_KEYS = (
+    "tasks", "local_data_dir", "task_to_instructions_fp", "batch_size", "max_length", "torch_dtype",
+    "attn_implementation", "device",
+)  # fmt: skip
+#: Keys of a run that follow from its place in the set.
+DECIDED_KEYS = ("model_name_or_path", "peft_model_name_or_path", "output_dir", "experiment_id", "seed")
+
+_STAGE_FILE = re.compile(r"(\d+)_(\w+)\.json")
+
+
+class StageFile(NamedTuple):
+    """One stage of a recipe: which script, and the recipe's own keys."""
+
+    stage: Stage
+    keys: dict[str, Any]
+    file: Path
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """One row of the comparison.
+
+    Attributes:
+        name: of its folder.
+        stages: in order; none where a model is only scored.
+        evaluation: the set's options with the recipe's own over them.
+    """
+
+    name: str
+    stages: tuple[StageFile, ...]
+    evaluation: dict[str, Any]
+
+
+@dataclass(frozen=True)
+class RecipeSet:
+    """What a folder holds.
+
+    Attributes:
+        folder: the folder.
+        shared: `all` or a stage -> keys.
+        recipes: in the order of their names.
+    """
+
+    folder: Path
+    shared: dict[str, dict[str, Any]]
+    recipes: tuple[Recipe, ...]
+
+
+@dataclass(frozen=True)
+class Run:
+    """One start of a script.
+
+    Attributes:
+        name: says what the run depends on; the same name is the same run.
+        script: of `experiments/`.
+        arguments: of the script.
+        folder: what it writes.
+        parent: the run it starts from, which must have ended well.
+        num_steps: about how long it takes, beside other runs.
+        is_resumable: whether an interrupted run goes on from what lies in its folder.
+    """
+
+    name: str
+    script: str
+    arguments: tuple[str, ...]
+    folder: Path
+    parent: Run | None = None
+    num_steps: int = 0
+    is_resumable: bool = False
+
+
+@dataclass(frozen=True)
+class Trial:
+    """A recipe with one seed; without training there is no seed."""
+
+    recipe: str
+    seed: int | None
+    training: tuple[Run, ...]
+    evaluation: Run
+
+    @property
+    def runs(self) -> tuple[Run, ...]:
+        """All of its runs, in order."""
+        return (*self.training, self.evaluation)
+
+
+# --- from a folder to recipes ---
+
+
+def read_set(folder: Path) -> RecipeSet:
+    """Read a folder of configs.
+
+    Raises:
+        UserError: a file is missing, malformed or misnamed.
+    """
+    content = read_object(folder / SHARED_FILE)
+    library = content.pop("recipes", None)
+    if not isinstance(library, str | None):
+        raise UserError(f"{folder / SHARED_FILE}: recipes is {library!r}; it must name a folder.")
+    for section, keys in content.items():
+        if section not in ("all", *get_args(Stage)):
+            allowed = ", ".join(["recipes", "all", *get_args(Stage)])
+            raise UserError(f"{folder / SHARED_FILE}: unknown section {section!r}; allowed: {allowed}.")
+        if not isinstance(keys, dict):
+            raise UserError(f"{folder / SHARED_FILE}: {section} must be an object of keys.")
+        _refuse_decided(folder / SHARED_FILE, [key for key in keys if (section, key) != ("all", "model_name_or_path")])
+    if not content.get("all", {}).get("model_name_or_path"):
+        raise UserError(f"{folder / SHARED_FILE}: all.model_name_or_path must name the base model.")
+    evaluation = read_object(folder / EVALUATION_FILE)
+    found: dict[str, Path] = {}
+    for parent in [folder / library, folder] if library is not None else [folder]:
+        if not parent.is_dir():
+            raise UserError(f"{folder / SHARED_FILE}: recipes names {parent}, and there is no such folder.")
+        found |= {path.name: path for path in parent.iterdir() if path.is_dir() and not path.name.startswith(".")}
+    recipes = tuple(_read_recipe(found[name], evaluation) for name in sorted(found))
+    if not recipes:
+        raise UserError(f"{folder} holds no recipes; each is a folder of files such as 1_stage_II.json.")
+    return RecipeSet(folder, content, recipes)
+
+
+def _read_recipe(folder: Path, evaluation: Mapping[str, Any]) -> Recipe:
+    stages: dict[int, StageFile] = {}
+    own: dict[str, Any] | None = None
+    for file in sorted(folder.glob("*.json")):
+        if file.name == EVALUATION_FILE:
+            own = read_object(file)
+            continue
+        name = _STAGE_FILE.fullmatch(file.name)
+        if name is None or name[2] not in get_args(Stage):
+            raise UserError(f"{file}: the name must be <number>_<stage>.json; stages: {', '.join(get_args(Stage))}.")
+        if int(name[1]) in stages:
+            raise UserError(f"{file}: {stages[int(name[1])].file.name} has the same number.")
+        keys = read_object(file)
+        _refuse_decided(file, keys)
+        stages[int(name[1])] = StageFile(name[2], keys, file)  # type: ignore[arg-type]
+    if sorted(stages) != list(range(1, len(stages) + 1)):
+        raise UserError(f"{folder}: the stages are numbered {sorted(stages)}; 1, 2, ... without a gap is needed.")
+    options = {key: value for key, value in {**evaluation, **(own or {})}.items() if value is not None}
+    names_model = "base_model_name_or_path" in options
+    if names_model == bool(stages):
+        raise UserError(
+            f"{folder}: a recipe has stages (1_<stage>.json) or an {EVALUATION_FILE} with base_model_name_or_path, "
+            f"not {'both' if stages else 'neither'}."
+        )
+    for key in options:
+        if key not in (*EVALUATION_KEYS, "base_model_name_or_path"):
+            raise UserError(
+                f"{folder / EVALUATION_FILE}: unknown option {key!r}; allowed: {', '.join(EVALUATION_KEYS)}."
+            )
+    for key in ("base_model_name_or_path", "local_data_dir", "task_to_instructions_fp"):
+        if not isinstance(options.get(key, ""), str):
+            raise UserError(f"{folder / EVALUATION_FILE}: {key} is {options[key]!r}; a string is needed.")
+    tasks = options.get("tasks")
+    if not (isinstance(tasks, list) and tasks and all(isinstance(task, str) for task in tasks)):
+        raise UserError(f"{folder / EVALUATION_FILE}: tasks must list at least one task, here or in the set's file.")
+    return Recipe(folder.name, tuple(stages[number] for number in sorted(stages)), options)
+
+
+def _refuse_decided(file: Path, keys: Iterable[str]) -> None:
+    if decided := [key for key in keys if key in DECIDED_KEYS]:
+        raise UserError(f"{file}: {decided[0]} follows from the set and cannot be given here.")
+
+
+# --- from recipes to runs ---
+
+
+@dataclass
+class Planner:
+    """Turns the recipes of a set into runs below one output folder, and writes the runs' configs.
+
+    Attributes:
+        recipes: the set.
+        output_dir: `configs/`, `runs/` and `evaluations/` lie below it.
+        num_processes: that share a step of training.
+        base: what first stages start from.
+        base_revision: what tells it from other models.
+    """
+
+    recipes: RecipeSet
+    output_dir: Path
+    num_processes: int = 1
+    base: str = field(init=False)
+    base_revision: str = field(init=False)
+    _hashes: dict[tuple[Path, ...], str] = field(init=False, default_factory=dict)
+
+    def __post_init__(self) -> None:
+        named = str(self.recipes.shared["all"]["model_name_or_path"])
+        if _is_local(named) and not Path(named).is_dir():
+            raise UserError(f"{self.recipes.folder / SHARED_FILE}: there is no base model {named}.")
+        if not _is_local(named):
+            with without_waiting_for_the_hub():  # the commit is known of what has been asked for once
+                find_file(named, "config.json")
+        self.base_revision = checkpoint_revision(named)
+        self.base = _bare_base(named, self.output_dir / f"base-{self.base_revision}")
+
+    def trials(self, seeds: Sequence[int]) -> list[Trial]:
+        """Every recipe with every seed.
+
+        Raises:
+            UserError: a config is wrong, or data are not there.
+        """
+        planned = []
+        for recipe in self.recipes.recipes:
+            for seed in seeds if recipe.stages else [None]:
+                training: list[Run] = []
+                for stage in recipe.stages:
+                    assert seed is not None
+                    training.append(self._training(stage, seed, training[-1] if training else None))
+                evaluation = self._evaluation(recipe, training[-1] if training else None)
+                planned.append(Trial(recipe.name, seed, tuple(training), evaluation))
+        return planned
+
+    def _training(self, stage: StageFile, seed: int, parent: Run | None) -> Run:
+        shared = self.recipes.shared
+        own = {**shared["all"], **shared.get(stage.stage, {}), **stage.keys, "seed": seed}
+        keys = {**own, "model_name_or_path": str(parent.folder if parent else self.base)}
+        config = self._checked(keys, stage)
+        decides: dict[str, Any] = {
+            "stage": stage.stage,
+            "keys": {key: value for key, value in own.items() if key != "model_name_or_path"},
+            "start": parent.name if parent else self.base_revision,
+            "data": self._data_hashes(config),
+        }
+        if self.num_processes > 1 and config.total_batch_size is None:
+            decides["processes"] = self.num_processes  # a step has that many times the rows
+        name = f"{stage.stage}-seed{seed}-{hash_of(decides)}"
+        folder, file = self.output_dir / "runs" / name, self.output_dir / "configs" / f"{name}.json"
+        write_json(file, {**keys, "output_dir": str(folder)})
+        num_steps = config.stop_after_n_steps or max(1, int(config.training.get("max_steps", 1)))
+        return Run(name, f"run_{stage.stage}.py", (str(file),), folder, parent, num_steps)
+
+    def _checked(self, keys: dict[str, Any], stage: StageFile) -> Config:
+        """The config that a run's keys make, read as the script will read it."""
+        draft = self.output_dir / "configs" / "draft.json"
+        draft.parent.mkdir(parents=True, exist_ok=True)
+        write_json(draft, {**keys, "output_dir": str(self.output_dir)})
+        try:
+            return load_config(draft, stage.stage)
+        except UserError as error:
+            wrong = str(error).removeprefix(f"{draft}: ")
+            raise UserError(f"{stage.file}, over {self.recipes.folder / SHARED_FILE}: {wrong}") from None
+        finally:
+            draft.unlink()
+
+    def _data_hashes(self, config: Config) -> list[str]:
+        """Of the content of all files that a run reads; a hub data set is known by its name."""
+        if config.hub_dataset is not None:
+            return [config.hub_dataset]
+        path = Path(config.dataset_file_path or Path(str(config.sources_file)).parent)
+        if path.suffix in (".txt", ".jsonl"):
+            if not path.is_file():
+                raise UserError(f"dataset_file_path: {path} is not there.")
+            return [self._hash(path.parent, [path])]
+        if config.sources_file is None:
+            return [self._hash(path, find_files(path, select_sources(e5_sources(), config.sources)))]
+        table = Path(config.sources_file)
+        files = find_files(path, select_sources(read_sources_file(table), config.sources))
+        return [self._hash(path, files), self._hash(table.parent, [table])]
+
+    def _hash(self, folder: Path, files: Sequence[Path]) -> str:
+        """Of files, which many runs have in common."""
+        if tuple(files) not in self._hashes:
+            self._hashes[tuple(files)] = files_hash(folder, files)
+        return self._hashes[tuple(files)]
+
+    def _evaluation(self, recipe: Recipe, model: Run | None) -> Run:
+        options = dict(recipe.evaluation)
+        base = str(model.folder if model else options.pop("base_model_name_or_path"))
+        decides = {"model": model.name if model else base, "options": options, "files": _content_of(options)}
+        if model is None and _is_local(base):
+            if not Path(base).is_dir():
+                raise UserError(f"{recipe.name}: there is no model {base}.")
+            decides["model"] = checkpoint_revision(base)
+        name = f"evaluation-{hash_of(decides)}"
+        folder = self.output_dir / "evaluations" / name
+        arguments = ["--base_model_name_or_path", base, "--output_dir", str(folder)]
+        for option, value in options.items():
+            arguments += [f"--{option}", *map(str, value if isinstance(value, list) else [value])]
+        return Run(name, EVALUATION_SCRIPT, tuple(arguments), folder, model, is_resumable=True)
+
+
+def _is_local(model: str) -> bool:
+    """Whether a name must be a folder: the hub's have one slash at most, and `output/...` are ours."""
+    return Path(model).is_dir() or model.count("/") > 1 or model.startswith((".", "/"))
+
+
+def _bare_base(base: str, copy: Path) -> str:
+    """The base, or a copy of it without the settings that it was trained with, which recipes are to choose freely."""
+    if not (Path(base) / SETTINGS_FILE).is_file():
+        return base
+    if not copy.is_dir():
+        aside = copy.with_name(f".{copy.name}.partial")
+        shutil.rmtree(aside, ignore_errors=True)
+        aside.mkdir(parents=True)
+        for file in Path(base).iterdir():
+            if file.is_file() and file.name not in (SETTINGS_FILE, RUN_FILE):
+                shutil.copy2(file, aside)
+        aside.rename(copy)
+    return str(copy)
+
+
+def _content_of(options: Mapping[str, Any]) -> dict[str, str]:
+    """What decides scores beside the options themselves: the instructions, and retrieval sets of one's own."""
+    content: dict[str, str] = {}
+    if (table := options.get("task_to_instructions_fp")) is not None:
+        if not Path(table).is_file():
+            raise UserError(f"task_to_instructions_fp: {table} is not there.")
+        content["instructions"] = files_hash(Path(table).parent, [Path(table)])
+    if (data := options.get("local_data_dir")) is not None:
+        if not Path(data).is_dir():
+            raise UserError(f"local_data_dir: there is no folder {data}.")
+        own = [Path(data, task) for task in options["tasks"] if Path(data, task).is_dir()]
+        content |= {folder.name: data_revision(folder) for folder in own}
+    return content
+
+
+# --- doing runs ---
+
+
+def unique_runs(trials: Sequence[Trial]) -> list[Run]:
+    """All runs of the trials, each once, every one after its parent."""
+    return list({run.name: run for trial in trials for run in trial.runs}.values())
+
+
+def is_finished(run: Run) -> bool:
+    """Whether a run has ended well and what it started from has not been made anew since."""
+    marker = run.folder / FINISHED_FILE
+    try:
+        check_complete(str(run.folder))
+        made = marker.stat().st_mtime_ns
+        return run.parent is None or (run.parent.folder / FINISHED_FILE).stat().st_mtime_ns <= made
+    except (UserError, OSError):
+        return False
+
+
+def clear(run: Run) -> None:
+    """Make way for a run that is not finished; what an interrupted evaluation has scored is kept."""
+    if not run.is_resumable or (run.folder / FINISHED_FILE).is_file():
+        shutil.rmtree(run.folder, ignore_errors=True)
+    run.folder.mkdir(parents=True, exist_ok=True)
+
+
+def do_all(runs: Sequence[Run], do: Callable[[Run, int], None], num_workers: int) -> dict[str, str]:
+    """Do runs, several at a time, each after its parent; those with most steps before the end of a chain go first.
+
+    Args:
+        runs: Every one after its parent.
+        do: Does a run, given it and the number of a worker (0, 1, ...) that no other run has at that time; a UserError
+            says that it failed.
+        num_workers: How many runs are done at a time.
+
+    Returns:
+        Name of a run -> why it failed; a run whose parent failed has its parent's reason.
+    """
+    to_go = _steps_to_go(runs)
+    waiting = sorted(runs, key=lambda run: -to_go[run.name])  # stable, and a parent has no fewer than its child
+    under_way: dict[Future[None], Run] = {}
+    failed: dict[str, str] = {}
+    done: set[str] = set()
+    free: SimpleQueue[int] = SimpleQueue()
+    for worker in range(num_workers):
+        free.put(worker)
+
+    def with_worker(run: Run) -> None:
+        worker = free.get()
+        try:
+            do(run, worker)
+        finally:
+            free.put(worker)
+
+    with ThreadPoolExecutor(num_workers) as pool:
+        while waiting or under_way:
+            for run in list(waiting):
+                if run.parent is not None and run.parent.name in failed:
+                    failed[run.name] = failed[run.parent.name]
+                    waiting.remove(run)
+                elif len(under_way) < num_workers and (run.parent is None or run.parent.name in done):
+                    under_way[pool.submit(with_worker, run)] = run
+                    waiting.remove(run)
+            for future in wait(under_way, return_when=FIRST_COMPLETED).done:
+                run = under_way.pop(future)
+                try:
+                    future.result()
+                    done.add(run.name)
+                except UserError as error:
+                    failed[run.name] = str(error)
+    return failed
+
+
+def _steps_to_go(runs: Sequence[Run]) -> dict[str, int]:
+    """For each run, the steps of the longest chain from it on."""
+    to_go: dict[str, int] = {}
+    for run in runs:
+        total = 0
+        for ancestor in _with_ancestors(run):
+            total += ancestor.num_steps
+            to_go[ancestor.name] = max(to_go.get(ancestor.name, 0), total)
+    return to_go
+
+
+def _with_ancestors(run: Run | None) -> Iterator[Run]:
+    while run is not None:
+        yield run
+        run = run.parent

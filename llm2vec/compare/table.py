@@ -1,0 +1,198 @@
+"""What compared recipes came to: their scores and what training cost, as one table, beside a page, Markdown and JSON.
+
+Whatever was measured is shown, whoever is ahead; a recipe that failed is in the table, too.
+"""
+
+from __future__ import annotations
+
+import json
+import statistics
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from llm2vec.compare.runs import Recipe, Run, Trial
+from llm2vec.reports.figures import read_log
+from llm2vec.reports.page import Cell, html_table, make_folder, page, section, shown, write_whole
+from llm2vec.reports.results import read_results
+from llm2vec.train.trainer import LOG_FILE
+from llm2vec.types import UserError
+
+TITLE = "Recipes on the same data"
+NOTE = (
+    "Scores x 100, mean over seeds; lowest and highest: of single seeds, over the mean of the tasks. Tokens: those of "
+    "the training rows, templates and second copies included, over all stages. Minutes: of training alone, over all "
+    "stages, beside whatever else ran at the time. Both are means over seeds; a stage that several recipes have in "
+    "common counts for each."
+)
+OWN_NOTE = "Keys that a recipe sets itself, stage after stage; all others are shared."
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What one recipe came to with one seed.
+
+    Attributes:
+        recipe: its name.
+        seed: None without training.
+        scores: task -> main score x 100; empty after a failure.
+        tokens: of the training rows, over all stages; None where the logs do not say.
+        minutes: of training, over all stages; None where the logs do not say.
+        failure: why there is no score; None = there is.
+        runs: folders of its stages and of its scores.
+    """
+
+    recipe: str
+    seed: int | None
+    scores: dict[str, float]
+    tokens: float | None = None
+    minutes: float | None = None
+    failure: str | None = None
+    runs: tuple[str, ...] = ()
+
+
+def outcome_of(trial: Trial, failures: Mapping[str, str]) -> Outcome:
+    """Read what a trial's runs left.
+
+    Args:
+        trial: all of whose runs are done or failed.
+        failures: name of a run -> why it failed.
+    """
+    folders = tuple(str(run.folder) for run in trial.runs)
+    if reason := next((failures[run.name] for run in trial.runs if run.name in failures), None):
+        return Outcome(trial.recipe, trial.seed, {}, failure=reason, runs=folders)
+    try:
+        scores = read_results(trial.evaluation.folder).scores
+    except UserError as error:
+        return Outcome(trial.recipe, trial.seed, {}, failure=str(error), runs=folders)
+    logs = [log_of(run) for run in trial.training]
+    tokens = [tokens_in(log) for log in logs]
+    seconds = [logged(log, "train_runtime") for log in logs]
+    return Outcome(
+        trial.recipe,
+        trial.seed,
+        scores,
+        sum(n for n in tokens if n is not None) if tokens and None not in tokens else None,
+        sum(s for s in seconds if s is not None) / 60 if seconds and None not in seconds else None,
+        runs=folders,
+    )
+
+
+def log_of(run: Run) -> list[dict[str, float]]:
+    """The entries of a run's log; none where there is no log."""
+    file = run.folder / LOG_FILE
+    return read_log(file) if file.is_file() else []
+
+
+def logged(log: Sequence[Mapping[str, float]], key: str) -> float | None:
+    """The sum of a figure over a log; None where no entry has it."""
+    values = [entry[key] for entry in log if key in entry]
+    return sum(values) if values else None
+
+
+def tokens_in(log: Sequence[Mapping[str, float]]) -> float | None:
+    """Tokens of a run; None where its log does not say.
+
+    The steps behind the last multiple of `logging_steps` have no entry: they are taken to be like the others.
+    """
+    tokens = logged(log, "tokens")
+    if tokens is None:
+        return None
+    return tokens * max(entry["step"] for entry in log) / max(entry["step"] for entry in log if "tokens" in entry)
+
+
+def score_table(outcomes: Sequence[Outcome]) -> tuple[list[str], list[list[Cell]]]:
+    """Header and rows, one a recipe, the highest mean of the tasks that all have first, and what has none last.
+
+    Returns:
+        The header, and rows of names, scores x 100 and None where there is none.
+    """
+    by_recipe: dict[str, list[Outcome]] = {}
+    for outcome in outcomes:
+        by_recipe.setdefault(outcome.recipe, []).append(outcome)
+    tasks = list(dict.fromkeys(task for outcome in outcomes for task in outcome.scores))
+    common = [task for task in tasks if all(task in o.scores for o in outcomes if o.failure is None)]
+    with_mean = len(tasks) > 1 and bool(common)
+    header = ["Recipe", *tasks, *[f"Mean of {len(common)}"] * with_mean]
+    header += ["Lowest", "Highest", "Seeds", "Tokens, millions", "Minutes"]
+    rows: list[tuple[float, list[Cell]]] = []
+    for recipe, of_seeds in by_recipe.items():
+        scored = [outcome for outcome in of_seeds if outcome.failure is None]
+        means = [statistics.fmean(outcome.scores[task] for task in common) for outcome in scored if common]
+        row: list[Cell] = [recipe]
+        row += [_mean([outcome.scores.get(task) for outcome in scored]) for task in tasks]
+        row += [_mean(means)] * with_mean
+        row += [min(means), max(means)] if len(means) > 1 else [None, None]
+        row.append(f"{len(scored)} of {len(of_seeds)}: failed" if len(scored) < len(of_seeds) else _seeds(scored))
+        tokens = _mean([outcome.tokens for outcome in scored])
+        row += [None if tokens is None else tokens / 1e6, _mean([outcome.minutes for outcome in scored])]
+        rows.append((statistics.fmean(means) if means else -float("inf"), row))
+    return header, [row for _, row in sorted(rows, key=lambda pair: -pair[0])]
+
+
+def _seeds(scored: Sequence[Outcome]) -> Cell:
+    return None if scored[0].seed is None else str(len(scored))
+
+
+def _mean(values: Sequence[float | None]) -> float | None:
+    known = [value for value in values if value is not None]
+    return statistics.fmean(known) if known and len(known) == len(values) else None
+
+
+def failure_lines(outcomes: Sequence[Outcome]) -> list[str]:
+    """A line for each trial that failed."""
+    return [
+        f"{o.recipe}{'' if o.seed is None else f', seed {o.seed}'}: {o.failure}"
+        for o in outcomes
+        if o.failure is not None
+    ]
+
+
+def own_keys_table(recipes: Sequence[Recipe]) -> tuple[list[str], list[list[Cell]]]:
+    """What each recipe sets itself."""
+    rows: list[list[Cell]] = []
+    for recipe in recipes:
+        stages = [f"{s.stage}: {_listed(s.keys)}" if s.keys else s.stage for s in recipe.stages]
+        rows.append([recipe.name, "; then ".join(stages) or f"scores {recipe.evaluation['base_model_name_or_path']}"])
+    return ["Recipe", "Stages and own keys"], rows
+
+
+def _listed(keys: Mapping[str, Any]) -> str:
+    return ", ".join(f"{key} {json.dumps(value)}" for key, value in keys.items())
+
+
+def write_comparison(
+    folder: Path, outcomes: Sequence[Outcome], recipes: Sequence[Recipe], facts: Mapping[str, str]
+) -> Path:
+    """Write `comparison.md`, `comparison.json` and, last, `comparison.html`.
+
+    Args:
+        folder: Where to write.
+        outcomes: Of all trials.
+        recipes: Their recipes.
+        facts: What else a reader should know.
+
+    Returns:
+        The path of the page.
+    """
+    scores, own = score_table(outcomes), own_keys_table(recipes)
+    failures = failure_lines(outcomes)
+    make_folder(folder)
+    content = {"facts": dict(facts), "trials": [asdict(outcome) for outcome in outcomes]}
+    write_whole(folder / "comparison.json", (json.dumps(content, indent=1, ensure_ascii=False) + "\n").encode())
+    blocks = [f"# {TITLE}", markdown_table(*scores), NOTE, *(f"- {line}" for line in failures)]
+    blocks += ["## What each recipe sets itself", markdown_table(*own), OWN_NOTE]
+    blocks.append("\n".join(f"- {name}: {text}" for name, text in facts.items()))
+    write_whole(folder / "comparison.md", ("\n\n".join(blocks) + "\n").encode())
+    body = section("Scores", html_table(*scores, mark_best=False), NOTE)
+    body += section("What each recipe sets itself", html_table(*own, mark_best=False), OWN_NOTE)
+    write_whole(folder / "comparison.html", page(TITLE, "", failures, body, facts).encode())
+    return folder / "comparison.html"
+
+
+def markdown_table(header: Sequence[str], rows: Sequence[Sequence[Cell]]) -> str:
+    """A table in Markdown; columns that hold numbers stand to the right."""
+    numbers = [any(isinstance(row[i], float) for row in rows) for i in range(len(header))]
+    lines = [[*header], ["---:" if n else "---" for n in numbers], *([shown(cell) for cell in row] for row in rows)]
+    return "\n".join(f"| {' | '.join(cell.replace('|', chr(92) + '|') for cell in line)} |" for line in lines)

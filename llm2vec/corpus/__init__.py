@@ -1,0 +1,1 @@
+"""Many texts: encoded in parts, searched in blocks."""

@@ -1,0 +1,326 @@
+"""Vectors of a whole corpus, in shards, by any number of processes; what a killed start has done is kept.
+
+    OUTPUT/part-00000.parquet   columns `id` (string) and `vector` (fixed-size list), rows in the input's order
+    OUTPUT/_manifest.json       settings, model, input files and their hashes, shards and their rows, `complete`
+    OUTPUT/.input/              while there are shards to encode: their ids and texts
+    OUTPUT/.queue/              while local processes work: who does which shard, and what they say
+
+A shard is one call of `LLM2Vec.encode`, which sorts its texts by length. Its file is written aside and renamed, and
+depends on nothing but its rows and the settings: whoever encodes it, and how often, writes the same file. That is all
+that an engine needs to know: `encode_locally` here, `encode_on_ray` in `corpus_encoding_ray`.
+
+The manifest's name begins with `_` so that pandas, pyarrow and datasets read the folder as one table.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import logging
+import multiprocessing
+import os
+import shutil
+import sys
+import time
+import uuid
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from multiprocessing.process import BaseProcess
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import torch
+
+from llm2vec.corpus.queue import LOCK_FILE, Job, JobQueue, alone_in
+from llm2vec.corpus.rows import Corpus, cut_into_shards
+from llm2vec.files import read_object
+from llm2vec.model.checkpoint import write_json
+from llm2vec.model.choice import EncoderChoice
+from llm2vec.types import TextSide, UserError
+
+logger = logging.getLogger(__name__)
+
+VectorDtype = Literal["float32", "float16"]
+
+MANIFEST_FILE = "_manifest.json"
+INPUT_FOLDER, QUEUE_FOLDER = ".input", ".queue"
+
+
+@dataclass(frozen=True)
+class CorpusEncoding:
+    """What is encoded, how, and where the vectors go.
+
+    Attributes:
+        corpus: the rows.
+        output: folder of the shards; where several machines work, one that all of them see.
+        encoder: the model; `resolved`, so that a process in another folder finds it.
+        revision: the encoder's; a worker that finds another one refuses to work.
+        side: the template's form that the texts take.
+        instruction: put before every text; empty = none.
+        shard_rows: rows of every shard but the last.
+        dtype: of the vectors in the files.
+        batch_size: as in `LLM2Vec.encode`; decides speed and memory, so it may change between two starts.
+    """
+
+    corpus: Corpus
+    output: Path
+    encoder: EncoderChoice
+    revision: str
+    side: TextSide = "document"
+    instruction: str = ""
+    shard_rows: int = 10_000
+    dtype: VectorDtype = "float32"
+    batch_size: int = 32
+
+    def identity(self) -> dict[str, Any]:
+        """Everything that decides the files."""
+        return {
+            "model": self.revision,
+            "torch_dtype": self.encoder.torch_dtype,
+            "side": self.side,
+            "instruction": self.instruction,
+            "shard_rows": self.shard_rows,
+            "dtype": self.dtype,
+            **self.corpus.identity(),
+        }
+
+
+#: Encodes the shards of these numbers by so many workers (None = one a GPU, or one); returns a sentence a problem.
+Engine = Callable[[CorpusEncoding, Sequence[int], int | None], list[str]]
+
+
+def part_name(shard: int) -> str:
+    """File name of a shard, from 0; of its texts and of its vectors alike."""
+    return f"part-{shard:05d}.parquet"
+
+
+def encode_corpus(encoding: CorpusEncoding, engine: Engine, num_workers: int | None = None) -> int:
+    """Encode what is still missing of a corpus.
+
+    Args:
+        encoding: what and how.
+        engine: `encode_locally` or `encode_on_ray`.
+        num_workers: how many workers the engine shall use; None = one a GPU, or one.
+
+    Returns:
+        Rows that this start has encoded.
+
+    Raises:
+        UserError: the output folder holds anything else, the input is malformed, or a shard could not be encoded.
+    """
+    _check_is_ours(encoding.output)
+    with alone_in(encoding.output, "encoding"):
+        sizes, missing = _open_output(encoding)
+        logger.info("%d shards of %d rows in all, %d of them to encode", len(sizes), sum(sizes), len(missing))
+        problems = engine(encoding, missing, num_workers) if missing else []
+        if problems:
+            raise UserError(" ".join(problems))
+        _close_output(encoding)
+    return sum(sizes[shard] for shard in missing)
+
+
+class ShardEncoder:
+    """A loaded model that encodes shards of a corpus, one after the other.
+
+    Raises:
+        UserError: the model cannot be loaded, or is another one than where the encoding was started.
+    """
+
+    def __init__(self, encoding: CorpusEncoding) -> None:
+        if encoding.encoder.revision() != encoding.revision:
+            raise UserError(f"{encoding.encoder.base} holds another model here than where the encoding was started.")
+        self.encoding = encoding
+        self.model = encoding.encoder.load()
+
+    def __call__(self, shard: int) -> int:
+        """Write the file of one shard; returns its rows.
+
+        Raises:
+            UserError: a number of a vector is not finite.
+        """
+        encoding = self.encoding
+        rows = pq.read_table(encoding.output / INPUT_FOLDER / part_name(shard))
+        texts = rows["text"].to_pylist()
+        vectors_ND = self.model.encode(
+            [[encoding.instruction, text] for text in texts] if encoding.instruction else texts,
+            batch_size=encoding.batch_size,
+            show_progress_bar=False,
+            convert_to_numpy=True,
+            side=encoding.side,
+        )
+        _write_part(encoding.output / part_name(shard), rows["id"], np.asarray(vectors_ND), encoding.dtype)
+        return len(texts)
+
+
+def encode_locally(encoding: CorpusEncoding, shards: Sequence[int], num_workers: int | None) -> list[str]:
+    """An engine: this process and `num_workers - 1` others on this machine, a GPU each where there are any.
+
+    A shard whose process dies is left for the next start: it may well kill the next process, too.
+    """
+    folder = encoding.output / QUEUE_FOLDER
+    files = {shard: encoding.output / INPUT_FOLDER / part_name(shard) for shard in shards}
+    jobs = [Job(f"{shard:05d}", file.stat().st_size, details={"shard": shard}) for shard, file in files.items()]
+    # A worker that has outlived an earlier start may still be at a shard; doing it twice does no harm.
+    shutil.rmtree(folder, ignore_errors=True)
+    queue = JobQueue.prepare(folder, jobs)
+    num_workers = min(num_workers or torch.cuda.device_count() or 1, len(jobs))
+    processes = _start_workers(encoding, num_workers)
+    _prepare_process(0, num_workers)
+    _work(encoding, queue)
+    queue.wait()
+    for process in processes:
+        process.join()
+        if process.exitcode:
+            logger.warning("a worker ended early (exit code %d); see %s/worker-*.log", process.exitcode, folder)
+    problems = list(queue.failures().values())
+    if unfinished := queue.unfinished():
+        problems.append(
+            f"{len(unfinished)} of {len(jobs)} shards are not done, because a worker ended before its time (see "
+            f"{folder}/worker-*.log); start again to go on."
+        )
+    return problems
+
+
+def _open_output(encoding: CorpusEncoding) -> tuple[list[int], list[int]]:
+    """Rows of each shard and the shards that are missing, whose texts are then in the input folder."""
+    manifest, identity = _read_manifest(encoding.output), encoding.identity()
+    missing: list[int] | None = None
+    if manifest is not None:
+        _check_identity(encoding.output, manifest["settings"], identity)
+        missing = _missing(encoding.output, manifest)
+    folder = encoding.output / INPUT_FOLDER
+    if manifest is None or not all((folder / part_name(shard)).is_file() for shard in missing or ()):
+        shutil.rmtree(folder, ignore_errors=True)  # nothing vouches for it, or some of it was removed
+        sizes = cut_into_shards(encoding.corpus.rows(), folder, encoding.shard_rows, part_name)
+        manifest = {
+            "settings": identity,
+            "encoder": dataclasses.asdict(encoding.encoder),
+            "shards": [{"file": part_name(shard), "rows": rows} for shard, rows in enumerate(sizes)],
+        }
+        write_json(encoding.output / MANIFEST_FILE, {**manifest, "complete": False})
+    sizes = [shard["rows"] for shard in manifest["shards"]]
+    return sizes, list(range(len(sizes))) if missing is None else missing
+
+
+def _close_output(encoding: CorpusEncoding) -> None:
+    """Say in the manifest that all is there, and remove what is not needed any more."""
+    manifest = _read_manifest(encoding.output)
+    assert manifest is not None
+    vectors = pq.read_schema(encoding.output / part_name(0)).field("vector").type
+    write_json(encoding.output / MANIFEST_FILE, {**manifest, "complete": True, "dimension": vectors.list_size})
+    for folder in (INPUT_FOLDER, QUEUE_FOLDER):
+        shutil.rmtree(encoding.output / folder, ignore_errors=True)
+    for aside in encoding.output.glob(".part-*"):  # of processes that were killed
+        aside.unlink(missing_ok=True)
+
+
+def _read_manifest(output: Path) -> dict[str, Any] | None:
+    file = output / MANIFEST_FILE
+    return read_object(file) if file.is_file() else None
+
+
+def _check_identity(output: Path, before: dict[str, Any], now: dict[str, Any]) -> None:
+    """Refuse to put vectors of another encoding beside those that are there."""
+    changed = [key for key in now if before.get(key) != now[key]]
+    if not changed:
+        return
+    short = [f"{key} ({before.get(key)!r} there, {now[key]!r} now)" for key in changed if key != "input"]
+    if "input" in changed:
+        short.append("the input's content")
+    raise UserError(f"{output} holds vectors that differ in {', '.join(short)}; give another folder, or remove it.")
+
+
+def _check_is_ours(output: Path) -> None:
+    """Refuse a folder with other content and no manifest, before anything is written to it."""
+    if output.exists() and not output.is_dir():
+        raise UserError(f"{output} is a file; give a folder that is new or empty.")
+    if not output.is_dir() or (output / MANIFEST_FILE).is_file():
+        return
+    ours = (INPUT_FOLDER, f"{INPUT_FOLDER}.writing", LOCK_FILE)
+    if other := sorted(path.name for path in output.iterdir() if path.name not in ours):
+        raise UserError(f"{output} holds {other[0]!r} and no {MANIFEST_FILE}; give a folder that is new or empty.")
+
+
+def _missing(output: Path, manifest: dict[str, Any]) -> list[int]:
+    """Numbers of the shards whose file is not there or cut short."""
+    shards = enumerate(manifest["shards"])
+    return [number for number, shard in shards if not _is_whole(output / shard["file"], shard["rows"])]
+
+
+def _is_whole(part: Path, rows: int) -> bool:
+    """Whether a shard's file is there, with all its rows."""
+    if not part.is_file():
+        return False
+    try:
+        whole = pq.read_metadata(part).num_rows == rows
+    except pa.ArrowInvalid:
+        whole = False
+    if not whole:
+        logger.warning("%s is cut short; it is made anew", part)
+    return whole
+
+
+def _write_part(file: Path, ids: Any, vectors_ND: np.ndarray[Any, Any], dtype: VectorDtype) -> None:
+    with np.errstate(over="ignore"):  # refused below
+        stored = vectors_ND.astype(dtype)
+    finite = np.isfinite(stored).all(axis=1)
+    if not finite.all():
+        row = int(np.argmin(finite))
+        reason = "too large for float16; use --dtype float32" if np.isfinite(vectors_ND[row]).all() else "not finite"
+        raise UserError(f"The vector of id {ids[row].as_py()!r} has a number that is {reason}.")
+    vectors = pa.FixedSizeListArray.from_arrays(pa.array(stored.reshape(-1)), stored.shape[1])
+    # Not the process's number: on several machines two may have the same.
+    aside = file.with_name(f".{file.name}.{uuid.uuid4().hex}")
+    # Hardly two numbers are alike, so a dictionary of them only makes the file larger.
+    pq.write_table(pa.table({"id": ids, "vector": vectors}), aside, compression="zstd", use_dictionary=False)
+    aside.replace(file)
+
+
+def _start_workers(encoding: CorpusEncoding, num_workers: int) -> list[BaseProcess]:
+    """Start all workers but the first, which is this process; they end with it."""
+    context = multiprocessing.get_context("spawn")
+    processes: list[BaseProcess] = []
+    for worker in range(1, num_workers):
+        arguments = (encoding, worker, num_workers)
+        processes.append(context.Process(target=_worker, args=arguments, daemon=True))
+        processes[-1].start()
+    return processes
+
+
+def _worker(encoding: CorpusEncoding, worker: int, num_workers: int) -> None:
+    """A worker's life; what it says, and what any library prints, goes to its log."""
+    folder = encoding.output / QUEUE_FOLDER
+    with (folder / f"worker-{worker}.log").open("a", encoding="utf-8") as out:
+        os.dup2(out.fileno(), sys.stdout.fileno())
+        os.dup2(out.fileno(), sys.stderr.fileno())
+    logging.basicConfig(format="%(asctime)s %(message)s", level=logging.INFO)
+    _prepare_process(worker, num_workers)
+    _work(encoding, JobQueue(folder))
+
+
+def _prepare_process(worker: int, num_workers: int) -> None:
+    """Give a process its GPU, or its share of the cores."""
+    if torch.cuda.is_available():
+        torch.cuda.set_device(worker % torch.cuda.device_count())
+    elif num_workers > 1:
+        torch.set_num_threads(max(1, torch.get_num_threads() // num_workers))
+
+
+def _work(encoding: CorpusEncoding, queue: JobQueue) -> None:
+    """Encode shards until there are none left, or the process that started this one is gone."""
+    encode, parent = ShardEncoder(encoding), multiprocessing.parent_process()
+    while (parent is None or parent.is_alive()) and (job := queue.claim_or_wait()) is not None:
+        started = time.monotonic()
+        try:
+            rows = encode(int(job.details["shard"]))
+        except UserError as error:
+            queue.fail(job, str(error))
+            continue
+        queue.finish(job)
+        seconds = time.monotonic() - started
+        logger.info(
+            "shard %s: %d rows in %.1f s (%d of %d shards done)",
+            job.name, rows, seconds, queue.num_done(), len(queue.jobs),
+        )  # fmt: skip

@@ -1,0 +1,286 @@
+"""Running text in blocks: texts are tokenised, laid end to end and cut into blocks of one length, the rest dropped.
+
+Texts come from a file of one's own, from the training sources (query and positive as one text) or from a dataset of
+the hub. They are checked before a model loads and cut once, into Arrow tables that all ranks map into memory.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from functools import partial
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+from tokenizers import Tokenizer
+from torch.utils.data import Dataset
+from transformers import PreTrainedTokenizerBase
+
+from llm2vec.data.rows import ROWS_VERSION, Source, check_unicode, find_files, parse_line, read_rows
+from llm2vec.data.tables import cached_table, check_unchanged, stamp_of
+from llm2vec.distributed import rank_zero_first
+from llm2vec.files import parse_object
+from llm2vec.types import UserError
+
+#: What the name of a file of texts ends in.
+TEXT_SUFFIXES = (".txt", ".jsonl")
+
+#: Texts that go through the tokenizer at once.
+TEXTS_AT_ONCE = 1000
+
+
+class Texts(NamedTuple):
+    """The texts of one source.
+
+    Attributes:
+        name: of the source.
+        file: what it was read from.
+        table: a `datasets.Dataset`.
+        columns: which of its columns a text is made of, joined by a blank line.
+        held_out: another table of the same columns that is never trained on, if the source brings one.
+    """
+
+    name: str
+    file: Path
+    table: Any
+    columns: tuple[str, ...]
+    held_out: Any = None
+
+
+class Block(NamedTuple):
+    """Consecutive tokens of a source; `epoch` and `row` say for which epoch it was asked and which of all it is."""
+
+    ids: list[int]
+    epoch: int
+    row: int
+
+
+def texts_of_file(file: Path) -> Texts:
+    """A `.txt` file, a text a line, or a JSONL file of objects with `text`.
+
+    Raises:
+        UserError: not found, empty, or a line that holds no text (file, line number, what is wrong).
+    """
+    from datasets import Features, Value
+
+    if not file.is_file():
+        raise UserError(f"dataset_file_path: {file} is not there.")
+    arguments = {"file": str(file.resolve()), "stamp": stamp_of(file), "version": ROWS_VERSION}
+    table = cached_table(_generate_texts, Features({"text": Value("string")}), arguments)
+    return Texts(file.stem, file, table, ("text",))
+
+
+def texts_of_sources(folder: Path, sources: Sequence[Source]) -> list[Texts]:
+    """The training sources, each row's query and positive as one text.
+
+    Raises:
+        UserError: a file is missing, or a line is no valid row.
+    """
+    files = find_files(folder, sources)
+    return [
+        Texts(source.name, file, read_rows(file, 0), ("query", "positive"))
+        for source, file in zip(sources, files, strict=True)
+    ]
+
+
+def texts_of_hub(name: str, configuration: str | None) -> Texts:
+    """A dataset of the hub with a column `text`: its `train` split, and `validation` as held-out texts if it has one.
+
+    Raises:
+        UserError: it cannot be loaded, or has no such split or column.
+    """
+    from datasets import load_dataset
+
+    with rank_zero_first():
+        try:
+            splits = load_dataset(name, configuration)
+        except Exception as error:  # not found, out of reach, a configuration it lacks: each raises types of its own
+            reason = next(iter(str(error).strip().splitlines()), type(error).__name__)
+            raise UserError(f"dataset_name: {name!r} could not be loaded from the hub ({reason}).") from error
+    table = splits.get("train")
+    if table is None or "text" not in table.column_names:
+        raise UserError(f"dataset_name: {name!r} has no split `train` with a column `text`.")
+    files = table.cache_files
+    return Texts(
+        f"{name}/{configuration or 'default'}",
+        Path(files[0]["filename"]) if files else Path(name),
+        table,
+        ("text",),
+        splits.get("validation"),
+    )
+
+
+class TextBlocks(Dataset[Block]):
+    """Blocks of all sources' texts, by one running index that goes on from epoch to epoch.
+
+    Args:
+        texts: the sources.
+        tables: each source's blocks, as `cut_into_blocks` makes them.
+        held_out: makes each source's blocks that are never trained on; None = there are none.
+    """
+
+    def __init__(
+        self, texts: Sequence[Texts], tables: Sequence[Any], held_out: Callable[[], Sequence[Any]] | None = None
+    ) -> None:
+        self.drawn_anew = True
+        self.files = [source.file for source in texts]
+        self.sources = [Source(source.name, source.file.name, ()) for source in texts]
+        self.sizes = [len(table) for table in tables]
+        self._texts = texts
+        self._tables = tables
+        self._held_out = held_out
+        self._starts = np.concatenate([[0], np.cumsum(self.sizes)])
+
+    def held_out(self) -> TextBlocks:
+        """The blocks that these leave out, as blocks of their own; all ranks call this together.
+
+        Raises:
+            UserError: there are none.
+        """
+        if self._held_out is None:
+            names = ", ".join(source.name for source in self.sources)
+            raise UserError(f"num_eval_rows is 0, and {names} brings no texts for evaluation; hold some blocks out.")
+        return TextBlocks(self._texts, self._held_out())
+
+    def __len__(self) -> int:
+        return int(self._starts[-1])
+
+    def __getitem__(self, index: int) -> Block:
+        """Block `index` modulo their number, for the epoch that the index lies in."""
+        epoch, row = divmod(int(index), len(self))
+        which = int(np.searchsorted(self._starts, row, side="right")) - 1
+        return Block(self._tables[which][row - int(self._starts[which])]["ids"], epoch, row)
+
+    def place(self, index: int) -> tuple[str, int]:
+        """The file of a block, and which of its blocks it is, counted from 1."""
+        row = int(index) % len(self)
+        which = int(np.searchsorted(self._starts, row, side="right")) - 1
+        return self.sources[which].file, row - int(self._starts[which]) + 1
+
+    def lengths(
+        self, indices: np.ndarray[Any, np.dtype[np.int64]], most: int | None = None
+    ) -> np.ndarray[Any, np.dtype[np.int64]]:
+        """Places of some blocks in a batch, each as long as the others."""
+        return np.ones(len(indices), dtype=np.int64)
+
+
+def open_blocks(
+    texts: Sequence[Texts],
+    tokenizer: PreTrainedTokenizerBase,
+    length: int,
+    *,
+    max_rows: int | None = None,
+    num_held_out: int = 0,
+) -> TextBlocks:
+    """All sources' texts in blocks.
+
+    Args:
+        texts: of each source.
+        tokenizer: a fast one.
+        length: tokens of a block.
+        max_rows: most blocks of each source, from the start; None = all.
+        num_held_out: blocks at the end of each source that belong to `held_out()` instead; with 0 those of the texts
+            that every source itself holds out, if they do.
+
+    Raises:
+        UserError: a source's texts do not fill a block beside those held out.
+    """
+    tables = [cut_into_blocks(source.table, source.columns, tokenizer, length) for source in texts]
+    for source, table in zip(texts, tables, strict=True):
+        if len(table) <= num_held_out:
+            raise UserError(
+                f"max_seq_length: the texts of {source.file} fill {len(table)} blocks of {length} tokens, of which "
+                f"{num_held_out} are held out (num_eval_rows); make blocks shorter, or bring more text."
+            )
+    sizes = [len(table) - num_held_out for table in tables]
+    held_out: Callable[[], Sequence[Any]] | None = None
+    if num_held_out:
+        held_out = partial(_ends_of, tables, sizes)
+    elif all(source.held_out is not None for source in texts):
+        held_out = partial(_cut_held_out, texts, tokenizer, length)
+    kept = [table.select(range(min(size, max_rows or size))) for table, size in zip(tables, sizes, strict=True)]
+    return TextBlocks(texts, kept, held_out)
+
+
+def _ends_of(tables: Sequence[Any], starts: Sequence[int]) -> list[Any]:
+    return [table.select(range(start, len(table))) for table, start in zip(tables, starts, strict=True)]
+
+
+def _cut_held_out(texts: Sequence[Texts], tokenizer: PreTrainedTokenizerBase, length: int) -> list[Any]:
+    return [cut_into_blocks(source.held_out, source.columns, tokenizer, length) for source in texts]
+
+
+def cut_into_blocks(table: Any, columns: Sequence[str], tokenizer: PreTrainedTokenizerBase, length: int) -> Any:
+    """A table's texts as a `datasets.Dataset` of blocks, `ids`: built once for its arguments, then mapped.
+
+    Texts without any character but blanks are left out. Each text stands behind the tokenizer's BOS, if there is one
+    (also where the tokenizer does not write it by itself), and nothing else stands between two texts.
+
+    Raises:
+        UserError: they do not fill a block.
+    """
+    from datasets import Features, List, Value
+
+    arguments = {
+        "texts": table,
+        "columns": "\n".join(columns),
+        "tokenizer": _bare(tokenizer),
+        "bos": -1 if tokenizer.bos_token_id is None else tokenizer.bos_token_id,
+        "length": length,
+    }
+    return cached_table(_generate_blocks, Features({"ids": List(Value("int32"))}), arguments)
+
+
+def _bare(tokenizer: PreTrainedTokenizerBase) -> str:
+    """The tokenizer's rules, without the padding and truncation that some call may have left on it."""
+    rules = Tokenizer.from_str(tokenizer.backend_tokenizer.to_str())
+    rules.no_padding()
+    rules.no_truncation()
+    return str(rules.to_str())
+
+
+def _generate_texts(file: str, stamp: str, version: int) -> Iterator[dict[str, str]]:
+    empty = True
+    with Path(file).open("rb") as lines:
+        for number, line in enumerate(lines, start=1):
+            where = f"{file}, line {number}"
+            text = parse_line(line, where)
+            if text and not file.endswith(".txt"):
+                text = _text_of(text, where)
+            if text:
+                empty = False
+                yield {"text": text}
+    check_unchanged(Path(file), stamp)
+    if empty:
+        raise UserError(f"dataset_file_path: {file} holds no text.")
+
+
+def _text_of(line: str, where: str) -> str:
+    row = parse_object(line, where)
+    if not isinstance(row.get("text"), str):
+        raise UserError(f"{where}: a JSON object with a string `text` is needed.")
+    check_unicode(row["text"], "text", where)
+    return str(row["text"]).strip()
+
+
+def _generate_blocks(texts: Any, columns: str, tokenizer: str, bos: int, length: int) -> Iterator[dict[str, list[int]]]:
+    rules = Tokenizer.from_str(tokenizer)
+    rules.encode_special_tokens = True  # "</s>" inside a text stays text
+    rest: list[int] = []
+    empty = True
+    for start in range(0, len(texts), TEXTS_AT_ONCE):
+        rows = texts[start : start + TEXTS_AT_ONCE]
+        parts_of_each = zip(*(rows[name] for name in columns.split("\n")), strict=True)
+        joined = ["\n\n".join(part or "" for part in parts) for parts in parts_of_each]  # a dataset may hold nulls
+        for encoding in rules.encode_batch([text for text in joined if text.strip()], add_special_tokens=False):
+            rest += [bos] * (bos >= 0)
+            rest += encoding.ids
+        whole = len(rest) - len(rest) % length
+        empty = empty and not whole
+        yield from ({"ids": rest[i : i + length]} for i in range(0, whole, length))
+        rest = rest[whole:]
+    if empty:
+        raise UserError(
+            f"max_seq_length is {length}, but a source's {len(texts)} texts have {len(rest)} tokens in all; make "
+            "blocks shorter, or bring more text."
+        )

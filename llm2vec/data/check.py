@@ -1,0 +1,305 @@
+"""What is in a folder of training rows: a report a source, and texts that test sets hold too.
+
+Reads every line once, in a stream, by the same rules as training does (`data.parse_row`), but goes on behind a bad line
+and counts it. Languages (an extra: `pip install -e ".[data]"`) and tokens are read off an evenly spaced sample.
+
+Run by `experiments/check_data.py`.
+"""
+
+from __future__ import annotations
+
+import csv
+import hashlib
+import json
+import logging
+import re
+from array import array
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass, field
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from llm2vec.data.rows import Source, parse_row
+from llm2vec.files import parse_json, read_object
+from llm2vec.types import UserError
+
+logger = logging.getLogger(__name__)
+
+#: Rows of a source whose languages and tokens are looked at.
+SAMPLE = 2000
+#: Words of a run that two texts must share to overlap where neither is the other (13, as in GPT-3's data report).
+OVERLAP_WORDS = 13
+#: Shorter test texts ("Paris") are met everywhere by chance; whole or in part, they are not looked for.
+LEAST_WORDS = 5
+#: Bad lines that a report quotes.
+SHOWN = 3
+
+#: Characters of a cell of a CSV file; Python's own limit of 131,072 is less than a long document has.
+LARGEST_CELL = 1 << 30
+
+TEXT_FILES = (".jsonl", ".json", ".tsv", ".csv", ".parquet")
+
+CountTokens = Callable[[Sequence[str]], list[int]]
+
+
+@dataclass
+class SourceReport:
+    """What a source's file holds.
+
+    Attributes:
+        name: of the source.
+        sha256, num_bytes: of its file.
+        rows: lines that training would take.
+        bad: other lines; `errors` quotes the first of them.
+        duplicates: rows whose query and positive an earlier row has.
+        repeated_queries: rows whose query an earlier row has.
+        query_is_positive, positive_is_negative: rows in which those two texts are the same.
+        without_negative: rows without a hard negative, with which `num_hard_negatives: 1` cannot train.
+        tokens: of the sampled texts, by field.
+        languages: of the sampled texts, by field; empty without the language identifier.
+        overlap: rows that share a text with a test set, by test set; a row counts once for each.
+    """
+
+    name: str
+    sha256: str = ""
+    num_bytes: int = 0
+    rows: int = 0
+    bad: int = 0
+    errors: list[str] = field(default_factory=list)
+    duplicates: int = 0
+    repeated_queries: int = 0
+    query_is_positive: int = 0
+    positive_is_negative: int = 0
+    without_negative: int = 0
+    tokens: dict[str, list[int]] = field(default_factory=dict)
+    languages: dict[str, Counter[str]] = field(default_factory=dict)
+    overlap: Counter[str] = field(default_factory=Counter)
+
+
+class TestTexts:
+    """The texts of test sets, to find them in training rows: whole, or by `OVERLAP_WORDS` words in a row.
+
+    Case, punctuation and white space do not count.
+
+    Args:
+        folders: one a test set, named after its folder; all text in its JSONL, JSON, CSV, TSV and Parquet files.
+
+    Raises:
+        UserError: a folder is not there or holds no text.
+    """
+
+    __test__ = False  # pytest: not a test, whatever its name says
+
+    def __init__(self, folders: Sequence[Path]) -> None:
+        self.sizes: dict[str, int] = {}
+        # A test set is a bit: millions of runs of words, each with a set of names, would be gigabytes.
+        self._whole: dict[int, int] = {}
+        self._runs: dict[int, int] = {}
+        for number, folder in enumerate(folders):
+            if not folder.is_dir():
+                raise UserError(f"--test_sets: {folder} is not a folder.")
+            name = folder.name
+            if name in self.sizes:
+                raise UserError(f"--test_sets: {folder} and another folder are both called {name!r}; rename one.")
+            texts = {text: None for text in map(_words, texts_of_folder(folder)) if len(text) >= LEAST_WORDS}
+            if not texts:
+                raise UserError(
+                    f"--test_sets: {folder} holds no text of {LEAST_WORDS} words or more in its "
+                    f"{', '.join(TEXT_FILES)} files."
+                )
+            self.sizes[name] = len(texts)
+            for words in texts:
+                self._whole[hash(words)] = self._whole.get(hash(words), 0) | 1 << number
+                for run in _runs(words):
+                    self._runs[run] = self._runs.get(run, 0) | 1 << number
+
+    def found_in(self, texts: Iterable[str]) -> set[str]:
+        """Names of the test sets that share a text, or `OVERLAP_WORDS` words in a row, with any of these."""
+        found = 0
+        for text in texts:
+            words = _words(text)
+            found |= self._whole.get(hash(words), 0)
+            for run in _runs(words):
+                found |= self._runs.get(run, 0)
+        return {name for number, name in enumerate(self.sizes) if found >> number & 1}
+
+
+def check_source(
+    source: Source, folder: Path, count_tokens: CountTokens, test_texts: TestTexts | None = None
+) -> SourceReport:
+    """Read one source's file to its end.
+
+    Args:
+        source: what to read.
+        folder: where its file lies.
+        count_tokens: tokens of each of some texts.
+        test_texts: what to look for in queries, positives and negatives.
+
+    Raises:
+        UserError: it cannot be read.
+    """
+    report = SourceReport(source.name)
+    digest = hashlib.sha256()
+    pairs, queries = array("q"), array("q")  # hashes, 8 bytes each: a set of so many takes nine times that
+    path = folder / source.file
+    every = max(1, count_lines(path) // SAMPLE)
+    sample: dict[str, list[str]] = {"query": [], "positive": [], "negative": []}
+    with path.open("rb") as lines:
+        for number, line in enumerate(lines, start=1):
+            digest.update(line)
+            report.num_bytes += len(line)
+            try:
+                row = parse_row(line, None, f"{path.name}, line {number}")
+            except UserError as error:
+                report.bad += 1
+                report.errors += [str(error)] if len(report.errors) < SHOWN else []
+                continue
+            query, positive, negatives = row["query"], row["positive"], row["negative"]
+            report.rows += 1
+            pairs.append(hash((query, positive)))
+            queries.append(hash(query))
+            report.query_is_positive += query.strip() == positive.strip()
+            report.positive_is_negative += positive.strip() in (text.strip() for text in negatives)
+            report.without_negative += not negatives
+            if (number - 1) % every == 0:
+                sample["query"].append(query)
+                sample["positive"].append(positive)
+                sample["negative"] += negatives[:1]
+            if test_texts is not None:
+                report.overlap.update(test_texts.found_in([query, positive, *negatives]))
+    report.sha256 = digest.hexdigest()
+    report.duplicates = len(pairs) - len(np.unique(pairs))
+    report.repeated_queries = len(queries) - len(np.unique(queries))
+    report.tokens = {name: count_tokens(texts) for name, texts in sample.items() if texts}
+    if language_of() is not None:
+        report.languages = {name: Counter(map(language_of(), texts)) for name, texts in sample.items() if texts}  # type: ignore[arg-type]
+    return report
+
+
+def count_lines(file: Path) -> int:
+    """Lines of a file, read in blocks.
+
+    Raises:
+        UserError: it cannot be read.
+    """
+    try:
+        with file.open("rb") as content:
+            return sum(block.count(b"\n") for block in iter(lambda: content.read(1 << 20), b""))
+    except OSError as error:
+        raise UserError(f"{file} cannot be read ({error.strerror}).") from error
+
+
+def record_hashes(reports: Sequence[SourceReport], record: Path) -> list[str]:
+    """Compare the files' hashes with those recorded, and record the files that are new.
+
+    Args:
+        reports: of the files.
+        record: a JSON object, source -> {"sha256", "bytes", "rows"}; made at the first use.
+
+    Returns:
+        What differs from the record, a sentence a file; the record of such a file is left as it is. Where none can be
+        written, as beside data that is shared and read-only, that is said and no more.
+
+    Raises:
+        UserError: the record is no such object.
+    """
+    known: dict[str, Any] = {}
+    if record.is_file():
+        known = read_object(record)
+        if not all(isinstance(v, dict) and "sha256" in v for v in known.values()):
+            raise UserError(f"{record}: an object source -> {{sha256, bytes, rows}} is needed.")
+    differing = []
+    new = {}
+    for report in reports:
+        entry = {"sha256": report.sha256, "bytes": report.num_bytes, "rows": report.rows}
+        before = known.get(report.name)
+        if before is None:
+            new[report.name] = entry
+        elif before["sha256"] != report.sha256:
+            differing.append(
+                f"{report.name}: changed since it was first checked ({before.get('rows')} rows of "
+                f"{before.get('bytes')} bytes then, {report.rows} of {report.num_bytes} now)."
+            )
+    if new:
+        aside = record.with_name(f".{record.name}.writing")
+        try:
+            aside.write_text(json.dumps({**known, **new}, indent=2) + "\n", encoding="utf-8")
+            aside.replace(record)
+        except OSError as error:
+            logger.warning("%s cannot be written (%s): later changes will not be seen", record, error.strerror)
+    return differing
+
+
+@cache
+def language_of() -> Callable[[str], str] | None:
+    """A function from a text to its ISO 639-1 language code; None where py3langid is not installed."""
+    try:
+        import py3langid  # an extra, with a model of 5 MB
+    except ImportError:
+        return None
+    return lambda text: str(py3langid.classify(text[:2000])[0])
+
+
+def texts_of_folder(folder: Path) -> Iterator[str]:
+    """Every string in the data files of a test set, whatever the fields are called.
+
+    Raises:
+        UserError: a file is not what its name says.
+    """
+    for file in sorted(folder.rglob("*")):
+        if file.suffix not in TEXT_FILES or not file.is_file():
+            continue
+        if file.suffix == ".parquet":
+            yield from _strings(_batches_of(file))
+        elif file.suffix in (".csv", ".tsv"):
+            csv.field_size_limit(LARGEST_CELL)
+            with file.open(encoding="utf-8", errors="replace", newline="") as lines:
+                for cells in csv.reader(lines, delimiter="\t" if file.suffix == ".tsv" else ","):
+                    yield from cells
+        else:
+            yield from _strings(_json_of(file))
+
+
+def _batches_of(file: Path) -> Iterator[Any]:
+    import pyarrow as pa  # comes with datasets
+    import pyarrow.parquet as pq
+
+    try:
+        with pq.ParquetFile(file) as table:
+            for batch in table.iter_batches():
+                yield batch.to_pylist()
+    except (pa.ArrowException, OSError, UnicodeDecodeError) as error:  # what is damaged where decides which
+        reason = str(error).splitlines()[0]
+        raise UserError(f"--test_sets: {file}: not a whole Parquet file ({reason}).") from error
+
+
+def _json_of(file: Path) -> Iterator[Any]:
+    if file.suffix == ".json":
+        yield parse_json(file.read_bytes(), f"--test_sets: {file}")
+        return
+    with file.open("rb") as lines:
+        for number, line in enumerate(lines, start=1):
+            yield parse_json(line, f"--test_sets: {file}, line {number}")
+
+
+def _strings(content: Any) -> Iterator[str]:
+    if isinstance(content, str):
+        yield content
+    elif isinstance(content, dict):
+        yield from _strings(content.values())
+    elif isinstance(content, Iterable):
+        for part in content:
+            yield from _strings(part)
+
+
+def _words(text: str) -> tuple[str, ...]:
+    """Words in lower case; each ideograph or kana is one, as those are written without spaces."""
+    return tuple(re.findall(r"[\u3040-\u30ff\u3400-\u9fff]|[^\W\u3040-\u30ff\u3400-\u9fff]+", text.lower()))
+
+
+def _runs(words: tuple[str, ...]) -> Iterator[int]:
+    return (hash(words[i : i + OVERLAP_WORDS]) for i in range(len(words) - OVERLAP_WORDS + 1))

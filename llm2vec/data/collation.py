@@ -1,0 +1,109 @@
+"""How the rows of a micro-batch become a batch: each side's texts, tokenised and packed.
+
+`Collate` is what `run` and `plan` ask of a collator; `CollateSides` is that of the objectives over pairs of texts.
+Made by the scripts (`experiments/run_*.py`) and, for a plan, by `stage_parts`.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Sequence
+from typing import Any, Literal, Protocol
+
+from torch import Tensor
+from transformers import TrainingArguments
+
+from llm2vec.model.packing import pack_rows
+from llm2vec.text.few_shot import check_examples_fit, with_examples
+from llm2vec.text.tokenization import Row, RowTokenizer
+from llm2vec.types import Batch, Example, InstructedText, UserError
+
+Side = Literal["query", "positive", "negative", "text"]
+
+
+class Collate(Protocol):
+    """What makes the rows of a micro-batch into a batch."""
+
+    @property
+    def cut_at(self) -> int | None:
+        """The length to which longer rows are cut; None = none is cut."""
+        ...
+
+    def all_rows(self, examples: Sequence[Any]) -> list[Row]:
+        """The tokenised rows of all sides."""
+        ...
+
+    def __call__(self, examples: list[Any]) -> Batch:
+        """Each side as a TokenBatch."""
+        ...
+
+
+@dataclasses.dataclass(frozen=True)
+class CollateSides:
+    """Examples of a micro-batch to its tokenised sides.
+
+    Attributes:
+        tokenizer: renders the rows.
+        sides: what the objective reads: query, positive, negative, or text (query and positive as one text).
+        examples_per_query: most few-shot examples before a query.
+        seed: of the run; decides which examples.
+        facts: what else to tell of a side's texts, by name, each [texts]; None = nothing.
+        text_tokenizer: renders the side `text` in place of `tokenizer`; None = it does not.
+    """
+
+    tokenizer: RowTokenizer
+    sides: tuple[Side, ...]
+    examples_per_query: int = 0
+    seed: int = 0
+    facts: Callable[[Sequence[Example], str], dict[str, Tensor]] | None = None
+    text_tokenizer: RowTokenizer | None = None
+
+    def __call__(self, examples: list[Example]) -> Batch:
+        """Each side as a TokenBatch; K negatives a row become K * B rows, row by row."""
+        batch: Batch = {side: pack_rows(self.rows(examples, side)) for side in self.sides}
+        if self.facts is not None:
+            for side, tokens in batch.items():
+                tokens["facts"] = self.facts(examples, side)
+        return batch
+
+    @property
+    def cut_at(self) -> int:
+        """The length to which longer rows are cut."""
+        return self.tokenizer.max_length
+
+    def all_rows(self, examples: Sequence[Example]) -> list[Row]:
+        """The tokenised texts of all sides."""
+        return [row for side in self.sides for row in self.rows(examples, side)]
+
+    def rows(self, examples: Sequence[Example], side: Side) -> list[Row]:
+        """The tokenised texts of one side, in row order."""
+        if side == "query" and self.examples_per_query:
+            return self.tokenizer.rows(with_examples(examples, self.examples_per_query, self.seed))
+        tokenizer = (self.text_tokenizer or self.tokenizer) if side == "text" else self.tokenizer
+        return tokenizer.rows(self.texts(examples, side))
+
+    @staticmethod
+    def texts(examples: Sequence[Example], side: Side) -> list[InstructedText]:
+        """The texts of one side, in row order."""
+        if side == "negative":
+            return [text for example in examples for text in example.negatives]
+        if side == "text":
+            return [InstructedText("", f"{e.query.text}\n\n{e.positive.text}") for e in examples]
+        return [getattr(example, side) for example in examples]
+
+
+def check_examples(args: TrainingArguments, rows: Any, collate: CollateSides, num_sampled: int = 256) -> None:
+    """Refuse few-shot examples that no query would ever get.
+
+    Raises:
+        UserError: a process holds one row at a time, or examples do not fit.
+    """
+    if not collate.examples_per_query:
+        return
+    if args.per_device_train_batch_size < 2:
+        raise UserError(
+            "examples_per_query: per_device_train_batch_size is 1, but examples are the other rows of a process's "
+            "micro-batch; 2 or more are needed."
+        )
+    starts = range(0, len(rows) - 1, max(1, 2 * len(rows) // num_sampled))
+    check_examples_fit([rows[i] for start in starts for i in (start, start + 1)], collate.tokenizer)

@@ -1,0 +1,1 @@
+"""MTEB: the only wing that knows mteb."""

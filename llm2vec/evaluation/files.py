@@ -1,0 +1,159 @@
+"""Files an evaluation reads: a table of instructions, copies of data sets, a retrieval set of one's own.
+
+Tasks here are mteb's, but mteb is not imported: only the adapter does that.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from datasets import get_dataset_config_names
+
+from llm2vec.data.rows import check_unicode
+from llm2vec.files import parse_object, read_object
+from llm2vec.model.revision import data_revision
+from llm2vec.types import UserError
+
+Task = Any  #: an `AbsTask` of mteb
+
+RETRIEVAL_FILES = ("corpus.jsonl", "queries.jsonl", "qrels/test.jsonl")
+
+
+class RetrievalSet(NamedTuple):
+    """Documents, judged queries, and query -> document -> relevance."""
+
+    corpus: list[dict[str, str]]
+    queries: list[dict[str, str]]
+    relevant: dict[str, dict[str, int]]
+
+
+def load_instructions(path: str | Path) -> dict[str, str]:
+    """Read a table of instructions: one JSON object, task name -> instruction.
+
+    Args:
+        path: The file, for instance `test_configs/mteb/task_to_instructions.json`.
+
+    Returns:
+        The table.
+
+    Raises:
+        UserError: The file is missing, is not JSON or holds anything else.
+    """
+    table = read_object(Path(path), f"The instructions {path}")
+    if not all(isinstance(value, str) for value in table.values()):
+        raise UserError(f"The instructions {path} must be one JSON object, task name -> instruction (a string).")
+    return table
+
+
+def parts_of(task: Task) -> list[Task]:
+    """The tasks an aggregate (CQADupstackRetrieval) is the mean of; none for any other task."""
+    return list(task.metadata.tasks) if task.is_aggregate else []
+
+
+def load_data(task: Task) -> None:
+    """Read the data of a task, or of all its parts.
+
+    Raises:
+        UserError: A data set is missing, unreachable or malformed.
+    """
+    for part in parts_of(task) or [task]:
+        path = part.metadata.dataset["path"]
+        try:
+            part.load_data()
+        except UserError:
+            raise
+        except Exception as error:
+            # An unreachable hub, a missing file and rows of another form each raise a type of their own.
+            reason = str(error).partition("\n")[0]
+            advice = "" if Path(path).is_dir() else f"; without the hub, give a copy of it as <local_data_dir>/{path}"
+            raise UserError(
+                f"Task {part.metadata.name}: cannot load the data set {path} ({reason}){advice}."
+            ) from error
+
+
+def use_local_data(task: Task, folder: Path) -> None:
+    """Point a task at copies of its data sets. Their content makes the revision: nothing else can vouch for it.
+
+    Raises:
+        UserError: A copy is not there.
+    """
+    leaves = parts_of(task) or [task]
+    copies = [folder / part.metadata.dataset["path"] for part in leaves]
+    if missing := [str(path) for path in copies if not path.is_dir()]:
+        raise UserError(f"Task {task.metadata.name} needs data that is not there: looked for {', '.join(missing)}.")
+    for part, path in zip(leaves, copies, strict=True):
+        _set_dataset(part, path=str(path.resolve()), revision=data_revision(path))
+        if part.fast_loading and set(part.hf_subsets) <= set(get_dataset_config_names(str(path.resolve()))):
+            part.fast_loading = False  # it reads all languages at once, which a copy of one does not hold
+    if task.is_aggregate:
+        _set_dataset(task, revision="+".join(part.metadata.revision for part in leaves))
+
+
+def _set_dataset(task: Task, **values: str) -> None:
+    task.metadata = task.metadata.model_copy(update={"dataset": {**task.metadata.dataset, **values}})
+
+
+def retrieval_set_of(folder: Path) -> RetrievalSet:
+    """Read corpus.jsonl (`_id`, `text`, perhaps `title`), queries.jsonl and qrels/test.jsonl.
+
+    Raises:
+        UserError: A file is missing, a line is malformed, or there is nothing to score.
+    """
+    if missing := [name for name in RETRIEVAL_FILES if not (folder / name).is_file()]:
+        raise UserError(f"The retrieval set {folder} lacks {', '.join(missing)}.")
+    documents, queries, judgements = (folder / name for name in RETRIEVAL_FILES)
+    relevant: dict[str, dict[str, int]] = {}
+    for where, row in _read_jsonl(judgements, ("query-id", "corpus-id", "score")):
+        relevant.setdefault(str(row["query-id"]), {})[str(row["corpus-id"])] = _relevance(row["score"], where)
+    corpus = list(_read_texts(documents, ("title", "text")))
+    judged = [row for row in _read_texts(queries, ("text",)) if row["id"] in relevant]
+    if not corpus or not judged:
+        raise UserError(f"The retrieval set {folder} has {len(corpus)} documents and {len(judged)} judged queries.")
+    if not any(score > 0 for query in judged for score in relevant[query["id"]].values()):
+        raise UserError(f"The retrieval set {folder} has no query with a relevant document: no score is above 0.")
+    return RetrievalSet(corpus, judged, relevant)
+
+
+def _read_texts(path: Path, keys: tuple[str, ...]) -> Iterator[dict[str, str]]:
+    """The `id` of each row and its texts; an absent title is empty, as mteb needs it."""
+    seen: set[str] = set()
+    for where, row in _read_jsonl(path, ("_id", "text")):
+        text = {"id": str(row["_id"])}
+        check_unicode(text["id"], "_id", where)
+        if text["id"] in seen:
+            raise UserError(f"{where}: the _id {text['id']!r} is there twice.")
+        seen.add(text["id"])
+        for key in keys:
+            value = "" if key == "title" and row.get(key) is None else row[key]
+            if not isinstance(value, str):
+                raise UserError(f"{where}: `{key}` must be text, not {json.dumps(value)[:40]}.")
+            check_unicode(value, key, where)
+            text[key] = value
+        yield text
+
+
+def _relevance(score: Any, where: str) -> int:
+    """A judgement as the whole number that the figures are made of."""
+    try:
+        whole = int(score)
+        if whole == float(score):
+            return whole
+    except (TypeError, ValueError, OverflowError):
+        pass
+    raise UserError(f"{where}: `score` must be a whole number, not {json.dumps(score)[:40]}.")
+
+
+def _read_jsonl(path: Path, keys: tuple[str, ...]) -> Iterator[tuple[str, dict[str, Any]]]:
+    """Each line that is not blank: file and line number for a message, and its object."""
+    with path.open("rb") as lines:
+        for number, line in enumerate(lines, start=1):
+            if not line.strip():
+                continue
+            where = f"{path}, line {number}"
+            row = parse_object(line, where)
+            if not row.keys() >= set(keys):
+                raise UserError(f"{where}: expected an object with the keys {', '.join(keys)}.")
+            yield where, row

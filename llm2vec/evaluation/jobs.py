@@ -1,0 +1,197 @@
+"""The jobs of an evaluation: what is left to do, cut into pieces, and how a worker does one.
+
+A job is a task (a part of CQADupstackRetrieval counts as one) or, for a corpus above `SHARD_DOCUMENTS`, a shard of
+it, and a last one that merges the hits and has mteb score them. The jobs do not depend on the number of workers, and
+neither does any score.
+"""
+
+from __future__ import annotations
+
+import logging
+import math
+import os
+import shutil
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file, save_file
+
+from llm2vec.corpus import search
+from llm2vec.corpus.queue import Job, JobQueue
+from llm2vec.evaluation.cost import CHARACTERS_PER_TOKEN, MAX_TOKENS, num_documents, task_cost
+from llm2vec.evaluation.files import load_data, parts_of
+from llm2vec.evaluation.mteb_adapter import StreamingSearch, evaluate, is_dense, kept_score, result_file
+from llm2vec.model.revision import hash_of
+from llm2vec.types import UserError
+
+logger = logging.getLogger(__name__)
+
+#: Documents of a shard; corpora above this are sharded.
+SHARD_DOCUMENTS = 128 * search.BLOCK
+#: Characters of a document, for the order of jobs only, where nothing is known about a corpus but its size.
+DOCUMENT_CHARACTERS = 400
+
+
+def leaves_of(tasks: Mapping[str, Any]) -> dict[str, Any]:
+    """Tasks by name, with the parts of an aggregate in its place, each once."""
+    return {leaf.metadata.name: leaf for task in tasks.values() for leaf in parts_of(task) or [task]}
+
+
+def plan(encoder: Any, tasks: Mapping[str, Any], output_dir: str) -> list[Job]:
+    """The jobs that are left: those of tasks without a result of use."""
+    meta = encoder.mteb_model_meta
+    leaves = [leaf for leaf in leaves_of(tasks).values() if kept_score(meta, leaf, output_dir) is None]
+    return [job for leaf in leaves for job in jobs_of(leaf, is_dense(encoder), meta.max_tokens or MAX_TOKENS)]
+
+
+def jobs_of(task: Any, can_shard: bool, max_tokens: float = MAX_TOKENS) -> list[Job]:
+    """The jobs of one task; sizes are in tokens."""
+    name, documents = task.metadata.name, num_documents(task)
+    cost = task_cost(task, max_tokens)
+    size = cost.tokens if cost is not None else documents * DOCUMENT_CHARACTERS / CHARACTERS_PER_TOKEN
+    num_shards = math.ceil(documents / SHARD_DOCUMENTS)
+    if not can_shard or num_shards < 2:
+        return [Job(name, size, details={"task": name})]
+    # Shards of other data must not be taken for these.
+    stem = f"{name}.{hash_of(task.metadata.revision)}"
+    shards = [
+        Job(f"{stem}.{i}-of-{num_shards}", size / num_shards, details={"task": name, "shard": i, "of": num_shards})
+        for i in range(num_shards)
+    ]
+    names = tuple(shard.name for shard in shards)
+    return [*shards, Job(name, size / num_shards, after=names, details={"task": name, "merge": "\n".join(names)})]
+
+
+def prepare(folder: Path, jobs: Sequence[Job]) -> JobQueue:
+    """Make the queue, or go on with the one of an earlier start, whose finished shards are kept."""
+    shards = {job.name for job in jobs if _shard_file(folder, job.name).is_file()}
+    if shards:
+        logger.info("Going on with %d shards that an earlier start has searched", len(shards))
+    return JobQueue.prepare(folder, jobs, shards)
+
+
+def work(
+    encoder: Any,
+    find: Callable[[str], Any],
+    queue: JobQueue,
+    output_dir: str,
+    *,
+    batch_size: int,
+    worker: int,
+    predictions: Path | None = None,
+) -> None:
+    """Do jobs until there are none left; a task that cannot be done is noted and does not stop the others.
+
+    Args:
+        encoder: The model.
+        find: A task by its name.
+        queue: The jobs.
+        output_dir: Where results go.
+        batch_size: Texts a forward pass.
+        worker: Number of this worker; the first one shows its progress.
+        predictions: Where rankings and other predictions are kept; None = not kept.
+    """
+    task: Any = None
+    while (job := queue.claim_or_wait()) is not None:
+        name = str(job.details["task"])
+        logger.info("%s (%d of %d jobs done)", job.name, queue.num_done(), len(queue.jobs))
+        try:
+            if task is None or task.metadata.name != name:
+                task = None  # its data go before the next task's come
+                task = find(name)
+            load_data(task)
+            if "shard" in job.details:
+                _search_shard(encoder, task, job, queue.folder, batch_size)
+            else:
+                _score(encoder, task, job, queue.folder, output_dir, batch_size, worker, predictions)
+        except UserError as error:
+            logger.warning("%s", error)
+            queue.fail(job, str(error))
+        else:
+            queue.finish(job)
+
+
+def search_shard(encoder: Any, task: Any, shard: int, num_shards: int, batch_size: int) -> dict[str, torch.Tensor]:
+    """Search one shard of a retrieval task's corpus.
+
+    Args:
+        encoder: The model.
+        task: The task, data loaded.
+        shard: Which shard, from 0.
+        num_shards: How many shards.
+        batch_size: Texts a forward pass.
+
+    Returns:
+        The search's name -> keys of its hits, one row for each different query.
+    """
+    task.convert_v1_dataset_format_to_v2(None)
+    searcher, keys = StreamingSearch(encoder), {}
+    encode_kwargs: Any = {"batch_size": batch_size, "show_progress_bar": False}
+    for subset in task.hf_subsets:
+        for split in task.eval_splits:
+            data = task.dataset[subset][split]
+            # As mteb does before it searches.
+            judged = [row for row, query in enumerate(data["queries"]["id"]) if data["relevant_docs"].get(query)]
+            queries = data["queries"].select(judged)
+            search = searcher.prepare(queries, data["corpus"], task.metadata, split, subset, encode_kwargs)
+            keys[search.name] = search.keys(max(task.k_values), shard, num_shards)
+    return keys
+
+
+def _search_shard(encoder: Any, task: Any, job: Job, folder: Path, batch_size: int) -> None:
+    keys = search_shard(encoder, task, int(job.details["shard"]), int(job.details["of"]), batch_size)
+    file = _shard_file(folder, job.name)
+    file.parent.mkdir(exist_ok=True)
+    aside = file.with_name(f".{file.name}.{os.getpid()}")
+    save_file(keys, aside)
+    aside.replace(file)
+
+
+def _score(
+    encoder: Any,
+    task: Any,
+    job: Job,
+    folder: Path,
+    output_dir: str,
+    batch_size: int,
+    worker: int,
+    predictions: Path | None,
+) -> None:
+    """Have mteb score a task in this worker's own cache, and move the result to where it belongs."""
+    # A worker of an earlier start may still be at work under the same number.
+    meta, own = encoder.mteb_model_meta, folder / f"worker-{worker}-{os.getpid()}"
+    target, made = result_file(meta, task, output_dir), result_file(meta, task, own)
+    made.parent.mkdir(parents=True, exist_ok=True)
+    made.unlink(missing_ok=True)
+    if target.is_file():
+        shutil.copy(target, made)  # splits and languages that it has are not made anew
+    shards = [_shard_file(folder, name) for name in str(job.details.get("merge", "")).split("\n") if name]
+    found = _merged([load_file(shard) for shard in shards]) if shards else None
+    evaluate(
+        encoder,
+        [task],
+        own,
+        batch_size=batch_size,
+        show_progress_bar=worker == 0,
+        found=found,
+        prediction_folder=predictions,
+    )
+    target.parent.mkdir(parents=True, exist_ok=True)
+    for file in (made, made.with_name("model_meta.json")):
+        aside = target.with_name(f".{file.name}.{os.getpid()}")
+        shutil.copy(file, aside)
+        aside.replace(target.with_name(file.name))
+    for shard in shards:
+        shard.unlink(missing_ok=True)
+
+
+def _merged(shards: Sequence[Mapping[str, torch.Tensor]]) -> dict[str, torch.Tensor]:
+    if any(shard.keys() != shards[0].keys() for shard in shards):
+        raise UserError("The shards of a corpus were searched with different data; remove the queue and start again.")
+    return {name: search.merge([shard[name] for shard in shards], shards[0][name].shape[1]) for name in shards[0]}
+
+
+def _shard_file(folder: Path, job: str) -> Path:
+    return folder / "shards" / f"{job}.safetensors"

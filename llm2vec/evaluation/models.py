@@ -1,0 +1,181 @@
+"""Any embedding model for an evaluation: one of ours, a sentence-transformers model, a name in mteb's registry."""
+
+from __future__ import annotations
+
+import logging
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+from sentence_transformers import SentenceTransformer
+
+from llm2vec.evaluation.files import load_instructions
+from llm2vec.evaluation.mteb_adapter import LLM2VecEncoder, is_registered, registered_model, wrap_sentence_transformer
+from llm2vec.llm2vec import LLM2Vec, parse_dtype
+from llm2vec.model.backbone import find_file
+from llm2vec.model.checkpoint import SETTINGS_FILE
+from llm2vec.model.revision import MODULES_FILE, checkpoint_revision, hash_of, is_module_folder, model_name
+from llm2vec.types import UserError
+
+logger = logging.getLogger(__name__)
+
+Kind = Literal["llm2vec", "sentence-transformers", "mteb"]
+
+INSTRUCTIONS = "test_configs/mteb/task_to_instructions.json"
+DTYPE = "bfloat16"
+#: Published chains: mteb's registry cannot load its own entries of this form, and they are two adapters each.
+PUBLISHED = re.compile(r"(.+/LLM2Vec-.+-mntp)-(?:supervised|unsup-simcse)")
+#: Upstream trained these without a template, as it had none for Llama 3.1; their tokenizer suggests `llama3`.
+PUBLISHED_WITHOUT_TEMPLATE = re.compile(r".+/LLM2Vec-Meta-Llama-31-.+-mntp(?:-supervised|-unsup-simcse)?")
+
+
+@dataclass(frozen=True)
+class ModelChoice:
+    """What the user asked for.
+
+    Attributes:
+        base: Directory or name of a model.
+        adapters: Directories or names of adapters on it, innermost first.
+        instructions_file: Table of instructions; None = `INSTRUCTIONS` for our models, the model's own for others.
+        template: Key of `templates.TEMPLATES`, for our models; None = the model's own.
+        max_length: Tokens a text is cut to; None = the model's own.
+        torch_dtype: Name of the weights' dtype; None = `DTYPE` for our models, the model's own for others.
+        attn_implementation: As in transformers.
+        device: Where it runs; None = the first CUDA device of the process where there is one.
+    """
+
+    base: str
+    adapters: tuple[str, ...] = ()
+    instructions_file: str | None = None
+    template: str | None = None
+    max_length: int | None = None
+    torch_dtype: str | None = None
+    attn_implementation: str | None = None
+    device: str | None = None
+
+
+def kind_of(choice: ModelChoice) -> Kind:
+    """How a model is loaded.
+
+    A name of mteb's registry means mteb's own way to run it, unless adapters are given; else the files that lie in
+    the directory or repository decide.
+    """
+    if choice.adapters or PUBLISHED.fullmatch(choice.base):
+        return "llm2vec"
+    if Path(choice.base).is_dir():
+        return "sentence-transformers" if is_module_folder(choice.base) else "llm2vec"
+    if is_registered(choice.base):
+        return "mteb"
+    is_ours = find_file(choice.base, SETTINGS_FILE) is not None or find_file(choice.base, MODULES_FILE) is None
+    return "llm2vec" if is_ours else "sentence-transformers"
+
+
+def load_encoder(choice: ModelChoice) -> Any:
+    """Load a model for `mteb_adapter.evaluate`, and say how.
+
+    Raises:
+        UserError: It cannot be loaded, or an option has no effect on it.
+    """
+    kind = kind_of(choice)
+    encoder = {"llm2vec": _llm2vec, "sentence-transformers": _sentence_transformer, "mteb": _registered}[kind](choice)
+    how = {
+        "llm2vec": "by this project",
+        "sentence-transformers": "by sentence-transformers"
+        + (
+            ", with its own prompts" if choice.instructions_file is None else f", prompts of {choice.instructions_file}"
+        ),
+        "mteb": "by mteb's registry, with mteb's prompts",
+    }[kind]
+    meta = encoder.mteb_model_meta
+    logger.info("Model: %s, loaded %s; revision %s", meta.name, how, meta.revision)
+    return encoder
+
+
+def _llm2vec(choice: ModelChoice) -> LLM2VecEncoder:
+    instructions = load_instructions(choice.instructions_file or INSTRUCTIONS)
+    base, adapters = choice.base, list(choice.adapters)
+    if (published := PUBLISHED.fullmatch(base)) and not adapters:
+        base, adapters = published.group(1), [base]
+    is_without = PUBLISHED_WITHOUT_TEMPLATE.fullmatch([base, *adapters][-1])
+    model = LLM2Vec.from_pretrained(
+        base,
+        peft_model_name_or_path=adapters or None,
+        template=choice.template or ("plain" if is_without else None),
+        max_length=choice.max_length,
+        torch_dtype=choice.torch_dtype or DTYPE,
+        attn_implementation=choice.attn_implementation,
+        device_map=choice.device,
+    )
+    return LLM2VecEncoder(model, [base, *adapters], instructions)
+
+
+def _sentence_transformer(choice: ModelChoice) -> Any:
+    if choice.template is not None:
+        raise UserError(f"template has no effect on {choice.base}: sentence-transformers decides how it is run.")
+    prompts = None if choice.instructions_file is None else load_instructions(choice.instructions_file)
+    options: dict[str, Any] = {"use_safetensors": True}  # a pickle is never opened
+    if choice.torch_dtype is not None:
+        options["torch_dtype"] = parse_dtype(choice.torch_dtype)
+    if choice.attn_implementation is not None:
+        options["attn_implementation"] = choice.attn_implementation
+    try:
+        model = SentenceTransformer(choice.base, device=choice.device, model_kwargs=options)
+    except (ImportError, OSError, ValueError) as error:
+        reason = str(error).strip().partition("\n")[0]
+        raise UserError(f"sentence-transformers cannot load {choice.base}: {reason}") from error
+    if choice.max_length is not None:
+        model.max_seq_length = choice.max_length
+    revision = hash_of(
+        {
+            "checkpoint": checkpoint_revision(choice.base),
+            "dtype": str(next(model.parameters()).dtype),
+            "max_length": model.max_seq_length,
+            "prompts": prompts,
+        }
+    )
+    encoder = wrap_sentence_transformer(model, model_name([choice.base]), revision)
+    return encoder if prompts is None else PromptedEncoder(encoder, model, prompts)
+
+
+def _registered(choice: ModelChoice) -> Any:
+    for option in ("instructions_file", "template", "max_length", "torch_dtype", "attn_implementation"):
+        if getattr(choice, option) is not None:
+            raise UserError(f"{option} has no effect on {choice.base}: mteb's registry decides how it is run.")
+    return registered_model(choice.base, choice.device)
+
+
+class PromptedEncoder:
+    """A sentence-transformers model whose prompts come from a table (Instructor: one for each task)."""
+
+    def __init__(self, encoder: Any, model: SentenceTransformer, prompts: Mapping[str, str]) -> None:
+        """Put a table before an encoder.
+
+        Args:
+            encoder: mteb's encoder of the model; does the tasks that the table leaves out.
+            model: The model.
+            prompts: Task name -> what is put before its texts, word for word. In retrieval and reranking that is
+                before the queries; `<task name>-document` may name a prompt for the documents.
+        """
+        self.encoder, self.model, self.prompts = encoder, model, prompts
+        self.mteb_model_meta = encoder.mteb_model_meta
+        self.similarity = encoder.similarity
+        self.similarity_pairwise = encoder.similarity_pairwise
+        self._said: set[str] = set()
+
+    def encode(self, inputs: Any, *, task_metadata: Any, prompt_type: Any = None, **rest: Any) -> Any:
+        """Encode one side of a task, as mteb asks for it."""
+        name = task_metadata.name
+        if name not in self.prompts:
+            if name not in self._said:
+                logger.warning("No prompt is given for task %s: using the model's own, %s", name, self.model.prompts)
+            self._said.add(name)
+            return self.encoder.encode(inputs, task_metadata=task_metadata, prompt_type=prompt_type, **rest)
+        texts = [text for batch in inputs for text in batch["text"]]
+        options = {key: rest[key] for key in ("batch_size", "show_progress_bar") if key in rest}
+        side = None if prompt_type is None else prompt_type.value
+        if side == "document":
+            return self.model.encode_document(texts, prompt=self.prompts.get(f"{name}-document", ""), **options)
+        encode = self.model.encode if side is None else self.model.encode_query
+        return encode(texts, prompt=self.prompts[name], **options)

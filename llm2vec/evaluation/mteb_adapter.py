@@ -1,0 +1,538 @@
+"""Models and tasks under mteb 2: the encoder, the search, tasks by name, scores. The only module that imports mteb.
+
+Used by `experiments/mteb_eval_custom.py` through `evaluation`, or in process, with the tasks loaded once for any
+number of models:
+
+    tasks = load_tasks(["SciFact", "MyOwnSet"], local_data_dir="cache/eval")
+    encoder = LLM2VecEncoder(model, ["output/stage_I", "output/stage_II"], load_instructions(PATH))
+    scores = evaluate(encoder, tasks, "results")        # {"SciFact": {"metric": "ndcg_at_10", "main_score": 0.7, ...}}
+"""
+
+from __future__ import annotations
+
+import copy
+import dataclasses
+import difflib
+import functools
+import logging
+import random
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any, TypedDict, TypeGuard, Unpack
+
+import mteb
+import numpy as np
+import torch
+from datasets import Dataset
+from mteb._create_dataloaders import create_dataloader
+from mteb.abstasks import AbsTaskRetrieval
+from mteb.abstasks.abstask import AbsTask, get_abstask_prompt
+from mteb.abstasks.aggregated_task import AbsTaskAggregate
+from mteb.abstasks.retrieval_dataset_loaders import RetrievalSplitData
+from mteb.abstasks.task_metadata import TaskMetadata
+from mteb.cache import ResultCache
+from mteb.models.abs_encoder import AbsEncoder
+from mteb.models.model_implementations import MODEL_REGISTRY
+from mteb.models.model_meta import ModelMeta, ScoringFunction
+from mteb.models.models_protocols import EncoderProtocol, MTEBModels, SearchProtocol
+from mteb.models.sentence_transformer_wrapper import SentenceTransformerEncoderWrapper, SparseEncoderWrapper
+from mteb.results import TaskResult
+from mteb.types import Array, BatchedInput, EncodeKwargs, PromptType
+from sentence_transformers import SentenceTransformer
+from torch import Tensor
+from torch.utils.data import DataLoader
+
+from llm2vec.corpus.sharded_search import CorpusSearch, Side
+from llm2vec.evaluation.files import load_data, parts_of, retrieval_set_of, use_local_data
+from llm2vec.llm2vec import LLM2Vec
+from llm2vec.model.checkpoint import resolve_chain
+from llm2vec.model.revision import checkpoint_revision, data_revision, hash_of, model_name
+from llm2vec.types import UserError
+
+logger = logging.getLogger(__name__)
+
+#: The benchmark of the paper. Its tasks are taken as it defines them: English subsets, MSMARCO on dev.
+BENCHMARK = "MTEB(eng, v1)"
+#: Words that `evaluation.expand` takes for sets of tasks; here, so that a word misspelt is told the nearest.
+TASK_SETS = ("subset15", "mteb56", "beir14")
+
+
+class TaskScore(TypedDict):
+    """The result of one task; scores run from 0 to 1 (correlations from -1)."""
+
+    metric: str
+    main_score: float
+    scores: dict[str, dict[str, float]]
+    result_file: str
+
+
+# --- models ---
+
+
+class LLM2VecEncoder(AbsEncoder):
+    """An `LLM2Vec` as an mteb 2 encoder (cosine similarity, float32).
+
+    Queries of retrieval and reranking carry the task's instruction, their documents carry none and take the template's
+    document form, and in all other tasks every text carries it and is read as a query. (mteb's own rule would give it
+    to the documents of all reranking tasks and of CQADupstack as well.)
+    """
+
+    def __init__(
+        self, model: LLM2Vec, model_paths: Sequence[str | Path], task_to_instructions: Mapping[str, str]
+    ) -> None:
+        """Wrap a model.
+
+        Args:
+            model: The model.
+            model_paths: Where it was loaded from: the base model, then its adapters in order. Directories or names
+                on the hub. They give the model its name; the weights below them are part of the revision.
+            task_to_instructions: Task name -> instruction. A task that is missing here is run with mteb's own
+                instruction, and a warning.
+
+        Raises:
+            UserError: A directory of `model_paths` holds no safetensors weights.
+        """
+        self.model = model
+        self.task_to_instructions = dict(task_to_instructions)
+        self._fallbacks: dict[str, str] = {}
+        paths = [str(path) for path in model_paths]
+        chain = resolve_chain(paths[0], paths[1:])
+        self.mteb_model_meta: ModelMeta = ModelMeta.create_empty(
+            {
+                "name": model_name(paths),
+                "revision": self._revision([chain.base, *chain.adapters]),
+                "similarity_fn_name": ScoringFunction.COSINE,
+                "max_tokens": model.settings.max_length,
+                "framework": ["LLM2Vec", "PyTorch"],
+                "use_instructions": True,
+            }
+        )
+
+    def _revision(self, paths: Sequence[str]) -> str:
+        return hash_of(
+            {
+                "checkpoints": [checkpoint_revision(path) for path in paths],
+                "dtype": str(next(self.model.parameters()).dtype),
+                # The adapters below are hashed with the checkpoints; where they lie does not matter.
+                "settings": dataclasses.asdict(dataclasses.replace(self.model.settings, parent_adapters=None)),
+                "instructions": self.task_to_instructions,
+            }
+        )
+
+    def instruction(self, task_metadata: TaskMetadata, prompt_type: PromptType | None) -> str:
+        """The instruction that texts of one side of a task carry.
+
+        Args:
+            task_metadata: The task.
+            prompt_type: query or document in retrieval and reranking, None in all other tasks.
+
+        Returns:
+            The instruction; empty for documents.
+        """
+        if prompt_type == PromptType.document:
+            return ""
+        name = task_metadata.name
+        if name in self.task_to_instructions:
+            return self.task_to_instructions[name]
+        if name not in self._fallbacks:
+            prompt = task_metadata.prompt
+            own = (prompt.get("query") if isinstance(prompt, dict) else prompt) or get_abstask_prompt(name)
+            # The closing colon is the convention of the released table.
+            self._fallbacks[name] = f"{own.rstrip('.: ')}:" if own else ""
+            logger.warning('No instruction is given for task %s: using mteb\'s, "%s"', name, self._fallbacks[name])
+        return self._fallbacks[name]
+
+    # The keywords are typed by mteb's protocol; what is not known here (precision) is refused, not swallowed.
+    def encode(
+        self,
+        inputs: DataLoader[BatchedInput],
+        *,
+        task_metadata: TaskMetadata,
+        hf_split: str,
+        hf_subset: str,
+        prompt_type: PromptType | None = None,
+        **kwargs: Unpack[EncodeKwargs],
+    ) -> Array:
+        """Encode one side of a task; equal texts are encoded once.
+
+        Args:
+            inputs: Batches of dicts; the texts are under "text".
+            task_metadata: The task, for its instruction.
+            hf_split: Part of mteb's protocol; not used.
+            hf_subset: Part of mteb's protocol; not used.
+            prompt_type: Side of a retrieval or reranking task, None in other tasks.
+            **kwargs: `batch_size`, texts a forward pass, default 32; `show_progress_bar`, default False.
+
+        Returns:
+            Vectors [N, D], a row for each input text in input order, not normalised.
+
+        Raises:
+            UserError: `kwargs` holds anything else.
+        """
+        if unknown := kwargs.keys() - {"batch_size", "show_progress_bar"}:
+            raise UserError(f"LLM2VecEncoder has no {', '.join(sorted(unknown))}; take it out of encode_kwargs.")
+        instruction = self.instruction(task_metadata, prompt_type)
+        texts = [text for batch in inputs for text in batch["text"]]
+        row_of_text = {text: row for row, text in enumerate(dict.fromkeys(texts))}
+        vectors: Array = self.model.encode(
+            [[instruction, text] for text in row_of_text],
+            batch_size=kwargs.get("batch_size", 32),
+            show_progress_bar=kwargs.get("show_progress_bar", False),
+            side="document" if prompt_type == PromptType.document else "query",
+        )
+        return vectors[[row_of_text[text] for text in texts]]
+
+
+def wrap_sentence_transformer(model: SentenceTransformer, name: str, revision: str) -> EncoderProtocol:
+    """A sentence-transformers model with its own prompts, under a name and revision that tell it from others."""
+    wrapped = SentenceTransformerEncoderWrapper(model)
+    own = {"name": name, "revision": revision, "loader": None}
+    wrapped.mteb_model_meta = wrapped.mteb_model_meta.model_copy(update=own)
+    return wrapped
+
+
+def is_registered(name: str) -> bool:
+    """Whether mteb has a model of that name."""
+    return name in MODEL_REGISTRY
+
+
+def registered_model(name: str, device: str | None) -> MTEBModels:
+    """A model from mteb's registry.
+
+    Raises:
+        UserError: mteb cannot load it here.
+    """
+    try:
+        return mteb.get_model(name, device=device)
+    except (ImportError, OSError, NotImplementedError, ValueError) as error:
+        reason = str(error).strip().partition("\n")[0]
+        raise UserError(f"mteb knows the model {name} but cannot load it: {reason}") from error
+
+
+def encode_documents(model: MTEBModels, texts: list[str], batch_size: int) -> Array:
+    """Vectors of texts as a retrieval task's documents, that is with no instruction."""
+    if not is_dense(model):
+        raise UserError(f"{model.mteb_model_meta.name} gives no vectors of texts.")
+    return model.encode(
+        DataLoader(Dataset.from_dict({"text": texts}), batch_size=batch_size),
+        task_metadata=_defined_tasks(BENCHMARK)["NFCorpus"].metadata,
+        hf_split="test",
+        hf_subset="default",
+        prompt_type=PromptType.document,
+        batch_size=batch_size,
+        show_progress_bar=False,
+    )
+
+
+def is_dense(model: MTEBModels) -> TypeGuard[EncoderProtocol]:
+    """Whether a model gives one vector a text and leaves the search to us (BM25 and cross-encoders do not)."""
+    return isinstance(model, EncoderProtocol) and not isinstance(model, SearchProtocol | SparseEncoderWrapper)
+
+
+class StreamingSearch:
+    """An encoder with mteb's search protocol on top: the corpus streams by in blocks (see `search`).
+
+    Only retrieval and reranking ask for the search; all other tasks see the encoder.
+    """
+
+    def __init__(self, encoder: EncoderProtocol, found: Mapping[str, Tensor] | None = None) -> None:
+        """Wrap an encoder.
+
+        Args:
+            encoder: Gives one dense vector a text.
+            found: Merged hits from `eval_jobs.search_shard`; these searches are not made again.
+        """
+        self.encoder = encoder
+        self.found = found
+        self.mteb_model_meta = encoder.mteb_model_meta
+        self.encode = encoder.encode
+        self.similarity = encoder.similarity
+        self.similarity_pairwise = encoder.similarity_pairwise
+
+    def index(
+        self,
+        corpus: Dataset,
+        *,
+        task_metadata: TaskMetadata,
+        hf_split: str,
+        hf_subset: str,
+        encode_kwargs: EncodeKwargs,
+        num_proc: int | None = None,
+    ) -> None:
+        """Keep the corpus; `search` encodes it."""
+        self._corpus = corpus
+
+    def search(
+        self,
+        queries: Dataset,
+        *,
+        task_metadata: TaskMetadata,
+        hf_split: str,
+        hf_subset: str,
+        top_k: int,
+        encode_kwargs: EncodeKwargs,
+        top_ranked: dict[str, list[str]] | None = None,
+        num_proc: int | None = None,
+    ) -> dict[str, dict[str, float]]:
+        """Query -> document -> score, of the best `top_k` documents or of those in `top_ranked`."""
+        search = self.prepare(queries, self._corpus, task_metadata, hf_split, hf_subset, encode_kwargs)
+        if top_ranked is not None:
+            return search.rerank(top_ranked, top_k)
+        if self.found is None:
+            return search.results(search.keys(top_k))
+        if search.name not in self.found:
+            raise UserError(
+                f"The data of {task_metadata.name} changed while it was searched; remove the queue and start again."
+            )
+        return search.results(self.found[search.name])
+
+    def prepare(
+        self,
+        queries: Dataset,
+        corpus: Dataset,
+        task_metadata: TaskMetadata,
+        split: str,
+        subset: str,
+        encode_kwargs: EncodeKwargs,
+    ) -> CorpusSearch:
+        """A search by this encoder; the encoder is told what mteb would tell it."""
+
+        def loader(rows: Dataset, side: Side) -> DataLoader[BatchedInput]:
+            size = encode_kwargs.get("batch_size", 32)
+            return create_dataloader(rows, task_metadata=task_metadata, prompt_type=PromptType(side), batch_size=size)
+
+        def encode(rows: Dataset, side: Side) -> Tensor:
+            vectors = self.encoder.encode(
+                loader(rows, side),
+                task_metadata=task_metadata,
+                hf_split=split,
+                hf_subset=subset,
+                prompt_type=PromptType(side),
+                **encode_kwargs,
+            )
+            return torch.as_tensor(vectors).float()
+
+        def similarity(queries_QD: Tensor, documents_ND: Tensor) -> Tensor:
+            return torch.as_tensor(self.encoder.similarity(queries_QD, documents_ND))
+
+        texts = list(loader(queries, "query").dataset["text"])
+        return CorpusSearch(f"{subset}/{split}", queries, texts, corpus, encode, similarity)
+
+
+# --- tasks ---
+
+
+def load_tasks(task_names: Sequence[str], local_data_dir: str | Path | None = None) -> list[AbsTask]:
+    """Find tasks by name and read their data; arguments and errors as in `find_task` and `load_data`.
+
+    Returns:
+        The tasks in the same order, data loaded; `evaluate` takes them again and again.
+    """
+    tasks = [find_task(name, local_data_dir) for name in task_names]
+    for task in tasks:
+        load_data(task)
+    return tasks
+
+
+def benchmark_tasks(name: str) -> list[str] | None:
+    """Names of the tasks of one of mteb's benchmarks; None if mteb has no such benchmark."""
+    try:
+        return [task.metadata.name for task in mteb.get_benchmark(name).tasks]
+    except KeyError:
+        return None
+
+
+def descriptions() -> str:
+    """Some thousand characters of English: what mteb says about the tasks of `BENCHMARK`."""
+    return " ".join(task.metadata.description for task in _defined_tasks(BENCHMARK).values())
+
+
+def find_task(name: str, local_data_dir: str | Path | None = None, benchmark: str = BENCHMARK) -> AbsTask:
+    """Find a task by name; its data are not read.
+
+    A name of the benchmark gives the task as that benchmark defines it (MTEB(eng, v1): English subsets, MSMARCO on
+    dev), any other name of mteb gives mteb's task, and the name of a folder in `local_data_dir` with a retrieval set
+    in the hub's layout (or just corpus.jsonl, queries.jsonl and qrels/test.jsonl) gives a retrieval task of that name.
+
+    Args:
+        name: Name of the task.
+        local_data_dir: Where data sets are read from instead of the hub: a set lies under its hub path, say
+            `mteb/scifact/`. Default: the hub.
+        benchmark: One of mteb's benchmarks.
+
+    Returns:
+        A task of its own: mteb keeps no reference to it.
+
+    Raises:
+        UserError: The name is unknown, or a local data set is missing.
+    """
+    folder = None if local_data_dir is None else Path(local_data_dir)
+    defined = _defined_tasks(benchmark)
+    try:
+        task = mteb.get_task(name)
+    except KeyError:
+        return _own_task(name, folder)
+    if name in defined:
+        task = mteb.get_task(name, eval_splits=defined[name].eval_splits, hf_subsets=defined[name].hf_subsets)
+    if isinstance(task, AbsTaskAggregate):
+        # mteb keeps one object a part for the whole process; ours get data of their own.
+        task.metadata = task.metadata.model_copy(update={"tasks": [copy.copy(part) for part in task.metadata.tasks]})
+    if folder is not None:
+        use_local_data(task, folder)
+    return task
+
+
+@functools.cache
+def _defined_tasks(benchmark: str) -> dict[str, AbsTask]:
+    return {task.metadata.name: task for task in mteb.get_benchmark(benchmark).tasks}
+
+
+def _own_task(name: str, folder: Path | None) -> AbsTask:
+    """A retrieval task of the user's own, from the folder of its name."""
+    source = (folder or Path()) / name
+    if folder is None or source.parent != folder or not source.is_dir():
+        raise UserError(_unknown_task(name, folder))
+    readme = source / "README.md"
+    in_hub_layout = readme.is_file() and "configs:" in readme.read_text(encoding="utf-8")
+
+    class OwnTask(AbsTaskRetrieval):
+        metadata = TaskMetadata(
+            name=name,
+            description=f"Retrieval over {name}",
+            type="Retrieval",
+            dataset={"path": str(source.resolve()), "revision": data_revision(source)},
+            eval_langs=["eng-Latn"],
+            main_score="ndcg_at_10",
+            prompt=AbsTaskRetrieval.abstask_prompt,
+        )
+
+        def load_data(self, num_proc: int | None = None, **kwargs: Any) -> None:
+            if in_hub_layout or self.data_loaded:
+                return super().load_data(num_proc, **kwargs)
+            corpus, queries, relevant = retrieval_set_of(source)
+            split = RetrievalSplitData(
+                corpus=Dataset.from_list(corpus),
+                queries=Dataset.from_list(queries),
+                relevant_docs=relevant,
+                top_ranked=None,
+            )
+            self.dataset, self.data_loaded = {"default": {"test": split}}, True
+
+    return OwnTask()
+
+
+@functools.cache
+def _known_names() -> list[str]:
+    tasks = [task.metadata.name for task in mteb.get_tasks(exclude_superseded=False)]
+    return [*tasks, *TASK_SETS, *(benchmark.name for benchmark in mteb.get_benchmarks())]
+
+
+def _unknown_task(name: str, folder: Path | None) -> str:
+    near = difflib.get_close_matches(name, _known_names(), n=3)
+    said = f"mteb knows no task {name}" + (f" (nearest: {', '.join(near)})" if near else "")
+    if folder is None:
+        return f"{said}; a retrieval set of your own is read from <local_data_dir>/{name}."
+    return f"{said}, and there is no folder {folder / name} with a retrieval set of your own."
+
+
+# --- scores ---
+
+
+def evaluate(
+    model: MTEBModels,
+    tasks: Iterable[AbsTask],
+    output_dir: str | Path,
+    *,
+    batch_size: int = 32,
+    show_progress_bar: bool = False,
+    found: Mapping[str, Tensor] | None = None,
+    prediction_folder: Path | None = None,
+) -> dict[str, TaskScore]:
+    """Score a model. Results that lie in `output_dir` already, for this revision and this data, are not made anew.
+
+    Args:
+        model: An `LLM2VecEncoder`, or any other model mteb takes.
+        tasks: Tasks from `load_tasks`.
+        output_dir: Root of the result files, `results/<model>/<revision>/<task>.json`.
+        batch_size: Texts a forward pass.
+        show_progress_bar: Whether progress is shown.
+        prediction_folder: Where mteb keeps rankings and other predictions of tasks it scores; None = not kept.
+        found: Merged hits from `eval_jobs.search_shard` of the only task in `tasks`; default: the search is made here.
+
+    Returns:
+        Task name -> metric, mean main score, main score of each split and subset, and the result file.
+
+    Note:
+        mteb seeds the process's generators (`random`, numpy, torch) whenever it makes a task or scores one.
+    """
+    cache = ResultCache(output_dir)
+    meta = model.mteb_model_meta
+    if is_dense(model):
+        model = StreamingSearch(model, found)
+    scores: dict[str, TaskScore] = {}
+    for task in tasks:
+        for part in (task, *parts_of(task)):
+            # Some tasks draw samples from a generator they keep: a second model would be given other samples.
+            part.rng_state, part.np_rng = random.Random(part.seed), np.random.default_rng(part.seed)
+        is_useless = any(_kept_result(cache, meta, part)[1] for part in (task, *parts_of(task)))
+        result = mteb.evaluate(
+            model,
+            task,
+            co2_tracker=False,
+            cache=cache,
+            overwrite_strategy="always" if is_useless else "only-missing",
+            encode_kwargs={"batch_size": batch_size, "show_progress_bar": show_progress_bar},
+            show_progress_bar=show_progress_bar,
+            prediction_folder=prediction_folder,
+        )
+        scores[task.metadata.name] = _task_score(task, result.task_results[0], result_file(meta, task, output_dir))
+    return scores
+
+
+def kept_score(meta: ModelMeta, task: AbsTask, output_dir: str | Path) -> TaskScore | None:
+    """The score of a task in `output_dir`; None, and said, if it cannot be read or is of other data."""
+    kept, _ = _kept_result(ResultCache(output_dir), meta, task)
+    if kept is None or kept.get_missing_evaluations(task):
+        return None
+    return _task_score(task, kept, result_file(meta, task, output_dir))
+
+
+def score_aggregate(meta: ModelMeta, task: AbsTask, output_dir: str | Path) -> None:
+    """Write the result of an aggregate from those of its parts, which must lie in `output_dir`."""
+    result_file(meta, task, output_dir).unlink(missing_ok=True)
+    cache = ResultCache(output_dir)
+    mteb.evaluate(meta, task, cache=cache, co2_tracker=False, overwrite_strategy="only-cache", show_progress_bar=False)
+
+
+def result_file(meta: ModelMeta, task: AbsTask, output_dir: str | Path) -> Path:
+    """Where the result of a task lies, or will."""
+    return ResultCache(output_dir).get_task_result_path(task.metadata.name, meta)
+
+
+def _task_score(task: AbsTask, result: TaskResult, file: Path) -> TaskScore:
+    # Rounded as mteb rounds in its files, so that a score read back equals the score when it was made.
+    scores = {
+        split: {subset["hf_subset"]: round(float(subset["main_score"]), 6) for subset in subsets}
+        for split, subsets in result.scores.items()
+    }
+    values = [score for subsets in scores.values() for score in subsets.values()]
+    return {
+        "metric": task.metadata.main_score,
+        "main_score": sum(values) / len(values),
+        "scores": scores,
+        "result_file": str(file),
+    }
+
+
+def _kept_result(cache: ResultCache, meta: ModelMeta, task: AbsTask) -> tuple[TaskResult | None, bool]:
+    """The kept result of a task, and whether one is of no use; mteb would return old data's and fail on a torn one."""
+    name = task.metadata.name
+    try:
+        kept = cache.load_task_result(name, meta)
+    except (ValueError, KeyError):
+        logger.warning("The kept result of %s cannot be read and is made anew", name)
+        return None, True
+    if kept is not None and kept.dataset_revision != task.metadata.revision:
+        logger.warning("The kept result of %s is of other data and is made anew", name)
+        return None, True
+    return kept, False

@@ -1,0 +1,282 @@
+"""Any model on any set of tasks, by any number of processes: what is left to do, who does it, what came out.
+
+OUTPUT_DIR/results/MODEL/REVISION/TASK.json     one file a task, written whole or not at all
+OUTPUT_DIR/queue/MODEL/REVISION/                the jobs, while there are any: see `job_queue`
+    worker-N/                                   what mteb writes for one worker; finished files move to results/
+    shards/JOB.safetensors                      hits in one shard of a big corpus
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import logging
+import multiprocessing
+import os
+import shutil
+import sys
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from multiprocessing.process import BaseProcess
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import datasets
+import torch
+import torch.distributed as dist
+
+from llm2vec.corpus.queue import JobQueue
+from llm2vec.evaluation.cost import MAX_TOKENS, measure_speed, table, task_cost
+from llm2vec.evaluation.files import parts_of
+from llm2vec.evaluation.jobs import jobs_of, leaves_of, plan, prepare, work
+from llm2vec.evaluation.models import ModelChoice, load_encoder
+from llm2vec.evaluation.mteb_adapter import (
+    BENCHMARK,
+    LLM2VecEncoder,
+    TaskScore,
+    benchmark_tasks,
+    descriptions,
+    encode_documents,
+    find_task,
+    is_dense,
+    kept_score,
+    result_file,
+    score_aggregate,
+)
+from llm2vec.types import UserError
+
+logger = logging.getLogger(__name__)
+
+#: Table 8 of the paper (arXiv 2509.03020): the tasks of its ablations.
+SUBSET15 = (
+    "SciFact", "ArguAna", "NFCorpus", "StackOverflowDupQuestions", "SciDocsRR", "BiorxivClusteringS2S",
+    "MedrxivClusteringS2S", "TwentyNewsgroupsClustering", "SprintDuplicateQuestions", "Banking77Classification",
+    "EmotionClassification", "MassiveIntentClassification", "STS17", "SICK-R", "STSBenchmark",
+)  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Request:
+    """One evaluation.
+
+    Attributes:
+        model: The model.
+        tasks: Task -> the benchmark that defines its splits and languages, from `expand`.
+        output_dir: Where results go.
+        local_data_dir: Where data sets are read from; None = the hub.
+        batch_size: Texts a forward pass.
+        save_predictions: Whether rankings are kept, under OUTPUT_DIR/predictions/MODEL/REVISION.
+    """
+
+    model: ModelChoice
+    tasks: Mapping[str, str]
+    output_dir: str
+    local_data_dir: str | None = None
+    batch_size: int = 32
+    save_predictions: bool = False
+
+    def find(self, name: str) -> Any:
+        """A task of this request, or a part of one; its data are not read."""
+        return find_task(name, self.local_data_dir, self.tasks.get(name, BENCHMARK))
+
+
+class Outcome(NamedTuple):
+    """Scores of the tasks, in the order asked for, and a sentence for each thing that is missing."""
+
+    scores: dict[str, TaskScore]
+    problems: list[str]
+
+
+def expand(words: Sequence[str]) -> dict[str, str]:
+    """Tasks that words stand for.
+
+    Args:
+        words: `subset15` (Table 8 of the paper), `mteb56` (MTEB(eng, v1)), `beir14` (BEIR without MSMARCO), names of
+            mteb's benchmarks, names of tasks.
+
+    Returns:
+        Task -> the benchmark that defines it, in the order given, each once.
+    """
+    tasks: dict[str, str] = {}
+    for word in words:
+        benchmark, names = BENCHMARK, [word]
+        if word == "subset15":
+            names = list(SUBSET15)
+        elif word == "mteb56":
+            names = benchmark_tasks(BENCHMARK) or []
+        elif word == "beir14":
+            names = [name for name in benchmark_tasks("BEIR") or [] if name != "MSMARCO"]
+        elif (of_benchmark := benchmark_tasks(word)) is not None:
+            benchmark, names = word, of_benchmark
+        for name in names:
+            tasks.setdefault(name, benchmark)
+    return tasks
+
+
+def evaluate_all(request: Request, num_workers: int = 1) -> Outcome | None:
+    """Do an evaluation, or what is left of it.
+
+    Under torchrun every rank calls this and is a worker; otherwise this process is one and starts the others.
+
+    Args:
+        request: The evaluation.
+        num_workers: How many processes; left at 1 under torchrun.
+
+    Returns:
+        What came out; None on other ranks than the first.
+
+    Raises:
+        UserError: A name is unknown, the model cannot be loaded, or there are two numbers of workers.
+    """
+    rank, num_ranks = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+    if num_ranks > 1 and num_workers > 1:
+        raise UserError("Under torchrun the ranks are the workers; leave out --workers.")
+    _prepare_process(request.model.device, int(os.environ.get("LOCAL_RANK", 0)))
+    # Before the model, which takes longer to load. The other ranks find theirs when they need them.
+    names = list(request.tasks) if rank == 0 else list(request.tasks)[:1]
+    tasks = {name: request.find(name) for name in names}
+    encoder = load_encoder(request.model)
+    meta = encoder.mteb_model_meta
+    folder = _queue_folder(request, meta, tasks)
+    if rank == 0:
+        _say_where(request, encoder, tasks)
+        prepare(folder, plan(encoder, tasks, request.output_dir))
+    if num_ranks > 1:
+        _wait_for_all_ranks()
+    queue = JobQueue(folder)
+    processes = _start_workers(request, folder, min(num_workers, len(queue.unfinished())))
+    _work(request, encoder, queue, rank)
+    if rank != 0:
+        return None
+    queue.wait()
+    for process in processes:
+        process.join()
+    return collect(meta, tasks, request.output_dir, queue)
+
+
+def dry_run(request: Request, num_workers: int) -> list[str]:
+    """Lines that say what an evaluation would cost, at the speed of the model here; no data are read."""
+    _prepare_process(request.model.device, 0)
+    tasks = {name: request.find(name) for name in request.tasks}
+    encoder = load_encoder(request.model)
+    max_tokens = encoder.mteb_model_meta.max_tokens or MAX_TOKENS
+
+    def encode(texts: list[str]) -> object:
+        return encode_documents(encoder, texts, request.batch_size)
+
+    speed = measure_speed(encode, descriptions(), max_tokens, request.batch_size)
+    leaves = leaves_of(tasks)
+    costs = {name: task_cost(leaf, max_tokens) for name, leaf in leaves.items()}
+    jobs = [job.size for leaf in leaves.values() for job in jobs_of(leaf, is_dense(encoder), max_tokens)]
+    return list(table(costs, speed, jobs, num_workers))
+
+
+def collect(meta: Any, tasks: Mapping[str, Any], output_dir: str, queue: JobQueue) -> Outcome:
+    """Aggregates from their parts, the scores of all tasks, and what is missing; an empty queue is removed."""
+    _merge_run_settings(meta, tasks, output_dir, queue.folder)
+    scores: dict[str, TaskScore] = {}
+    for name, task in tasks.items():
+        parts = parts_of(task)
+        if parts and all(kept_score(meta, part, output_dir) is not None for part in parts):
+            score_aggregate(meta, task, output_dir)
+        if (score := kept_score(meta, task, output_dir)) is not None:
+            scores[name] = score
+    problems = list(queue.failures().values())
+    if unfinished := queue.unfinished():
+        problems.append(
+            f"{len(unfinished)} of {len(queue.jobs)} jobs are not done, because a worker ended before its time: "
+            f"{', '.join(unfinished[:5])}{' ...' * (len(unfinished) > 5)}; start again to go on."
+        )
+    if not problems:
+        shutil.rmtree(queue.folder)
+        with contextlib.suppress(OSError):  # another model's or revision's queue lies there
+            queue.folder.parent.rmdir()
+            queue.folder.parent.parent.rmdir()
+    return Outcome(scores, problems)
+
+
+def _say_where(request: Request, encoder: Any, tasks: Mapping[str, Any]) -> None:
+    """Where results go, which of other revisions lie there, and which tasks have no instruction."""
+    folder = result_file(encoder.mteb_model_meta, next(iter(tasks.values())), request.output_dir).parent
+    logger.info("Results go to %s", folder)
+    others = sorted({file.parent.name for file in folder.parent.glob("*/*.json")} - {folder.name})
+    if others:
+        logger.info("Not used: results of %d other revisions of this name (%s)", len(others), ", ".join(others))
+    if isinstance(encoder, LLM2VecEncoder):
+        for leaf in leaves_of(tasks).values():
+            encoder.instruction(leaf.metadata, None)
+
+
+def _prepare_process(device: str | None, worker: int) -> None:
+    """Make a device this process's, so that what is moved to "cuda" goes there; keep progress readable."""
+    datasets.disable_progress_bars()  # there would be one for each block of a corpus
+    if torch.cuda.is_available() and device is None:
+        torch.cuda.set_device(worker % torch.cuda.device_count())
+    elif device is not None and device.startswith("cuda:"):
+        torch.cuda.set_device(device)
+
+
+def _wait_for_all_ranks() -> None:
+    """No rank begins before the first has made the queue; nothing else is ever exchanged."""
+    dist.init_process_group("gloo")
+    dist.barrier()
+    dist.destroy_process_group()
+
+
+def _start_workers(request: Request, folder: Path, num_workers: int) -> list[BaseProcess]:
+    """Start all workers but the first, which is this process."""
+    context = multiprocessing.get_context("spawn")
+    processes: list[BaseProcess] = []
+    for worker in range(1, num_workers):
+        log = folder / f"worker-{worker}.log"
+        processes.append(context.Process(target=_worker, args=(request, folder, worker, log)))
+        processes[-1].start()
+        logger.info("Worker %d (process %s) writes to %s", worker, processes[-1].pid, log)
+    return processes
+
+
+def _worker(request: Request, folder: Path, worker: int, log: Path) -> None:
+    """A worker's life; what it says, and what any library prints, goes to its log."""
+    with log.open("a", encoding="utf-8") as out:
+        os.dup2(out.fileno(), sys.stdout.fileno())
+        os.dup2(out.fileno(), sys.stderr.fileno())
+    logging.basicConfig(format="%(asctime)s %(message)s")
+    logging.getLogger("llm2vec").setLevel(logging.INFO)
+    _prepare_process(request.model.device, worker)
+    encoder = load_encoder(request.model)
+    _work(request, encoder, JobQueue(folder), worker)
+
+
+def _work(request: Request, encoder: Any, queue: JobQueue, worker: int) -> None:
+    predictions = (
+        Path(request.output_dir, "predictions", *queue.folder.parts[-2:]) if request.save_predictions else None
+    )
+    work(
+        encoder,
+        request.find,
+        queue,
+        request.output_dir,
+        batch_size=request.batch_size,
+        worker=worker,
+        predictions=predictions,
+    )
+
+
+def _queue_folder(request: Request, meta: Any, tasks: Mapping[str, Any]) -> Path:
+    root = Path(request.output_dir)
+    of_revision = result_file(meta, next(iter(tasks.values())), root).parent
+    return root / "queue" / of_revision.relative_to(root / "results")
+
+
+def _merge_run_settings(meta: Any, tasks: Mapping[str, Any], output_dir: str, folder: Path) -> None:
+    """What mteb notes about each run, a line a task: one file from all workers'; not a worker's to write."""
+    target = result_file(meta, next(iter(tasks.values())), output_dir).with_name("run_settings.jsonl")
+    lines: dict[tuple[str, ...], str] = {}
+    for file in [target, *sorted(folder.glob("worker-*/results/**/run_settings.jsonl"))]:
+        for line in file.read_text(encoding="utf-8").splitlines() if file.is_file() else []:
+            entry = json.loads(line)
+            lines[(entry["task"], *entry["splits"], *entry["subsets"])] = line
+    if lines:
+        aside = target.with_name(f".{target.name}.{os.getpid()}")
+        aside.write_text("".join(f"{line}\n" for line in lines.values()), encoding="utf-8")
+        aside.replace(target)

@@ -1,0 +1,1 @@
+"""The decoder: loading, attention, packing, pooling and checkpoints."""

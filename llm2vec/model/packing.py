@@ -1,0 +1,354 @@
+"""Rows laid end to end without padding, and a decoder run over them.
+
+A packed batch is one row of all tokens, with positions that start again at 0 for every text. Attention keeps the texts
+apart (`packed_attention`); everything else in a decoder works token by token and needs no change. Two more things are
+not computed twice or for nothing: a prefix that all texts of a side begin with (header and instruction) runs once where
+attention is causal, and where only closing tokens are read, the last layer runs at those alone.
+
+Models whose layers do more than attend by scaled products run padded instead, with the same results.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from functools import partial
+from itertools import accumulate
+from typing import Any
+
+import torch
+from peft import PeftModel
+from torch import Tensor, nn
+from torch.nn.utils.rnn import pad_sequence
+from transformers import AttentionInterface
+from transformers.modeling_layers import GradientCheckpointingLayer
+from transformers.models.llama.modeling_llama import apply_rotary_pos_emb
+
+from llm2vec.model.backbone import ATTENTION_LAYERS, Backbone, hidden_states, one_pass, probe_tokens, probing
+from llm2vec.model.packed_attention import NAME, Group, Layout, attend, can_share_prefix
+from llm2vec.text.tokenization import Row
+from llm2vec.types import Attention, TokenBatch, UserError
+
+# On a CPU, oneDNN keeps what it has compiled for a product's sizes, 1.5 MB a pass in bfloat16, and each packed pass has
+# another number of tokens: after a thousand, gigabytes. Read by torch at its first such product.
+for _cache in ("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "LRU_CACHE_CAPACITY"):
+    os.environ.setdefault(_cache, "64")
+
+#: Decoder layers whose last instance can run at some positions only: rotary attention with all of a head rotated by
+#: halves, and an MLP, each behind its norm and added to the stream as it is. Others with parts of the same names scale
+#: the stream (Granite), clip the heads (OLMo) or rotate otherwise (GLM, Helium, Ernie); their last layer runs in full.
+_PLAIN_LAYERS = {
+    "LlamaDecoderLayer", "MistralDecoderLayer", "Qwen2DecoderLayer", "Qwen3DecoderLayer", "GemmaDecoderLayer",
+}  # fmt: skip
+
+#: Newer versions of transformers checkpoint a layer's `forward`, older ones its call.
+_CHECKPOINTS_FORWARD = GradientCheckpointingLayer.__call__ is nn.Module.__call__
+
+
+def pack_rows(rows: Sequence[Row]) -> TokenBatch:
+    """Tokenised rows laid end to end."""
+    return {
+        "input_ids": torch.tensor([token for row in rows for token in row.ids], dtype=torch.long),
+        "lengths": [len(row.ids) for row in rows],
+        "pool_mask": torch.tensor([pooled for row in rows for pooled in row.pooled], dtype=torch.bool),
+        "target_mask": torch.tensor([target for row in rows for target in row.target], dtype=torch.bool),
+        "num_targets": [sum(row.target) for row in rows],
+        "prefix": shared_prefix(rows),
+        "closed": all(row.pooled[-1] for row in rows),
+    }
+
+
+def shared_prefix(rows: Sequence[Row]) -> int:
+    """Number of tokens that all rows begin with and none of them pools over; 0 for a single row."""
+    if len(rows) < 2:
+        return 0
+    first = rows[0]
+    most = min(row.pooled.index(True) for row in rows)
+    return next((i for i in range(most) if any(row.ids[i] != first.ids[i] for row in rows)), most)
+
+
+def select_rows(side: TokenBatch, chosen: Sequence[int], ends: Sequence[int] | None = None) -> TokenBatch:
+    """Some rows of a packed side, in the order given.
+
+    Args:
+        side: packed texts.
+        chosen: which of them.
+        ends: where each of the side's texts ends, for who selects thousands of times; None = summed up here.
+    """
+    if ends is None:
+        ends = list(accumulate(side["lengths"]))
+
+    def pick(flat: Tensor) -> Tensor:
+        return torch.cat([flat[ends[i] - side["lengths"][i] : ends[i]] for i in chosen])
+
+    selected: TokenBatch = {
+        "input_ids": pick(side["input_ids"]),
+        "lengths": [side["lengths"][i] for i in chosen],
+        "pool_mask": pick(side["pool_mask"]),
+        "target_mask": pick(side["target_mask"]),
+        "num_targets": [side["num_targets"][i] for i in chosen],
+        "prefix": side["prefix"] if len(chosen) > 1 else 0,
+        "closed": side["closed"],
+    }
+    if "labels" in side:
+        selected["labels"] = pick(side["labels"])
+    if "facts" in side:
+        selected["facts"] = {name: values[list(chosen)] for name, values in side["facts"].items()}
+    return selected
+
+
+def starts_of(lengths: Sequence[int]) -> Tensor:
+    """Index of each text's first token in the packed row."""
+    return torch.tensor([0, *lengths]).cumsum(0)[:-1]
+
+
+def positions_of(lengths: Sequence[int]) -> Tensor:
+    """Position of each token in its text, from 0."""
+    total = torch.arange(sum(lengths))
+    return total - starts_of(lengths).repeat_interleave(torch.tensor(lengths, dtype=torch.long))
+
+
+def shares_prefix(model: Any, attention: Attention, device: torch.device, dtype: torch.dtype) -> bool:
+    """Whether a pass over states of this kind runs a prefix that all texts begin with once."""
+    return attention == "causal" and can_share_prefix(device, dtype, attention_dropout(model))
+
+
+def can_pack(model: Any, longest: int) -> bool:
+    """Whether packed attention gives what the model's own would, for texts of up to `longest` tokens.
+
+    It does where every layer attends, by plain scaled products: no recurrence or convolution, which would run on into
+    the next text; no logit capping and no attention sinks; no sliding window or chunk shorter than a text.
+    """
+    config = model.config
+    attentions = [getattr(layer, "self_attn", None) for layer in getattr(inner_decoder(model), "layers", ())]
+    if not attentions or any(attention is None or hasattr(attention, "sinks") for attention in attentions):
+        return False
+    if not ATTENTION_LAYERS.issuperset(getattr(config, "layer_types", None) or ()):
+        return False
+    capped = getattr(config, "attn_logit_softcapping", None) is not None
+    windows = [getattr(config, name, None) for name in ("sliding_window", "attention_chunk_size")]
+    return not capped and all(window is None or window >= longest for window in windows)
+
+
+def check_packing(model: Backbone, attention: Attention) -> None:
+    """Prove that a text has the states packed behind another that it has alone, by the model's own attention.
+
+    Families that compute in another way than their config says would get other vectors without a word.
+
+    Raises:
+        UserError: it has not.
+    """
+    own, other = probe_tokens(model, 9).split([5, 4])
+    with probing(model) as exact:
+        alone = [
+            hidden_states(model, attention, torch.ones_like(ids)[None], input_ids=ids[None])[0] for ids in (own, other)
+        ]
+        embeddings = model.get_input_embeddings()(torch.cat([other, own]))
+        behind = packed_hidden_states(model, attention, [len(other), len(own)], embeddings)[len(other) :]
+    wrong = (behind - alone[0]).float().norm(dim=-1).max()
+    apart = (alone[0][-1] - alone[1][-1]).float().norm()
+    if wrong > (1e-3 if exact else 0.1) * apart:  # half precision gets room for kernels that round otherwise
+        raise UserError(
+            f"{type(model).__name__} computes more than attention over the text's own tokens, in a way that is not "
+            "known here: its texts cannot be laid end to end, so it cannot be used."
+        )
+
+
+def packed_hidden_states(
+    model: Any,
+    attention: Attention,
+    lengths: Sequence[int],
+    embeddings: Tensor,
+    *,
+    prefixes: Sequence[tuple[int, int]] = (),
+    closing_only: bool = False,
+) -> Tensor:
+    """Last layer's states after the final norm, text after text.
+
+    Args:
+        model: decoder without head, plain or with an adapter on it.
+        attention: of each text within itself.
+        lengths: tokens of each text.
+        embeddings: [tokens, D], text after text.
+        prefixes: for each run of texts, how many there are and how many tokens they all begin with; the runs cover
+            all texts, or there are none. A prefix is computed once where attention is causal.
+        closing_only: return the states of the texts' last tokens alone.
+
+    Returns:
+        [tokens, D], or [texts, D] with `closing_only`. Where a prefix was shared, the later texts' copies of it are
+        zeros: ask for states behind a shared prefix only.
+    """
+    assert min(lengths) > 0, "a text without tokens"
+    if not can_pack(model, max(lengths)):
+        return _padded_hidden_states(model, attention, lengths, embeddings, closing_only)
+    runs = [(0, len(lengths))] if not prefixes else [(prefix, number) for number, prefix in prefixes]
+    if not shares_prefix(model, attention, embeddings.device, embeddings.dtype):
+        runs = [(0, len(lengths))]
+    kept, groups = _without_repeats(lengths, runs)
+    positions = positions_of(lengths)
+    if kept is not None:
+        positions, on_device = positions[kept], kept.to(embeddings.device)
+        embeddings = embeddings.index_select(0, on_device)
+    narrow = closing_only and narrowing_layer(model) is not None
+    layout = Layout(tuple(groups))
+    with packed(model):
+        output = model(
+            inputs_embeds=embeddings.unsqueeze(0),
+            position_ids=positions.unsqueeze(0).to(embeddings.device),
+            is_causal=attention == "causal",
+            use_cache=False,
+            layout=layout,
+            closing=Layout(layout.groups, closing_only=True) if narrow else None,
+        )
+    states: Tensor = output.last_hidden_state[0]
+    if narrow:
+        return states
+    if closing_only:
+        return states.index_select(0, layout.on(states.device).closing)
+    if kept is None:
+        return states
+    return states.new_zeros(sum(lengths), states.shape[1]).index_copy(0, on_device, states)
+
+
+def _without_repeats(lengths: Sequence[int], runs: Sequence[tuple[int, int]]) -> tuple[Tensor | None, list[Group]]:
+    """Index of the tokens that stay when each run's prefix stands once (None = all), and the groups they form."""
+    if not any(prefix for prefix, _ in runs):
+        return None, [Group(0, tuple(lengths))]
+    groups, parts = [], []
+    text = start = 0
+    for prefix, number in runs:
+        of_run = lengths[text : text + number]
+        groups.append(Group(prefix, tuple(length - prefix for length in of_run)))
+        for i, length in enumerate(of_run):
+            parts.append(torch.arange(start + (prefix if i else 0), start + length))
+            start += length
+        text += number
+    return torch.cat(parts), groups
+
+
+def _padded_hidden_states(
+    model: Any, attention: Attention, lengths: Sequence[int], embeddings: Tensor, closing_only: bool
+) -> Tensor:
+    """The same by the model's own attention over right-padded rows."""
+    rows_BTD = pad_sequence(embeddings.split(list(lengths)), batch_first=True)
+    length_B = torch.tensor(lengths, device=embeddings.device)
+    mask_BT = torch.arange(rows_BTD.shape[1], device=embeddings.device) < length_B.unsqueeze(1)
+    states_BTD = hidden_states(model, attention, mask_BT.long(), inputs_embeds=rows_BTD)
+    if closing_only:
+        return states_BTD[torch.arange(len(lengths), device=embeddings.device), length_B - 1]
+    return states_BTD[mask_BT]
+
+
+@contextmanager
+def packed(model: Any) -> Iterator[None]:
+    """Within it, the model's attention is packed and its last layer can be narrowed; both need a `layout`."""
+    with one_pass(model):
+        previous = model.config._attn_implementation
+        if previous == NAME:
+            yield
+            return
+        AttentionInterface.register(NAME, attend)  # here, as importing this file must change nothing
+        last = narrowing_layer(model)
+        model.config._attn_implementation = NAME
+        if last is not None:
+            last.forward = partial(_forward_at_closing, last, type(last).forward)
+        try:
+            yield
+        finally:
+            model.config._attn_implementation = previous
+            if last is not None:
+                del last.forward
+
+
+def compile_layers(model: Any, *, backend: str = "inductor", mode: str | None = None) -> None:
+    """Compile every layer of the decoder for rows of any length; attention over packed rows stays outside.
+
+    Args:
+        model: decoder with or without head, plain or with an adapter on it; its weights keep their names.
+        backend: as in torch.compile.
+        mode: as in torch.compile.
+    """
+    for layer in inner_decoder(model).layers:
+        layer.compile(dynamic=True, backend=backend, mode=mode)
+
+
+def checkpoint_contexts(model: Any) -> tuple[AbstractContextManager[None], AbstractContextManager[None]]:
+    """For torch.utils.checkpoint's `context_fn`: what was packed in the forward pass is recomputed packed."""
+    return nullcontext(), packed(model) if model.config._attn_implementation == NAME else nullcontext()
+
+
+def _forward_at_closing(
+    layer: Any, forward: Any, hidden_states: Tensor, *, closing: Layout | None, layout: Layout, **arguments: Any
+) -> Tensor:
+    """A decoder layer's forward, run at the closing tokens alone where `closing` says which they are."""
+    if closing is None:
+        states: Tensor = forward(layer, hidden_states, layout=layout, **arguments)
+        return states
+    narrow = partial(_narrowed, layer, closing, arguments)
+    if _CHECKPOINTS_FORWARD and layer.gradient_checkpointing and layer.training:
+        recomputed: Tensor = layer._gradient_checkpointing_func(narrow, hidden_states)
+        return recomputed
+    return narrow(hidden_states)
+
+
+def _narrowed(layer: Any, closing: Layout, arguments: dict[str, Any], hidden_states: Tensor) -> Tensor:
+    """A decoder layer at the closing tokens."""
+    ends = closing.on(hidden_states.device).closing
+    attended = _attend_at_closing(layer.self_attn, layer.input_layernorm(hidden_states), ends, closing, **arguments)
+    stream = hidden_states.index_select(1, ends) + attended
+    narrowed: Tensor = stream + layer.mlp(layer.post_attention_layernorm(stream))
+    return narrowed
+
+
+def _attend_at_closing(
+    attention: Any,
+    normed: Tensor,
+    ends: Tensor,
+    closing: Layout,
+    *,
+    position_embeddings: tuple[Tensor, Tensor],
+    is_causal: bool,
+    **_: Any,  # what else the decoder hands its layers: masks and caches, of which a packed pass has none
+) -> Tensor:
+    """The attention block's output at the closing tokens: their queries over every token's keys and values."""
+    cos, sin = position_embeddings
+
+    def heads(projection: Any, norm: Any, states: Tensor) -> Tensor:
+        split: Tensor = projection(states).unflatten(-1, (-1, attention.head_dim))
+        return (split if norm is None else norm(split)).transpose(1, 2)
+
+    query_norm, key_norm = (getattr(attention, name, None) for name in ("q_norm", "k_norm"))
+    query = heads(attention.q_proj, query_norm, normed.index_select(1, ends))
+    key, value = heads(attention.k_proj, key_norm, normed), heads(attention.v_proj, None, normed)
+    query = apply_rotary_pos_emb(query, query, cos.index_select(1, ends), sin.index_select(1, ends))[0]
+    key = apply_rotary_pos_emb(key, key, cos, sin)[0]
+    attended = attend(attention, query, key, value, None, 0.0, attention.scaling, is_causal, closing)[0]
+    output: Tensor = attention.o_proj(attended.flatten(2))
+    return output
+
+
+def narrowing_layer(model: Any) -> Any:
+    """The decoder's last layer, if it is of those that `_forward_at_closing` knows; else None."""
+    layer = inner_decoder(model).layers[-1]
+    known = any(kind.__name__ in _PLAIN_LAYERS for kind in type(layer).__mro__)  # FSDP makes a class below the layer's
+    # Others put a `forward` on an instance too: accelerate, where a model is spread over devices. It must stay.
+    replaced = "forward" in vars(layer) and not _is_ours(layer.forward)
+    return layer if known and not replaced and attention_dropout(model) == 0 else None
+
+
+def _is_ours(forward: Any) -> bool:
+    return isinstance(forward, partial) and forward.func is _forward_at_closing
+
+
+def inner_decoder(model: Any) -> Any:
+    """The module that holds the layers, under an adapter or a head."""
+    model = model.get_base_model() if isinstance(model, PeftModel) else model
+    return model if hasattr(model, "layers") else model.base_model
+
+
+def attention_dropout(model: Any) -> float:
+    """How likely a model in training mode drops an attention weight out; 0 in evaluation."""
+    attention = getattr(inner_decoder(model).layers[0], "self_attn", None)
+    of_config = getattr(model.config, "attention_dropout", 0.0)
+    return float(getattr(attention, "attention_dropout", of_config)) if model.training else 0.0

@@ -1,0 +1,259 @@
+"""What a step keeps for its backward pass, reckoned from the model's shapes before its weights are there.
+
+Counted tensor by tensor, as the packed passes keep them (`packing`, `packed_attention`), for layers made as Llama's
+are: Mistral, Qwen 2 and 3, Gemma and others with the same seven projections. Compiled layers keep less. CPU and CUDA
+differ in attention: a CPU computes it in float32, text by text, and copies its output for the projection behind it;
+CUDA's variable-length kernel, in half precision, keeps queries, keys and values with as many heads each, its output
+(which the projection reads as it is) and a log-sum-exp.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import torch
+from peft.tuners.lora import LoraLayer
+from torch import nn
+from transformers import TrainingArguments
+
+from llm2vec.model.packing import attention_dropout, inner_decoder, narrowing_layer, shares_prefix
+from llm2vec.planning.work import Pass, Work, width_of_queries
+
+#: A layer's projections, each with what it reads: those with the same word read the same tensor.
+PROJECTIONS = {
+    "q_proj": "stream", "k_proj": "stream", "v_proj": "stream", "o_proj": "attended",
+    "gate_proj": "middle", "up_proj": "middle", "down_proj": "product",
+}  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Numbers:
+    """What a run computes with.
+
+    Attributes:
+        stream: bytes of a number between the layers.
+        compute: bytes of a number that a matrix product gives.
+        device: `cpu` or `cuda`.
+    """
+
+    stream: int
+    compute: int
+    device: str
+
+    @classmethod
+    def of(cls, args: TrainingArguments, model: nn.Module, device: str) -> Numbers:
+        """As the training arguments and the weights' dtype have it."""
+        weights = next(model.parameters()).dtype.itemsize
+        half = args.bf16 or args.fp16
+        return cls(2 if half and args.fsdp else weights, 2 if half else weights, device)
+
+    @property
+    def casts(self) -> bool:
+        """Whether each product casts what it reads (autocast over float32 weights)."""
+        return self.stream != self.compute
+
+    @property
+    def shares(self) -> tuple[torch.device, torch.dtype]:
+        """What decides whether a prefix can be shared."""
+        return torch.device(self.device), torch.bfloat16 if self.compute == 2 else torch.float32
+
+
+class Kept(NamedTuple):
+    """Bytes that a layer keeps for each token.
+
+    Attributes:
+        whole: where it runs at all tokens.
+        pair: further, for each pair of a token and one of its text.
+        narrow: in the last layer, where all but keys and values runs at the closing tokens alone.
+        recomputed: where it is recomputed: its input.
+    """
+
+    whole: float
+    pair: float
+    narrow: float
+    recomputed: float
+
+
+class _Attended(NamedTuple):
+    """Bytes that attention keeps for each token: of its query and output, of its key and value, and for each pair; and
+    whether its output is copied for the projection behind it."""
+
+    query: float
+    key: float
+    pair: float = 0.0
+    copied: bool = True
+
+
+def is_known(model: Any) -> bool:
+    """Whether the model's layers are of the kind that is reckoned with here."""
+    return set(PROJECTIONS) <= _modules(model).keys()
+
+
+def kept_bytes(model: Any, numbers: Numbers, work: Work, num_recomputed: int = 0) -> float:
+    """Bytes that the forward pass of some work keeps for its backward pass, weights and their gradients left out.
+
+    Args:
+        model: in training mode, with or without head and adapter; its weights may be on the meta device.
+        numbers: it computes with.
+        work: what runs at once.
+        num_recomputed: how many layers are recomputed, the first ones.
+    """
+    of_targets = work.targets * model.config.hidden_size * numbers.compute  # their gradient, which comes with the loss
+    return of_targets + sum(kept_by_pass(model, numbers, p, num_recomputed) for p in work.passes)
+
+
+def kept_by_a_layer(model: Any, numbers: Numbers, p: Pass) -> float:
+    """Bytes that one whole layer keeps in a pass: they come back while it is recomputed."""
+    return tokens_run(model, numbers, p) * kept_by_layer(model, numbers, p).whole
+
+
+def working(model: Any, numbers: Numbers, p: Pass) -> float:
+    """Bytes that a layer needs for a moment beside what it keeps, at the projection behind the MLP.
+
+    In the backward pass these are gradients of what the MLP multiplied, less what the projection had kept and is done
+    with; under LoRA, in the forward pass, also what its adapter made on the way to what it keeps. And twice the stream.
+    """
+    projection = _modules(model)["down_proj"]
+    of_product = _inputs(numbers, {"down_proj": projection}, copied=True)
+    width: int = projection.in_features
+    at_most = 3 * width * numbers.compute - of_product
+    if isinstance(projection, LoraLayer):
+        half, drops = numbers.compute == 2, _drops(projection)
+        made = numbers.compute + 4 * (half and (drops or numbers.casts)) + 4 * (drops and numbers.casts)
+        at_most = max(at_most, width * made)
+    return tokens_run(model, numbers, p) * (at_most + 2 * model.config.hidden_size * numbers.stream)
+
+
+def tokens_run(model: Any, numbers: Numbers, p: Pass) -> int:
+    """Tokens of a pass that run through the layers."""
+    return p.tokens - (p.repeated if shares_prefix(model, p.attention, *numbers.shares) else 0)
+
+
+def kept_by_layer(model: Any, numbers: Numbers, p: Pass) -> Kept:
+    """What one of the model's layers keeps in a pass."""
+    modules = _modules(model)
+    hidden: int = model.config.hidden_size
+    projections = {name: modules[name] for name in PROJECTIONS}
+    widths = {"q_norm": _width(modules["q_proj"]), "k_norm": _width(modules["k_proj"])}
+    norms = {name: _norm(m, widths.get(name, hidden), numbers) for name, m in modules.items() if _is_norm(m)}
+    attended = _attention(model, numbers, p)
+    whole = sum(norms.values()) + attended.query + attended.key
+    whole += _inputs(numbers, projections, attended.copied)
+    whole += 3 * _width(modules["gate_proj"]) * numbers.compute  # gate, what its activation makes of it, and up
+    keys_and_values = {name: projections[name] for name in ("k_proj", "v_proj")}
+    narrow = norms["input_layernorm"] + norms.get("k_norm", 0) + attended.key
+    narrow += _inputs(numbers, keys_and_values, attended.copied)
+    return Kept(whole, attended.pair, narrow, hidden * numbers.stream)
+
+
+def kept_by_pass(model: Any, numbers: Numbers, p: Pass, num_recomputed: int = 0) -> float:
+    """Bytes that a pass keeps; arguments as in `kept_bytes`."""
+    decoder = inner_decoder(model)
+    hidden, heads = model.config.hidden_size, model.config.num_attention_heads
+    kept = kept_by_layer(model, numbers, p)
+    tokens, num_whole = tokens_run(model, numbers, p), len(decoder.layers) - num_recomputed
+    whole = tokens * kept.whole + sum(length**2 for length in p.lengths) * kept.pair
+    total = num_recomputed * tokens * kept.recomputed + num_whole * whole
+    if p.closing_only and num_whole and narrowing_layer(model) is not None:
+        total += tokens * kept.narrow + len(p.lengths) * (kept.whole - kept.narrow) - whole
+    if not num_recomputed and not model.get_input_embeddings().weight.requires_grad:
+        total -= tokens * _below_the_first_adapter(model, numbers)
+    states = len(p.lengths) if p.closing_only else tokens
+    sine_and_cosine = 2 * numbers.stream * width_of_queries(model.config) / heads
+    return total + tokens * sine_and_cosine + states * _norm(decoder.norm, hidden, numbers)
+
+
+def _modules(model: Any) -> dict[str, Any]:
+    """A layer's modules by the last part of their names; of an adapted projection the adapted one."""
+    modules: dict[str, Any] = {}
+    for name, module in inner_decoder(model).layers[0].named_modules():
+        modules.setdefault(name.rpartition(".")[2], module)
+    return modules
+
+
+def _width(projection: Any) -> int:
+    """How many numbers a projection gives."""
+    width: int = projection.out_features
+    return width
+
+
+def _is_norm(module: nn.Module) -> bool:
+    weight = getattr(module, "weight", None)
+    return "Norm" in type(module).__name__ and weight is not None
+
+
+def _norm(module: Any, width: int, numbers: Numbers) -> float:
+    """A norm keeps its input in float32 and, where it is trained, what its weight is multiplied with."""
+    return width * (4 + (numbers.stream if module.weight.requires_grad else 0)) + 4
+
+
+def _attention(model: Any, numbers: Numbers, p: Pass) -> _Attended:
+    """As `packed_attention.attend` computes it."""
+    modules = _modules(model)
+    queries, keys = _width(modules["q_proj"]), _width(modules["k_proj"])
+    heads: int = model.config.num_attention_heads
+    dropout = attention_dropout(model) > 0
+    if numbers.device == "cuda" and numbers.compute == 2 and not dropout:
+        return _Attended(2 * queries * 2 + 4 * heads, 2 * queries * 2, copied=False)
+    if numbers.device == "cpu" and dropout:  # torch's plain products: scores, and twice what dropout makes of them
+        return _Attended(4 * queries, 4 * 2 * queries, 4 * 3 * heads)
+    size = 4 if numbers.device == "cpu" else numbers.compute
+    if p.repeated and shares_prefix(model, p.attention, *numbers.shares):  # with as many heads each, too
+        return _Attended(2 * queries * size + 4 * heads, 2 * queries * size, copied=size != numbers.compute)
+    return _Attended(2 * queries * size + 4 * heads, 2 * keys * size)
+
+
+def _inputs(numbers: Numbers, projections: Mapping[str, Any], copied: bool) -> float:
+    """What projections keep of what they read: it itself, once for those that read the same, or copies of their own.
+
+    Args:
+        numbers: computed with.
+        projections: by name.
+        copied: whether attention's output is copied for `o_proj`, which else reads what is counted there.
+    """
+    once: dict[str, int] = {}
+    total = 0
+    for name, projection in projections.items():
+        width = projection.in_features
+        if isinstance(projection, LoraLayer):
+            total += _adapter_input(projection, numbers)
+            if not numbers.casts and numbers.stream == 4 and not _drops(projection) and (copied or name != "o_proj"):
+                once[PROJECTIONS[name]] = 4 * width
+        elif projection.weight.requires_grad:
+            if numbers.casts and PROJECTIONS[name] in ("stream", "middle"):
+                total += width * numbers.compute
+            elif copied or name != "o_proj":
+                once[PROJECTIONS[name]] = width * numbers.compute
+    return total + sum(once.values())
+
+
+def _adapter_input(projection: Any, numbers: Numbers) -> int:
+    """A LoRA adapter's copies: its input cast, a dropout's noise (a byte on CUDA) and result; and its inner numbers."""
+    (inner,) = projection.lora_A.values()
+    size = numbers.compute if numbers.casts else inner.weight.dtype.itemsize
+    width: int = projection.in_features
+    copies = inner.out_features * size
+    if _drops(projection):
+        return copies + width * size + _noise(projection, numbers)
+    return copies + (width * size if numbers.casts or numbers.stream == 2 else 0)
+
+
+def _below_the_first_adapter(model: Any, numbers: Numbers) -> float:
+    """What the first layer keeps less than the others where the embeddings are frozen: no gradient goes to them."""
+    modules = _modules(model)
+    readers = [modules[name] for name, read in PROJECTIONS.items() if read == "stream"]
+    noises = [_noise(m, numbers) for m in readers if isinstance(m, LoraLayer) and _drops(m)]
+    return _norm(modules["input_layernorm"], model.config.hidden_size, numbers) + sum(noises)
+
+
+def _noise(projection: Any, numbers: Numbers) -> int:
+    """What a dropout draws for an adapter's input."""
+    width: int = projection.in_features
+    return width * (1 if numbers.device == "cuda" else 4)
+
+
+def _drops(projection: Any) -> bool:
+    (dropout,) = projection.lora_dropout.values()
+    return isinstance(dropout, nn.Dropout) and dropout.p > 0

@@ -1,0 +1,264 @@
+"""A run before it starts: its schedule, the tokens of its rows, its model as shapes, and the memory that it takes.
+
+Data and tokenizer are the run's own where they are at hand; where not, the lengths of texts are assumed. `plan_report`
+puts a plan into words. Run by `experiments/plan.py`.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from transformers import PreTrainedTokenizerBase, TrainingArguments
+
+from llm2vec.data.collation import Collate, CollateSides, check_examples
+from llm2vec.data.rows import OneSourceBlocks
+from llm2vec.model.backbone import Chain, find_file, without_waiting_for_the_hub
+from llm2vec.model.checkpoint import EncoderSettings, resolve_chain
+from llm2vec.model.packing import inner_decoder
+from llm2vec.model.recomputation import fit
+from llm2vec.planning.activations import Numbers, is_known, kept_bytes
+from llm2vec.planning.gpus import Card
+from llm2vec.planning.memory import Memory, Step, memory_of
+from llm2vec.planning.row_lengths import Texts, assumed, counted
+from llm2vec.planning.work import useful_flops
+from llm2vec.train.config import Config, Stage, training_arguments
+from llm2vec.train.config_file import load_config
+from llm2vec.train.model import decoder_of, encoder_settings, open_tokenizer
+from llm2vec.train.rows import Rows, row_orders
+from llm2vec.train.stages import (
+    collate_of,
+    missing_data,
+    model_of_shapes,
+    objective_of,
+    rows_of,
+    shape_of,
+    stage_of,
+)
+from llm2vec.train.words import Schedule, rows_a_step, schedule_of, steps_an_epoch
+from llm2vec.types import UserError
+
+
+@dataclass(frozen=True)
+class Conditions:
+    """What a config does not say.
+
+    Attributes:
+        num_processes: that share the run.
+        card: GPU of each process; None = a CPU.
+        utilisation: share of the card's matrix peak that does useful work.
+        stage: whose script reads the config; None = as its keys tell.
+        base: model whose shape and tokenizer stand for those of a base that is not there yet.
+        tokens_query: of a row's query, template included, where rows or tokenizer are not at hand; None = they are.
+        tokens_document: of each of its documents, likewise.
+    """
+
+    num_processes: int = 1
+    card: Card | None = None
+    utilisation: float = 0.4
+    stage: Stage | None = None
+    base: str | None = None
+    tokens_query: int | None = None
+    tokens_document: int | None = None
+
+    def __post_init__(self) -> None:
+        for name in ("num_processes", "tokens_query", "tokens_document"):
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                raise UserError(f"--{name} is {value}; it must be above 0.")
+        if not 0 < self.utilisation <= 1:
+            raise UserError(f"--utilisation is {self.utilisation:g}; it must lie above 0 and be at most 1.")
+        if (self.tokens_query is None) != (self.tokens_document is None):
+            raise UserError("--tokens_query and --tokens_document are given together.")
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What is known of a run before it starts.
+
+    Attributes:
+        config: as written.
+        args: that follow from it.
+        conditions: what it does not say.
+        settings: how texts become vectors.
+        model: in shapes only.
+        objective: over it.
+        numbers: it computes with.
+        rows: training rows; None = not at hand.
+        collate: makes them into batches; None = lengths are assumed.
+        order: of the rows.
+        schedule: steps; None = only the rows would tell.
+        assumption: what is assumed, and why; empty = nothing.
+        absent: adapters below the run's own that are not there yet.
+        all_rows: a sample over all sources.
+        by_source: one of each source.
+        memory: of a process; None = the model's layers are of another kind.
+        recomputation: what is recomputed; empty = nothing.
+    """
+
+    config: Config
+    args: TrainingArguments
+    conditions: Conditions
+    settings: EncoderSettings
+    model: Any
+    objective: Any
+    numbers: Numbers
+    rows: Rows | None
+    collate: Collate | None
+    order: OneSourceBlocks | None
+    schedule: Schedule | None
+    assumption: str
+    absent: tuple[str, ...]
+    all_rows: Texts
+    by_source: tuple[Texts, ...]
+    memory: Memory | None = None
+    recomputation: str = ""
+
+    @property
+    def steps(self) -> int | None:
+        """How many steps the run has, or at most; None = not known."""
+        return self.config.stop_after_n_steps if self.schedule is None else self.schedule.steps
+
+    @property
+    def tokens_a_step(self) -> float:
+        """Of all processes, in the mean."""
+        return rows_a_step(self.args, self.conditions.num_processes) * float(np.mean(self.all_rows.tokens_of_rows))
+
+    @property
+    def flops_a_step(self) -> float:
+        """Useful floating-point operations of all processes, in the mean."""
+        share = rows_a_step(self.args, self.conditions.num_processes) / len(self.all_rows.tokens_of_rows)
+        return share * useful_flops(self.model, self.all_rows.work)
+
+
+def make_plan(path: Path, conditions: Conditions) -> Plan:
+    """Read a config and reckon what its run would be.
+
+    Raises:
+        UserError: what the run would refuse; or the base's shape, or the lengths of texts, can be had nowhere; or a
+            family whose layers are not known.
+    """
+    config = load_config(path, conditions.stage or stage_of(path))
+    if config.stage == "simcse":
+        config = dataclasses.replace(config, num_hard_negatives=0)
+    args = training_arguments(config, conditions.num_processes)
+    base = conditions.base or config.model_name_or_path
+    with without_waiting_for_the_hub():
+        absent = tuple(adapter for adapter in config.adapters if not _has(adapter, "adapter_config.json"))
+        # Those that are not there yet are left out: merged, they change no shape.
+        chain = resolve_chain(base, [adapter for adapter in config.adapters if adapter not in absent])
+        shape = shape_of(chain.base)
+        tokenizer, settings, new_tokens = _tokenizer(config, chain)
+    model = model_of_shapes(config, shape, new_tokens)
+    if not hasattr(inner_decoder(model), "layers"):
+        raise UserError(f"{chain.base}: a {shape.model_type} cannot be planned, its layers are not known here.")
+    objective = objective_of(config, model, settings)
+    missing = missing_data(config)
+    rows = rows_of(config, tokenizer) if missing is None else None
+    order = None if rows is None else row_orders(config, args, rows, conditions.num_processes)[0]
+    collate = None
+    if rows is not None and tokenizer is not None and conditions.tokens_query is None:
+        collate = collate_of(config, args, tokenizer, settings)
+        if isinstance(collate, CollateSides):
+            check_examples(args, rows, collate)
+    elif missing is None and tokenizer is None:
+        missing = f"model_name_or_path: {chain.base!r} has no tokenizer that can be read here."
+    assumption = "" if collate else _assumption(config, conditions, missing)
+    if collate is not None and rows is not None:
+        all_rows, *by_source = counted(objective, settings, rows, collate)
+    else:
+        all_rows, *by_source = assumed(objective, settings, config, *_assumed_lengths(config, conditions))
+    steps_per_epoch = None if order is None else steps_an_epoch(args, len(order), conditions.num_processes)
+    plan = Plan(
+        config=config,
+        args=args,
+        conditions=conditions,
+        settings=settings if config.stage != "mntp" else dataclasses.replace(settings, template=config.template),
+        model=model,
+        objective=objective,
+        numbers=Numbers.of(args, model, "cpu" if conditions.card is None else "cuda"),
+        rows=rows,
+        collate=collate,
+        order=order,
+        schedule=schedule_of(config, args, steps_per_epoch),
+        assumption=assumption,
+        absent=absent,
+        all_rows=all_rows,
+        by_source=tuple(by_source),
+    )
+    return plan if not is_known(model) else _with_memory(plan)
+
+
+def _tokenizer(config: Config, chain: Chain) -> tuple[PreTrainedTokenizerBase | None, EncoderSettings, list[int]]:
+    """The tokenizer, if it can be read here; how texts become vectors; ids of tokens that the base lacks."""
+    if any(_has(name, "tokenizer_config.json") for name in (chain.base, *chain.adapters[-1:])):
+        return open_tokenizer(config, chain)
+    return None, encoder_settings(config, {}), []
+
+
+def _has(path: str, name: str) -> bool:
+    try:
+        return find_file(path, name) is not None
+    except UserError:  # neither a folder nor the name of a repository: the output of a run that is still to come
+        return False
+
+
+def _assumption(config: Config, conditions: Conditions, missing: str | None) -> str:
+    """What is assumed of the texts, and why.
+
+    Raises:
+        UserError: nothing is, though it must be.
+    """
+    if config.stage == "mntp":  # its blocks are full, whatever the texts
+        return f"blocks of {config.max_seq_length} tokens"
+    if conditions.tokens_query is None:
+        raise UserError(
+            f"{missing} To plan without, say how many tokens a row's texts have in the mean, template included: "
+            "--tokens_query and --tokens_document."
+        )
+    query, document = _assumed_lengths(config, conditions)
+    given = f"{query} tokens a query and {document} a document"
+    if (query, document) != (conditions.tokens_query, conditions.tokens_document):
+        given += " (cut at max_seq_length)"
+    return f"{given}, as rows or tokenizer are not at hand" if missing else f"{given}, as given"
+
+
+def _assumed_lengths(config: Config, conditions: Conditions) -> tuple[int, int]:
+    """Tokens of a query and of a document, cut as the run would cut them."""
+    query, document = conditions.tokens_query or 0, conditions.tokens_document or 0
+    return min(query, config.max_seq_length), min(document, config.max_seq_length)
+
+
+def _with_memory(plan: Plan) -> Plan:
+    """The plan with the memory of a process: that of the source whose texts take most."""
+    num_layers = len(inner_decoder(plan.model).layers)
+    number, said = (num_layers, f"all {num_layers} layers are recomputed") if plan.config.checkpointing else (0, "")
+    bound, budget = plan.config.tokens_per_microbatch, plan.config.activation_memory_gb
+    if bound is not None and budget is not None:
+        per_token = max(kept_bytes(plan.model, plan.numbers, t.work) / t.tokens for t in plan.by_source)
+        number, said = fit(plan.objective, decoder_of(plan.model), per_token, bound, budget)
+    steps = [_step_of(plan, texts, number) for texts in plan.by_source]
+    accounts = [memory_of(plan.model, plan.args, plan.numbers, s, plan.conditions.num_processes) for s in steps]
+    return dataclasses.replace(plan, memory=max(accounts, key=lambda account: account.most), recomputation=said)
+
+
+def _step_of(plan: Plan, texts: Texts, num_recomputed: int) -> Step:
+    """What a process has in hand in a step over rows of one source."""
+    share = plan.args.per_device_train_batch_size
+    bound = max(plan.config.tokens_per_microbatch or math.inf, *texts.tokens_of_rows)  # a row is never cut in two
+    at_once = min(bound, texts.tokens_of(share))
+    compared = None
+    if plan.objective.contrasts:
+        documents = share * plan.conditions.num_processes * (1 + plan.config.num_hard_negatives)
+        compared = (share * (2 + plan.config.num_hard_negatives), documents)
+    return Step(
+        texts.work,
+        at_once / texts.tokens,
+        num_recomputed,
+        accumulates=at_once == bound or plan.args.gradient_accumulation_steps > 1,
+        texts=compared,
+    )

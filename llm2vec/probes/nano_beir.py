@@ -1,0 +1,111 @@
+"""NanoBEIR while training: 13 small retrieval sets through sentence-transformers' evaluator, shared out over the ranks.
+
+A probe, not a result: several of its sets have siblings among the training sources (MSMARCO, NQ, HotpotQA, FEVER,
+Quora). Needs sentence-transformers, which comes with the `eval` extra.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from sentence_transformers.sentence_transformer.evaluation import NanoBEIREvaluator
+from sentence_transformers.util import cos_sim
+from torch import Tensor
+
+from llm2vec.distributed import rank, sum_over_ranks, world_size
+from llm2vec.llm2vec import LLM2Vec
+from llm2vec.model.backbone import first_line
+from llm2vec.types import UserError
+
+#: The sets, with the paper's instructions for them (Table 13).
+INSTRUCTIONS = {
+    "climatefever": "Given a claim about climate change, retrieve documents that support or refute the claim",
+    "dbpedia": "Given a query, retrieve relevant entity descriptions from DBPedia",
+    "fever": "Given a claim, retrieve documents that support or refute the claim",
+    "fiqa2018": "Given a financial question, retrieve user replies that best answer the question",
+    "hotpotqa": "Given a multi-hop question, retrieve documents that can help answer the question",
+    "msmarco": "Given a web search query, retrieve relevant passages that answer the query",
+    "nfcorpus": "Given a question, retrieve relevant documents that best answer the question",
+    "nq": "Given a question, retrieve Wikipedia passages that answer the question",
+    "quoraretrieval": "Given a question, retrieve questions that are semantically equivalent to the given question",
+    "scidocs": "Given a scientific paper title, retrieve paper abstracts that are cited by the given paper",
+    "arguana": "Given a claim, find documents that refute the claim",
+    "scifact": "Given a scientific claim, retrieve documents that support or refute the claim",
+    "touche2020": "Given a question, retrieve detailed and persuasive arguments that answer the question",
+}
+
+
+class NanoBeirProbe:
+    """nDCG@10 of a model on NanoBEIR; every rank scores its share of the sets and all of them learn all scores.
+
+    Args:
+        model: what is being trained, sharing its weights.
+        dataset_id: hub name, or a local folder in the same layout.
+        names: which of the 13 sets.
+        batch_size: texts a forward pass.
+        device: where to compute.
+
+    Raises:
+        UserError: a set cannot be read.
+    """
+
+    def __init__(
+        self, model: LLM2Vec, dataset_id: str, names: Sequence[str], batch_size: int, device: torch.device
+    ) -> None:
+        self.model = _EvaluatedModel(model, device)
+        self.names = list(names)
+        self._share = self.names[rank() :: world_size()]
+        self._evaluators: list[Any] = []
+        if not self._share:
+            return
+        try:
+            self._evaluators = NanoBEIREvaluator(
+                dataset_names=self._share,
+                dataset_id=dataset_id,
+                query_prompts={name: INSTRUCTIONS[name] for name in self._share},
+                batch_size=batch_size,
+                write_csv=False,
+            ).evaluators
+        except Exception as error:  # unreachable hub, missing folder, missing column: each its own type
+            raise UserError(
+                f"nano_beir: {dataset_id} cannot be read ({first_line(error)}); give a local copy in the hub's layout."
+            ) from error
+
+    def __call__(self) -> dict[str, float]:
+        """nDCG@10 of each set, and their mean, on every rank."""
+        scores = torch.zeros(len(self.names), device=self.model.device)
+        for name, evaluator in zip(self._share, self._evaluators, strict=True):
+            metrics = evaluator(self.model)
+            scores[self.names.index(name)] = next(v for k, v in metrics.items() if k.endswith("cosine_ndcg@10"))
+        values = sum_over_ranks(scores).tolist()
+        figures = {f"nano_{name}_ndcg_at_10": value for name, value in zip(self.names, values, strict=True)}
+        return {**figures, "nano_beir_ndcg_at_10": sum(values) / len(values)}
+
+
+class _EvaluatedModel:
+    """As much of a SentenceTransformer as its retrieval evaluator calls."""
+
+    similarity_fn_name = "cosine"
+
+    def __init__(self, model: LLM2Vec, device: torch.device) -> None:
+        self.model = model
+        self.device = device
+        self.model_card_data = self
+
+    @staticmethod
+    def similarity(queries: Tensor, documents: Tensor) -> Tensor:
+        """Cosine of every pair."""
+        return cos_sim(queries, documents)
+
+    def encode_query(self, sentences: Sequence[str], **arguments: Any) -> Any:
+        """Texts under the evaluator's prompt, which is the set's instruction."""
+        pairs = [[arguments.get("prompt") or "", text] for text in sentences]
+        batch_size = arguments.get("batch_size", 32)
+        return self.model.encode(pairs, batch_size=batch_size, show_progress_bar=False, device=self.device)
+
+    encode_document = encode_query
+
+    def set_evaluation_metrics(self, *_: Any) -> None:
+        """The evaluator's entry in a model card, which there is none of here."""

@@ -1,0 +1,294 @@
+"""What a Stage I model makes of an anchor: the text on the other side, generated, or scored token by token.
+
+The anchor of a text (the state of its closing token) stands at position 0, where a token's embedding would, and the
+decoder goes on behind it (paper Eq. 3 and 4): a document from a query (EBQ2D), a query from a document (EBD2Q). The
+end of a text is no target in Stage I, so a model learns none: a generated text runs on to the limit, unless the base
+brings a habit of ending along.
+
+    reconstructor = load_reconstructor("output/stage_I/...")
+    reconstructor.generate([written("document", "Emma is a novel by Jane Austen.")], max_new_tokens=16)
+
+Run by `experiments/reconstruct.py`.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterator, Sequence
+from itertools import islice
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from accelerate.utils import send_to_device
+from torch import Tensor
+from tqdm.auto import tqdm
+from transformers import GenerationConfig
+
+from llm2vec.files import parse_object
+from llm2vec.llm2vec import check_rendering, embed, parse_dtype, row_tokenizer, with_template
+from llm2vec.llm2vec_q2d_d2q import BidirectionalReconstruction
+from llm2vec.model.backbone import check_attention, find_file, first_line, load_backbone, load_tokenizer
+from llm2vec.model.checkpoint import EncoderSettings, read_run_config, read_settings, resolve_chain
+from llm2vec.model.packing import check_packing, pack_rows
+from llm2vec.objectives.losses import CrossEntropy, linear_cross_entropy
+from llm2vec.text.tokenization import Row, RowTokenizer
+from llm2vec.types import InstructedText, TextSide, UserError
+
+#: The field of a training row that holds each side's text.
+FIELDS: dict[TextSide, str] = {"query": "query", "document": "positive"}
+
+#: Colours of the 256-colour palette for a token's loss, each up to a limit in nats: green to red.
+COLOURS = ((0.5, 28), (1.5, 64), (3.0, 136), (5.0, 130), (float("inf"), 124))
+
+
+class Sampling(NamedTuple):
+    """How tokens are drawn; from torch's generator, so its seed decides them.
+
+    Attributes:
+        temperature: what the logits are divided by.
+        top_p: share of the probability that the likeliest tokens must hold together; the others are never drawn.
+        num: texts drawn from each anchor.
+    """
+
+    temperature: float = 1.0
+    top_p: float = 0.95
+    num: int = 1
+
+
+class ScoredToken(NamedTuple):
+    """A token of a true text: what it adds to the text, and its -log p in nats given the anchor and those before."""
+
+    text: str
+    loss: float
+
+
+class Reconstructor:
+    """Generates and scores texts from anchors.
+
+    Args:
+        objective: how an anchor is made and decoded, over a model with its head.
+        tokenizer: renders texts as in training.
+    """
+
+    def __init__(self, objective: BidirectionalReconstruction, tokenizer: RowTokenizer) -> None:
+        self.objective = objective.eval()  # torch's mode without dropout; no code is evaluated
+        self.tokenizer = tokenizer
+
+    @torch.no_grad()
+    def generate(
+        self, texts: Sequence[InstructedText], max_new_tokens: int, sampling: Sampling | None = None
+    ) -> list[list[str]]:
+        """The texts that the decoder writes behind each text's anchor, without blanks around them.
+
+        Args:
+            texts: whose anchors are decoded; all at once.
+            max_new_tokens: where a text ends that does not end by itself.
+            sampling: how tokens are drawn; None = always the likeliest one.
+
+        Returns:
+            For each text one generated text, or `sampling.num` of them.
+        """
+        model: Any = self.objective.model
+        tokenizer = self.tokenizer.tokenizer
+        drawn = {} if sampling is None else {"temperature": sampling.temperature, "top_p": sampling.top_p, "top_k": 0}
+        num = 1 if sampling is None else sampling.num
+        anchor_BD = embed_rows(self.objective, self.tokenizer.rows(texts))
+        config = GenerationConfig(
+            max_new_tokens=max_new_tokens,
+            do_sample=sampling is not None,
+            num_return_sequences=num,
+            eos_token_id=self._end_ids(),
+            pad_token_id=tokenizer.pad_token_id,
+            **drawn,
+        )
+        ids = model.generate(
+            inputs_embeds=anchor_BD.unsqueeze(1),
+            attention_mask=torch.ones(len(texts), 1, dtype=torch.long, device=anchor_BD.device),
+            generation_config=config,
+            is_causal=True,  # whatever the attention of the encoding pass
+        )
+        decoded = [text.strip() for text in tokenizer.batch_decode(ids, skip_special_tokens=True)]
+        return [decoded[i : i + num] for i in range(0, len(decoded), num)]
+
+    @torch.no_grad()
+    def score(self, text: InstructedText, target: InstructedText) -> list[ScoredToken]:
+        """The loss of each token of `target` behind the anchor of `text`; a longer one is cut as in training."""
+        source, goal = self.tokenizer.rows([text, target])
+        ids = target_ids(goal)
+        losses = score_targets(self.objective, embed_rows(self.objective, [source]), [ids]).terms.tolist()
+        return [ScoredToken(*pair) for pair in zip(self._pieces(ids), losses, strict=True)]
+
+    def _end_ids(self) -> list[int]:
+        """The tokens that end a text: the model's and the tokenizer's EOS, and the closing token of the template."""
+        model: Any = self.objective.model
+        of_model = model.generation_config.eos_token_id
+        candidates = [self.tokenizer.tokenizer.eos_token_id, self.tokenizer.closing_token_id]
+        candidates += of_model if isinstance(of_model, list) else [of_model]
+        return sorted({i for i in candidates if i is not None})
+
+    def _pieces(self, ids: list[int]) -> list[str]:
+        """What each token adds to the text; a letter of several tokens comes with its last one."""
+        pieces, length = [], 0
+        for i in range(len(ids)):
+            text = str(self.tokenizer.tokenizer.decode(ids[: i + 1]))
+            unfinished = text.endswith("\N{REPLACEMENT CHARACTER}") and i < len(ids) - 1
+            pieces.append("" if unfinished else text[length:])
+            length = length if unfinished else len(text)
+        return pieces
+
+
+def load_reconstructor(
+    checkpoint: str, torch_dtype: str | None = None, device: str | torch.device | None = None
+) -> Reconstructor:
+    """Load a checkpoint with its head: a Stage I folder, or an adapter, merged, on the base that it records.
+
+    Args:
+        checkpoint: folder that this project's training wrote.
+        torch_dtype: of the weights, or "auto"; None = float32.
+        device: where to compute; None = a CUDA device where there is one, else the CPU.
+
+    Raises:
+        UserError: it has no settings or no head, or was trained to another objective; or it does not load, or not
+            onto the device.
+    """
+    chain = resolve_chain(checkpoint, [])
+    outermost = chain.adapters[-1] if chain.adapters else chain.base
+    recorded = read_settings(outermost)
+    if not recorded:
+        raise UserError(f"{outermost}: there is no llm2vec_config.json, so how its anchors are made is not known.")
+    # What an anchor stands for was learnt where the head was: in the base.
+    trained = read_run_config(chain.base)
+    if trained.get("objective") == "token_set":
+        raise UserError(f"{chain.base}: trained to objective 'token_set', which has no anchor to decode.")
+    tokenizer = load_tokenizer(outermost if find_file(outermost, "tokenizer_config.json") else chain.base)
+    settings = with_template(EncoderSettings(**recorded), tokenizer)
+    rows = row_tokenizer(tokenizer, settings, reconstruct_instruction=trained.get("reconstruct_instruction", False))
+    check_rendering(outermost, rows)
+    model: Any = load_backbone(chain, dtype=parse_dtype(torch_dtype), with_lm_head=True)
+    place = device or ("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        model.to(place)
+    except (RuntimeError, AssertionError) as error:  # no such device, none of this torch, or too small a one
+        raise UserError(f"device is {str(place)!r}, where the model cannot be put: {first_line(error)}") from error
+    # Of the folder's habits of generating, only its ends: `generate` would fill in its temperature and penalties.
+    model.generation_config = GenerationConfig(eos_token_id=model.generation_config.eos_token_id)
+    objective = BidirectionalReconstruction(model, settings, target=trained.get("target", "counterpart"))
+    for attention in (settings.attention, "causal"):
+        check_attention(objective.decoder, attention)
+    check_packing(objective.decoder, settings.attention)
+    return Reconstructor(objective, rows)
+
+
+def written(side: TextSide, text: str, instruction: str = "") -> InstructedText:
+    """A text as a row of its side; the instruction is the queries'."""
+    return InstructedText(instruction if side == "query" else "", text, side)
+
+
+def target_ids(row: Row) -> list[int]:
+    """The tokens of a row that are reconstructed."""
+    return [token for token, wanted in zip(row.ids, row.target, strict=True) if wanted]
+
+
+def embed_rows(objective: BidirectionalReconstruction, rows: Sequence[Row]) -> Tensor:
+    """Anchors [B, D] of tokenised texts, where the model is and in its dtype; one pass."""
+    device = next(objective.decoder.get_input_embeddings().parameters()).device
+    side = send_to_device(pack_rows(rows), device)
+    return embed(objective.decoder, objective.settings, {"text": side})["text"]
+
+
+def score_targets(
+    objective: BidirectionalReconstruction, anchor_BD: Tensor, targets: Sequence[Sequence[int]]
+) -> CrossEntropy:
+    """Loss and hit of each target token, row after row, as the training step computes them; one pass.
+
+    Args:
+        objective: whose decoder and head.
+        anchor_BD: one a row.
+        targets: token ids of each row.
+    """
+    target_N = torch.tensor([token for ids in targets for token in ids], device=anchor_BD.device)
+    embedding_ND = objective.model.get_input_embeddings()(target_N)
+    states_ND = objective.decode(anchor_BD, embedding_ND, [len(ids) for ids in targets])
+    head_VD: Tensor = objective.model.get_output_embeddings().weight
+    return linear_cross_entropy(states_ND, head_VD, target_N, torch.ones_like(target_N, dtype=torch.float32))
+
+
+def render(tokens: Sequence[ScoredToken], coloured: bool) -> str:
+    """Tokens by their losses: on a colour each, or with the loss in brackets behind each."""
+    if not coloured:
+        return " ".join(f"{printable(token.text.strip())}[{token.loss:.2f}]" for token in tokens)
+    return "".join(_on_colour(printable(token.text), token.loss) for token in tokens)
+
+
+def legend() -> str:
+    """What the colours of `render` mean."""
+    limits = [limit for limit, _ in COLOURS[:-1]]
+    names = [f" up to {limit} " for limit in limits] + [f" above {limits[-1]} "]
+    return "".join(_on_colour(name, limit) for name, (limit, _) in zip(names, COLOURS, strict=True))
+
+
+def _on_colour(text: str, loss: float) -> str:
+    """White on the loss's colour; a line break stays outside, or it would colour the rest of the line."""
+    colour = next(colour for limit, colour in COLOURS if loss <= limit)
+    return "\n".join(f"\x1b[97;48;5;{colour}m{part}\x1b[0m" if part else "" for part in text.split("\n"))
+
+
+def printable(text: str) -> str:
+    """Text without the control characters that a terminal would obey; line breaks stay."""
+    return "".join(c if c.isprintable() or c == "\n" else "\N{REPLACEMENT CHARACTER}" for c in text)
+
+
+def read_texts(file: Path, side: TextSide) -> Iterator[tuple[dict[str, Any], str]]:
+    """The objects of a JSONL file and their texts: `query` or `positive`, as in training rows, or else `text`.
+
+    Raises:
+        UserError: the file is not there, or a line has no such text (file and line).
+    """
+    if not file.is_file():
+        raise UserError(f"--file: {file} is not there.")
+    with file.open("rb") as lines:
+        for number, line in enumerate(lines, start=1):
+            yield _parse_text(line, FIELDS[side], f"{file}, line {number}")
+
+
+def _parse_text(line: bytes, field: str, where: str) -> tuple[dict[str, Any], str]:
+    row = parse_object(line, where)
+    try:
+        json.dumps(row, ensure_ascii=False).encode("utf-8")
+    except UnicodeEncodeError as error:
+        raise UserError(f"{where}: a text holds half a surrogate pair ({error.reason}).") from error
+    text = row.get(field, row.get("text"))
+    if not isinstance(text, str) or not text.strip():
+        raise UserError(f"{where}: `{field}` or `text` must hold a text.")
+    if "generated" in row:
+        raise UserError(f"{where}: there is a field `generated` already; rename it, or it would be lost.")
+    return row, text
+
+
+def expand_file(
+    file: Path, output: Path, side: TextSide, generate: Callable[[list[str]], list[list[str]]], batch_size: int
+) -> None:
+    """Write every row of a JSONL file with what is generated from its text, as a list in `generated`, in order.
+
+    The output is written aside and renamed when it is complete.
+
+    Args:
+        file: as `read_texts` takes it.
+        output: a JSONL file; written over.
+        side: which text of a row.
+        generate: from texts, the list of each.
+        batch_size: texts at once.
+    """
+    aside = output.with_name(f".{output.name}.partial")
+    rows = read_texts(file, side)
+    try:
+        with aside.open("w", encoding="utf-8") as out, tqdm(desc="Texts") as progress:
+            while batch := list(islice(rows, batch_size)):
+                generated = generate([text for _, text in batch])
+                for (row, _), of_row in zip(batch, generated, strict=True):
+                    out.write(json.dumps({**row, "generated": of_row}, ensure_ascii=False) + "\n")
+                progress.update(len(batch))
+        aside.replace(output)
+    finally:
+        aside.unlink(missing_ok=True)

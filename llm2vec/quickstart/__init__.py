@@ -1,0 +1,1 @@
+"""The text and the tiny model that the quickstart makes."""

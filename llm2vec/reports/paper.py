@@ -1,0 +1,163 @@
+"""The paper's tables as data: what it prints for which run, and which of its cells contradict each other.
+
+The numbers lie in `test_configs/paper/*.json`, a file a table with its source and caption, and in
+`test_configs/expected/*.json`, a file a model with the score of every task (Tables 14 and 15). Scores are x 100.
+
+Runs have the same names everywhere: `baseline` (Stage II alone), `anchor` (Stage I + II), `base` (untrained),
+`stage_I` (Stage I alone), `only_d2q` and `only_q2d` (alpha 0 and 1), `alpha_0.5`, `alpha_0.8`, `baseline_3000_steps`,
+and `anchor@25` for a checkpoint after 25 steps of Stage II.
+"""
+
+from __future__ import annotations
+
+import statistics
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any, TypeAlias
+
+from llm2vec.files import read_object
+from llm2vec.types import UserError
+
+#: The columns of Tables 1 to 3.
+COLUMNS = ("Retr", "Rerank", "Clust", "PairClass", "Class", "STS", "Summ", "Avg")
+#: Groups of tasks that are no column: Table 8's subset of 15 tasks and Table 11's 14 retrieval tasks.
+SUBSET, BEIR = "Subset", "BEIR"
+
+#: A row of Tables 1 to 3, column -> score, or one score.
+Printed: TypeAlias = dict[str, float] | float
+
+
+@dataclass(frozen=True)
+class Inconsistency:
+    """A cell of the paper that other cells contradict."""
+
+    table: int
+    model: str
+    run: str | None
+    column: str
+    printed: float
+    #: What contradicts it, and what that gives.
+    against: str
+    computed: float
+    #: Whether a run is judged by the cell all the same, because the fault is known to lie elsewhere.
+    judged: bool
+    note: str
+
+    def sentence(self) -> str:
+        """The contradiction in words."""
+        cell = " ".join([self.model, *([self.run] if self.run else []), self.column])
+        said = f"Table {self.table}, {cell}: printed {self.printed:.2f}, from {self.against} {self.computed:.2f}"
+        return f"{said}. {self.note}" + ("" if self.judged else " Not held against a run.")
+
+
+@dataclass(frozen=True)
+class Paper:
+    """Everything read from the data files.
+
+    Attributes:
+        columns: column -> its tasks, in the order of the tables; no Avg.
+        subset: the 15 tasks of Table 8.
+        tables: table number -> model -> run -> row of scores or one score; Table 2 has no runs.
+        comparators: the rows of Table 2.
+        expected: model -> run -> task -> score, of Tables 14 and 15.
+        inconsistencies: cells of the paper that its other cells contradict.
+        remarks: oddities that contradict nothing.
+    """
+
+    columns: dict[str, tuple[str, ...]]
+    subset: tuple[str, ...]
+    tables: dict[int, dict[str, dict[str, Printed]]]
+    comparators: dict[str, dict[str, float]]
+    expected: dict[str, dict[str, dict[str, float]]]
+    inconsistencies: tuple[Inconsistency, ...]
+    remarks: tuple[str, ...]
+
+    @cached_property
+    def tasks(self) -> tuple[str, ...]:
+        """The 56 tasks, column by column."""
+        return tuple(task for tasks in self.columns.values() for task in tasks)
+
+    @property
+    def models(self) -> tuple[str, ...]:
+        """The models of Table 1."""
+        return tuple(self.tables[1])
+
+    def tasks_of(self, group: str) -> tuple[str, ...]:
+        """The tasks of a column, of Avg (all 56), of `SUBSET` or of `BEIR` (retrieval without MSMARCO)."""
+        if group == BEIR:
+            return tuple(task for task in self.columns["Retr"] if task != "MSMARCO")
+        return {"Avg": self.tasks, SUBSET: self.subset, **self.columns}[group]
+
+    def printed(self, table: int, model: str | None, run: str, column: str) -> float | None:
+        """What a table prints; None where it has no such model, run or column."""
+        row = self.tables.get(table, {}).get(model or "", {}).get(run)
+        return row.get(column) if isinstance(row, dict) else row
+
+    def doubt(self, table: int, model: str | None, run: str, column: str) -> Inconsistency | None:
+        """The contradiction that keeps a cell from being held against a run, if there is one."""
+        runs = ("anchor", "baseline") if run == "delta" else (run,)
+        for found in self.inconsistencies:
+            cell = (found.table, found.model, found.column)
+            if cell == (table, model, column) and found.run in runs and not found.judged:
+                return found
+        return None
+
+    def run_names(self, model: str) -> tuple[str, ...]:
+        """The runs of a model that some table prints a score of."""
+        names = [run for models in self.tables.values() for run in models.get(model, {}) if run != "delta"]
+        return tuple(dict.fromkeys(names))
+
+    def check_names(self, model: str, names: Sequence[str]) -> None:
+        """Refuse a model that the paper does not have, and names of which it has none.
+
+        Raises:
+            UserError: the model is not in Table 1, or no table prints a score of any of the runs.
+        """
+        if model not in self.models:
+            raise UserError(f"paper_model: the paper has no {model}; choose one of {', '.join(self.models)}.")
+        known = self.run_names(model)
+        if not set(names) & set(known):
+            finished = ", ".join(name for name in known if "@" not in name)
+            along = " (anchor@25 for a checkpoint after 25 steps)" if any("@" in name for name in known) else ""
+            said = f"names: the paper has no {' or '.join(names)} of {model}"
+            raise UserError(f"{said}; choose from {finished}{along}, or leave paper_model out.")
+
+
+def mean_of(scores: Mapping[str, float], tasks: Sequence[str]) -> float | None:
+    """Mean score over `tasks`; None unless every one of them is there, as a partial mean cannot be compared."""
+    if not all(task in scores for task in tasks):
+        return None
+    return statistics.fmean(scores[task] for task in tasks)
+
+
+def read_paper(folder: Path) -> Paper:
+    """Read the data files.
+
+    Args:
+        folder: `test_configs`, with the folders `paper` and `expected`.
+
+    Raises:
+        UserError: a file is missing or is not what it should be.
+    """
+    paper = folder / "paper"
+    numbers = (1, 3, 4, 5, 9, 10, 11, 14, 15)
+    expected = [_read(path) for path in sorted((folder / "expected").glob("*.json"))]
+    doubts = _read(paper / "inconsistencies.json")
+    try:
+        return Paper(
+            columns={name: tuple(tasks) for name, tasks in _read(paper / "categories.json")["columns"].items()},
+            subset=tuple(task for tasks in _read(paper / "table_8.json")["columns"].values() for task in tasks),
+            tables={number: _read(paper / f"table_{number}.json")["models"] for number in numbers},
+            comparators=_read(paper / "table_2.json")["models"],
+            expected={file["model"]: {run: file[run] for run in ("baseline", "anchor")} for file in expected},
+            inconsistencies=tuple(Inconsistency(**cell) for cell in doubts["cells"]),
+            remarks=tuple(doubts["remarks"]),
+        )
+    except (KeyError, TypeError, AttributeError) as error:
+        raise UserError(f"{folder}: the paper's data files are not as this project ships them ({error!r}).") from None
+
+
+def _read(path: Path) -> dict[str, Any]:
+    return read_object(path, f"The paper's data file {path}")

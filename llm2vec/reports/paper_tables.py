@@ -1,0 +1,238 @@
+"""The paper's tables, filled in with the scores of runs, the paper's own value and a verdict beside each.
+
+A mean is shown only where every one of its tasks is there; otherwise the cell says how many are ("54/56"). A star marks
+a cell of the paper that its other cells contradict.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import NamedTuple
+
+from llm2vec.reports.intervals import Check
+from llm2vec.reports.page import Cell
+from llm2vec.reports.paper import BEIR, COLUMNS, SUBSET, Paper, mean_of
+from llm2vec.reports.results import Results
+
+#: Titles of the tables that list one mean a run.
+_MEANS = {
+    4: "Weight of EBQ2D (Table 4)",
+    5: "Stage I or more of Stage II (Table 5)",
+    9: "Early Stage II (Table 9)",
+    10: "After each training stage (Table 10)",
+}
+
+
+@dataclass(frozen=True)
+class Run:
+    """One set of results under the name the paper's tables know it by, or any other.
+
+    Attributes:
+        name: For instance `anchor`, `baseline` or `anchor@25`.
+        results: What was read.
+        query_scores: Task -> query -> score x 100, of tasks whose predictions were kept.
+    """
+
+    name: str
+    results: Results
+    query_scores: Mapping[str, Mapping[str, float]] = field(default_factory=dict)
+
+    @property
+    def scores(self) -> dict[str, float]:
+        """Task -> main score x 100."""
+        return self.results.scores
+
+
+@dataclass(frozen=True)
+class Table:
+    """A table to show, and the comparisons with the paper that it holds, each under a name."""
+
+    title: str
+    header: list[str]
+    rows: list[list[Cell]]
+    note: str
+    checks: dict[str, Check]
+
+
+class _Line(NamedTuple):
+    """What a row of Table 1 or a column of Table 14 shows: a run, or the difference of two."""
+
+    label: str
+    #: Task -> score x 100, or task -> difference.
+    values: Mapping[str, float]
+    #: What the paper calls it: a run's name, or delta; empty where the paper has no such difference.
+    name: str
+    #: Format of a number, "+" for differences.
+    sign: str = ""
+
+
+def pairs(runs: Sequence[Run]) -> list[tuple[Run, Run]]:
+    """Which runs are compared: each with the one named baseline or, if none is, with the last one.
+
+    Checkpoints along the way (`anchor@25`) are left to Table 9.
+    """
+    finished = [run for run in runs if "@" not in run.name]
+    reference = next((run for run in finished if run.name == "baseline"), finished[-1] if finished else None)
+    return [(run, reference) for run in finished if reference is not None and run is not reference]
+
+
+def paper_tables(runs: Sequence[Run], paper: Paper, model: str | None) -> list[Table]:
+    """Every table of the paper that the runs provide a number for.
+
+    Args:
+        runs: The runs, of different names.
+        paper: The paper's data.
+        model: The model of the paper that the runs are compared with; None compares them with one another only.
+    """
+    finished = [run for run in runs if "@" not in run.name]
+    objectives = [run for run in finished if run.name in paper.tables[3].get(model or "", {})]
+    tables = [
+        _column_table(1, "MTEB by category (Table 1)", finished, paper, model),
+        _task_table(finished, paper, model),
+    ]
+    if any(run.name.startswith("only_") for run in objectives):
+        tables.append(_column_table(3, "Objectives of Stage I (Table 3)", objectives, paper, model))
+    tables.append(_means_table(8, "The 15-task subset (Table 8)", SUBSET, runs, paper, model))
+    for number, title in _MEANS.items():
+        known = paper.tables[number].get(model or "", {})
+        tables.append(_means_table(number, title, SUBSET, [r for r in runs if r.name in known], paper, model))
+    tables.append(_means_table(11, "BEIR, 14 tasks (Table 11)", BEIR, finished, paper, model))
+    tables.append(_comparators(finished, paper))
+    return [table for table in tables if table is not None]
+
+
+def _lines(runs: Sequence[Run]) -> list[_Line]:
+    """The runs, then their differences."""
+    lines = [_Line(run.name, run.scores, run.name) for run in runs]
+    for run, other in pairs(runs):
+        name = "delta" if (run.name, other.name) == ("anchor", "baseline") else ""
+        lines.append(_Line(f"{run.name} - {other.name}", _differences(run.scores, other.scores), name, "+"))
+    return lines
+
+
+def _differences(first: Mapping[str, float], second: Mapping[str, float]) -> dict[str, float]:
+    return {task: first[task] - second[task] for task in first if task in second}
+
+
+def _column_table(number: int, title: str, runs: Sequence[Run], paper: Paper, model: str | None) -> Table | None:
+    """Tables 1 and 3: a block a run, a column a category; then the differences between runs."""
+    if not any(task in run.scores for run in runs for task in paper.tasks):
+        return None
+    rows: list[list[Cell]] = []
+    checks: dict[str, Check] = {}
+    for line in _lines(runs):
+        row = [_check(number, model, line.name, column, line.values, paper) for column in COLUMNS]
+        rows.append([line.label, *(_whole(line.values, paper.tasks_of(column), line.sign) for column in COLUMNS)])
+        if any(check.printed is not None for check in row):
+            rows.append([f"{line.label}, paper", *(_printed(check, line.sign) for check in row)])
+            rows.append([f"{line.label}, difference", *(_shown(check.difference, "+") for check in row)])
+            rows.append([f"{line.label}, verdict", *(check.verdict for check in row)])
+        checks.update({f"{line.label} {column}": check for column, check in zip(COLUMNS, row, strict=True)})
+    marks = [found.sentence() for found in paper.inconsistencies if (found.table, found.model) == (number, model)]
+    note = "Scores x 100; Avg is the mean over the 56 tasks, not over the categories."
+    return Table(title, ["", *COLUMNS], rows, " ".join([note, *marks]), checks)
+
+
+def _task_table(runs: Sequence[Run], paper: Paper, model: str | None) -> Table | None:
+    """Tables 14 and 15: a row a task, by category, with the category's mean below."""
+    scored = {task for run in runs for task in run.scores}
+    if not scored:
+        return None
+    number = next((n for n in (14, 15) if model in paper.tables[n]), None)
+    expected = dict(paper.expected.get(model or "", {}))
+    if expected:
+        expected["delta"] = _differences(expected["anchor"], expected["baseline"])
+    lines = [(line, expected.get(line.name)) for line in _lines(runs)]
+    rows: list[list[Cell]] = []
+    checks: dict[str, Check] = {}
+    for column, tasks in {**paper.columns, "": tuple(sorted(scored - set(paper.tasks)))}.items():
+        for task in (task for task in tasks if task in scored):
+            row: list[Cell] = [task]
+            for line, printed in lines:
+                check = Check(line.values.get(task), None if printed is None else printed.get(task), 1)
+                row.append(_shown(check.measured, line.sign))
+                row += [] if printed is None else [_printed(check, line.sign), check.verdict]
+                checks[f"{line.label} {task}"] = check
+            rows.append(row)
+        if column and scored.intersection(tasks):
+            rows.append(_means_row(f"Mean of {column} ({len(tasks)})", tasks, lines))
+    if scored.intersection(paper.tasks):
+        rows.append(_means_row("Mean of 56", paper.tasks, lines))
+    header = ["Task"]
+    for line, printed in lines:
+        header += [line.label] if printed is None else [line.label, "paper", "verdict"]
+    note = "Main scores x 100."
+    if any(printed is not None for _, printed in lines):
+        note += " Means have their verdict in the table by category."
+    return Table("MTEB by task" + (f" (Table {number})" if number else ""), header, rows, note, checks)
+
+
+def _means_row(
+    label: str, tasks: Sequence[str], lines: Sequence[tuple[_Line, Mapping[str, float] | None]]
+) -> list[Cell]:
+    row: list[Cell] = [label]
+    for line, printed in lines:
+        row.append(_whole(line.values, tasks, line.sign))
+        row += [] if printed is None else [_whole(printed, tasks, line.sign), ""]
+    return row
+
+
+def _means_table(
+    number: int, title: str, group: str, runs: Sequence[Run], paper: Paper, model: str | None
+) -> Table | None:
+    """Tables 4, 5, 8, 9, 10 and 11: one mean a run."""
+    tasks = paper.tasks_of(group)
+    known = {run.name: run.scores for run in runs}
+    if not any(mean_of(scores, tasks) is not None for scores in known.values()):
+        return None
+    expected = paper.expected.get(model or "", {})
+    rows: list[list[Cell]] = []
+    checks: dict[str, Check] = {}
+    note = f"Mean of {len(tasks)} tasks x 100"
+    for name in dict.fromkeys([*paper.tables.get(number, {}).get(model or "", {}), *known]):
+        check = _check(number, model, name, group, known.get(name, {}), paper)
+        if check.printed is None and number in (8, 11) and name in expected:
+            check = check._replace(printed=mean_of(expected[name], tasks))
+            note = f"Mean of {len(tasks)} tasks x 100; where the paper prints none, it is that of its scores by task"
+        mean = _whole(known[name], tasks, "") if name in known else None
+        rows.append([name, mean, _printed(check, ""), _shown(check.difference, "+"), check.verdict])
+        checks[name] = check
+    return Table(title, ["Run", "mean", "paper", "difference", "verdict"], rows, f"{note}.", checks)
+
+
+def _comparators(runs: Sequence[Run], paper: Paper) -> Table | None:
+    """Table 2 as context: published models, and the runs that have all 56 tasks."""
+    whole = [run for run in runs if mean_of(run.scores, paper.tasks) is not None]
+    if not whole:
+        return None
+    rows: list[list[Cell]] = [[name, *(row[column] for column in COLUMNS)] for name, row in paper.comparators.items()]
+    for run in whole:
+        rows.append([f"{run.name} (this evaluation)", *(mean_of(run.scores, paper.tasks_of(c)) for c in COLUMNS)])
+    notes = ["Published scores as the paper prints them, for context only; nothing is judged by them."]
+    notes += [found.sentence() for found in paper.inconsistencies if found.table == 2]
+    return Table("Published models (Table 2)", ["Model", *COLUMNS], rows, " ".join(notes), {})
+
+
+def _check(number: int, model: str | None, name: str, group: str, values: Mapping[str, float], paper: Paper) -> Check:
+    tasks, doubt = paper.tasks_of(group), paper.doubt(number, model, name, group)
+    printed = paper.printed(number, model, name, group)
+    return Check(mean_of(values, tasks), printed, len(tasks), doubt.sentence() if doubt else "")
+
+
+def _whole(values: Mapping[str, float], tasks: Sequence[str], sign: str) -> Cell:
+    """The mean, or how many of its tasks are there."""
+    mean = mean_of(values, tasks)
+    return f"{sum(task in values for task in tasks)}/{len(tasks)}" if mean is None else _shown(mean, sign)
+
+
+def _printed(check: Check, sign: str) -> Cell:
+    """The paper's value, with a star where it is in doubt."""
+    if check.printed is None or not check.doubt:
+        return _shown(check.printed, sign)
+    return f"{check.printed:{sign}.2f}*"
+
+
+def _shown(value: float | None, sign: str) -> Cell:
+    """A number as it is, or with its sign, and without one for a zero that is a trace of rounding."""
+    return value if value is None or not sign else f"{round(value, 2) + 0.0:{sign}.2f}"

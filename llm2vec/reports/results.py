@@ -1,0 +1,264 @@
+"""Reading what mteb wrote: result folders to main scores, and kept predictions to scores of single queries.
+
+A run's results are `results/<model>/<revision>/<Task>.json` below the output directory of the evaluation. Of tasks
+with several splits or languages, those of MTEB(eng, v1) count: test (MSMARCO: dev) and English. All scores are x 100.
+"""
+
+from __future__ import annotations
+
+import csv
+import heapq
+import io
+import math
+import statistics
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from llm2vec.files import parse_object, read_object
+from llm2vec.types import UserError
+
+AGGREGATE = "CQADupstackRetrieval"
+_FORUMS = (
+    *("Android", "English", "Gaming", "Gis", "Mathematica", "Physics"),
+    *("Programmers", "Stats", "Tex", "Unix", "Webmasters", "Wordpress"),
+)
+#: The 12 tasks whose mean is CQADupstackRetrieval.
+PARTS = tuple(f"CQADupstack{forum}Retrieval" for forum in _FORUMS)
+
+#: Tasks of MTEB(eng, v1) that come in several languages, and the subset that counts.
+_ENGLISH = {
+    **dict.fromkeys(("AmazonCounterfactualClassification", "AmazonReviewsClassification", "STS22"), "en"),
+    **dict.fromkeys(("MTOPDomainClassification", "MTOPIntentClassification"), "en"),
+    **dict.fromkeys(("MassiveIntentClassification", "MassiveScenarioClassification"), "en"),
+    "STS17": "en-en",
+}
+#: Tasks in which a document may be the query itself and is then not counted as retrieved.
+_IGNORE_IDENTICAL = frozenset({"ArguAna", "FEVER", "FiQA2018", "MSMARCO", "QuoraRetrieval"})
+#: How far the mean over queries may lie from the recorded score, which mteb rounds to five digits.
+_ROUNDING = 0.002
+
+
+@dataclass(frozen=True)
+class Results:
+    """The scores of one revision of one model.
+
+    Attributes:
+        model: Its name, as mteb writes it.
+        revision: Name of the folder.
+        folder: Where the files lie.
+        scores: Task -> main score x 100; the parts of CQADupstackRetrieval count once, as their mean.
+        problems: Task -> why its file or files give no score; such a task is missing.
+        data_revisions: Task -> revision of the data it was scored on.
+        mteb_versions: Versions of mteb that wrote the files.
+    """
+
+    model: str
+    revision: str
+    folder: Path
+    scores: dict[str, float]
+    problems: dict[str, str]
+    data_revisions: dict[str, str]
+    mteb_versions: tuple[str, ...]
+
+
+def read_results(folder: Path) -> Results:
+    """Read the results of one model.
+
+    Args:
+        folder: An output directory of the evaluation, its `results`, or the folder of a model or a revision in there.
+
+    Raises:
+        UserError: There is no result below the folder, or there are results of several models or revisions.
+    """
+    if not folder.is_dir():
+        raise UserError(f"There is no results folder {folder}.")
+    revision = _revision_folder(folder)
+    scores: dict[str, float] = {}
+    problems: dict[str, str] = {}
+    data_revisions: dict[str, str] = {}
+    versions: set[str] = set()
+    for file in _result_files(revision):
+        content = _read_json(file)
+        try:
+            scores[file.stem] = 100 * _main_score(file.stem, content)
+        except ValueError as error:
+            problems[file.stem] = f"{file.name} {error}"
+            continue
+        data_revisions[file.stem] = str(content.get("dataset_revision"))
+        versions.add(str(content.get("mteb_version")))
+    _count_parts_once(scores, problems, data_revisions)
+    model = revision.parent.name.replace("__", "/", 1)
+    return Results(model, revision.name, revision, scores, problems, data_revisions, tuple(sorted(versions)))
+
+
+def read_query_scores(predictions: Path, task: str, qrels: Path, main_score: float) -> dict[str, float]:
+    """nDCG@10 x 100 of each query of a retrieval task, from predictions that mteb kept.
+
+    Args:
+        predictions: The `prediction_folder` of the evaluation, with `<task>_predictions.json`.
+        task: Name of the task.
+        qrels: Judgements, JSON lines or tab-separated with a header: query-id, corpus-id, score.
+        main_score: The recorded score x 100, which the mean must reproduce.
+
+    Raises:
+        UserError: A file is missing or malformed, or the mean over queries is not the recorded score, so that
+            predictions, judgements and results do not belong together.
+    """
+    relevant = _read_qrels(qrels)
+    ignore = task in _IGNORE_IDENTICAL
+    scores = {
+        query: 100 * ndcg_at_10({doc: s for doc, s in found.items() if not (ignore and doc == query)}, relevant[query])
+        for query, found in _read_predictions(predictions / f"{task}_predictions.json", task).items()
+        if query in relevant
+    }
+    mean = statistics.fmean(scores.values()) if scores else math.nan
+    if not abs(mean - main_score) <= _ROUNDING:
+        raise UserError(
+            f"{predictions}: over {len(scores)} queries, nDCG@10 of {task} is {mean:.3f} by {qrels}, but the result "
+            f"file says {main_score:.3f}; give the predictions and the judgements of this very evaluation."
+        )
+    return scores
+
+
+def ndcg_at_10(ranking: Mapping[str, float], relevant: Mapping[str, int]) -> float:
+    """nDCG@10 of one query as trec_eval has it: gain = grade, equal scores in falling order of document id.
+
+    Args:
+        ranking: Document -> score of the model.
+        relevant: Document -> grade; documents that are not in it have grade 0.
+    """
+    top = heapq.nlargest(10, ranking, key=lambda document: (ranking[document], document))
+    ideal = heapq.nlargest(10, (grade for grade in relevant.values() if grade > 0))
+    discount = [1 / math.log2(rank + 2) for rank in range(10)]
+    gain = sum(max(relevant.get(document, 0), 0) * d for document, d in zip(top, discount, strict=False))
+    return gain / sum(grade * d for grade, d in zip(ideal, discount, strict=False)) if ideal else 0.0
+
+
+def _revision_folder(folder: Path) -> Path:
+    for pattern in (None, "*", "*/*", "results/*/*"):
+        candidates = [folder] if pattern is None else sorted(path for path in folder.glob(pattern) if path.is_dir())
+        found = [path for path in candidates if _holds_results(path)]
+        if len(found) == 1:
+            return found[0].resolve()
+        if found:
+            listed = "; ".join(f"{path} ({len(_result_files(path))} tasks)" for path in found)
+            raise UserError(f"{folder} holds results of {len(found)} models or revisions; name one of them: {listed}.")
+    raise UserError(f"{folder} holds no results; expected <Task>.json files, as in results/<model>/<revision>/.")
+
+
+def _result_files(folder: Path) -> list[Path]:
+    names = (path for path in folder.glob("*.json") if path.name != "model_meta.json")
+    return sorted(path for path in names if not path.stem.endswith("_predictions"))
+
+
+def _holds_results(folder: Path) -> bool:
+    """Whether mteb wrote here. A model's config.json lies in folders that look alike, so names are not enough."""
+    files = _result_files(folder)
+    if files and (folder / "model_meta.json").is_file():
+        return True
+    return any({"task_name", "scores"} <= _read_json(file).keys() for file in files)
+
+
+def _read_json(path: Path) -> dict[str, Any]:
+    """The object in a file; empty if the file is cut off or is no object."""
+    try:
+        return read_object(path)
+    except UserError:
+        return {}
+
+
+def _main_score(task: str, content: Mapping[str, Any]) -> float:
+    """Mean main score, a fraction, of the split and the subset that count.
+
+    Raises:
+        ValueError: There is none; the message goes on after the file's name.
+    """
+    if not content:
+        raise ValueError("is cut off or is not valid JSON")
+    try:
+        splits: dict[str, list[dict[str, Any]]] = content["scores"]
+        names = ["dev"] if task == "MSMARCO" else ["test"] if "test" in splits else list(splits)
+        found = {(e["hf_subset"], name): float(e["main_score"]) for name in names for e in splits.get(name, [])}
+    except (KeyError, TypeError, AttributeError, ValueError) as error:
+        raise ValueError(f"is not a result of mteb ({error!r})") from None
+    subset = _ENGLISH.get(task)
+    values = [value for (name, _), value in found.items() if subset in (None, name)]
+    if not values:
+        raise ValueError(f"has no score of the split {' or '.join(names)}" + (f" in {subset}" if subset else ""))
+    if not all(-1 <= value <= 1 for value in values):  # true for NaN, too
+        raise ValueError(f"has a main_score that is not a fraction from -1 to 1: {', '.join(map(str, values))}")
+    return statistics.fmean(values)
+
+
+def _count_parts_once(scores: dict[str, float], problems: dict[str, str], data_revisions: dict[str, str]) -> None:
+    """Put the 12 parts of CQADupstackRetrieval in its place, unless its own file is there.
+
+    Its data are those of its parts, wherever all of them say theirs: of two runs, one may have the file alone.
+    """
+    parts = {task: scores.pop(task) for task in PARTS if task in scores}
+    revisions = [data_revisions.pop(task) for task in PARTS if task in data_revisions]
+    faults = [problems.pop(task) for task in PARTS if task in problems]
+    if len(parts) == len(PARTS):
+        data_revisions[AGGREGATE] = "+".join(revisions)
+    if AGGREGATE in scores:
+        return
+    if len(parts) == len(PARTS):
+        scores[AGGREGATE] = statistics.fmean(parts.values())
+        problems.pop(AGGREGATE, None)
+    elif parts or faults:
+        missing = ", ".join(task for task in PARTS if task not in parts)
+        said = [*([problems[AGGREGATE]] if AGGREGATE in problems else []), f"parts without a score: {missing}", *faults]
+        problems[AGGREGATE] = "; ".join(said)
+
+
+def _read_predictions(path: Path, task: str) -> dict[str, dict[str, float]]:
+    """Query -> document -> score, of the one subset and split that was evaluated."""
+    if not path.is_file():
+        raise UserError(f"There are no predictions {path}; evaluate {task} with a prediction_folder to keep them.")
+    subsets = {name: splits for name, splits in _read_json(path).items() if name != "mteb_model_meta"}
+    found = [queries for splits in subsets.values() if isinstance(splits, dict) for queries in splits.values()]
+    if len(found) != 1 or not isinstance(found[0], dict):
+        raise UserError(f"{path}: expected rankings of one subset and one split, found {len(found)}.")
+    for query, ranking in found[0].items():
+        if not isinstance(ranking, dict) or not all(isinstance(score, int | float) for score in ranking.values()):
+            raise UserError(f"{path}: expected a score for each document of the query {query!r}.")
+    return found[0]
+
+
+def _read_qrels(path: Path) -> dict[str, dict[str, int]]:
+    """Query -> document -> grade, of queries with a document that is relevant at all."""
+    relevant: dict[str, dict[str, int]] = {}
+    try:
+        content = path.read_bytes().decode("utf-8-sig")
+    except OSError as error:
+        raise UserError(f"Cannot read the judgements {path}: {error.strerror}.") from None
+    except UnicodeDecodeError as error:
+        raise UserError(f"{path}: the judgements are not UTF-8 ({error.reason}).") from None
+    for number, row in _rows_of(path, content):
+        try:
+            query, document, grade = str(row["query-id"]), str(row["corpus-id"]), float(row["score"])
+            relevant.setdefault(query, {})[document] = int(grade)
+            if not grade.is_integer():
+                raise ValueError(f"the score {grade} is no whole number")
+        except (ValueError, TypeError, KeyError, OverflowError) as error:
+            reason = f"no {error}" if isinstance(error, KeyError) else str(error)
+            raise UserError(f"{path}, line {number}: expected query-id, corpus-id and score ({reason}).") from None
+    return {query: grades for query, grades in relevant.items() if any(grade > 0 for grade in grades.values())}
+
+
+def _rows_of(path: Path, content: str) -> Iterator[tuple[int, Mapping[str, Any]]]:
+    """Line number and row of a JSON-lines file, or of a tab-separated one with a header."""
+    lines = io.StringIO(content, newline="")  # a line ends where the file says so, not at U+2028
+    if path.suffix == ".jsonl":
+        filled = ((number, line) for number, line in enumerate(lines, start=1) if line.strip())
+        yield from ((number, parse_object(line, f"{path}, line {number}")) for number, line in filled)
+        return
+    rows = csv.DictReader(lines, delimiter="\t")
+    try:
+        yield from ((rows.line_num, row) for row in rows)
+    except csv.Error as error:
+        raise UserError(
+            f"{path}, line {rows.line_num + 1}: expected columns with tabs between them ({error})."
+        ) from None

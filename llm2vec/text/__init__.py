@@ -1,0 +1,1 @@
+"""Texts, templates and tokens. Knows no model."""

@@ -1,0 +1,1 @@
+"""A training run: its config, stages, trainer and step."""

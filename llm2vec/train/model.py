@@ -1,0 +1,158 @@
+"""The model of a run: its base with merged adapters and a fresh one, its tokenizer, and how its texts become vectors.
+
+Used by the scripts (`experiments/run_*.py`), by `run`, and by `plan` and `stage_parts`, which put the same together
+without weights.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import logging
+from collections.abc import Sequence
+from functools import partial
+from typing import Any
+
+import torch
+from peft import PeftModel
+from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainingArguments, set_seed
+
+from llm2vec.llm2vec import parse_dtype, row_tokenizer, with_template
+from llm2vec.model.backbone import (
+    Backbone,
+    Chain,
+    add_token_rows,
+    attach_lora,
+    check_attention,
+    enable_checkpointing,
+    find_file,
+    load_backbone,
+    load_tokenizer,
+)
+from llm2vec.model.checkpoint import EncoderSettings, read_settings, resolve_chain
+from llm2vec.model.packing import check_packing, checkpoint_contexts, compile_layers
+from llm2vec.objectives.mntp import add_mask_token
+from llm2vec.text.templates import leaves_join_open
+from llm2vec.text.tokenization import add_template_tokens
+from llm2vec.train.config import Config
+from llm2vec.types import UserError
+
+logger = logging.getLogger(__name__)
+
+
+def load_model(
+    config: Config, device: torch.device, *, with_lm_head: bool
+) -> tuple[Backbone, PreTrainedTokenizerBase, EncoderSettings]:
+    """Base, merged adapters and, with `use_peft`, a fresh LoRA adapter; the tokenizer; how texts become vectors.
+
+    Special tokens that the template adds and the base lacks are given to both; under LoRA their embeddings are trained
+    too, and saved with the adapter. The adapter goes on the decoder; a head over it is frozen like the rest.
+
+    Raises:
+        UserError: not found, does not fit, does not attend as asked, or contradicts the parent checkpoint.
+    """
+    set_seed(config.training.get("seed", 42))
+    chain = resolve_chain(config.model_name_or_path, config.adapters)
+    tokenizer, settings, new_tokens = open_tokenizer(config, chain)
+    model = load_backbone(
+        chain,
+        dtype=parse_dtype(config.torch_dtype),
+        attn_implementation=config.attn_implementation,
+        with_lm_head=with_lm_head,
+    )
+    if new_tokens:
+        add_token_rows(model, new_tokens, config.training.get("seed", 42))  # type: ignore[arg-type]
+        names = ", ".join(tokenizer.convert_ids_to_tokens(new_tokens))
+        logger.info("added tokens: %s; they start at the mean of the other tokens' embeddings", names)
+    model.to(device)  # type: ignore[arg-type]  # FlashAttention cannot be probed on the CPU
+    check_attention(decoder_of(model), settings.attention)
+    check_packing(decoder_of(model), settings.attention)
+    if config.checkpointing is not None:
+        contexts = partial(checkpoint_contexts, decoder_of(model))
+        enable_checkpointing(model, {**config.checkpointing, "context_fn": contexts})
+    if config.use_peft:
+        model = with_adapter(config, model, new_tokens)
+        settings = dataclasses.replace(settings, parent_adapters=chain.adapters)
+    if config.compilation is not None:
+        compile_layers(model, **config.compilation)
+    return model, tokenizer, settings
+
+
+def open_tokenizer(config: Config, chain: Chain) -> tuple[PreTrainedTokenizerBase, EncoderSettings, list[int]]:
+    """The tokenizer, how texts become vectors, and the ids of the tokens that the base lacks.
+
+    The template, where the config names none, is the parent checkpoint's, and may be no other. Where another
+    `instruction_join` than the parent's changes what a row of tokens is, it is said.
+
+    Raises:
+        UserError: not found, contradicts the parent checkpoint, or a template that the tokenizer cannot write.
+    """
+    parent = chain.adapters[-1] if chain.adapters else chain.base
+    tokenizer = load_tokenizer(parent if find_file(parent, "tokenizer_config.json") else chain.base)
+    recorded = read_settings(parent)
+    settings = with_template(encoder_settings(config, recorded), tokenizer)
+    join = recorded.get("instruction_join", settings.instruction_join)
+    if join != settings.instruction_join and leaves_join_open(str(settings.template)):
+        logger.warning(
+            "instruction_join is %r, but %s was trained with %r: rows with an instruction are other tokens than there.",
+            settings.instruction_join,
+            parent,
+            join,
+        )
+    new_tokens = add_template_tokens(tokenizer, str(settings.template))
+    new_tokens += add_mask_token(tokenizer, config.mask_token_type)
+    row_tokenizer(tokenizer, settings)  # a template the tokenizer cannot write is found before the weights load
+    return tokenizer, settings, new_tokens
+
+
+def encoder_settings(config: Config, recorded: dict[str, Any]) -> EncoderSettings:
+    """How a config's texts become vectors; `recorded` is what its parent checkpoint says.
+
+    Raises:
+        UserError: the parent was trained with another template.
+    """
+    template = config.template or recorded.get("template")
+    if recorded.get("template") not in (None, template):
+        raise UserError(
+            f"template is {config.template!r}, but {config.model_name_or_path} was trained with "
+            f"{recorded['template']!r}; leave `template` out to go on with it."
+        )
+    return EncoderSettings(
+        pooling_mode=config.pooling_mode,  # type: ignore[arg-type]
+        max_length=config.max_seq_length,
+        doc_max_length=config.doc_max_length,
+        skip_instruction=config.skip_instruction,
+        template=template,
+        instruction_join=config.instruction_join,
+        attention="bidirectional" if config.bidirectional else "causal",
+    )
+
+
+def with_adapter(config: Config, model: Backbone, new_tokens: Sequence[int]) -> Backbone:
+    """The model with a fresh LoRA adapter on its decoder, all else frozen but the new tokens' embeddings."""
+    lora = {"r": config.lora_r, "alpha": config.lora_alpha or 2 * config.lora_r, "dropout": config.lora_dropout}
+    modules = {"modules": config.lora_modules} if config.lora_modules else {}
+    model.requires_grad_(False)
+    decoder = decoder_of(model)
+    adapted = attach_lora(decoder, **lora, **modules, new_tokens=new_tokens)  # type: ignore[arg-type]
+    if decoder is model:
+        return adapted
+    setattr(model, model.base_model_prefix, adapted)
+    return model
+
+
+def decoder_of(model: Backbone) -> Backbone:
+    """The model without a head, with an adapter if there is one."""
+    has_head = isinstance(model, PreTrainedModel) and model.get_output_embeddings() is not None
+    return model.base_model if has_head else model  # type: ignore[return-value]
+
+
+def written(model: Backbone) -> Backbone:
+    """What of a trained model a checkpoint holds: its adapter if it has one, also below a head; else all of it."""
+    decoder = decoder_of(model)
+    return decoder if isinstance(decoder, PeftModel) else model
+
+
+def autocast(args: TrainingArguments) -> torch.autocast:
+    """The precision of the training steps."""
+    dtype = torch.bfloat16 if args.bf16 else torch.float16
+    return torch.autocast(args.device.type, dtype, args.bf16 or args.fp16)

@@ -1,0 +1,299 @@
+"""Going on after an interruption: from which checkpoint a run starts, and whether that is the run's own.
+
+The key `resume` of a config decides:
+
+    auto    (default) from the newest whole checkpoint in the run's output folder, from step 0 where there is none; a
+            run that has finished ends at once, with exit code 0
+    PATH    from that checkpoint
+    never   from step 0; earlier checkpoints in the output folder are removed as the training begins
+
+A checkpoint is the run's own where everything that decides the result is as it was: the config's keys but for those
+in `WITHOUT_INFLUENCE`, the number of processes, the content of the data files, and what the run started from. Anything
+else is refused.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import enum
+import json
+import logging
+import math
+import os
+import shlex
+import shutil
+import sys
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import TrainingArguments
+from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
+
+from llm2vec.data.tables import content_hash
+from llm2vec.distributed import join_on_cpu, max_over_ranks, rank, world_size
+from llm2vec.model.checkpoint import RUN_FILE, SUMS_FILE, check_complete, check_sums, environment, mark_of, read_run
+from llm2vec.train.config import CHECKPOINTING_KEYS, COMPILE_KEYS, Config, training_arguments
+from llm2vec.types import RunEnds, UserError
+
+logger = logging.getLogger(__name__)
+
+#: Keys on which no step depends: where output goes, what is logged and saved, when to stop, how rows are fetched.
+WITHOUT_INFLUENCE = frozenset((
+    "output_dir", "experiment_id", "resume", "stop_after_n_steps", "max_skipped_steps", "run_name", "report_to",
+    "project", "trackio_space_id", "disable_tqdm", "log_level", "log_level_replica", "log_on_each_node",
+    "logging_strategy", "logging_first_step", "logging_steps", "logging_nan_inf_filter", "save_strategy", "save_steps",
+    "save_total_limit", "save_only_model", "save_on_each_node", "dataloader_num_workers", "dataloader_prefetch_factor",
+    "dataloader_persistent_workers", "dataloader_pin_memory", "ddp_timeout", "skip_memory_metrics", "debug",
+))  # fmt: skip
+
+#: Keys that say how a step is computed, not what: another value is said, not refused.
+BUT_FOR_ROUNDING = frozenset((
+    "tokens_per_microbatch", "activation_memory_gb", "attn_implementation", *CHECKPOINTING_KEYS, *COMPILE_KEYS,
+))  # fmt: skip
+
+#: What a checkpoint holds of a run beside its weights; without them it is a model only.
+STATE_FILES = ("trainer_state.json", "scheduler.pt")
+
+#: In a checkpoint: a process's figures since the last entry of the log, its rank added to the name.
+FIGURES_FILE = "figures.json"
+
+
+def start_or_resume(config: Config) -> TrainingArguments:
+    """A run's training arguments; `resume_from_checkpoint` in them names the checkpoint that it goes on from, if any.
+
+    Raises:
+        UserError: the arguments are wrong, or the checkpoint is another run's.
+        RunEnds: the run has finished.
+    """
+    if config.training.get("use_cpu", not torch.accelerator.is_available()):
+        join_on_cpu(config.training.get("ddp_timeout", TrainingArguments.ddp_timeout))
+    args = training_arguments(config)
+    assert args.device is not None  # joins the processes
+    start: Path | None = None
+    end: UserError | RunEnds | None = None
+    if rank() == 0:  # files are read once, and all processes start from the same step
+        try:
+            start = find_start(config)
+            check_writable(config.output_dir)
+        except (UserError, RunEnds) as caught:
+            end = caught
+    # The first process alone says why.
+    if ended := max_over_ranks(0 if end is None else 1 if isinstance(end, RunEnds) else 2):
+        raise end or (RunEnds("", code=0) if ended == 1 else UserError(""))
+    step = max_over_ranks(0 if start is None else step_of(start))
+    if step:
+        folder = checkpoint_folder(config.output_dir, step) if config.resume == "auto" else Path(config.resume)
+        if max_over_ranks(int(not folder.is_dir())):
+            raise UserError(f"resume: {folder} is not on every machine; copy it, or share the output folder.")
+        args.resume_from_checkpoint = str(folder)
+        args.eval_on_start = False  # has been done
+        logger.info("resume      from step %s, %s", f"{step:,}", folder)
+    return args
+
+
+def check_writable(folder: Path) -> None:
+    """Say before the training what every checkpoint would meet after it; the folder need not be there yet.
+
+    Raises:
+        UserError: the output folder, or where it is to be made, cannot be written to.
+    """
+    place = next(path for path in (folder, *folder.parents) if path.exists())
+    try:
+        with tempfile.TemporaryFile(dir=place):
+            pass
+    except OSError as error:
+        raise UserError(f"output_dir: {folder} cannot be written to ({error.strerror}).") from error
+
+
+def find_start(config: Config) -> Path | None:
+    """The checkpoint that a run goes on from; None = it starts at step 0.
+
+    Raises:
+        UserError: there is one, but of another config; or the one that is named is not whole.
+        RunEnds: the run has finished.
+    """
+    if config.resume == "never":
+        return None
+    if config.resume != "auto":
+        named = Path(config.resume)
+        if reason := why_unusable(named):
+            raise UserError(f"resume: {reason}")
+        _refuse_another_run(named, config)
+        return named
+    _end_if_finished(config)
+    checkpoints = checkpoints_in(config.output_dir)
+    for folder in reversed(checkpoints):
+        reason = why_unusable(folder)
+        if reason is None:
+            _refuse_another_run(folder, config)
+            return folder
+        logger.warning("resume      %s It is left out.", reason)
+    for folder in (*checkpoints, config.output_dir):
+        if _holds_a_run(folder):
+            _refuse_another_run(folder, config)  # or its weights would be written over
+    if _holds_a_run(config.output_dir):
+        logger.warning(
+            "resume      %s holds this run's weights, but no checkpoint to go on from: it starts at step 0, and writes "
+            "over them at its end", config.output_dir,
+        )  # fmt: skip
+    return None
+
+
+def why_unusable(folder: Path) -> str | None:
+    """Why no run can go on from a folder, as a sentence; None = one can."""
+    if not folder.is_dir():
+        return f"there is no folder {folder}."
+    try:
+        check_complete(str(folder))
+        check_sums(folder)
+    except UserError as error:
+        return str(error)
+    if not all((folder / name).is_file() for name in STATE_FILES):
+        return f"{folder} holds weights only (save_only_model)."
+    processes = read_run(folder).get("num_processes", 1)
+    if not all((folder / file_of_rank(FIGURES_FILE, i)).is_file() for i in range(processes)):
+        return f"{folder} lacks the state of some processes, which saw another disk; share the output folder."
+    return None
+
+
+def _holds_a_run(folder: Path) -> bool:
+    """Whether a training script wrote a folder, to its end."""
+    try:
+        check_complete(str(folder))
+        return (folder / RUN_FILE).is_file() and "config" in read_run(folder)
+    except UserError:
+        return False
+
+
+def _end_if_finished(config: Config) -> None:
+    """Raise RunEnds where the output folder holds this run's last weights."""
+    output = config.output_dir
+    if not _holds_a_run(output):
+        return
+    recorded = read_run(output)
+    stopped_at, stop = recorded["config"].get("stop_after_n_steps"), config.stop_after_n_steps
+    is_over = stopped_at == stop or (stop is not None and recorded.get("step", 0) >= stop)
+    if is_over and not differences(recorded, config):
+        at = f" at step {recorded['step']:,}" if "step" in recorded else ""
+        raise RunEnds(
+            f"{output} holds this run, which ended{at}; nothing is left to do. To train it again, choose another "
+            'output_dir, or set "resume": "never".',
+            code=0,
+        )
+
+
+def _refuse_another_run(folder: Path, config: Config) -> None:
+    recorded = read_run(folder)
+    found = differences(recorded, config)
+    if found:
+        raise UserError(
+            f"{folder} belongs to another run: {'; '.join(found)}. Choose another output_dir, or set "
+            '"resume": "never" to start at step 0 and write over it.'
+        )
+    for key, before, now in _differing_keys(recorded["config"], config, BUT_FOR_ROUNDING):
+        logger.warning("resume      %s was %s, is %s: other rounding, and other draws of dropout", key, before, now)
+    versions = environment()["versions"]
+    for package, before in recorded.get("versions", {}).items():
+        if versions.get(package) not in (before, None):
+            logger.warning("resume      %s was %s, is %s: rounding may differ", package, before, versions[package])
+
+
+def differences(recorded: dict[str, Any], config: Config) -> list[str]:
+    """What decides the result and is not as it was when a checkpoint's `run.json` was written, in words.
+
+    Args:
+        recorded: content of `run.json`.
+        config: today's.
+    """
+    decides = {*_all_keys()} - WITHOUT_INFLUENCE - BUT_FOR_ROUNDING
+    found = [
+        f"{key} is {before!r} there and {now!r} here"
+        for key, before, now in _differing_keys(recorded["config"], config, decides)
+    ]
+    if recorded.get("num_processes", world_size()) != world_size():
+        found.append(f"it ran in {recorded['num_processes']} process(es), not {world_size()}")
+    for data in recorded.get("data", ()):
+        file = Path(data["file"])
+        if data["sha256"] is not None and (not file.is_file() or content_hash(file) != data["sha256"]):
+            found.append(f"{file} has changed since")
+    for path, mark in recorded.get("parent", {}).get("marks", {}).items():
+        if mark != mark_of(path):
+            found.append(f"{path} is not what it was")
+    return found
+
+
+def _all_keys() -> dict[str, Any]:
+    """Every key of a config and what it is where it is not written."""
+    own = [field for field in dataclasses.fields(Config) if field.name != "training"]
+    return {field.name: _default(field) for field in (*dataclasses.fields(TrainingArguments), *own)}
+
+
+def _default(field: dataclasses.Field[Any]) -> Any:
+    value = field.default if field.default_factory is dataclasses.MISSING else field.default_factory()
+    return value.value if isinstance(value, enum.Enum) else value
+
+
+def _differing_keys(
+    recorded: dict[str, Any], config: Config, keys: frozenset[str] | set[str]
+) -> list[tuple[str, Any, Any]]:
+    """Those of `keys` that have another value today, with both values."""
+    now = json.loads(json.dumps(dataclasses.asdict(config)))
+    unwritten = {**_all_keys(), "stage": config.stage}
+    then_all, now_all = ({**unwritten, **values, **values["training"]} for values in (recorded, now))
+    return [(key, then_all[key], now_all[key]) for key in sorted(keys) if then_all[key] != now_all[key]]
+
+
+# --- a run's checkpoints ---
+
+
+def checkpoint_folder(output_dir: Path, step: int) -> Path:
+    """Where the checkpoint of a step lies."""
+    return output_dir / f"{PREFIX_CHECKPOINT_DIR}-{step}"
+
+
+def file_of_rank(name: str, process: int) -> str:
+    """`optimizer.pt` -> `optimizer_0.pt`."""
+    return f"{Path(name).stem}_{process}{Path(name).suffix}"
+
+
+def step_of(folder: Path) -> int:
+    """The optimiser step of a checkpoint, by its own account."""
+    state = json.loads((folder / STATE_FILES[0]).read_text(encoding="utf-8"))
+    return int(state["global_step"])
+
+
+def checkpoints_in(output_dir: Path, *, after: int = -1, up_to: float = math.inf) -> list[Path]:
+    """A run's checkpoints, whole or not, by their steps, which are above `after` and at most `up_to`."""
+    numbered = {path: path.name.rpartition("-")[2] for path in output_dir.glob(f"{PREFIX_CHECKPOINT_DIR}-*")}
+    steps = {path: int(number) for path, number in numbered.items() if number.isdecimal()}
+    return sorted((path for path, step in steps.items() if after < step <= up_to), key=steps.__getitem__)
+
+
+def last_checkpoint(output_dir: Path, step: int) -> str:
+    """The newest checkpoint up to a step that was written to its end, in a sentence; its sums are not taken."""
+    whole = [path for path in checkpoints_in(output_dir, up_to=step) if (path / SUMS_FILE).is_file()]
+    return f"The last good checkpoint is {whole[-1]}." if whole else "There is no checkpoint yet."
+
+
+def remove_checkpoints(output_dir: Path) -> None:
+    """Make way for a run that starts anew."""
+    for folder in checkpoints_in(output_dir):
+        logger.info("resume      never: %s of an earlier run is removed", folder)
+        remove_checkpoint(folder)
+
+
+def remove_checkpoint(folder: Path) -> None:
+    """Remove a checkpoint; of one that was moved elsewhere and linked here, the link only."""
+    if folder.is_symlink():
+        folder.unlink()
+    else:
+        shutil.rmtree(folder)
+
+
+def command_to_resume() -> str:
+    """The command line that started this run."""
+    processes = os.environ.get("LOCAL_WORLD_SIZE")
+    started = ["python"] if processes is None else ["torchrun", f"--nproc_per_node={processes}"]
+    return shlex.join([*started, *sys.argv])

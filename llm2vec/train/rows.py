@@ -1,0 +1,139 @@
+"""The rows of a run: which files its config names, the rows they hold, and the order in which they are trained on.
+
+Used by the scripts (`experiments/run_*.py`), by `run`, and by what says beforehand how a run will go (`stage_parts`,
+`plan`, `row_lengths`, `run_report`).
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any, TypeAlias
+
+from transformers import TrainingArguments
+
+from llm2vec.data.blocks import TEXT_SUFFIXES, TextBlocks, Texts, texts_of_file, texts_of_hub, texts_of_sources
+from llm2vec.data.rows import (
+    Instruction,
+    OneSourceBlocks,
+    Source,
+    TrainingRows,
+    e5_sources,
+    read_sources_file,
+    select_sources,
+)
+from llm2vec.train.config import Config
+from llm2vec.types import UserError
+
+Rows: TypeAlias = TrainingRows | TextBlocks
+
+#: About how many characters of English a token stands for: only to guess which rows are long.
+CHARACTERS_A_TOKEN = 4
+
+#: Where upstream LLM2Vec's sentences for SimCSE are to be had.
+WIKI1M_HINT = (
+    "Wiki1M is the file wiki1m_for_simcse.txt of https://huggingface.co/datasets/princeton-nlp/datasets-for-simcse"
+)
+
+
+def open_rows(config: Config, num_negatives: int) -> TrainingRows:
+    """The training rows a config asks for; every line is checked."""
+    folder, sources = sources_of(config)
+    names = [source.name for source in sources]
+    for name in config.own_negatives_only or ():
+        if name not in names:
+            raise UserError(f"own_negatives_only: {name!r} is not among the sources of this run: {', '.join(names)}.")
+    return TrainingRows(
+        folder,
+        sources,
+        num_negatives=num_negatives,
+        symmetric_instructions=config.symmetric_instructions,
+        max_rows=config.max_train_samples,
+        num_held_out=config.num_eval_rows,
+        with_scores=config.distillation_weight > 0,
+    )
+
+
+def open_texts(config: Config) -> TrainingRows:
+    """Texts without instruction, each its own positive: a text file's lines, or the documents of a config's rows."""
+    file = Path(config.dataset_file_path or "")
+    if file.suffix == ".txt":
+        if not file.is_file():
+            raise UserError(f"dataset_file_path: {file} is not there; {WIKI1M_HINT}.")
+        folder, sources = file.parent, [Source(file.stem, file.name, ())]
+    else:
+        folder, sources = sources_of(config)
+    bare = (Instruction("", symmetric=True),)  # so that both take the same form
+    return TrainingRows(
+        folder,
+        [source._replace(instructions=bare) for source in sources],
+        num_negatives=0,
+        max_rows=config.max_train_samples,
+        num_held_out=config.num_eval_rows,
+        texts_alone=True,
+    )
+
+
+def open_running_text(config: Config) -> list[Texts]:
+    """The texts that a config wants cut into blocks: a text file's, a hub dataset's, or those of its rows."""
+    if config.hub_dataset is not None:
+        return [texts_of_hub(config.hub_dataset, config.dataset_config_name)]
+    if config.sources_file is None and Path(config.dataset_file_path or "").suffix in TEXT_SUFFIXES:
+        return [texts_of_file(Path(config.dataset_file_path or ""))]
+    return texts_of_sources(*sources_of(config))
+
+
+def sources_of(config: Config) -> tuple[Path, list[Source]]:
+    """The folder of a config's rows, and what to read there."""
+    sources = e5_sources() if config.sources_file is None else read_sources_file(Path(config.sources_file))
+    folder = Path(config.dataset_file_path or Path(config.sources_file or "").parent)
+    return folder, select_sources(sources, config.sources)
+
+
+def sample_of(rows: Rows, num_sampled: int = 256) -> list[Any]:
+    """About so many rows, evenly spaced."""
+    return [rows[i] for i in range(0, len(rows), max(1, len(rows) // num_sampled))]
+
+
+def row_orders(
+    config: Config, args: TrainingArguments, rows: Rows, num_processes: int
+) -> tuple[OneSourceBlocks, tuple[Rows, OneSourceBlocks] | None]:
+    """The order of the training rows; and, where evaluation is on, the held-out rows and theirs.
+
+    Raises:
+        UserError: a source or its held-out rows do not fill one batch, or evaluation has no rows.
+    """
+    at_once = args.per_device_train_batch_size * num_processes
+    block_size = at_once * (args.gradient_accumulation_steps if config.one_source_per == "step" else 1)
+    if config.max_train_samples is not None and config.max_train_samples < block_size:
+        raise UserError(
+            f"max_train_samples is {config.max_train_samples}, fewer than the {block_size} rows of one batch; raise it "
+            "or make the batch smaller."
+        )
+    sampler = OneSourceBlocks(
+        rows,
+        block_size,
+        args.seed,
+        # A mean over micro-batches, as the release takes it, depends on which rows share one: there, none is moved.
+        num_ranks=num_processes if config.reduction == "token_mean" else 1,
+        rows_a_rank=args.per_device_train_batch_size,
+        max_characters=CHARACTERS_A_TOKEN * config.max_seq_length,
+    )
+    return sampler, _held_out(config, args, rows, at_once)
+
+
+def _held_out(config: Config, args: TrainingArguments, rows: Rows, at_once: int) -> tuple[Rows, OneSourceBlocks] | None:
+    """The held-out rows and their order, where evaluation is on; every rank holds equally many of each block."""
+    if args.eval_strategy == "no":
+        return None
+    args.per_device_eval_batch_size = args.per_device_train_batch_size  # in-batch figures depend on it
+    args.dataloader_drop_last = True
+    held_out = rows.held_out()
+    fewest = min(held_out.sizes)
+    if fewest < at_once:
+        found = f"the validation split of {config.hub_dataset} fills {fewest} blocks"
+        raise UserError(
+            f"{f'num_eval_rows is {fewest}' if config.num_eval_rows else found}, fewer than the {at_once} rows of an "
+            "evaluation batch (per_device_train_batch_size on every process); hold more out by num_eval_rows, or make "
+            "the batch smaller."
+        )
+    return held_out, OneSourceBlocks(held_out, at_once, args.seed)

@@ -1,0 +1,264 @@
+"""Forward and backward of a batch in micro-batches of some number of tokens; the gradient does not depend on the cut.
+
+Losses that stand in each row alone are simply summed over the micro-batches. A contrastive loss couples all rows, so
+its gradient is cached (Gao et al. 2021, arXiv 2101.06983): every micro-batch is embedded without a graph, the loss
+between all vectors gives their gradients, and every micro-batch is embedded again, with the same random numbers, to
+carry its vectors' gradients into the weights. Memory is one micro-batch's activations and the vectors.
+"""
+
+from __future__ import annotations
+
+import heapq
+from bisect import bisect_left
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from itertools import accumulate
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from llm2vec.distributed import max_over_ranks
+from llm2vec.model.packing import select_rows
+from llm2vec.types import Batch, Output
+
+#: Up to this many pieces, gradient caching keeps the last one's graph instead of embedding it twice.
+MOST_PIECES_WITH_A_GRAPH = 8
+
+
+def backward_step(
+    objective: nn.Module,
+    batch: Batch,
+    totals: dict[str, Tensor],
+    *,
+    max_tokens: int | None = None,
+    scale: float = 1.0,
+    backward: Callable[[Tensor], None] = torch.Tensor.backward,
+    no_sync: Callable[[], AbstractContextManager[Any]] = nullcontext,
+) -> dict[str, Tensor]:
+    """Add the gradient of a batch's loss to the parameters' `.grad`.
+
+    Args:
+        objective: as in `types.Objective`, plain or wrapped for several processes.
+        batch: what this process holds at once.
+        totals: number of terms of each loss part in the whole optimiser step.
+        max_tokens: most tokens that go through the model at once, at least a row; None = the whole batch.
+        scale: factor on the gradient, not on the figures returned.
+        backward: differentiates a scalar.
+        no_sync: entered around every micro-batch but the last, so that gradients are exchanged once.
+
+    Returns:
+        Loss parts, detached: `loss` and the objective's figures.
+    """
+    inner: Any = getattr(objective, "module", objective)
+    pieces = split_batch(batch, max_tokens)
+    if not inner.contrasts or len(pieces) == 1:
+        return _backward_whole(objective, inner, pieces, totals, scale, backward, no_sync)
+    seeds = torch.randint(2**62, (len(pieces),)).tolist()
+    # The last piece's graph is kept and differentiated first, which saves embedding it again; with many pieces that is
+    # a small saving, and the memory is better spent on their vectors.
+    keep = len(pieces) <= MOST_PIECES_WITH_A_GRAPH
+    held = _Held(batch)
+    output: Output
+    for i, (piece, seed) in enumerate(zip(pieces, seeds, strict=True)):
+        kept = keep and i == len(pieces) - 1
+        with seeded(seed, piece), no_sync() if kept else torch.no_grad():
+            # Without totals, rows' own losses are left out: they come with the pass that differentiates them.
+            output = objective(piece, totals if kept else {})
+        held.add(piece, output)
+    between, gradients = _gradients_of_vectors(inner, held, totals)
+    shares = [between]
+    if keep:
+        of_last = {side: gradient[-held.lengths[side][-1] :] for side, gradient in gradients.items()}
+        with no_sync():
+            backward(_surrogate(output, of_last) * scale)
+        shares.append(add_up([output.parts]))
+        seeds.pop()
+    of_pieces = {side: _cut(gradient, held.lengths[side]) for side, gradient in gradients.items()}
+    del output, held  # the last piece's graph, and vectors that are read no more
+    for i, (seed, piece) in enumerate(zip(seeds, pieces, strict=not keep)):
+        with seeded(seed, piece), nullcontext() if i == len(seeds) - 1 else no_sync():
+            output = objective(piece, totals)
+            backward(_surrogate(output, {side: next(cut) for side, cut in of_pieces.items()}) * scale)
+            shares.append(add_up([output.parts]))
+    return add_up(shares)
+
+
+def _surrogate(output: Output, gradients: dict[str, Tensor]) -> Tensor:
+    """A scalar whose gradient is the vectors' cached one and that of the rows' own loss; its value means nothing."""
+    products = [(output.vectors[side] * gradient).sum() for side, gradient in gradients.items()]
+    return torch.stack([*products, *(value for name, value in output.parts.items() if name == "loss")]).sum()
+
+
+def loss_parts(
+    objective: nn.Module, batch: Batch, totals: dict[str, Tensor], max_tokens: int | None = None
+) -> dict[str, Tensor]:
+    """The figures of `backward_step` alone: nothing is differentiated."""
+    inner: Any = getattr(objective, "module", objective)
+    with torch.no_grad():
+        held, shares = _Held(batch), []
+        for piece in split_batch(batch, max_tokens):
+            output: Output = objective(piece, totals)
+            held.add(piece, output)
+            shares.append(output.parts)
+        between = inner.contrast(held.vectors | held.facts, totals) if inner.contrasts else {}
+        return add_up([*shares, between])
+
+
+def split_batch(batch: Batch, max_tokens: int | None) -> Pieces | list[Batch]:
+    """Rows of a batch in micro-batches of about equally many tokens, at most `max_tokens`; as many on every rank.
+
+    A row that is longer than that goes alone. The number is the same on all ranks, as a model whose weights lie spread
+    over them must be called equally often everywhere.
+    """
+    if max_tokens is None:
+        return [batch]
+    num_rows = _num_rows(batch)
+    tokens = [0] * num_rows
+    for side in batch.values():
+        per_row = len(side["lengths"]) // num_rows
+        for i, length in enumerate(side["lengths"]):
+            tokens[i // per_row] += length
+    number = max_over_ranks(number_of_pieces(tokens, max_tokens))
+    if number == 1:
+        return [batch]
+    return Pieces(batch, balanced(tokens, number))
+
+
+class Pieces:
+    """A batch's micro-batches. Each is put together when its turn comes, so a large batch lies in memory once."""
+
+    def __init__(self, batch: Batch, rows_of_pieces: Sequence[Sequence[int]]) -> None:
+        self._batch = batch
+        self._rows_of_pieces = rows_of_pieces
+
+    def __len__(self) -> int:
+        return len(self._rows_of_pieces)
+
+    def __iter__(self) -> Iterator[Batch]:
+        num_rows = _num_rows(self._batch)
+        ends = {name: list(accumulate(side["lengths"])) for name, side in self._batch.items()}
+        for rows in self._rows_of_pieces:
+            piece: Batch = {}
+            for name, side in self._batch.items():
+                per_row = len(side["lengths"]) // num_rows  # a side with K texts a row keeps them together
+                texts = [row * per_row + k for row in rows for k in range(per_row)]
+                piece[name] = select_rows(side, texts, ends[name])
+            yield piece
+
+
+def number_of_pieces(tokens: Sequence[int], max_tokens: int) -> int:
+    """How many balanced pieces it takes that none has more than `max_tokens`, but for rows longer by themselves."""
+    most = max(max_tokens, max(tokens))
+
+    def fit(number: int) -> bool:
+        return max(sum(tokens[row] for row in piece) for piece in balanced(tokens, number)) <= most
+
+    fewest = -(-sum(tokens) // most)
+    return fewest + bisect_left(range(fewest, len(tokens)), True, key=fit)  # each row alone fits
+
+
+def balanced(tokens: Sequence[int], number: int) -> list[list[int]]:
+    """Row indices in `number` pieces of nearly equal token counts, none empty: longest first into the emptiest."""
+    pieces: list[list[int]] = [[] for _ in range(number)]
+    heap = [(0, i) for i in range(number)]
+    for row in sorted(range(len(tokens)), key=lambda row: -tokens[row]):
+        filled, i = heapq.heappop(heap)
+        pieces[i].append(row)
+        heapq.heappush(heap, (filled + tokens[row], i))
+    return [sorted(piece) for piece in pieces]
+
+
+def add_up(parts: Sequence[dict[str, Tensor]]) -> dict[str, Tensor]:
+    """Shares of the same figures, added; detached."""
+    total: dict[str, Tensor] = {}
+    for part in parts:
+        for name, value in part.items():
+            total[name] = total[name] + value.detach() if name in total else value.detach()
+    return total
+
+
+def _backward_whole(
+    objective: nn.Module,
+    inner: Any,
+    pieces: Pieces | list[Batch],
+    totals: dict[str, Tensor],
+    scale: float,
+    backward: Callable[[Tensor], None],
+    no_sync: Callable[[], AbstractContextManager[Any]],
+) -> dict[str, Tensor]:
+    """One pass a piece: rows that stand alone, or all rows at once."""
+    shares = []
+    for i, piece in enumerate(pieces):
+        with nullcontext() if i == len(pieces) - 1 else no_sync():
+            output: Output = objective(piece, totals)
+            between = inner.contrast(output.vectors | output.facts, totals) if inner.contrasts else {}
+            losses = [parts["loss"] for parts in (output.parts, between) if "loss" in parts]
+            backward(torch.stack(losses).sum() * scale)
+            shares += [output.parts, between]
+    return add_up(shares)
+
+
+class _Held:
+    """Vectors and facts of all pieces' rows, each written into its place when its piece is done.
+
+    Thousands of small tensors, put together at the end, would take their memory twice, and leave holes behind.
+
+    Attributes:
+        vectors: of each side, detached; its rows in the order of the pieces.
+        facts: likewise.
+        lengths: of each side, how many vectors each piece has.
+    """
+
+    def __init__(self, batch: Batch) -> None:
+        self.vectors: dict[str, Tensor] = {}
+        self.facts: dict[str, Tensor] = {}
+        self.lengths: dict[str, list[int]] = {}
+        self._num_rows = _num_rows(batch)
+        self._filled = 0
+
+    def add(self, piece: Batch, output: Output) -> None:
+        """The next piece's."""
+        rows = _num_rows(piece)
+        for of_all, of_piece in ((self.vectors, output.vectors), (self.facts, output.facts)):
+            for name, values in of_piece.items():
+                per_row = len(values) // rows
+                if name not in of_all:
+                    of_all[name] = values.new_empty(per_row * self._num_rows, *values.shape[1:])
+                of_all[name][per_row * self._filled : per_row * (self._filled + rows)] = values.detach()
+        for side, vectors in output.vectors.items():
+            self.lengths.setdefault(side, []).append(len(vectors))
+        self._filled += rows
+
+
+def _gradients_of_vectors(
+    inner: Any, held: _Held, totals: dict[str, Tensor]
+) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+    """Loss parts between the vectors, detached as their graph holds the vectors; and the gradient of each side's."""
+    leaves = {side: vectors.requires_grad_() for side, vectors in held.vectors.items()}
+    with torch.enable_grad():
+        between = inner.contrast(leaves | held.facts, totals)
+        gradients = dict(zip(leaves, torch.autograd.grad(between["loss"], list(leaves.values())), strict=True))
+    return add_up([between]), gradients
+
+
+def _cut(values: Tensor, lengths: Sequence[int]) -> Iterator[Tensor]:
+    """Slices of so many rows one after the other, each made when its turn comes: there may be thousands."""
+    end = 0
+    for length in lengths:
+        end += length
+        yield values[end - length : end]
+
+
+def _num_rows(batch: Batch) -> int:
+    """The first side has one text a row."""
+    return len(batch[next(iter(batch))]["lengths"])
+
+
+@contextmanager
+def seeded(seed: int, batch: Batch) -> Iterator[None]:
+    """Random numbers from `seed` within, on the CPU and on the batch's device; outside they go on as if nothing was."""
+    device = batch[next(iter(batch))]["input_ids"].device
+    with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
+        torch.manual_seed(seed)
+        yield

@@ -1,0 +1,1 @@
+"""Whether two ways of loading a model give the same vectors."""

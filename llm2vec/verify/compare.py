@@ -1,0 +1,235 @@
+"""The same texts through several ways of loading: what each makes of them, and how close it is to the first way."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from itertools import repeat
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from llm2vec.corpus.rows import check_unicode
+from llm2vec.files import parse_json
+from llm2vec.model.backbone import first_line
+from llm2vec.types import InstructedText, UserError
+from llm2vec.verify.loaded import LocalWay
+from llm2vec.verify.server import EmbeddingServer
+from llm2vec.verify.ways import LABELS, Choice, Rendering, prompt_writer
+
+#: Least cosine similarity of a text's vectors, in float32 and with half precision on either side.
+LEAST_COSINE = 0.9999
+LEAST_COSINE_HALF = 0.999
+
+#: Words of the text that is to be cut, at most: a longer row costs more than it shows.
+MOST_WORDS = 4096
+
+_INSTRUCTION = "Given a question, retrieve passages that answer it"
+
+
+def bundled_texts(max_length: int) -> dict[str, InstructedText]:
+    """Texts that show what goes wrong, by name: short, cut, accents, empty, look-alikes, with and without instruction.
+
+    Args:
+        max_length: of the rows; one text is longer, up to `MOST_WORDS`.
+    """
+    numbered = " ".join(f"word {i}" for i in range(min(max_length, MOST_WORDS)))
+    return {
+        "query": InstructedText("", "who wrote Emma?", "query"),
+        "document": InstructedText("", "Emma is a novel by Jane Austen, published in 1815.", "document"),
+        "query with instruction": InstructedText(_INSTRUCTION, "who wrote Emma?", "query"),
+        "instruction with colon": InstructedText(_INSTRUCTION + ":", "What makes the sky blue?", "query"),
+        "document with instruction": InstructedText("Retrieve similar text", "The sky is blue.", "document"),
+        "one letter": InstructedText("", "a", "document"),
+        "lines and code": InstructedText("", "def f(x):\n\treturn x + 1\n\n# 3.14159  http://a.b/c?d=e", "document"),
+        "accents and scripts": InstructedText("", "Naïve café, cafe\u0301, 東京, Ελλάδα, שלום, 👩‍🚀", "document"),
+        "look-alike tokens": InstructedText("", "a </s> b <|eot_id|> c <|im_end|> d [/INST] e <eos> f", "document"),
+        "empty": InstructedText("", "", "document"),
+        "too long": InstructedText("", numbered, "document"),
+        "too long with instruction": InstructedText(_INSTRUCTION, numbered, "query"),
+    }
+
+
+def read_texts(file: Path) -> dict[str, InstructedText]:
+    """Texts of a file by line number: a text a line; in `.jsonl`, objects of `text`, `instruction` and `side`.
+
+    Blanks around a text are taken away, as `LLM2Vec` does and other ways leave to their users.
+
+    Raises:
+        UserError: there is no such file, no line in it, or a line is malformed.
+    """
+    if not file.is_file():
+        raise UserError(f"--texts: {file} is not there.")
+    texts = {}
+    with file.open("rb") as lines:  # which end at line feeds alone; a text may hold what else Unicode breaks lines at
+        for number, line in enumerate(lines, 1):
+            where = f"{file}, line {number}"
+            texts[f"line {number}"] = _text_of(line, where) if file.suffix == ".jsonl" else _document(line, where)
+    if not texts:
+        raise UserError(f"--texts: {file} is empty.")
+    return texts
+
+
+def _document(line: bytes, where: str) -> InstructedText:
+    try:
+        return InstructedText("", line.decode("utf-8-sig").strip(), "document")
+    except UnicodeDecodeError as error:
+        raise UserError(f"{where}: not UTF-8 ({error.reason}).") from error
+
+
+def _text_of(line: bytes, where: str) -> InstructedText:
+    entry = parse_json(line, where)
+    if not isinstance(entry, dict) or set(entry) - {"text", "instruction", "side"} or "text" not in entry:
+        raise UserError(f"{where}: an object with `text`, and at most `instruction` and `side`, is needed.")
+    if not all(isinstance(value, str) for value in entry.values()):
+        raise UserError(f"{where}: every value must be a string.")
+    for value in entry.values():
+        check_unicode(value, where)
+    instruction = entry.get("instruction", "")
+    side = entry.get("side", "query" if instruction else "document")
+    if side not in ("query", "document"):
+        raise UserError(f"{where}: side is {side!r}; allowed: query, document.")
+    return InstructedText(instruction, entry["text"].strip(), side)
+
+
+@dataclass(frozen=True)
+class Answer:
+    """What a way makes of the texts.
+
+    Attributes:
+        label: how a table calls the way.
+        place: what was loaded, or the URL.
+        ids: of each text, its token ids; None = not shown.
+        vectors: [N, D]; rows of NaN where the way refuses a text.
+        refused: index of a text -> why the way refuses it.
+        is_half: whether half precision is at work, as far as is known: a server does not say, so it counts as half.
+        sent: the strings that went to a server; None for a loaded way.
+        any_length: whether the way promises no length of its vectors.
+    """
+
+    label: str
+    place: str
+    ids: list[list[int] | None]
+    vectors: Tensor
+    refused: dict[int, str]
+    is_half: bool
+    sent: list[str] | None = None
+    any_length: bool = False
+
+    @property
+    def name(self) -> str:
+        """Way and place."""
+        return f"{self.label} {self.place}"
+
+
+def ask_way(way: LocalWay, texts: Sequence[InstructedText]) -> Answer:
+    """Run the texts through a loaded way.
+
+    Raises:
+        UserError: it fails on them.
+    """
+    label, place = LABELS[way.choice.kind], way.choice.place
+    try:
+        ids: list[list[int] | None] = [row.ids for row in way.rows(texts, None)]
+        return Answer(label, place, ids, way.encode(texts), {}, way.is_half, None, way.any_length)
+    except Exception as error:  # such as a token without an embedding, or a limit that is no number
+        raise UserError(f"{label} {place}: cannot embed the texts ({first_line(error)}).") from error
+
+
+def ask_server(choice: Choice, texts: Sequence[InstructedText], rendering: Rendering | None) -> Answer:
+    """Send the texts to a server.
+
+    Args:
+        choice: of kind `server`.
+        texts: what to embed.
+        rendering: says what stands before a text, and which texts are cut: of those the server's token ids say
+            nothing, as its `/tokenize` does not cut.
+
+    Raises:
+        UserError: it does not answer as an embedding server does, or refuses every text.
+    """
+    server = EmbeddingServer(choice.path)
+    prompt = prompt_writer(rendering)
+    strings = [prompt(text) + text.text for text in texts]
+    found, refused = server.vectors(strings)
+    blank = torch.full_like(next(iter(found.values())), torch.nan)
+    vectors = torch.stack([found.get(i, blank) for i in range(len(texts))])
+    ids: list[list[int] | None] = [*(server.token_ids(strings) or repeat(None, len(texts)))]
+    if rendering is not None:
+        cut = [len(row.ids) >= rendering.rows.max_length for row in rendering.rows.rows(texts)]
+        ids = [None if is_cut else shown for shown, is_cut in zip(ids, cut, strict=True)]
+    return Answer(LABELS["server"], choice.path, ids, vectors, refused, True, strings)
+
+
+@dataclass(frozen=True)
+class Parity:
+    """How close an answer is to the reference's.
+
+    Attributes:
+        answer: what was compared.
+        differing_ids: indices of texts whose token ids differ.
+        compared_ids: how many texts' ids both sides show.
+        cosines: [texts that neither refuses], of the vectors; zeros where they have other sizes.
+        compared: indices of those texts.
+        largest: the largest difference of a number, of unit vectors.
+        lengths: the shortest and the longest vector.
+        same_lengths: whether the vectors have unit length, or the reference's, or may have any.
+        threshold: least cosine.
+    """
+
+    answer: Answer
+    differing_ids: list[int]
+    compared_ids: int
+    cosines: Tensor
+    compared: list[int]
+    largest: float
+    lengths: tuple[float, float]
+    same_lengths: bool
+    threshold: float
+
+    @property
+    def passes(self) -> bool:
+        """Whether every text's vectors agree."""
+        return bool((self.cosines >= self.threshold).all()) and self.same_lengths
+
+
+def compare(reference: Answer, answer: Answer, threshold: float | None = None) -> Parity:
+    """Compare an answer with the reference's, text by text.
+
+    Args:
+        reference: of the first way.
+        answer: of another way, to the same texts.
+        threshold: least cosine; None = `LEAST_COSINE`, or `LEAST_COSINE_HALF` with half precision on either side.
+
+    Raises:
+        UserError: there is no text that both take.
+    """
+    is_half = reference.is_half or answer.is_half
+    refused = reference.refused.keys() | answer.refused.keys()
+    compared = [i for i in range(len(reference.ids)) if i not in refused]
+    if not compared:
+        raise UserError(f"{answer.name} takes none of the texts that {reference.name} takes.")
+    shown = [i for i in compared if reference.ids[i] is not None and answer.ids[i] is not None]
+    ours_ND, theirs_ND = reference.vectors[compared].double(), answer.vectors[compared].double()
+    lengths_N = theirs_ND.norm(dim=-1)
+    if ours_ND.shape == theirs_ND.shape:
+        difference_ND = F.normalize(ours_ND, dim=-1) - F.normalize(theirs_ND, dim=-1)
+        cosines_N, largest = F.cosine_similarity(ours_ND, theirs_ND, dim=-1), float(difference_ND.abs().max())
+    else:
+        cosines_N, largest = torch.zeros(len(compared)), float("inf")
+    slack = 0.02 if is_half else 1e-3
+    wanted = (1.0, ours_ND.norm(dim=-1))
+    same_lengths = answer.any_length or any(bool(((lengths_N / n - 1).abs() <= slack).all()) for n in wanted)
+    return Parity(
+        answer,
+        [i for i in shown if reference.ids[i] != answer.ids[i]],
+        len(shown),
+        cosines_N,
+        compared,
+        largest,
+        (float(lengths_N.min()), float(lengths_N.max())),
+        same_lengths,
+        threshold if threshold is not None else LEAST_COSINE_HALF if is_half else LEAST_COSINE,
+    )

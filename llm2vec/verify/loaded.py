@@ -1,0 +1,296 @@
+"""An embedder loaded in one of the ways, so that texts can go through it and its parts can be exchanged.
+
+`open_way(choice, torch.float32, rendering)` loads ours, sentence-transformers' or plain transformers'.
+"""
+
+from __future__ import annotations
+
+import copy
+import warnings
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any, get_args
+
+import torch
+import torch.nn.functional as F
+from peft import PeftModel
+from peft.utils import SAFETENSORS_WEIGHTS_NAME
+from torch import Tensor
+from transformers import AutoConfig, AutoModel, PreTrainedTokenizerBase
+from transformers.utils import logging as transformers_logging
+
+from llm2vec.llm2vec import LLM2Vec
+from llm2vec.model.backbone import find_file, first_line, load_tokenizer
+from llm2vec.model.checkpoint import resolve_chain
+from llm2vec.model.pooling import pool
+from llm2vec.model.stock_form import POOLING, SWITCHES
+from llm2vec.text.tokenization import Row
+from llm2vec.types import Attention, InstructedText, PoolingMode, TextSide, UserError
+from llm2vec.verify.ways import LABELS, MODULES_FILE, Choice, Rendering, prompt_writer, read_json, read_modules
+
+POOLING_FILE = "1_Pooling/config.json"
+
+#: Texts that go through a model at a time, padded to the longest of them.
+BATCH_SIZE = 32
+
+#: Our pooling modes by sentence-transformers' names.
+_MODES = {name: mode for mode, name in POOLING.items()}
+
+
+@dataclass(frozen=True)
+class LocalWay:
+    """A loaded embedder whose parts can be exchanged.
+
+    Attributes:
+        choice: what was asked for.
+        model: decoder without head, plain or with an adapter.
+        tokenizer: its tokenizer.
+        encode: vectors of texts as this way computes them, [N, D], on the CPU in float32.
+        rows: texts as token rows; the second argument is the most tokens of a row, None = this way's own limit.
+        attention: as its settings or its config say.
+        pooling_mode: how it pools.
+        max_length: most tokens of a row.
+        is_half: whether its weights are, or were stored, in half precision.
+        any_length: whether its settings leave its vectors' lengths to whoever compares them.
+    """
+
+    choice: Choice
+    model: Any
+    tokenizer: PreTrainedTokenizerBase
+    encode: Callable[[Sequence[InstructedText]], Tensor]
+    rows: Callable[[Sequence[InstructedText], int | None], list[Row]]
+    attention: Attention
+    pooling_mode: PoolingMode
+    max_length: int
+    is_half: bool
+    any_length: bool = False
+
+
+def open_way(choice: Choice, dtype: torch.dtype, rendering: Rendering | None) -> LocalWay:
+    """Load an embedder.
+
+    Args:
+        choice: any but a server.
+        dtype: of the weights.
+        rendering: says what stands before a text.
+
+    Raises:
+        UserError: it cannot be loaded in this way.
+    """
+    verbosity = transformers_logging.get_verbosity()
+    transformers_logging.set_verbosity_error()  # what it would warn of is what the comparison finds
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            if choice.kind not in ("st", "transformers"):
+                return _open_ours(choice, dtype)
+            return (_open_st if choice.kind == "st" else _open_transformers)(choice, dtype, rendering)
+    except UserError as error:
+        raise UserError(f"{LABELS[choice.kind]} {choice.place}: {error}") from error
+    except Exception as error:  # damaged files: what stock libraries raise for them has no common type
+        raise UserError(f"{LABELS[choice.kind]} {choice.place}: cannot be loaded ({first_line(error)}).") from error
+    finally:
+        transformers_logging.set_verbosity(verbosity)
+
+
+def _open_ours(choice: Choice, dtype: torch.dtype) -> LocalWay:
+    loaded = LLM2Vec.from_pretrained(
+        choice.path, choice.adapters or None, merge_peft=choice.kind == "merged", torch_dtype=dtype
+    )
+    loaded.to(_device())
+
+    def packed(texts: Sequence[InstructedText]) -> Tensor:
+        vectors = torch.zeros(len(texts), loaded.model.config.hidden_size)
+        for side in get_args(TextSide):
+            chosen = [i for i, text in enumerate(texts) if text.side == side]
+            pairs = [[texts[i].instruction, texts[i].text] for i in chosen]
+            if chosen:
+                vectors[chosen] = torch.as_tensor(loaded.encode(pairs, show_progress_bar=False, side=side))
+        return vectors
+
+    @_in_batches
+    @torch.no_grad()
+    def padded(texts: Sequence[InstructedText]) -> Tensor:
+        batch = {name: value.to(_device()) for name, value in loaded.row_tokenizer(texts).items()}
+        vectors = loaded(batch).float().cpu()
+        return F.normalize(vectors, dim=-1) if loaded.settings.normalize else vectors
+
+    def rows(texts: Sequence[InstructedText], max_length: int | None) -> list[Row]:
+        tokenizer = copy.copy(loaded.row_tokenizer)
+        if max_length is not None:
+            tokenizer.max_length, tokenizer.text_max_length = max_length, None
+        return tokenizer.rows(texts)
+
+    return LocalWay(
+        choice,
+        loaded.model,
+        loaded.tokenizer,
+        padded if choice.kind == "padded" else packed,
+        rows,
+        loaded.settings.attention,
+        loaded.settings.pooling_mode,
+        loaded.settings.max_length,
+        _is_half(choice, dtype),
+        any_length=not loaded.settings.normalize,
+    )
+
+
+def _open_st(choice: Choice, dtype: torch.dtype, rendering: Rendering | None) -> LocalWay:
+    try:
+        from sentence_transformers import SentenceTransformer  # seconds to import, and an extra
+    except ImportError as error:
+        raise UserError('sentence-transformers is not installed: pip install -e ".[eval]".') from error
+
+    if choice.adapters:
+        raise UserError("takes no adapter beside a base; give a folder that sentence-transformers has written.")
+    loaded = SentenceTransformer(
+        choice.path, device=str(_device()), model_kwargs={"dtype": dtype, "use_safetensors": True}
+    ).eval()  # torch's mode without dropout; no code is evaluated
+    pooling = next((module for module in loaded if hasattr(module, "pooling_mode")), None)
+    if pooling is None or loaded.transformers_model is None:
+        raise UserError(f"{MODULES_FILE} lists no transformer with a pooling behind it.")
+    prompt = prompt_writer(rendering, loaded.tokenizer, loaded.prompts)
+
+    def encode(texts: Sequence[InstructedText]) -> Tensor:
+        vectors: dict[int, Tensor] = {}
+        for before in dict.fromkeys(map(prompt, texts)):
+            chosen = [i for i, text in enumerate(texts) if prompt(text) == before]
+            embedded = loaded.encode(
+                [texts[i].text for i in chosen], prompt=before, convert_to_tensor=True, show_progress_bar=False
+            )
+            vectors |= dict(zip(chosen, embedded.float().cpu(), strict=True))
+        return torch.stack([vectors[i] for i in range(len(texts))])
+
+    def rows(texts: Sequence[InstructedText], max_length: int | None) -> list[Row]:
+        options = {} if max_length is None else {"processing_kwargs": {"text": {"max_length": max_length}}}
+        made = []
+        for text in texts:
+            features = loaded.preprocess([text.text], prompt=prompt(text), **options)
+            ids = features["input_ids"][0].tolist()
+            skipped = 0 if pooling.include_prompt else int(features.get("prompt_length") or 0)
+            made.append(Row(ids, [i >= skipped for i in range(len(ids))], [False] * len(ids)))
+        return made
+
+    return LocalWay(
+        choice,
+        loaded.transformers_model,
+        loaded.tokenizer,
+        encode,
+        rows,
+        _attention_of(loaded.transformers_model),
+        _mode_named(pooling.pooling_mode),
+        loaded.max_seq_length or loaded.tokenizer.model_max_length,
+        _is_half(choice, dtype),
+    )
+
+
+def _open_transformers(choice: Choice, dtype: torch.dtype, rendering: Rendering | None) -> LocalWay:
+    """AutoModel, AutoTokenizer, and what `1_Pooling` and `modules.json` say; adapters as plain peft puts them on."""
+    model = AutoModel.from_pretrained(choice.path, dtype=dtype, use_safetensors=True, trust_remote_code=False)
+    for adapter in choice.adapters:
+        if find_file(adapter, SAFETENSORS_WEIGHTS_NAME) is None:  # peft would open a pickle instead
+            raise UserError(f"{adapter} holds no {SAFETENSORS_WEIGHTS_NAME}.")
+        model = PeftModel.from_pretrained(model, adapter)
+        model = model if adapter == choice.adapters[-1] else model.merge_and_unload()
+    model.to(_device()).eval()  # torch's mode without dropout; no code is evaluated
+    folder = next((p for p in (*reversed(choice.adapters), choice.path) if find_file(p, MODULES_FILE)), choice.path)
+    normalize = any(module.endswith("Normalize") for module in read_modules(folder))
+    tokenizer = load_tokenizer(folder)
+    mode, with_prompt = read_pooling(folder)
+    module = read_json(folder, "sentence_bert_config.json") or {}
+    # Where the tokenizer names no limit, sentence-transformers takes the model's.
+    most = min(tokenizer.model_max_length, getattr(model.config, "max_position_embeddings", tokenizer.model_max_length))
+    own_length = module.get("max_seq_length") or most
+    declared = read_json(folder, "config_sentence_transformers.json") or {}
+    prompt = prompt_writer(rendering, tokenizer, declared.get("prompts") or {})
+
+    @_in_batches
+    @torch.no_grad()
+    def encode(texts: Sequence[InstructedText]) -> Tensor:
+        strings = [prompt(text) + text.text for text in texts]
+        batch = tokenizer(strings, padding=True, truncation=True, max_length=own_length, return_tensors="pt")
+        batch.pop("token_type_ids", None)
+        mask = batch["attention_mask"].bool()
+        mask &= mask.long().cumsum(dim=1) > torch.tensor([skipped(text) for text in texts]).unsqueeze(1)
+        hidden = model(**batch.to(_device())).last_hidden_state
+        vectors = pool(hidden, mask.to(_device()), mode).float().cpu()
+        return F.normalize(vectors, dim=-1) if normalize else vectors
+
+    def skipped(text: InstructedText) -> int:
+        """Tokens of the prompt, which are not pooled over; counted as sentence-transformers does."""
+        if with_prompt or not prompt(text):
+            return 0
+        ids = tokenizer(prompt(text))["input_ids"]
+        return len(ids) - (ids[-1] in tokenizer.all_special_ids)
+
+    def rows(texts: Sequence[InstructedText], max_length: int | None) -> list[Row]:
+        made = []
+        for text in texts:
+            string, length = prompt(text) + text.text, max_length or own_length
+            ids: list[int] = tokenizer(string, truncation=True, max_length=length)["input_ids"]
+            first = skipped(text)
+            pooled = [i >= first for i in range(len(ids))]
+            made.append(Row(ids, pooled, [False] * len(ids)))
+        return made
+
+    return LocalWay(
+        choice,
+        model,
+        tokenizer,
+        encode,
+        rows,
+        _attention_of(model),
+        mode,
+        own_length,
+        _is_half(choice, dtype),
+    )
+
+
+def read_pooling(folder: str) -> tuple[PoolingMode, bool]:
+    """The pooling mode of a folder's `1_Pooling/config.json`, and whether the prompt is pooled over.
+
+    Raises:
+        UserError: there is no such file, its two spellings say different things, or it is a mode that we lack.
+    """
+    config = read_json(folder, POOLING_FILE)
+    if config is None:
+        raise UserError(f"no {POOLING_FILE}, so nothing says how the hidden states are pooled.")
+    flagged = [name for name, switch in SWITCHES.items() if config.get(switch)]
+    written = config.get("pooling_mode")
+    if written is not None and any(switch in config for switch in SWITCHES.values()) and flagged != [written]:
+        raise UserError(
+            f"{POOLING_FILE} says {written!r} by pooling_mode and {' and '.join(flagged) or 'nothing'} by its "
+            "older keys; programs that read one or the other will pool differently."
+        )
+    mode = _mode_named(written or (flagged[0] if len(flagged) == 1 else flagged))
+    return mode, bool(config.get("include_prompt", True))
+
+
+def _mode_named(name: Any) -> PoolingMode:
+    if not isinstance(name, str) or name not in _MODES:
+        raise UserError(f"its pooling is {name!r}; this project knows {', '.join(_MODES)}.")
+    return _MODES[name]
+
+
+def _attention_of(model: Any) -> Attention:
+    return "causal" if getattr(model.config, "is_causal", True) else "bidirectional"
+
+
+def _in_batches(embed: Callable[[Sequence[InstructedText]], Tensor]) -> Callable[[Sequence[InstructedText]], Tensor]:
+    """`embed`, called with `BATCH_SIZE` texts at a time."""
+
+    def batched(texts: Sequence[InstructedText]) -> Tensor:
+        return torch.cat([embed(texts[start : start + BATCH_SIZE]) for start in range(0, len(texts), BATCH_SIZE)])
+
+    return batched
+
+
+def _is_half(choice: Choice, dtype: torch.dtype) -> bool:
+    is_model = find_file(choice.path, "config.json") is not None
+    base = choice.path if is_model else resolve_chain(choice.path, choice.adapters).base
+    stored = getattr(AutoConfig.from_pretrained(base, trust_remote_code=False), "dtype", None)
+    return bool({dtype, stored} & {torch.bfloat16, torch.float16})
+
+
+def _device() -> torch.device:
+    return torch.device("cuda" if torch.cuda.is_available() else "cpu")

@@ -1,0 +1,197 @@
+"""The ways to load an embedder, as a user names them, and what each writes before a text.
+
+output/stage_I                     a checkpoint: packed, and padded
+output/stage_I+output/stage_II     base and adapter: adapter in place, padded, merged
+output/exported                    an export: ours, sentence-transformers, transformers
+st:PATH  transformers:PATH[+ADAPTER]  ours:PATH[+ADAPTER]  padded:...  merged:...     one way alone
+http://localhost:8000[#MODEL]      an OpenAI-compatible server
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from types import MappingProxyType
+from typing import Any, Literal, NamedTuple, get_args
+
+from transformers import PreTrainedTokenizerBase
+
+from llm2vec.files import parse_json, read_object
+from llm2vec.llm2vec import row_tokenizer
+from llm2vec.model.backbone import find_file, load_tokenizer
+from llm2vec.model.checkpoint import SETTINGS_FILE, EncoderSettings, read_settings, resolve_chain
+from llm2vec.model.stock_form import possible_forms
+from llm2vec.text.tokenization import RowTokenizer
+from llm2vec.types import InstructedText, UserError
+
+LocalKind = Literal["ours", "padded", "merged", "st", "transformers"]
+
+#: How a way is called in a table.
+LABELS = {
+    "ours": "ours",
+    "padded": "ours, padded",
+    "merged": "ours, merged",
+    "st": "sentence-transformers",
+    "transformers": "transformers",
+    "server": "server",
+}
+
+MODULES_FILE = "modules.json"
+
+
+class Choice(NamedTuple):
+    """One way to load, before anything is loaded.
+
+    Attributes:
+        kind: a key of `LABELS`.
+        path: folder or hub name, or the URL of a server.
+        adapters: on it, innermost first.
+    """
+
+    kind: LocalKind | Literal["server"]
+    path: str
+    adapters: tuple[str, ...] = ()
+
+    @property
+    def place(self) -> str:
+        """What is loaded, as the user writes it."""
+        return "+".join((self.path, *self.adapters))
+
+
+def choices_of(argument: str) -> tuple[list[Choice], list[str]]:
+    """The ways that an argument stands for.
+
+    Returns:
+        The ways, and a line for each that does not apply to such a folder.
+
+    Raises:
+        UserError: there is no such folder or file in it.
+    """
+    if argument.startswith(("http://", "https://")):
+        return [Choice("server", argument)], []
+    kind, colon, rest = argument.partition(":")
+    named = bool(colon) and kind in get_args(LocalKind)
+    place = rest if named else argument
+    path, *adapters = [place] if Path(place).exists() else place.split("+")
+    for part in (path, *adapters):
+        if not part or (find_file(part, "config.json") or find_file(part, "adapter_config.json")) is None:
+            raise UserError(
+                f"{argument}: {part!r} is no folder or hub name with a config.json or adapter_config.json; allowed: "
+                f"PATH, PATH+ADAPTER, {', '.join(f'{k}:PATH' for k in get_args(LocalKind))}, http://HOST:PORT."
+            )
+    if named:
+        return [Choice(kind, path, tuple(adapters))], []  # type: ignore[arg-type]
+    outermost = (path, *adapters)[-1]
+    is_adapter = bool(adapters) or find_file(path, "config.json") is None
+    is_stock = find_file(outermost, MODULES_FILE) is not None and not adapters
+    is_ours = find_file(outermost, SETTINGS_FILE) is not None or not is_stock
+    applies: dict[LocalKind, bool] = {
+        "ours": is_ours,
+        "padded": is_ours and (is_adapter or not is_stock),
+        "merged": is_ours and is_adapter,
+        "st": is_stock,
+        "transformers": is_stock,
+    }
+    notes = []
+    if not is_ours:
+        notes.append(f"{argument}: no {SETTINGS_FILE}, so loading it as ours does not apply")
+    if not is_stock and not adapters:
+        notes.append(f"{argument}: no {MODULES_FILE}, so sentence-transformers and transformers do not apply")
+    return [Choice(kind, path, tuple(adapters)) for kind, does in applies.items() if does], notes
+
+
+class Rendering(NamedTuple):
+    """How every way's texts are to be written.
+
+    Attributes:
+        rows: renders the template.
+        written: characters that a tokenizer of the stock form writes before a text by itself, so that no prompt does.
+    """
+
+    rows: RowTokenizer
+    written: str
+
+
+def rendering_of(choices: Sequence[Choice]) -> Rendering | None:
+    """The first template that a way's folders record; None where none does."""
+    local = [choice for choice in choices if choice.kind != "server"]
+    for choice in local:
+        chain = resolve_chain(choice.path, choice.adapters)
+        for path in (*reversed(chain.adapters), choice.path, chain.base):
+            if not (recorded := read_settings(path)):
+                continue
+            settings = EncoderSettings(**recorded)
+            rows = row_tokenizer(
+                load_tokenizer(path if find_file(path, "tokenizer_config.json") else chain.base), settings
+            )
+            stock = next((c.path for c in local if find_file(c.path, MODULES_FILE) is not None), None)
+            written = possible_forms(rows, settings)[0].written if stock is None else _own_header(load_tokenizer(stock))
+            return Rendering(rows, written)
+    return None
+
+
+def prompt_writer(
+    rendering: Rendering | None,
+    tokenizer: PreTrainedTokenizerBase | None = None,
+    declared: Mapping[str, str | None] = MappingProxyType({}),
+) -> Callable[[InstructedText], str]:
+    """What a user of a way that takes strings writes before a text, so that it becomes our template's row.
+
+    A text without an instruction gets the prompt that the folder declares for its side. With one it gets what the
+    template writes before a text, without what the tokenizer writes by itself.
+
+    Args:
+        rendering: of our checkpoint; None = the instruction and a blank.
+        tokenizer: of the way; None = a server's, which writes what a tokenizer of the stock form does.
+        declared: the way's prompts by name, of which `query` and `document` are used.
+    """
+    if rendering is None:
+        return lambda text: f"{text.instruction} " if text.instruction else ""
+    written = rendering.written if tokenizer is None else _own_header(tokenizer)
+
+    def prompt(text: InstructedText) -> str:
+        if not text.instruction and text.side in declared:
+            return declared[text.side] or ""
+        return rendering.rows.opening(text.instruction, text.side)[1].removeprefix(written)
+
+    return prompt
+
+
+def _own_header(tokenizer: Any) -> str:
+    """The characters that a tokenizer puts before every text, behind the special tokens there."""
+    first, second = (tokenizer(text)["input_ids"] for text in ("a", "0"))
+    header = first[: shared_start(first, second)]
+    special = [i for i, token in enumerate(header) if token in tokenizer.added_tokens_decoder]
+    return str(tokenizer.decode(header[special[-1] + 1 if special else 0 :]))
+
+
+def shared_start(first: Sequence[Any], second: Sequence[Any]) -> int:
+    """How many entries two sequences begin with alike."""
+    return next(
+        (i for i, (a, b) in enumerate(zip(first, second, strict=False)) if a != b), min(len(first), len(second))
+    )
+
+
+def read_json(folder: str, name: str) -> dict[str, Any] | None:
+    """The JSON object of a folder's file; None where it has no such file.
+
+    Raises:
+        UserError: as `json_text.read_object`.
+    """
+    file = find_file(folder, name)
+    return None if file is None else read_object(Path(file))
+
+
+def read_modules(folder: str) -> list[str]:
+    """The classes that a folder's `modules.json` lists.
+
+    Raises:
+        UserError: there is no such file, or it is no list of objects with a `type`.
+    """
+    file = find_file(folder, MODULES_FILE)
+    if file is None:
+        raise UserError(f"no {MODULES_FILE}, so nothing says how the hidden states are pooled.")
+    modules = parse_json(Path(file).read_bytes(), file)
+    if not isinstance(modules, list) or not all(isinstance(module, dict) and "type" in module for module in modules):
+        raise UserError(f"{file}: a list of objects with a `type` is needed.")
+    return [str(module["type"]) for module in modules]

@@ -1,0 +1,651 @@
+"""Compared recipes: which runs a folder of configs means, their order, what is done again, failures, and the table."""
+
+from __future__ import annotations
+
+import fcntl
+import json
+import os
+import re
+import runpy
+import signal
+import subprocess
+import sys
+import threading
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+import reference
+from eval_stubs import write_retrieval
+from helpers import family_tokenizer, tiny_model, write_jsonl
+
+from llm2vec.compare import runs as compare_runs
+from llm2vec.compare.runs import (
+    FINISHED_FILE,
+    Planner,
+    Run,
+    Trial,
+    clear,
+    do_all,
+    is_finished,
+    read_set,
+    unique_runs,
+)
+from llm2vec.compare.table import (
+    Outcome,
+    failure_lines,
+    markdown_table,
+    outcome_of,
+    own_keys_table,
+    score_table,
+    write_comparison,
+)
+from llm2vec.model.checkpoint import INCOMPLETE_MARKER, SETTINGS_FILE
+from llm2vec.types import UserError
+
+ROOT = Path(__file__).parents[2]
+SETS = ROOT / "train_configs/comparison"
+SCRIPT = ROOT / "experiments/compare.py"
+
+#: Keys by which shipped recipes may differ: what their ideas are made of. All else is shared.
+IDEAS = {
+    "template", "bidirectional", "pooling_mode", "target", "alpha", "objective", "lm_weight", "examples_per_query",
+    "loss_scale", "doc_max_length",
+}  # fmt: skip
+
+
+def write(file: Path, content: Any) -> Path:
+    file.parent.mkdir(parents=True, exist_ok=True)
+    file.write_text(content if isinstance(content, str) else json.dumps(content), encoding="utf-8")
+    return file
+
+
+def change(file: Path, **keys: Any) -> None:
+    write(file, {**json.loads(file.read_text(encoding="utf-8")), **keys})
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    """A base that was trained with a template, data, a retrieval set, and three recipes, one from a library."""
+    tiny_model("llama", True).save_pretrained(tmp_path / "base")
+    family_tokenizer("llama").save_pretrained(tmp_path / "base")
+    write(tmp_path / "base" / SETTINGS_FILE, {"template": "llama3"})
+    rows = [
+        {"query": row.query.text, "positive": row.positive.text, "negative": row.negatives[0].text}
+        for row in reference.examples(24, 1)
+    ]
+    write_jsonl(tmp_path / "data/nq.jsonl", rows)
+    write_retrieval(tmp_path / "eval/MySet")
+    shared = {
+        "recipes": "../library",
+        "all": {
+            "model_name_or_path": str(tmp_path / "base"),
+            "dataset_file_path": str(tmp_path / "data"),
+            "sources": ["nq"],
+            "max_seq_length": 128,
+            "per_device_train_batch_size": 4,
+            "logging_steps": 1,
+            "save_strategy": "no",
+            "report_to": "none",
+            "disable_tqdm": True,
+            "use_cpu": True,
+        },
+        "stage_I": {"max_steps": 3, "learning_rate": 1e-3},
+        "stage_II": {"max_steps": 2, "loss_scale": 20},
+    }
+    write(tmp_path / "set/shared.json", shared)
+    options = {
+        "tasks": ["MySet"],
+        "local_data_dir": str(tmp_path / "eval"),
+        "task_to_instructions_fp": str(write(tmp_path / "instructions.json", {"MySet": "find it"})),
+        "torch_dtype": "float32",
+    }
+    write(tmp_path / "set/evaluation.json", options)
+    for name, scale in (("two_stages", {}), ("two_stages_cold", {"loss_scale": 50})):
+        write(tmp_path / f"set/{name}/1_stage_I.json", {"alpha": 0.5})
+        write(tmp_path / f"set/{name}/2_stage_II.json", scale)
+    write(tmp_path / "library/one_stage/1_stage_II.json", {"template": "echo", "pooling_mode": "mean"})
+    return tmp_path
+
+
+def trials_of(folder: Path, seeds: tuple[int, ...] = (7,)) -> dict[tuple[str, int | None], Trial]:
+    trials = Planner(read_set(folder / "set"), folder / "out").trials(seeds)
+    return {(trial.recipe, trial.seed): trial for trial in trials}
+
+
+def config_of(run: Run) -> dict[str, Any]:
+    content: dict[str, Any] = json.loads(Path(run.arguments[0]).read_text(encoding="utf-8"))
+    return content
+
+
+# --- which runs a folder means ---
+
+
+def test_recipes_come_from_the_set_and_its_library(folder: Path) -> None:
+    found = read_set(folder / "set")
+    assert [recipe.name for recipe in found.recipes] == ["one_stage", "two_stages", "two_stages_cold"]
+    assert [stage.stage for stage in found.recipes[1].stages] == ["stage_I", "stage_II"]
+    write(folder / "set/one_stage/1_stage_II.json", {"template": "plain"})
+    assert read_set(folder / "set").recipes[0].stages[0].keys == {"template": "plain"}, "the set's own goes first"
+
+
+def test_a_runs_config_is_shared_keys_then_the_stages_then_its_own(folder: Path) -> None:
+    """And the place in the chain says what it starts from and where it writes."""
+    trial = trials_of(folder)["two_stages_cold", 7]
+    first, second = trial.training
+    assert (first.script, second.script) == ("run_stage_I.py", "run_stage_II.py")
+    assert (first.parent, second.parent, trial.evaluation.parent) == (None, first, second)
+    keys = config_of(first)
+    assert (keys["alpha"], keys["max_steps"], keys["max_seq_length"], keys["seed"]) == (0.5, 3, 128, 7)
+    assert Path(keys["output_dir"]) == first.folder and first.num_steps == 3
+    keys = config_of(second)
+    assert (keys["loss_scale"], keys["max_steps"]) == (50, 2), "the recipe's own key goes over the stage's"
+    assert keys["model_name_or_path"] == str(first.folder)
+    options = list(trial.evaluation.arguments)
+    assert options[options.index("--base_model_name_or_path") + 1] == str(second.folder)
+    assert options[options.index("--tasks") + 1] == "MySet"
+    assert sorted(file.name for file in (folder / "out/configs").iterdir()) == sorted(
+        f"{run.name}.json" for run in unique_runs(list(trials_of(folder).values())) if run.num_steps
+    )
+
+
+def test_a_stage_that_two_recipes_have_in_common_is_one_run(folder: Path) -> None:
+    trials = trials_of(folder, (7, 8))
+    assert trials["two_stages", 7].training[0] == trials["two_stages_cold", 7].training[0]
+    assert trials["two_stages", 7].training[0] != trials["two_stages", 8].training[0]
+    runs = unique_runs(list(trials.values()))
+    assert len(runs) == 2 * (1 + 3 + 3), "Stage I once, three Stage II, three evaluations; two seeds"
+    for i, run in enumerate(runs):
+        assert run.parent is None or run.parent in runs[:i], "parents come first"
+
+
+def test_settings_of_the_bases_own_training_do_not_bind_recipes(folder: Path) -> None:
+    """The base names the template it was trained with; the recipe with another one starts from a copy without it."""
+    base = Path(config_of(trials_of(folder)["one_stage", 7].training[0])["model_name_or_path"])
+    assert base.parent == folder / "out"
+    names = {file.name for file in (folder / "base").iterdir()}
+    assert {file.name for file in base.iterdir()} == names - {SETTINGS_FILE}
+    (folder / "base" / SETTINGS_FILE).unlink()
+    base = Path(config_of(trials_of(folder)["one_stage", 7].training[0])["model_name_or_path"])
+    assert base == folder / "base"
+
+
+@pytest.mark.parametrize(
+    ("file", "keys", "renamed"),
+    [
+        ("set/two_stages/2_stage_II.json", {"lora_r": 4}, {"two_stages": [1]}),
+        ("set/two_stages/1_stage_I.json", {"alpha": 0.1}, {"two_stages": [0, 1]}),
+        (
+            "set/shared.json",
+            {"stage_II": {"max_steps": 1}},
+            {"one_stage": [0], "two_stages": [1], "two_stages_cold": [1]},
+        ),
+        ("set/evaluation.json", {"batch_size": 8}, {}),
+    ],
+)
+def test_a_change_renames_the_runs_it_concerns_and_no_other(
+    folder: Path, file: str, keys: dict[str, Any], renamed: dict[str, list[int]]
+) -> None:
+    before = trials_of(folder)
+    assert trials_of(folder) == before
+    change(folder / file, **keys)
+    after = trials_of(folder)
+    for (recipe, seed), trial in after.items():
+        old = before[recipe, seed]
+        pairs = zip(trial.training, old.training, strict=True)
+        changed = [i for i, (new_run, old_run) in enumerate(pairs) if new_run.name != old_run.name]
+        assert changed == renamed.get(recipe, [])
+        evaluated_anew = bool(changed) or file == "set/evaluation.json"
+        assert (trial.evaluation.name != old.evaluation.name) is evaluated_anew
+
+
+def test_other_data_or_another_base_are_other_runs(folder: Path) -> None:
+    before = trials_of(folder)["two_stages", 7]
+    write_jsonl(folder / "data/nq.jsonl", [{"query": "a", "positive": "b", "negative": "c"}] * 24)
+    other_data = trials_of(folder)["two_stages", 7]
+    assert not {run.name for run in before.runs} & {run.name for run in other_data.runs}
+    evaluations = {other_data.evaluation.name}
+    write_jsonl(folder / "eval/MySet/corpus.jsonl", [{"_id": 1, "text": "x"}])
+    evaluations.add(trials_of(folder)["two_stages", 7].evaluation.name)
+    write(folder / "instructions.json", {"MySet": "find all of it"})
+    other_task = trials_of(folder)["two_stages", 7]
+    assert len({*evaluations, other_task.evaluation.name}) == 3
+    assert other_task.training == other_data.training
+    tiny_model("llama", True, seed=1).save_pretrained(folder / "base")
+    assert trials_of(folder)["two_stages", 7].training[0].name != other_data.training[0].name
+
+
+def test_more_processes_are_other_runs_where_they_make_a_larger_batch(folder: Path) -> None:
+    def name(num_processes: int) -> str:
+        return Planner(read_set(folder / "set"), folder / "out", num_processes).trials([7])[0].training[0].name
+
+    assert name(1) == trials_of(folder)["one_stage", 7].training[0].name
+    assert len({name(1), name(2), name(4)}) == 3
+    shared = json.loads((folder / "set/shared.json").read_text(encoding="utf-8"))
+    change(folder / "set/shared.json", all={**shared["all"], "total_batch_size": 4})
+    assert name(1) == name(2)
+
+
+def test_a_base_on_the_hub_has_its_commit_from_the_first_start_on(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Before anything of it was fetched it has no commit here; runs named without would all be done again."""
+    fetched: set[str] = set()
+    monkeypatch.setattr(compare_runs, "find_file", lambda path, name: fetched.add(path))
+    monkeypatch.setattr(compare_runs, "checkpoint_revision", lambda path: "0123abc" if path in fetched else path)
+    shared = json.loads((folder / "set/shared.json").read_text(encoding="utf-8"))
+    change(folder / "set/shared.json", all={**shared["all"], "model_name_or_path": "somebody/base"})
+    first = Planner(read_set(folder / "set"), folder / "out")
+    assert first.base_revision == "0123abc"
+    assert first.trials([7]) == Planner(read_set(folder / "set"), folder / "out").trials([7])
+
+
+def test_a_hidden_folder_is_no_recipe(folder: Path) -> None:
+    write(folder / "set/.ipynb_checkpoints/1_stage_II-checkpoint.json", {})
+    assert ".ipynb_checkpoints" not in {recipe.name for recipe in read_set(folder / "set").recipes}
+
+
+def test_a_model_can_be_scored_as_it_is(folder: Path) -> None:
+    """Once, whatever the seeds; null takes an option of the set out."""
+    options = {"base_model_name_or_path": "mteb/baseline-bm25s", "torch_dtype": None}
+    write(folder / "set/bm25/evaluation.json", options)
+    trials = trials_of(folder, (7, 8))
+    assert ("bm25", 7) not in trials
+    trial = trials["bm25", None]
+    assert trial.training == () and trial.evaluation.parent is None
+    assert "--torch_dtype" not in trial.evaluation.arguments and "mteb/baseline-bm25s" in trial.evaluation.arguments
+
+
+@pytest.mark.parametrize(
+    ("file", "content", "said"),
+    [
+        ("set/shared.json", None, r"shared\.json: cannot be read"),
+        ("set/shared.json", "{", r"shared\.json: not valid JSON"),
+        ("set/shared.json", {"all": {"model_name_or_path": "x/y"}, "stage_3": {}}, "unknown section 'stage_3'"),
+        ("set/shared.json", {"all": {}}, "all.model_name_or_path must name the base"),
+        ("set/shared.json", {"all": {"model_name_or_path": "a/b/c"}}, "there is no base model a/b/c"),
+        ("set/shared.json", {"all": {"model_name_or_path": "x/y"}, "recipes": "../no"}, r"no such folder"),
+        (
+            "set/shared.json",
+            {"all": {"model_name_or_path": "x/y"}, "recipes": 5},
+            "recipes is 5; it must name a folder",
+        ),
+        (
+            "set/shared.json",
+            {"all": {"model_name_or_path": "x/y", "seed": 1}},
+            r"shared\.json: seed follows from the set",
+        ),
+        ("set/shared.json", {"lm": {"model_name_or_path": "x/y"}}, "model_name_or_path follows from the set"),
+        ("set/evaluation.json", {}, "tasks must list at least one task"),
+        ("set/evaluation.json", {"tasks": "MySet"}, "tasks must list at least one task"),
+        ("set/evaluation.json", {"tasks": ["MySet"], "task": "x"}, "unknown option 'task'"),
+        ("set/evaluation.json", {"tasks": ["MySet"], "local_data_dir": "no"}, "there is no folder no"),
+        ("set/evaluation.json", {"tasks": ["MySet"], "local_data_dir": 5}, "local_data_dir is 5; a string is needed"),
+        ("set/two_stages/3_stage_III.json", {}, r"the name must be <number>_<stage>\.json; stages: stage_I, "),
+        ("set/two_stages/notes.json", {}, r"the name must be <number>_<stage>\.json"),
+        ("set/two_stages/2_lm.json", {}, r"2_stage_II\.json: 2_lm\.json has the same number"),
+        ("set/two_stages/4_lm.json", {}, r"numbered \[1, 2, 4\]; 1, 2, \.\.\. without a gap"),
+        ("set/two_stages/2_stage_II.json", {"seed": 1}, "seed follows from the set"),
+        ("set/two_stages/2_stage_II.json", {"alpha": 1}, r"2_stage_II\.json, over .*shared\.json: alpha has no effect"),
+        ("set/two_stages/2_stage_II.json", {"lora_alfa": 1}, "unknown key 'lora_alfa'; did you mean 'lora_alpha'"),
+        ("set/two_stages/evaluation.json", {"base_model_name_or_path": "x/y"}, "not both"),
+        ("set/empty/readme.txt", "", "not neither"),
+        ("data/nq.jsonl", None, r"lacks nq\.jsonl"),
+    ],
+)
+def test_a_mistake_is_said_before_anything_runs(folder: Path, file: str, content: Any, said: str) -> None:
+    if content is None:
+        (folder / file).unlink()
+    else:
+        write(folder / file, content)
+    with pytest.raises(UserError, match=said) as error:
+        trials_of(folder)
+    assert "\n" not in str(error.value)
+    assert not (folder / "out/runs").exists()
+
+
+# --- doing runs ---
+
+
+def chain(folder: Path, *steps: int, name: str = "run") -> list[Run]:
+    runs: list[Run] = []
+    for i, num_steps in enumerate(steps):
+        parent = runs[-1] if runs else None
+        runs.append(Run(f"{name}{i}", "x.py", (), folder / f"{name}{i}", parent, num_steps))
+    return runs
+
+
+def test_long_chains_go_first_and_parents_before_children(tmp_path: Path) -> None:
+    runs = [*chain(tmp_path, 5, name="short"), *chain(tmp_path, 1, 9, name="long"), *chain(tmp_path, 7, name="mid")]
+    order: list[str] = []
+    assert do_all(runs, lambda run, worker: order.append(run.name), 1) == {}
+    assert order == ["long0", "long1", "mid0", "short0"]
+
+
+def test_no_more_runs_at_a_time_than_workers_and_each_has_its_own(tmp_path: Path) -> None:
+    at_work: set[int] = set()
+    most, lock = [0], threading.Lock()
+
+    def do(run: Run, worker: int) -> None:
+        with lock:
+            assert worker not in at_work and worker < 2
+            at_work.add(worker)
+            most[0] = max(most[0], len(at_work))
+        time.sleep(0.01)
+        with lock:
+            at_work.remove(worker)
+
+    runs = [run for i in range(6) for run in chain(tmp_path, 1, 1, name=f"r{i}_")]
+    assert do_all(runs, do, 2) == {}
+    assert most == [2]
+
+
+def test_a_failure_stops_its_own_chain_only(tmp_path: Path) -> None:
+    bad, good = chain(tmp_path, 1, 1, 1, name="bad"), chain(tmp_path, 1, 1, name="good")
+    done: list[str] = []
+
+    def do(run: Run, worker: int) -> None:
+        if run.name == "bad1":
+            raise UserError("no luck")
+        done.append(run.name)
+
+    assert do_all([*bad, *good], do, 2) == {"bad1": "no luck", "bad2": "no luck"}
+    assert sorted(done) == ["bad0", "good0", "good1"]
+
+
+def finish(run: Run, seconds: float) -> None:
+    run.folder.mkdir(parents=True, exist_ok=True)
+    (run.folder / FINISHED_FILE).touch()
+    os.utime(run.folder / FINISHED_FILE, (seconds, seconds))
+
+
+def test_a_run_is_done_again_if_it_was_cut_short_or_its_parent_is_newer(tmp_path: Path) -> None:
+    first, second = chain(tmp_path, 1, 1)
+    assert not is_finished(first)
+    finish(first, 100)
+    assert is_finished(first) and not is_finished(second)
+    finish(second, 200)
+    assert is_finished(second)
+    finish(first, 300)
+    assert not is_finished(second)
+    (first.folder / INCOMPLETE_MARKER).touch()
+    assert not is_finished(first)
+    (first.folder / "log.jsonl").touch()
+    clear(first)
+    assert list(first.folder.iterdir()) == []
+
+
+def test_scores_of_an_interrupted_evaluation_are_kept_and_old_ones_are_not(tmp_path: Path) -> None:
+    run = Run("evaluation", "x.py", (), tmp_path / "e", is_resumable=True)
+    write(run.folder / "results/m/r/A.json", {})
+    clear(run)
+    assert (run.folder / "results/m/r/A.json").is_file()
+    finish(run, 1)
+    clear(run)
+    assert list(run.folder.iterdir()) == []
+
+
+# --- the table ---
+
+
+def write_scores(run: Run, scores: dict[str, float]) -> None:
+    for task, score in scores.items():
+        entry = {"main_score": score / 100, "hf_subset": "default", "languages": ["eng-Latn"]}
+        content = {"dataset_revision": "d", "task_name": task, "mteb_version": "2", "scores": {"test": [entry]}}
+        write(run.folder / f"results/model/revision/{task}.json", content)
+
+
+def test_an_outcome_is_read_from_what_the_runs_left(tmp_path: Path) -> None:
+    """Tokens and minutes of all stages together, from their logs."""
+    first, second = chain(tmp_path, 1, 1)
+    evaluation = Run("e", "x.py", (), tmp_path / "e", second)
+    logs = {
+        first: [{"step": 5, "tokens": 100.0}, {"step": 10, "tokens": 50.0}, {"step": 10, "train_runtime": 60.0}],
+        second: [{"step": 4, "train_runtime": 30.0}],
+    }
+    for run, entries in logs.items():
+        write_jsonl(run.folder / "log.jsonl", entries)
+    write_scores(evaluation, {"NFCorpus": 30.0, "SciFact": 60.0})
+    trial = Trial("mine", 42, (first, second), evaluation)
+    outcome = outcome_of(trial, {})
+    assert outcome.scores == {"NFCorpus": pytest.approx(30), "SciFact": pytest.approx(60)}
+    assert outcome.minutes == pytest.approx(1.5)
+    assert outcome.tokens is None, "one log does not say"
+    write_jsonl(second.folder / "log.jsonl", [{"step": 4, "tokens": 8.0}, {"step": 6, "train_runtime": 30.0}])
+    assert outcome_of(trial, {}).tokens == 150 + 8 * 6 / 4, "the last two steps have no entry"
+    assert outcome_of(trial, {"run1": "no luck", "e": "no luck"}).failure == "no luck"
+    assert "holds no results" in str(outcome_of(Trial("mine", 42, (), first), {}).failure)
+
+
+OUTCOMES = [
+    Outcome("a", 42, {"X": 10.0, "Y": 30.0}, 2e6, 4.0),
+    Outcome("a", 43, {"X": 20.0, "Y": 40.0}, 4e6, 6.0),
+    Outcome("b", 42, {"X": 50.0, "Y": 70.0}, 1e6, 1.0),
+    Outcome("b", 43, {}, failure="no luck; see b.log"),
+    Outcome("c", 42, {}, failure="no luck; see c.log"),
+    Outcome("d", None, {"X": 90.0, "Y": 50.0}),
+]
+
+
+def test_the_table_by_hand() -> None:
+    header, rows = score_table(OUTCOMES)
+    assert header == ["Recipe", "X", "Y", "Mean of 2", "Lowest", "Highest", "Seeds", "Tokens, millions", "Minutes"]
+    assert rows == [
+        ["d", 90.0, 50.0, 70.0, None, None, None, None, None],
+        ["b", 50.0, 70.0, 60.0, None, None, "1 of 2: failed", 1.0, 1.0],
+        ["a", 15.0, 35.0, 25.0, 20.0, 30.0, "2", 3.0, 5.0],
+        ["c", None, None, None, None, None, "0 of 1: failed", None, None],
+    ]
+    assert failure_lines(OUTCOMES) == ["b, seed 43: no luck; see b.log", "c, seed 42: no luck; see c.log"]
+    header, rows = score_table([Outcome("a", 1, {"X": 1.0}), Outcome("a", 2, {"X": 2.0})])
+    assert header[:4] == ["Recipe", "X", "Lowest", "Highest"] and rows[0][:4] == ["a", 1.5, 1.0, 2.0]
+
+
+def test_recipes_without_a_common_task_have_no_mean() -> None:
+    header, rows = score_table([Outcome("a", 1, {"X": 1.0}), Outcome("b", 1, {"Y": 2.0})])
+    assert header == ["Recipe", "X", "Y", "Lowest", "Highest", "Seeds", "Tokens, millions", "Minutes"]
+    assert [row[:3] for row in rows] == [["a", 1.0, None], ["b", None, 2.0]]
+
+
+def test_nothing_but_failures_is_a_table_too() -> None:
+    header, rows = score_table([Outcome("a", 1, {}, failure="no")])
+    assert header[:2] == ["Recipe", "Lowest"] and rows[0][0] == "a"
+
+
+def test_page_markdown_and_json(folder: Path) -> None:
+    recipes = read_set(folder / "set").recipes
+    page = write_comparison(folder / "out", OUTCOMES, recipes, {"Base model": "tiny | small"})
+    assert {file.name for file in (folder / "out").iterdir()} == {f"comparison.{e}" for e in ("html", "md", "json")}
+    html, text = page.read_text(encoding="utf-8"), (folder / "out/comparison.md").read_text(encoding="utf-8")
+    for said in ("no luck; see b.log", "two_stages_cold", "stage_I: alpha 0.5; then stage_II: loss_scale 50"):
+        assert said in html and said in text
+    assert "| b | 50.00 | 70.00 | 60.00 | - | - | 1 of 2: failed | 1.00 | 1.00 |" in text
+    content = json.loads((folder / "out/comparison.json").read_text(encoding="utf-8"))
+    assert [trial["recipe"] for trial in content["trials"]] == [outcome.recipe for outcome in OUTCOMES]
+    assert content["facts"] == {"Base model": "tiny | small"}
+    assert markdown_table(["A", "B"], [["x|y", 1.0]]) == "| A | B |\n| --- | ---: |\n| x\\|y | 1.00 |"
+
+
+# --- the shipped sets ---
+
+
+@pytest.fixture(params=sorted(path.parent.name for path in SETS.glob("*/shared.json")))
+def shipped(request: pytest.FixtureRequest, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Planner:
+    """A shipped set, with empty stand-ins for the base and the data that lie outside the repository."""
+    for name in ("train_configs", "test_configs"):
+        (tmp_path / name).symlink_to(ROOT / name)
+    monkeypatch.chdir(tmp_path)
+    write(tmp_path / "output/quickstart/base/model.safetensors", "")
+    write(tmp_path / "cache/docstrings/train/docstrings.jsonl", "")
+    (tmp_path / "cache/docstrings/eval").mkdir(parents=True)
+    from llm2vec.data.rows import e5_sources
+
+    for source in e5_sources():
+        write(tmp_path / "cache/echo-data" / source.file, "")
+    return Planner(read_set(Path("train_configs/comparison", request.param)), tmp_path / "out")
+
+
+def test_every_shipped_recipe_can_be_read(shipped: Planner) -> None:
+    """All of its configs, as its scripts will read them; the scripts are there."""
+    for run in unique_runs(shipped.trials([42, 43])):
+        assert (ROOT / "experiments" / run.script).is_file()
+
+
+def test_shipped_recipes_differ_by_their_ideas_only(shipped: Planner) -> None:
+    for recipe in shipped.recipes.recipes:
+        for stage in recipe.stages:
+            assert set(stage.keys) <= IDEAS, f"{stage.file}: everything else is shared"
+            if "doc_max_length" in stage.keys:
+                assert recipe.name == "echo_mean_same_tokens", "the one recipe that is about fewer tokens"
+                assert stage.keys["doc_max_length"] == shipped.recipes.shared["all"]["doc_max_length"] // 2
+    scales = {run.name: config_of(run)["loss_scale"] for t in shipped.trials([42]) for run in t.training[-1:]}
+    for trial in shipped.trials([42]):
+        if trial.training:
+            own = re.search(r"_tau_([\d.]+)$", trial.recipe)
+            assert scales[trial.training[-1].name] == pytest.approx(1 / float(own[1]) if own else 20)
+
+
+def test_a_recipe_with_another_temperature_is_otherwise_the_same() -> None:
+    library = {recipe.name: recipe for recipe in read_set(SETS / "quickstart").recipes}
+    for name, recipe in library.items():
+        if "_tau_" in name:
+            plain = library[name.partition("_tau_")[0]]
+            for mine, other in zip(recipe.stages, plain.stages, strict=True):
+                assert mine.stage == other.stage
+                assert {key: value for key, value in mine.keys.items() if key != "loss_scale"} == other.keys
+
+
+def test_all_sets_compare_the_same_recipes() -> None:
+    trained = [
+        {recipe.name for recipe in read_set(path.parent).recipes if recipe.stages}
+        for path in SETS.glob("*/shared.json")
+    ]
+    assert len(trained) == 3 and all(names == trained[0] for names in trained)
+
+
+def test_own_keys_are_listed() -> None:
+    _, rows = own_keys_table(read_set(SETS / "quickstart").recipes)
+    listed = {str(name): str(keys) for name, keys in rows}
+    assert listed["baseline"] == "stage_II"
+    assert listed["bm25"] == "scores mteb/baseline-bm25s"
+    assert listed["llm2vec"] == 'mntp; then stage_II: bidirectional true, pooling_mode "mean"'
+
+
+#: The names of compared methods; that of the package and of the data archive (echo-data) are not among them.
+NAMES = re.compile(
+    r"grit|repllama|llara|llama2vec|e5[-_ ]?mistral|\bicl\b|bge|qwen3[-_ ]emb|echo(?![-_]data|-embeddings#)"
+    r"|self[-_]recon|retromae|simlm|instructor"
+)
+#: Where a method's template or its own objective is, and what only such a method has.
+MAY_NAME = {"templates.py", "llm2vec_grit.py", "llm2vec_token_set.py", "llm2vec_q2d_d2q.py"}
+
+
+def test_no_recipe_is_named_outside_its_template_and_objective() -> None:
+    """What a run does follows from its keys. Comments may say where an idea is from; names in code may not."""
+    for file in sorted((ROOT / "llm2vec").glob("*.py")):
+        if file.name in MAY_NAME:
+            continue
+        for number, line in enumerate(code_lines(file), 1):
+            named = NAMES.search(line.lower())
+            assert not named, f"{file.name}, line {number}: {named and named[0]!r}"
+
+
+def code_lines(file: Path) -> list[str]:
+    """A module's lines without docstrings, comments and imports of other modules of the package."""
+    import ast
+
+    source = file.read_text(encoding="utf-8")
+    lines = [re.sub(r"(^|\s)#.*", "", line) for line in source.splitlines()]
+    for node in ast.walk(ast.parse(source)):
+        is_docstring = isinstance(node, ast.Expr) and isinstance(node.value, ast.Constant)
+        if is_docstring or isinstance(node, ast.Import | ast.ImportFrom):
+            for i in range(node.lineno - 1, node.end_lineno or node.lineno):
+                lines[i] = ""
+    return lines
+
+
+# --- the script ---
+
+
+def compare(folder: Path, *options: str) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, str(SCRIPT), str(folder / "set"), "--output_dir", str(folder / "out"), *options]
+    environment = {**os.environ, "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
+    return subprocess.run(command, capture_output=True, text=True, timeout=600, cwd=folder, env=environment)
+
+
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        (["--recipes", "three_stages"], "--recipes: there is no 'three_stages'; there are one_stage, two_stages"),
+        (["--workers", "0"], "--workers is 0; give a number above 0."),
+        (["--seeds", "1", "1"], "--seeds are 1 1; give each once."),
+    ],
+)
+def test_wrong_options_are_one_sentence(folder: Path, options: list[str], said: str) -> None:
+    main = runpy.run_path(str(SCRIPT))["main"]
+    with pytest.raises(UserError, match=f"^{said}"):
+        main([str(folder / "set"), "--output_dir", str(folder / "out"), *options])
+
+
+def test_two_comparisons_do_not_work_in_one_folder(folder: Path) -> None:
+    (folder / "out").mkdir()
+    with (folder / "out/.lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        main = runpy.run_path(str(SCRIPT))["main"]
+        with pytest.raises(UserError, match="another comparison, or a run of an earlier one, is at work here"):
+            main([str(folder / "set"), "--output_dir", str(folder / "out")])
+    assert not (folder / "out/configs").exists()
+
+
+def test_a_run_that_outlives_its_comparison_keeps_others_out(folder: Path) -> None:
+    """Killed, a comparison leaves its runs behind; another start would remove the folder that they write."""
+    write(folder / "scripts/run_stage_II.py", "import os, time\nprint(os.getpid(), flush=True)\ntime.sleep(600)\n")
+    options = [str(folder / "set"), "--output_dir", str(folder / "out"), "--recipes", "one_stage"]
+    started = f"""
+import pathlib, runpy
+main = runpy.run_path({str(SCRIPT)!r})["main"]
+main.__globals__["SCRIPTS"] = pathlib.Path({str(folder / "scripts")!r})
+main({options})
+"""
+    comparison = subprocess.Popen([sys.executable, "-c", started], stdout=subprocess.DEVNULL)
+    pid = ""
+    while comparison.poll() is None and not pid.endswith("\n"):
+        time.sleep(0.1)
+        pid = "".join(log.read_text() for log in (folder / "out").glob("logs/*.log"))
+    comparison.kill()
+    comparison.wait()
+    try:
+        with pytest.raises(UserError, match="a run of an earlier one, is at work here"):
+            runpy.run_path(str(SCRIPT))["main"](options)
+    finally:
+        os.kill(int(pid), signal.SIGKILL)
+
+
+@pytest.mark.slow
+def test_two_recipes_from_end_to_end(folder: Path) -> None:
+    """Trained and scored; nothing is done twice; a changed recipe and a failing one are seen."""
+    chosen = ["--recipes", "one_stage", "two_stages", "--workers", "2"]
+    ended = compare(folder, *chosen)
+    assert ended.returncode == 0, ended.stdout + ended.stderr
+    assert "2 trials of 2 recipes: 5 runs, 2 at a time" in ended.stdout
+    content = json.loads((folder / "out/comparison.json").read_text(encoding="utf-8"))
+    assert [(trial["recipe"], trial["failure"]) for trial in content["trials"]] == [
+        ("one_stage", None),
+        ("two_stages", None),
+    ]
+    assert all(0 <= trial["scores"]["MySet"] <= 100 and trial["minutes"] > 0 for trial in content["trials"])
+
+    again = compare(folder, *chosen)
+    assert again.returncode == 0 and again.stdout.count("is there already") == 5
+
+    change(folder / "set/two_stages/2_stage_II.json", lora_r=4)
+    write(folder / "library/one_stage/1_stage_II.json", {"template": "qwen2"})  # whose tokens the base does not have
+    changed = compare(folder, *chosen)
+    assert changed.returncode == 1
+    assert changed.stdout.count("is there already") == 1, "Stage I"
+    log = re.search(r"one_stage, seed 42: run_stage_II\.py failed \((.+)\); see (\S+)", changed.stdout)
+    assert log is not None and "<|im_start|>" in log[1]
+    assert "<|im_start|>" in Path(log[2]).read_text(encoding="utf-8")
+    assert re.search(r"^one_stage .* 0 of 1: failed", changed.stdout, re.MULTILINE)
+    assert re.search(r"^two_stages .* 1 ", changed.stdout, re.MULTILINE)

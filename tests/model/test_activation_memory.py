@@ -1,0 +1,122 @@
+"""Activations are measured as they are, and a budget recomputes as few layers as it must; compiled layers agree."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import reference
+import torch
+from helpers import family_tokenizer, tiny_model
+from torch import Tensor
+
+from llm2vec.data.collation import CollateSides
+from llm2vec.llm2vec import row_tokenizer
+from llm2vec.llm2vec_q2d_d2q import BidirectionalReconstruction
+from llm2vec.model.checkpoint import EncoderSettings
+from llm2vec.model.packing import compile_layers
+from llm2vec.model.recomputation import bytes_per_token, fit_activations, kept_bytes, layers_to_recompute
+from llm2vec.train.step import backward_step
+from llm2vec.types import Batch, UserError
+
+ROWS = reference.examples(12)
+LAYERS = 4
+
+
+def make() -> tuple[BidirectionalReconstruction, Batch, Batch]:
+    """An objective over four layers, a few rows and more of them."""
+    model = reference.exact(tiny_model("llama", True, num_hidden_layers=LAYERS, initializer_range=0.2)).train()
+    settings = EncoderSettings(pooling_mode="last", attention="causal", template="llama3")
+    collate = CollateSides(row_tokenizer(family_tokenizer("llama"), settings), ("query", "positive"))
+    return BidirectionalReconstruction(model, settings), collate(ROWS[:6]), collate(ROWS)
+
+
+def run(objective: Any, batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:
+    parts = backward_step(objective, batch, objective.count(batch))
+    return parts["loss"], reference.gradients(objective)
+
+
+def calls_of(layer: Any, objective: Any, batch: Batch) -> int:
+    """How often a layer's MLP runs in a step."""
+    calls: list[int] = []
+    handle = layer.mlp.register_forward_pre_hook(lambda *_: calls.append(1))
+    run(objective, batch)
+    handle.remove()
+    return len(calls)
+
+
+def test_weights_are_not_counted_and_each_tensor_is_once() -> None:
+    """By hand: y = (x w)^2 keeps x for the gradient of w, and x w twice over for the square, in one storage."""
+
+    class Square(torch.nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.weight = torch.nn.Parameter(torch.ones(8, 8))
+
+        def count(self, batch: Any) -> dict[str, Tensor]:
+            return {}
+
+        def forward(self, batch: Any, totals: Any) -> Tensor:
+            product = batch["x"] @ self.weight
+            return product * product
+
+    x = torch.ones(5, 8)
+    assert kept_bytes(Square(), {"x": x}) == 2 * x.nbytes  # type: ignore[typeddict-item]
+
+
+def test_memory_grows_with_tokens_and_shrinks_with_recomputed_layers() -> None:
+    objective, small, large = make()
+    whole = bytes_per_token(objective, small, large)
+    budget = 0.75 * whole * 1000 / 1e9
+    line = fit_activations(objective, objective.decoder, small, large, 1000, budget)
+    recomputed = [layer.gradient_checkpointing for layer in objective.decoder.layers]
+    assert 0 < sum(recomputed) < LAYERS and recomputed == sorted(recomputed, reverse=True)
+    assert f"{sum(recomputed)} of {LAYERS} layers are recomputed" in line
+    left = bytes_per_token(objective, small, large)
+    # What the recomputed layers still keep is their input; the rest of the saving is real.
+    assert left < whole * (1 - 0.7 * sum(recomputed) / LAYERS)
+    one_layer = whole / LAYERS  # comes back while a layer is recomputed
+    assert (left + one_layer) * 1000 / 1e9 <= budget * 1.05
+
+
+def test_a_large_budget_recomputes_nothing() -> None:
+    objective, small, large = make()
+    line = fit_activations(objective, objective.decoder, small, large, 1000, 100.0)
+    assert "0 of 4 layers" in line
+    assert calls_of(objective.decoder.layers[0], objective, large) == 2
+
+
+def test_results_do_not_depend_on_the_budget() -> None:
+    objective, small, large = make()
+    loss, gradients = run(objective, large)
+    whole = bytes_per_token(objective, small, large)
+    fit_activations(objective, objective.decoder, small, large, 1000, 0.75 * whole * 1000 / 1e9)
+    assert calls_of(objective.decoder.layers[0], objective, large) == 4
+    assert calls_of(objective.decoder.layers[-1], objective, large) == 2
+    again, same = run(objective, large)
+    torch.testing.assert_close(again, loss, rtol=1e-12, atol=0)
+    reference.assert_same_gradients(same, gradients)
+
+
+@pytest.mark.parametrize(("budget", "number"), [(40.0, 0), (39.9, 2), (33.0, 2), (32.0, 2), (31.9, 3), (14.0, 4)])
+def test_number_of_layers_by_hand(budget: float, number: int) -> None:
+    """Four layers of 10, of which 1 is left when recomputed, and 10 come back for the layer at work."""
+    assert layers_to_recompute(10.0, 1.0, 4, budget) == number
+
+
+def test_a_budget_below_the_least_is_refused() -> None:
+    with pytest.raises(UserError, match="make tokens_per_microbatch smaller"):
+        layers_to_recompute(10.0, 1.0, 4, 13.9)
+
+
+def test_compiled_layers_give_the_same_loss_and_gradients() -> None:
+    """Traced by dynamo without code generation, in float64, over batches of several sizes."""
+    objective, small, large = make()
+    expected = [run(objective, batch) for batch in (small, large)]
+    names = list(objective.state_dict())
+    compile_layers(objective.model, backend="eager")
+    assert list(objective.state_dict()) == names
+    for batch, (loss, gradients) in zip((small, large), expected, strict=True):
+        again, same = run(objective, batch)
+        torch.testing.assert_close(again, loss, rtol=1e-10, atol=0)
+        reference.assert_same_gradients(same, gradients)

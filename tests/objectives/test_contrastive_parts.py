@@ -1,0 +1,635 @@
+"""What can be added to Stage II, each part and all together, equals loops over pairs, however a step is cut."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import runpy
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import pytest
+import reference
+import torch
+import torch.distributed as dist
+from helpers import family_tokenizer, tiny_model, write_jsonl
+from test_losses import Largest, Problem, blocked, gradients, plain, problem
+from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
+
+from llm2vec import LLM2Vec
+from llm2vec.data.collation import CollateSides
+from llm2vec.data.rows import parse_row, read_rows
+from llm2vec.distributed import rank, sum_over_ranks, world_size
+from llm2vec.llm2vec import row_tokenizer
+from llm2vec.model.backbone import attach_lora
+from llm2vec.model.checkpoint import EncoderSettings
+from llm2vec.objectives.contrastive import ContrastiveLearning, Negatives, RowFacts, hash_of
+from llm2vec.objectives.losses import distillation, info_nce, linear_cross_entropy, unit
+from llm2vec.text.tokenization import RowTokenizer
+from llm2vec.train.config_file import load_config
+from llm2vec.train.step import backward_step, loss_parts, split_batch
+from llm2vec.train.trainer import LOG_FILE
+from llm2vec.types import Example, InstructedText, UserError
+
+ROOT = Path(__file__).parents[2]
+SETTINGS = EncoderSettings(pooling_mode="last", attention="causal")
+NUM_NEGATIVES = 3
+#: Low, so that every document weighs in the loss.
+LOSS_SCALE = 3.0
+
+
+class Parts(NamedTuple):
+    """Which parts are on."""
+
+    dims: list[int] | None = None
+    mask: bool = False
+    own_only: tuple[str, ...] = ()
+    weight: float = 0.0
+
+
+EACH = {
+    "none": Parts(),
+    "matryoshka": Parts(dims=[4, 16, 32]),
+    "mask": Parts(mask=True),
+    "own_only": Parts(own_only=("alone",)),
+    "distillation": Parts(weight=0.7),
+    "all": Parts([5, 32], True, ("alone",), 1.5),
+}
+
+
+def rows_with_copies() -> list[Example]:
+    """Eight rows with three negatives each, a teacher's scores, and texts that stand in several places."""
+    rows = reference.examples(8, NUM_NEGATIVES)
+    generator = torch.Generator().manual_seed(0)
+    scores = torch.randint(-12, 12, (8, 1 + NUM_NEGATIVES), generator=generator) / 4
+    rows = [row._replace(scores=tuple(score)) for row, score in zip(rows, scores.tolist(), strict=True)]
+    first, other = rows[0].positive, rows[1].positive
+
+    def replace(i: int, **places: InstructedText) -> None:
+        negatives = list(rows[i].negatives)
+        for place, text in places.items():
+            if place == "positive":
+                rows[i] = rows[i]._replace(positive=text)
+            else:
+                negatives[int(place[-1])] = text
+        rows[i] = rows[i]._replace(negatives=tuple(negatives))
+
+    replace(3, at_1=rows[3].positive)  # among its own hard negatives
+    replace(5, positive=first, at_0=first)  # another row's positive, and a hard negative beside it
+    replace(6, at_2=first, at_0=other)
+    replace(7, positive=InstructedText("find it", other.text))  # under another instruction: no copy
+    return [row._replace(source="alone" if i in (1, 3, 6) else "words") for i, row in enumerate(rows)]
+
+
+def make(parts: Parts, dtype: torch.dtype = torch.float64) -> tuple[ContrastiveLearning, CollateSides]:
+    """An objective over a random model with a LoRA adapter whose B is not zero, and what makes its batches."""
+    torch.manual_seed(0)
+    model = reference.exact(attach_lora(tiny_model("llama", initializer_range=0.2), r=4, alpha=8, dropout=0.0))
+    for name, parameter in model.named_parameters():
+        if "lora_B" in name:
+            nn.init.normal_(parameter, std=0.3)
+    objective = ContrastiveLearning(
+        model.to(dtype),  # type: ignore[arg-type]
+        SETTINGS,
+        LOSS_SCALE,
+        matryoshka_dims=parts.dims,
+        distillation_weight=parts.weight,
+    )
+    facts = RowFacts(parts.mask, parts.weight > 0, frozenset(parts.own_only))
+    collate = CollateSides(
+        row_tokenizer(family_tokenizer("llama"), SETTINGS), ("query", "positive", "negative"), facts=facts
+    )
+    return objective.train(), collate
+
+
+# --- one pair at a time ---
+
+
+def one_pair_at_a_time(model: Any, renderer: RowTokenizer, rows: Sequence[Example], parts: Parts) -> dict[str, Tensor]:
+    """The same figures from loops over queries and documents; every text goes through the model alone."""
+
+    def vector(text: InstructedText) -> Tensor:
+        return reference.embedding(model, renderer.rows([text])[0])
+
+    queries = [vector(row.query) for row in rows]
+    groups = [[(text, vector(text)) for text in (row.positive, *row.negatives)] for row in rows]
+    sizes = parts.dims or [len(queries[0])]
+    losses, contrastive, imitations, masked = [], [], [], []
+    for size in sizes:
+        for i, (row, query) in enumerate(zip(rows, queries, strict=True)):
+
+            def score(document: Tensor, query: Tensor = query, size: int = size) -> Tensor:
+                return LOSS_SCALE * reference.cosine(query[:size], document[:size])
+
+            own = [score(document) for _, document in groups[i]]
+            seen, num_masked = [own[0]], 0
+            for j, group in enumerate(groups):
+                for place, (text, document) in enumerate(group):
+                    if (i, 0) == (j, place) or (row.source in parts.own_only and i != j):
+                        continue
+                    copy = (text.instruction, text.text) == (row.positive.instruction, row.positive.text)
+                    if copy and parts.mask:
+                        num_masked += 1
+                    else:
+                        seen.append(score(document))
+            term = torch.stack(seen).logsumexp(0) - own[0]
+            teacher = [math.exp(s) / sum(map(math.exp, row.scores)) for s in row.scores]
+            imitation = -sum(t * (s - torch.stack(own).logsumexp(0)) for t, s in zip(teacher, own, strict=True))
+            assert isinstance(imitation, Tensor)
+            contrastive.append(term)
+            imitations.append(imitation)
+            losses.append(term + parts.weight * imitation)
+            masked.append(num_masked / (len(seen) - 1 + num_masked))
+    figures = {"loss": torch.stack(losses).mean(), "loss_contrastive": torch.stack(contrastive).mean()}
+    if parts.weight:
+        figures["loss_distillation"] = torch.stack(imitations).mean()
+    if parts.mask:
+        figures["masked_negatives"] = torch.tensor(sum(masked) / len(masked))
+    return figures
+
+
+def assert_same_figures(actual: dict[str, Tensor], expected: dict[str, Tensor]) -> None:
+    assert actual.keys() - {"in_batch_accuracy"} == expected.keys()
+    for name, value in expected.items():
+        tolerance = 1e-6 if name == "masked_negatives" else 1e-9
+        torch.testing.assert_close(actual[name].double(), value.detach().double(), rtol=tolerance, atol=0)
+
+
+@pytest.mark.parametrize("name", list(EACH))
+def test_loss_and_every_gradient_equal_the_loops(name: str) -> None:
+    """In one pass, and with the gradient cached: in a few micro-batches, and row by row."""
+    parts = EACH[name]
+    objective, collate = make(parts)
+    rows = rows_with_copies()
+    expected = one_pair_at_a_time(objective.model, collate.tokenizer, rows, parts)
+    expected["loss"].backward()
+    expected_gradients = reference.gradients(objective)
+    batch = collate(rows)
+    totals = objective.count(batch)
+    third = sum(sum(side["lengths"]) for side in batch.values()) // 3
+    for max_tokens in (None, third, 1):
+        assert len(split_batch(batch, max_tokens)) == (1 if max_tokens is None else 8 if max_tokens == 1 else 4)
+        actual = backward_step(objective, batch, totals, max_tokens=max_tokens)
+        assert_same_figures(actual, expected)
+        reference.assert_same_gradients(reference.gradients(objective), expected_gradients)
+        figures = loss_parts(objective, batch, totals, max_tokens)
+        assert figures.keys() == actual.keys()
+        assert not any(value.requires_grad for value in (*figures.values(), *actual.values()))
+
+
+@pytest.mark.parametrize("name", [name for name in EACH if name != "none"])
+def test_every_part_changes_the_loss_and_the_gradient(name: str) -> None:
+    """The guard of the test above."""
+    found = []
+    for parts in (EACH[name], EACH["none"]):
+        objective, collate = make(parts)
+        batch = collate(rows_with_copies())
+        loss = backward_step(objective, batch, objective.count(batch))["loss"]
+        found.append((loss, reference.gradients(objective)))
+    (loss, of_part), (without, of_none) = found
+    assert abs(loss / without - 1) > 1e-3
+    with pytest.raises(AssertionError, match="apart"):
+        reference.assert_same_gradients(of_part, of_none, relative=0.01)
+
+
+# --- two ranks ---
+
+
+def own_rows(rows: list[Example]) -> list[Example]:
+    share = len(rows) // world_size()
+    return rows[rank() * share : (rank() + 1) * share]
+
+
+def take_step(name: str, max_tokens: int | None, wrap: bool) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+    """Figures summed over ranks and averaged gradients of a step over all rows, this rank's share of them here."""
+    objective, collate = make(EACH[name])
+    batch = collate(own_rows(rows_with_copies()))
+    totals = {part: sum_over_ranks(count) for part, count in objective.count(batch).items()}
+    model: Any = DistributedDataParallel(objective) if wrap else objective
+    further: dict[str, Any] = {"no_sync": model.no_sync} if wrap else {}
+    parts = backward_step(model, batch, totals, max_tokens=max_tokens, scale=world_size(), **further)
+    return {part: sum_over_ranks(value) for part, value in parts.items()}, reference.gradients(objective)
+
+
+def work(process: int, folder: Path) -> None:
+    """What each spawned process runs; its findings go to a file of its own."""
+    os.environ["LOCAL_RANK"] = str(process)
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo", init_method=f"file://{folder / 'rendezvous'}", rank=process, world_size=2)
+    findings = {(name, max_tokens): take_step(name, max_tokens, True) for name in EACH for max_tokens in (None, 100)}
+    torch.save(findings, folder / f"{process}.pt")
+    dist.destroy_process_group()
+
+
+@pytest.fixture(scope="module")
+def ranks(tmp_path_factory: pytest.TempPathFactory) -> list[dict[Any, Any]]:
+    """What two gloo processes found."""
+    folder = tmp_path_factory.mktemp("ranks")
+    torch.multiprocessing.spawn(work, (folder,), nprocs=2)
+    return [torch.load(folder / f"{process}.pt") for process in range(2)]
+
+
+@pytest.mark.parametrize("max_tokens", [None, 100])
+@pytest.mark.parametrize("name", list(EACH))
+def test_two_ranks_equal_one_process(name: str, max_tokens: int | None, ranks: list[dict[Any, Any]]) -> None:
+    """A copy of a query's positive is left out whichever rank holds it: rows 0 and 5 lie on different ones."""
+    parts, expected = take_step(name, None, False)
+    for found in ranks:
+        figures, of_rank = found[name, max_tokens]
+        assert figures.keys() == parts.keys()
+        for part, value in parts.items():
+            torch.testing.assert_close(figures[part], value, rtol=1e-6 if part == "masked_negatives" else 1e-9, atol=0)
+        reference.assert_same_gradients(of_rank, expected)
+
+
+# --- what is left out ---
+
+
+def between(parts: Parts, total: float | None = None, **vectors: Any) -> dict[str, Tensor]:
+    """The objective's loss parts over given vectors and facts in place of a model's."""
+    objective = ContrastiveLearning(nn.Module(), SETTINGS, 1.0, distillation_weight=parts.weight)  # type: ignore[arg-type]
+    held = {name: torch.as_tensor(rows) for name, rows in vectors.items()}
+    held = {n: t.double() if t.is_floating_point() else t for n, t in held.items()}
+    return objective.contrast(held, {"contrastive": torch.tensor(total or float(len(held["query"])))})
+
+
+def test_copies_of_the_positive_by_hand() -> None:
+    """All cosines zero but one's own, so the loss counts the documents a query sees."""
+    axes = torch.eye(8)
+    vectors = {"query": axes[:2], "positive": axes[:2], "negative": axes[2:6]}
+    hashes = {"positive_hash": [7, 8], "negative_hash": [9, 7, 7, 10]}
+    parts = between(Parts(mask=True), **vectors, **hashes)
+    losses = [math.log(math.e + 3) - 1, math.log(math.e + 5) - 1]
+    assert parts["loss"].item() == pytest.approx(sum(losses) / 2)
+    assert parts["masked_negatives"].item() == pytest.approx((2 / 5 + 0) / 2)
+    alone = between(Parts(), **vectors, **hashes, query_own_only=[True, False])
+    losses = [math.log(math.e + 1) - 1, math.log(math.e + 5) - 1]
+    assert alone["loss"].item() == pytest.approx(sum(losses) / 2)
+    assert alone["masked_negatives"].item() == pytest.approx((1 / 2 + 0) / 2)
+    half = between(Parts(), 4.0, **vectors, **hashes, query_own_only=[True, False])  # one of two micro-batches
+    assert half["masked_negatives"].item() == pytest.approx(alone["masked_negatives"].item() / 2)
+
+
+def test_a_query_may_have_no_negative_left() -> None:
+    """Every other document is a copy: no loss, no gradient and no NaN."""
+    axes = torch.eye(4)
+    parts = between(Parts(), query=axes[:2], positive=axes[[2, 2]], positive_hash=[5, 5])
+    assert parts["loss"].item() == pytest.approx(0, abs=1e-12)
+    assert parts["masked_negatives"] == parts["in_batch_accuracy"] == 1
+    single = between(Parts(), query=axes[:1], positive=axes[1:2], positive_hash=[5])
+    assert single["loss"].item() == single["masked_negatives"].item() == 0
+
+
+def test_accuracy_is_among_the_documents_that_are_left() -> None:
+    """Another row's copy of the positive scores higher by rounding; a foreign document does where there is no mask."""
+    vectors: dict[str, Any] = {
+        "query": [[1.0, 0, 0], [0, 1, 0]], "positive": [[1.0, 0.1, 0], [0, 1, 0]],
+        "negative": [[0.0, 0, 1], [1, 0, 0]],
+    }  # fmt: skip
+    assert between(Parts(), **vectors)["in_batch_accuracy"] == 0.5
+    assert between(Parts(), **vectors, query_own_only=[True, True])["in_batch_accuracy"] == 1
+    assert between(Parts(), **vectors, positive_hash=[1, 2], negative_hash=[3, 1])["in_batch_accuracy"] == 1
+
+
+def test_without_facts_nothing_is_masked() -> None:
+    """The ordinary loss does not even ask."""
+    assert Negatives.of({}, 2, 4, torch.device("cpu")).left_out is None
+    objective, collate = make(Parts())
+    assert all(not side["facts"] for side in collate(rows_with_copies()).values())
+    assert objective(collate(rows_with_copies()), {}).facts == {}
+
+
+def test_hash_tells_instruction_and_text_apart() -> None:
+    texts = [
+        InstructedText(*pair) for pair in (("", "ab"), ("a", "b"), ("ab", ""), ("", "a b"), ("1 ", ""), ("", "1 "))
+    ]
+    hashes = [hash_of(text) for text in texts]
+    assert len(set(hashes)) == len(texts)
+    assert all(0 <= value < 2**63 for value in hashes)
+    assert max(hash_of(InstructedText("", str(i))) for i in range(100)) > 2**62
+    assert hash_of(InstructedText("a", "b", "document")) == hash_of(InstructedText("a", "b", "query"))
+
+
+def test_facts_follow_their_rows_into_the_pieces() -> None:
+    """One entry a text, in the order of the texts, K negatives a row; pieces keep them with their tokens."""
+    _, collate = make(EACH["all"])
+    rows = rows_with_copies()
+    batch = collate(rows)
+    assert batch["query"]["facts"]["own_only"].tolist() == [row.source == "alone" for row in rows]
+    assert batch["positive"]["facts"]["hash"].tolist() == [hash_of(row.positive) for row in rows]
+    assert batch["negative"]["facts"]["hash"].tolist() == [hash_of(text) for row in rows for text in row.negatives]
+    assert batch["positive"]["facts"]["score"].tolist() == [row.scores[0] for row in rows]
+    assert batch["negative"]["facts"]["score"].tolist() == [score for row in rows for score in row.scores[1:]]
+    for piece in split_batch(batch, 100):
+        for name, side in piece.items():
+            for ids, *facts in zip(side["input_ids"].split(side["lengths"]), *side["facts"].values(), strict=True):
+                places = [i for i, other in enumerate(batch[name]["input_ids"].split(batch[name]["lengths"]))
+                          if torch.equal(ids, other)]  # fmt: skip
+                assert facts in [[values[i] for values in batch[name]["facts"].values()] for i in places]
+
+
+# --- the losses ---
+
+
+@pytest.mark.parametrize("block_rows", [1, 2, 5, 12, 13, 14, None])
+def test_leaving_columns_out_does_not_depend_on_the_block(block_rows: int | None) -> None:
+    """Value and both gradients are those of logits of minus infinity, however many rows are done at once."""
+    p = problem(rows=13, columns=29)
+    generator = torch.Generator().manual_seed(1)
+    out_NV = (torch.rand(13, 29, generator=generator) < 0.3).scatter(1, p.target_N.unsqueeze(1), False)
+    asked: list[int] = []
+
+    def left_out(rows: slice) -> Tensor:
+        asked.extend(range(*rows.indices(13)))
+        return out_NV[rows]
+
+    def with_all_logits(p: Problem) -> Tensor:
+        logits_NV = (p.hidden_ND @ p.weight_VD.T).masked_fill(out_NV, -torch.inf)
+        return -(logits_NV.log_softmax(dim=1).gather(1, p.target_N.unsqueeze(1))[:, 0] * p.term_weight_N).sum()
+
+    def ours(p: Problem) -> Tensor:
+        found = linear_cross_entropy(*p, block_rows=block_rows, left_out=left_out)
+        logits_NV = (p.hidden_ND @ p.weight_VD.T).masked_fill(out_NV, -torch.inf)
+        assert found.hits.tolist() == (logits_NV.argmax(dim=1) == p.target_N).tolist()
+        return found.loss
+
+    actual, expected = gradients(p, ours), gradients(p, with_all_logits)
+    for one, other in zip(actual, expected, strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-11, atol=1e-15)
+    assert asked == list(range(13))
+    assert abs(actual[0] / gradients(p, plain)[0] - 1) > 0.01
+    assert torch.equal(gradients(p, blocked(block_rows))[0], gradients(p, blocked(block_rows))[0])
+
+
+def test_no_mask_is_larger_than_a_block() -> None:
+    """Nor does the masked share compare all queries with all documents."""
+    hash_N = torch.randint(50, (3000,), generator=torch.Generator().manual_seed(0))
+    facts = {"positive_hash": hash_N[:1500], "negative_hash": hash_N[1500:]}
+    negatives = Negatives.of(facts, 1500, 3000, torch.device("cpu"))
+    p = problem(rows=1500, columns=3000, width=4)
+    with Largest() as largest:
+        linear_cross_entropy(
+            p.hidden_ND, p.weight_VD, negatives.label_B, p.term_weight_N, 64, negatives.left_out
+        ).loss.backward()
+        share_B = negatives.masked_share(hash_N)
+    assert largest.entries == 64 * 3000
+    expected = [(int((hash_N == value).sum()) - 1) / 2999 for value in hash_N[:1500]]
+    assert share_B.tolist() == pytest.approx(expected)
+
+
+def test_distillation_by_hand() -> None:
+    """Cosines 1 and 0 at a scale of 2, a teacher that gives the positive three quarters; no gradient to the teacher."""
+    query_BD = torch.tensor([[1.0, 0.0]], dtype=torch.float64)
+    document_BGD = torch.tensor([[[1.0, 0.0], [0.0, 1.0]]], dtype=torch.float64)
+    teacher_BG = torch.tensor([[math.log(3), 0.0]], dtype=torch.float64, requires_grad=True)
+    log_z = math.log(math.exp(2) + 1)
+    loss = distillation(query_BD, document_BGD, teacher_BG.detach(), 2.0, torch.tensor([0.5]))
+    assert loss.item() == pytest.approx(0.5 * -(0.75 * (2 - log_z) + 0.25 * (0 - log_z)), rel=1e-12)
+    facts = {"positive_score": [3.0], "negative_score": [1.0]}
+    parts = between(Parts(weight=2.0), query=[[1.0, 0]], positive=[[1.0, 0]], negative=[[0.0, 1]], **facts)
+    assert parts["loss"].item() == pytest.approx((parts["loss_contrastive"] + 2 * parts["loss_distillation"]).item())
+
+
+def test_the_best_student_is_the_teacher() -> None:
+    """The gradient of the term is zero where the student's scores are the teacher's."""
+    query_BD, document_BGD = unit(torch.randn(3, 8, dtype=torch.float64)), unit(torch.randn(3, 4, 8).double())
+    document_BGD.requires_grad_()
+    teacher_BG = 20 * torch.einsum("bd,bgd->bg", query_BD, document_BGD).detach()
+    distillation(query_BD, document_BGD, teacher_BG + 5, 20.0, torch.ones(3).double()).backward()
+    assert document_BGD.grad is not None and document_BGD.grad.abs().max() < 1e-12
+
+
+def test_a_truncation_of_all_numbers_is_the_plain_loss() -> None:
+    """And the mean over two truncations is the mean of their losses."""
+    rows = rows_with_copies()
+    found = {}
+    for dims in (None, [32], [8], [8, 32]):
+        objective, collate = make(Parts(dims=dims))
+        batch = collate(rows)
+        found[str(dims)] = loss_parts(objective, batch, objective.count(batch))["loss"].item()
+    assert found["[32]"] == pytest.approx(found["None"], rel=1e-12)
+    assert found["[8, 32]"] == pytest.approx((found["[8]"] + found["[32]"]) / 2, rel=1e-12)
+    assert abs(found["[8]"] / found["[32]"] - 1) > 0.01
+    query_BD, document_ND = torch.randn(3, 8).double(), torch.randn(5, 8).double()
+    label_B, weight_B = torch.arange(3), torch.ones(3).double()
+    cut = info_nce(unit(unit(query_BD)[:, :4]), unit(unit(document_ND)[:, :4]), label_B, 20.0, weight_B)
+    expected = info_nce(unit(query_BD[:, :4]), unit(document_ND[:, :4]), label_B, 20.0, weight_B)
+    torch.testing.assert_close(cut.loss, expected.loss, rtol=1e-12, atol=0)
+
+
+def test_a_truncation_beyond_the_hidden_size_is_refused() -> None:
+    with pytest.raises(UserError, match=r"matryoshka_dims: 33 is more than the model's hidden size, 32\."):
+        make(Parts(dims=[8, 33]))
+
+
+@pytest.mark.parametrize("name", list(EACH))
+def test_half_precision_vectors(name: str) -> None:
+    """Losses are computed in float32 at least, whatever the vectors come in."""
+    objective, collate = make(EACH[name])
+    batch = collate(rows_with_copies())
+    totals = objective.count(batch)
+    output = objective(batch, totals)
+    exact = objective.contrast({**output.vectors, **output.facts}, totals)
+    half = {side: vectors.bfloat16() for side, vectors in output.vectors.items()}
+    parts = objective.contrast({**half, **output.facts}, totals)
+    for part, value in parts.items():
+        assert value.dtype == torch.float32
+        torch.testing.assert_close(value.double(), exact[part].double(), rtol=0.1, atol=0.02)
+
+
+# --- encoding ---
+
+
+@pytest.mark.parametrize("normalize", [False, True])
+def test_encode_cuts_then_normalises(normalize: bool) -> None:
+    model = LLM2Vec(tiny_model("llama"), family_tokenizer("llama"), "last", normalize=normalize, template="llama3")
+    texts = ["hello world", "who wrote it", "hello world"]
+    whole, cut = (model.encode(texts, show_progress_bar=False, device="cpu", truncate_dim=d) for d in (None, 8))
+    assert isinstance(whole, Tensor) and isinstance(cut, Tensor)
+    assert (whole.shape, cut.shape) == ((3, 32), (3, 8))
+    torch.testing.assert_close(cut, unit(whole[:, :8]) if normalize else whole[:, :8])
+    full = model.encode(texts, show_progress_bar=False, device="cpu", truncate_dim=32)
+    assert isinstance(full, Tensor) and torch.equal(full, whole)
+    for wrong in (0, 33, -1):
+        with pytest.raises(UserError, match=f"truncate_dim is {wrong}; it must lie between 1 and the hidden size 32"):
+            model.encode(texts, truncate_dim=wrong)
+
+
+# --- rows with a teacher's scores ---
+
+
+def line(**fields: Any) -> bytes:
+    return json.dumps({"query": "q", "positive": "d", "negative": ["n", "m"]} | fields).encode()
+
+
+def test_scores_are_read_with_as_many_negatives_as_asked_for() -> None:
+    whole = line(pos_score=2, neg_scores=[0.5, -1])
+    assert parse_row(whole, 2, "here", True)["scores"] == [2.0, 0.5, -1.0]
+    assert parse_row(whole, 1, "here", True) == {"query": "q", "positive": "d", "negative": ["n"], "scores": [2.0, 0.5]}
+    assert "scores" not in parse_row(whole, 2, "here")
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({}, "the field `pos_score` is missing, which distillation_weight needs"),
+        ({"pos_score": 1.0}, "the field `neg_scores` is missing, which distillation_weight needs"),
+        ({"pos_score": 1.0, "neg_scores": [1.0]}, "as many numbers as the row has negatives (2)"),
+        ({"pos_score": 1.0, "neg_scores": 1.0}, "`neg_scores` must be a list"),
+        ({"pos_score": None, "neg_scores": [1.0, 2.0]}, "None is no score"),
+        ({"pos_score": True, "neg_scores": [1.0, 2.0]}, "True is no score"),
+        ({"pos_score": 1.0, "neg_scores": [1.0, "2"]}, "'2' is no score"),
+        ({"pos_score": math.nan, "neg_scores": [1.0, 2.0]}, "nan is no score"),
+        ({"pos_score": 10**400, "neg_scores": [1.0, 2.0]}, "is no score"),
+    ],
+    ids=str,
+)
+def test_bad_scores_are_an_error_with_file_and_line(fields: dict[str, Any], message: str, tmp_path: Path) -> None:
+    good = json.loads(line(pos_score=2, neg_scores=[0.5, -1]))
+    file = write_jsonl(tmp_path / "a.jsonl", [good, json.loads(line(**fields))])
+    with pytest.raises(UserError) as error:
+        read_rows(file, 2, with_scores=True)
+    assert str(error.value).startswith(f"{file}, line 2: ")
+    assert message in str(error.value)
+    assert len(read_rows(file, 2)) == 2  # nobody asks for them
+    assert read_rows(write_jsonl(tmp_path / "b.jsonl", [good]), 1, with_scores=True)[0]["scores"] == [2.0, 0.5]
+
+
+# --- the script ---
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    """A base model, and two sources of rows with scores in which texts repeat."""
+    tiny_model("llama", True, initializer_range=0.2).save_pretrained(tmp_path / "base")
+    family_tokenizer("llama").save_pretrained(tmp_path / "base")
+    rows = [
+        {
+            "query": row.query.text,
+            "positive": row.positive.text,
+            "negative": [text.text for text in row.negatives],
+            "pos_score": row.scores[0],
+            "neg_scores": row.scores[1:],
+        }
+        for row in rows_with_copies()
+    ]
+    for source in ("words", "alone"):
+        write_jsonl(tmp_path / f"{source}.jsonl", rows)
+    table = {source: {"file": f"{source}.jsonl", "instruction": "find it"} for source in ("words", "alone")}
+    (tmp_path / "sources.json").write_text(json.dumps(table), encoding="utf-8")
+    return tmp_path
+
+
+def run_script(folder: Path, monkeypatch: pytest.MonkeyPatch, **keys: Any) -> list[dict[str, float]]:
+    """Stage II in this process; returns its log."""
+    config = {
+        "model_name_or_path": str(folder / "base"), "output_dir": str(folder / "out"),
+        "sources_file": str(folder / "sources.json"), "num_hard_negatives": NUM_NEGATIVES,
+        "max_seq_length": 128, "per_device_train_batch_size": 8, "learning_rate": 1e-2, "lora_r": 4,
+        "num_train_epochs": 4, "logging_steps": 1, "save_strategy": "no", "report_to": "none", "disable_tqdm": True,
+        "use_cpu": True,
+    } | keys  # fmt: skip
+    file = folder / "run.json"
+    file.write_text(json.dumps(config), encoding="utf-8")
+    monkeypatch.setattr(sys, "argv", ["run_stage_II.py", str(file)])
+    runpy.run_path(str(ROOT / "experiments/run_stage_II.py"), run_name="__main__")
+    lines = (folder / "out" / LOG_FILE).read_text(encoding="utf-8").splitlines()
+    return [entry for entry in map(json.loads, lines) if "loss" in entry]
+
+
+def test_everything_on_trains_and_is_logged(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Three negatives a row, in pieces: the loss is made of its parts, and copies are masked in each source."""
+    log = run_script(
+        folder,
+        monkeypatch,
+        matryoshka_dims=[8, 32],
+        mask_false_negatives=True,
+        own_negatives_only=["alone"],
+        distillation_weight=0.5,
+        tokens_per_microbatch=200,
+    )
+    assert len(log) == 8
+    for entry in log:
+        expected = entry["loss_contrastive"] + 0.5 * entry["loss_distillation"]
+        assert entry["loss"] == pytest.approx(expected, abs=2e-4)  # the library rounds it
+    shares = {round(entry["masked_negatives"], 4) for entry in log}
+    rows = rows_with_copies()
+    positives = [row.positive.text for row in rows]
+    everything = [text for row in rows for text in (row.positive.text, *(n.text for n in row.negatives))]
+    in_pool = sum((everything.count(text) - 1) / 31 for text in positives) / 8
+    own = sum(sum(n.text == row.positive.text for n in row.negatives) / 3 for row in rows) / 8
+    assert shares == {round(in_pool, 4), round(own, 4)}
+    assert sum(entry["loss"] for entry in log[-4:]) < sum(entry["loss"] for entry in log[:4])
+
+
+@pytest.mark.parametrize(
+    ("keys", "message"),
+    [
+        ({"matryoshka_dims": [64]}, "matryoshka_dims: 64 is more than the model's hidden size, 32."),
+        (
+            {"own_negatives_only": ["worlds"]},
+            "own_negatives_only: 'worlds' is not among the sources of this run: words",
+        ),
+        ({"own_negatives_only": ["alone"], "sources": ["words"]}, "'alone' is not among the sources"),
+    ],
+    ids=str,
+)
+def test_what_does_not_fit_is_said_before_training(
+    keys: dict[str, Any],
+    message: str,
+    folder: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capfd: pytest.CaptureFixture[str],
+) -> None:
+    with pytest.raises(SystemExit):
+        run_script(folder, monkeypatch, **keys)
+    assert message in capfd.readouterr().err.splitlines()[-1]
+    assert not (folder / "out").exists()
+
+
+@pytest.mark.parametrize(
+    ("keys", "message"),
+    [
+        ({"matryoshka_dims": []}, "matryoshka_dims is []; different sizes above 0 are needed"),
+        ({"matryoshka_dims": [8, 0]}, "different sizes above 0 are needed"),
+        ({"matryoshka_dims": [8, 8]}, "different sizes above 0 are needed"),
+        ({"matryoshka_dims": 8}, "matryoshka_dims is 8"),
+        ({"distillation_weight": -0.5}, "distillation_weight is -0.5; 0 or more is needed"),
+        (
+            {"distillation_weight": 1, "num_hard_negatives": 0},
+            "distillation_weight is set, but num_hard_negatives is 0",
+        ),
+        ({"own_negatives_only": ["a"], "num_hard_negatives": 0}, "own_negatives_only is set, but num_hard_negatives"),
+        ({"own_negatives_only": []}, "name at least one source, or leave the key out"),
+        ({"mask_false_negatives": 1}, "mask_false_negatives is 1"),
+        ({"dataset_name": "Wiki1M"}, "dataset_name is 'Wiki1M', which has no queries"),
+        ({"simcse_dropout": 0.3}, "simcse_dropout has no effect in stage_II; it belongs to simcse"),
+    ],
+    ids=str,
+)
+def test_a_wrong_key_is_one_sentence(keys: dict[str, Any], message: str, tmp_path: Path) -> None:
+    file = tmp_path / "run.json"
+    config = {"model_name_or_path": "m", "output_dir": str(tmp_path / "o"), "dataset_file_path": "d", **keys}
+    file.write_text(json.dumps(config), encoding="utf-8")
+    with pytest.raises(UserError) as error:
+        load_config(file, "stage_II")
+    assert str(error.value).startswith(str(file))
+    assert message in str(error.value) and "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize(
+    "key", ["matryoshka_dims", "mask_false_negatives", "own_negatives_only", "distillation_weight"]
+)
+def test_the_keys_belong_to_stage_II(key: str, tmp_path: Path) -> None:
+    values: dict[str, Callable[[], Any]] = {"matryoshka_dims": lambda: [8], "own_negatives_only": lambda: ["a"]}
+    value = values.get(key, lambda: True if key.startswith("mask") else 1.0)()
+    file = tmp_path / "run.json"
+    config = {"model_name_or_path": "m", "output_dir": "o", "dataset_file_path": "d", key: value}
+    file.write_text(json.dumps(config), encoding="utf-8")
+    with pytest.raises(UserError, match=f"{key} has no effect in stage_I; it belongs to stage_II"):
+        load_config(file, "stage_I")
+    assert getattr(load_config(file, "stage_II"), key) == value
