@@ -35,10 +35,10 @@ from benchmarks.reference import (
 from llm2vec.llm2vec import LLM2Vec, as_instructed
 from llm2vec.llm2vec_q2d_d2q import BidirectionalReconstruction
 from llm2vec.model.backbone import LORA_MODULES, attach_lora, enable_checkpointing
-from llm2vec.model.checkpoint import EncoderSettings
-from llm2vec.model.packing import pack_rows
+from llm2vec.model.settings import EncoderSettings
 from llm2vec.objectives.contrastive import ContrastiveLearning
 from llm2vec.quickstart.tiny import train_tokenizer
+from llm2vec.text.batches import pack_rows
 from llm2vec.text.tokenization import Row, render_instruction
 from llm2vec.train.step import backward_step, split_batch
 from llm2vec.types import Batch, TokenBatch

@@ -22,7 +22,7 @@ from transformers import set_seed
 
 from llm2vec.data.rows import Instruction, Source, TrainingRows
 from llm2vec.evaluation.files import retrieval_set_of
-from llm2vec.model.checkpoint import write_json
+from llm2vec.files import write_json
 from llm2vec.probes.reconstruction import (
     Reconstructor,
     Sampling,

@@ -9,7 +9,7 @@ import dataclasses
 import sys
 
 from llm2vec.data.collation import CollateSides
-from llm2vec.llm2vec import row_tokenizer
+from llm2vec.model.settings import row_tokenizer
 from llm2vec.objectives.language_modelling import LanguageModelling
 from llm2vec.train.config_file import load_config
 from llm2vec.train.model import load_model

@@ -10,8 +10,8 @@ import dataclasses
 import sys
 
 from llm2vec.data.collation import CollateSides
-from llm2vec.llm2vec import row_tokenizer
 from llm2vec.model.backbone import set_attention_dropout
+from llm2vec.model.settings import row_tokenizer
 from llm2vec.objectives.contrastive import ContrastiveLearning, RowFacts
 from llm2vec.train.config_file import load_config
 from llm2vec.train.model import load_model

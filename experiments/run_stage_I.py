@@ -7,8 +7,8 @@ python experiments/run_stage_I.py train_configs/quickstart/stage_I.json      # o
 import sys
 
 from llm2vec.data.collation import CollateSides
-from llm2vec.llm2vec import row_tokenizer
 from llm2vec.llm2vec_q2d_d2q import BidirectionalReconstruction
+from llm2vec.model.settings import row_tokenizer
 from llm2vec.objectives.token_set import CollateBlocks, TokenSetPrediction
 from llm2vec.train.config_file import load_config
 from llm2vec.train.model import load_model

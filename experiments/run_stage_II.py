@@ -12,7 +12,7 @@ import dataclasses
 import sys
 
 from llm2vec.data.collation import CollateSides, Side
-from llm2vec.llm2vec import row_tokenizer
+from llm2vec.model.settings import row_tokenizer
 from llm2vec.objectives.contrastive import ContrastiveLearning, RowFacts
 from llm2vec.objectives.grit import ContrastiveLanguageModelling
 from llm2vec.objectives.language_modelling import LanguageModelling

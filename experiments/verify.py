@@ -23,9 +23,9 @@ from pathlib import Path
 
 from transformers.utils import logging as transformers_logging
 
-from llm2vec.llm2vec import DTYPES
-from llm2vec.model.backbone import without_waiting_for_the_hub
-from llm2vec.model.checkpoint import EncoderSettings
+from llm2vec.hub import without_waiting_for_the_hub
+from llm2vec.model.backbone import DTYPES
+from llm2vec.model.settings import EncoderSettings
 from llm2vec.reports.page import text_table
 from llm2vec.train.run import user_errors_in_one_sentence
 from llm2vec.types import InstructedText, UserError

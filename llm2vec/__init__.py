@@ -4,10 +4,27 @@
     model = LLM2Vec.from_pretrained(base_model, peft_model_name_or_path=adapter)
     vectors = model.encode([[instruction, query], ...])
 
-Training, evaluation and reports start from the scripts in `experiments/`.
+Names are loaded when they are first used, so that what reads a file or prints its help loads no torch.
 """
 
-from llm2vec.llm2vec import LLM2Vec
-from llm2vec.llm2vec_q2d_d2q import BidirectionalReconstruction, LLM2Vec_q2d_d2q
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from llm2vec.llm2vec import LLM2Vec
+    from llm2vec.llm2vec_q2d_d2q import BidirectionalReconstruction, LLM2Vec_q2d_d2q
 
 __all__ = ["BidirectionalReconstruction", "LLM2Vec", "LLM2Vec_q2d_d2q"]
+
+#: Public name -> the module that defines it.
+_HOMES = {
+    "BidirectionalReconstruction": "llm2vec.llm2vec_q2d_d2q",
+    "LLM2Vec": "llm2vec.llm2vec",
+    "LLM2Vec_q2d_d2q": "llm2vec.llm2vec_q2d_d2q",
+}
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOMES:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(import_module(_HOMES[name]), name)

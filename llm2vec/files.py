@@ -1,12 +1,16 @@
-"""JSON that a user or another program wrote: one way to read it, one sentence when it cannot be.
+"""Files: JSON and JSONL read with one sentence for what is wrong, files written aside and renamed, sums.
 
-The standard library takes the last of two equal keys without a word, and gives up on deep nesting with an error that
-no caller expects. Both are refused here.
+The standard library's JSON takes the last of two equal keys without a word, and gives up on deep nesting with an error
+that no caller expects. Both are refused here.
 """
 
 from __future__ import annotations
 
+import hashlib
 import json
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -64,3 +68,62 @@ def _without_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
         keys = [key for key, _ in pairs]
         raise ValueError(f"the key {next(key for key in keys if keys.count(key) > 1)!r} is written twice")
     return content
+
+
+def sha256(file: Path) -> str:
+    """SHA-256 of a file, in hexadecimal digits."""
+    with file.open("rb") as content:
+        return hashlib.file_digest(content, "sha256").hexdigest()
+
+
+@contextmanager
+def whole(file: Path) -> Iterator[Path]:
+    """A hidden path beside `file` to write to. It becomes `file` when the body ends, and goes where the body fails."""
+    aside = file.with_name(f".{file.name}.{os.getpid()}")
+    try:
+        yield aside
+        aside.replace(file)
+    finally:
+        aside.unlink(missing_ok=True)
+
+
+def write_text(file: Path, text: str) -> None:
+    """Write text in UTF-8, aside and renamed."""
+    with whole(file) as aside:
+        aside.write_text(text, encoding="utf-8")
+
+
+def write_json(file: Path, content: Any) -> None:
+    """Write indented JSON, aside and renamed."""
+    write_text(file, json.dumps(content, indent=2, ensure_ascii=False) + "\n")
+
+
+def json_lines(file: Path) -> Iterator[tuple[str, dict[str, Any]]]:
+    """The objects of a JSONL file, each with its place (`FILE, line 3`) to begin a message with.
+
+    Empty lines are passed over.
+
+    Raises:
+        UserError: the file cannot be read, or a line is no JSON object.
+    """
+    try:
+        with file.open("rb") as lines:
+            for number, line in enumerate(lines, start=1):
+                if line.strip():
+                    where = f"{file}, line {number}"
+                    yield where, parse_object(line, where)
+    except OSError as error:
+        raise UserError(f"{file}: cannot be read ({error.strerror}).") from error
+
+
+def check_unicode(text: str, field: str, where: str) -> None:
+    """Refuse what JSON can write and UTF-8 cannot.
+
+    Raises:
+        UserError: half a surrogate pair; begins with `where`.
+    """
+    if not text.isascii():
+        try:
+            text.encode("utf-8")
+        except UnicodeEncodeError as error:
+            raise UserError(f"{where}: `{field}` holds half a surrogate pair ({error.reason}).") from error

@@ -21,27 +21,23 @@ from torch import Tensor, nn
 from tqdm.auto import tqdm
 from transformers import PretrainedConfig, PreTrainedTokenizerBase
 
-from llm2vec.model.backbone import Backbone, check_attention, find_file, hidden_states, load_backbone, load_tokenizer
-from llm2vec.model.checkpoint import (
-    EncoderSettings,
-    read_probe_ids,
-    read_settings,
-    resolve_chain,
-    save_checkpoint,
-)
-from llm2vec.model.packing import check_packing, pack_rows, packed_hidden_states
-from llm2vec.model.pooling import pool, pool_packed
+from llm2vec.hub import find_file
+from llm2vec.model.backbone import Backbone, check_attention, hidden_states, load_backbone, load_tokenizer, parse_dtype
+from llm2vec.model.checkpoint import read_probe_ids, read_settings, resolve_chain, save_checkpoint
+from llm2vec.model.embed import embed
+from llm2vec.model.packing import check_packing
+from llm2vec.model.pooling import pool
+from llm2vec.model.settings import EncoderSettings, row_tokenizer, with_template
 from llm2vec.model.stock_form import stock_model
-from llm2vec.text.templates import infer_template
+from llm2vec.text.batches import pack_rows
 from llm2vec.text.tokenization import Row, RowTokenizer, probe_ids
-from llm2vec.types import Attention, InstructedText, PoolingMode, TextSide, TokenBatch, UserError
+from llm2vec.types import Attention, InstructedText, PoolingMode, TextSide, UserError
 
 if TYPE_CHECKING:
     from sentence_transformers import SentenceTransformer
 
 logger = logging.getLogger(__name__)
 
-DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 #: What `encode` counts as a row of its batch size. A pass over many more tokens falls out of a CPU's caches, and a
 #: batch of long rows out of a GPU's memory.
@@ -347,41 +343,6 @@ class LLM2Vec(nn.Module):
         return next(self.model.get_input_embeddings().parameters()).device
 
 
-def embed(
-    model: Backbone, settings: EncoderSettings, sides: Mapping[str, TokenBatch], embeddings: Tensor | None = None
-) -> dict[str, Tensor]:
-    """Embeddings [texts, D] of each side's texts, in the model's dtype, not normalised; one pass for all sides.
-
-    Args:
-        model: decoder without head, plain or with an adapter on it.
-        settings: attention and pooling.
-        sides: packed texts.
-        embeddings: token embeddings [N, D] of all sides' tokens, one side after the other, where they are known.
-    """
-    if embeddings is None:
-        embeddings = model.get_input_embeddings()(torch.cat([side["input_ids"] for side in sides.values()]))
-    lengths = [length for side in sides.values() for length in side["lengths"]]
-    closing_only = settings.pooling_mode == "last" and all(side["closed"] for side in sides.values())
-    # Dropout draws other numbers for each text's copy of a prefix, so then there is no one prefix to share.
-    prefixes = () if drops_out(model) else [(len(side["lengths"]), side["prefix"]) for side in sides.values()]
-    states = packed_hidden_states(
-        model, settings.attention, lengths, embeddings, prefixes=prefixes, closing_only=closing_only
-    )
-    if closing_only:
-        counts = [len(side["lengths"]) for side in sides.values()]
-        return dict(zip(sides, states.split(counts), strict=True))
-    of_sides = states.split([sum(side["lengths"]) for side in sides.values()])
-    return {
-        name: pool_packed(states_ND, side["lengths"], side["pool_mask"], settings.pooling_mode)
-        for (name, side), states_ND in zip(sides.items(), of_sides, strict=True)
-    }
-
-
-def drops_out(model: nn.Module) -> bool:
-    """Whether some module of a model drops out activations now."""
-    return model.training and any(isinstance(m, nn.Dropout) and m.p > 0 for m in model.modules())
-
-
 def token_batches(lengths: Sequence[int], max_tokens: int) -> list[list[int]]:
     """Row indices, longest rows first, in batches of at most `max_tokens` tokens (at least a row)."""
     batches: list[list[int]] = []
@@ -426,46 +387,6 @@ def _is_pair(entry: Any) -> bool:
     instruction, text, *number = entry
     is_number = [isinstance(part, int | np.integer) and not isinstance(part, bool) for part in number]
     return isinstance(instruction, str) and isinstance(text, str) and all(is_number)
-
-
-def row_tokenizer(
-    tokenizer: PreTrainedTokenizerBase, settings: EncoderSettings, *, reconstruct_instruction: bool = False
-) -> RowTokenizer:
-    """The one renderer of training, evaluation and export, from an encoder's settings."""
-    return RowTokenizer(
-        tokenizer,
-        settings.template or infer_template(tokenizer),
-        settings.pooling_mode,
-        settings.max_length,
-        text_max_length=settings.doc_max_length,
-        instruction_join=settings.instruction_join,
-        skip_instruction=settings.skip_instruction,
-        reconstruct_instruction=reconstruct_instruction,
-    )
-
-
-def with_template(settings: EncoderSettings, tokenizer: PreTrainedTokenizerBase) -> EncoderSettings:
-    """Settings with their template named; an inferred one is said."""
-    if settings.template is not None:
-        return settings
-    template = infer_template(tokenizer)
-    logger.warning("template: none is set; %r is inferred from the tokenizer's special tokens.", template)
-    return dataclasses.replace(settings, template=template)
-
-
-def parse_dtype(dtype: torch.dtype | str | None) -> torch.dtype | str:
-    """A torch dtype from a dtype or its name; None means float32, "auto" stays.
-
-    Raises:
-        UserError: no such dtype.
-    """
-    if dtype is None:
-        return torch.float32
-    if isinstance(dtype, torch.dtype) or dtype == "auto":
-        return dtype
-    if dtype not in DTYPES:
-        raise UserError(f"torch_dtype is {dtype!r}; allowed: auto, {', '.join(DTYPES)}.")
-    return DTYPES[dtype]
 
 
 def check_rendering(path: str, tokenizer: RowTokenizer) -> None:

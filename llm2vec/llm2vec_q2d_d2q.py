@@ -22,10 +22,11 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from llm2vec.llm2vec import embed
-from llm2vec.model.checkpoint import EncoderSettings
-from llm2vec.model.packing import packed_hidden_states, starts_of
+from llm2vec.model.embed import embed
+from llm2vec.model.packing import packed_hidden_states
+from llm2vec.model.settings import EncoderSettings
 from llm2vec.objectives.losses import linear_cross_entropy
+from llm2vec.text.batches import starts_of
 from llm2vec.types import Batch, Output, ReconstructionTarget
 
 

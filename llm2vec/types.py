@@ -6,9 +6,20 @@ size, V vocabulary, N documents of a gathered pool.
 
 from __future__ import annotations
 
-from typing import Literal, NamedTuple, NotRequired, Protocol, TypeAlias, TypedDict, get_args, runtime_checkable
+from typing import (
+    TYPE_CHECKING,
+    Literal,
+    NamedTuple,
+    NotRequired,
+    Protocol,
+    TypeAlias,
+    TypedDict,
+    get_args,
+    runtime_checkable,
+)
 
-from torch import Tensor
+if TYPE_CHECKING:
+    from torch import Tensor
 
 PoolingMode = Literal["last", "mean", "weighted_mean", "first"]
 Attention = Literal["causal", "bidirectional"]
@@ -164,3 +175,9 @@ class Objective(Protocol):
         `vectors` holds the rows' facts too, under their own names.
         """
         ...
+
+
+def first_line(error: Exception) -> str:
+    """The first line of an error's text, to go into one sentence of ours."""
+    lines = str(error).strip().splitlines()
+    return lines[0].strip() if lines else type(error).__name__

@@ -9,7 +9,7 @@ import torch
 from helpers import write_jsonl
 from torch import Tensor, nn
 
-from llm2vec.model.checkpoint import EncoderSettings
+from llm2vec.model.settings import EncoderSettings
 
 CALM = "calm blue water lake"
 STORM = "storm wind rain thunder"

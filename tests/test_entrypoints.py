@@ -21,14 +21,8 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from llm2vec import LLM2Vec
-from llm2vec.model.checkpoint import (
-    INCOMPLETE_MARKER,
-    RUN_FILE,
-    SETTINGS_FILE,
-    EncoderSettings,
-    resolve_chain,
-    save_checkpoint,
-)
+from llm2vec.model.checkpoint import INCOMPLETE_MARKER, RUN_FILE, SETTINGS_FILE, resolve_chain, save_checkpoint
+from llm2vec.model.settings import EncoderSettings
 from llm2vec.train.config import Config
 from llm2vec.train.model import open_tokenizer
 from llm2vec.train.trainer import LOG_FILE

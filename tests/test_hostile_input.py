@@ -29,8 +29,9 @@ from llm2vec import LLM2Vec
 from llm2vec.data.rows import parse_line, parse_row, read_sources_file
 from llm2vec.evaluation.files import load_instructions, retrieval_set_of
 from llm2vec.files import parse_json
-from llm2vec.model.checkpoint import EncoderSettings, read_settings
+from llm2vec.model.checkpoint import read_settings
 from llm2vec.model.revision import model_name
+from llm2vec.model.settings import EncoderSettings
 from llm2vec.reports.page import html_table
 from llm2vec.reports.results import read_results
 from llm2vec.text.templates import TEMPLATES

@@ -15,9 +15,9 @@ import torch
 from helpers import family_tokenizer, tiny_model
 
 from llm2vec.export.export import Export, export
-from llm2vec.llm2vec import row_tokenizer
 from llm2vec.model.backbone import Chain, attach_lora, load_backbone
-from llm2vec.model.checkpoint import EncoderSettings, save_checkpoint
+from llm2vec.model.checkpoint import save_checkpoint
+from llm2vec.model.settings import EncoderSettings, row_tokenizer
 from llm2vec.text.tokenization import probe_ids
 
 SCRIPT = Path(__file__).parents[1] / "experiments/verify.py"

@@ -25,9 +25,9 @@ from queue import SimpleQueue
 from typing import Any, NamedTuple, get_args
 
 from llm2vec.data.rows import e5_sources, find_files, read_sources_file, select_sources
-from llm2vec.files import read_object
-from llm2vec.model.backbone import find_file, without_waiting_for_the_hub
-from llm2vec.model.checkpoint import RUN_FILE, SETTINGS_FILE, check_complete, write_json
+from llm2vec.files import read_object, write_json
+from llm2vec.hub import find_file, without_waiting_for_the_hub
+from llm2vec.model.checkpoint import RUN_FILE, SETTINGS_FILE, check_complete
 from llm2vec.model.revision import checkpoint_revision, data_revision, files_hash, hash_of
 from llm2vec.train.config import Config, Stage
 from llm2vec.train.config_file import load_config

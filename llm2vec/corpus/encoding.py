@@ -33,11 +33,10 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import torch
 
+from llm2vec.choice import EncoderChoice
 from llm2vec.corpus.queue import LOCK_FILE, Job, JobQueue, alone_in
 from llm2vec.corpus.rows import Corpus, cut_into_shards
-from llm2vec.files import read_object
-from llm2vec.model.checkpoint import write_json
-from llm2vec.model.choice import EncoderChoice
+from llm2vec.files import read_object, write_json
 from llm2vec.types import TextSide, UserError
 
 logger = logging.getLogger(__name__)

@@ -23,7 +23,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from llm2vec.model.checkpoint import write_json
+from llm2vec.files import write_json
 from llm2vec.types import UserError
 
 LOCK_FILE = ".lock"

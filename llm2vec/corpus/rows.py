@@ -21,8 +21,7 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from llm2vec.files import parse_object
-from llm2vec.model.backbone import first_line
-from llm2vec.types import UserError
+from llm2vec.types import UserError, first_line
 
 logger = logging.getLogger(__name__)
 

@@ -25,13 +25,13 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
+from llm2vec.choice import EncoderChoice
 from llm2vec.corpus.passages import Passage, read_passages
 from llm2vec.corpus.queue import LOCK_FILE, alone_in
 from llm2vec.corpus.search import blocks, from_keys, top_k
-from llm2vec.files import read_object
+from llm2vec.files import read_object, write_json
 from llm2vec.llm2vec import LLM2Vec
-from llm2vec.model.checkpoint import EncoderSettings, write_json
-from llm2vec.model.choice import EncoderChoice
+from llm2vec.model.settings import EncoderSettings
 from llm2vec.types import UserError
 
 logger = logging.getLogger(__name__)

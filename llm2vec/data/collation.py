@@ -13,7 +13,7 @@ from typing import Any, Literal, Protocol
 from torch import Tensor
 from transformers import TrainingArguments
 
-from llm2vec.model.packing import pack_rows
+from llm2vec.text.batches import pack_rows
 from llm2vec.text.few_shot import check_examples_fit, with_examples
 from llm2vec.text.tokenization import Row, RowTokenizer
 from llm2vec.types import Batch, Example, InstructedText, UserError

@@ -18,7 +18,7 @@ import pyarrow.compute as pc
 from torch.utils.data import Dataset, Sampler
 
 from llm2vec.data.tables import cached_table, check_unchanged, stamp_of
-from llm2vec.files import parse_object, read_object
+from llm2vec.files import check_unicode, parse_object, read_object
 from llm2vec.types import Example, InstructedText, SymmetricInstructions, TextSide, UserError
 
 #: Where the released training archive is to be had.
@@ -387,19 +387,6 @@ def _check_text(text: Any, field: str, present: bool, where: str) -> None:
     if not text.strip():
         raise UserError(f"{where}: `{field}` is empty.")
     check_unicode(text, field, where)
-
-
-def check_unicode(text: str, field: str, where: str) -> None:
-    """Refuse what JSON can write and UTF-8 cannot.
-
-    Raises:
-        UserError: half a surrogate pair; begins with `where`.
-    """
-    if not text.isascii():
-        try:
-            text.encode("utf-8")
-        except UnicodeEncodeError as error:
-            raise UserError(f"{where}: `{field}` holds half a surrogate pair ({error.reason}).") from error
 
 
 def block_order(sizes: Sequence[int], block_size: int, seed: int, epoch: int) -> np.ndarray[Any, np.dtype[np.int64]]:

@@ -13,8 +13,9 @@ from sentence_transformers import SentenceTransformer
 
 from llm2vec.evaluation.files import load_instructions
 from llm2vec.evaluation.mteb_adapter import LLM2VecEncoder, is_registered, registered_model, wrap_sentence_transformer
-from llm2vec.llm2vec import LLM2Vec, parse_dtype
-from llm2vec.model.backbone import find_file
+from llm2vec.hub import find_file
+from llm2vec.llm2vec import LLM2Vec
+from llm2vec.model.backbone import parse_dtype
 from llm2vec.model.checkpoint import SETTINGS_FILE
 from llm2vec.model.revision import MODULES_FILE, checkpoint_revision, hash_of, is_module_folder, model_name
 from llm2vec.types import UserError

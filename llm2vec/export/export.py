@@ -35,23 +35,17 @@ from torch import Tensor
 from transformers import AutoConfig
 
 from llm2vec.export.model_card import Facts, Stage, model_card
-from llm2vec.llm2vec import DTYPES, LLM2Vec, row_tokenizer
-from llm2vec.model.backbone import Chain, find_file, first_line, load_tokenizer, local_folder
-from llm2vec.model.checkpoint import (
-    RUN_FILE,
-    SETTINGS_FILE,
-    EncoderSettings,
-    is_mark_of_folder,
-    mark_of,
-    read_run,
-    resolve_chain,
-    write_json,
-)
+from llm2vec.files import write_json
+from llm2vec.hub import find_file, local_folder
+from llm2vec.llm2vec import LLM2Vec
+from llm2vec.model.backbone import DTYPES, Chain, load_tokenizer
+from llm2vec.model.checkpoint import RUN_FILE, SETTINGS_FILE, is_mark_of_folder, mark_of, read_run, resolve_chain
+from llm2vec.model.settings import EncoderSettings, row_tokenizer
 from llm2vec.model.stock_form import StockForm, compare, probes, stock_model, stock_settings, write_form
 from llm2vec.reports.results import Results
 from llm2vec.text.tokenization import probe_ids
 from llm2vec.train.trainer import LOG_FILE
-from llm2vec.types import InstructedText, UserError
+from llm2vec.types import InstructedText, UserError, first_line
 
 logger = logging.getLogger(__name__)
 

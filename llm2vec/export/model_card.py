@@ -13,7 +13,7 @@ from typing import Any
 
 from huggingface_hub import EvalResult, ModelCardData
 
-from llm2vec.model.checkpoint import EncoderSettings
+from llm2vec.model.settings import EncoderSettings
 from llm2vec.model.stock_form import STRAY_BLANK, StockForm
 from llm2vec.reports.results import Results
 from llm2vec.train.config import STAGE_KEYS

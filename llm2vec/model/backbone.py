@@ -14,22 +14,18 @@ import threading
 import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from contextvars import ContextVar
-from pathlib import Path
 from typing import Any, NamedTuple, TypeAlias
 from weakref import WeakKeyDictionary
 
 import torch
-from huggingface_hub import constants
-from huggingface_hub.utils import http_backoff  # type: ignore[attr-defined]  # public, and not in its __all__
 from peft import LoraConfig, PeftConfig, PeftModel, get_peft_model, get_peft_model_state_dict
 from peft.utils import SAFETENSORS_WEIGHTS_NAME, load_peft_weights
 from torch import Tensor
 from transformers import AutoModel, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.utils import logging as transformers_logging
-from transformers.utils.hub import cached_file
 
-from llm2vec.types import Attention, UserError
+from llm2vec.hub import find_file
+from llm2vec.types import Attention, UserError, first_line
 
 logger = logging.getLogger(__name__)
 
@@ -44,11 +40,6 @@ _LAYER_WEIGHT = re.compile(r"\blayers\.\d+\..*\b(weight|bias)$")
 #: What a layer may be called in `config.layer_types` and still look at all tokens, or at a window or chunk of them.
 ATTENTION_LAYERS = {"full_attention", "sliding_attention", "chunked_attention"}
 
-#: Seconds in which the hub must answer, tried twice, where nobody waits for it.
-SECONDS_FOR_THE_HUB = 5.0
-
-#: Whether the hub has still to be asked if it is there.
-_asks_first: ContextVar[bool] = ContextVar("_asks_first", default=False)
 
 #: Table of token embeddings -> the lock of the model it belongs to, adapter and head or not.
 _locks: WeakKeyDictionary[Any, threading.RLock] = WeakKeyDictionary()
@@ -367,59 +358,19 @@ def _apply_adapter(model: PreTrainedModel, path: str, *, on_inner: bool) -> Peft
     return wrapped
 
 
-def find_file(path: str, name: str) -> str | None:
-    """A file of a folder or hub repository; None where it has none of that name, or the hub is out of reach.
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+
+
+def parse_dtype(dtype: torch.dtype | str | None) -> torch.dtype | str:
+    """A torch dtype from a dtype or its name; None means float32, "auto" stays.
 
     Raises:
-        UserError: `path` is neither a folder nor a possible name of a repository.
+        UserError: no such dtype.
     """
-    if _asks_first.get() and local_folder(path) is None:
-        _asks_first.set(False)
-        _go_offline_if_the_hub_is_silent()
-    try:
-        found: str | None = cached_file(
-            path,
-            name,
-            _raise_exceptions_for_gated_repo=False,
-            _raise_exceptions_for_missing_entries=False,
-            _raise_exceptions_for_connection_errors=False,
-        )
-    except OSError as error:
-        raise UserError(f"{path!r} is neither a folder nor the name of a repository on the hub.") from error
-    return found
-
-
-@contextmanager
-def without_waiting_for_the_hub() -> Iterator[None]:
-    """Within it, a hub that is out of reach counts as offline (`HF_HUB_OFFLINE`), and this is said.
-
-    The hub's client asks for each file for half a minute before it gives up, which suits a run that loads a model, and
-    not a script that looks at names. Here the hub is asked once whether it is there, when the first name comes up that
-    is no folder's.
-    """
-    was_offline, outside = constants.HF_HUB_OFFLINE, _asks_first.set(not constants.HF_HUB_OFFLINE)
-    try:
-        yield
-    finally:
-        constants.HF_HUB_OFFLINE = was_offline
-        _asks_first.reset(outside)
-
-
-def _go_offline_if_the_hub_is_silent() -> None:
-    try:
-        http_backoff("HEAD", constants.ENDPOINT, max_retries=1, retry_on_status_codes=(), timeout=SECONDS_FOR_THE_HUB)
-    except Exception as error:  # no route, no such host, a proxy's refusal, a timeout: the client has a type for each
-        constants.HF_HUB_OFFLINE = True
-        reason = first_line(error)
-        logger.warning("%s does not answer (%s); only folders and cached files are found", constants.ENDPOINT, reason)
-
-
-def local_folder(path: str) -> Path | None:
-    """`path` as a folder on this machine, or None where it is a hub name."""
-    return Path(path) if Path(path).is_dir() else None
-
-
-def first_line(error: Exception) -> str:
-    """The first line of an error's text, to go into one sentence of ours."""
-    lines = str(error).strip().splitlines()
-    return lines[0].strip() if lines else type(error).__name__
+    if dtype is None:
+        return torch.float32
+    if isinstance(dtype, torch.dtype) or dtype == "auto":
+        return dtype
+    if dtype not in DTYPES:
+        raise UserError(f"torch_dtype is {dtype!r}; allowed: auto, {', '.join(DTYPES)}.")
+    return DTYPES[dtype]

@@ -15,7 +15,6 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
-import json
 import logging
 import os
 import platform
@@ -24,10 +23,9 @@ import subprocess
 import tempfile
 from collections.abc import Iterator, Sequence, Set
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from typing import Any, NamedTuple, get_args
+from typing import Any, NamedTuple
 
 import torch
 from huggingface_hub import try_to_load_from_cache
@@ -39,10 +37,11 @@ from safetensors.torch import load_file
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
-from llm2vec.files import read_object
-from llm2vec.model.backbone import Backbone, Chain, find_file, first_line, local_folder
-from llm2vec.text.templates import segments_of
-from llm2vec.types import POOLING_ALIASES, Attention, PoolingMode, RunEnds, UserError
+from llm2vec.files import read_object, sha256, write_json
+from llm2vec.hub import find_file, local_folder
+from llm2vec.model.backbone import Backbone, Chain
+from llm2vec.model.settings import EncoderSettings
+from llm2vec.types import RunEnds, UserError, first_line
 
 logger = logging.getLogger(__name__)
 
@@ -65,58 +64,6 @@ RUN_TYPES = {
     "stages": list,
 }  # fmt: skip
 PACKAGES = ("torch", "transformers", "peft", "accelerate", "datasets", "tokenizers", "llm2vec")
-
-
-@dataclass(frozen=True)
-class EncoderSettings:
-    """How texts become vectors. The defaults are upstream LLM2Vec's, except `doc_max_length`.
-
-    Attributes:
-        pooling_mode: `last`, `mean`, `weighted_mean` or `first`.
-        max_length: most tokens of a row, template included.
-        doc_max_length: most tokens of the text alone; None = as many as fit (upstream: 400).
-        skip_instruction: whether the instruction is left out of the pooled positions.
-        template: key of `templates.TEMPLATES`; None = inferred from the tokenizer.
-        instruction_join: what stands between instruction and text, in the templates that leave it open.
-        attention: `causal` or `bidirectional`.
-        normalize: whether `encode` returns unit vectors.
-        parent_adapters: for an adapter checkpoint, the adapters merged into the base below it, innermost first.
-    """
-
-    pooling_mode: PoolingMode = "mean"
-    max_length: int = 512
-    doc_max_length: int | None = None
-    skip_instruction: bool = True
-    template: str | None = None
-    instruction_join: str = " "
-    attention: Attention = "bidirectional"
-    normalize: bool = False
-    parent_adapters: tuple[str, ...] | None = None
-
-    def __post_init__(self) -> None:
-        mode = POOLING_ALIASES.get(self.pooling_mode) if isinstance(self.pooling_mode, str) else None
-        if mode is None:
-            raise UserError(f"pooling_mode is {self.pooling_mode!r}; allowed: {', '.join(POOLING_ALIASES)}.")
-        object.__setattr__(self, "pooling_mode", mode)
-        if self.template is not None:
-            segments_of(self.template, mode)  # refuses an unknown one, and `last` where no closing token is written
-        if self.attention not in get_args(Attention):
-            raise UserError(f"attention is {self.attention!r}; allowed: {', '.join(get_args(Attention))}.")
-        for name in ("max_length", "doc_max_length"):
-            value = getattr(self, name)
-            open_ended = value is None and name == "doc_max_length"
-            if not open_ended and (type(value) is not int or value < 1):
-                raise UserError(f"{name} is {value!r}; a whole number above 0 is needed.")
-        for name in ("skip_instruction", "normalize"):
-            if type(getattr(self, name)) is not bool:
-                raise UserError(f"{name} is {getattr(self, name)!r}; true or false is needed.")
-        if not isinstance(self.instruction_join, str):
-            raise UserError(f"instruction_join is {self.instruction_join!r}; a string is needed.")
-        if self.parent_adapters is not None:
-            paths = self.parent_adapters
-            if not isinstance(paths, list | tuple) or not all(isinstance(path, str) for path in paths):
-                raise UserError(f"parent_adapters is {paths!r}; a list of paths is needed.")
-            object.__setattr__(self, "parent_adapters", tuple(self.parent_adapters))
 
 
 def read_settings(path: str) -> dict[str, Any]:
@@ -479,12 +426,6 @@ def _summed(folder: Path) -> list[Path]:
     return [file for file in folder.iterdir() if not file.name.startswith(".") and file.name != SUMS_FILE]
 
 
-def sha256(file: Path) -> str:
-    """SHA-256 of a file, in hexadecimal digits."""
-    with file.open("rb") as content:
-        return hashlib.file_digest(content, "sha256").hexdigest()
-
-
 def _sum_on_disk(file: Path) -> str:
     """SHA-256 of a file, after what was written has left memory."""
     with file.open("rb") as content:
@@ -500,13 +441,6 @@ def _parent_weights(settings: EncoderSettings) -> list[str | None]:
         except UserError:  # moved during training, which is no reason to lose what was trained
             hashes.append(None)
     return hashes
-
-
-def write_json(file: Path, content: Any) -> None:
-    """Write indented JSON, aside and renamed."""
-    aside = file.with_name(f".{file.name}.{os.getpid()}")
-    aside.write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
-    aside.replace(file)
 
 
 def environment() -> dict[str, Any]:

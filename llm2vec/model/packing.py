@@ -14,7 +14,6 @@ import os
 from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from functools import partial
-from itertools import accumulate
 from typing import Any
 
 import torch
@@ -27,8 +26,8 @@ from transformers.models.llama.modeling_llama import apply_rotary_pos_emb
 
 from llm2vec.model.backbone import ATTENTION_LAYERS, Backbone, hidden_states, one_pass, probe_tokens, probing
 from llm2vec.model.packed_attention import NAME, Group, Layout, attend, can_share_prefix
-from llm2vec.text.tokenization import Row
-from llm2vec.types import Attention, TokenBatch, UserError
+from llm2vec.text.batches import positions_of
+from llm2vec.types import Attention, UserError
 
 # On a CPU, oneDNN keeps what it has compiled for a product's sizes, 1.5 MB a pass in bfloat16, and each packed pass has
 # another number of tokens: after a thousand, gigabytes. Read by torch at its first such product.
@@ -44,69 +43,6 @@ _PLAIN_LAYERS = {
 
 #: Newer versions of transformers checkpoint a layer's `forward`, older ones its call.
 _CHECKPOINTS_FORWARD = GradientCheckpointingLayer.__call__ is nn.Module.__call__
-
-
-def pack_rows(rows: Sequence[Row]) -> TokenBatch:
-    """Tokenised rows laid end to end."""
-    return {
-        "input_ids": torch.tensor([token for row in rows for token in row.ids], dtype=torch.long),
-        "lengths": [len(row.ids) for row in rows],
-        "pool_mask": torch.tensor([pooled for row in rows for pooled in row.pooled], dtype=torch.bool),
-        "target_mask": torch.tensor([target for row in rows for target in row.target], dtype=torch.bool),
-        "num_targets": [sum(row.target) for row in rows],
-        "prefix": shared_prefix(rows),
-        "closed": all(row.pooled[-1] for row in rows),
-    }
-
-
-def shared_prefix(rows: Sequence[Row]) -> int:
-    """Number of tokens that all rows begin with and none of them pools over; 0 for a single row."""
-    if len(rows) < 2:
-        return 0
-    first = rows[0]
-    most = min(row.pooled.index(True) for row in rows)
-    return next((i for i in range(most) if any(row.ids[i] != first.ids[i] for row in rows)), most)
-
-
-def select_rows(side: TokenBatch, chosen: Sequence[int], ends: Sequence[int] | None = None) -> TokenBatch:
-    """Some rows of a packed side, in the order given.
-
-    Args:
-        side: packed texts.
-        chosen: which of them.
-        ends: where each of the side's texts ends, for who selects thousands of times; None = summed up here.
-    """
-    if ends is None:
-        ends = list(accumulate(side["lengths"]))
-
-    def pick(flat: Tensor) -> Tensor:
-        return torch.cat([flat[ends[i] - side["lengths"][i] : ends[i]] for i in chosen])
-
-    selected: TokenBatch = {
-        "input_ids": pick(side["input_ids"]),
-        "lengths": [side["lengths"][i] for i in chosen],
-        "pool_mask": pick(side["pool_mask"]),
-        "target_mask": pick(side["target_mask"]),
-        "num_targets": [side["num_targets"][i] for i in chosen],
-        "prefix": side["prefix"] if len(chosen) > 1 else 0,
-        "closed": side["closed"],
-    }
-    if "labels" in side:
-        selected["labels"] = pick(side["labels"])
-    if "facts" in side:
-        selected["facts"] = {name: values[list(chosen)] for name, values in side["facts"].items()}
-    return selected
-
-
-def starts_of(lengths: Sequence[int]) -> Tensor:
-    """Index of each text's first token in the packed row."""
-    return torch.tensor([0, *lengths]).cumsum(0)[:-1]
-
-
-def positions_of(lengths: Sequence[int]) -> Tensor:
-    """Position of each token in its text, from 0."""
-    total = torch.arange(sum(lengths))
-    return total - starts_of(lengths).repeat_interleave(torch.tensor(lengths, dtype=torch.long))
 
 
 def shares_prefix(model: Any, attention: Attention, device: torch.device, dtype: torch.dtype) -> bool:

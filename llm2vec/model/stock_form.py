@@ -37,8 +37,9 @@ from typing import TYPE_CHECKING, Any, NamedTuple, get_args
 
 from tokenizers import Tokenizer
 
+from llm2vec.files import write_json
 from llm2vec.model.backbone import Backbone
-from llm2vec.model.checkpoint import EncoderSettings, write_json
+from llm2vec.model.settings import EncoderSettings
 from llm2vec.text.templates import segments_of
 from llm2vec.text.tokenization import PROBE_TEXTS, Row, RowTokenizer
 from llm2vec.types import Attention, InstructedText, PoolingMode, TextSide, UserError

@@ -6,8 +6,9 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from llm2vec.model.packing import packed_hidden_states, starts_of
+from llm2vec.model.packing import packed_hidden_states
 from llm2vec.objectives.losses import linear_cross_entropy
+from llm2vec.text.batches import starts_of
 from llm2vec.types import Batch, Output, TokenBatch
 
 

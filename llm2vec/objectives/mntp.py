@@ -18,8 +18,9 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from llm2vec.data.blocks import Block
-from llm2vec.model.packing import pack_rows, packed_hidden_states
+from llm2vec.model.packing import packed_hidden_states
 from llm2vec.objectives.language_modelling import next_token_loss, num_predicted
+from llm2vec.text.batches import pack_rows
 from llm2vec.text.tokenization import Row
 from llm2vec.types import Batch, MaskingScheme, MaskTokenType, Output, UserError
 

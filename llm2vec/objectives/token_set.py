@@ -24,9 +24,10 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 from transformers import PreTrainedModel
 
-from llm2vec.model.packing import pack_rows, packed_hidden_states
+from llm2vec.model.packing import packed_hidden_states
 from llm2vec.objectives.language_modelling import next_token_loss, num_predicted
 from llm2vec.objectives.losses import BLOCK_ENTRIES, BLOCK_ENTRIES_CUDA
+from llm2vec.text.batches import pack_rows
 from llm2vec.text.tokenization import Row, RowTokenizer
 from llm2vec.types import Batch, Example, InstructedText, Output, TextSide, TokenBatch, UserError
 

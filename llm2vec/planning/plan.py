@@ -17,10 +17,12 @@ from transformers import PreTrainedTokenizerBase, TrainingArguments
 
 from llm2vec.data.collation import Collate, CollateSides, check_examples
 from llm2vec.data.rows import OneSourceBlocks
-from llm2vec.model.backbone import Chain, find_file, without_waiting_for_the_hub
-from llm2vec.model.checkpoint import EncoderSettings, resolve_chain
+from llm2vec.hub import find_file, without_waiting_for_the_hub
+from llm2vec.model.backbone import Chain
+from llm2vec.model.checkpoint import resolve_chain
 from llm2vec.model.packing import inner_decoder
 from llm2vec.model.recomputation import fit
+from llm2vec.model.settings import EncoderSettings
 from llm2vec.planning.activations import Numbers, is_known, kept_bytes
 from llm2vec.planning.gpus import Card
 from llm2vec.planning.memory import Memory, Step, memory_of

@@ -9,7 +9,7 @@ import numpy as np
 import torch
 
 from llm2vec.data.collation import Collate
-from llm2vec.model.checkpoint import EncoderSettings
+from llm2vec.model.settings import EncoderSettings
 from llm2vec.planning.work import Work, work_of
 from llm2vec.train.config import Config
 from llm2vec.train.rows import Rows, sample_of

@@ -10,10 +10,10 @@ from typing import Any, NamedTuple
 
 from torch import Tensor, nn
 
-from llm2vec.llm2vec import drops_out
 from llm2vec.llm2vec_q2d_d2q import BidirectionalReconstruction
-from llm2vec.model.checkpoint import EncoderSettings
+from llm2vec.model.embed import drops_out
 from llm2vec.model.packing import inner_decoder
+from llm2vec.model.settings import EncoderSettings
 from llm2vec.objectives.mntp import MaskedNextTokenPrediction
 from llm2vec.objectives.token_set import TokenSetPrediction
 from llm2vec.types import Attention, Batch, TokenBatch

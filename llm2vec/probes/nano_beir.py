@@ -16,8 +16,7 @@ from torch import Tensor
 
 from llm2vec.distributed import rank, sum_over_ranks, world_size
 from llm2vec.llm2vec import LLM2Vec
-from llm2vec.model.backbone import first_line
-from llm2vec.types import UserError
+from llm2vec.types import UserError, first_line
 
 #: The sets, with the paper's instructions for them (Table 13).
 INSTRUCTIONS = {

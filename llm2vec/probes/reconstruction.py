@@ -26,14 +26,18 @@ from tqdm.auto import tqdm
 from transformers import GenerationConfig
 
 from llm2vec.files import parse_object
-from llm2vec.llm2vec import check_rendering, embed, parse_dtype, row_tokenizer, with_template
+from llm2vec.hub import find_file
+from llm2vec.llm2vec import check_rendering
 from llm2vec.llm2vec_q2d_d2q import BidirectionalReconstruction
-from llm2vec.model.backbone import check_attention, find_file, first_line, load_backbone, load_tokenizer
-from llm2vec.model.checkpoint import EncoderSettings, read_run_config, read_settings, resolve_chain
-from llm2vec.model.packing import check_packing, pack_rows
+from llm2vec.model.backbone import check_attention, load_backbone, load_tokenizer, parse_dtype
+from llm2vec.model.checkpoint import read_run_config, read_settings, resolve_chain
+from llm2vec.model.embed import embed
+from llm2vec.model.packing import check_packing
+from llm2vec.model.settings import EncoderSettings, row_tokenizer, with_template
 from llm2vec.objectives.losses import CrossEntropy, linear_cross_entropy
+from llm2vec.text.batches import pack_rows
 from llm2vec.text.tokenization import Row, RowTokenizer
-from llm2vec.types import InstructedText, TextSide, UserError
+from llm2vec.types import InstructedText, TextSide, UserError, first_line
 
 #: The field of a training row that holds each side's text.
 FIELDS: dict[TextSide, str] = {"query": "query", "document": "positive"}

@@ -14,7 +14,7 @@ from torch import Tensor
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from llm2vec.distributed import sum_over_ranks
-from llm2vec.model.checkpoint import write_json
+from llm2vec.files import write_json
 from llm2vec.train.resume import last_checkpoint
 from llm2vec.train.step import add_up
 from llm2vec.types import RunEnds

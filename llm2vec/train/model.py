@@ -16,7 +16,7 @@ import torch
 from peft import PeftModel
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainingArguments, set_seed
 
-from llm2vec.llm2vec import parse_dtype, row_tokenizer, with_template
+from llm2vec.hub import find_file
 from llm2vec.model.backbone import (
     Backbone,
     Chain,
@@ -24,12 +24,13 @@ from llm2vec.model.backbone import (
     attach_lora,
     check_attention,
     enable_checkpointing,
-    find_file,
     load_backbone,
     load_tokenizer,
+    parse_dtype,
 )
-from llm2vec.model.checkpoint import EncoderSettings, read_settings, resolve_chain
+from llm2vec.model.checkpoint import read_settings, resolve_chain
 from llm2vec.model.packing import check_packing, checkpoint_contexts, compile_layers
+from llm2vec.model.settings import EncoderSettings, row_tokenizer, with_template
 from llm2vec.objectives.mntp import add_mask_token
 from llm2vec.text.templates import leaves_join_open
 from llm2vec.text.tokenization import add_template_tokens

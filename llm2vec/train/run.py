@@ -26,10 +26,9 @@ from transformers import PreTrainedTokenizerBase, TrainingArguments
 from llm2vec.data.collation import Collate, CollateSides, check_examples
 from llm2vec.data.tables import content_hash
 from llm2vec.distributed import is_of_lost_process, local_rank, rank, shut_down, world_size
-from llm2vec.llm2vec import row_tokenizer
-from llm2vec.model.backbone import first_line
-from llm2vec.model.checkpoint import EncoderSettings, mark_of, read_weights, save_checkpoint
+from llm2vec.model.checkpoint import mark_of, read_weights, save_checkpoint
 from llm2vec.model.recomputation import fit_activations
+from llm2vec.model.settings import EncoderSettings, row_tokenizer
 from llm2vec.probes.diagnostics import DIAGNOSTICS_FILE
 from llm2vec.signals import StopSignals
 from llm2vec.text.tokenization import probe_ids
@@ -42,7 +41,7 @@ from llm2vec.train.run_probes import probes_of
 from llm2vec.train.sharding import plan_sharding, state_of_model
 from llm2vec.train.trainer import EmbedderTrainer
 from llm2vec.train.words import describe, steps_an_epoch
-from llm2vec.types import RunEnds, UserError
+from llm2vec.types import RunEnds, UserError, first_line
 
 logger = logging.getLogger(__name__)
 

@@ -13,9 +13,9 @@ import torch
 from transformers import PreTrainedTokenizerBase, TrainingArguments
 
 from llm2vec.data.rows import TrainingRows
-from llm2vec.llm2vec import LLM2Vec, row_tokenizer
+from llm2vec.llm2vec import LLM2Vec
 from llm2vec.llm2vec_q2d_d2q import BidirectionalReconstruction
-from llm2vec.model.checkpoint import EncoderSettings
+from llm2vec.model.settings import EncoderSettings, row_tokenizer
 from llm2vec.probes.diagnostics import DIAGNOSTICS_FILE, EmbeddingDiagnostics
 from llm2vec.probes.reconstruction_probe import ReconstructionProbe
 from llm2vec.train.config import Config

@@ -1,7 +1,7 @@
 """What each stage's script puts together, before weights are there: objective, collator, rows, and a model of shapes.
 
-The scripts (`experiments/run_*.py`) do the same with a loaded model; `tests/planning/test_plan.py` holds what both say of
-a run side by side.
+The scripts (`experiments/run_*.py`) do the same with a loaded model; `tests/planning/test_plan.py` holds what both say
+of a run side by side.
 """
 
 from __future__ import annotations
@@ -25,10 +25,9 @@ from llm2vec.data.blocks import TEXT_SUFFIXES, open_blocks
 from llm2vec.data.collation import Collate, CollateSides, Side
 from llm2vec.data.rows import find_files
 from llm2vec.files import read_object
-from llm2vec.llm2vec import parse_dtype, row_tokenizer
 from llm2vec.llm2vec_q2d_d2q import BidirectionalReconstruction
-from llm2vec.model.backbone import Backbone, add_token_rows, first_line, set_attention_dropout
-from llm2vec.model.checkpoint import EncoderSettings
+from llm2vec.model.backbone import Backbone, add_token_rows, parse_dtype, set_attention_dropout
+from llm2vec.model.settings import EncoderSettings, row_tokenizer
 from llm2vec.objectives.contrastive import ContrastiveLearning
 from llm2vec.objectives.grit import ContrastiveLanguageModelling
 from llm2vec.objectives.language_modelling import LanguageModelling
@@ -37,7 +36,7 @@ from llm2vec.objectives.token_set import CollateBlocks, TokenSetPrediction
 from llm2vec.train.config import DATASET_NAMES, STAGE_KEYS, Config, Stage
 from llm2vec.train.model import decoder_of, with_adapter
 from llm2vec.train.rows import Rows, open_rows, open_running_text, open_texts, sources_of
-from llm2vec.types import UserError
+from llm2vec.types import UserError, first_line
 
 
 def stage_of(path: Path) -> Stage:

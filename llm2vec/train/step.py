@@ -19,7 +19,7 @@ import torch
 from torch import Tensor, nn
 
 from llm2vec.distributed import max_over_ranks
-from llm2vec.model.packing import select_rows
+from llm2vec.text.batches import select_rows
 from llm2vec.types import Batch, Output
 
 #: Up to this many pieces, gradient caching keeps the last one's graph instead of embedding it twice.

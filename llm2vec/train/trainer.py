@@ -39,7 +39,6 @@ from transformers import (
 from transformers.trainer import OPTIMIZER_NAME, SCHEDULER_NAME, TRAINER_STATE_NAME
 
 from llm2vec.distributed import max_over_ranks, rank, sum_over_ranks
-from llm2vec.model.backbone import first_line
 from llm2vec.model.checkpoint import write_sums
 from llm2vec.signals import leave_process_group
 from llm2vec.train.log import LOG_FILE, JsonLog, StepFigures
@@ -54,7 +53,7 @@ from llm2vec.train.resume import (
 )
 from llm2vec.train.sharding import load_own_share, own_share, shard_on_cpu
 from llm2vec.train.step import add_up, backward_step, loss_parts
-from llm2vec.types import Batch, Reduction, RunEnds, UserError
+from llm2vec.types import Batch, Reduction, RunEnds, UserError, first_line
 
 __all__ = ["LOG_FILE", "EmbedderTrainer"]
 

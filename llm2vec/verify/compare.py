@@ -13,8 +13,7 @@ from torch import Tensor
 
 from llm2vec.corpus.rows import check_unicode
 from llm2vec.files import parse_json
-from llm2vec.model.backbone import first_line
-from llm2vec.types import InstructedText, UserError
+from llm2vec.types import InstructedText, UserError, first_line
 from llm2vec.verify.loaded import LocalWay
 from llm2vec.verify.server import EmbeddingServer
 from llm2vec.verify.ways import LABELS, Choice, Rendering, prompt_writer

@@ -19,13 +19,14 @@ from torch import Tensor
 from transformers import AutoConfig, AutoModel, PreTrainedTokenizerBase
 from transformers.utils import logging as transformers_logging
 
+from llm2vec.hub import find_file
 from llm2vec.llm2vec import LLM2Vec
-from llm2vec.model.backbone import find_file, first_line, load_tokenizer
+from llm2vec.model.backbone import load_tokenizer
 from llm2vec.model.checkpoint import resolve_chain
 from llm2vec.model.pooling import pool
 from llm2vec.model.stock_form import POOLING, SWITCHES
 from llm2vec.text.tokenization import Row
-from llm2vec.types import Attention, InstructedText, PoolingMode, TextSide, UserError
+from llm2vec.types import Attention, InstructedText, PoolingMode, TextSide, UserError, first_line
 from llm2vec.verify.ways import LABELS, MODULES_FILE, Choice, Rendering, prompt_writer, read_json, read_modules
 
 POOLING_FILE = "1_Pooling/config.json"

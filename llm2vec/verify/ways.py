@@ -17,9 +17,10 @@ from typing import Any, Literal, NamedTuple, get_args
 from transformers import PreTrainedTokenizerBase
 
 from llm2vec.files import parse_json, read_object
-from llm2vec.llm2vec import row_tokenizer
-from llm2vec.model.backbone import find_file, load_tokenizer
-from llm2vec.model.checkpoint import SETTINGS_FILE, EncoderSettings, read_settings, resolve_chain
+from llm2vec.hub import find_file
+from llm2vec.model.backbone import load_tokenizer
+from llm2vec.model.checkpoint import SETTINGS_FILE, read_settings, resolve_chain
+from llm2vec.model.settings import EncoderSettings, row_tokenizer
 from llm2vec.model.stock_form import possible_forms
 from llm2vec.text.tokenization import RowTokenizer
 from llm2vec.types import InstructedText, UserError

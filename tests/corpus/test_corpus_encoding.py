@@ -22,6 +22,7 @@ import pyarrow.parquet as pq
 import pytest
 from helpers import WORDS, family_tokenizer, tiny_model, write_jsonl
 
+from llm2vec.choice import EncoderChoice
 from llm2vec.corpus import encoding as corpus_encoding
 from llm2vec.corpus import queue as job_queue
 from llm2vec.corpus import rows as corpus_rows
@@ -34,9 +35,8 @@ from llm2vec.corpus.encoding import (
     part_name,
 )
 from llm2vec.corpus.rows import cut_into_shards, open_corpus
+from llm2vec.files import write_json
 from llm2vec.llm2vec import LLM2Vec
-from llm2vec.model.checkpoint import write_json
-from llm2vec.model.choice import EncoderChoice
 from llm2vec.types import UserError
 
 SCRIPT = Path(__file__).parents[2] / "experiments/encode_corpus.py"

@@ -17,13 +17,13 @@ import torch
 from helpers import family_tokenizer, tiny_model, write_jsonl
 from safetensors.torch import load_file, save_file
 
+from llm2vec.choice import EncoderChoice
 from llm2vec.corpus import search, text_index
 from llm2vec.corpus.passages import cut_into_passages, read_passages
 from llm2vec.corpus.queue import alone_in
 from llm2vec.corpus.text_index import INDEX_FILE, TEXTS_FILE, VECTORS_FILE, TextIndex, build_index
 from llm2vec.llm2vec import LLM2Vec
-from llm2vec.model.checkpoint import EncoderSettings
-from llm2vec.model.choice import EncoderChoice
+from llm2vec.model.settings import EncoderSettings
 from llm2vec.types import UserError
 
 SCRIPT = Path(__file__).parents[2] / "experiments/search.py"

@@ -23,9 +23,9 @@ from torch import Tensor
 from llm2vec import LLM2Vec
 from llm2vec.export.export import Export, Proof, export, push, without_local_paths
 from llm2vec.export.export import export as export_module
-from llm2vec.llm2vec import row_tokenizer
 from llm2vec.model.backbone import attach_lora
-from llm2vec.model.checkpoint import EncoderSettings, mark_of, save_checkpoint
+from llm2vec.model.checkpoint import mark_of, save_checkpoint
+from llm2vec.model.settings import EncoderSettings, row_tokenizer
 from llm2vec.model.stock_form import stock_model
 from llm2vec.reports.results import read_results
 from llm2vec.text.tokenization import probe_ids

@@ -11,11 +11,10 @@ from helpers import family_tokenizer, tiny_model
 from torch import Tensor
 
 from llm2vec.data.collation import CollateSides
-from llm2vec.llm2vec import row_tokenizer
 from llm2vec.llm2vec_q2d_d2q import BidirectionalReconstruction
-from llm2vec.model.checkpoint import EncoderSettings
 from llm2vec.model.packing import compile_layers
 from llm2vec.model.recomputation import bytes_per_token, fit_activations, kept_bytes, layers_to_recompute
+from llm2vec.model.settings import EncoderSettings, row_tokenizer
 from llm2vec.train.step import backward_step
 from llm2vec.types import Batch, UserError
 

@@ -15,14 +15,14 @@ from helpers import family_tokenizer, tiny_model
 from safetensors.torch import load_file, save_file
 from transformers import LlamaForCausalLM
 
-from llm2vec.llm2vec import LLM2Vec, row_tokenizer
+from llm2vec.files import write_json
+from llm2vec.llm2vec import LLM2Vec
 from llm2vec.model.backbone import Chain, attach_lora, load_backbone
 from llm2vec.model.checkpoint import (
     INCOMPLETE_MARKER,
     RUN_FILE,
     SETTINGS_FILE,
     SUMS_FILE,
-    EncoderSettings,
     check_complete,
     check_sums,
     check_weights,
@@ -32,9 +32,9 @@ from llm2vec.model.checkpoint import (
     read_weights,
     resolve_chain,
     save_checkpoint,
-    write_json,
     write_sums,
 )
+from llm2vec.model.settings import EncoderSettings, row_tokenizer
 from llm2vec.text.tokenization import probe_ids
 from llm2vec.types import RunEnds, UserError
 

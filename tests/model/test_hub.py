@@ -8,10 +8,11 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+import transformers.utils.hub
 from huggingface_hub import constants
 
-from llm2vec.model import backbone
-from llm2vec.model.backbone import find_file, without_waiting_for_the_hub
+from llm2vec import hub
+from llm2vec.hub import find_file, without_waiting_for_the_hub
 from llm2vec.planning.plan import Conditions, make_plan
 from llm2vec.types import UserError
 
@@ -29,7 +30,7 @@ def asked(monkeypatch: pytest.MonkeyPatch) -> list[str]:
         raise ConnectionError("no route to host")
 
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
-    monkeypatch.setattr(backbone, "http_backoff", no_route)
+    monkeypatch.setattr(hub, "http_backoff", no_route)
     return addresses
 
 
@@ -47,8 +48,8 @@ def test_a_silent_hub_is_asked_once_and_left_alone(asked: list[str], caplog: pyt
 
 def test_a_hub_that_answers_is_used(asked: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
     """Whatever it answers."""
-    monkeypatch.setattr(backbone, "http_backoff", lambda _, address, **__: asked.append(address))
-    monkeypatch.setattr(backbone, "cached_file", lambda path, name, **_: f"{path}/{name}")
+    monkeypatch.setattr(hub, "http_backoff", lambda _, address, **__: asked.append(address))
+    monkeypatch.setattr(transformers.utils.hub, "cached_file", lambda path, name, **_: f"{path}/{name}")
     with without_waiting_for_the_hub():
         assert find_file("somebody/model", "config.json") == "somebody/model/config.json"
         assert find_file("somebody/else", "config.json") == "somebody/else/config.json"
@@ -60,7 +61,7 @@ def test_folders_and_runs_ask_for_nothing(asked: list[str], tmp_path: Path, monk
     """What is on this machine needs no hub; a run that loads a model has its client's patience."""
     with without_waiting_for_the_hub():
         assert find_file(str(tmp_path), "config.json") is None
-    monkeypatch.setattr(backbone, "cached_file", lambda *_, **__: None)
+    monkeypatch.setattr(transformers.utils.hub, "cached_file", lambda *_, **__: None)
     assert find_file("nobody/nothing", "config.json") is None
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
     with without_waiting_for_the_hub():

@@ -21,22 +21,13 @@ from transformers.models.helium import HeliumConfig, HeliumModel
 from transformers.models.olmo import OlmoConfig, OlmoModel
 from transformers.models.smollm3 import SmolLM3Config, SmolLM3Model
 
-from llm2vec.llm2vec import LLM2Vec, embed, row_tokenizer
+from llm2vec.llm2vec import LLM2Vec
 from llm2vec.model.backbone import attach_lora, check_attention, enable_checkpointing, hidden_states
-from llm2vec.model.checkpoint import EncoderSettings
+from llm2vec.model.embed import embed
 from llm2vec.model.packed_attention import NAME
-from llm2vec.model.packing import (
-    can_pack,
-    check_packing,
-    checkpoint_contexts,
-    pack_rows,
-    packed,
-    packed_hidden_states,
-    positions_of,
-    select_rows,
-    shared_prefix,
-    starts_of,
-)
+from llm2vec.model.packing import can_pack, check_packing, checkpoint_contexts, packed, packed_hidden_states
+from llm2vec.model.settings import EncoderSettings, row_tokenizer
+from llm2vec.text.batches import pack_rows, positions_of, select_rows, shared_prefix, starts_of
 from llm2vec.text.tokenization import Row
 from llm2vec.types import Attention, InstructedText, PoolingMode, TokenBatch, UserError
 

@@ -29,16 +29,10 @@ from llm2vec.data.blocks import texts_of_hub
 from llm2vec.data.rows import Source, TrainingRows, read_sources_file
 from llm2vec.evaluation.models import ModelChoice, kind_of, load_encoder
 from llm2vec.export.export import Export, export
+from llm2vec.files import write_json
 from llm2vec.model.backbone import attach_lora, load_tokenizer
-from llm2vec.model.checkpoint import (
-    RUN_FILE,
-    SETTINGS_FILE,
-    SUMS_FILE,
-    EncoderSettings,
-    check_sums,
-    save_checkpoint,
-    write_json,
-)
+from llm2vec.model.checkpoint import RUN_FILE, SETTINGS_FILE, SUMS_FILE, check_sums, save_checkpoint
+from llm2vec.model.settings import EncoderSettings
 from llm2vec.types import UserError
 
 ROOT = Path(__file__).parents[2]

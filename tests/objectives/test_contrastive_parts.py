@@ -24,9 +24,8 @@ from llm2vec import LLM2Vec
 from llm2vec.data.collation import CollateSides
 from llm2vec.data.rows import parse_row, read_rows
 from llm2vec.distributed import rank, sum_over_ranks, world_size
-from llm2vec.llm2vec import row_tokenizer
 from llm2vec.model.backbone import attach_lora
-from llm2vec.model.checkpoint import EncoderSettings
+from llm2vec.model.settings import EncoderSettings, row_tokenizer
 from llm2vec.objectives.contrastive import ContrastiveLearning, Negatives, RowFacts, hash_of
 from llm2vec.objectives.losses import distillation, info_nce, linear_cross_entropy, unit
 from llm2vec.text.tokenization import RowTokenizer

@@ -21,9 +21,8 @@ from torch.nn.parallel import DistributedDataParallel
 from llm2vec import LLM2Vec
 from llm2vec.data.collation import CollateSides
 from llm2vec.distributed import rank, sum_over_ranks, world_size
-from llm2vec.llm2vec import row_tokenizer
 from llm2vec.model.backbone import attach_lora
-from llm2vec.model.checkpoint import EncoderSettings
+from llm2vec.model.settings import EncoderSettings, row_tokenizer
 from llm2vec.objectives.contrastive import ContrastiveLearning
 from llm2vec.objectives.grit import ContrastiveLanguageModelling
 from llm2vec.objectives.language_modelling import LanguageModelling

@@ -30,10 +30,11 @@ from llm2vec.data.blocks import (
     texts_of_sources,
 )
 from llm2vec.data.rows import OneSourceBlocks, Source
-from llm2vec.llm2vec import LLM2Vec, row_tokenizer
+from llm2vec.llm2vec import LLM2Vec
 from llm2vec.model.backbone import attach_lora, enable_checkpointing
-from llm2vec.model.checkpoint import RUN_FILE, EncoderSettings, read_settings
+from llm2vec.model.checkpoint import RUN_FILE, read_settings
 from llm2vec.model.packing import checkpoint_contexts
+from llm2vec.model.settings import EncoderSettings, row_tokenizer
 from llm2vec.objectives.mntp import MaskedNextTokenPrediction, MaskTokens, add_mask_token, mask_token_id, mask_tokens
 from llm2vec.train.config import STAGE_KEYS
 from llm2vec.train.config_file import load_config

@@ -21,11 +21,10 @@ from tokenizers import processors
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
-from llm2vec.llm2vec import row_tokenizer
 from llm2vec.llm2vec_q2d_d2q import BidirectionalReconstruction
-from llm2vec.model.checkpoint import EncoderSettings
-from llm2vec.model.packing import pack_rows
+from llm2vec.model.settings import EncoderSettings, row_tokenizer
 from llm2vec.objectives.sentence_transformers import BidirectionalReconstructionLoss
+from llm2vec.text.batches import pack_rows
 from llm2vec.types import Batch, InstructedText, UserError
 
 ROWS = [(row.query.text, row.positive.text) for row in reference.examples(6)]

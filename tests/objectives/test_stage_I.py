@@ -17,12 +17,12 @@ from transformers import TrainingArguments
 
 from llm2vec import llm2vec_q2d_d2q
 from llm2vec.data.collation import CollateSides
-from llm2vec.llm2vec import embed, row_tokenizer
 from llm2vec.llm2vec_q2d_d2q import BidirectionalReconstruction, LLM2Vec_q2d_d2q
 from llm2vec.model import packing
 from llm2vec.model.backbone import enable_checkpointing
-from llm2vec.model.checkpoint import EncoderSettings
+from llm2vec.model.embed import embed
 from llm2vec.model.packing import checkpoint_contexts
+from llm2vec.model.settings import EncoderSettings, row_tokenizer
 from llm2vec.text.tokenization import Row
 from llm2vec.train.step import add_up, backward_step, loss_parts, split_batch
 from llm2vec.train.trainer import LOG_FILE, EmbedderTrainer

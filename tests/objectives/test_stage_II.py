@@ -13,11 +13,11 @@ from helpers import family_tokenizer, tiny_model
 from torch import Tensor
 
 from llm2vec.data.collation import CollateSides, Side
-from llm2vec.llm2vec import embed, row_tokenizer
 from llm2vec.model import packing
 from llm2vec.model.backbone import LORA_MODULES, attach_lora, enable_checkpointing
-from llm2vec.model.checkpoint import EncoderSettings
+from llm2vec.model.embed import embed
 from llm2vec.model.packing import checkpoint_contexts
+from llm2vec.model.settings import EncoderSettings, row_tokenizer
 from llm2vec.objectives import contrastive as llm2vec_contrastive
 from llm2vec.objectives.contrastive import ContrastiveLearning
 from llm2vec.train.step import backward_step, loss_parts, split_batch

@@ -15,11 +15,10 @@ from helpers import family_tokenizer, tiny_model, write_jsonl
 from torch import Tensor
 
 from llm2vec import LLM2Vec
-from llm2vec.llm2vec import row_tokenizer
-from llm2vec.model.checkpoint import EncoderSettings
-from llm2vec.model.packing import pack_rows
+from llm2vec.model.settings import EncoderSettings, row_tokenizer
 from llm2vec.objectives import token_set as llm2vec_token_set
 from llm2vec.objectives.token_set import CollateBlocks, TokenSetPrediction, token_set_loss
+from llm2vec.text.batches import pack_rows
 from llm2vec.text.tokenization import Row, add_template_tokens
 from llm2vec.train.config_file import load_config
 from llm2vec.train.step import backward_step, loss_parts, split_batch

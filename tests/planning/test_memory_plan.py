@@ -27,13 +27,12 @@ from benchmarks.variants import Shape
 from benchmarks.variants import useful_flops as bench_flops
 from llm2vec.data.blocks import Block
 from llm2vec.data.collation import CollateSides
-from llm2vec.llm2vec import row_tokenizer
 from llm2vec.llm2vec_q2d_d2q import BidirectionalReconstruction
 from llm2vec.model import packed_attention
 from llm2vec.model import recomputation as activation_memory
 from llm2vec.model.backbone import attach_lora, enable_checkpointing, set_attention_dropout
-from llm2vec.model.checkpoint import EncoderSettings
 from llm2vec.model.packing import checkpoint_contexts, packed_hidden_states
+from llm2vec.model.settings import EncoderSettings, row_tokenizer
 from llm2vec.objectives.contrastive import ContrastiveLearning
 from llm2vec.objectives.grit import ContrastiveLanguageModelling
 from llm2vec.objectives.language_modelling import LanguageModelling
@@ -91,7 +90,7 @@ def passes_run(objective: Any, batch: Batch, monkeypatch: pytest.MonkeyPatch) ->
         return packed_hidden_states(model, attention, lengths, embeddings, **options)
 
     for module in (
-        "llm2vec",
+        "model.embed",
         "llm2vec_q2d_d2q",
         "objectives.language_modelling",
         "objectives.mntp",

@@ -24,10 +24,9 @@ from transformers import GenerationConfig
 
 from llm2vec import LLM2Vec
 from llm2vec.data.rows import Instruction, Source, TrainingRows
-from llm2vec.llm2vec import row_tokenizer
 from llm2vec.llm2vec_q2d_d2q import BidirectionalReconstruction
-from llm2vec.model.checkpoint import RUN_FILE, SETTINGS_FILE, EncoderSettings
-from llm2vec.model.packing import pack_rows
+from llm2vec.model.checkpoint import RUN_FILE, SETTINGS_FILE
+from llm2vec.model.settings import EncoderSettings, row_tokenizer
 from llm2vec.probes import reconstruction_probe
 from llm2vec.probes.reconstruction import (
     Reconstructor,
@@ -43,6 +42,7 @@ from llm2vec.probes.reconstruction import (
     written,
 )
 from llm2vec.probes.reconstruction_probe import ANCHORS, Figure, ReconstructionProbe, as_table
+from llm2vec.text.batches import pack_rows
 from llm2vec.train.config_file import load_config
 from llm2vec.train.trainer import LOG_FILE
 from llm2vec.types import Attention, Example, InstructedText, ReconstructionTarget, UserError

@@ -20,9 +20,11 @@ from transformers import TrainingArguments
 
 from llm2vec.data.collation import CollateSides
 from llm2vec.data.rows import Instruction, Source, TrainingRows
-from llm2vec.llm2vec import LLM2Vec, embed, row_tokenizer
+from llm2vec.llm2vec import LLM2Vec
 from llm2vec.model.backbone import Chain, add_token_rows, attach_lora, load_backbone, load_tokenizer
-from llm2vec.model.checkpoint import EncoderSettings, save_checkpoint
+from llm2vec.model.checkpoint import save_checkpoint
+from llm2vec.model.embed import embed
+from llm2vec.model.settings import EncoderSettings, row_tokenizer
 from llm2vec.objectives.contrastive import ContrastiveLearning
 from llm2vec.text.few_shot import check_examples_fit, with_examples
 from llm2vec.text.tokenization import RowTokenizer, add_template_tokens, probe_ids

@@ -12,8 +12,8 @@ from tokenizers import AddedToken
 
 from llm2vec.data.rows import Instruction, Source, TrainingRows
 from llm2vec.llm2vec import LLM2Vec, as_instructed
-from llm2vec.model.checkpoint import EncoderSettings
 from llm2vec.model.pooling import pool
+from llm2vec.model.settings import EncoderSettings
 from llm2vec.text.templates import TEMPLATES, leaves_join_open
 from llm2vec.text.tokenization import EXAMPLE_PART, PROBE_TEXTS, Row, RowTokenizer, add_template_tokens, probe_ids
 from llm2vec.train.config_file import load_config

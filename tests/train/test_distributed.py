@@ -34,11 +34,10 @@ from llm2vec.distributed import (
     sum_over_ranks,
     world_size,
 )
-from llm2vec.llm2vec import row_tokenizer
 from llm2vec.llm2vec_q2d_d2q import BidirectionalReconstruction
 from llm2vec.model.backbone import attach_lora, enable_checkpointing
-from llm2vec.model.checkpoint import EncoderSettings
 from llm2vec.model.packing import checkpoint_contexts
+from llm2vec.model.settings import EncoderSettings, row_tokenizer
 from llm2vec.objectives.contrastive import ContrastiveLearning
 from llm2vec.train.step import backward_step, loss_parts, number_of_pieces, split_batch
 from llm2vec.train.trainer import LOG_FILE

@@ -16,9 +16,8 @@ from transformers import AutoModelForCausalLM, TrainingArguments
 
 from llm2vec.data.collation import CollateSides
 from llm2vec.data.rows import Instruction, OneSourceBlocks, Source, TrainingRows
-from llm2vec.llm2vec import row_tokenizer
 from llm2vec.llm2vec_q2d_d2q import BidirectionalReconstruction
-from llm2vec.model.checkpoint import EncoderSettings
+from llm2vec.model.settings import EncoderSettings, row_tokenizer
 from llm2vec.train.config import Config
 from llm2vec.train.rows import row_orders
 from llm2vec.types import UserError

@@ -25,7 +25,7 @@ from llm2vec.data.rows import Instruction, OneSourceBlocks, Source, TrainingRows
 from llm2vec.llm2vec import LLM2Vec
 from llm2vec.model import packing
 from llm2vec.model.checkpoint import SETTINGS_FILE, read_settings
-from llm2vec.model.packing import pack_rows, starts_of
+from llm2vec.text.batches import pack_rows, starts_of
 from llm2vec.text.tokenization import Row
 from llm2vec.train.trainer import LOG_FILE, EmbedderTrainer
 from llm2vec.train.words import steps_an_epoch

@@ -24,7 +24,8 @@ from verify_folders import (
     save_export,
 )
 
-from llm2vec.model.checkpoint import RUN_FILE, EncoderSettings
+from llm2vec.model.checkpoint import RUN_FILE
+from llm2vec.model.settings import EncoderSettings
 from llm2vec.text.tokenization import Row
 from llm2vec.types import InstructedText, UserError
 from llm2vec.verify.causes import find_causes

@@ -10,10 +10,12 @@ import dataclasses
 from dataclasses import dataclass
 from pathlib import Path
 
-from llm2vec.llm2vec import DTYPES, LLM2Vec
-from llm2vec.model.backbone import find_file
-from llm2vec.model.checkpoint import EncoderSettings, read_settings, resolve_chain
+from llm2vec.hub import find_file
+from llm2vec.llm2vec import LLM2Vec
+from llm2vec.model.backbone import DTYPES
+from llm2vec.model.checkpoint import read_settings, resolve_chain
 from llm2vec.model.revision import checkpoint_revision, hash_of
+from llm2vec.model.settings import EncoderSettings
 from llm2vec.types import UserError
 
 

@@ -1,0 +1,49 @@
+"""From packed texts to their vectors: one pass through the decoder for all sides of a batch."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import torch
+from torch import Tensor, nn
+
+from llm2vec.model.backbone import Backbone
+from llm2vec.model.packing import packed_hidden_states
+from llm2vec.model.pooling import pool_packed
+from llm2vec.model.settings import EncoderSettings
+from llm2vec.types import TokenBatch
+
+
+def embed(
+    model: Backbone, settings: EncoderSettings, sides: Mapping[str, TokenBatch], embeddings: Tensor | None = None
+) -> dict[str, Tensor]:
+    """Embeddings [texts, D] of each side's texts, in the model's dtype, not normalised; one pass for all sides.
+
+    Args:
+        model: decoder without head, plain or with an adapter on it.
+        settings: attention and pooling.
+        sides: packed texts.
+        embeddings: token embeddings [N, D] of all sides' tokens, one side after the other, where they are known.
+    """
+    if embeddings is None:
+        embeddings = model.get_input_embeddings()(torch.cat([side["input_ids"] for side in sides.values()]))
+    lengths = [length for side in sides.values() for length in side["lengths"]]
+    closing_only = settings.pooling_mode == "last" and all(side["closed"] for side in sides.values())
+    # Dropout draws other numbers for each text's copy of a prefix, so then there is no one prefix to share.
+    prefixes = () if drops_out(model) else [(len(side["lengths"]), side["prefix"]) for side in sides.values()]
+    states = packed_hidden_states(
+        model, settings.attention, lengths, embeddings, prefixes=prefixes, closing_only=closing_only
+    )
+    if closing_only:
+        counts = [len(side["lengths"]) for side in sides.values()]
+        return dict(zip(sides, states.split(counts), strict=True))
+    of_sides = states.split([sum(side["lengths"]) for side in sides.values()])
+    return {
+        name: pool_packed(states_ND, side["lengths"], side["pool_mask"], settings.pooling_mode)
+        for (name, side), states_ND in zip(sides.items(), of_sides, strict=True)
+    }
+
+
+def drops_out(model: nn.Module) -> bool:
+    """Whether some module of a model drops out activations now."""
+    return model.training and any(isinstance(m, nn.Dropout) and m.p > 0 for m in model.modules())
