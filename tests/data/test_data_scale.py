@@ -17,10 +17,10 @@ import pytest
 from helpers import write_jsonl
 from make_archive import write_archive
 
+from llm2vec.data import rows as data
+from llm2vec.data import tables as cached_tables
 from llm2vec.data.blocks import texts_of_file
 from llm2vec.data.rows import Instruction, OneSourceBlocks, Source, TrainingRows
-from llm2vec.data.rows import rows as data
-from llm2vec.data.rows import tables as cached_tables
 from llm2vec.data.tables import BLOCK_BYTES, HASHES_FOLDER, SUMS_FILE, TABLES_FOLDER, content_hash, stamp_of
 from llm2vec.types import UserError
 

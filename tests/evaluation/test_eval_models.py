@@ -18,10 +18,10 @@ from sentence_transformers import SentenceTransformer
 from sentence_transformers.models import Pooling, Transformer
 from torch.utils.data import DataLoader
 
+from llm2vec.evaluation import models as eval_models
 from llm2vec.evaluation.cost import Cost, longest, num_documents, task_cost
 from llm2vec.evaluation.models import ModelChoice, kind_of, load_encoder
 from llm2vec.evaluation.mteb_adapter import LLM2VecEncoder, find_task
-from llm2vec.evaluation.run import models as eval_models
 from llm2vec.llm2vec import LLM2Vec
 from llm2vec.types import UserError
 

@@ -24,12 +24,12 @@ from helpers import family_tokenizer, tiny_model, write_jsonl
 
 from llm2vec.corpus import search
 from llm2vec.corpus.queue import JobQueue
+from llm2vec.evaluation import jobs as eval_jobs
+from llm2vec.evaluation import run as evaluation
 from llm2vec.evaluation.jobs import jobs_of, work
 from llm2vec.evaluation.models import ModelChoice
 from llm2vec.evaluation.mteb_adapter import LLM2VecEncoder, benchmark_tasks, evaluate, find_task, load_tasks
 from llm2vec.evaluation.run import SUBSET15, Outcome, Request, dry_run, evaluate_all, expand
-from llm2vec.evaluation.run import jobs as eval_jobs
-from llm2vec.evaluation.run import run as evaluation
 from llm2vec.reports.results import read_query_scores
 from llm2vec.types import UserError
 

@@ -28,9 +28,9 @@ from mteb.models.models_protocols import EncoderProtocol
 from mteb.types import PromptType
 from torch.utils.data import DataLoader
 
+from llm2vec.evaluation import mteb_adapter
 from llm2vec.evaluation.files import RETRIEVAL_FILES, load_instructions, parts_of, retrieval_set_of
 from llm2vec.evaluation.mteb_adapter import LLM2VecEncoder, evaluate, load_tasks
-from llm2vec.evaluation.run import mteb_adapter
 from llm2vec.model import revision
 from llm2vec.model.revision import checkpoint_revision, model_name
 from llm2vec.types import UserError

@@ -21,8 +21,8 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from llm2vec import LLM2Vec
+from llm2vec.export import export as export_module
 from llm2vec.export.export import Export, Proof, export, push, without_local_paths
-from llm2vec.export.export import export as export_module
 from llm2vec.model.backbone import attach_lora
 from llm2vec.model.checkpoint import mark_of, save_checkpoint
 from llm2vec.model.settings import EncoderSettings, row_tokenizer

@@ -16,7 +16,6 @@ import reference
 import torch
 import torch.distributed as dist
 from helpers import family_tokenizer, tiny_model, write_jsonl
-from test_losses import Largest, Problem, blocked, gradients, plain, problem
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
@@ -33,6 +32,7 @@ from llm2vec.train.config_file import load_config
 from llm2vec.train.step import backward_step, loss_parts, split_batch
 from llm2vec.train.trainer import LOG_FILE
 from llm2vec.types import Example, InstructedText, UserError
+from tests.objectives.test_losses import Largest, Problem, blocked, gradients, plain, problem
 
 ROOT = Path(__file__).parents[2]
 SETTINGS = EncoderSettings(pooling_mode="last", attention="causal")

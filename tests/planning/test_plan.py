@@ -15,7 +15,6 @@ from typing import Any, get_args
 
 import pytest
 import reference
-import test_config
 import torch
 from helpers import family_tokenizer, tiny_model, write_jsonl
 from transformers import GPT2Config, LlamaConfig, MistralConfig, PretrainedConfig, Qwen2Config
@@ -32,6 +31,7 @@ from llm2vec.train.config import Stage
 from llm2vec.train.stages import stage_of
 from llm2vec.train.words import Schedule
 from llm2vec.types import UserError
+from tests.train import test_config
 
 ROOT = Path(__file__).parents[2]
 SCRIPT = ROOT / "experiments/plan.py"

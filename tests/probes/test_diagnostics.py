@@ -274,7 +274,8 @@ def test_a_model_on_held_out_rows_over_all_and_by_source(folder: Path) -> None:
             model, examples[number * NUM_HELD_OUT : (number + 1) * NUM_HELD_OUT]
         )
         expected |= {f"{name}/{source.name}": value for name, value in own.items()}
-    assert figures == pytest.approx(expected, rel=1e-5)
+    # Cosines near 0 are sums of float32 numbers near 1: their error is absolute, and differs by processor.
+    assert figures == pytest.approx(expected, rel=1e-5, abs=1e-6)
     assert json.loads(file.read_text(encoding="utf-8")) == line
     assert figures["alignment"] == pytest.approx(2 - 2 * figures["cosine_positive"])
 

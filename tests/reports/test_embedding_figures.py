@@ -12,7 +12,6 @@ import pytest
 from matplotlib.axes import Axes
 from matplotlib.colors import to_hex
 from matplotlib.patches import StepPatch
-from test_results import write_results
 
 from llm2vec.reports.embedding_figures import (
     Shapes,
@@ -31,6 +30,7 @@ from llm2vec.reports.paper_tables import Run
 from llm2vec.reports.results import read_results
 from llm2vec.train.log import drop_entries_after
 from llm2vec.types import UserError
+from tests.reports.test_results import write_results
 
 EVIL = "<script>alert('$x$')</script>"
 ROOT = Path(__file__).parents[2]

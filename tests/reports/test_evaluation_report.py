@@ -11,7 +11,6 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 
 import pytest
-from test_results import keep_predictions, write_qrels, write_results
 
 from llm2vec.reports.evaluation import EvaluationReport, as_json, as_markdown, as_text, build_report
 from llm2vec.reports.evaluation import write_evaluation_report as write
@@ -20,6 +19,7 @@ from llm2vec.reports.paper import read_paper
 from llm2vec.reports.paper_tables import Run, Table
 from llm2vec.reports.results import PARTS, read_results
 from llm2vec.types import UserError
+from tests.reports.test_results import keep_predictions, write_qrels, write_results
 
 ROOT = Path(__file__).parents[2]
 SCRIPT = ROOT / "experiments" / "report.py"

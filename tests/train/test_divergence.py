@@ -9,16 +9,16 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import test_trainer
 import torch
 from accelerate import Accelerator
 from forked_runs import Setup, assert_same_to_the_bit, kill_within, log_of, make_data, run, said, weights_of
-from test_trainer import Toy, entries
 from torch import Tensor
 
 from llm2vec.data.rows import OneSourceBlocks, Source, TrainingRows
 from llm2vec.train.trainer import EmbedderTrainer
 from llm2vec.types import Batch, Output, RunEnds
+from tests.train import test_trainer
+from tests.train.test_trainer import Toy, entries
 
 
 def diverge(monkeypatch: pytest.MonkeyPatch, numbers: set[int], how: str) -> None:

@@ -19,10 +19,10 @@ from torch import Tensor, nn
 from torch.utils.data import Sampler
 from transformers import TrainingArguments
 
-from llm2vec import llm2vec as llm2vec_module
 from llm2vec import llm2vec_q2d_d2q
 from llm2vec.data.rows import Instruction, OneSourceBlocks, Source, TrainingRows, block_order
 from llm2vec.llm2vec import LLM2Vec
+from llm2vec.model import embed as embed_module
 from llm2vec.model import packing
 from llm2vec.model.checkpoint import SETTINGS_FILE, read_settings
 from llm2vec.text.batches import pack_rows, starts_of
@@ -439,7 +439,7 @@ def test_tokens_per_microbatch_changes_nothing_but_memory(
         passes.append(sum(lengths))
         return original(model, attention, lengths, *arguments, **keywords)
 
-    for module in (llm2vec_module, llm2vec_q2d_d2q):
+    for module in (embed_module, llm2vec_q2d_d2q):
         monkeypatch.setattr(module, "packed_hidden_states", counted)
     keys = {**data, "optim": "sgd", "num_eval_rows": 8, "eval_strategy": "steps", "eval_steps": 3, "lora_r": 4}
     keys |= {"save_strategy": "no", "lora_dropout": 0.0, "learning_rate": 0.1, "logging_steps": 1}
