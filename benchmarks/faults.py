@@ -28,11 +28,11 @@ from typing import Any, Literal, NamedTuple
 import torch
 from safetensors.torch import load_file, save_file
 
+from llm2vec.cli import user_errors_in_one_sentence
 from llm2vec.quickstart.tiny import tiny_llama, train_tokenizer
 from llm2vec.reports.page import text_table
 from llm2vec.train.log import LOG_FILE
 from llm2vec.train.resume import checkpoints_in, why_unusable
-from llm2vec.train.run import user_errors_in_one_sentence
 from llm2vec.types import UserError
 
 SCRIPTS = Path(__file__).parents[1] / "experiments"

@@ -16,6 +16,7 @@ import statistics
 from collections.abc import Sequence
 from pathlib import Path
 
+from llm2vec.cli import user_errors_in_one_sentence
 from llm2vec.data.check import (
     OVERLAP_WORDS,
     CountTokens,
@@ -28,7 +29,6 @@ from llm2vec.data.check import (
 from llm2vec.data.rows import Source, archive_hint, e5_sources, read_sources_file, select_sources
 from llm2vec.model.backbone import load_tokenizer
 from llm2vec.train.rows import CHARACTERS_A_TOKEN
-from llm2vec.train.run import user_errors_in_one_sentence
 from llm2vec.types import UserError
 
 logger = logging.getLogger(__name__)

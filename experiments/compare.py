@@ -23,6 +23,7 @@ from pathlib import Path
 
 import torch
 
+from llm2vec.cli import user_errors_in_one_sentence
 from llm2vec.compare.runs import (
     EVALUATION_SCRIPT,
     FINISHED_FILE,
@@ -39,7 +40,6 @@ from llm2vec.compare.table import failure_lines, outcome_of, score_table, write_
 from llm2vec.corpus.queue import alone_in
 from llm2vec.model.checkpoint import RUN_FILE
 from llm2vec.reports.page import text_table
-from llm2vec.train.run import user_errors_in_one_sentence
 from llm2vec.types import UserError
 
 SCRIPTS = Path(__file__).resolve().parent

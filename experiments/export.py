@@ -14,11 +14,11 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
+from llm2vec.cli import user_errors_in_one_sentence
 from llm2vec.evaluation.files import load_instructions
 from llm2vec.export.export import Export, export, push
 from llm2vec.hub import without_waiting_for_the_hub
 from llm2vec.reports.results import read_results
-from llm2vec.train.run import user_errors_in_one_sentence
 
 
 def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:

@@ -20,11 +20,11 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import get_args
 
+from llm2vec.cli import user_errors_in_one_sentence
 from llm2vec.planning.gpus import CARDS, Card, card_here
 from llm2vec.planning.plan import Conditions, make_plan
 from llm2vec.planning.words import report
 from llm2vec.train.config import Stage
-from llm2vec.train.run import user_errors_in_one_sentence
 from llm2vec.types import UserError
 
 

@@ -25,11 +25,11 @@ from typing import Any
 
 from tqdm import tqdm
 
+from llm2vec.cli import user_errors_in_one_sentence
 from llm2vec.corpus.queue import alone_in
 from llm2vec.quickstart.docstrings import TRAIN_FILE
 from llm2vec.train.config import Stage
 from llm2vec.train.config_file import load_config
-from llm2vec.train.run import user_errors_in_one_sentence
 from llm2vec.types import UserError
 
 OUTPUT = Path("output/quickstart")

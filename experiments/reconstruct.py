@@ -20,6 +20,7 @@ from typing import Any
 
 from transformers import set_seed
 
+from llm2vec.cli import user_errors_in_one_sentence
 from llm2vec.data.rows import Instruction, Source, TrainingRows
 from llm2vec.evaluation.files import retrieval_set_of
 from llm2vec.files import write_json
@@ -37,7 +38,6 @@ from llm2vec.probes.reconstruction import (
 from llm2vec.probes.reconstruction_probe import ReconstructionProbe, as_json, as_table
 from llm2vec.train.config_file import load_config
 from llm2vec.train.rows import open_rows
-from llm2vec.train.run import user_errors_in_one_sentence
 from llm2vec.types import Example, InstructedText, UserError
 
 #: Options that do nothing in some modes, with those in which they do something.

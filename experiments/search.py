@@ -19,12 +19,12 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 from llm2vec.choice import EncoderChoice, add_encoder_flags, chosen_encoder
+from llm2vec.cli import user_errors_in_one_sentence
 from llm2vec.corpus.rows import check_unicode
 from llm2vec.corpus.text_index import Hit, TextIndex, build_index
 from llm2vec.llm2vec import LLM2Vec
 from llm2vec.probes.reconstruction import printable
 from llm2vec.quickstart.docstrings import Settings, installed_roots, read_passages, source_files, without_duplicates
-from llm2vec.train.run import user_errors_in_one_sentence
 from llm2vec.types import UserError
 
 DEMO_MODEL = Path("output/quickstart/anchor")

@@ -23,11 +23,11 @@ from pathlib import Path
 
 from transformers.utils import logging as transformers_logging
 
+from llm2vec.cli import user_errors_in_one_sentence
 from llm2vec.hub import without_waiting_for_the_hub
 from llm2vec.model.backbone import DTYPES
 from llm2vec.model.settings import EncoderSettings
 from llm2vec.reports.page import text_table
-from llm2vec.train.run import user_errors_in_one_sentence
 from llm2vec.types import InstructedText, UserError
 from llm2vec.verify.causes import find_causes
 from llm2vec.verify.compare import Answer, Parity, ask_server, ask_way, bundled_texts, compare, read_texts

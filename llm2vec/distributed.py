@@ -1,4 +1,4 @@
-"""Rank, world size and the few collectives the package needs; all are the identity in a single process.
+"""The few collectives that the package needs; all are the identity in a single process.
 
 No device is named here: tensors stay where they are, so the same lines run under gloo on CPU and NCCL on CUDA.
 """
@@ -6,8 +6,6 @@ No device is named here: tensors stay where they are, so the same lines run unde
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
-from contextlib import contextmanager
 from datetime import timedelta
 from typing import Any
 
@@ -15,20 +13,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-
-def world_size() -> int:
-    """Number of processes of this run; 1 without torch.distributed."""
-    return dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
-
-
-def rank() -> int:
-    """Index of this process in the run; 0 without torch.distributed."""
-    return dist.get_rank() if dist.is_available() and dist.is_initialized() else 0
-
-
-def local_rank() -> int:
-    """Index of this process among those of its machine, as torchrun tells; 0 without it."""
-    return int(os.environ.get("LOCAL_RANK", "0"))
+from llm2vec.processes import rank, world_size
 
 
 class _Gather(torch.autograd.Function):
@@ -89,46 +74,3 @@ def join_on_cpu(seconds: int) -> None:
     """
     if int(os.environ.get("WORLD_SIZE", "1")) > 1 and not dist.is_initialized():
         dist.init_process_group("gloo", timeout=timedelta(seconds=seconds))
-
-
-@contextmanager
-def rank_zero_first() -> Iterator[None]:
-    """Run the body on rank 0 before the others, so that one process builds a file the others only read."""
-    if world_size() > 1 and rank() != 0:
-        dist.barrier()
-    try:
-        yield
-    finally:
-        if world_size() > 1 and rank() == 0:
-            dist.barrier()
-
-
-@contextmanager
-def first_of_each_machine_first() -> Iterator[None]:
-    """Run the body on one process of each machine before that machine's others; inside may be `rank_zero_first`."""
-    is_first = local_rank() == 0
-    if world_size() > 1 and not is_first:
-        dist.barrier()
-    try:
-        yield
-    finally:
-        if world_size() > 1 and is_first:
-            dist.barrier()
-
-
-def shut_down() -> None:
-    """Wait for all ranks and leave the process group; a process that just exits can abort in its network threads."""
-    if dist.is_available() and dist.is_initialized():
-        dist.barrier()
-        dist.destroy_process_group()
-
-
-def is_of_lost_process(error: RuntimeError) -> bool:
-    """Whether a collective failed because another process is gone, or did not come within the group's time."""
-    if world_size() == 1:
-        return False
-    text = str(error)
-    return isinstance(error, dist.DistError) or any(
-        sign in text
-        for sign in ("Connection closed by peer", "Connection reset by peer", "Timed out waiting", "Broken pipe")
-    )

@@ -23,7 +23,7 @@ import torch.distributed as dist
 from helpers import family_tokenizer, tiny_model, write_jsonl
 from safetensors.torch import load_file
 
-import llm2vec.train.run
+import llm2vec.cli
 from llm2vec.train.trainer import LOG_FILE, EmbedderTrainer
 
 SCRIPTS = Path(__file__).parents[1] / "experiments"
@@ -94,7 +94,7 @@ def _run_rank(script: str, file: Path, rank: int, processes: int, setup: Setup) 
     sys.stdout, sys.stderr = (os.fdopen(stream, "w", buffering=1, closefd=False) for stream in (1, 2))
     logging.getLogger().handlers.clear()  # pytest's, which the fork has brought
     torch.set_num_threads(1)
-    llm2vec.train.run.SECONDS_BEHIND_THE_FIRST = 1.0  # torchrun, which ends the others, is not there
+    llm2vec.cli.SECONDS_BEHIND_THE_FIRST = 1.0  # torchrun, which ends the others, is not there
     code = 0
     try:
         for name in ("WORLD_SIZE", "RANK", "LOCAL_RANK", "LOCAL_WORLD_SIZE"):

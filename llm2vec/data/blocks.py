@@ -18,8 +18,8 @@ from transformers import PreTrainedTokenizerBase
 
 from llm2vec.data.rows import ROWS_VERSION, Source, find_files, parse_line, read_rows
 from llm2vec.data.tables import cached_table, check_unchanged, stamp_of
-from llm2vec.distributed import rank_zero_first
 from llm2vec.files import check_unicode, parse_object
+from llm2vec.processes import rank_zero_first
 from llm2vec.types import UserError
 
 #: What the name of a file of texts ends in.

@@ -21,7 +21,7 @@ from typing import Any
 
 import numpy as np
 
-from llm2vec.distributed import first_of_each_machine_first, local_rank, rank_zero_first
+from llm2vec.processes import first_of_each_machine_first, local_rank, rank_zero_first
 from llm2vec.types import UserError
 
 logger = logging.getLogger(__name__)

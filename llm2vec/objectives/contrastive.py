@@ -17,11 +17,12 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from llm2vec.distributed import gather_with_gradient, rank, world_size
+from llm2vec.distributed import gather_with_gradient
 from llm2vec.model.backbone import Backbone
 from llm2vec.model.embed import embed
 from llm2vec.model.settings import EncoderSettings
 from llm2vec.objectives.losses import CrossEntropy, distillation, info_nce, unit
+from llm2vec.processes import rank, world_size
 from llm2vec.types import Batch, Example, InstructedText, Output, UserError
 
 

@@ -32,8 +32,9 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from llm2vec.data.rows import TrainingRows
-from llm2vec.distributed import rank, sum_over_ranks, world_size
+from llm2vec.distributed import sum_over_ranks
 from llm2vec.llm2vec import LLM2Vec
+from llm2vec.processes import rank, world_size
 from llm2vec.types import InstructedText, RunEnds, TextSide
 
 DIAGNOSTICS_FILE = "diagnostics.jsonl"

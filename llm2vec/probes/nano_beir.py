@@ -14,8 +14,9 @@ from sentence_transformers.sentence_transformer.evaluation import NanoBEIREvalua
 from sentence_transformers.util import cos_sim
 from torch import Tensor
 
-from llm2vec.distributed import rank, sum_over_ranks, world_size
+from llm2vec.distributed import sum_over_ranks
 from llm2vec.llm2vec import LLM2Vec
+from llm2vec.processes import rank, world_size
 from llm2vec.types import UserError, first_line
 
 #: The sets, with the paper's instructions for them (Table 13).

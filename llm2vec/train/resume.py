@@ -32,8 +32,9 @@ from transformers import TrainingArguments
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
 from llm2vec.data.tables import content_hash
-from llm2vec.distributed import join_on_cpu, max_over_ranks, rank, world_size
+from llm2vec.distributed import join_on_cpu, max_over_ranks
 from llm2vec.model.checkpoint import RUN_FILE, SUMS_FILE, check_complete, check_sums, environment, mark_of, read_run
+from llm2vec.processes import rank, world_size
 from llm2vec.train.config import CHECKPOINTING_KEYS, COMPILE_KEYS, Config, training_arguments
 from llm2vec.types import RunEnds, UserError
 

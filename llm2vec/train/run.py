@@ -1,8 +1,7 @@
 """A run from its first line to its last checkpoint: say what will happen, train, stop or go on, save.
 
 The scripts under `experiments/` open the rows (`run_rows`), load the model (`run_model`), choose a collator
-(`collation`) and call `train`, so that each reads top to bottom. Scripts that train nothing take from here how a user's
-mistake is told.
+(`collation`) and call `train`, so that each reads top to bottom.
 """
 
 from __future__ import annotations
@@ -10,12 +9,8 @@ from __future__ import annotations
 import dataclasses
 import logging
 import os
-import signal
 import sys
-import time
-import warnings
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -23,14 +18,14 @@ from accelerate.utils import send_to_device
 from torch import Tensor, nn
 from transformers import PreTrainedTokenizerBase, TrainingArguments
 
+from llm2vec.cli import user_errors_in_one_sentence as user_errors_in_one_sentence  # goes once nobody takes it here
 from llm2vec.data.collation import Collate, CollateSides, check_examples
 from llm2vec.data.tables import content_hash
-from llm2vec.distributed import is_of_lost_process, local_rank, rank, shut_down, world_size
 from llm2vec.model.checkpoint import mark_of, read_weights, save_checkpoint
 from llm2vec.model.recomputation import fit_activations
 from llm2vec.model.settings import EncoderSettings, row_tokenizer
 from llm2vec.probes.diagnostics import DIAGNOSTICS_FILE
-from llm2vec.signals import StopSignals
+from llm2vec.processes import StopSignals, rank, world_size
 from llm2vec.text.tokenization import probe_ids
 from llm2vec.train.config import Config
 from llm2vec.train.log import drop_entries_after
@@ -41,61 +36,9 @@ from llm2vec.train.run_probes import probes_of
 from llm2vec.train.sharding import plan_sharding, state_of_model
 from llm2vec.train.trainer import EmbedderTrainer
 from llm2vec.train.words import describe, steps_an_epoch
-from llm2vec.types import RunEnds, UserError, first_line
+from llm2vec.types import RunEnds, UserError
 
 logger = logging.getLogger(__name__)
-
-#: How long a process waits with what the first one of its machine may say for it. On a machine under load that one may
-#: come to the same mistake many seconds later; once it has, torchrun ends the others within seconds.
-SECONDS_BEHIND_THE_FIRST = 60.0
-
-
-@contextmanager
-def user_errors_in_one_sentence() -> Iterator[None]:
-    """Around a script's main: sets up logging and leaves the process group at the end; a UserError is printed and ends
-    with exit code 2, a RunEnds with its own, Ctrl-C with 130."""
-    level = logging.INFO if _is_first_process() else logging.ERROR
-    logging.basicConfig(level=level, format="%(message)s")
-    logging.getLogger("httpx").setLevel(logging.WARNING)
-    logging.getLogger("huggingface_hub").setLevel(logging.ERROR)  # an unreachable hub is said in one sentence
-    warnings.filterwarnings("ignore", category=FutureWarning, module="transformers")  # peft uses its older names
-    try:
-        yield
-        shut_down()
-    except UserError as error:
-        _say_error(str(error))
-        raise SystemExit(2) from None
-    except RunEnds as end:
-        if end.code:
-            _say_error(str(end))
-        else:
-            if _is_first_process():
-                sys.stderr.write(f"{end}\n")
-            shut_down()
-        raise SystemExit(end.code) from None
-    except KeyboardInterrupt:  # where no run is under way, which would save first (`signals`)
-        if _is_first_process():
-            sys.stderr.write("interrupted\n")
-        raise SystemExit(128 + signal.SIGINT) from None
-    except RuntimeError as error:
-        if not is_of_lost_process(error):
-            raise
-        sys.stderr.write(f"error: process {rank()}: another process of the run ended or hangs ({first_line(error)}).\n")
-        os._exit(1)  # leaving the group in order would wait for it
-
-
-def _say_error(text: str) -> None:
-    """Print an error that this process met; most are met by all of them.
-
-    The first process of a machine says it at once, and torchrun then ends the others, which wait; one that alone met it
-    lives to say it. Without a text, another process has it.
-    """
-    if not text:
-        return
-    if local_rank() > 0:
-        time.sleep(SECONDS_BEHIND_THE_FIRST)
-    process = "" if _is_first_process() else f"process {os.environ['RANK']}: "
-    sys.stderr.write(f"error: {process}{text}\n")
 
 
 def config_path(arguments: Sequence[str]) -> Path:
@@ -226,7 +169,3 @@ def provenance(config: Config, args: TrainingArguments, rows: Rows, ids: list[li
         ],
         "probe_ids": ids,
     }
-
-
-def _is_first_process() -> bool:
-    return os.environ.get("RANK", "0") == "0"

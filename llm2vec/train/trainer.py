@@ -38,9 +38,9 @@ from transformers import (
 )
 from transformers.trainer import OPTIMIZER_NAME, SCHEDULER_NAME, TRAINER_STATE_NAME
 
-from llm2vec.distributed import max_over_ranks, rank, sum_over_ranks
+from llm2vec.distributed import max_over_ranks, sum_over_ranks
 from llm2vec.model.checkpoint import write_sums
-from llm2vec.signals import leave_process_group
+from llm2vec.processes import leave_process_group, rank
 from llm2vec.train.log import LOG_FILE, JsonLog, StepFigures
 from llm2vec.train.resume import (
     FIGURES_FILE,

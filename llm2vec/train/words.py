@@ -12,8 +12,8 @@ from torch import nn
 from transformers import TrainingArguments
 
 from llm2vec.data.collation import Collate
-from llm2vec.distributed import world_size
 from llm2vec.model.settings import EncoderSettings
+from llm2vec.processes import world_size
 from llm2vec.train.config import Config
 from llm2vec.train.rows import Rows, sample_of
 

@@ -22,11 +22,12 @@ from torch.nn.parallel import DistributedDataParallel
 from llm2vec import LLM2Vec
 from llm2vec.data.collation import CollateSides
 from llm2vec.data.rows import parse_row, read_rows
-from llm2vec.distributed import rank, sum_over_ranks, world_size
+from llm2vec.distributed import sum_over_ranks
 from llm2vec.model.backbone import attach_lora
 from llm2vec.model.settings import EncoderSettings, row_tokenizer
 from llm2vec.objectives.contrastive import ContrastiveLearning, Negatives, RowFacts, hash_of
 from llm2vec.objectives.losses import distillation, info_nce, linear_cross_entropy, unit
+from llm2vec.processes import rank, world_size
 from llm2vec.text.tokenization import RowTokenizer
 from llm2vec.train.config_file import load_config
 from llm2vec.train.step import backward_step, loss_parts, split_batch

@@ -20,12 +20,13 @@ from torch.nn.parallel import DistributedDataParallel
 
 from llm2vec import LLM2Vec
 from llm2vec.data.collation import CollateSides
-from llm2vec.distributed import rank, sum_over_ranks, world_size
+from llm2vec.distributed import sum_over_ranks
 from llm2vec.model.backbone import attach_lora
 from llm2vec.model.settings import EncoderSettings, row_tokenizer
 from llm2vec.objectives.contrastive import ContrastiveLearning
 from llm2vec.objectives.grit import ContrastiveLanguageModelling
 from llm2vec.objectives.language_modelling import LanguageModelling
+from llm2vec.processes import rank, world_size
 from llm2vec.train.config_file import load_config
 from llm2vec.train.step import backward_step, loss_parts, split_batch
 from llm2vec.train.trainer import LOG_FILE

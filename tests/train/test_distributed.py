@@ -23,22 +23,15 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
-from llm2vec import distributed
+from llm2vec import processes as processes_module
 from llm2vec.data.collation import CollateSides
-from llm2vec.distributed import (
-    first_of_each_machine_first,
-    gather_with_gradient,
-    max_over_ranks,
-    rank,
-    rank_zero_first,
-    sum_over_ranks,
-    world_size,
-)
+from llm2vec.distributed import gather_with_gradient, max_over_ranks, sum_over_ranks
 from llm2vec.llm2vec_q2d_d2q import BidirectionalReconstruction
 from llm2vec.model.backbone import attach_lora, enable_checkpointing
 from llm2vec.model.packing import checkpoint_contexts
 from llm2vec.model.settings import EncoderSettings, row_tokenizer
 from llm2vec.objectives.contrastive import ContrastiveLearning
+from llm2vec.processes import first_of_each_machine_first, rank, rank_zero_first, world_size
 from llm2vec.train.step import backward_step, loss_parts, number_of_pieces, split_batch
 from llm2vec.train.trainer import LOG_FILE
 from llm2vec.types import Batch
@@ -172,10 +165,10 @@ def test_one_process_is_the_identity() -> None:
 def test_a_machines_first_process_comes_before_its_others(monkeypatch: pytest.MonkeyPatch) -> None:
     """Two machines of two processes, here threads: the run's first, the other machine's first, then the others."""
     here, barrier, came = threading.local(), threading.Barrier(4, timeout=60), list[int]()
-    monkeypatch.setattr(distributed, "world_size", lambda: 4)
-    monkeypatch.setattr(distributed, "rank", lambda: here.rank)
-    monkeypatch.setattr(distributed, "local_rank", lambda: here.rank % 2)
-    monkeypatch.setattr(distributed.dist, "barrier", barrier.wait)
+    monkeypatch.setattr(processes_module, "world_size", lambda: 4)
+    monkeypatch.setattr(processes_module, "rank", lambda: here.rank)
+    monkeypatch.setattr(processes_module, "local_rank", lambda: here.rank % 2)
+    monkeypatch.setattr(torch.distributed, "barrier", barrier.wait)
 
     def process(number: int) -> None:
         here.rank = number

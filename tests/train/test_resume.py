@@ -477,7 +477,7 @@ def test_a_mistake_that_all_processes_meet_is_said_once(
 
     monkeypatch.setenv("RANK", "1")
     monkeypatch.setenv("LOCAL_RANK", "1")
-    monkeypatch.setattr("llm2vec.train.run.time.sleep", sleep)
+    monkeypatch.setattr("llm2vec.cli.time.sleep", sleep)
     with pytest.raises(Ended), run_module.user_errors_in_one_sentence():
         raise UserError("alpha is 2; it must lie between 0 and 1.")
     assert "error" not in capfd.readouterr().err

@@ -18,7 +18,7 @@ from typing import Any
 import pytest
 from forked_runs import Setup, assert_same_to_the_bit, log_of, make_data, run, said, signal_within
 
-from llm2vec.signals import STOP_SIGNALS, StopSignals
+from llm2vec.processes import STOP_SIGNALS, StopSignals
 from llm2vec.train import trainer
 from llm2vec.train.resume import checkpoints_in, why_unusable
 from llm2vec.train.trainer import LOG_FILE

@@ -1,0 +1,153 @@
+"""What all commands share: a user's mistake told in one sentence, what is logged, and flags.
+
+This loads no torch. Where a run of several processes needs more (to leave together, to speak once), torch is there
+already; `llm2vec.processes` looks.
+"""
+
+from __future__ import annotations
+
+import argparse
+import logging
+import math
+import os
+import signal
+import sys
+import time
+import warnings
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import NoReturn
+
+from llm2vec.processes import is_first_process, is_of_lost_process, local_rank, rank, shut_down
+from llm2vec.types import RunEnds, UserError, first_line
+
+#: How long a process waits with what the first one of its machine may say for it. On a machine under load that one may
+#: come to the same mistake many seconds later; once it has, torchrun ends the others within seconds.
+SECONDS_BEHIND_THE_FIRST = 60.0
+
+
+def run_command(main: Callable[[Sequence[str]], int | None]) -> None:
+    """Run a command on this process's arguments; ends the process where its exit code is not 0.
+
+    Args:
+        main: takes the arguments without the command's name; returns the exit code, None for 0.
+    """
+    with user_errors_in_one_sentence():
+        code = main(sys.argv[1:])
+    if code:
+        raise SystemExit(code)
+
+
+@contextmanager
+def user_errors_in_one_sentence() -> Iterator[None]:
+    """Around a command: sets up logging first, and leaves the process group at the end.
+
+    What ends a command early becomes an exit code: a `UserError`, printed as `error: ...`, 2; a `RunEnds` its own;
+    Ctrl-C 130. Where another process of the run is lost, this one ends with 1.
+    """
+    set_up_logging()
+    try:
+        yield
+        shut_down()
+    except UserError as error:
+        _say_error(str(error))
+        code = 2
+    except RunEnds as end:
+        _say_end(end)
+        code = end.code
+    except KeyboardInterrupt:  # where no run is under way, which would save first (`StopSignals`)
+        _say_once("interrupted")
+        code = 128 + signal.SIGINT
+    except RuntimeError as error:
+        if not is_of_lost_process(error):
+            raise
+        _end_without_the_others(error)
+    else:
+        return
+    raise SystemExit(code)
+
+
+def set_up_logging() -> None:
+    """What is logged goes to stderr: the first process's from INFO on, of the others only errors."""
+    level = logging.INFO if is_first_process() else logging.ERROR
+    logging.basicConfig(level=level, format="%(message)s")
+    logging.getLogger("httpx").setLevel(logging.WARNING)
+    logging.getLogger("huggingface_hub").setLevel(logging.ERROR)  # an unreachable hub is said in one sentence
+    warnings.filterwarnings("ignore", category=FutureWarning, module="transformers")  # peft uses its older names
+
+
+def _say_error(text: str) -> None:
+    """Print an error that this process met; most are met by all of them.
+
+    The first process of a machine says it at once, and torchrun then ends the others, which wait; one that alone met it
+    lives to say it. Without a text, another process has it.
+    """
+    if not text:
+        return
+    if local_rank() > 0:
+        time.sleep(SECONDS_BEHIND_THE_FIRST)
+    process = "" if is_first_process() else f"process {os.environ['RANK']}: "
+    sys.stderr.write(f"error: {process}{text}\n")
+
+
+def _say_end(end: RunEnds) -> None:
+    """Print why a run is over; if all is well, leave together."""
+    if end.code:
+        _say_error(str(end))
+    else:
+        _say_once(str(end))
+        shut_down()
+
+
+def _say_once(text: str) -> None:
+    if is_first_process():
+        sys.stderr.write(f"{text}\n")
+
+
+def _end_without_the_others(error: RuntimeError) -> NoReturn:
+    """End where another process is lost: to leave the group in order would be to wait for it."""
+    sys.stderr.write(f"error: process {rank()}: another process of the run ended or hangs ({first_line(error)}).\n")
+    os._exit(1)
+
+
+# --- flags ---
+
+
+def parser(command: str, doc: str | None) -> argparse.ArgumentParser:
+    """A command's parser, to which it adds its flags.
+
+    Args:
+        command: its name behind `llm2vec`.
+        doc: the help; a command gives its module's docstring.
+    """
+    return _Parser(
+        prog=f"llm2vec {command}",
+        description=doc,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+    )
+
+
+class _Parser(argparse.ArgumentParser):
+    """Tells a mistake as every other one is told, in one sentence and without the list of all flags."""
+
+    def error(self, message: str) -> NoReturn:
+        raise UserError(f"{message.removeprefix('argument ').rstrip('.')}; see {self.prog} --help.")
+
+
+def positive(text: str) -> int:
+    """A whole number above 0: `type=positive` of a flag."""
+    if not text.isdecimal() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"{text} is not a whole number above 0")
+    return int(text)
+
+
+def positive_float(text: str) -> float:
+    """A finite number above 0: `type=positive_float` of a flag."""
+    try:
+        number = float(text)
+    except ValueError:
+        number = math.nan
+    if not 0 < number < math.inf:
+        raise argparse.ArgumentTypeError(f"{text} is not a number above 0")
+    return number
