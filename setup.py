@@ -12,7 +12,7 @@ setup(
     long_description_content_type="text/markdown",
     license="MIT",
     packages=find_packages(include=["llm2vec", "llm2vec.*"]),
-    package_data={"llm2vec": ["py.typed"]},
+    package_data={"llm2vec": ["py.typed"], "llm2vec.data": ["*.json"]},
     python_requires=">=3.11",
     install_requires=[
         "torch>=2.6",

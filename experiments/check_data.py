@@ -26,7 +26,7 @@ from llm2vec.data.check import (
     language_of,
     record_hashes,
 )
-from llm2vec.data.rows import Source, archive_hint, e5_sources, read_sources_file, select_sources
+from llm2vec.data.sources import Source, archive_hint, e5_sources, read_sources_file, select_sources
 from llm2vec.model.backbone import load_tokenizer
 from llm2vec.train.rows import CHARACTERS_A_TOKEN
 from llm2vec.types import UserError

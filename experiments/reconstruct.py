@@ -21,7 +21,8 @@ from typing import Any
 from transformers import set_seed
 
 from llm2vec.cli import user_errors_in_one_sentence
-from llm2vec.data.rows import Instruction, Source, TrainingRows
+from llm2vec.data.rows import TrainingRows
+from llm2vec.data.sources import Instruction, Source
 from llm2vec.evaluation.files import retrieval_set_of
 from llm2vec.files import write_json
 from llm2vec.probes.reconstruction import (

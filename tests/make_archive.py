@@ -15,7 +15,7 @@ from pathlib import Path
 
 import numpy as np
 
-from llm2vec.data.rows import E5_INSTRUCTIONS
+from llm2vec.data.sources import e5_sources
 
 #: Shares of the 14 sources, in their order: uneven, as the released ones are.
 SHARES = (18, 6, 2, 7, 6, 2, 3, 24, 5, 6, 5, 6, 6, 4)
@@ -43,8 +43,8 @@ def write_archive(folder: Path, num_rows: int, seed: int = 0) -> list[Path]:
     folder.mkdir(parents=True, exist_ok=True)
     text, generator = source_text(), np.random.default_rng(seed)
     files = []
-    for name, share in zip(E5_INSTRUCTIONS, SHARES, strict=True):
-        files.append(folder / f"{name}.jsonl")
+    for source, share in zip(e5_sources(), SHARES, strict=True):
+        files.append(folder / source.file)
         left = num_rows * share // sum(SHARES)
         with files[-1].open("w", encoding="utf-8") as out:
             while left > 0:

@@ -26,7 +26,8 @@ from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 
 from llm2vec import LLM2Vec
-from llm2vec.data.rows import parse_line, parse_row, read_sources_file
+from llm2vec.data.lines import parse_line, parse_row
+from llm2vec.data.sources import read_sources_file
 from llm2vec.evaluation.files import load_instructions, retrieval_set_of
 from llm2vec.files import parse_json
 from llm2vec.model.checkpoint import read_settings

@@ -24,7 +24,7 @@ from pathlib import Path
 from queue import SimpleQueue
 from typing import Any, NamedTuple, get_args
 
-from llm2vec.data.rows import e5_sources, find_files, read_sources_file, select_sources
+from llm2vec.data.sources import e5_sources, find_files, read_sources_file, select_sources
 from llm2vec.files import read_object, write_json
 from llm2vec.hub import find_file, without_waiting_for_the_hub
 from llm2vec.model.checkpoint import RUN_FILE, SETTINGS_FILE, check_complete

@@ -16,7 +16,9 @@ from tokenizers import Tokenizer
 from torch.utils.data import Dataset
 from transformers import PreTrainedTokenizerBase
 
-from llm2vec.data.rows import ROWS_VERSION, Source, find_files, parse_line, read_rows
+from llm2vec.data.lines import parse_line
+from llm2vec.data.rows import ROWS_VERSION, read_rows
+from llm2vec.data.sources import Source, find_files
 from llm2vec.data.tables import cached_table, check_unchanged, stamp_of
 from llm2vec.files import check_unicode, parse_object
 from llm2vec.processes import rank_zero_first

@@ -23,7 +23,8 @@ from typing import Any
 
 import numpy as np
 
-from llm2vec.data.rows import Source, parse_row
+from llm2vec.data.lines import parse_row
+from llm2vec.data.sources import Source
 from llm2vec.files import parse_json, read_object
 from llm2vec.types import UserError
 

@@ -16,7 +16,7 @@ import numpy as np
 from transformers import PreTrainedTokenizerBase, TrainingArguments
 
 from llm2vec.data.collation import Collate, CollateSides, check_examples
-from llm2vec.data.rows import OneSourceBlocks
+from llm2vec.data.order import OneSourceBlocks
 from llm2vec.hub import find_file, without_waiting_for_the_hub
 from llm2vec.model.backbone import Chain
 from llm2vec.model.checkpoint import resolve_chain

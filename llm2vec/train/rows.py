@@ -12,15 +12,9 @@ from typing import Any, TypeAlias
 from transformers import TrainingArguments
 
 from llm2vec.data.blocks import TEXT_SUFFIXES, TextBlocks, Texts, texts_of_file, texts_of_hub, texts_of_sources
-from llm2vec.data.rows import (
-    Instruction,
-    OneSourceBlocks,
-    Source,
-    TrainingRows,
-    e5_sources,
-    read_sources_file,
-    select_sources,
-)
+from llm2vec.data.order import OneSourceBlocks
+from llm2vec.data.rows import TrainingRows
+from llm2vec.data.sources import Instruction, Source, e5_sources, read_sources_file, select_sources
 from llm2vec.train.config import Config
 from llm2vec.types import UserError
 

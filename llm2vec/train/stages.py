@@ -23,7 +23,7 @@ from transformers import (
 
 from llm2vec.data.blocks import TEXT_SUFFIXES, open_blocks
 from llm2vec.data.collation import Collate, CollateSides, Side
-from llm2vec.data.rows import find_files
+from llm2vec.data.sources import find_files
 from llm2vec.files import read_object
 from llm2vec.llm2vec_q2d_d2q import BidirectionalReconstruction
 from llm2vec.model.backbone import Backbone, add_token_rows, parse_dtype, set_attention_dropout

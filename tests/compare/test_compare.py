@@ -479,7 +479,7 @@ def shipped(request: pytest.FixtureRequest, tmp_path: Path, monkeypatch: pytest.
     write(tmp_path / "output/quickstart/base/model.safetensors", "")
     write(tmp_path / "cache/docstrings/train/docstrings.jsonl", "")
     (tmp_path / "cache/docstrings/eval").mkdir(parents=True)
-    from llm2vec.data.rows import e5_sources
+    from llm2vec.data.sources import e5_sources
 
     for source in e5_sources():
         write(tmp_path / "cache/echo-data" / source.file, "")

@@ -13,18 +13,10 @@ import pytest
 from helpers import write_jsonl
 from torch.utils.data import BatchSampler
 
-from llm2vec.data.rows import (
-    E5_INSTRUCTIONS,
-    Instruction,
-    OneSourceBlocks,
-    Source,
-    TrainingRows,
-    block_order,
-    e5_sources,
-    parse_row,
-    read_sources_file,
-    select_sources,
-)
+from llm2vec.data.lines import parse_row
+from llm2vec.data.order import OneSourceBlocks, block_order
+from llm2vec.data.rows import TrainingRows
+from llm2vec.data.sources import Instruction, Source, e5_sources, read_sources_file, select_sources
 from llm2vec.types import Example, InstructedText, UserError
 
 TABLES = Path(__file__).parents[3] / "shared/paper/tables.json"
@@ -65,14 +57,14 @@ def test_the_release_has_14_sources_and_16_instructions() -> None:
 def test_instructions_are_those_of_table_6() -> None:
     """Word for word and in the paper's order."""
     table = json.loads(TABLES.read_text(encoding="utf-8"))["table_6"]["datasets"]
-    assert {name: [i.text for i in instructions] for name, instructions in E5_INSTRUCTIONS.items()} == {
+    assert {source.name: [i.text for i in source.instructions] for source in e5_sources()} == {
         entry["file_stem"]: entry["instructions"] for entry in table.values()
     }
 
 
 def test_symmetric_instructions_are_those_of_similarity() -> None:
     """NLI's second instruction and both of Quora compare like with like; all others retrieve."""
-    symmetric = [(name, i.text) for name, texts in E5_INSTRUCTIONS.items() for i in texts if i.symmetric]
+    symmetric = [(source.name, i.text) for source in e5_sources() for i in source.instructions if i.symmetric]
     assert symmetric == [
         ("allnli", "Retrieve semantically similar text"),
         (
@@ -192,11 +184,13 @@ def test_sources_file(tmp_path: Path) -> None:
         "bare": {"file": "x.jsonl"},
         "one": {"file": "sub/y.jsonl", "instruction": "find", "symmetric": True},
         "many": {"file": "z.jsonl", "instruction": ["find", "same"]},
+        "mixed": {"file": "z.jsonl", "instruction": ["find", "same"], "symmetric": [False, True]},
     }
     assert read_sources_file(write_table(tmp_path / "s.json", table)) == [
         Source("bare", "x.jsonl", (Instruction(""),)),
         Source("one", "sub/y.jsonl", (Instruction("find", True),)),
         Source("many", "z.jsonl", (Instruction("find"), Instruction("same"))),
+        Source("mixed", "z.jsonl", (Instruction("find"), Instruction("same", True))),
     ]
 
 
@@ -212,6 +206,8 @@ def test_sources_file(tmp_path: Path) -> None:
         ({"a": {"file": ""}}, "source 'a': `file` must name a JSONL file"),
         ({"a": {"file": 3}}, "source 'a': `file` must name a JSONL file"),
         ({"a": {"file": "x", "symmetric": "yes"}}, "source 'a': `symmetric` must be true or false"),
+        ({"a": {"file": "x", "symmetric": [True, False]}}, "or a list of these, one for each instruction"),
+        ({"a": {"file": "x", "instruction": ["y", "z"], "symmetric": [True, 1]}}, "`symmetric` must be true or"),
         ({"a": {"file": "x", "instruction": []}}, "source 'a': `instruction` must be a string or a list of strings"),
         ({"a": {"file": "x", "instruction": [1]}}, "source 'a': `instruction` must be a string or a list of strings"),
         ({"b": {"file": "x"}, "a": {"file": "x", "instruction": None}}, "source 'a': `instruction` must be a string"),

@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 
 from llm2vec.data.check import LEAST_WORDS, OVERLAP_WORDS, TestTexts, check_source, language_of
-from llm2vec.data.rows import Source
+from llm2vec.data.sources import Source
 from llm2vec.types import UserError
 
 SCRIPT = Path(__file__).parents[2] / "experiments" / "check_data.py"

@@ -20,7 +20,9 @@ from make_archive import write_archive
 from llm2vec.data import rows as data
 from llm2vec.data import tables as cached_tables
 from llm2vec.data.blocks import texts_of_file
-from llm2vec.data.rows import Instruction, OneSourceBlocks, Source, TrainingRows
+from llm2vec.data.order import OneSourceBlocks
+from llm2vec.data.rows import TrainingRows
+from llm2vec.data.sources import Instruction, Source
 from llm2vec.data.tables import BLOCK_BYTES, HASHES_FOLDER, SUMS_FILE, TABLES_FOLDER, content_hash, stamp_of
 from llm2vec.types import UserError
 

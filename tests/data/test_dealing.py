@@ -10,7 +10,9 @@ from accelerate.data_loader import BatchSamplerShard
 from helpers import write_jsonl
 from torch.utils.data import BatchSampler
 
-from llm2vec.data.rows import Instruction, OneSourceBlocks, Source, TrainingRows, block_order, deal
+from llm2vec.data.order import OneSourceBlocks, block_order, deal
+from llm2vec.data.rows import TrainingRows
+from llm2vec.data.sources import Instruction, Source
 
 SIZES = {"a": 120, "b": 70}
 

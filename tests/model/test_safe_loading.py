@@ -26,7 +26,8 @@ from safetensors.torch import load_file
 
 from llm2vec import LLM2Vec
 from llm2vec.data.blocks import texts_of_hub
-from llm2vec.data.rows import Source, TrainingRows, read_sources_file
+from llm2vec.data.rows import TrainingRows
+from llm2vec.data.sources import Source, read_sources_file
 from llm2vec.evaluation.models import ModelChoice, kind_of, load_encoder
 from llm2vec.export.export import Export, export
 from llm2vec.files import write_json

@@ -21,7 +21,8 @@ from torch.nn.parallel import DistributedDataParallel
 
 from llm2vec import LLM2Vec
 from llm2vec.data.collation import CollateSides
-from llm2vec.data.rows import parse_row, read_rows
+from llm2vec.data.lines import parse_row
+from llm2vec.data.rows import read_rows
 from llm2vec.distributed import sum_over_ranks
 from llm2vec.model.backbone import attach_lora
 from llm2vec.model.settings import EncoderSettings, row_tokenizer

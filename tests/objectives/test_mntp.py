@@ -29,7 +29,8 @@ from llm2vec.data.blocks import (
     texts_of_hub,
     texts_of_sources,
 )
-from llm2vec.data.rows import OneSourceBlocks, Source
+from llm2vec.data.order import OneSourceBlocks
+from llm2vec.data.sources import Source
 from llm2vec.llm2vec import LLM2Vec
 from llm2vec.model.backbone import attach_lora, enable_checkpointing
 from llm2vec.model.checkpoint import RUN_FILE, read_settings

@@ -21,7 +21,8 @@ from helpers import family_tokenizer, tiny_model, write_jsonl
 from safetensors.torch import load_file
 from torch import Tensor
 
-from llm2vec.data.rows import Instruction, Source, TrainingRows
+from llm2vec.data.rows import TrainingRows
+from llm2vec.data.sources import Instruction, Source
 from llm2vec.llm2vec import LLM2Vec
 from llm2vec.probes import diagnostics
 from llm2vec.probes.diagnostics import (

@@ -23,7 +23,8 @@ from torch import Tensor
 from transformers import GenerationConfig
 
 from llm2vec import LLM2Vec
-from llm2vec.data.rows import Instruction, Source, TrainingRows
+from llm2vec.data.rows import TrainingRows
+from llm2vec.data.sources import Instruction, Source
 from llm2vec.llm2vec_q2d_d2q import BidirectionalReconstruction
 from llm2vec.model.checkpoint import RUN_FILE, SETTINGS_FILE
 from llm2vec.model.settings import EncoderSettings, row_tokenizer

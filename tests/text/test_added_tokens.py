@@ -19,7 +19,8 @@ from torch import Tensor
 from transformers import TrainingArguments
 
 from llm2vec.data.collation import CollateSides
-from llm2vec.data.rows import Instruction, Source, TrainingRows
+from llm2vec.data.rows import TrainingRows
+from llm2vec.data.sources import Instruction, Source
 from llm2vec.llm2vec import LLM2Vec
 from llm2vec.model.backbone import Chain, add_token_rows, attach_lora, load_backbone, load_tokenizer
 from llm2vec.model.checkpoint import save_checkpoint

@@ -10,7 +10,8 @@ import pytest
 from helpers import family_tokenizer, tiny_model, write_jsonl
 from tokenizers import AddedToken
 
-from llm2vec.data.rows import Instruction, Source, TrainingRows
+from llm2vec.data.rows import TrainingRows
+from llm2vec.data.sources import Instruction, Source
 from llm2vec.llm2vec import LLM2Vec, as_instructed
 from llm2vec.model.pooling import pool
 from llm2vec.model.settings import EncoderSettings

@@ -13,7 +13,7 @@ from typing import Any, get_args
 import pytest
 from transformers import TrainingArguments
 
-from llm2vec.data.rows import read_sources_file
+from llm2vec.data.sources import read_sources_file
 from llm2vec.model.backbone import LORA_MODULES
 from llm2vec.text.templates import TEMPLATES
 from llm2vec.train import config as config_module

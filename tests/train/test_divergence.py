@@ -14,7 +14,9 @@ from accelerate import Accelerator
 from forked_runs import Setup, assert_same_to_the_bit, kill_within, log_of, make_data, run, said, weights_of
 from torch import Tensor
 
-from llm2vec.data.rows import OneSourceBlocks, Source, TrainingRows
+from llm2vec.data.order import OneSourceBlocks
+from llm2vec.data.rows import TrainingRows
+from llm2vec.data.sources import Source
 from llm2vec.train.trainer import EmbedderTrainer
 from llm2vec.types import Batch, Output, RunEnds
 from tests.train import test_trainer

@@ -15,7 +15,9 @@ from helpers import family_tokenizer, tiny_model, write_jsonl
 from transformers import AutoModelForCausalLM, TrainingArguments
 
 from llm2vec.data.collation import CollateSides
-from llm2vec.data.rows import Instruction, OneSourceBlocks, Source, TrainingRows
+from llm2vec.data.order import OneSourceBlocks
+from llm2vec.data.rows import TrainingRows
+from llm2vec.data.sources import Instruction, Source
 from llm2vec.llm2vec_q2d_d2q import BidirectionalReconstruction
 from llm2vec.model.settings import EncoderSettings, row_tokenizer
 from llm2vec.train.config import Config

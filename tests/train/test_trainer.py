@@ -20,7 +20,9 @@ from torch.utils.data import Sampler
 from transformers import TrainingArguments
 
 from llm2vec import llm2vec_q2d_d2q
-from llm2vec.data.rows import Instruction, OneSourceBlocks, Source, TrainingRows, block_order
+from llm2vec.data.order import OneSourceBlocks, block_order
+from llm2vec.data.rows import TrainingRows
+from llm2vec.data.sources import Instruction, Source
 from llm2vec.llm2vec import LLM2Vec
 from llm2vec.model import embed as embed_module
 from llm2vec.model import packing
