@@ -13,6 +13,7 @@ setup(
     license="MIT",
     packages=find_packages(include=["llm2vec", "llm2vec.*"]),
     package_data={"llm2vec": ["py.typed"], "llm2vec.data": ["*.json"]},
+    entry_points={"console_scripts": ["llm2vec = llm2vec.__main__:start"]},
     python_requires=">=3.11",
     install_requires=[
         "torch>=2.6",

@@ -30,6 +30,8 @@ from llm2vec.types import UserError
 
 logger = logging.getLogger(__name__)
 
+#: About how many characters of English a token stands for: only to guess which rows are long.
+CHARACTERS_A_TOKEN = 4
 #: Rows of a source whose languages and tokens are looked at.
 SAMPLE = 2000
 #: Words of a run that two texts must share to overlap where neither is the other (13, as in GPT-3's data report).

@@ -12,6 +12,7 @@ from typing import Any, TypeAlias
 from transformers import TrainingArguments
 
 from llm2vec.data.blocks import TEXT_SUFFIXES, TextBlocks, Texts, texts_of_file, texts_of_hub, texts_of_sources
+from llm2vec.data.check import CHARACTERS_A_TOKEN
 from llm2vec.data.order import OneSourceBlocks
 from llm2vec.data.rows import TrainingRows
 from llm2vec.data.sources import Instruction, Source, e5_sources, read_sources_file, select_sources
@@ -20,8 +21,6 @@ from llm2vec.types import UserError
 
 Rows: TypeAlias = TrainingRows | TextBlocks
 
-#: About how many characters of English a token stands for: only to guess which rows are long.
-CHARACTERS_A_TOKEN = 4
 
 #: Where upstream LLM2Vec's sentences for SimCSE are to be had.
 WIKI1M_HINT = (

@@ -1,0 +1,70 @@
+"""`llm2vec COMMAND ...`, and `python -m llm2vec COMMAND ...` where torchrun or a certain Python is to start it."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Sequence
+from importlib import import_module
+from importlib.metadata import version
+from typing import NamedTuple
+
+from llm2vec.cli import run_command
+from llm2vec.types import UserError
+
+
+class Command(NamedTuple):
+    """One command.
+
+    Attributes:
+        module: of `llm2vec.commands`; loaded only when the command is asked for, as many load torch.
+        line: what it does.
+        function: of the module; takes the arguments and returns the exit code, None for 0.
+    """
+
+    module: str
+    line: str
+    function: str = "main"
+
+
+COMMANDS = {
+    "check-data": Command("check_data", "look at training data before training on it"),
+}
+
+
+def help_text() -> str:
+    """What `llm2vec --help` prints: a line a command."""
+    width = max(map(len, COMMANDS))
+    lines = [f"    {name:<{width}}  {command.line}" for name, command in COMMANDS.items()]
+    return "\n".join(
+        ["usage: llm2vec COMMAND ...", "", *lines, "", "llm2vec COMMAND --help says more; llm2vec --version."]
+    )
+
+
+def main(argv: Sequence[str]) -> int | None:
+    """Run one command; returns its exit code, None for 0.
+
+    Raises:
+        UserError: there is no command of this name.
+    """
+    name, *arguments = argv or ["--help"]
+    if name in ("-h", "--help"):
+        print(help_text())
+        return None
+    if name == "--version":
+        print(f"llm2vec {version('llm2vec')}")
+        return None
+    if name not in COMMANDS:
+        nearest = difflib.get_close_matches(name.replace("_", "-"), COMMANDS, n=1, cutoff=0.0)
+        raise UserError(f"there is no command {name!r}; the nearest is {nearest[0]!r}, and llm2vec --help lists all.")
+    command = COMMANDS[name]
+    code: int | None = getattr(import_module(f"llm2vec.commands.{command.module}"), command.function)(arguments)
+    return code
+
+
+def start() -> None:
+    """The console script `llm2vec`."""
+    run_command(main)
+
+
+if __name__ == "__main__":
+    start()

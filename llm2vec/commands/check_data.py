@@ -1,0 +1,143 @@
+"""Look at training data before training on it: a table by source, and what test sets hold of it.
+
+    llm2vec check-data cache/echo-data --tokenizer meta-llama/Llama-3.2-1B-Instruct
+    llm2vec check-data my/folder --sources_file my_sources.json --test_sets mteb/nfcorpus mteb/sts12-sts
+
+Every line is read by the rules of training. The files' hashes are recorded in FOLDER/hashes.json at the first use and
+compared from then on. Exit code 1 if a line is bad or a file is empty or has changed, 0 otherwise; 2 for a mistake in
+the command.
+"""
+
+from __future__ import annotations
+
+import argparse
+import logging
+import statistics
+from collections.abc import Sequence
+from pathlib import Path
+
+from llm2vec import cli
+from llm2vec.data.check import (
+    CHARACTERS_A_TOKEN,
+    OVERLAP_WORDS,
+    CountTokens,
+    SourceReport,
+    TestTexts,
+    check_source,
+    language_of,
+    record_hashes,
+)
+from llm2vec.data.sources import Source, archive_hint, e5_sources, read_sources_file, select_sources
+from llm2vec.types import UserError
+
+logger = logging.getLogger(__name__)
+
+
+def _parse_args(argv: Sequence[str]) -> argparse.Namespace:
+    parser = cli.parser("check-data", __doc__)
+    parser.add_argument("folder", type=Path, help="where the files lie")
+    parser.add_argument("--sources_file", type=Path, help="table of one's own sources; default: the released archive's")
+    parser.add_argument("--sources", nargs="+", help="only these")
+    parser.add_argument("--tokenizer", help="folder or hub name; default: tokens are guessed, 4 characters each")
+    parser.add_argument("--max_length", type=cli.positive, default=512, help="where training cuts (default 512 tokens)")
+    parser.add_argument("--test_sets", nargs="+", type=Path, default=[], help="folders of test sets to look for")
+    return parser.parse_args(argv)
+
+
+def main(argv: Sequence[str]) -> int:
+    """Check and print; returns the exit code."""
+    args = _parse_args(argv)
+    table = e5_sources() if args.sources_file is None else read_sources_file(args.sources_file)
+    sources = _present(args.folder, select_sources(table, args.sources), args.sources)
+    count_tokens = _token_counter(args.tokenizer)
+    test_texts = TestTexts(args.test_sets) if args.test_sets else None
+    reports = []
+    for source in sources:
+        logger.info("reading %s", source.file)
+        reports.append(check_source(source, args.folder, count_tokens, test_texts))
+    lines = _table_lines(reports, args.max_length, guessed=args.tokenizer is None)
+    if test_texts is not None:
+        lines += _overlap_lines(reports, test_texts)
+    for line in lines:
+        logger.info("%s", line)
+    differing = record_hashes(reports, args.folder / "hashes.json")
+    empty = [f"{report.name}: its file has no rows." for report in reports if not report.rows + report.bad]
+    problems = [error for report in reports for error in report.errors] + empty + differing
+    for problem in problems:
+        logger.info("%s", problem)
+    return 1 if problems else 0
+
+
+def _present(folder: Path, sources: Sequence[Source], named: Sequence[str] | None) -> list[Source]:
+    """The sources whose files are there; which are not is said, and refused where they were asked for by name."""
+    there = [source for source in sources if (folder / source.file).is_file()]
+    missing = ", ".join(source.file for source in sources if source not in there)
+    if missing and (named or not there):
+        raise UserError(f"{folder} lacks {missing}{archive_hint(sources)}.")
+    if missing:
+        logger.info("not there: %s", missing)
+    return there
+
+
+def _token_counter(name: str | None) -> CountTokens:
+    """Tokens by a tokenizer, or guessed from characters."""
+    if name is None:
+        return lambda texts: [len(text) // CHARACTERS_A_TOKEN for text in texts]
+    from llm2vec.model.backbone import load_tokenizer  # seconds to import, with torch
+
+    tokenizer = load_tokenizer(name)
+    return lambda texts: [len(ids) for ids in tokenizer(list(texts), add_special_tokens=False)["input_ids"]]
+
+
+def _table_lines(reports: Sequence[SourceReport], max_length: int, guessed: bool) -> list[str]:
+    """A line a source, and what the columns mean."""
+    lines = [
+        f"{'source':24} {'rows':>10} {'bad':>6} {'twice':>7} {'query+':>7} {'q=p':>6} {'p=n':>6} {'no neg':>7} "
+        f"{'query':>6} {'positive':>8} {'cut':>6}  languages (query; positive)"
+    ]
+    for report in reports:
+        documents = report.tokens.get("positive", []) + report.tokens.get("negative", [])
+        cut = sum(n > max_length for n in documents) / max(1, len(documents))
+        lines.append(
+            f"{report.name:24} {report.rows:>10,} {report.bad:>6,} {report.duplicates:>7,} "
+            f"{report.repeated_queries:>7,} {report.query_is_positive:>6,} {report.positive_is_negative:>6,} "
+            f"{report.without_negative:>7,} {_median(report, 'query'):>6} {_median(report, 'positive'):>8} "
+            f"{cut:>6.1%}  {_languages(report, 'query')}; {_languages(report, 'positive')}"
+        )
+    tokens = "guessed from characters, 4 each" if guessed else "without the template's own"
+    lines += [
+        f"{'all':24} {sum(r.rows for r in reports):>10,} {sum(r.bad for r in reports):>6,}",
+        "bad: lines that training refuses; twice: query and positive seen before; query+: query seen before",
+        "q=p, p=n: query and positive, positive and a negative are one text; no neg: no hard negative",
+        f"query, positive: median tokens ({tokens}); cut: documents of more than {max_length} of them; both and the "
+        "languages from a sample",
+    ]
+    if language_of() is None:
+        lines.append('languages: not looked at; pip install -e ".[data]"')
+    return lines
+
+
+def _overlap_lines(reports: Sequence[SourceReport], test_texts: TestTexts) -> list[str]:
+    """Rows of each source that a test set has a text of."""
+    lines = [f"rows that share a text, or {OVERLAP_WORDS} words in a row, with a test set:"]
+    for name, size in test_texts.sizes.items():
+        found = ", ".join(
+            f"{report.name} {report.overlap[name]:,} ({report.overlap[name] / report.rows:.2%})"
+            for report in reports
+            if report.overlap[name]
+        )
+        lines.append(f"  {name} ({size:,} texts): {found or 'none'}")
+    return lines
+
+
+def _median(report: SourceReport, field: str) -> str:
+    counts = report.tokens.get(field)
+    return f"{statistics.median(counts):.0f}" if counts else "-"
+
+
+def _languages(report: SourceReport, field: str) -> str:
+    languages = report.languages.get(field)
+    if not languages:
+        return "-"
+    shares = [(code, count / languages.total()) for code, count in languages.most_common(3)]
+    return " ".join(f"{code} {share:.0%}" for code, share in shares if share >= 0.01)
