@@ -20,10 +20,10 @@ from typing import get_args
 
 from llm2vec.choice import add_encoder_flags, chosen_encoder
 from llm2vec.cli import user_errors_in_one_sentence
-from llm2vec.corpus.encoding import CorpusEncoding, VectorDtype, encode_corpus, encode_locally
+from llm2vec.corpus.encoding import CorpusEncoding, encode_corpus, encode_locally
 from llm2vec.corpus.ray import check_ray_installed, encode_on_ray
 from llm2vec.corpus.rows import check_unicode, open_corpus
-from llm2vec.types import TextSide, UserError
+from llm2vec.types import TextSide, UserError, VectorDtype
 
 ENGINES = {"local": encode_locally, "ray": encode_on_ray}
 

@@ -24,8 +24,7 @@ from llm2vec.cli import user_errors_in_one_sentence
 from llm2vec.planning.gpus import CARDS, Card, card_here
 from llm2vec.planning.plan import Conditions, make_plan
 from llm2vec.planning.words import report
-from llm2vec.train.config import Stage
-from llm2vec.types import UserError
+from llm2vec.types import Stage, UserError
 
 
 def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:

@@ -28,9 +28,8 @@ from tqdm import tqdm
 from llm2vec.cli import user_errors_in_one_sentence
 from llm2vec.corpus.queue import alone_in
 from llm2vec.quickstart.docstrings import TRAIN_FILE
-from llm2vec.train.config import Stage
 from llm2vec.train.config_file import load_config
-from llm2vec.types import UserError
+from llm2vec.types import Stage, UserError
 
 OUTPUT = Path("output/quickstart")
 CONFIGS = Path("train_configs/quickstart")

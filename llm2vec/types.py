@@ -21,10 +21,13 @@ from typing import (
 if TYPE_CHECKING:
     from torch import Tensor
 
+#: The stages of training.
+Stage = Literal["stage_I", "stage_II", "lm", "simcse", "mntp"]
 PoolingMode = Literal["last", "mean", "weighted_mean", "first"]
 Attention = Literal["causal", "bidirectional"]
 AttnImplementation = Literal["eager", "sdpa", "flash_attention_2"]
 DtypeName = Literal["auto", "bfloat16", "float16", "float32"]
+VectorDtype = Literal["float32", "float16"]
 Reduction = Literal["token_mean", "micro_batch_mean"]
 SymmetricInstructions = Literal["documented", "as_released"]
 TextSide = Literal["query", "document"]

@@ -29,9 +29,9 @@ from llm2vec.model.checkpoint import SETTINGS_FILE
 from llm2vec.model.pooling import pool
 from llm2vec.model.settings import EncoderSettings
 from llm2vec.objectives.losses import info_nce
-from llm2vec.train.config import Config, Stage, training_arguments
+from llm2vec.train.config import Config, training_arguments
 from llm2vec.train.config_file import load_config
-from llm2vec.types import UserError
+from llm2vec.types import Stage, UserError
 
 PAGE = Path(__file__).parents[1] / "docs/migration.md"
 BLOCKS = re.findall(r"^```python\n(.*?)^```", PAGE.read_text(encoding="utf-8"), re.MULTILINE | re.DOTALL)

@@ -29,9 +29,9 @@ from llm2vec.files import read_object, write_json
 from llm2vec.hub import find_file, without_waiting_for_the_hub
 from llm2vec.model.checkpoint import RUN_FILE, SETTINGS_FILE, check_complete
 from llm2vec.model.revision import checkpoint_revision, data_revision, files_hash, hash_of
-from llm2vec.train.config import Config, Stage
+from llm2vec.train.config import Config
 from llm2vec.train.config_file import load_config
-from llm2vec.types import UserError
+from llm2vec.types import Stage, UserError
 
 SHARED_FILE = "shared.json"
 EVALUATION_FILE = "evaluation.json"

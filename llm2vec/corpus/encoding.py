@@ -26,7 +26,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from multiprocessing.process import BaseProcess
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
@@ -37,11 +37,10 @@ from llm2vec.choice import EncoderChoice
 from llm2vec.corpus.queue import LOCK_FILE, Job, JobQueue, alone_in
 from llm2vec.corpus.rows import Corpus, cut_into_shards
 from llm2vec.files import read_object, write_json
-from llm2vec.types import TextSide, UserError
+from llm2vec.types import TextSide, UserError, VectorDtype
 
 logger = logging.getLogger(__name__)
 
-VectorDtype = Literal["float32", "float16"]
 
 MANIFEST_FILE = "_manifest.json"
 INPUT_FOLDER, QUEUE_FOLDER = ".input", ".queue"

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
-import torch
-
 
 class Card(NamedTuple):
     """A GPU.
@@ -42,6 +40,8 @@ CARDS = {
 
 def card_here() -> Card | None:
     """This machine's GPU, if torch can use one; it is not known how fast it is."""
+    import torch  # seconds, and who only asks which GPUs are known does not need it
+
     if not torch.cuda.is_available():
         return None
     found = torch.cuda.get_device_properties(0)

@@ -28,7 +28,7 @@ from llm2vec.planning.gpus import Card
 from llm2vec.planning.memory import Memory, Step, memory_of
 from llm2vec.planning.row_lengths import Texts, assumed, counted
 from llm2vec.planning.work import useful_flops
-from llm2vec.train.config import Config, Stage, training_arguments
+from llm2vec.train.config import Config, training_arguments
 from llm2vec.train.config_file import load_config
 from llm2vec.train.model import decoder_of, encoder_settings, open_tokenizer
 from llm2vec.train.rows import Rows, row_orders
@@ -42,7 +42,7 @@ from llm2vec.train.stages import (
     stage_of,
 )
 from llm2vec.train.words import Schedule, rows_a_step, schedule_of, steps_an_epoch
-from llm2vec.types import UserError
+from llm2vec.types import Stage, UserError
 
 
 @dataclass(frozen=True)

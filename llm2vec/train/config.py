@@ -24,11 +24,10 @@ from llm2vec.types import (
     MaskTokenType,
     ReconstructionTarget,
     Reduction,
+    Stage,
     SymmetricInstructions,
     UserError,
 )
-
-Stage = Literal["stage_I", "stage_II", "lm", "simcse", "mntp"]
 
 #: Stages that train a LoRA adapter unless told otherwise.
 LORA_STAGES: tuple[Stage, ...] = ("stage_II", "simcse", "mntp")

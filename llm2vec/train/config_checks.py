@@ -11,8 +11,8 @@ from typing import Any
 from transformers import TrainingArguments
 
 from llm2vec.text.templates import TEMPLATES, leaves_join_open, segments_of
-from llm2vec.train.config import DATASET_NAMES, LORA_STAGES, STAGE_KEYS, Config, Stage
-from llm2vec.types import POOLING_ALIASES, UserError
+from llm2vec.train.config import DATASET_NAMES, LORA_STAGES, STAGE_KEYS, Config
+from llm2vec.types import POOLING_ALIASES, Stage, UserError
 
 #: Keys of TrainingArguments that the trainer here does not serve, and why; unless as they are where nobody writes them,
 #: they would be ignored or break the run.

@@ -17,10 +17,10 @@ from typing import Any
 from transformers import TrainingArguments
 
 from llm2vec.files import read_object
-from llm2vec.train.config import LORA_STAGES, Config, Stage
+from llm2vec.train.config import LORA_STAGES, Config
 from llm2vec.train.config_checks import check_config
 from llm2vec.train.json_types import check_type
-from llm2vec.types import UserError
+from llm2vec.types import Stage, UserError
 
 logger = logging.getLogger(__name__)
 

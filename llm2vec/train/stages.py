@@ -33,10 +33,10 @@ from llm2vec.objectives.grit import ContrastiveLanguageModelling
 from llm2vec.objectives.language_modelling import LanguageModelling
 from llm2vec.objectives.mntp import MaskedNextTokenPrediction, mask_tokens
 from llm2vec.objectives.token_set import CollateBlocks, TokenSetPrediction
-from llm2vec.train.config import DATASET_NAMES, STAGE_KEYS, Config, Stage
+from llm2vec.train.config import DATASET_NAMES, STAGE_KEYS, Config
 from llm2vec.train.model import decoder_of, with_adapter
 from llm2vec.train.rows import Rows, open_rows, open_running_text, open_texts, sources_of
-from llm2vec.types import UserError, first_line
+from llm2vec.types import Stage, UserError, first_line
 
 
 def stage_of(path: Path) -> Stage:

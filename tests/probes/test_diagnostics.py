@@ -36,9 +36,8 @@ from llm2vec.probes.diagnostics import (
     measure,
     uniformity,
 )
-from llm2vec.train.config import Stage
 from llm2vec.train.config_file import load_config
-from llm2vec.types import Example, RunEnds, UserError
+from llm2vec.types import Example, RunEnds, Stage, UserError
 
 ROOT = Path(__file__).parents[2]
 CPU = torch.device("cpu")

@@ -17,10 +17,10 @@ from llm2vec.data.sources import read_sources_file
 from llm2vec.model.backbone import LORA_MODULES
 from llm2vec.text.templates import TEMPLATES
 from llm2vec.train import config as config_module
-from llm2vec.train.config import LORA_STAGES, STAGE_KEYS, Config, Stage, training_arguments
+from llm2vec.train.config import LORA_STAGES, STAGE_KEYS, Config, training_arguments
 from llm2vec.train.config_checks import UNSUPPORTED
 from llm2vec.train.config_file import REPLACED, WITHOUT_EFFECT, load_config
-from llm2vec.types import POOLING_ALIASES, UserError
+from llm2vec.types import POOLING_ALIASES, Stage, UserError
 
 ROOT = Path(__file__).parents[2]
 CONFIGS = ROOT / "train_configs"

@@ -21,11 +21,11 @@ from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor
 
 from llm2vec import LLM2Vec
-from llm2vec.train.config import Stage, training_arguments
+from llm2vec.train.config import training_arguments
 from llm2vec.train.config_file import load_config
 from llm2vec.train.sharding import plan_sharding
 from llm2vec.train.trainer import LOG_FILE, EmbedderTrainer
-from llm2vec.types import UserError
+from llm2vec.types import Stage, UserError
 
 ROOT = Path(__file__).parents[2]
 STAGE_I_PARTS = ("loss_q2d", "loss_d2q")

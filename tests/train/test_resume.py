@@ -33,7 +33,7 @@ from llm2vec.model.checkpoint import RUN_FILE, SUMS_FILE, check_sums, mark_of
 from llm2vec.train import model as run_model
 from llm2vec.train import run as run_module
 from llm2vec.train import trainer
-from llm2vec.train.config import Config, Stage
+from llm2vec.train.config import Config
 from llm2vec.train.config_file import load_config
 from llm2vec.train.resume import (
     BUT_FOR_ROUNDING,
@@ -45,7 +45,7 @@ from llm2vec.train.resume import (
     why_unusable,
 )
 from llm2vec.train.trainer import LOG_FILE, EmbedderTrainer
-from llm2vec.types import RunEnds, UserError
+from llm2vec.types import RunEnds, Stage, UserError
 
 KILLED = -signal.SIGKILL
 
