@@ -18,7 +18,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import get_args
 
-from llm2vec.choice import add_encoder_flags, chosen_encoder
+from llm2vec.choice import add_model_flags, chosen_model
 from llm2vec.cli import user_errors_in_one_sentence
 from llm2vec.corpus.encoding import CorpusEncoding, encode_corpus, encode_locally
 from llm2vec.corpus.ray import check_ray_installed, encode_on_ray
@@ -33,7 +33,7 @@ def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("input", help=".jsonl or .parquet file, a folder of such files, or a dataset on the hub")
     parser.add_argument("output", type=Path, help="folder to write")
-    add_encoder_flags(parser)
+    add_model_flags(parser, torch_dtype=True)
     parser.add_argument("--side", choices=get_args(TextSide), default="document", help="what the texts are (document)")
     parser.add_argument("--instruction", default="", help="put before every text (none)")
     parser.add_argument("--text_column", default="text")
@@ -58,7 +58,7 @@ def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
 def main(argv: Sequence[str] | None = None) -> None:
     """Run the script."""
     started, args = time.monotonic(), parse_args(argv)
-    encoder = chosen_encoder(args).resolved()
+    encoder = chosen_model(args).resolved()
     corpus = open_corpus(
         args.input,
         text_column=args.text_column,

@@ -29,12 +29,13 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NoReturn
 
+from llm2vec.choice import add_model_flags, chosen_model
+
 
 def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
     """Read the command line."""
     parser = argparse.ArgumentParser(description="Score an embedding model on MTEB.", allow_abbrev=False)
-    parser.add_argument("--base_model_name_or_path", required=True, help="directory or name of the (base) model")
-    parser.add_argument("--peft_model_name_or_path", nargs="+", default=[], help="adapters, in the order of loading")
+    add_model_flags(parser)
     which = parser.add_mutually_exclusive_group(required=True)
     which.add_argument("--task_name", help="one task of mteb, or a folder in --local_data_dir")
     which.add_argument("--tasks", nargs="+", help="tasks, subset15, mteb56, beir14, benchmarks such as 'MTEB(eng, v2)'")
@@ -56,7 +57,7 @@ def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
 
 def check_args(args: argparse.Namespace) -> None:
     """Refuse what is not there before torch and mteb are imported, which takes seconds."""
-    for path in [args.base_model_name_or_path, *args.peft_model_name_or_path]:
+    for path in [args.model, *args.peft]:
         if not Path(path).is_dir() and not re.fullmatch(r"[\w.-]*\w(/[\w.-]*\w)?", path):
             fail(f"There is no model directory {path}.")
     if args.task_to_instructions_fp is not None and not Path(args.task_to_instructions_fp).is_file():
@@ -76,23 +77,21 @@ def fail(sentence: object) -> NoReturn:
 
 def run(args: argparse.Namespace) -> None:
     """Do the evaluation and print its table; a problem with a task is said after the others' scores."""
-    from llm2vec.evaluation.models import ModelChoice
+    from llm2vec.evaluation.models import EvaluatedModel
     from llm2vec.evaluation.run import Request, dry_run, evaluate_all, expand
     from llm2vec.types import UserError
 
-    choice = ModelChoice(
-        args.base_model_name_or_path,
-        tuple(args.peft_model_name_or_path),
+    model = EvaluatedModel(
+        chosen_model(args),
         instructions_file=args.task_to_instructions_fp,
         template=args.template,
         max_length=args.max_length,
-        torch_dtype=args.torch_dtype,
         attn_implementation=args.attn_implementation,
         device=args.device,
     )
     try:
         tasks = expand(args.tasks or [args.task_name])
-        request = Request(choice, tasks, args.output_dir, args.local_data_dir, args.batch_size, args.save_predictions)
+        request = Request(model, tasks, args.output_dir, args.local_data_dir, args.batch_size, args.save_predictions)
         if args.dry_run:
             return print("\n".join(dry_run(request, args.workers)))
         outcome = evaluate_all(request, args.workers)

@@ -12,13 +12,14 @@ packages with the quickstart's Anchor model and searches there: a tiny model, wh
 """
 
 import argparse
+import dataclasses
 import io
 import json
 import sys
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 
-from llm2vec.choice import EncoderChoice, add_encoder_flags, chosen_encoder
+from llm2vec.choice import ModelChoice, add_model_flags, chosen_model
 from llm2vec.cli import user_errors_in_one_sentence
 from llm2vec.corpus.rows import check_unicode
 from llm2vec.corpus.text_index import Hit, TextIndex, build_index
@@ -43,14 +44,13 @@ def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
     index = commands.add_parser("index", help="make an index, or make it anew")
     index.add_argument("source", type=Path, help="folder of text files, or a .jsonl file")
     index.add_argument("index", type=Path, help="folder to write")
-    add_encoder_flags(index)
+    add_model_flags(index, torch_dtype=True)
     index.add_argument("--batch_size", type=int, default=32, help="rows of 128 tokens a forward pass")
     query = commands.add_parser("query", help="search in an index")
     query.add_argument("index", type=Path)
     query.add_argument("text", nargs="?", help="default: a query a line from standard input")
     query.add_argument("--instruction", default="", help="put before the query, as in the model's training")
-    query.add_argument("--model", help="where the model lies now, if it was moved")
-    query.add_argument("--peft", nargs="+", default=[], metavar="ADAPTER", help="and its adapters")
+    add_model_flags(query, required=False)  # where the model lies now, if it was moved
     demo = commands.add_parser("demo", help="search in the docstrings of the installed packages")
     demo.add_argument("text", nargs="?", help="as for query")
     for command in (query, demo):
@@ -73,14 +73,16 @@ def check_args(args: argparse.Namespace) -> None:
 
 def make_index(args: argparse.Namespace) -> None:
     """The command `index`."""
-    index = build_index(args.source, args.index, chosen_encoder(args), args.batch_size)
+    index = build_index(args.source, args.index, chosen_model(args), args.batch_size)
     print(f"{args.index}: {len(index):,} passages")
 
 
 def query(args: argparse.Namespace) -> None:
     """The command `query`."""
     index = TextIndex(args.index)
-    moved = None if args.model is None else EncoderChoice(args.model, tuple(args.peft), index.encoder.torch_dtype)
+    moved = (
+        None if args.model is None else dataclasses.replace(chosen_model(args), torch_dtype=index.encoder.torch_dtype)
+    )
     answer(index, index.load_model(moved), args.text, args.top_k, args.instruction)
 
 
@@ -88,7 +90,7 @@ def demo(args: argparse.Namespace) -> None:
     """The command `demo`: the index is made once for a model."""
     if not DEMO_MODEL.is_dir():
         raise UserError(f"There is no model {DEMO_MODEL}; run `make quickstart` first.")
-    encoder = EncoderChoice(str(DEMO_MODEL))
+    encoder = ModelChoice(str(DEMO_MODEL))
     if not is_made_by(encoder):
         write_docstrings()
         build_index(DEMO_TEXTS, DEMO_INDEX, encoder)
@@ -97,7 +99,7 @@ def demo(args: argparse.Namespace) -> None:
     answer(index, index.load_model(), args.text, args.top_k, instruction)
 
 
-def is_made_by(encoder: EncoderChoice) -> bool:
+def is_made_by(encoder: ModelChoice) -> bool:
     """Whether the demo's index is there, whole, and of this model."""
     try:
         return TextIndex(DEMO_INDEX).revision == encoder.revision()

@@ -1,6 +1,9 @@
-"""Which embedder a script was given: a model, the adapters on it and the dtype of their weights, and a hash of it all.
+"""Which model: the base and the adapters on it, as a user names them, on every command line the same.
 
-The hash stands in what a script writes, so that vectors of different models never meet in one index or corpus.
+    --model PATH [--peft ADAPTER ...]     or, where a command takes it as an argument, MODEL[+ADAPTER ...]
+
+`--base_model_name_or_path` and `--peft_model_name_or_path` are the release's names for the two. A path is a folder or a
+name on the hub. Nothing here imports torch before a model is opened.
 """
 
 from __future__ import annotations
@@ -9,54 +12,78 @@ import argparse
 import dataclasses
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING, get_args
 
 from llm2vec.hub import find_file
-from llm2vec.llm2vec import LLM2Vec
-from llm2vec.model.backbone import DTYPES
-from llm2vec.model.checkpoint import read_settings, resolve_chain
-from llm2vec.model.revision import checkpoint_revision, hash_of
-from llm2vec.model.settings import EncoderSettings
-from llm2vec.types import UserError
+from llm2vec.types import DtypeName, UserError
+
+if TYPE_CHECKING:
+    from llm2vec.llm2vec import LLM2Vec
+    from llm2vec.model.settings import EncoderSettings
 
 
 @dataclass(frozen=True)
-class EncoderChoice:
-    """What `LLM2Vec.from_pretrained` is called with.
+class ModelChoice:
+    """A model, before anything of it is loaded.
+
+        choice = ModelChoice("output/stage_I", ("output/stage_II",))
+        choice.revision()                   # a hash of all that decides its vectors
+        choice.load().encode(["a text"])
 
     Attributes:
         base: folder or hub name of a model, or of an adapter that records its base.
         adapters: folders or hub names of adapters on it, innermost first.
-        torch_dtype: name of the weights' dtype, a key of `DTYPES`.
+        torch_dtype: name of the weights' dtype; None = float32, and in an evaluation what suits the model.
     """
 
     base: str
     adapters: tuple[str, ...] = ()
-    torch_dtype: str = "float32"
+    torch_dtype: str | None = None
 
-    def resolved(self) -> EncoderChoice:
-        """The same with the true base and every adapter spelled out, folders by their full path.
+    @classmethod
+    def parse(cls, place: str) -> ModelChoice:
+        """The model that MODEL[+ADAPTER ...] names; a folder may have a plus in its name."""
+        base, *adapters = [place] if Path(place).exists() else place.split("+")
+        return cls(base, tuple(adapters))
+
+    @property
+    def place(self) -> str:
+        """The same in one word: MODEL[+ADAPTER ...]."""
+        return "+".join((self.base, *self.adapters))
+
+    def resolved(self) -> ModelChoice:
+        """The same with the true base, every adapter and the dtype spelled out, folders by their full path.
 
         Raises:
             UserError: something is not found, or does not belong together.
         """
+        from llm2vec.model.checkpoint import resolve_chain
+
         chain = resolve_chain(self.base, self.adapters)
         if find_file(chain.base, "config.json") is None:
             raise UserError(f"There is no model {chain.base}: no folder or hub repository with a config.json.")
         base, *adapters = (str(Path(p).resolve()) if Path(p).is_dir() else p for p in (chain.base, *chain.adapters))
-        return dataclasses.replace(self, base=base, adapters=tuple(adapters))
+        return ModelChoice(base, tuple(adapters), self.torch_dtype or "float32")
 
     def revision(self) -> str:
         """A hash of all weights, tokenizers, settings and the dtype; of a hub repository its commit. Loads nothing.
 
+        It stands in what a command writes, so that vectors of different models never meet in one index or corpus.
+
         Raises:
             UserError: as `resolved`, or a folder holds no safetensors weights.
         """
+        from llm2vec.model.revision import checkpoint_revision, hash_of
+
         choice = self.resolved()
         checkpoints = [checkpoint_revision(path) for path in (choice.base, *choice.adapters)]
         return hash_of({"checkpoints": checkpoints, "torch_dtype": choice.torch_dtype})
 
     def settings(self) -> EncoderSettings:
         """What the checkpoint records of its settings; the template may still be open."""
+        from llm2vec.model.checkpoint import read_settings
+        from llm2vec.model.settings import EncoderSettings
+
         choice = self.resolved()
         outermost = choice.adapters[-1] if choice.adapters else choice.base
         return EncoderSettings(**(read_settings(outermost) or read_settings(choice.base)))
@@ -67,17 +94,56 @@ class EncoderChoice:
         Raises:
             UserError: it cannot be loaded.
         """
+        from llm2vec.llm2vec import LLM2Vec
+
         choice = self.resolved()
         return LLM2Vec.from_pretrained(choice.base, list(choice.adapters) or None, torch_dtype=choice.torch_dtype)
 
 
-def add_encoder_flags(parser: argparse.ArgumentParser) -> None:
-    """`--model`, `--peft` and `--torch_dtype`, which `chosen_encoder` reads."""
-    parser.add_argument("--model", required=True, help="folder or hub name of a model, or of an adapter")
-    parser.add_argument("--peft", nargs="+", default=[], metavar="ADAPTER", help="adapters on it, innermost first")
-    parser.add_argument("--torch_dtype", choices=list(DTYPES), default="float32", help="of the weights (float32)")
+def add_model_flags(
+    parser: argparse.ArgumentParser,
+    *,
+    positional: bool = False,
+    required: bool = True,
+    torch_dtype: bool = False,
+) -> None:
+    """Let a command line name a model; `chosen_model` reads it.
+
+    Args:
+        parser: gets `--model` and `--peft`.
+        positional: MODEL[+ADAPTER ...] may stand as an argument instead, in this place.
+        required: whether the parser refuses a command without a model; with `positional`, `chosen_model` does.
+        torch_dtype: whether it gets `--torch_dtype` too, of which float32 is the default.
+    """
+    if positional:
+        parser.add_argument("place", nargs="?", metavar="MODEL", help="model or adapter, or MODEL+ADAPTER")
+    parser.add_argument(
+        "--model", "--base_model_name_or_path", dest="model", metavar="MODEL", required=required and not positional,
+        help="folder or hub name of a model, or of an adapter",
+    )  # fmt: skip
+    parser.add_argument(
+        "--peft", "--peft_model_name_or_path", dest="peft", nargs="+", default=[], metavar="ADAPTER",
+        help="adapters on it, innermost first",
+    )  # fmt: skip
+    if torch_dtype:
+        dtypes = [name for name in get_args(DtypeName) if name != "auto"]
+        parser.add_argument("--torch_dtype", choices=dtypes, default="float32", help="of the weights (float32)")
 
 
-def chosen_encoder(args: argparse.Namespace) -> EncoderChoice:
-    """The encoder that the flags name."""
-    return EncoderChoice(args.model, tuple(args.peft), args.torch_dtype)
+def chosen_model(args: argparse.Namespace) -> ModelChoice:
+    """The model that a command line names, with the dtype that its `--torch_dtype` says, if it has that.
+
+    Raises:
+        UserError: it names none, or two.
+    """
+    place: str | None = getattr(args, "place", None)
+    if (place is None) == (args.model is None):
+        raise UserError(
+            "give a model: MODEL, or --model MODEL." if place is None else "give MODEL or --model, not both."
+        )
+    if place is None:
+        choice = ModelChoice(args.model, tuple(args.peft))
+    else:
+        named = ModelChoice.parse(place)
+        choice = dataclasses.replace(named, adapters=(*named.adapters, *args.peft))
+    return dataclasses.replace(choice, torch_dtype=getattr(args, "torch_dtype", None))

@@ -9,6 +9,7 @@ import torch
 from helpers import write_jsonl
 from torch import Tensor, nn
 
+from llm2vec.choice import ModelChoice
 from llm2vec.model.settings import EncoderSettings
 
 CALM = "calm blue water lake"
@@ -65,3 +66,10 @@ def write_readme(folder: Path, files: list[tuple[str, str, str]]) -> None:
             lines += [f"- config_name: {config}", "  data_files:"]
         lines += [f"  - split: {split}", f"    path: {path}"]
     (folder / "README.md").write_text("\n".join([*lines, "---", ""]))
+
+
+def evaluated(base: str, adapters: tuple[str, ...] = (), torch_dtype: str | None = None, **options: Any) -> Any:
+    """What `load_encoder` takes, of a model and the options given."""
+    from llm2vec.evaluation.models import EvaluatedModel
+
+    return EvaluatedModel(ModelChoice(base, adapters, torch_dtype), **options)

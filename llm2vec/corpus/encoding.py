@@ -33,7 +33,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import torch
 
-from llm2vec.choice import EncoderChoice
+from llm2vec.choice import ModelChoice
 from llm2vec.corpus.queue import LOCK_FILE, Job, JobQueue, alone_in
 from llm2vec.corpus.rows import Corpus, cut_into_shards
 from llm2vec.files import read_object, write_json
@@ -64,7 +64,7 @@ class CorpusEncoding:
 
     corpus: Corpus
     output: Path
-    encoder: EncoderChoice
+    encoder: ModelChoice
     revision: str
     side: TextSide = "document"
     instruction: str = ""

@@ -25,7 +25,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from llm2vec.choice import EncoderChoice
+from llm2vec.choice import ModelChoice
 from llm2vec.corpus.passages import Passage, read_passages
 from llm2vec.corpus.queue import LOCK_FILE, alone_in
 from llm2vec.corpus.search import blocks, from_keys, top_k
@@ -75,7 +75,7 @@ class TextIndex:
             if not (folder / name).is_file() or (folder / name).stat().st_size != size:
                 raise UserError(f"{folder} was cut short: {name} is not {size:,} bytes long; make the index again.")
         encoder = content["encoder"]
-        self.encoder = EncoderChoice(encoder["base"], tuple(encoder["adapters"]), encoder["torch_dtype"])
+        self.encoder = ModelChoice(encoder["base"], tuple(encoder["adapters"]), encoder["torch_dtype"])
         self.revision: str = content["revision"]
         with (folder / TEXTS_FILE).open("rb") as texts:
             self._texts = mmap.mmap(texts.fileno(), 0, access=mmap.ACCESS_READ)
@@ -88,7 +88,7 @@ class TextIndex:
     def __len__(self) -> int:
         return len(self._starts) - 1
 
-    def load_model(self, encoder: EncoderChoice | None = None) -> LLM2Vec:
+    def load_model(self, encoder: ModelChoice | None = None) -> LLM2Vec:
         """The model that made the index.
 
         Args:
@@ -136,7 +136,7 @@ class TextIndex:
             yield block.start, vectors[block.start : block.stop]
 
 
-def build_index(source: Path, folder: Path, encoder: EncoderChoice, batch_size: int = 32) -> TextIndex:
+def build_index(source: Path, folder: Path, encoder: ModelChoice, batch_size: int = 32) -> TextIndex:
     """Index a folder of text files or a JSONL file; an index that is there is replaced once the new one is whole.
 
     Args:
@@ -151,6 +151,7 @@ def build_index(source: Path, folder: Path, encoder: EncoderChoice, batch_size: 
     """
     _restore(folder)
     _check_replaceable(folder)
+    encoder = encoder.resolved()
     revision, settings = encoder.revision(), encoder.settings()
     passages = read_passages(source, passage_characters(settings))
     logger.info("%d passages of %s", len(passages), source)
@@ -162,7 +163,7 @@ def build_index(source: Path, folder: Path, encoder: EncoderChoice, batch_size: 
             vectors_ND = _unit_vectors(model, texts, "document", batch_size, progress=True)
             stored_ND = vectors_ND if encoder.torch_dtype == "float32" else vectors_ND.half()
             about = {
-                "encoder": dataclasses.asdict(encoder.resolved()),
+                "encoder": dataclasses.asdict(encoder),
                 "revision": revision,
                 "settings": dataclasses.asdict(model.settings),
                 "source": str(source.resolve()),

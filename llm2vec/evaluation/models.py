@@ -11,6 +11,7 @@ from typing import Any, Literal
 
 from sentence_transformers import SentenceTransformer
 
+from llm2vec.choice import ModelChoice
 from llm2vec.evaluation.files import load_instructions
 from llm2vec.evaluation.mteb_adapter import LLM2VecEncoder, is_registered, registered_model, wrap_sentence_transformer
 from llm2vec.hub import find_file
@@ -33,60 +34,56 @@ PUBLISHED_WITHOUT_TEMPLATE = re.compile(r".+/LLM2Vec-Meta-Llama-31-.+-mntp(?:-su
 
 
 @dataclass(frozen=True)
-class ModelChoice:
-    """What the user asked for.
+class EvaluatedModel:
+    """A model to be scored, and how it is run.
 
     Attributes:
-        base: Directory or name of a model.
-        adapters: Directories or names of adapters on it, innermost first.
+        model: The model; no dtype = `DTYPE` for our models, the model's own for others.
         instructions_file: Table of instructions; None = `INSTRUCTIONS` for our models, the model's own for others.
         template: Key of `templates.TEMPLATES`, for our models; None = the model's own.
         max_length: Tokens a text is cut to; None = the model's own.
-        torch_dtype: Name of the weights' dtype; None = `DTYPE` for our models, the model's own for others.
         attn_implementation: As in transformers.
         device: Where it runs; None = the first CUDA device of the process where there is one.
     """
 
-    base: str
-    adapters: tuple[str, ...] = ()
+    model: ModelChoice
     instructions_file: str | None = None
     template: str | None = None
     max_length: int | None = None
-    torch_dtype: str | None = None
     attn_implementation: str | None = None
     device: str | None = None
 
 
-def kind_of(choice: ModelChoice) -> Kind:
+def kind_of(asked: EvaluatedModel) -> Kind:
     """How a model is loaded.
 
     A name of mteb's registry means mteb's own way to run it, unless adapters are given; else the files that lie in
     the directory or repository decide.
     """
-    if choice.adapters or PUBLISHED.fullmatch(choice.base):
+    if asked.model.adapters or PUBLISHED.fullmatch(asked.model.base):
         return "llm2vec"
-    if Path(choice.base).is_dir():
-        return "sentence-transformers" if is_module_folder(choice.base) else "llm2vec"
-    if is_registered(choice.base):
+    if Path(asked.model.base).is_dir():
+        return "sentence-transformers" if is_module_folder(asked.model.base) else "llm2vec"
+    if is_registered(asked.model.base):
         return "mteb"
-    is_ours = find_file(choice.base, SETTINGS_FILE) is not None or find_file(choice.base, MODULES_FILE) is None
+    is_ours = (
+        find_file(asked.model.base, SETTINGS_FILE) is not None or find_file(asked.model.base, MODULES_FILE) is None
+    )
     return "llm2vec" if is_ours else "sentence-transformers"
 
 
-def load_encoder(choice: ModelChoice) -> Any:
+def load_encoder(asked: EvaluatedModel) -> Any:
     """Load a model for `mteb_adapter.evaluate`, and say how.
 
     Raises:
         UserError: It cannot be loaded, or an option has no effect on it.
     """
-    kind = kind_of(choice)
-    encoder = {"llm2vec": _llm2vec, "sentence-transformers": _sentence_transformer, "mteb": _registered}[kind](choice)
+    kind = kind_of(asked)
+    encoder = {"llm2vec": _llm2vec, "sentence-transformers": _sentence_transformer, "mteb": _registered}[kind](asked)
     how = {
         "llm2vec": "by this project",
         "sentence-transformers": "by sentence-transformers"
-        + (
-            ", with its own prompts" if choice.instructions_file is None else f", prompts of {choice.instructions_file}"
-        ),
+        + (", with its own prompts" if asked.instructions_file is None else f", prompts of {asked.instructions_file}"),
         "mteb": "by mteb's registry, with mteb's prompts",
     }[kind]
     meta = encoder.mteb_model_meta
@@ -94,57 +91,58 @@ def load_encoder(choice: ModelChoice) -> Any:
     return encoder
 
 
-def _llm2vec(choice: ModelChoice) -> LLM2VecEncoder:
-    instructions = load_instructions(choice.instructions_file or INSTRUCTIONS)
-    base, adapters = choice.base, list(choice.adapters)
+def _llm2vec(asked: EvaluatedModel) -> LLM2VecEncoder:
+    instructions = load_instructions(asked.instructions_file or INSTRUCTIONS)
+    base, adapters = asked.model.base, list(asked.model.adapters)
     if (published := PUBLISHED.fullmatch(base)) and not adapters:
         base, adapters = published.group(1), [base]
     is_without = PUBLISHED_WITHOUT_TEMPLATE.fullmatch([base, *adapters][-1])
     model = LLM2Vec.from_pretrained(
         base,
         peft_model_name_or_path=adapters or None,
-        template=choice.template or ("plain" if is_without else None),
-        max_length=choice.max_length,
-        torch_dtype=choice.torch_dtype or DTYPE,
-        attn_implementation=choice.attn_implementation,
-        device_map=choice.device,
+        template=asked.template or ("plain" if is_without else None),
+        max_length=asked.max_length,
+        torch_dtype=asked.model.torch_dtype or DTYPE,
+        attn_implementation=asked.attn_implementation,
+        device_map=asked.device,
     )
     return LLM2VecEncoder(model, [base, *adapters], instructions)
 
 
-def _sentence_transformer(choice: ModelChoice) -> Any:
-    if choice.template is not None:
-        raise UserError(f"template has no effect on {choice.base}: sentence-transformers decides how it is run.")
-    prompts = None if choice.instructions_file is None else load_instructions(choice.instructions_file)
+def _sentence_transformer(asked: EvaluatedModel) -> Any:
+    if asked.template is not None:
+        raise UserError(f"template has no effect on {asked.model.base}: sentence-transformers decides how it is run.")
+    prompts = None if asked.instructions_file is None else load_instructions(asked.instructions_file)
     options: dict[str, Any] = {"use_safetensors": True}  # a pickle is never opened
-    if choice.torch_dtype is not None:
-        options["torch_dtype"] = parse_dtype(choice.torch_dtype)
-    if choice.attn_implementation is not None:
-        options["attn_implementation"] = choice.attn_implementation
+    if asked.model.torch_dtype is not None:
+        options["torch_dtype"] = parse_dtype(asked.model.torch_dtype)
+    if asked.attn_implementation is not None:
+        options["attn_implementation"] = asked.attn_implementation
     try:
-        model = SentenceTransformer(choice.base, device=choice.device, model_kwargs=options)
+        model = SentenceTransformer(asked.model.base, device=asked.device, model_kwargs=options)
     except (ImportError, OSError, ValueError) as error:
         reason = str(error).strip().partition("\n")[0]
-        raise UserError(f"sentence-transformers cannot load {choice.base}: {reason}") from error
-    if choice.max_length is not None:
-        model.max_seq_length = choice.max_length
+        raise UserError(f"sentence-transformers cannot load {asked.model.base}: {reason}") from error
+    if asked.max_length is not None:
+        model.max_seq_length = asked.max_length
     revision = hash_of(
         {
-            "checkpoint": checkpoint_revision(choice.base),
+            "checkpoint": checkpoint_revision(asked.model.base),
             "dtype": str(next(model.parameters()).dtype),
             "max_length": model.max_seq_length,
             "prompts": prompts,
         }
     )
-    encoder = wrap_sentence_transformer(model, model_name([choice.base]), revision)
+    encoder = wrap_sentence_transformer(model, model_name([asked.model.base]), revision)
     return encoder if prompts is None else PromptedEncoder(encoder, model, prompts)
 
 
-def _registered(choice: ModelChoice) -> Any:
+def _registered(asked: EvaluatedModel) -> Any:
+    given = {**vars(asked), "torch_dtype": asked.model.torch_dtype}
     for option in ("instructions_file", "template", "max_length", "torch_dtype", "attn_implementation"):
-        if getattr(choice, option) is not None:
-            raise UserError(f"{option} has no effect on {choice.base}: mteb's registry decides how it is run.")
-    return registered_model(choice.base, choice.device)
+        if given[option] is not None:
+            raise UserError(f"{option} has no effect on {asked.model.base}: mteb's registry decides how it is run.")
+    return registered_model(asked.model.base, asked.device)
 
 
 class PromptedEncoder:

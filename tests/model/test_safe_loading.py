@@ -21,6 +21,7 @@ from typing import Any
 import pytest
 import reference
 import torch
+from eval_stubs import evaluated
 from helpers import family_tokenizer, tiny_model, write_jsonl
 from safetensors.torch import load_file
 
@@ -28,7 +29,7 @@ from llm2vec import LLM2Vec
 from llm2vec.data.blocks import texts_of_hub
 from llm2vec.data.rows import TrainingRows
 from llm2vec.data.sources import Source, read_sources_file
-from llm2vec.evaluation.models import ModelChoice, kind_of, load_encoder
+from llm2vec.evaluation.models import kind_of, load_encoder
 from llm2vec.export.export import Export, export
 from llm2vec.files import write_json
 from llm2vec.model.backbone import attach_lora, load_tokenizer
@@ -312,11 +313,11 @@ def test_evaluation_leaves_it_alone(
     table = tmp_path / "table.json"
     table.write_text('{"STS12": "find it"}', encoding="utf-8")
     plant(exported, marker)
-    load_encoder(ModelChoice(str(base), (str(adapter),), instructions_file=str(table), device="cpu"))
-    load_encoder(ModelChoice(str(exported), instructions_file=str(table), device="cpu"))
+    load_encoder(evaluated(str(base), (str(adapter),), instructions_file=str(table), device="cpu"))
+    load_encoder(evaluated(str(exported), instructions_file=str(table), device="cpu"))
     (exported / SETTINGS_FILE).unlink()
-    assert kind_of(ModelChoice(str(exported))) == "sentence-transformers"
-    load_encoder(ModelChoice(str(exported), device="cpu"))
+    assert kind_of(evaluated(str(exported))) == "sentence-transformers"
+    load_encoder(evaluated(str(exported), device="cpu"))
     assert not [file for file in OPENED if file.endswith(".py")]
 
 
@@ -330,7 +331,7 @@ def test_a_sentence_transformers_folder_of_pickles_is_refused(
         (exported / name).unlink()
     monkeypatch.setattr(torch, "load", None)
     with pytest.raises(UserError, match=r"sentence-transformers cannot load .*safetensors"):
-        load_encoder(ModelChoice(str(exported), device="cpu"))
+        load_encoder(evaluated(str(exported), device="cpu"))
 
 
 def test_a_module_of_its_own_is_refused(exported: Path, marker: Path) -> None:
@@ -341,7 +342,7 @@ def test_a_module_of_its_own_is_refused(exported: Path, marker: Path) -> None:
     modules[1]["type"] = "custom_st.Evil"
     write_json(exported / "modules.json", modules)
     with pytest.raises(UserError, match=r"sentence-transformers cannot load .*custom_st\.Evil"):
-        load_encoder(ModelChoice(str(exported), device="cpu"))
+        load_encoder(evaluated(str(exported), device="cpu"))
     assert not [file for file in OPENED if file.endswith(".py")]
 
 
@@ -425,7 +426,7 @@ def test_offline_means_offline(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
         "adapter": lambda: LLM2Vec.from_pretrained(name, f"{name}-adapter"),
         "tokenizer": lambda: load_tokenizer(name),
         "texts": lambda: texts_of_hub(name, None),
-        "evaluation": lambda: load_encoder(ModelChoice(name)),
+        "evaluation": lambda: load_encoder(evaluated(name)),
         "export": lambda: export(Export(name), tmp_path / "exported"),
     }
     for what, attempt in attempts.items():
