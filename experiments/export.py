@@ -1,71 +1,12 @@
-"""Turn a checkpoint into a plain folder for sentence-transformers, transformers, vLLM, text-embeddings-inference.
+r"""`llm2vec export`: turn a checkpoint into a plain folder for other libraries.
 
     python experiments/export.py output/stage_I/Llama-3.2-1B-Instruct-q2d-d2q exported/anchor-1b-stage1
     python experiments/export.py output/stage_II/Llama-3.2-1B-Instruct-stage1-2000steps-stage2 exported/anchor-1b \
         --task_to_instructions_fp test_configs/mteb/task_to_instructions.json --results results/anchor-1b
-
-Adapters are merged in float32 and the weights rounded once. The folder is loaded by stock sentence-transformers and
-compared with the checkpoint before it gets its name. `--adapter` adds the LoRA adapter alone.
 """
 
-import argparse
-import logging
-import sys
-from collections.abc import Sequence
-from pathlib import Path
-
-from llm2vec.cli import user_errors_in_one_sentence
-from llm2vec.evaluation.files import load_instructions
-from llm2vec.export.export import Export, export, push
-from llm2vec.hub import without_waiting_for_the_hub
-from llm2vec.reports.results import read_results
-
-
-def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
-    """Read the command line."""
-    parser = argparse.ArgumentParser(description="Export a checkpoint for stock libraries.", allow_abbrev=False)
-    parser.add_argument("checkpoint", metavar="CHECKPOINT", help="folder or hub name of a model or an adapter")
-    parser.add_argument("out", type=Path, metavar="OUT", help="folder to write; must not be there, or be empty")
-    parser.add_argument("--base", help="base of an adapter, where it is not to be had under its recorded name")
-    parser.add_argument("--dtype", choices=["bfloat16", "float32", "float16"], default="bfloat16")
-    parser.add_argument("--doc_max_length", type=int, help="most tokens of a text, in place of the checkpoint's own")
-    parser.add_argument("--adapter", action="store_true", help="write the LoRA adapter alone, too, to OUT/adapter")
-    parser.add_argument("--base_id", metavar="HUB_ID[@REVISION]", help="hub name of the base")
-    parser.add_argument("--task_to_instructions_fp", metavar="FILE", help="a prompt for each: name -> instruction")
-    parser.add_argument("--results", type=Path, metavar="FOLDER", help="mteb results for the card")
-    parser.add_argument("--license", help="for the card, such as llama3.2")
-    parser.add_argument("--push_to_hub", metavar="REPO", help="upload to this repository")
-    return parser.parse_args(argv)
-
-
-def main(argv: Sequence[str] | None = None) -> None:
-    """Export, prove, say what came of it, upload."""
-    args = parse_args(argv)
-    what = Export(
-        checkpoint=args.checkpoint,
-        base=args.base,
-        dtype=args.dtype,
-        doc_max_length=args.doc_max_length,
-        adapter=args.adapter,
-        base_id=args.base_id,
-        instructions=load_instructions(args.task_to_instructions_fp) if args.task_to_instructions_fp else {},
-        results=read_results(args.results) if args.results else None,
-        license=args.license,
-        repository=args.push_to_hub,
-    )
-    logging.getLogger("sentence_transformers").setLevel(logging.WARNING)
-    with without_waiting_for_the_hub():
-        proof = export(what, args.out)
-    print(
-        f"{args.out}: stock sentence-transformers gives the checkpoint's vectors up to {proof.difference:.1e} (float32)"
-    )
-    if proof.stray_difference is not None:
-        print(f"under an instruction, where the mean reads the blank before a text, up to {proof.stray_difference:.1e}")
-    print(f"stored in {args.dtype}: lowest cosine with the vectors by float32 weights {proof.rounding:.7f}")
-    if args.push_to_hub:
-        print(f"uploaded to {push(args.out, args.push_to_hub)}")
-
+from llm2vec.cli import run_command
+from llm2vec.commands.export import main
 
 if __name__ == "__main__":
-    with user_errors_in_one_sentence():
-        main(sys.argv[1:])
+    run_command(main)

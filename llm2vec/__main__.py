@@ -27,6 +27,8 @@ class Command(NamedTuple):
 
 
 COMMANDS = {
+    "plan": Command("plan", "what a run will be, before anything loads"),
+    "export": Command("export", "turn a checkpoint into a plain folder for other libraries"),
     "check-data": Command("check_data", "look at training data before training on it"),
 }
 

@@ -132,14 +132,21 @@ class _Parser(argparse.ArgumentParser):
     """Tells a mistake as every other one is told, in one sentence and without the list of all flags."""
 
     def error(self, message: str) -> NoReturn:
+        flag, _, rest = message.removeprefix("argument ").partition(": ")
+        if rest.startswith("is "):  # of `positive`: with the flag before it, a sentence
+            raise UserError(f"{flag} {rest}")
         raise UserError(f"{message.removeprefix('argument ').rstrip('.')}; see {self.prog} --help.")
 
 
 def positive(text: str) -> int:
     """A whole number above 0: `type=positive` of a flag."""
-    if not text.isdecimal() or int(text) < 1:
-        raise argparse.ArgumentTypeError(f"{text} is not a whole number above 0")
-    return int(text)
+    try:
+        number = int(text)
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"is {text!r}; give a whole number above 0.") from None
+    if number < 1:
+        raise argparse.ArgumentTypeError(f"is {number}; give a number above 0.")
+    return number
 
 
 def positive_float(text: str) -> float:
@@ -147,7 +154,7 @@ def positive_float(text: str) -> float:
     try:
         number = float(text)
     except ValueError:
-        number = math.nan
+        raise argparse.ArgumentTypeError(f"is {text!r}; give a number above 0.") from None
     if not 0 < number < math.inf:
-        raise argparse.ArgumentTypeError(f"{text} is not a number above 0")
+        raise argparse.ArgumentTypeError(f"is {number:g}; give a number above 0.")
     return number

@@ -195,7 +195,7 @@ def test_script_finds_overlap(folder: Path) -> None:
         (["--sources", "nothing"], "'nothing' is not known; known: faq"),
         (["--test_sets", "nowhere"], "--test_sets: nowhere is not a folder"),
         (["--test_sets", "data"], "--test_sets: data holds no text of 5 words or more"),
-        (["--max_length", "0"], "error: --max_length: 0 is not a whole number above 0; see llm2vec check-data --help."),
+        (["--max_length", "0"], "error: --max_length is 0; give a number above 0."),
     ],
 )
 def test_bad_commands(folder: Path, arguments: list[str], sentence: str) -> None:

@@ -19,6 +19,7 @@ import torch
 from helpers import family_tokenizer, tiny_model, write_jsonl
 from transformers import GPT2Config, LlamaConfig, MistralConfig, PretrainedConfig, Qwen2Config
 
+from llm2vec.commands.plan import card_of
 from llm2vec.compare.runs import read_set
 from llm2vec.planning import plan as plan_module
 from llm2vec.planning.gpus import CARDS, Card
@@ -375,7 +376,7 @@ def test_the_peak_is_that_of_the_runs_precision(
     monkeypatch.setattr("transformers.training_args.enable_tf32", lambda _: None)
     plan = planned(folder, Conditions(stage="stage_II", card=CARDS["A100-80GB"]), **keys)
     assert f"({peak:g} TFLOP/s each)" in "\n".join(report(plan))
-    own = runpy.run_path(str(SCRIPT))["card_of"](SimpleNamespace(card=None, card_memory_gb=80.0, card_tflops=150.0))
+    own = card_of(SimpleNamespace(card=None, card_memory_gb=80.0, card_tflops=150.0))
     assert "(150 TFLOP/s each)" in "\n".join(report(dataclasses.replace(plan, conditions=Conditions(card=own))))
 
 
