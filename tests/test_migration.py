@@ -393,14 +393,6 @@ def test_answers_instead_of_accidents() -> None:
         LLM2Vec.from_pretrained(*names("llama3"), load_in_4bit=True)  # type: ignore[call-arg]
 
 
-@pytest.mark.parametrize("name", ["models", "dataset", "loss", "experiment_utils"])
-def test_what_is_gone_is_on_the_page(name: str) -> None:
-    """A module that comes back must leave the table."""
-    with pytest.raises(ImportError):
-        __import__(f"llm2vec.{name}")
-    assert f"`llm2vec.{name}`" in PAGE.read_text(encoding="utf-8")
-
-
 def test_tokenize_and_pool_take_the_place_of_upstreams_steps() -> None:
     model = LLM2Vec.from_pretrained(*names("mistral"))
     batch = model.tokenize(QUERIES)
