@@ -30,6 +30,7 @@ COMMANDS = {
     "plan": Command("plan", "what a run will be, before anything loads"),
     "export": Command("export", "turn a checkpoint into a plain folder for other libraries"),
     "check-data": Command("check_data", "look at training data before training on it"),
+    "verify": Command("verify", "whether a model gives the same vectors however it is loaded"),
 }
 
 

@@ -1,10 +1,9 @@
-"""Folders of small embedders that `verify` compares, and the script as a function; fixtures of its two test files."""
+"""Folders of small embedders that `verify` compares, and the command; fixtures of its two test files."""
 
 from __future__ import annotations
 
 import dataclasses
 import json
-import runpy
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -14,13 +13,13 @@ import pytest
 import torch
 from helpers import family_tokenizer, tiny_model
 
+from llm2vec.commands.verify import main as verify_command
 from llm2vec.export.export import Export, export
 from llm2vec.model.backbone import Chain, attach_lora, load_backbone
 from llm2vec.model.checkpoint import save_checkpoint
 from llm2vec.model.settings import EncoderSettings, row_tokenizer
 from llm2vec.text.tokenization import probe_ids
 
-SCRIPT = Path(__file__).parents[1] / "experiments/verify.py"
 BIDIRECTIONAL = EncoderSettings("last", 64, template="llama3", instruction_join="; ", attention="bidirectional")
 CAUSAL_MEAN = EncoderSettings("mean", 64, template="llama3", instruction_join="; ", attention="causal")
 
@@ -66,30 +65,20 @@ def save_all(folder: Path) -> Path:
     return folder
 
 
-def script(capsys: pytest.CaptureFixture[str]) -> Callable[..., tuple[int, str]]:
-    """The script's main function: arguments to exit code and what was printed."""
-    main = runpy.run_path(str(SCRIPT))["main"]
-
-    def run(*arguments: str | Path) -> tuple[int, str]:
-        capsys.readouterr()
-        code = main(list(map(str, arguments)))
-        return code, capsys.readouterr().out
-
-    return run
-
-
 def change_json(file: Path, change: Callable[[Any], Any]) -> None:
     content = json.loads(file.read_text(encoding="utf-8"))
     file.write_text(json.dumps(change(content) or content), encoding="utf-8")
 
 
-def failures(printed: str) -> dict[str, list[str]]:
-    """Way -> the causes that were named."""
-    causes: dict[str, list[str]] = {}
+def failures(printed: str) -> dict[str, str]:
+    """Way -> the cause that was named."""
+    causes: dict[str, str] = {}
     for line in printed.splitlines():
         if line.startswith("FAIL: "):
             way, cause, _ = line.removeprefix("FAIL: ").split(": ", 2)
-            causes.setdefault(way.split(" /")[0].split(" http")[0], []).append(cause)
+            kind = way.split(" /")[0].split(" http")[0]
+            assert kind not in causes, "a way is given one cause"
+            causes[kind] = cause
     return causes
 
 
@@ -114,5 +103,11 @@ def damaged(made: Path, tmp_path: Path) -> Path:
 
 @pytest.fixture
 def verify(capsys: pytest.CaptureFixture[str]) -> Callable[..., tuple[int, str]]:
-    """The script: arguments -> exit code and what it printed."""
-    return script(capsys)
+    """The command: arguments -> exit code and what it printed."""
+
+    def run(*arguments: str | Path) -> tuple[int, str]:
+        capsys.readouterr()
+        code = verify_command(list(map(str, arguments)))
+        return code, capsys.readouterr().out
+
+    return run

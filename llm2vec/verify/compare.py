@@ -3,20 +3,20 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from itertools import repeat
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from llm2vec.corpus.rows import check_unicode
-from llm2vec.files import parse_json
+from llm2vec.files import check_unicode, json_lines
 from llm2vec.types import InstructedText, UserError, first_line
 from llm2vec.verify.loaded import LocalWay
 from llm2vec.verify.server import EmbeddingServer
-from llm2vec.verify.ways import LABELS, Choice, Rendering, prompt_writer
+from llm2vec.verify.ways import Choice, Rendering, prompt_writer
 
 #: Least cosine similarity of a text's vectors, in float32 and with half precision on either side.
 LEAST_COSINE = 0.9999
@@ -51,7 +51,7 @@ def bundled_texts(max_length: int) -> dict[str, InstructedText]:
     }
 
 
-def read_texts(file: Path) -> dict[str, InstructedText]:
+def read_compared_texts(file: Path) -> dict[str, InstructedText]:
     """Texts of a file by line number: a text a line; in `.jsonl`, objects of `text`, `instruction` and `side`.
 
     Blanks around a text are taken away, as `LLM2Vec` does and other ways leave to their users.
@@ -62,30 +62,28 @@ def read_texts(file: Path) -> dict[str, InstructedText]:
     if not file.is_file():
         raise UserError(f"--texts: {file} is not there.")
     texts = {}
-    with file.open("rb") as lines:  # which end at line feeds alone; a text may hold what else Unicode breaks lines at
-        for number, line in enumerate(lines, 1):
-            where = f"{file}, line {number}"
-            texts[f"line {number}"] = _text_of(line, where) if file.suffix == ".jsonl" else _document(line, where)
+    if file.suffix == ".jsonl":
+        texts = {where.removeprefix(f"{file}, "): _text_of(entry, where) for where, entry in json_lines(file)}
+    else:
+        with file.open("rb") as lines:  # which end at line feeds alone; Unicode breaks lines in more places
+            for number, line in enumerate(lines, 1):
+                try:
+                    text = line.decode("utf-8-sig").strip()
+                except UnicodeDecodeError as error:
+                    raise UserError(f"{file}, line {number}: not UTF-8 ({error.reason}).") from error
+                texts[f"line {number}"] = InstructedText("", text, "document")
     if not texts:
         raise UserError(f"--texts: {file} is empty.")
     return texts
 
 
-def _document(line: bytes, where: str) -> InstructedText:
-    try:
-        return InstructedText("", line.decode("utf-8-sig").strip(), "document")
-    except UnicodeDecodeError as error:
-        raise UserError(f"{where}: not UTF-8 ({error.reason}).") from error
-
-
-def _text_of(line: bytes, where: str) -> InstructedText:
-    entry = parse_json(line, where)
-    if not isinstance(entry, dict) or set(entry) - {"text", "instruction", "side"} or "text" not in entry:
+def _text_of(entry: dict[str, Any], where: str) -> InstructedText:
+    if set(entry) - {"text", "instruction", "side"} or "text" not in entry:
         raise UserError(f"{where}: an object with `text`, and at most `instruction` and `side`, is needed.")
-    if not all(isinstance(value, str) for value in entry.values()):
-        raise UserError(f"{where}: every value must be a string.")
-    for value in entry.values():
-        check_unicode(value, where)
+    for name, value in entry.items():
+        if not isinstance(value, str):
+            raise UserError(f"{where}: every value must be a string.")
+        check_unicode(value, name, where)
     instruction = entry.get("instruction", "")
     side = entry.get("side", "query" if instruction else "document")
     if side not in ("query", "document"):
@@ -98,29 +96,28 @@ class Answer:
     """What a way makes of the texts.
 
     Attributes:
-        label: how a table calls the way.
-        place: what was loaded, or the URL.
+        choice: the way.
         ids: of each text, its token ids; None = not shown.
         vectors: [N, D]; rows of NaN where the way refuses a text.
         refused: index of a text -> why the way refuses it.
-        is_half: whether half precision is at work, as far as is known: a server does not say, so it counts as half.
-        sent: the strings that went to a server; None for a loaded way.
-        any_length: whether the way promises no length of its vectors.
+        way: what was loaded; None = a server.
     """
 
-    label: str
-    place: str
-    ids: list[list[int] | None]
+    choice: Choice
+    ids: Sequence[list[int] | None]
     vectors: Tensor
-    refused: dict[int, str]
-    is_half: bool
-    sent: list[str] | None = None
-    any_length: bool = False
+    refused: dict[int, str] = field(default_factory=dict)
+    way: LocalWay | None = None
 
     @property
     def name(self) -> str:
         """Way and place."""
-        return f"{self.label} {self.place}"
+        return self.choice.name
+
+    @property
+    def is_half(self) -> bool:
+        """Whether half precision is at work, as far as is known: a server does not say, so it counts as half."""
+        return self.way is None or self.way.is_half
 
 
 def ask_way(way: LocalWay, texts: Sequence[InstructedText]) -> Answer:
@@ -129,12 +126,10 @@ def ask_way(way: LocalWay, texts: Sequence[InstructedText]) -> Answer:
     Raises:
         UserError: it fails on them.
     """
-    label, place = LABELS[way.choice.kind], way.choice.place
     try:
-        ids: list[list[int] | None] = [row.ids for row in way.rows(texts, None)]
-        return Answer(label, place, ids, way.encode(texts), {}, way.is_half, None, way.any_length)
+        return Answer(way.choice, [row.ids for row in way.rows(texts)], way.encode(texts), way=way)
     except Exception as error:  # such as a token without an embedding, or a limit that is no number
-        raise UserError(f"{label} {place}: cannot embed the texts ({first_line(error)}).") from error
+        raise UserError(f"{way.choice.name}: cannot embed the texts ({first_line(error)}).") from error
 
 
 def ask_server(choice: Choice, texts: Sequence[InstructedText], rendering: Rendering | None) -> Answer:
@@ -143,7 +138,7 @@ def ask_server(choice: Choice, texts: Sequence[InstructedText], rendering: Rende
     Args:
         choice: of kind `server`.
         texts: what to embed.
-        rendering: says what stands before a text, and which texts are cut: of those the server's token ids say
+        rendering: says what stands before a text, and which texts are cut. Of those the server's token ids say
             nothing, as its `/tokenize` does not cut.
 
     Raises:
@@ -159,7 +154,7 @@ def ask_server(choice: Choice, texts: Sequence[InstructedText], rendering: Rende
     if rendering is not None:
         cut = [len(row.ids) >= rendering.rows.max_length for row in rendering.rows.rows(texts)]
         ids = [None if is_cut else shown for shown, is_cut in zip(ids, cut, strict=True)]
-    return Answer(LABELS["server"], choice.path, ids, vectors, refused, True, strings)
+    return Answer(choice, ids, vectors, refused)
 
 
 @dataclass(frozen=True)
@@ -168,10 +163,10 @@ class Parity:
 
     Attributes:
         answer: what was compared.
+        compared: indices of the texts that neither way refuses.
+        compared_ids: how many of these texts' token ids both ways show.
         differing_ids: indices of texts whose token ids differ.
-        compared_ids: how many texts' ids both sides show.
-        cosines: [texts that neither refuses], of the vectors; zeros where they have other sizes.
-        compared: indices of those texts.
+        cosines: of the compared texts' vectors; zeros where they have other sizes.
         largest: the largest difference of a number, of unit vectors.
         lengths: the shortest and the longest vector.
         same_lengths: whether the vectors have unit length, or the reference's, or may have any.
@@ -179,10 +174,10 @@ class Parity:
     """
 
     answer: Answer
-    differing_ids: list[int]
-    compared_ids: int
-    cosines: Tensor
     compared: list[int]
+    compared_ids: int
+    differing_ids: list[int]
+    cosines: Tensor
     largest: float
     lengths: tuple[float, float]
     same_lengths: bool
@@ -194,7 +189,7 @@ class Parity:
         return bool((self.cosines >= self.threshold).all()) and self.same_lengths
 
 
-def compare(reference: Answer, answer: Answer, threshold: float | None = None) -> Parity:
+def compare_answers(reference: Answer, answer: Answer, threshold: float | None = None) -> Parity:
     """Compare an answer with the reference's, text by text.
 
     Args:
@@ -213,22 +208,21 @@ def compare(reference: Answer, answer: Answer, threshold: float | None = None) -
     shown = [i for i in compared if reference.ids[i] is not None and answer.ids[i] is not None]
     ours_ND, theirs_ND = reference.vectors[compared].double(), answer.vectors[compared].double()
     lengths_N = theirs_ND.norm(dim=-1)
+    cosines_N, largest = torch.zeros(len(compared)), float("inf")
     if ours_ND.shape == theirs_ND.shape:
         difference_ND = F.normalize(ours_ND, dim=-1) - F.normalize(theirs_ND, dim=-1)
         cosines_N, largest = F.cosine_similarity(ours_ND, theirs_ND, dim=-1), float(difference_ND.abs().max())
-    else:
-        cosines_N, largest = torch.zeros(len(compared)), float("inf")
     slack = 0.02 if is_half else 1e-3
     wanted = (1.0, ours_ND.norm(dim=-1))
-    same_lengths = answer.any_length or any(bool(((lengths_N / n - 1).abs() <= slack).all()) for n in wanted)
+    any_length = answer.way is not None and answer.way.any_length
     return Parity(
         answer,
-        [i for i in shown if reference.ids[i] != answer.ids[i]],
-        len(shown),
-        cosines_N,
         compared,
+        len(shown),
+        [i for i in shown if reference.ids[i] != answer.ids[i]],
+        cosines_N,
         largest,
         (float(lengths_N.min()), float(lengths_N.max())),
-        same_lengths,
+        any_length or any(bool(((lengths_N / n - 1).abs() <= slack).all()) for n in wanted),
         threshold if threshold is not None else LEAST_COSINE_HALF if is_half else LEAST_COSINE,
     )

@@ -5,10 +5,10 @@
 
 from __future__ import annotations
 
-import copy
 import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, get_args
 
 import torch
@@ -19,15 +19,17 @@ from torch import Tensor
 from transformers import AutoConfig, AutoModel, PreTrainedTokenizerBase
 from transformers.utils import logging as transformers_logging
 
+from llm2vec.files import parse_json
 from llm2vec.hub import find_file
 from llm2vec.llm2vec import LLM2Vec
 from llm2vec.model.backbone import load_tokenizer
 from llm2vec.model.checkpoint import resolve_chain
 from llm2vec.model.pooling import pool
+from llm2vec.model.revision import MODULES_FILE
 from llm2vec.model.stock_form import POOLING, SWITCHES
 from llm2vec.text.tokenization import Row
 from llm2vec.types import Attention, InstructedText, PoolingMode, TextSide, UserError, first_line
-from llm2vec.verify.ways import LABELS, MODULES_FILE, Choice, Rendering, prompt_writer, read_json, read_modules
+from llm2vec.verify.ways import Choice, Rendering, prompt_writer, read_json_of
 
 POOLING_FILE = "1_Pooling/config.json"
 
@@ -47,7 +49,7 @@ class LocalWay:
         model: decoder without head, plain or with an adapter.
         tokenizer: its tokenizer.
         encode: vectors of texts as this way computes them, [N, D], on the CPU in float32.
-        rows: texts as token rows; the second argument is the most tokens of a row, None = this way's own limit.
+        rows: texts as token rows.
         attention: as its settings or its config say.
         pooling_mode: how it pools.
         max_length: most tokens of a row.
@@ -59,7 +61,7 @@ class LocalWay:
     model: Any
     tokenizer: PreTrainedTokenizerBase
     encode: Callable[[Sequence[InstructedText]], Tensor]
-    rows: Callable[[Sequence[InstructedText], int | None], list[Row]]
+    rows: Callable[[Sequence[InstructedText]], list[Row]]
     attention: Attention
     pooling_mode: PoolingMode
     max_length: int
@@ -87,9 +89,9 @@ def open_way(choice: Choice, dtype: torch.dtype, rendering: Rendering | None) ->
                 return _open_ours(choice, dtype)
             return (_open_st if choice.kind == "st" else _open_transformers)(choice, dtype, rendering)
     except UserError as error:
-        raise UserError(f"{LABELS[choice.kind]} {choice.place}: {error}") from error
+        raise UserError(f"{choice.name}: {error}") from error
     except Exception as error:  # damaged files: what stock libraries raise for them has no common type
-        raise UserError(f"{LABELS[choice.kind]} {choice.place}: cannot be loaded ({first_line(error)}).") from error
+        raise UserError(f"{choice.name}: cannot be loaded ({first_line(error)}).") from error
     finally:
         transformers_logging.set_verbosity(verbosity)
 
@@ -116,23 +118,18 @@ def _open_ours(choice: Choice, dtype: torch.dtype) -> LocalWay:
         vectors = loaded(batch).float().cpu()
         return F.normalize(vectors, dim=-1) if loaded.settings.normalize else vectors
 
-    def rows(texts: Sequence[InstructedText], max_length: int | None) -> list[Row]:
-        tokenizer = copy.copy(loaded.row_tokenizer)
-        if max_length is not None:
-            tokenizer.max_length, tokenizer.text_max_length = max_length, None
-        return tokenizer.rows(texts)
-
+    settings = loaded.settings
     return LocalWay(
         choice,
         loaded.model,
         loaded.tokenizer,
         padded if choice.kind == "padded" else packed,
-        rows,
-        loaded.settings.attention,
-        loaded.settings.pooling_mode,
-        loaded.settings.max_length,
+        loaded.row_tokenizer.rows,
+        settings.attention,
+        settings.pooling_mode,
+        settings.max_length,
         _is_half(choice, dtype),
-        any_length=not loaded.settings.normalize,
+        any_length=not settings.normalize,
     )
 
 
@@ -162,22 +159,17 @@ def _open_st(choice: Choice, dtype: torch.dtype, rendering: Rendering | None) ->
             vectors |= dict(zip(chosen, embedded.float().cpu(), strict=True))
         return torch.stack([vectors[i] for i in range(len(texts))])
 
-    def rows(texts: Sequence[InstructedText], max_length: int | None) -> list[Row]:
-        options = {} if max_length is None else {"processing_kwargs": {"text": {"max_length": max_length}}}
-        made = []
-        for text in texts:
-            features = loaded.preprocess([text.text], prompt=prompt(text), **options)
-            ids = features["input_ids"][0].tolist()
-            skipped = 0 if pooling.include_prompt else int(features.get("prompt_length") or 0)
-            made.append(Row(ids, [i >= skipped for i in range(len(ids))], [False] * len(ids)))
-        return made
+    def row(text: InstructedText) -> Row:
+        features = loaded.preprocess([text.text], prompt=prompt(text))
+        skipped = 0 if pooling.include_prompt else int(features.get("prompt_length") or 0)
+        return _row(features["input_ids"][0].tolist(), skipped)
 
     return LocalWay(
         choice,
         loaded.transformers_model,
         loaded.tokenizer,
         encode,
-        rows,
+        lambda texts: list(map(row, texts)),
         _attention_of(loaded.transformers_model),
         _mode_named(pooling.pooling_mode),
         loaded.max_seq_length or loaded.tokenizer.model_max_length,
@@ -195,14 +187,14 @@ def _open_transformers(choice: Choice, dtype: torch.dtype, rendering: Rendering 
         model = model if adapter == choice.adapters[-1] else model.merge_and_unload()
     model.to(_device()).eval()  # torch's mode without dropout; no code is evaluated
     folder = next((p for p in (*reversed(choice.adapters), choice.path) if find_file(p, MODULES_FILE)), choice.path)
-    normalize = any(module.endswith("Normalize") for module in read_modules(folder))
+    normalize = any(module.endswith("Normalize") for module in _read_modules(folder))
     tokenizer = load_tokenizer(folder)
-    mode, with_prompt = read_pooling(folder)
-    module = read_json(folder, "sentence_bert_config.json") or {}
+    mode, with_prompt = _read_pooling(folder)
+    module = read_json_of(folder, "sentence_bert_config.json") or {}
     # Where the tokenizer names no limit, sentence-transformers takes the model's.
     most = min(tokenizer.model_max_length, getattr(model.config, "max_position_embeddings", tokenizer.model_max_length))
     own_length = module.get("max_seq_length") or most
-    declared = read_json(folder, "config_sentence_transformers.json") or {}
+    declared = read_json_of(folder, "config_sentence_transformers.json") or {}
     prompt = prompt_writer(rendering, tokenizer, declared.get("prompts") or {})
 
     @_in_batches
@@ -224,22 +216,16 @@ def _open_transformers(choice: Choice, dtype: torch.dtype, rendering: Rendering 
         ids = tokenizer(prompt(text))["input_ids"]
         return len(ids) - (ids[-1] in tokenizer.all_special_ids)
 
-    def rows(texts: Sequence[InstructedText], max_length: int | None) -> list[Row]:
-        made = []
-        for text in texts:
-            string, length = prompt(text) + text.text, max_length or own_length
-            ids: list[int] = tokenizer(string, truncation=True, max_length=length)["input_ids"]
-            first = skipped(text)
-            pooled = [i >= first for i in range(len(ids))]
-            made.append(Row(ids, pooled, [False] * len(ids)))
-        return made
+    def row(text: InstructedText) -> Row:
+        ids: list[int] = tokenizer(prompt(text) + text.text, truncation=True, max_length=own_length)["input_ids"]
+        return _row(ids, skipped(text))
 
     return LocalWay(
         choice,
         model,
         tokenizer,
         encode,
-        rows,
+        lambda texts: list(map(row, texts)),
         _attention_of(model),
         mode,
         own_length,
@@ -247,13 +233,29 @@ def _open_transformers(choice: Choice, dtype: torch.dtype, rendering: Rendering 
     )
 
 
-def read_pooling(folder: str) -> tuple[PoolingMode, bool]:
+def _row(ids: list[int], skipped: int) -> Row:
+    """A row whose first tokens, the prompt's, may be left out of the mean."""
+    return Row(ids, [i >= skipped for i in range(len(ids))], [False] * len(ids))
+
+
+def _read_modules(folder: str) -> list[str]:
+    """The classes that a folder's `modules.json` lists."""
+    file = find_file(folder, MODULES_FILE)
+    if file is None:
+        raise UserError(f"no {MODULES_FILE}, so nothing says how the hidden states are pooled.")
+    modules = parse_json(Path(file).read_bytes(), file)
+    if not isinstance(modules, list) or not all(isinstance(module, dict) and "type" in module for module in modules):
+        raise UserError(f"{file}: a list of objects with a `type` is needed.")
+    return [str(module["type"]) for module in modules]
+
+
+def _read_pooling(folder: str) -> tuple[PoolingMode, bool]:
     """The pooling mode of a folder's `1_Pooling/config.json`, and whether the prompt is pooled over.
 
     Raises:
         UserError: there is no such file, its two spellings say different things, or it is a mode that we lack.
     """
-    config = read_json(folder, POOLING_FILE)
+    config = read_json_of(folder, POOLING_FILE)
     if config is None:
         raise UserError(f"no {POOLING_FILE}, so nothing says how the hidden states are pooled.")
     flagged = [name for name, switch in SWITCHES.items() if config.get(switch)]

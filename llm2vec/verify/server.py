@@ -13,7 +13,7 @@ import urllib.request
 from collections.abc import Sequence
 from http.client import HTTPException
 from typing import Any
-from urllib.parse import urldefrag, urlsplit
+from urllib.parse import urlsplit
 
 from torch import Tensor, tensor
 
@@ -43,13 +43,13 @@ class EmbeddingServer:
     def __init__(self, address: str) -> None:
         try:
             parts = urlsplit(address)
-            url, name = urldefrag(parts.geturl())
         except ValueError as error:  # a bracket of an IPv6 address is missing
             raise UserError(f"{address} is no address of a server ({error}).") from None
         if parts.scheme not in ("http", "https") or not parts.netloc:
             raise UserError(f"{address} is no address of a server; it begins with http:// or https:// and a host.")
-        self.url = url.rstrip("/").removesuffix("/embeddings").removesuffix("/v1").rstrip("/")
-        self.model = name or self._only_model()
+        url = address.partition("#")[0].rstrip("/")
+        self.url = url.removesuffix("/embeddings").removesuffix("/v1").rstrip("/")
+        self.model = parts.fragment or self._only_model()
 
     def vectors(self, texts: Sequence[str]) -> tuple[dict[int, Tensor], dict[int, str]]:
         """Embed texts, one a request.
@@ -63,12 +63,11 @@ class EmbeddingServer:
         vectors: dict[int, Tensor] = {}
         refused: dict[int, str] = {}
         for i, text in enumerate(texts):
+            body = {"model": self.model, "input": [text], "encoding_format": "float"}
             try:
-                answer = self._post("/v1/embeddings", model=self.model, input=[text], encoding_format="float")
+                vectors[i] = self._vector(self._request("/v1/embeddings", body))
             except _Refused as error:
                 refused[i] = str(error)
-                continue
-            vectors[i] = self._vector(answer)
         if not vectors:
             raise UserError(f"{self.url} refuses every text: {refused[0]}")
         if len(sizes := sorted({len(vector) for vector in vectors.values()})) > 1:
@@ -79,20 +78,23 @@ class EmbeddingServer:
         """Token ids of texts, special ones included, uncut; None where the server does not show them."""
         for key in ("prompt", "inputs"):  # vLLM, text-embeddings-inference
             try:
-                return [_ids(self._post("/tokenize", **{"model": self.model, key: text})) for text in texts]
-            except (UserError, _Refused):
+                answers = [self._request("/tokenize", {"model": self.model, key: text}) for text in texts]
+                if key == "prompt":
+                    return [[int(token) for token in answer["tokens"]] for answer in answers]
+                return [[int(token["id"]) for token in answer[0]] for answer in answers]
+            except (UserError, _Refused, KeyError, TypeError, ValueError, IndexError):
                 continue
         return None
 
     def _only_model(self) -> str:
         """The name of the one model that the server lists; any name will do for a server without a list."""
         try:
-            names = [entry["id"] for entry in self._request("/v1/models")["data"]]
+            names = [str(entry["id"]) for entry in self._request("/v1/models")["data"]] or ["model"]
         except (UserError, _Refused, KeyError, TypeError):
             return "model"
         if len(names) > 1:
             raise UserError(f"{self.url} serves {', '.join(names)}; write the one that is meant as {self.url}#NAME.")
-        return str(names[0]) if names else "model"
+        return names[0]
 
     def _vector(self, answer: Any) -> Tensor:
         try:
@@ -107,35 +109,19 @@ class EmbeddingServer:
             raise UserError(f"{self.url}/v1/embeddings answers with a vector that is empty or not finite.")
         return tensor(numbers)
 
-    def _post(self, path: str, **body: Any) -> Any:
-        return self._request(path, json.dumps(body).encode())
-
-    def _request(self, path: str, body: bytes | None = None) -> Any:
+    def _request(self, path: str, body: dict[str, Any] | None = None) -> Any:
         """The JSON that the server answers; GET without a body, POST with one."""
-        request = urllib.request.Request(self.url + path, body, {"Content-Type": "application/json"})
+        content = None if body is None else json.dumps(body).encode()
+        request = urllib.request.Request(self.url + path, content, {"Content-Type": "application/json"})
         try:
             with urllib.request.urlopen(request, timeout=TIMEOUT) as response:
                 return json.loads(response.read())
         except urllib.error.HTTPError as error:
-            message = " ".join(error.read().decode("utf-8", "replace").split())[:200]
+            said = f"HTTP {error.code} {' '.join(error.read().decode('utf-8', 'replace').split())[:200]}".strip()
             if error.code in _REFUSALS:
-                raise _Refused(f"HTTP {error.code} {message}".strip()) from None
-            raise UserError(f"{self.url}{path} answers HTTP {error.code} {message}".strip()) from None
+                raise _Refused(said) from None
+            raise UserError(f"{self.url}{path} answers {said}") from None
         except (OSError, HTTPException) as error:  # refused, unknown host, timeout, cut short
             raise UserError(f"{self.url} does not answer ({getattr(error, 'reason', None) or error}).") from None
         except ValueError:
             raise UserError(f"{self.url}{path} does not answer in JSON.") from None
-
-
-def _ids(answer: Any) -> list[int]:
-    """The ids in an answer of `/tokenize`.
-
-    Raises:
-        UserError: there are none.
-    """
-    try:
-        if isinstance(answer, dict):  # vLLM
-            return [int(token) for token in answer["tokens"]]
-        return [int(token["id"]) for token in answer[0]]  # text-embeddings-inference
-    except (KeyError, TypeError, ValueError, IndexError):
-        raise UserError("no token ids in the answer") from None

@@ -16,10 +16,11 @@ from typing import Any, Literal, NamedTuple, get_args
 
 from transformers import PreTrainedTokenizerBase
 
-from llm2vec.files import parse_json, read_object
+from llm2vec.files import read_object
 from llm2vec.hub import find_file
 from llm2vec.model.backbone import load_tokenizer
 from llm2vec.model.checkpoint import SETTINGS_FILE, read_settings, resolve_chain
+from llm2vec.model.revision import MODULES_FILE
 from llm2vec.model.settings import EncoderSettings, row_tokenizer
 from llm2vec.model.stock_form import possible_forms
 from llm2vec.text.tokenization import RowTokenizer
@@ -36,8 +37,6 @@ LABELS = {
     "transformers": "transformers",
     "server": "server",
 }
-
-MODULES_FILE = "modules.json"
 
 
 class Choice(NamedTuple):
@@ -57,6 +56,11 @@ class Choice(NamedTuple):
     def place(self) -> str:
         """What is loaded, as the user writes it."""
         return "+".join((self.path, *self.adapters))
+
+    @property
+    def name(self) -> str:
+        """Way and place."""
+        return f"{LABELS[self.kind]} {self.place}"
 
 
 def choices_of(argument: str) -> tuple[list[Choice], list[str]]:
@@ -122,9 +126,8 @@ def rendering_of(choices: Sequence[Choice]) -> Rendering | None:
             if not (recorded := read_settings(path)):
                 continue
             settings = EncoderSettings(**recorded)
-            rows = row_tokenizer(
-                load_tokenizer(path if find_file(path, "tokenizer_config.json") else chain.base), settings
-            )
+            tokenizer = load_tokenizer(path if find_file(path, "tokenizer_config.json") else chain.base)
+            rows = row_tokenizer(tokenizer, settings)
             stock = next((c.path for c in local if find_file(c.path, MODULES_FILE) is not None), None)
             written = possible_forms(rows, settings)[0].written if stock is None else _own_header(load_tokenizer(stock))
             return Rendering(rows, written)
@@ -166,33 +169,17 @@ def _own_header(tokenizer: Any) -> str:
     return str(tokenizer.decode(header[special[-1] + 1 if special else 0 :]))
 
 
-def shared_start(first: Sequence[Any], second: Sequence[Any]) -> int:
-    """How many entries two sequences begin with alike."""
-    return next(
-        (i for i, (a, b) in enumerate(zip(first, second, strict=False)) if a != b), min(len(first), len(second))
-    )
+def shared_start(first: Sequence[int], second: Sequence[int]) -> int:
+    """How many ids two rows begin with alike."""
+    pairs = enumerate(zip(first, second, strict=False))
+    return next((i for i, (one, other) in pairs if one != other), min(len(first), len(second)))
 
 
-def read_json(folder: str, name: str) -> dict[str, Any] | None:
+def read_json_of(folder: str, name: str) -> dict[str, Any] | None:
     """The JSON object of a folder's file; None where it has no such file.
 
     Raises:
-        UserError: as `json_text.read_object`.
+        UserError: as `files.read_object`.
     """
     file = find_file(folder, name)
     return None if file is None else read_object(Path(file))
-
-
-def read_modules(folder: str) -> list[str]:
-    """The classes that a folder's `modules.json` lists.
-
-    Raises:
-        UserError: there is no such file, or it is no list of objects with a `type`.
-    """
-    file = find_file(folder, MODULES_FILE)
-    if file is None:
-        raise UserError(f"no {MODULES_FILE}, so nothing says how the hidden states are pooled.")
-    modules = parse_json(Path(file).read_bytes(), file)
-    if not isinstance(modules, list) or not all(isinstance(module, dict) and "type" in module for module in modules):
-        raise UserError(f"{file}: a list of objects with a `type` is needed.")
-    return [str(module["type"]) for module in modules]
