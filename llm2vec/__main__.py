@@ -28,6 +28,8 @@ class Command(NamedTuple):
 
 COMMANDS = {
     "plan": Command("plan", "what a run will be, before anything loads"),
+    "eval": Command("evaluate", "score an embedding model on MTEB, or on retrieval sets of your own"),
+    "encode": Command("encode", "encode a whole corpus to files of vectors"),
     "export": Command("export", "turn a checkpoint into a plain folder for other libraries"),
     "check-data": Command("check_data", "look at training data before training on it"),
     "verify": Command("verify", "whether a model gives the same vectors however it is loaded"),

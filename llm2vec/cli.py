@@ -68,10 +68,13 @@ def user_errors_in_one_sentence() -> Iterator[None]:
 
 
 def set_up_logging() -> None:
-    """What is logged goes to stderr: the first process's from INFO on, of the others only errors."""
-    level = logging.INFO if is_first_process() else logging.ERROR
-    logging.basicConfig(level=level, format="%(message)s")
-    logging.getLogger("httpx").setLevel(logging.WARNING)
+    """What the package says goes to stderr, what libraries say from WARNING on; of all but the first process, errors.
+
+    Where the root logger has handlers already, as in a notebook, they decide.
+    """
+    if not logging.getLogger().handlers:
+        logging.basicConfig(level=logging.WARNING if is_first_process() else logging.ERROR, format="%(message)s")
+        logging.getLogger("llm2vec").setLevel(logging.INFO if is_first_process() else logging.ERROR)
     logging.getLogger("huggingface_hub").setLevel(logging.ERROR)  # an unreachable hub is said in one sentence
     warnings.filterwarnings("ignore", category=FutureWarning, module="transformers")  # peft uses its older names
 

@@ -6,12 +6,12 @@ because importing mteb takes seconds.
 
 from __future__ import annotations
 
-import importlib.util
 import json
 import logging
-from collections.abc import Callable, Iterator
+import runpy
+import sys
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
-from types import ModuleType
 from typing import Any
 
 import datasets
@@ -36,6 +36,7 @@ from llm2vec.model.revision import checkpoint_revision, model_name
 from llm2vec.types import UserError
 
 ROOT = Path(__file__).parents[2]
+SCRIPT = ROOT / "experiments/mteb_eval_custom.py"
 TABLE = ROOT / "test_configs/mteb/task_to_instructions.json"
 INSTRUCTIONS: dict[str, str] = json.loads(TABLE.read_text(encoding="utf-8"))
 
@@ -488,17 +489,14 @@ def test_an_unreachable_hub_names_the_data_and_the_way_out() -> None:
 # --- the script ---
 
 
-@pytest.fixture(scope="module")
-def script() -> ModuleType:
-    spec = importlib.util.spec_from_file_location("mteb_eval_custom", ROOT / "experiments/mteb_eval_custom.py")
-    assert spec is not None and spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+def run_script(flags: Mapping[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
+    """The script in this process, as it is started."""
+    words = [str(SCRIPT), *(str(word) for pair in flags.items() for word in pair)]
+    monkeypatch.setattr(sys, "argv", words)
+    runpy.run_path(str(SCRIPT), run_name="__main__")
 
 
 def test_the_script_prints_the_table(
-    script: ModuleType,
     checkpoint: Path,
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
@@ -520,7 +518,7 @@ def test_the_script_prints_the_table(
         "--output_dir": tmp_path / "results",
         "--max_length": 128,
     }
-    script.main([str(word) for pair in flags.items() for word in pair])
+    run_script(flags, monkeypatch)
     printed = capsys.readouterr().out
     assert "MySet, ndcg_at_10 x100" in printed and "default       100.00" in printed
     assert Path(printed.strip().splitlines()[-1].removeprefix("Results: ")).is_file()
@@ -540,9 +538,9 @@ def test_the_script_prints_the_table(
     ],
 )
 def test_the_script_ends_with_one_sentence(
-    script: ModuleType,
     checkpoint: Path,
     tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
     changed: dict[str, str],
     said: str,
@@ -555,7 +553,7 @@ def test_the_script_ends_with_one_sentence(
         **changed,
     }
     with pytest.raises(SystemExit) as ended:
-        script.main([word for pair in flags.items() for word in pair])
+        run_script(flags, monkeypatch)
     printed = capsys.readouterr()
     assert ended.value.code == 2 and said in printed.err and printed.err.count("\n") == 1
     assert not printed.out and not (tmp_path / "results").exists()

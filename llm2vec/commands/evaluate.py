@@ -1,0 +1,108 @@
+r"""Score an embedding model on MTEB: one task, a set of tasks, or retrieval sets of your own.
+
+    llm2vec eval \
+        --model meta-llama/Llama-3.2-1B-Instruct --peft output/stage_II \
+        --task_name STS16 \
+        --task_to_instructions_fp test_configs/mteb/task_to_instructions.json \
+        --output_dir results
+
+    torchrun --nproc_per_node=8 -m llm2vec eval \
+        --model output/stage_I --peft output/stage_II --tasks mteb56
+
+--tasks takes names of tasks, subset15 (the paper's Table 8), mteb56, beir14 and names of mteb's benchmarks. The model
+is one of ours, a sentence-transformers model or a name that mteb knows. Results lie under
+OUTPUT_DIR/results/MODEL/REVISION/TASK.json; the revision is made from the weights, the settings and the instructions,
+so that a second run reads an old score only where nothing has changed, and goes on where the first one ended. Without
+the hub, --local_data_dir names a directory with copies of the data sets (`mteb/sts16-sts/`, ...) or with folders of
+your own (`MySet/corpus.jsonl`, `queries.jsonl`, `qrels/test.jsonl`; --tasks MySet).
+"""
+
+from __future__ import annotations
+
+import argparse
+import re
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, get_args
+
+from llm2vec import cli
+from llm2vec.choice import add_model_flags, chosen_model
+from llm2vec.types import AttnImplementation, DtypeName, UserError
+
+
+def _parse_args(argv: Sequence[str]) -> argparse.Namespace:
+    parser = cli.parser("eval", __doc__)
+    add_model_flags(parser)
+    which = parser.add_mutually_exclusive_group(required=True)
+    which.add_argument("--task_name", help="one task of mteb, or a folder in --local_data_dir")
+    which.add_argument("--tasks", nargs="+", help="tasks, subset15, mteb56, beir14, benchmarks such as 'MTEB(eng, v2)'")
+    parser.add_argument("--task_to_instructions_fp", help="default: the paper's for our models, none for others")
+    parser.add_argument("--template", help="how our models' texts are written (default: the model's own)")
+    parser.add_argument("--output_dir", default="results")
+    parser.add_argument("--local_data_dir", help="read data sets from here, not from the hub")
+    parser.add_argument("--batch_size", type=cli.positive, default=32)
+    parser.add_argument("--max_length", type=int, help="tokens a text is cut to (default: the model's own)")
+    parser.add_argument(
+        "--torch_dtype", choices=get_args(DtypeName), help="default: bfloat16 for our models, else the model's own"
+    )
+    parser.add_argument("--attn_implementation", choices=get_args(AttnImplementation))
+    parser.add_argument("--device", help="cpu, cuda, cuda:1, ... (default: a CUDA device for each worker, if any)")
+    parser.add_argument(
+        "--workers", type=cli.positive, default=1, help="processes that share the tasks (torchrun: its ranks)"
+    )
+    parser.add_argument("--save_predictions", action="store_true", help="keep rankings, for llm2vec report")
+    parser.add_argument("--dry_run", action="store_true", help="only say what it would cost")
+    return parser.parse_args(argv)
+
+
+def main(argv: Sequence[str]) -> None:
+    """Do the evaluation and print its table; a problem with a task is said after the others' scores."""
+    args = _parse_args(argv)
+    _check_paths(args)
+    from llm2vec.evaluation.models import EvaluatedModel  # with torch and mteb: seconds
+    from llm2vec.evaluation.run import Request, dry_run, evaluate_all, expand
+
+    model = EvaluatedModel(
+        chosen_model(args),
+        instructions_file=args.task_to_instructions_fp,
+        template=args.template,
+        max_length=args.max_length,
+        attn_implementation=args.attn_implementation,
+        device=args.device,
+    )
+    tasks = expand(args.tasks or [args.task_name])
+    request = Request(model, tasks, args.output_dir, args.local_data_dir, args.batch_size, args.save_predictions)
+    if args.dry_run:
+        return print("\n".join(dry_run(request, args.workers)))
+    outcome = evaluate_all(request, args.workers)
+    if outcome is None:  # the first rank has it
+        return
+    _print_scores(outcome.scores)
+    if outcome.problems:
+        raise UserError(" ".join(outcome.problems))
+
+
+def _check_paths(args: argparse.Namespace) -> None:
+    """Refuse what is not there before torch and mteb are imported."""
+    for path in [args.model, *args.peft]:
+        if not Path(path).is_dir() and not re.fullmatch(r"[\w.-]*\w(/[\w.-]*\w)?", path):
+            raise UserError(f"There is no model directory {path}.")
+    if args.task_to_instructions_fp is not None and not Path(args.task_to_instructions_fp).is_file():
+        raise UserError(f"There is no file of instructions {args.task_to_instructions_fp}.")
+    if args.local_data_dir is not None and not Path(args.local_data_dir).is_dir():
+        raise UserError(f"There is no directory of local data {args.local_data_dir}.")
+
+
+def _print_scores(scores: Mapping[str, Any]) -> None:
+    """A table of the scores; of a single task also its splits and subsets, and where they lie."""
+    if len(scores) != 1:
+        for task, result in scores.items():
+            print(f"{task:<42}{result['metric']:<36}{100 * result['main_score']:8.2f}")
+        return
+    ((task, result),) = scores.items()
+    print(f"\n{task}, {result['metric']} x100")
+    for split, subsets in result["scores"].items():
+        for subset, score in subsets.items():
+            print(f"  {split:<12}{subset:<12}{100 * score:8.2f}")
+    print(f"  {'mean':<24}{100 * result['main_score']:8.2f}")
+    print(f"Results: {result['result_file']}")
