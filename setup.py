@@ -21,6 +21,7 @@ setup(
         "peft>=0.18",
         "accelerate>=1.10",
         "datasets>=4.0",
+        "filelock>=3.30",  # the first that locks a descriptor, which a started program can inherit
         "numpy",
         "safetensors",
         "tqdm",

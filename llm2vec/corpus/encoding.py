@@ -16,15 +16,11 @@ from __future__ import annotations
 
 import dataclasses
 import logging
-import multiprocessing
-import os
 import shutil
-import sys
 import time
 import uuid
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from multiprocessing.process import BaseProcess
 from pathlib import Path
 from typing import Any
 
@@ -36,6 +32,7 @@ import torch
 from llm2vec.choice import ModelChoice
 from llm2vec.corpus.queue import LOCK_FILE, Job, JobQueue, alone_in
 from llm2vec.corpus.rows import Corpus, cut_into_shards
+from llm2vec.corpus.workers import beside, take_gpu
 from llm2vec.files import read_object, write_json
 from llm2vec.types import TextSide, UserError, VectorDtype
 
@@ -164,14 +161,9 @@ def encode_locally(encoding: CorpusEncoding, shards: Sequence[int], num_workers:
     shutil.rmtree(folder, ignore_errors=True)
     queue = JobQueue.prepare(folder, jobs)
     num_workers = min(num_workers or torch.cuda.device_count() or 1, len(jobs))
-    processes = _start_workers(encoding, num_workers)
-    _prepare_process(0, num_workers)
-    _work(encoding, queue)
-    queue.wait()
-    for process in processes:
-        process.join()
-        if process.exitcode:
-            logger.warning("a worker ended early (exit code %d); see %s/worker-*.log", process.exitcode, folder)
+    with beside(num_workers, folder, _work, encoding, num_workers):
+        _work(0, encoding, num_workers)
+        queue.wait()
     problems = list(queue.failures().values())
     if unfinished := queue.unfinished():
         problems.append(
@@ -276,49 +268,17 @@ def _write_part(file: Path, ids: Any, vectors_ND: np.ndarray[Any, Any], dtype: V
     aside.replace(file)
 
 
-def _start_workers(encoding: CorpusEncoding, num_workers: int) -> list[BaseProcess]:
-    """Start all workers but the first, which is this process; they end with it."""
-    context = multiprocessing.get_context("spawn")
-    processes: list[BaseProcess] = []
-    for worker in range(1, num_workers):
-        arguments = (encoding, worker, num_workers)
-        processes.append(context.Process(target=_worker, args=arguments, daemon=True))
-        processes[-1].start()
-    return processes
-
-
-def _worker(encoding: CorpusEncoding, worker: int, num_workers: int) -> None:
-    """A worker's life; what it says, and what any library prints, goes to its log."""
-    folder = encoding.output / QUEUE_FOLDER
-    with (folder / f"worker-{worker}.log").open("a", encoding="utf-8") as out:
-        os.dup2(out.fileno(), sys.stdout.fileno())
-        os.dup2(out.fileno(), sys.stderr.fileno())
-    logging.basicConfig(format="%(asctime)s %(message)s", level=logging.INFO)
-    _prepare_process(worker, num_workers)
-    _work(encoding, JobQueue(folder))
-
-
-def _prepare_process(worker: int, num_workers: int) -> None:
-    """Give a process its GPU, or its share of the cores."""
-    if torch.cuda.is_available():
-        torch.cuda.set_device(worker % torch.cuda.device_count())
-    elif num_workers > 1:
+def _work(worker: int, encoding: CorpusEncoding, num_workers: int) -> None:
+    """Encode shards until there are none left."""
+    take_gpu(worker)
+    if num_workers > 1 and not torch.cuda.is_available():
         torch.set_num_threads(max(1, torch.get_num_threads() // num_workers))
+    encode, queue = ShardEncoder(encoding), JobQueue(encoding.output / QUEUE_FOLDER)
 
-
-def _work(encoding: CorpusEncoding, queue: JobQueue) -> None:
-    """Encode shards until there are none left, or the process that started this one is gone."""
-    encode, parent = ShardEncoder(encoding), multiprocessing.parent_process()
-    while (parent is None or parent.is_alive()) and (job := queue.claim_or_wait()) is not None:
+    def encode_shard(job: Job) -> None:
         started = time.monotonic()
-        try:
-            rows = encode(int(job.details["shard"]))
-        except UserError as error:
-            queue.fail(job, str(error))
-            continue
-        queue.finish(job)
-        seconds = time.monotonic() - started
-        logger.info(
-            "shard %s: %d rows in %.1f s (%d of %d shards done)",
-            job.name, rows, seconds, queue.num_done(), len(queue.jobs),
-        )  # fmt: skip
+        rows = encode(int(job.details["shard"]))
+        seconds, done = time.monotonic() - started, queue.num_done() + 1
+        logger.info("shard %s: %d rows in %.1f s (%d of %d done)", job.name, rows, seconds, done, len(queue.jobs))
+
+    queue.work(encode_shard)

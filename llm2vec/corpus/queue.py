@@ -1,35 +1,41 @@
 """A queue of jobs in a folder, for any number of processes that share nothing else.
 
     jobs.json        the jobs of this start
-    claims/JOB       made by the process that does the job; says which process that is
+    claims/JOB       a process has begun the job; holds its number
+    locks/JOB        locked by that process for as long as it is at work
     done/JOB         the job is done
     failed/JOB       the job cannot be done; holds the sentence that says why
 
-One process calls `prepare`, then every process calls `claim_or_wait` and `finish` (or `fail`) until there is nothing
-left. A process that dies leaves its claim: the job is not taken again in this start (it may well kill the next one,
-too), but the next `prepare` frees it.
+One process calls `prepare`, then every process calls `work`. A lock dies with its process and the claim stays: a job
+that is begun, not ended and not locked has lost its process. It is not handed out again in this start, as it may well
+kill the next process too. The next `prepare` frees it.
+
+Locks are those of `flock` (by filelock). Machines that share the folder see each other's where their file system passes
+locks on: NFS and Lustre do, unless they are mounted with `local_lock` or `localflock`. Without that, a start takes up
+jobs that another machine is still at. Such a job is done twice, which costs time and changes nothing.
 """
 
 from __future__ import annotations
 
 import dataclasses
-import fcntl
 import json
+import logging
+import multiprocessing
 import os
-import socket
 import time
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from llm2vec.files import write_json
+from filelock import lock_descriptor
+
+from llm2vec.files import write_json, write_text
 from llm2vec.types import UserError
 
-LOCK_FILE = ".lock"
+logger = logging.getLogger(__name__)
 
-#: A claim without content is of a process that died between making and writing it, once it is as old as this.
-SECONDS_TO_WRITE_A_CLAIM = 60.0
+LOCK_FILE, JOBS_FILE = ".lock", "jobs.json"
 
 
 @dataclass(frozen=True)
@@ -50,20 +56,24 @@ class Job:
 
 
 class JobQueue:
-    """The jobs of a folder, as one process sees them."""
+    """The jobs of a folder, as one process sees them.
+
+    Example:
+        queue = JobQueue.prepare(folder, [Job("a", 2.0), Job("b", 1.0, after=("a",))])
+        queue.work(lambda job: print(job.name))     # in as many processes as there are: JobQueue(folder).work(...)
+    """
 
     def __init__(self, folder: Path) -> None:
         """Open a queue that `prepare` has made."""
         self.folder = folder
-        jobs = [Job(**{**job, "after": tuple(job["after"])}) for job in json.loads(_jobs_file(folder).read_text())]
+        rows = json.loads((folder / JOBS_FILE).read_text(encoding="utf-8"))
+        jobs = [Job(**{**row, "after": tuple(row["after"])}) for row in rows]
         self.jobs = {job.name: job for job in sorted(jobs, key=lambda job: (-job.size, job.name))}
+        self._locks: dict[str, int] = {}  # descriptors, of the jobs at hand
 
     @classmethod
     def prepare(cls, folder: Path, jobs: Sequence[Job], done: Collection[str] = ()) -> JobQueue:
-        """Make a queue, or take up one that an earlier start left.
-
-        Claims of other processes that still run on this machine are kept; all others are freed, those of other
-        machines included.
+        """Make a queue, or take up one that an earlier start left. Jobs that a process is still at stay its own.
 
         Args:
             folder: Where the queue lies.
@@ -73,31 +83,58 @@ class JobQueue:
         Returns:
             The queue.
         """
-        for kind in ("claims", "done", "failed"):
+        for kind in ("claims", "locks", "done", "failed"):
             (folder / kind).mkdir(parents=True, exist_ok=True)
-        for claim in (folder / "claims").iterdir():
-            if not (claim.name in {job.name for job in jobs} - set(done) and _of_another_live_process(claim)):
-                claim.unlink(missing_ok=True)
         for marker in [*(folder / "done").iterdir(), *(folder / "failed").iterdir()]:
             marker.unlink(missing_ok=True)
+        kept = {job.name for job in jobs} - set(done)
+        for claim in (folder / "claims").iterdir():
+            if not (claim.name in kept and _is_locked(folder / "locks" / claim.name)):
+                claim.unlink(missing_ok=True)
         for name in done:
             (folder / "done" / name).touch()
-        write_json(_jobs_file(folder), [dataclasses.asdict(job) for job in jobs])
+        write_json(folder / JOBS_FILE, [dataclasses.asdict(job) for job in jobs])
         return cls(folder)
+
+    def work(self, do: Callable[[Job], None]) -> None:
+        """Do jobs until there are none left, or the process that started this one is gone.
+
+        Args:
+            do: Does a job. One that it ends with a `UserError` has failed, and does not stop the others.
+        """
+        parent = multiprocessing.parent_process()
+        while (parent is None or parent.is_alive()) and (job := self.claim_or_wait()) is not None:
+            try:
+                do(job)
+            except UserError as error:
+                logger.warning("%s", error)
+                self.fail(job, str(error))
+            else:
+                self.finish(job)
+            finally:
+                self._let_go(job)
 
     def claim(self) -> Job | None:
         """The largest job that is free and may begin, now this process's; None if there is none at this moment."""
         done = self._names("done")
         taken = done | self._names("failed") | self._names("claims")
         for name, job in self.jobs.items():
-            if name in taken or not self._unmet(job) <= done:
+            if name in taken or not set(job.after) & self.jobs.keys() <= done:
                 continue
             try:
-                file = os.open(self.folder / "claims" / name, os.O_CREAT | os.O_EXCL | os.O_WRONLY)
-            except (FileExistsError, FileNotFoundError):  # taken, or all is done and the folder is gone
+                lock = _lock(self.folder / "locks" / name)
+            except FileNotFoundError:  # all is done and the folder is gone
+                return None
+            if lock is None:
                 continue
-            with os.fdopen(file, "w") as claim:
-                claim.write(json.dumps(_process(os.getpid())))
+            try:
+                # Under the lock: what is claimed is locked, as long as its process lives.
+                with (self.folder / "claims" / name).open("x") as claim:
+                    claim.write(str(os.getpid()))
+            except (FileExistsError, FileNotFoundError):  # begun and ended meanwhile
+                os.close(lock)
+                continue
+            self._locks[name] = lock
             return job
         return None
 
@@ -112,23 +149,27 @@ class JobQueue:
         """
         while (job := self.claim()) is None:
             open_jobs = self.jobs.keys() - self._names("done") - self._names("failed")
-            if open_jobs <= self._names("claims") or not self._held(open_jobs):
+            if open_jobs <= self._names("claims"):
                 return None
+            if not self._is_any_held():
+                return self.claim()  # what was ended between the two looks may have made one ready
             time.sleep(seconds)
         return job
 
     def wait(self, seconds: float = 0.5) -> None:
         """Return when no process works on a job any more."""
-        while self._held(self.jobs.keys() - self._names("done") - self._names("failed")):
+        while self._is_any_held():
             time.sleep(seconds)
 
     def finish(self, job: Job) -> None:
         """Mark a job as done."""
         (self.folder / "done" / job.name).touch()
+        self._let_go(job)
 
     def fail(self, job: Job, reason: str) -> None:
         """Mark a job as one that cannot be done."""
-        (self.folder / "failed" / job.name).write_text(reason, encoding="utf-8")
+        write_text(self.folder / "failed" / job.name, reason)
+        self._let_go(job)
 
     def failures(self) -> dict[str, str]:
         """Job -> why it could not be done."""
@@ -143,17 +184,18 @@ class JobQueue:
         """How many jobs are done."""
         return len(self.jobs.keys() & self._names("done"))
 
-    def _unmet(self, job: Job) -> set[str]:
-        return set(job.after) & self.jobs.keys()
-
     def _names(self, kind: str) -> set[str]:
         folder = self.folder / kind
         return {file.name for file in folder.iterdir()} if folder.is_dir() else set()
 
-    def _held(self, names: Collection[str]) -> bool:
-        """Whether one of these jobs is in the hands of a process that runs, or of another machine."""
-        claims = [self.folder / "claims" / name for name in names]
-        return any(_of_another_live_process(claim, elsewhere=True) for claim in claims)
+    def _is_any_held(self) -> bool:
+        """Whether another process is at a job."""
+        open_jobs = self._names("claims") - self._names("done") - self._names("failed") - self._locks.keys()
+        return any(_is_locked(self.folder / "locks" / name) for name in open_jobs)
+
+    def _let_go(self, job: Job) -> None:
+        if (lock := self._locks.pop(job.name, None)) is not None:
+            os.close(lock)
 
 
 @contextmanager
@@ -173,56 +215,30 @@ def alone_in(folder: Path, work: str) -> Iterator[int]:
     """
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        lock = (folder / LOCK_FILE).open("w")
+        lock = _lock(folder / LOCK_FILE)
     except OSError as error:
         raise UserError(f"{folder} cannot be made or written to ({error.strerror}).") from error
-    with lock:
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)  # ends with the last process that holds the file open
-        except BlockingIOError:
-            raise UserError(f"{folder}: another {work} is at work here; wait, or give another output folder.") from None
-        yield lock.fileno()
-
-
-def _jobs_file(folder: Path) -> Path:
-    return folder / "jobs.json"
-
-
-def _process(pid: int) -> dict[str, str | int]:
-    """What tells a process from all others: a number alone is given out again after the process has ended."""
+    if lock is None:
+        raise UserError(f"{folder}: another {work} is at work here; wait, or give another output folder.")
     try:
-        # The name in brackets may hold blanks; the start time is the 20th field after it.
-        began = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[19]
-    except (OSError, IndexError):
-        began = ""  # no such process, or no /proc
-    return {"host": socket.gethostname(), "pid": pid, "began": began}
+        yield lock
+    finally:
+        os.close(lock)
 
 
-def _of_another_live_process(claim: Path, *, elsewhere: bool = False) -> bool:
-    """Whether a claim is of a process that still runs, this one aside; `elsewhere` is the answer for other hosts."""
-    try:
-        holder, age = claim.read_text(), time.time() - claim.stat().st_mtime
-    except FileNotFoundError:
-        return False
-    if not holder:
-        return age < SECONDS_TO_WRITE_A_CLAIM
-    process = json.loads(holder)
-    if process["host"] != socket.gethostname():
-        return elsewhere
-    if process["pid"] == os.getpid() or _process(process["pid"]) != process:
-        return False
-    try:
-        os.kill(process["pid"], 0)
-    except ProcessLookupError:
-        return False
-    except PermissionError:
-        pass  # it runs, as another user
-    return not _is_zombie(process["pid"])
+def _lock(file: Path) -> int | None:
+    """Lock a file until the descriptor is closed or its last process ends; None if another process has locked it."""
+    descriptor = os.open(file, os.O_CREAT | os.O_RDWR, 0o666)
+    if lock_descriptor(descriptor, blocking=False):
+        return descriptor
+    os.close(descriptor)
+    return None
 
 
-def _is_zombie(pid: int) -> bool:
-    """Whether a process has ended and only its parent has not asked for its exit code yet."""
-    try:
-        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] == "Z"
-    except (OSError, IndexError):
+def _is_locked(file: Path) -> bool:
+    if not file.is_file():
         return False
+    lock = _lock(file)
+    if lock is not None:
+        os.close(lock)
+    return lock is None

@@ -23,6 +23,7 @@ from llm2vec.corpus.queue import Job, JobQueue
 from llm2vec.evaluation.cost import CHARACTERS_PER_TOKEN, MAX_TOKENS, num_documents, task_cost
 from llm2vec.evaluation.files import load_data, parts_of
 from llm2vec.evaluation.mteb_adapter import StreamingSearch, evaluate, is_dense, kept_score, result_file
+from llm2vec.files import whole
 from llm2vec.model.revision import hash_of
 from llm2vec.types import UserError
 
@@ -94,23 +95,21 @@ def work(
         predictions: Where rankings and other predictions are kept; None = not kept.
     """
     task: Any = None
-    while (job := queue.claim_or_wait()) is not None:
+
+    def do(job: Job) -> None:
+        nonlocal task
         name = str(job.details["task"])
         logger.info("%s (%d of %d jobs done)", job.name, queue.num_done(), len(queue.jobs))
-        try:
-            if task is None or task.metadata.name != name:
-                task = None  # its data go before the next task's come
-                task = find(name)
-            load_data(task)
-            if "shard" in job.details:
-                _search_shard(encoder, task, job, queue.folder, batch_size)
-            else:
-                _score(encoder, task, job, queue.folder, output_dir, batch_size, worker, predictions)
-        except UserError as error:
-            logger.warning("%s", error)
-            queue.fail(job, str(error))
+        if task is None or task.metadata.name != name:
+            task = None  # its data go before the next task's come
+            task = find(name)
+        load_data(task)
+        if "shard" in job.details:
+            _search_shard(encoder, task, job, queue.folder, batch_size)
         else:
-            queue.finish(job)
+            _score(encoder, task, job, queue.folder, output_dir, batch_size, worker, predictions)
+
+    queue.work(do)
 
 
 def search_shard(encoder: Any, task: Any, shard: int, num_shards: int, batch_size: int) -> dict[str, torch.Tensor]:
@@ -144,9 +143,8 @@ def _search_shard(encoder: Any, task: Any, job: Job, folder: Path, batch_size: i
     keys = search_shard(encoder, task, int(job.details["shard"]), int(job.details["of"]), batch_size)
     file = _shard_file(folder, job.name)
     file.parent.mkdir(exist_ok=True)
-    aside = file.with_name(f".{file.name}.{os.getpid()}")
-    save_file(keys, aside)
-    aside.replace(file)
+    with whole(file) as aside:
+        save_file(keys, aside)
 
 
 def _score(
@@ -180,9 +178,8 @@ def _score(
     )
     target.parent.mkdir(parents=True, exist_ok=True)
     for file in (made, made.with_name("model_meta.json")):
-        aside = target.with_name(f".{file.name}.{os.getpid()}")
-        shutil.copy(file, aside)
-        aside.replace(target.with_name(file.name))
+        with whole(target.with_name(file.name)) as aside:
+            shutil.copy(file, aside)
     for shard in shards:
         shard.unlink(missing_ok=True)
 

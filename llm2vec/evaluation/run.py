@@ -11,21 +11,18 @@ from __future__ import annotations
 import contextlib
 import json
 import logging
-import multiprocessing
 import os
 import shutil
-import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from multiprocessing.process import BaseProcess
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import datasets
-import torch
 import torch.distributed as dist
 
 from llm2vec.corpus.queue import JobQueue
+from llm2vec.corpus.workers import beside, take_gpu
 from llm2vec.evaluation.cost import MAX_TOKENS, measure_speed, table, task_cost
 from llm2vec.evaluation.files import parts_of
 from llm2vec.evaluation.jobs import jobs_of, leaves_of, plan, prepare, work
@@ -43,6 +40,7 @@ from llm2vec.evaluation.mteb_adapter import (
     result_file,
     score_aggregate,
 )
+from llm2vec.files import write_text
 from llm2vec.types import UserError
 
 logger = logging.getLogger(__name__)
@@ -131,7 +129,7 @@ def evaluate_all(request: Request, num_workers: int = 1) -> Outcome | None:
     rank, num_ranks = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
     if num_ranks > 1 and num_workers > 1:
         raise UserError("Under torchrun the ranks are the workers; leave out --workers.")
-    _prepare_process(request.model.device, int(os.environ.get("LOCAL_RANK", 0)))
+    _prepare_process(int(os.environ.get("LOCAL_RANK", 0)), request.model.device)
     # Before the model, which takes longer to load. The other ranks find theirs when they need them.
     names = list(request.tasks) if rank == 0 else list(request.tasks)[:1]
     tasks = {name: request.find(name) for name in names}
@@ -144,19 +142,18 @@ def evaluate_all(request: Request, num_workers: int = 1) -> Outcome | None:
     if num_ranks > 1:
         _wait_for_all_ranks()
     queue = JobQueue(folder)
-    processes = _start_workers(request, folder, min(num_workers, len(queue.unfinished())))
-    _work(request, encoder, queue, rank)
-    if rank != 0:
-        return None
-    queue.wait()
-    for process in processes:
-        process.join()
+    num_workers = min(num_workers, len(queue.unfinished()))
+    with beside(num_workers, folder, _worker, request, folder):
+        _work(request, encoder, queue, rank)
+        if rank != 0:
+            return None
+        queue.wait()
     return collect(meta, tasks, request.output_dir, queue)
 
 
 def dry_run(request: Request, num_workers: int) -> list[str]:
     """Lines that say what an evaluation would cost, at the speed of the model here; no data are read."""
-    _prepare_process(request.model.device, 0)
+    _prepare_process(0, request.model.device)
     tasks = {name: request.find(name) for name in request.tasks}
     encoder = load_encoder(request.model)
     max_tokens = encoder.mteb_model_meta.max_tokens or MAX_TOKENS
@@ -207,13 +204,10 @@ def _say_where(request: Request, encoder: Any, tasks: Mapping[str, Any]) -> None
             encoder.instruction(leaf.metadata, None)
 
 
-def _prepare_process(device: str | None, worker: int) -> None:
-    """Make a device this process's, so that what is moved to "cuda" goes there; keep progress readable."""
+def _prepare_process(worker: int, device: str | None) -> None:
+    """Give a process its GPU, and keep its progress readable."""
     datasets.disable_progress_bars()  # there would be one for each block of a corpus
-    if torch.cuda.is_available() and device is None:
-        torch.cuda.set_device(worker % torch.cuda.device_count())
-    elif device is not None and device.startswith("cuda:"):
-        torch.cuda.set_device(device)
+    take_gpu(worker, device)
 
 
 def _wait_for_all_ranks() -> None:
@@ -223,28 +217,10 @@ def _wait_for_all_ranks() -> None:
     dist.destroy_process_group()
 
 
-def _start_workers(request: Request, folder: Path, num_workers: int) -> list[BaseProcess]:
-    """Start all workers but the first, which is this process."""
-    context = multiprocessing.get_context("spawn")
-    processes: list[BaseProcess] = []
-    for worker in range(1, num_workers):
-        log = folder / f"worker-{worker}.log"
-        processes.append(context.Process(target=_worker, args=(request, folder, worker, log)))
-        processes[-1].start()
-        logger.info("Worker %d (process %s) writes to %s", worker, processes[-1].pid, log)
-    return processes
-
-
-def _worker(request: Request, folder: Path, worker: int, log: Path) -> None:
-    """A worker's life; what it says, and what any library prints, goes to its log."""
-    with log.open("a", encoding="utf-8") as out:
-        os.dup2(out.fileno(), sys.stdout.fileno())
-        os.dup2(out.fileno(), sys.stderr.fileno())
-    logging.basicConfig(format="%(asctime)s %(message)s")
-    logging.getLogger("llm2vec").setLevel(logging.INFO)
-    _prepare_process(request.model.device, worker)
-    encoder = load_encoder(request.model)
-    _work(request, encoder, JobQueue(folder), worker)
+def _worker(worker: int, request: Request, folder: Path) -> None:
+    """What another process than the first does."""
+    _prepare_process(worker, request.model.device)
+    _work(request, load_encoder(request.model), JobQueue(folder), worker)
 
 
 def _work(request: Request, encoder: Any, queue: JobQueue, worker: int) -> None:
@@ -277,6 +253,4 @@ def _merge_run_settings(meta: Any, tasks: Mapping[str, Any], output_dir: str, fo
             entry = json.loads(line)
             lines[(entry["task"], *entry["splits"], *entry["subsets"])] = line
     if lines:
-        aside = target.with_name(f".{target.name}.{os.getpid()}")
-        aside.write_text("".join(f"{line}\n" for line in lines.values()), encoding="utf-8")
-        aside.replace(target)
+        write_text(target, "".join(f"{line}\n" for line in lines.values()))

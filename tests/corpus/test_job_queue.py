@@ -2,20 +2,19 @@
 
 from __future__ import annotations
 
-import json
 import multiprocessing
 import os
-import socket
+import signal
 import subprocess
 import sys
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 
-from llm2vec.corpus import queue as job_queue
 from llm2vec.corpus.queue import Job, JobQueue, alone_in
 from llm2vec.types import UserError
 
@@ -29,18 +28,33 @@ def in_another_process(action: Callable[[], None]) -> int:
     return process.pid
 
 
+# Claims a job, says so, and does nothing more.
+HOLD = """
+import sys
+from pathlib import Path
+from typing import Any
+from llm2vec.corpus.queue import JobQueue
+print(JobQueue(Path(sys.argv[1])).claim().name, flush=True)
+sys.stdin.read()
+"""
+
+
 @pytest.fixture
-def neighbour() -> subprocess.Popen[bytes]:
-    """Another process that runs for the whole test."""
-    process = subprocess.Popen([sys.executable, "-c", "input()"], stdin=subprocess.PIPE)
-    yield process  # type: ignore[misc]
-    process.kill()
-    process.wait()
+def neighbour(tmp_path: Path) -> Iterator[Callable[[], subprocess.Popen[str]]]:
+    """Starts another process that takes the first job of the queue and keeps it."""
+    started = []
 
+    def start() -> subprocess.Popen[str]:
+        command = [sys.executable, "-c", HOLD, str(tmp_path)]
+        process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+        started.append(process)
+        assert process.stdout is not None and process.stdout.readline()
+        return process
 
-def write_claim(queue: JobQueue, job: str, **changed: str | int) -> None:
-    claim = {**job_queue._process(int(changed.get("pid", os.getpid()))), **changed}
-    (queue.folder / "claims" / job).write_text(json.dumps(claim))
+    yield start
+    for process in started:
+        process.kill()
+        process.communicate()
 
 
 def drain(queue: JobQueue) -> list[str]:
@@ -87,13 +101,29 @@ def test_no_job_is_handed_out_twice(tmp_path: Path) -> None:
     assert len(names) == len(set(names)) == 120
 
 
-def test_one_waits_for_what_another_will_make_possible(tmp_path: Path, neighbour: subprocess.Popen[bytes]) -> None:
+def test_one_waits_for_what_another_will_make_possible(tmp_path: Path, neighbour: Any) -> None:
     queue = JobQueue.prepare(tmp_path, [Job("first", 1), Job("second", 1, after=("first",))])
-    write_claim(queue, "first", pid=neighbour.pid)
+    neighbour()
     threading.Timer(0.3, lambda: queue.finish(queue.jobs["first"])).start()
     began = time.monotonic()
     job = queue.claim_or_wait(0.05)
     assert job is not None and job.name == "second" and time.monotonic() - began > 0.25
+
+
+def test_what_is_ended_between_two_looks_is_not_missed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The other process ends its job and lets go of it after this one has looked for a free one."""
+    jobs = [Job("first", 1), Job("second", 1, after=("first",))]
+    other, queue = JobQueue.prepare(tmp_path, jobs), JobQueue(tmp_path)
+    job, is_any_held = other.claim(), queue._is_any_held
+    assert job is not None
+
+    def ends_first() -> bool:
+        other.finish(job)
+        return is_any_held()
+
+    monkeypatch.setattr(queue, "_is_any_held", ends_first)
+    second = queue.claim_or_wait(0.01)
+    assert second is not None and second.name == "second"
 
 
 def test_a_dead_process_costs_its_job_and_the_next_start_takes_it(tmp_path: Path) -> None:
@@ -107,41 +137,46 @@ def test_a_dead_process_costs_its_job_and_the_next_start_takes_it(tmp_path: Path
     assert drain(JobQueue.prepare(tmp_path, jobs[::2])) == ["a", "after a"]
 
 
-def test_a_claim_of_a_process_that_runs_is_kept(tmp_path: Path, neighbour: subprocess.Popen[bytes]) -> None:
+def test_a_job_of_a_process_that_runs_stays_its_own(tmp_path: Path, neighbour: Any) -> None:
     jobs = [Job("a", 3), Job("b", 2)]
-    write_claim(JobQueue.prepare(tmp_path, jobs), "a", pid=neighbour.pid)
+    JobQueue.prepare(tmp_path, jobs)
+    process = neighbour()
     queue = JobQueue.prepare(tmp_path, jobs)
     assert drain(queue) == ["b"]
     waiting = threading.Thread(target=queue.wait, args=(0.02,))
     waiting.start()
+    waiting.join(0.2)
     assert waiting.is_alive()
-    queue.finish(queue.jobs["a"])
+    process.kill()
     waiting.join(5)
-    assert not waiting.is_alive() and queue.unfinished() == []
+    assert not waiting.is_alive() and queue.unfinished() == ["a"]
+    assert drain(JobQueue.prepare(tmp_path, jobs)) == ["a", "b"], "its lock has died with it"
 
 
-@pytest.mark.parametrize(
-    "claim",
-    [
-        {"host": "another"},
-        {"pid": 2**22 + 1},
-        {"began": "0"},
-        {"host": socket.gethostname()},
-    ],
-    ids=["of another machine", "of no process", "of a process whose number was given out again", "of this process"],
-)
-def test_a_claim_of_an_earlier_start_is_freed(tmp_path: Path, claim: dict[str, str | int]) -> None:
-    write_claim(JobQueue.prepare(tmp_path, [Job("a", 1)]), "a", **claim)
-    assert drain(JobQueue.prepare(tmp_path, [Job("a", 1)])) == ["a"]
+def test_a_process_that_has_ended_and_is_not_waited_for_holds_nothing(tmp_path: Path, neighbour: Any) -> None:
+    queue = JobQueue.prepare(tmp_path, [Job("a", 1)])
+    process = neighbour()
+    process.send_signal(signal.SIGKILL)  # and so it is a zombie
+    while queue._is_any_held():
+        time.sleep(0.01)
+    assert process.returncode is None and queue.claim_or_wait(0.01) is None
 
 
-def test_a_claim_without_content_counts_for_a_minute(tmp_path: Path) -> None:
-    queue = JobQueue.prepare(tmp_path, [Job("a", 1), Job("b", 1, after=("a",))])
-    claim = tmp_path / "claims/a"
-    claim.touch()
-    assert queue._held(["a"])
-    os.utime(claim, (0, 0))
-    assert not queue._held(["a"]) and queue.claim_or_wait(0.01) is None
+def test_a_job_is_let_go_of_however_it_ends(tmp_path: Path) -> None:
+    """Also where the process lives on and starts again, as a notebook does."""
+    jobs = [Job("a", 3), Job("b", 2), Job("c", 1)]
+
+    def do(job: Job) -> None:
+        if job.name == "a":
+            raise UserError("The hub is unreachable.")
+        if job.name == "b":
+            raise KeyboardInterrupt
+
+    queue = JobQueue.prepare(tmp_path, jobs)
+    with pytest.raises(KeyboardInterrupt):
+        queue.work(do)
+    assert queue.failures() == {"a": "The hub is unreachable."} and queue.unfinished() == ["b", "c"]
+    assert drain(JobQueue.prepare(tmp_path, jobs)) == ["a", "b", "c"]
 
 
 def test_a_failure_is_told_and_tried_again_at_the_next_start(tmp_path: Path) -> None:

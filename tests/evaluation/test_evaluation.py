@@ -300,7 +300,7 @@ def test_two_workers_score_as_one(tmp_path: Path, data: Path, monkeypatch: pytes
             time.sleep(0.02)  # the other process takes longer to begin than this one to do everything
         work(encoder, find, queue, output, **options)
         queue.wait()
-        workers.append({json.loads(claim.read_text())["pid"] for claim in claims.iterdir()})
+        workers.append({int(claim.read_text()) for claim in claims.iterdir()})
 
     monkeypatch.setattr(evaluation, "work", work_beside_others)
     outcomes = [
@@ -325,7 +325,7 @@ def test_a_killed_worker_costs_its_task_and_the_next_start_does_it(tmp_path: Pat
         claim = next((tmp_path / "out").glob("queue/*/*/claims/Big"), None)
     assert claim is not None, "the run ended before its second worker began"
     time.sleep(1)
-    victim = json.loads(claim.read_text())["pid"]
+    victim = int(claim.read_text())
     assert victim != run.pid
     os.kill(victim, signal.SIGKILL)
     said = run.communicate()[1]
