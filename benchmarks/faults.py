@@ -30,7 +30,7 @@ from safetensors.torch import load_file, save_file
 
 from llm2vec.cli import user_errors_in_one_sentence
 from llm2vec.quickstart.tiny import tiny_llama, train_tokenizer
-from llm2vec.reports.page import text_table
+from llm2vec.table import Table
 from llm2vec.train.log import LOG_FILE
 from llm2vec.train.resume import checkpoints_in, why_unusable
 from llm2vec.types import UserError
@@ -413,9 +413,9 @@ def write_table(file: Path, rows: Sequence[Row], seconds: float) -> None:
     Raises:
         UserError: the document has no markers.
     """
-    lines = ["| fault | what the run does | steps lost | ends as the undisturbed run |", "| --- | --- | --- | --- |"]
-    lines += [f"| {' | '.join(row)} |" for row in rows]
-    lines += [
+    header = ["fault", "what the run does", "steps lost", "ends as the undisturbed run"]
+    lines = [
+        Table(header, rows, num_names=4).markdown(),
         "",
         f"{NUM_STEPS} steps of 8 rows, a checkpoint every {SAVE_STEPS}; torch {torch.__version__}, "
         f"{platform.machine()}, {os.cpu_count()} CPU cores; {seconds / 60:.0f} minutes in all.",
@@ -457,7 +457,7 @@ def main() -> None:
         rows += found if isinstance(found, list) else [found]
         print(f"[{(time.monotonic() - began) / 60:4.1f} min] {rows[-1].fault}: {rows[-1].equal}", flush=True)
     write_table(args.docs_file, rows, time.monotonic() - began)
-    print("", text_table(list(Row._fields), [list(row) for row in rows], num_names=2), sep="\n")
+    print("", Table(Row._fields, rows, num_names=2).text(), sep="\n")
     if any(row.equal == "NO" for row in rows):
         raise UserError("a run did not end as the undisturbed one; see the table.")
 

@@ -34,6 +34,7 @@ import torch
 from torch import Tensor, nn
 from transformers.utils import logging as transformers_logging
 
+from llm2vec.table import Table
 from llm2vec.types import UserError
 
 PACKAGES = ("torch", "transformers", "peft", "sentence-transformers")
@@ -335,8 +336,8 @@ class Line:
 
 def table(lines: Sequence[Line]) -> str:
     """The lines as a Markdown table."""
-    rows = [f"| {line.measure} | {line.figure} | {line.must} | {line.note} |" for line in lines]
-    return "\n".join(["| measure | median (lowest, highest) | must | beside it |", "| --- | --- | --- | --- |", *rows])
+    rows = [[line.measure, line.figure, line.must, line.note] for line in lines]
+    return Table(["measure", "median (lowest, highest)", "must", "beside it"], rows, num_names=4).markdown()
 
 
 def surroundings(device: str, threads: int) -> str:

@@ -36,10 +36,9 @@ from llm2vec.compare.runs import (
     read_set,
     unique_runs,
 )
-from llm2vec.compare.table import failure_lines, outcome_of, score_table, write_comparison
+from llm2vec.compare.table import failure_lines, outcome_of, outcome_table, write_comparison
 from llm2vec.corpus.queue import alone_in
 from llm2vec.model.checkpoint import RUN_FILE
-from llm2vec.reports.page import text_table
 from llm2vec.types import UserError
 
 SCRIPTS = Path(__file__).resolve().parent
@@ -176,7 +175,7 @@ def compare(args: argparse.Namespace, started: float, lock: int) -> int:
     }
     chosen = [recipe for recipe in planner.recipes.recipes if recipe.name in {t.recipe for t in trials}]
     report = write_comparison(args.output_dir, outcomes, chosen, facts)
-    print("", text_table(*score_table(outcomes), num_names=1), "", *failure_lines(outcomes), sep="\n")
+    print("", outcome_table(outcomes).text(), "", *failure_lines(outcomes), sep="\n")
     print(f"report: {report}    ({(time.monotonic() - started) / 60:.1f} minutes)")
     return 1 if failure_lines(outcomes) else 0
 

@@ -142,7 +142,7 @@ def evaluate_and_report(started: float) -> None:
     import transformers
 
     from llm2vec.evaluation.mteb_adapter import evaluate, load_tasks
-    from llm2vec.reports.page import Score, terminal_table, write_report
+    from llm2vec.reports.scores import Score, score_table
 
     for library in ("mteb", "bm25s"):  # a page of lines for each checkpoint
         logging.getLogger(library).setLevel(logging.WARNING)
@@ -169,8 +169,8 @@ def evaluate_and_report(started: float) -> None:
         curves += [score(run, step, values[folder]) for step, folder in along[run].items()]
         scores.append(score(run, max(along[run]), curves[-1].value))
     losses = {stage: OUTPUT / stage / "log.jsonl" for stage in ("stage_I", *STAGE_II)}
-    page = write_report(OUTPUT, scores, curves, losses, report_context())  # type: ignore[arg-type]
-    print(f"\n{terminal_table(scores)}\n")
+    page = training_report().write(OUTPUT, scores, curves, losses)  # type: ignore[arg-type]
+    print(f"\n{score_table(scores).text()}\n")
     print(f"report: {page}    ({(time.monotonic() - started) / 60:.1f} minutes)")
 
 
@@ -191,13 +191,13 @@ def checkpoints_of(folder: Path) -> dict[int, Path]:
     return {**dict(sorted(along.items())), config["stop_after_n_steps"]: folder}
 
 
-def report_context() -> Any:
+def training_report() -> Any:
     """What the report says beside the numbers."""
-    from llm2vec.reports.page import Context
+    from llm2vec.reports.training import TrainingReport
 
     counts = json.loads((CORPUS / "manifest.json").read_text(encoding="utf-8"))["counts"]
     config = load_config(CONFIGS / "stage_I.json", "stage_I")
-    return Context(
+    return TrainingReport(
         title="Anchor Embedding, small: held-out docstring retrieval",
         seeds=(config.training["seed"],),
         rows={"training pairs": counts["training_rows"], "held-out queries": counts["held_out"]},

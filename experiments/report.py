@@ -17,9 +17,9 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from llm2vec.reports.evaluation import as_text, build_report, write_evaluation_report
+from llm2vec.reports.comparisons import EvaluatedRun
+from llm2vec.reports.evaluation import build_report
 from llm2vec.reports.paper import read_paper
-from llm2vec.reports.paper_tables import Run
 from llm2vec.reports.results import read_query_scores, read_results
 from llm2vec.types import UserError
 
@@ -50,7 +50,7 @@ def assignments(values: Sequence[str], option: str) -> dict[str, Path]:
     return {name: Path(file) for name, _, file in pairs}
 
 
-def read_runs(args: argparse.Namespace) -> list[Run]:
+def read_runs(args: argparse.Namespace) -> list[EvaluatedRun]:
     """Results, names, and scores of single queries where predictions were kept."""
     qrels = assignments(args.qrels, "--qrels")
     results = [read_results(folder) for folder in args.results]
@@ -66,7 +66,7 @@ def read_runs(args: argparse.Namespace) -> list[Run]:
         if missing := [task for task in qrels if task not in result.scores]:
             raise UserError(f"--qrels: {name} has no score of {', '.join(missing)}.")
         queries = {task: read_query_scores(folder, task, file, result.scores[task]) for task, file in qrels.items()}
-        runs.append(Run(name, result, queries))
+        runs.append(EvaluatedRun(name, result, queries))
     return runs
 
 
@@ -75,8 +75,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     args = parse_args(argv)
     losses = assignments(args.losses, "--losses")
     report = build_report(read_runs(args), read_paper(PAPER_DATA), args.paper_model, losses)
-    page = write_evaluation_report(report, args.output_dir)
-    print(f"{as_text(report)}\n\nreport: {page}")
+    page = report.write(args.output_dir)
+    print(f"{report.text()}\n\nreport: {page}")
 
 
 if __name__ == "__main__":

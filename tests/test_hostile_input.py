@@ -33,8 +33,8 @@ from llm2vec.files import parse_json
 from llm2vec.model.checkpoint import read_settings
 from llm2vec.model.revision import model_name
 from llm2vec.model.settings import EncoderSettings
-from llm2vec.reports.page import html_table
 from llm2vec.reports.results import read_results
+from llm2vec.table import Table
 from llm2vec.text.templates import TEMPLATES
 from llm2vec.text.tokenization import RowTokenizer
 from llm2vec.train.config_file import load_config
@@ -273,7 +273,7 @@ def test_texts_never_become_control_tokens(family: str, text: str, instruction: 
 @given(TEXT)
 def test_report_cells_are_escaped(text: str) -> None:
     CASES["report cell"] += 1
-    html = html_table([f"<i>{text}"], [[f"<script>{text}"]], mark_best=False)
+    html = Table([f"<i>{text}"], [[f"<script>{text}"]]).html()
     assert "<script>" not in html and "<i>" not in html
 
 

@@ -33,7 +33,7 @@ from llm2vec import cli
 from llm2vec.hub import without_waiting_for_the_hub
 from llm2vec.model.backbone import DTYPES
 from llm2vec.model.settings import EncoderSettings
-from llm2vec.reports.page import text_table
+from llm2vec.table import Table
 from llm2vec.types import InstructedText, UserError
 from llm2vec.verify.causes import find_cause, first_differing_token
 from llm2vec.verify.compare import (
@@ -95,7 +95,7 @@ def _compare_ways(args: argparse.Namespace) -> int:
             continue
         rows.append(row)
         lines += found
-    print(text_table(_HEADER, rows, num_names=2), *lines, *unanswered, sep="\n")
+    print(Table(_HEADER, rows, num_names=2).text(), *lines, *unanswered, sep="\n")
     return 1 if any(row[-1] == "FAIL" for row in rows) else 2 if unanswered else 0
 
 

@@ -13,24 +13,26 @@ from pathlib import Path
 from typing import Any
 
 from llm2vec.compare.runs import Recipe, Run, Trial
-from llm2vec.reports.figures import read_log
-from llm2vec.reports.page import Cell, html_table, make_folder, page, section, shown, write_whole
+from llm2vec.files import write_json, write_text
+from llm2vec.reports.logs import read_log
+from llm2vec.reports.page import make_folder, write_page
 from llm2vec.reports.results import read_results
+from llm2vec.table import Cell, Table
 from llm2vec.train.trainer import LOG_FILE
 from llm2vec.types import UserError
 
-TITLE = "Recipes on the same data"
-NOTE = (
+_TITLE = "Recipes on the same data"
+_NOTE = (
     "Scores x 100, mean over seeds; lowest and highest: of single seeds, over the mean of the tasks. Tokens: those of "
     "the training rows, templates and second copies included, over all stages. Minutes: of training alone, over all "
     "stages, beside whatever else ran at the time. Both are means over seeds; a stage that several recipes have in "
     "common counts for each."
 )
-OWN_NOTE = "Keys that a recipe sets itself, stage after stage; all others are shared."
+_OWN_NOTE = "Keys that a recipe sets itself, stage after stage; all others are shared."
 
 
 @dataclass(frozen=True)
-class Outcome:
+class TrialOutcome:
     """What one recipe came to with one seed.
 
     Attributes:
@@ -52,7 +54,7 @@ class Outcome:
     runs: tuple[str, ...] = ()
 
 
-def outcome_of(trial: Trial, failures: Mapping[str, str]) -> Outcome:
+def outcome_of(trial: Trial, failures: Mapping[str, str]) -> TrialOutcome:
     """Read what a trial's runs left.
 
     Args:
@@ -61,15 +63,15 @@ def outcome_of(trial: Trial, failures: Mapping[str, str]) -> Outcome:
     """
     folders = tuple(str(run.folder) for run in trial.runs)
     if reason := next((failures[run.name] for run in trial.runs if run.name in failures), None):
-        return Outcome(trial.recipe, trial.seed, {}, failure=reason, runs=folders)
+        return TrialOutcome(trial.recipe, trial.seed, {}, failure=reason, runs=folders)
     try:
         scores = read_results(trial.evaluation.folder).scores
     except UserError as error:
-        return Outcome(trial.recipe, trial.seed, {}, failure=str(error), runs=folders)
+        return TrialOutcome(trial.recipe, trial.seed, {}, failure=str(error), runs=folders)
     logs = [log_of(run) for run in trial.training]
     tokens = [tokens_in(log) for log in logs]
     seconds = [logged(log, "train_runtime") for log in logs]
-    return Outcome(
+    return TrialOutcome(
         trial.recipe,
         trial.seed,
         scores,
@@ -102,13 +104,12 @@ def tokens_in(log: Sequence[Mapping[str, float]]) -> float | None:
     return tokens * max(entry["step"] for entry in log) / max(entry["step"] for entry in log if "tokens" in entry)
 
 
-def score_table(outcomes: Sequence[Outcome]) -> tuple[list[str], list[list[Cell]]]:
-    """Header and rows, one a recipe, the highest mean of the tasks that all have first, and what has none last.
+def outcome_table(outcomes: Sequence[TrialOutcome]) -> Table:
+    """A row a recipe, the highest mean of the tasks that all have first, and what has none last.
 
-    Returns:
-        The header, and rows of names, scores x 100 and None where there is none.
+    Scores are x 100 and None where there is none.
     """
-    by_recipe: dict[str, list[Outcome]] = {}
+    by_recipe: dict[str, list[TrialOutcome]] = {}
     for outcome in outcomes:
         by_recipe.setdefault(outcome.recipe, []).append(outcome)
     tasks = list(dict.fromkeys(task for outcome in outcomes for task in outcome.scores))
@@ -128,10 +129,10 @@ def score_table(outcomes: Sequence[Outcome]) -> tuple[list[str], list[list[Cell]
         tokens = _mean([outcome.tokens for outcome in scored])
         row += [None if tokens is None else tokens / 1e6, _mean([outcome.minutes for outcome in scored])]
         rows.append((statistics.fmean(means) if means else -float("inf"), row))
-    return header, [row for _, row in sorted(rows, key=lambda pair: -pair[0])]
+    return Table(header, [row for _, row in sorted(rows, key=lambda pair: -pair[0])], "Scores", _NOTE)
 
 
-def _seeds(scored: Sequence[Outcome]) -> Cell:
+def _seeds(scored: Sequence[TrialOutcome]) -> Cell:
     return None if scored[0].seed is None else str(len(scored))
 
 
@@ -140,7 +141,7 @@ def _mean(values: Sequence[float | None]) -> float | None:
     return statistics.fmean(known) if known and len(known) == len(values) else None
 
 
-def failure_lines(outcomes: Sequence[Outcome]) -> list[str]:
+def failure_lines(outcomes: Sequence[TrialOutcome]) -> list[str]:
     """A line for each trial that failed."""
     return [
         f"{o.recipe}{'' if o.seed is None else f', seed {o.seed}'}: {o.failure}"
@@ -149,13 +150,14 @@ def failure_lines(outcomes: Sequence[Outcome]) -> list[str]:
     ]
 
 
-def own_keys_table(recipes: Sequence[Recipe]) -> tuple[list[str], list[list[Cell]]]:
+def own_keys_table(recipes: Sequence[Recipe]) -> Table:
     """What each recipe sets itself."""
     rows: list[list[Cell]] = []
     for recipe in recipes:
         stages = [f"{s.stage}: {_listed(s.keys)}" if s.keys else s.stage for s in recipe.stages]
         rows.append([recipe.name, "; then ".join(stages) or f"scores {recipe.evaluation['base_model_name_or_path']}"])
-    return ["Recipe", "Stages and own keys"], rows
+    title = "What each recipe sets itself"
+    return Table(["Recipe", "Stages and own keys"], rows, title, _OWN_NOTE, num_names=2)
 
 
 def _listed(keys: Mapping[str, Any]) -> str:
@@ -163,7 +165,7 @@ def _listed(keys: Mapping[str, Any]) -> str:
 
 
 def write_comparison(
-    folder: Path, outcomes: Sequence[Outcome], recipes: Sequence[Recipe], facts: Mapping[str, str]
+    folder: Path, outcomes: Sequence[TrialOutcome], recipes: Sequence[Recipe], facts: Mapping[str, str]
 ) -> Path:
     """Write `comparison.md`, `comparison.json` and, last, `comparison.html`.
 
@@ -176,23 +178,13 @@ def write_comparison(
     Returns:
         The path of the page.
     """
-    scores, own = score_table(outcomes), own_keys_table(recipes)
+    scores, own = outcome_table(outcomes), own_keys_table(recipes)
     failures = failure_lines(outcomes)
     make_folder(folder)
     content = {"facts": dict(facts), "trials": [asdict(outcome) for outcome in outcomes]}
-    write_whole(folder / "comparison.json", (json.dumps(content, indent=1, ensure_ascii=False) + "\n").encode())
-    blocks = [f"# {TITLE}", markdown_table(*scores), NOTE, *(f"- {line}" for line in failures)]
-    blocks += ["## What each recipe sets itself", markdown_table(*own), OWN_NOTE]
+    write_json(folder / "comparison.json", content)
+    blocks = [f"# {_TITLE}", scores.markdown(), scores.note, *(f"- {line}" for line in failures)]
+    blocks += [f"## {own.title}", own.markdown(), own.note]
     blocks.append("\n".join(f"- {name}: {text}" for name, text in facts.items()))
-    write_whole(folder / "comparison.md", ("\n\n".join(blocks) + "\n").encode())
-    body = section("Scores", html_table(*scores, mark_best=False), NOTE)
-    body += section("What each recipe sets itself", html_table(*own, mark_best=False), OWN_NOTE)
-    write_whole(folder / "comparison.html", page(TITLE, "", failures, body, facts).encode())
-    return folder / "comparison.html"
-
-
-def markdown_table(header: Sequence[str], rows: Sequence[Sequence[Cell]]) -> str:
-    """A table in Markdown; columns that hold numbers stand to the right."""
-    numbers = [any(isinstance(row[i], float) for row in rows) for i in range(len(header))]
-    lines = [[*header], ["---:" if n else "---" for n in numbers], *([shown(cell) for cell in row] for row in rows)]
-    return "\n".join(f"| {' | '.join(cell.replace('|', chr(92) + '|') for cell in line)} |" for line in lines)
+    write_text(folder / "comparison.md", "\n\n".join(blocks) + "\n")
+    return write_page(folder / "comparison.html", _TITLE, [scores, own], sentences=failures, facts=facts)

@@ -7,35 +7,32 @@ training stage (Figure 3) and loss curves (Figure 4). Whatever was measured is s
 
 from __future__ import annotations
 
-import json
-import statistics
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, cast, get_args
 
-from matplotlib.figure import Figure
-
-from llm2vec.reports.embedding_figures import TABLE_NOTE, read_spaces, space_figures, space_table
-from llm2vec.reports.figures import Score, Stage, by_stage_figure, early_stage_figure, losses_figure, png, read_log
-from llm2vec.reports.intervals import MIN_UNITS, TOLERANCES, Interval, Verdict, compare_units, compare_within_tasks
-from llm2vec.reports.page import (
+from llm2vec.files import write_json, write_text
+from llm2vec.reports.comparisons import Comparison, EvaluatedRun, compare_runs, comparison_sentences
+from llm2vec.reports.figures import (
     LOSSES_CAPTION,
-    html_figure,
-    html_table,
-    make_folder,
-    page,
-    section,
-    shown,
-    text_table,
-    write_whole,
+    Picture,
+    by_stage_figure,
+    early_stage_figure,
+    losses_figure,
+    space_pictures,
 )
+from llm2vec.reports.intervals import TOLERANCES, Check, Verdict
+from llm2vec.reports.logs import read_log, read_spaces, space_table
+from llm2vec.reports.page import make_folder, write_page
 from llm2vec.reports.paper import SUBSET, Paper, mean_of
-from llm2vec.reports.paper_tables import Run, Table, pairs, paper_tables
+from llm2vec.reports.paper_tables import paper_tables
+from llm2vec.reports.scores import Score, ScoredStage
+from llm2vec.table import Cell, Table, escape_markdown
 from llm2vec.types import UserError
 
-TITLE = "Evaluation on MTEB"
+_TITLE = "Evaluation on MTEB"
 #: What keeps today's scores from being the paper's even for equal weights.
 _MTEB_CHANGED = (
     "mteb has changed since the paper: reranking ties, pair classification (best of five similarities), the sample of "
@@ -46,32 +43,95 @@ _FIGURE_TASK, _FIGURE_METRIC = "15-task subset", "mean main score"
 
 
 @dataclass(frozen=True)
-class Comparison:
-    """A paired comparison of two runs."""
-
-    label: str
-    #: What was drawn again: "tasks", "queries of NFCorpus", ...
-    unit: str
-    interval: Interval
-
-
-@dataclass(frozen=True)
 class EvaluationReport:
-    """Everything that is shown, before it is given a form."""
+    """Everything that is shown, and the four forms it is shown in.
+
+    Attributes:
+        sentences: what is said first: coverage, differences, what is off.
+        comparisons: of runs with one another.
+        tables: the first stands before the pictures.
+        checks: title of a table -> what it compares with the paper, each comparison under a name.
+        pictures: figures with their captions.
+        facts: what goes below the tables: how the numbers came about.
+        runs: what was read.
+        paper_model: which of the paper's models the runs are compared with; None = with none.
+    """
 
     sentences: list[str]
     comparisons: list[Comparison]
     tables: list[Table]
-    #: File name -> figure and caption.
-    figures: dict[str, tuple[Figure, str]]
-    #: What goes below the tables: how the numbers came about.
+    checks: dict[str, dict[str, Check]]
+    pictures: list[Picture]
     facts: dict[str, str]
-    runs: tuple[Run, ...]
+    runs: tuple[EvaluatedRun, ...]
     paper_model: str | None
+
+    def write(self, folder: Path) -> Path:
+        """Write `report.md`, `report.json`, the figures as PNG files and, last, `report.html` with the figures inside.
+
+        Returns:
+            The path of `report.html`.
+
+        Raises:
+            UserError: The folder cannot be made.
+        """
+        make_folder(folder)
+        write_text(folder / "report.md", self.markdown())
+        write_json(folder / "report.json", self.data())
+        first, *others = self.tables
+        note = f"Compared with {self.paper_model} of the paper." if self.paper_model else ""
+        blocks = [first, *self.pictures, *others]
+        return write_page(folder / "report.html", _TITLE, blocks, note=note, sentences=self.sentences, facts=self.facts)
+
+    def text(self) -> str:
+        """The report for a terminal."""
+        blocks = ["\n".join(self.sentences)]
+        blocks += [f"{table.title}\n{table.text()}\n{table.note}" for table in self.tables]
+        return "\n\n".join(blocks)
+
+    def markdown(self) -> str:
+        """The report as Markdown; figures are linked."""
+        blocks = [f"# {_TITLE}", *map(escape_markdown, self.sentences)]
+        for table in self.tables:
+            blocks += [f"## {table.title}", table.markdown(escape_markdown), escape_markdown(table.note)]
+        for name, _, caption in self.pictures:
+            said = escape_markdown(caption)
+            blocks.append(f"![{said}]({name})\n\n{said}")
+        facts = (f"- {escape_markdown(name)}: {escape_markdown(text)}" for name, text in self.facts.items())
+        return "\n\n".join([*blocks, "## How it was made", "\n".join(facts)]) + "\n"
+
+    def data(self) -> dict[str, Any]:
+        """The report as plain data for JSON, scores x 100 and not rounded."""
+        runs = {
+            run.name: {
+                "model": run.results.model,
+                "revision": run.results.revision,
+                "mteb_versions": run.results.mteb_versions,
+                "scores": run.scores,
+                "problems": run.results.problems,
+            }
+            for run in self.runs
+        }
+        checks = {
+            title: {
+                name: {**check._asdict(), "difference": check.difference, "verdict": check.verdict}
+                for name, check in checks.items()
+                if check.measured is not None
+            }
+            for title, checks in self.checks.items()
+        }
+        return {
+            "paper_model": self.paper_model,
+            "runs": runs,
+            "comparisons": [{"label": c.label, "unit": c.unit, **c.interval._asdict()} for c in self.comparisons],
+            "checks": checks,
+            "sentences": self.sentences,
+            "facts": self.facts,
+        }
 
 
 def build_report(
-    runs: Sequence[Run], paper: Paper, paper_model: str | None, losses: Mapping[str, Path]
+    runs: Sequence[EvaluatedRun], paper: Paper, paper_model: str | None, losses: Mapping[str, Path]
 ) -> EvaluationReport:
     """Compare the runs with one another and with the paper.
 
@@ -89,118 +149,39 @@ def build_report(
     names = [run.name for run in runs]
     if twice := [name for name, count in Counter(names).items() if count > 1]:
         raise UserError(f"names: {', '.join(twice)} is given more than once; every run needs a name of its own.")
-    if unknown := sorted(losses.keys() - set(get_args(Stage))):
-        raise UserError(f"losses: no stage {', '.join(unknown)}; choose from {', '.join(get_args(Stage))}.")
+    if unknown := sorted(losses.keys() - set(get_args(ScoredStage))):
+        raise UserError(f"losses: no stage {', '.join(unknown)}; choose from {', '.join(get_args(ScoredStage))}.")
     if paper_model is not None:
         paper.check_names(paper_model, names)
-    tables = paper_tables(runs, paper, paper_model)
-    if not tables:
+    of_paper = paper_tables(runs, paper, paper_model)
+    if not of_paper:
         problems = [f"{run.name}, {task}: {why}" for run in runs for task, why in run.results.problems.items()]
         partial = [_describe(run, paper)[0].removesuffix(".") for run in runs if run.scores]
         missing = "mean that a table could show" if partial else "score to report"
         raise UserError("; ".join([f"There is not one {missing}", *partial, *problems]) + ".")
-    comparisons = [comparison for pair in pairs(runs) for comparison in _compare(*pair, paper)]
+    comparisons = compare_runs(runs, paper)
     sentences = [sentence for run in runs for sentence in _describe(run, paper)]
-    sentences += [f"{c.label}: {c.interval.sentence(c.unit)}." for c in comparisons]
-    sentences += [sentence for pair in pairs(runs) for sentence in _too_few(*pair, paper)]
-    sentences += _paper_interval(paper, paper_model) + _different_data(runs) + _far_off(tables)
-    if (beside := _verdict_table(tables)).rows:
+    sentences += comparison_sentences(comparisons, runs, paper, paper_model)
+    tables, checks = [table for table, _ in of_paper], {table.title: checks for table, checks in of_paper}
+    sentences += _far_off(checks)
+    if (beside := _verdict_table(checks)).rows:
         tables.append(beside)
-    spaces = read_spaces(cast(Mapping[Stage, Path], losses))
+    spaces = read_spaces(cast(Mapping[ScoredStage, Path], losses))
     if spaces:
-        tables.append(Table("Embedding space along training", *space_table(spaces), TABLE_NOTE, {}))
+        tables.append(space_table(spaces, "Embedding space along training"))
     return EvaluationReport(
         sentences=sentences,
         comparisons=comparisons,
         tables=tables,
-        figures=_figures(runs, paper, paper_model, losses) | space_figures(spaces),
+        checks=checks,
+        pictures=_pictures(runs, paper, paper_model, losses) + space_pictures(spaces),
         facts=_facts(runs, paper, paper_model),
         runs=tuple(runs),
         paper_model=paper_model,
     )
 
 
-def write_evaluation_report(report: EvaluationReport, folder: Path) -> Path:
-    """Write `report.md`, `report.json`, the figures as PNG files and, last, `report.html` with the figures inside.
-
-    Returns:
-        The path of `report.html`.
-
-    Raises:
-        UserError: The folder cannot be made.
-    """
-    make_folder(folder)
-    write_whole(folder / "report.md", as_markdown(report).encode())
-    write_whole(folder / "report.json", (json.dumps(as_json(report), indent=1, ensure_ascii=False) + "\n").encode())
-    images = ""
-    for name, (figure, caption) in report.figures.items():
-        content = png(figure)
-        write_whole(folder / name, content)
-        images += html_figure(content, caption)
-    sections = [section(t.title, html_table(t.header, t.rows, mark_best=False), t.note) for t in report.tables]
-    note = f"Compared with {report.paper_model} of the paper." if report.paper_model else ""
-    html = page(TITLE, note, report.sentences, sections[0] + images + "".join(sections[1:]), report.facts)
-    write_whole(folder / "report.html", html.encode())
-    return folder / "report.html"
-
-
-def as_text(report: EvaluationReport) -> str:
-    """The report for a terminal."""
-    blocks = ["\n".join(report.sentences)]
-    blocks += [f"{t.title}\n{text_table(t.header, t.rows, num_names=1)}\n{t.note}" for t in report.tables]
-    return "\n\n".join(blocks)
-
-
-def as_markdown(report: EvaluationReport) -> str:
-    """The report as Markdown; figures are linked."""
-    blocks = [f"# {TITLE}", *(_escaped(sentence) for sentence in report.sentences)]
-    for table in report.tables:
-        lines = [[_escaped(name) for name in table.header], ["---", *["---:"] * (len(table.header) - 1)]]
-        lines += [[_escaped(shown(cell)) for cell in row] for row in table.rows]
-        blocks += [f"## {table.title}", "\n".join(f"| {' | '.join(line)} |" for line in lines), _escaped(table.note)]
-    blocks += [
-        f"![{_escaped(caption)}]({name})\n\n{_escaped(caption)}" for name, (_, caption) in report.figures.items()
-    ]
-    blocks += [
-        "## How it was made",
-        "\n".join(f"- {_escaped(name)}: {_escaped(text)}" for name, text in report.facts.items()),
-    ]
-    return "\n\n".join(blocks) + "\n"
-
-
-def as_json(report: EvaluationReport) -> dict[str, Any]:
-    """The report as plain data, scores x 100 and not rounded."""
-    runs = {
-        run.name: {
-            "model": run.results.model,
-            "revision": run.results.revision,
-            "mteb_versions": run.results.mteb_versions,
-            "scores": run.scores,
-            "problems": run.results.problems,
-        }
-        for run in report.runs
-    }
-    checks = {
-        table.title: {
-            name: {**check._asdict(), "difference": check.difference, "verdict": check.verdict}
-            for name, check in table.checks.items()
-            if check.measured is not None
-        }
-        for table in report.tables
-    }
-    comparisons = [{"label": c.label, "unit": c.unit, **c.interval._asdict()} for c in report.comparisons]
-    facts = {"sentences": report.sentences, "facts": report.facts}
-    return {"paper_model": report.paper_model, "runs": runs, "comparisons": comparisons, "checks": checks, **facts}
-
-
-def _escaped(text: str) -> str:
-    """Text from data in Markdown: no character of it starts a cell, a link or a tag."""
-    for character in "\\|<>[]*_`":
-        text = text.replace(character, f"\\{character}")
-    return text
-
-
-def _describe(run: Run, paper: Paper) -> list[str]:
+def _describe(run: EvaluatedRun, paper: Paper) -> list[str]:
     """How much of the benchmark a run has, what is missing, and which files gave no score."""
     tasks, whole = (paper.subset, SUBSET) if "@" in run.name else (paper.tasks, "Avg")
     present, mean = [task for task in tasks if task in run.scores], mean_of(run.scores, tasks)
@@ -219,80 +200,25 @@ def _describe(run: Run, paper: Paper) -> list[str]:
     return sentences + [f"{run.name}, {task}: {why}; counted as missing." for task, why in run.results.problems.items()]
 
 
-def _common_tasks(run: Run, other: Run, paper: Paper) -> list[str]:
-    """The tasks of the 56 that both have; any others if there is none of these."""
-    common = set(run.scores) & set(other.scores)
-    return sorted(common & set(paper.tasks) or common)
-
-
-def _compare(run: Run, other: Run, paper: Paper) -> list[Comparison]:
-    """Over the tasks that both have, and over the queries of tasks where both have scores of single queries."""
-    tasks, label = _common_tasks(run, other, paper), f"{run.name} - {other.name}"
-    found = []
-    if len(tasks) >= MIN_UNITS:
-        sides = ({task: one.scores[task] for task in tasks} for one in (run, other))
-        found.append(Comparison(label, "tasks", compare_units(*sides)))
-    queries = {
-        task: (of, other.query_scores[task]) for task, of in run.query_scores.items() if task in other.query_scores
-    }
-    for task, both in queries.items():
-        try:
-            found.append(Comparison(f"{label} on {task}", "queries", compare_units(*both)))
-        except UserError as error:
-            raise UserError(f"{label} on {task}: {error}") from None
-    if len(queries) > 1:
-        interval = compare_within_tasks(list(queries.values()))
-        found.append(Comparison(f"{label}, mean of these {len(queries)} tasks", "queries, tasks fixed", interval))
-    return found
-
-
-def _too_few(run: Run, other: Run, paper: Paper) -> list[str]:
-    tasks = _common_tasks(run, other, paper)
-    if len(tasks) >= MIN_UNITS:
-        return []
-    if not tasks:
-        return [f"{run.name} and {other.name} have no task in common."]
-    mean = statistics.fmean(run.scores[task] - other.scores[task] for task in tasks)
-    over = f"the {len(tasks)} tasks both have" if len(tasks) > 1 else f"{tasks[0]}, the one task both have"
-    return [f"{run.name} - {other.name}: {mean:+.2f} over {over}, too few for an interval."]
-
-
-def _paper_interval(paper: Paper, model: str | None) -> list[str]:
-    """The same bootstrap over the paper's own scores, to judge a run's by."""
-    if model not in paper.expected:
-        return []
-    interval = compare_units(paper.expected[model]["anchor"], paper.expected[model]["baseline"])
-    return [f"The paper's own scores, anchor - baseline: {interval.sentence('tasks')}."]
-
-
-def _different_data(runs: Sequence[Run]) -> list[str]:
-    """Differences mean little where two runs were scored on different data."""
+def _far_off(checks: Mapping[str, Mapping[str, Check]]) -> list[str]:
     sentences = []
-    for run, other in pairs(runs):
-        mine, theirs = run.results.data_revisions, other.results.data_revisions
-        if tasks := [task for task in mine if task in theirs and mine[task] != theirs[task]]:
-            said = f"{run.name} and {other.name} were scored on different revisions of the data of {', '.join(tasks)}"
-            sentences.append(f"{said}: their differences there are not the model's alone.")
+    for title, of_table in checks.items():
+        off = [f"{name} ({check.difference:+.2f})" for name, check in of_table.items() if check.verdict == "off"]
+        sentences += [f"Off the paper in {title}: {', '.join(off)}."] * bool(off)
     return sentences
 
 
-def _far_off(tables: Sequence[Table]) -> list[str]:
-    sentences = []
-    for table in tables:
-        off = [f"{name} ({c.difference:+.2f})" for name, c in table.checks.items() if c.verdict == "off"]
-        sentences += [f"Off the paper in {table.title}: {', '.join(off)}."] * bool(off)
-    return sentences
+def _verdict_table(checks: Mapping[str, Mapping[str, Check]]) -> Table:
+    """How many comparisons of each table have which verdict."""
+    rows: list[list[Cell]] = []
+    for title, of_table in checks.items():
+        count = Counter(check.verdict for check in of_table.values())
+        if any(count[verdict] for verdict in get_args(Verdict)):
+            rows.append([title, *(str(count[verdict]) for verdict in get_args(Verdict))])
+    return Table(["Verdicts", *get_args(Verdict)], rows, "Beside the paper", TOLERANCES)
 
 
-def _verdict_table(tables: Sequence[Table]) -> Table:
-    header = ["Verdicts", *get_args(Verdict)]
-    counts = [(table.title, Counter(check.verdict for check in table.checks.values())) for table in tables]
-    judged = [(title, count) for title, count in counts if any(verdict for verdict in count)]
-    rows = [[title, *(str(count[verdict]) for verdict in get_args(Verdict))] for title, count in judged]
-    return Table("Beside the paper", header, [list(row) for row in rows], TOLERANCES, {})
-
-
-def _facts(runs: Sequence[Run], paper: Paper, model: str | None) -> dict[str, str]:
+def _facts(runs: Sequence[EvaluatedRun], paper: Paper, model: str | None) -> dict[str, str]:
     facts = {
         f"Run {run.name}": f"{run.results.model}, revision {run.results.revision}, "
         f"mteb {', '.join(run.results.mteb_versions)}"
@@ -309,12 +235,12 @@ def _facts(runs: Sequence[Run], paper: Paper, model: str | None) -> dict[str, st
     return facts
 
 
-def _figures(
-    runs: Sequence[Run], paper: Paper, model: str | None, losses: Mapping[str, Path]
-) -> dict[str, tuple[Figure, str]]:
+def _pictures(
+    runs: Sequence[EvaluatedRun], paper: Paper, model: str | None, losses: Mapping[str, Path]
+) -> list[Picture]:
     """The paper's Figures 2, 3 and 4, as far as the runs and logs go; the paper's own points beside them."""
     means = {run.name: mean for run in runs if (mean := mean_of(run.scores, paper.subset)) is not None}
-    figures: dict[str, tuple[Figure, str]] = {}
+    pictures: list[Picture] = []
     if along := _stage_scores("measured", {name: mean for name, mean in means.items() if "@" in name}):
         drawn = {score.stage for score in along}
         printed = _stage_scores("paper", paper.tables[9].get(model or "", {}))
@@ -322,16 +248,17 @@ def _figures(
         caption = (
             "Mean of Table 8's 15 tasks against Stage II step (the paper's Figure 2). One run a line, so no spread."
         )
-        figures["early_stage.png"] = (early_stage_figure(along + printed), caption)
+        pictures.append(Picture("early_stage.png", early_stage_figure(along + printed), caption))
     stages = _stage_scores("measured", {name: mean for name, mean in means.items() if name in _FIGURE_STAGES})
     if len(stages) > 1:
         printed = _stage_scores("paper", paper.tables[10].get(model or "", {}))
         caption = "Mean of Table 8's 15 tasks after each training stage (the paper's Figure 3)."
-        figures["by_stage.png"] = (by_stage_figure(stages + printed), caption)
+        pictures.append(Picture("by_stage.png", by_stage_figure(stages + printed), caption))
     if losses:
-        logs = {cast(Stage, stage): read_log(path) for stage, path in losses.items()}
-        figures["losses.png"] = (losses_figure(logs), f"{LOSSES_CAPTION} (The paper's Figure 4.)")
-    return figures
+        logs = {cast(ScoredStage, stage): read_log(path) for stage, path in losses.items()}
+        caption = f"{LOSSES_CAPTION} (The paper's Figure 4.)"
+        pictures.append(Picture("losses.png", losses_figure(logs), caption))
+    return pictures
 
 
 def _stage_scores(model: str, means: Mapping[str, Any]) -> list[Score]:
@@ -339,7 +266,7 @@ def _stage_scores(model: str, means: Mapping[str, Any]) -> list[Score]:
     scores = []
     for name, mean in means.items():
         stage, _, step = name.partition("@")
-        if stage in get_args(Stage) and (step.isdecimal() or not step):
+        if stage in get_args(ScoredStage) and (step.isdecimal() or not step):
             at = int(step) if step else None
             scores.append(Score(model, stage, at, _FIGURE_TASK, _FIGURE_METRIC, mean / 100))  # type: ignore[arg-type]
     return scores

@@ -1,43 +1,29 @@
-"""Figures of scored checkpoints, and the scores they are drawn from.
+"""Figures of the reports: scores, losses, and the embedding space along training.
 
-The figures are those of the paper: score against Stage II step (its Figure 2), score by training stage (Figure 3) and
-loss curves (Figure 4). Whatever was measured is drawn, whoever is ahead. Nothing here runs a model or reads a
-checkpoint; `report.py` and `evaluation_report.py` put the figures on a page. Needs matplotlib.
+Those of the paper are score against Stage II step (its Figure 2), score by training stage (Figure 3) and loss curves
+(Figure 4). Whatever was measured is drawn, whoever is ahead. Reads no file. Needs matplotlib.
 """
 
 from __future__ import annotations
 
 import io
-import json
 import statistics
-from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
-from pathlib import Path
-from typing import Literal, TypeAlias, get_args
+from collections.abc import Mapping, Sequence
+from typing import NamedTuple, get_args
 
 import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.colors import to_rgba
 from matplotlib.figure import Figure
+from matplotlib.patches import Patch
 from matplotlib.ticker import MaxNLocator
 
-from llm2vec.types import UserError
+from llm2vec.reports.logs import Histograms, Space, curve, cut, first_and_last
+from llm2vec.reports.scores import STAGE_NAMES, Score, ScoredStage, common_columns, metric_name, run_means
 
-Stage = Literal["bm25", "base", "stage_I", "baseline", "control", "only_d2q", "only_q2d", "anchor"]
-Run: TypeAlias = tuple[str, Stage, int | None]  # model, stage, step: what repeats with other seeds share
-
-STAGE_NAMES: dict[Stage, str] = {
-    "bm25": "BM25",
-    "base": "Base model",
-    "stage_I": "Stage I only",
-    "baseline": "Baseline (Stage II only)",
-    "control": "Control",
-    "only_d2q": "OnlyD2Q (alpha 0)",
-    "only_q2d": "OnlyQ2D (alpha 1)",
-    "anchor": "Anchor (Stage I + II)",
-}
 #: Okabe and Ito's palette, which colour-blind readers can tell apart.
-STAGE_COLOURS: dict[Stage, str] = {
+STAGE_COLOURS: dict[ScoredStage, str] = {
     "bm25": "#333333",
     "base": "#999999",
     "stage_I": "#E69F00",
@@ -49,89 +35,46 @@ STAGE_COLOURS: dict[Stage, str] = {
 }
 _DIRECTIONS = {"loss_q2d": ("EBQ2D: query to document", "#CC79A7"), "loss_d2q": ("EBD2Q: document to query", "#56B4E9")}
 _LINE_STYLES = ("-", "--", ":", "-.")
-_METRIC_NAMES = {"ndcg_at_10": "nDCG@10", "cosine_spearman": "Spearman"}
+LOSSES_CAPTION = (
+    "Training loss. Faint: as logged; strong: moving average over a twenty-fifth of the log. Losses compare only "
+    "between runs of the same batch size and temperature. One log a stage, so one seed."
+)
+_SPACE_CAPTION = (
+    "Embeddings of rows held out of the training files{count}. Hollow: first evaluation; filled: last. Left: mean "
+    "squared distance of a query and its positive, against how evenly documents are spread; a run that improves both "
+    "goes down and to the left. Right: how many dimensions the documents make use of, at most the vectors' size and "
+    "one less than there are documents. One run a line, so no spread."
+)
+_SIMILARITIES_CAPTION = (
+    "Cosine of held-out queries with their positives, with their hard negatives and with other rows' documents (all of "
+    "them, not a sample), at the first and the last evaluation. Each histogram is of its own pairs and adds up to "
+    "100 %; dashed: their means, to the width of a bin."
+)
+_KINDS = {
+    "random": ("other rows' documents", "#999999"),
+    "hard_negative": ("hard negatives", "#D55E00"),
+    "positive": ("positives", "#0072B2"),
+}
 
 
-@dataclass(frozen=True)
-class Score:
-    """One score of one checkpoint. Scores of a run that differ in `seed` are repeats and are averaged."""
+class Picture(NamedTuple):
+    """A figure with its caption, and the name of its PNG file."""
 
-    model: str
-    stage: Stage
-    #: Optimiser step of the stage; None where there is none, as for BM25 and the base model.
-    step: int | None
-    task: str
-    metric: str
-    #: A fraction, -1 to 1; shown x 100.
-    value: float
-    seed: int | None = None
+    name: str
+    figure: Figure
+    caption: str
 
-    def __post_init__(self) -> None:
-        """Refuse a score already multiplied by 100 and a stage no figure knows."""
-        if self.stage not in get_args(Stage):
-            raise UserError(f"stage is {self.stage!r}: choose one of {', '.join(get_args(Stage))}.")
-        if not -1 <= self.value <= 1:  # false for NaN, too
-            raise UserError(f"{self.task} {self.metric} of {self.model} is {self.value}: give a fraction from -1 to 1.")
-
-
-def common_columns(scores: Iterable[Score]) -> list[tuple[str, str]]:
-    """The (task, metric) pairs that every run with every seed has, in order of first appearance.
-
-    Means over different sets of tasks cannot be compared, so only these enter means and figures.
-
-    Raises:
-        UserError: No pair is common to all.
-    """
-    found: dict[tuple[str, Stage, int | None, int | None], set[tuple[str, str]]] = {}
-    order: dict[tuple[str, str], None] = {}
-    for score in scores:
-        found.setdefault((score.model, score.stage, score.step, score.seed), set()).add((score.task, score.metric))
-        order[score.task, score.metric] = None
-    columns = [column for column in order if all(column in present for present in found.values())]
-    if not columns:
-        raise UserError("There is no task that all checkpoints have a score of: evaluate them on the same tasks.")
-    return columns
-
-
-def run_means(scores: Sequence[Score]) -> dict[Run, list[float]]:
-    """Each run's mean over the common columns, x 100, one value a seed; runs by model, stage, step."""
-    columns = set(common_columns(scores))
-    values: dict[Run, dict[int | None, list[float]]] = {}
-    for score in scores:
-        if (score.task, score.metric) in columns:
-            run = values.setdefault((score.model, score.stage, score.step), {})
-            run.setdefault(score.seed, []).append(100 * score.value)
-    means = {run: [statistics.fmean(of_seed) for of_seed in seeds.values()] for run, seeds in values.items()}
-    models = list(dict.fromkeys(score.model for score in scores))
-    stages = get_args(Stage)
-    order = sorted(means, key=lambda run: (models.index(run[0]), stages.index(run[1]), run[2] or 0))
-    return {run: means[run] for run in order}
-
-
-def read_log(path: Path) -> list[dict[str, float]]:
-    """A loss log: one JSON object a line with `step` and any of the loss parts and rates.
-
-    Raises:
-        UserError: The file cannot be read, or a line is not an object of numbers with a step; names file and line.
-    """
-    entries: list[dict[str, float]] = []
-    try:
-        lines = path.read_bytes().splitlines()
-    except OSError as error:
-        raise UserError(f"Cannot read the log {path}: {error.strerror}.") from None
-    for number, line in enumerate(lines, start=1):
-        try:
-            entry = json.loads(line)
-            entries.append({"step": entry["step"], **{key: float(value) for key, value in entry.items()}})
-        except (ValueError, TypeError, KeyError, AttributeError) as error:
-            message = f"{path}, line {number}: expected a JSON object of numbers with the key step ({error})."
-            raise UserError(message) from None
-    return entries
+    def png(self) -> bytes:
+        """The figure as PNG, without the date and version that would make equal figures differ."""
+        stream = io.BytesIO()
+        self.figure.savefig(stream, format="png", metadata={"Software": None})
+        return stream.getvalue()
 
 
 def early_stage_figure(curves: Sequence[Score]) -> Figure:
     """Score against Stage II step, one line a stage and model: mean over seeds, band from lowest to highest."""
-    figure, (axes,) = _new_figure(1)
+    figure = _new_figure(7.5, 4.4)
+    axes = figure.add_subplot()
     curves = [score for score in curves if score.step is not None]
     means = run_means(curves)
     models = list(dict.fromkeys(model for model, _, _ in means))
@@ -144,8 +87,8 @@ def early_stage_figure(curves: Sequence[Score]) -> Figure:
         axes.plot(steps, line, style, color=STAGE_COLOURS[stage], marker="o", markersize=4, label=label)
         low, high = [min(values) for values in points.values()], [max(values) for values in points.values()]
         axes.fill_between(steps, low, high, color=STAGE_COLOURS[stage], alpha=0.15, linewidth=0)
-    finish(axes, "Early Stage II", "Stage II optimiser step", _score_label(curves))
-    whole_steps(axes)
+    _finish(axes, "Early Stage II", "Stage II optimiser step", _score_label(curves))
+    _whole_steps(axes)
     axes.set_xlim(left=0)
     axes.legend(frameon=False)
     return figure
@@ -156,12 +99,13 @@ def by_stage_figure(scores: Sequence[Score]) -> Figure:
 
     Of several steps of one stage the last one counts.
     """
-    figure, (axes,) = _new_figure(1)
+    figure = _new_figure(7.5, 4.4)
+    axes = figure.add_subplot()
     last = {(model, stage): values for (model, stage, _), values in run_means(scores).items()}
     lexical = [values for (_, stage), values in last.items() if stage == "bm25"]
     bars = {key: values for key, values in last.items() if key[1] != "bm25"}
     models = list(dict.fromkeys(model for model, _ in bars))
-    stages = [stage for stage in get_args(Stage) if any(stage == key[1] for key in bars)]
+    stages = [stage for stage in get_args(ScoredStage) if any(stage == key[1] for key in bars)]
     for (model, stage), values in bars.items():
         position, mean = models.index(model) * (len(stages) + 1) + stages.index(stage), statistics.fmean(values)
         axes.bar(position, mean, width=0.8, color=STAGE_COLOURS[stage])
@@ -178,15 +122,16 @@ def by_stage_figure(scores: Sequence[Score]) -> Figure:
             axes.bar(0, 0, color=STAGE_COLOURS[stage], label=STAGE_NAMES[stage])
     else:
         axes.set_xticks(range(len(stages)), [STAGE_NAMES[stage].replace(" (", "\n(") for stage in stages])
-    finish(axes, "After each training stage", "", _score_label(scores))
+    _finish(axes, "After each training stage", "", _score_label(scores))
     if axes.get_legend_handles_labels()[0]:
         figure.legend(loc="outside lower center", ncols=3, frameon=False)
     return figure
 
 
-def losses_figure(logs: Mapping[Stage, Sequence[Mapping[str, float]]]) -> Figure:
+def losses_figure(logs: Mapping[ScoredStage, Sequence[Mapping[str, float]]]) -> Figure:
     """Left, both reconstruction losses of Stage I; right, the contrastive losses of Stage II."""
-    figure, (left, right) = _new_figure(2)
+    figure = _new_figure(11, 4.4)
+    left, right = figure.add_subplot(1, 2, 1), figure.add_subplot(1, 2, 2)
     reconstructing = [stage for stage in logs if any(curve(logs[stage], key)[0] for key in _DIRECTIONS)]
     for index, stage in enumerate(reconstructing):
         suffix = f" ({STAGE_NAMES[stage]})" if len(reconstructing) > 1 else ""
@@ -194,10 +139,10 @@ def losses_figure(logs: Mapping[Stage, Sequence[Mapping[str, float]]]) -> Figure
             _plot_smoothed(left, *curve(logs[stage], key), label + suffix, colour, _LINE_STYLES[index % 4])
     for stage, log in logs.items():
         _plot_smoothed(right, *curve(log, "loss_contrastive"), STAGE_NAMES[stage], STAGE_COLOURS[stage], "-")
-    finish(left, "Stage I: reconstruction", "Stage I optimiser step", "cross-entropy, nats per token")
-    finish(right, "Stage II: contrastive", "Stage II optimiser step", "InfoNCE, nats per query")
+    _finish(left, "Stage I: reconstruction", "Stage I optimiser step", "cross-entropy, nats per token")
+    _finish(right, "Stage II: contrastive", "Stage II optimiser step", "InfoNCE, nats per query")
     for axes in (left, right):
-        whole_steps(axes)
+        _whole_steps(axes)
         if axes.lines:
             axes.legend(frameon=False, fontsize=9)
         else:
@@ -205,9 +150,101 @@ def losses_figure(logs: Mapping[Stage, Sequence[Mapping[str, float]]]) -> Figure
     return figure
 
 
-def metric_name(metric: str) -> str:
-    """How a metric of mteb is written in tables and on axes."""
-    return _METRIC_NAMES.get(metric, metric)
+def space_pictures(spaces: Mapping[ScoredStage, Space]) -> list[Picture]:
+    """Paths, similarities of all runs, and similarities by source where a run has several."""
+    if not spaces:
+        return []
+    drawn = {stage: space.shapes for stage, space in spaces.items() if space.shapes}
+    rows = sorted({sum(shapes[-1].all.get("positive", [])) for shapes in drawn.values()})
+    count = f" ({' or '.join(f'{number:,}' for number in rows)} rows)" if rows else ""
+    pictures = [Picture("embedding_space.png", paths_figure(spaces), _SPACE_CAPTION.format(count=count))]
+    if drawn:
+        ends = {STAGE_NAMES[stage]: first_and_last(shapes) for stage, shapes in drawn.items()}
+        lines = {name: [(one.step, one.all) for one in of_run] for name, of_run in ends.items()}
+        pictures.append(Picture("similarities.png", similarities_figure(lines), _SIMILARITIES_CAPTION))
+    for stage, shapes in drawn.items():
+        if shapes[-1].sources:
+            lines = {
+                name: [(one.step, one.sources.get(name, {})) for one in first_and_last(shapes)]
+                for name in shapes[-1].sources
+            }
+            caption = f"{STAGE_NAMES[stage]}, by source; drawn as the figure of all sources above."
+            pictures.append(Picture(f"similarities_{stage}.png", similarities_figure(lines), caption))
+    return pictures
+
+
+def paths_figure(spaces: Mapping[ScoredStage, Space]) -> Figure:
+    """Left, alignment against uniformity as a path over the steps; right, effective rank by step of Stage I and II."""
+    groups: dict[str, list[ScoredStage]] = {}
+    for stage in spaces:
+        groups.setdefault("Stage I" if stage == "stage_I" else "Stage II", []).append(stage)
+    figure = _new_figure(11, 4.4)
+    grid = figure.add_gridspec(len(groups), 2)
+    path, ranks = figure.add_subplot(grid[:, 0]), [figure.add_subplot(grid[i, 1]) for i in range(len(groups))]
+    for stage, space in spaces.items():
+        _plot_path(path, space.log, "eval_uniformity_document", "eval_alignment", stage)
+    _finish(path, "Alignment and uniformity", "uniformity of documents (lower: more even)", "alignment (lower: closer)")
+    for axes, (name, stages) in zip(ranks, groups.items(), strict=True):
+        for stage in stages:
+            _plot_path(axes, spaces[stage].log, "step", "eval_effective_rank", stage)
+        _finish(axes, f"Dimensions in use, {name}", f"{name} optimiser step", "effective rank")
+        if axes.lines:
+            axes.set_ylim(0, 1.12 * max(1, axes.dataLim.y1))
+        _whole_steps(axes)
+    if path.lines:
+        path.legend(frameon=False, fontsize=9)
+    return figure
+
+
+def similarities_figure(lines: Mapping[str, Sequence[tuple[int, Histograms]]]) -> Figure:
+    """Histograms of cosines: a line of panels a name, a panel a step; all panels share the range of cosines."""
+    columns = max(len(panels) for panels in lines.values())
+    figure = _new_figure(11, 0.9 + 1.7 * len(lines))
+    grid = figure.subplots(len(lines), columns, squeeze=False, sharex=True, sharey="row")
+    for axes_of_line, (name, panels) in zip(grid, lines.items(), strict=True):
+        for axes in axes_of_line[len(panels) :]:
+            axes.set_visible(False)
+        for axes, (step, histograms) in zip(axes_of_line, panels, strict=False):
+            _draw_histograms(axes, histograms)
+            axes.set_title(f"{cut(name)}, step {step:,}", loc="left", fontsize=10, parse_math=False)
+        axes_of_line[0].set_ylim(bottom=0)
+        axes_of_line[0].set_ylabel("% of pairs")
+    everything = [histograms for panels in lines.values() for _, histograms in panels]
+    grid[0, 0].set_xlim(*_occupied(everything))
+    for axes in grid[-1]:
+        axes.set_xlabel("cosine")
+    handles = [
+        Patch(facecolor=colour, alpha=0.6, label=label)
+        for kind, (label, colour) in _KINDS.items()
+        if any(kind in histograms for histograms in everything)
+    ]
+    figure.legend(handles=handles, loc="outside upper center", ncols=3, frameon=False)
+    return figure
+
+
+def _draw_histograms(axes: Axes, histograms: Histograms) -> None:
+    """Each kind's share of pairs in each bin, and a line at its mean."""
+    for kind, (label, colour) in _KINDS.items():
+        counts = np.array(histograms.get(kind, []))
+        if not counts.sum():
+            continue
+        edges = np.linspace(-1, 1, len(counts) + 1)
+        share = 100 * counts / counts.sum()
+        axes.stairs(share, edges, fill=True, facecolor=to_rgba(colour, 0.3), edgecolor=colour, linewidth=1, label=label)
+        axes.axvline(float(share @ (edges[:-1] + edges[1:])) / 200, color=colour, linestyle="--", linewidth=1)
+    axes.spines[["top", "right"]].set_visible(False)
+
+
+def _plot_path(axes: Axes, log: Sequence[Mapping[str, float]], x_key: str, y_key: str, stage: ScoredStage) -> None:
+    """A line through the evaluations that have both, hollow where it begins and filled where it ends."""
+    points = [(entry[x_key], entry[y_key]) for entry in log if x_key in entry and y_key in entry]
+    if not points:
+        return
+    x, y = zip(*points, strict=True)
+    colour = STAGE_COLOURS[stage]
+    axes.plot(x, y, "-", color=colour, marker=".", markersize=4, linewidth=1.4, label=STAGE_NAMES[stage])
+    axes.plot(x[:1], y[:1], "o", color=colour, markerfacecolor="white", markersize=8)
+    axes.plot(x[-1:], y[-1:], "o", color=colour, markersize=8)
 
 
 def _score_label(scores: Sequence[Score]) -> str:
@@ -215,12 +252,6 @@ def _score_label(scores: Sequence[Score]) -> str:
     columns = common_columns(scores)
     task, metric = columns[0]
     return f"{task}, {metric_name(metric)} x 100" if len(columns) == 1 else f"mean of {len(columns)} tasks x 100"
-
-
-def curve(log: Sequence[Mapping[str, float]], key: str) -> tuple[list[float], list[float]]:
-    """Steps and values of the entries that hold `key`."""
-    entries = [entry for entry in log if key in entry]
-    return [entry["step"] for entry in entries], [entry[key] for entry in entries]
 
 
 def _plot_smoothed(
@@ -236,14 +267,14 @@ def _plot_smoothed(
     axes.plot(steps, smooth, style, color=colour, linewidth=1.8, label=label)
 
 
-def _new_figure(panels: int) -> tuple[Figure, list[Axes]]:
-    """A figure with its own canvas: no window system and no global state of pyplot."""
-    figure = Figure(figsize=(7.5 if panels == 1 else 11, 4.4), dpi=150, layout="constrained")
+def _new_figure(width: float, height: float) -> Figure:
+    """A figure with its own canvas, in inches: no window system and no global state of pyplot."""
+    figure = Figure(figsize=(width, height), dpi=150, layout="constrained")
     FigureCanvasAgg(figure)
-    return figure, [figure.add_subplot(1, panels, i + 1) for i in range(panels)]
+    return figure
 
 
-def finish(axes: Axes, title: str, x_label: str, y_label: str) -> None:
+def _finish(axes: Axes, title: str, x_label: str, y_label: str) -> None:
     """Title, labels with units, a light grid behind, no box."""
     axes.set_title(title, loc="left", fontweight="bold")
     axes.set_xlabel(x_label)
@@ -253,13 +284,14 @@ def finish(axes: Axes, title: str, x_label: str, y_label: str) -> None:
     axes.spines[["top", "right"]].set_visible(False)
 
 
-def whole_steps(axes: Axes) -> None:
+def _whole_steps(axes: Axes) -> None:
     """Ticks at whole numbers of optimiser steps."""
     axes.xaxis.set_major_locator(MaxNLocator(integer=True, steps=[1, 2, 2.5, 5, 10]))
 
 
-def png(figure: Figure) -> bytes:
-    """The figure as PNG, without the date and version that would make equal figures differ."""
-    stream = io.BytesIO()
-    figure.savefig(stream, format="png", metadata={"Software": None})
-    return stream.getvalue()
+def _occupied(histograms: Sequence[Histograms]) -> tuple[float, float]:
+    """The range of cosines that any bin with a pair covers, a little wider."""
+    counts = [np.array(of_kind) for one in histograms for of_kind in one.values() if sum(of_kind)]
+    lows = [-1 + 2 * np.flatnonzero(of_kind)[0] / len(of_kind) for of_kind in counts]
+    highs = [-1 + 2 * (np.flatnonzero(of_kind)[-1] + 1) / len(of_kind) for of_kind in counts]
+    return max(-1.0, min(lows, default=-1) - 0.02), min(1.0, max(highs, default=1) + 0.02)

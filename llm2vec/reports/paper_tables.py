@@ -7,13 +7,12 @@ a cell of the paper that its other cells contradict.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
 from typing import NamedTuple
 
+from llm2vec.reports.comparisons import EvaluatedRun, pairs
 from llm2vec.reports.intervals import Check
-from llm2vec.reports.page import Cell
 from llm2vec.reports.paper import BEIR, COLUMNS, SUBSET, Paper, mean_of
-from llm2vec.reports.results import Results
+from llm2vec.table import Cell, Table
 
 #: Titles of the tables that list one mean a run.
 _MEANS = {
@@ -24,34 +23,10 @@ _MEANS = {
 }
 
 
-@dataclass(frozen=True)
-class Run:
-    """One set of results under the name the paper's tables know it by, or any other.
+class PaperTable(NamedTuple):
+    """A table, and the comparisons with the paper that it holds, each under a name."""
 
-    Attributes:
-        name: For instance `anchor`, `baseline` or `anchor@25`.
-        results: What was read.
-        query_scores: Task -> query -> score x 100, of tasks whose predictions were kept.
-    """
-
-    name: str
-    results: Results
-    query_scores: Mapping[str, Mapping[str, float]] = field(default_factory=dict)
-
-    @property
-    def scores(self) -> dict[str, float]:
-        """Task -> main score x 100."""
-        return self.results.scores
-
-
-@dataclass(frozen=True)
-class Table:
-    """A table to show, and the comparisons with the paper that it holds, each under a name."""
-
-    title: str
-    header: list[str]
-    rows: list[list[Cell]]
-    note: str
+    table: Table
     checks: dict[str, Check]
 
 
@@ -67,17 +42,7 @@ class _Line(NamedTuple):
     sign: str = ""
 
 
-def pairs(runs: Sequence[Run]) -> list[tuple[Run, Run]]:
-    """Which runs are compared: each with the one named baseline or, if none is, with the last one.
-
-    Checkpoints along the way (`anchor@25`) are left to Table 9.
-    """
-    finished = [run for run in runs if "@" not in run.name]
-    reference = next((run for run in finished if run.name == "baseline"), finished[-1] if finished else None)
-    return [(run, reference) for run in finished if reference is not None and run is not reference]
-
-
-def paper_tables(runs: Sequence[Run], paper: Paper, model: str | None) -> list[Table]:
+def paper_tables(runs: Sequence[EvaluatedRun], paper: Paper, model: str | None) -> list[PaperTable]:
     """Every table of the paper that the runs provide a number for.
 
     Args:
@@ -102,7 +67,7 @@ def paper_tables(runs: Sequence[Run], paper: Paper, model: str | None) -> list[T
     return [table for table in tables if table is not None]
 
 
-def _lines(runs: Sequence[Run]) -> list[_Line]:
+def _lines(runs: Sequence[EvaluatedRun]) -> list[_Line]:
     """The runs, then their differences."""
     lines = [_Line(run.name, run.scores, run.name) for run in runs]
     for run, other in pairs(runs):
@@ -115,7 +80,9 @@ def _differences(first: Mapping[str, float], second: Mapping[str, float]) -> dic
     return {task: first[task] - second[task] for task in first if task in second}
 
 
-def _column_table(number: int, title: str, runs: Sequence[Run], paper: Paper, model: str | None) -> Table | None:
+def _column_table(
+    number: int, title: str, runs: Sequence[EvaluatedRun], paper: Paper, model: str | None
+) -> PaperTable | None:
     """Tables 1 and 3: a block a run, a column a category; then the differences between runs."""
     if not any(task in run.scores for run in runs for task in paper.tasks):
         return None
@@ -131,10 +98,10 @@ def _column_table(number: int, title: str, runs: Sequence[Run], paper: Paper, mo
         checks.update({f"{line.label} {column}": check for column, check in zip(COLUMNS, row, strict=True)})
     marks = [found.sentence() for found in paper.inconsistencies if (found.table, found.model) == (number, model)]
     note = "Scores x 100; Avg is the mean over the 56 tasks, not over the categories."
-    return Table(title, ["", *COLUMNS], rows, " ".join([note, *marks]), checks)
+    return PaperTable(Table(["", *COLUMNS], rows, title, " ".join([note, *marks])), checks)
 
 
-def _task_table(runs: Sequence[Run], paper: Paper, model: str | None) -> Table | None:
+def _task_table(runs: Sequence[EvaluatedRun], paper: Paper, model: str | None) -> PaperTable | None:
     """Tables 14 and 15: a row a task, by category, with the category's mean below."""
     scored = {task for run in runs for task in run.scores}
     if not scored:
@@ -165,7 +132,8 @@ def _task_table(runs: Sequence[Run], paper: Paper, model: str | None) -> Table |
     note = "Main scores x 100."
     if any(printed is not None for _, printed in lines):
         note += " Means have their verdict in the table by category."
-    return Table("MTEB by task" + (f" (Table {number})" if number else ""), header, rows, note, checks)
+    title = "MTEB by task" + (f" (Table {number})" if number else "")
+    return PaperTable(Table(header, rows, title, note), checks)
 
 
 def _means_row(
@@ -179,8 +147,8 @@ def _means_row(
 
 
 def _means_table(
-    number: int, title: str, group: str, runs: Sequence[Run], paper: Paper, model: str | None
-) -> Table | None:
+    number: int, title: str, group: str, runs: Sequence[EvaluatedRun], paper: Paper, model: str | None
+) -> PaperTable | None:
     """Tables 4, 5, 8, 9, 10 and 11: one mean a run."""
     tasks = paper.tasks_of(group)
     known = {run.name: run.scores for run in runs}
@@ -198,10 +166,11 @@ def _means_table(
         mean = _whole(known[name], tasks, "") if name in known else None
         rows.append([name, mean, _printed(check, ""), _shown(check.difference, "+"), check.verdict])
         checks[name] = check
-    return Table(title, ["Run", "mean", "paper", "difference", "verdict"], rows, f"{note}.", checks)
+    header = ["Run", "mean", "paper", "difference", "verdict"]
+    return PaperTable(Table(header, rows, title, f"{note}."), checks)
 
 
-def _comparators(runs: Sequence[Run], paper: Paper) -> Table | None:
+def _comparators(runs: Sequence[EvaluatedRun], paper: Paper) -> PaperTable | None:
     """Table 2 as context: published models, and the runs that have all 56 tasks."""
     whole = [run for run in runs if mean_of(run.scores, paper.tasks) is not None]
     if not whole:
@@ -211,7 +180,7 @@ def _comparators(runs: Sequence[Run], paper: Paper) -> Table | None:
         rows.append([f"{run.name} (this evaluation)", *(mean_of(run.scores, paper.tasks_of(c)) for c in COLUMNS)])
     notes = ["Published scores as the paper prints them, for context only; nothing is judged by them."]
     notes += [found.sentence() for found in paper.inconsistencies if found.table == 2]
-    return Table("Published models (Table 2)", ["Model", *COLUMNS], rows, " ".join(notes), {})
+    return PaperTable(Table(["Model", *COLUMNS], rows, "Published models (Table 2)", " ".join(notes)), {})
 
 
 def _check(number: int, model: str | None, name: str, group: str, values: Mapping[str, float], paper: Paper) -> Check:

@@ -33,12 +33,11 @@ from llm2vec.compare.runs import (
     unique_runs,
 )
 from llm2vec.compare.table import (
-    Outcome,
+    TrialOutcome,
     failure_lines,
-    markdown_table,
     outcome_of,
+    outcome_table,
     own_keys_table,
-    score_table,
     write_comparison,
 )
 from llm2vec.model.checkpoint import INCOMPLETE_MARKER, SETTINGS_FILE
@@ -419,17 +418,18 @@ def test_an_outcome_is_read_from_what_the_runs_left(tmp_path: Path) -> None:
 
 
 OUTCOMES = [
-    Outcome("a", 42, {"X": 10.0, "Y": 30.0}, 2e6, 4.0),
-    Outcome("a", 43, {"X": 20.0, "Y": 40.0}, 4e6, 6.0),
-    Outcome("b", 42, {"X": 50.0, "Y": 70.0}, 1e6, 1.0),
-    Outcome("b", 43, {}, failure="no luck; see b.log"),
-    Outcome("c", 42, {}, failure="no luck; see c.log"),
-    Outcome("d", None, {"X": 90.0, "Y": 50.0}),
+    TrialOutcome("a", 42, {"X": 10.0, "Y": 30.0}, 2e6, 4.0),
+    TrialOutcome("a", 43, {"X": 20.0, "Y": 40.0}, 4e6, 6.0),
+    TrialOutcome("b", 42, {"X": 50.0, "Y": 70.0}, 1e6, 1.0),
+    TrialOutcome("b", 43, {}, failure="no luck; see b.log"),
+    TrialOutcome("c", 42, {}, failure="no luck; see c.log"),
+    TrialOutcome("d", None, {"X": 90.0, "Y": 50.0}),
 ]
 
 
 def test_the_table_by_hand() -> None:
-    header, rows = score_table(OUTCOMES)
+    table = outcome_table(OUTCOMES)
+    header, rows = table.header, table.rows
     assert header == ["Recipe", "X", "Y", "Mean of 2", "Lowest", "Highest", "Seeds", "Tokens, millions", "Minutes"]
     assert rows == [
         ["d", 90.0, 50.0, 70.0, None, None, None, None, None],
@@ -438,18 +438,21 @@ def test_the_table_by_hand() -> None:
         ["c", None, None, None, None, None, "0 of 1: failed", None, None],
     ]
     assert failure_lines(OUTCOMES) == ["b, seed 43: no luck; see b.log", "c, seed 42: no luck; see c.log"]
-    header, rows = score_table([Outcome("a", 1, {"X": 1.0}), Outcome("a", 2, {"X": 2.0})])
+    table = outcome_table([TrialOutcome("a", 1, {"X": 1.0}), TrialOutcome("a", 2, {"X": 2.0})])
+    header, rows = table.header, table.rows
     assert header[:4] == ["Recipe", "X", "Lowest", "Highest"] and rows[0][:4] == ["a", 1.5, 1.0, 2.0]
 
 
 def test_recipes_without_a_common_task_have_no_mean() -> None:
-    header, rows = score_table([Outcome("a", 1, {"X": 1.0}), Outcome("b", 1, {"Y": 2.0})])
+    table = outcome_table([TrialOutcome("a", 1, {"X": 1.0}), TrialOutcome("b", 1, {"Y": 2.0})])
+    header, rows = table.header, table.rows
     assert header == ["Recipe", "X", "Y", "Lowest", "Highest", "Seeds", "Tokens, millions", "Minutes"]
     assert [row[:3] for row in rows] == [["a", 1.0, None], ["b", None, 2.0]]
 
 
 def test_nothing_but_failures_is_a_table_too() -> None:
-    header, rows = score_table([Outcome("a", 1, {}, failure="no")])
+    table = outcome_table([TrialOutcome("a", 1, {}, failure="no")])
+    header, rows = table.header, table.rows
     assert header[:2] == ["Recipe", "Lowest"] and rows[0][0] == "a"
 
 
@@ -464,7 +467,6 @@ def test_page_markdown_and_json(folder: Path) -> None:
     content = json.loads((folder / "out/comparison.json").read_text(encoding="utf-8"))
     assert [trial["recipe"] for trial in content["trials"]] == [outcome.recipe for outcome in OUTCOMES]
     assert content["facts"] == {"Base model": "tiny | small"}
-    assert markdown_table(["A", "B"], [["x|y", 1.0]]) == "| A | B |\n| --- | ---: |\n| x\\|y | 1.00 |"
 
 
 # --- the shipped sets ---
@@ -525,7 +527,7 @@ def test_all_sets_compare_the_same_recipes() -> None:
 
 
 def test_own_keys_are_listed() -> None:
-    _, rows = own_keys_table(read_set(SETS / "quickstart").recipes)
+    rows = own_keys_table(read_set(SETS / "quickstart").recipes).rows
     listed = {str(name): str(keys) for name, keys in rows}
     assert listed["baseline"] == "stage_II"
     assert listed["bm25"] == "scores mteb/baseline-bm25s"

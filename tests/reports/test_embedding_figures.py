@@ -13,21 +13,14 @@ from matplotlib.axes import Axes
 from matplotlib.colors import to_hex
 from matplotlib.patches import StepPatch
 
-from llm2vec.reports.embedding_figures import (
-    Shapes,
-    paths_figure,
-    read_shapes,
-    read_spaces,
-    similarities_figure,
-    space_figures,
-    space_table,
-)
-from llm2vec.reports.evaluation import as_text, build_report, write_evaluation_report
-from llm2vec.reports.figures import STAGE_COLOURS, Score, Stage
-from llm2vec.reports.page import Context, write_report
+from llm2vec.reports.comparisons import EvaluatedRun
+from llm2vec.reports.evaluation import build_report
+from llm2vec.reports.figures import STAGE_COLOURS, paths_figure, similarities_figure, space_pictures
+from llm2vec.reports.logs import Shapes, read_shapes, read_spaces, space_table
 from llm2vec.reports.paper import read_paper
-from llm2vec.reports.paper_tables import Run
 from llm2vec.reports.results import read_results
+from llm2vec.reports.scores import Score, ScoredStage
+from llm2vec.reports.training import TrainingReport
 from llm2vec.train.log import drop_entries_after
 from llm2vec.types import UserError
 from tests.reports.test_results import write_results
@@ -92,7 +85,7 @@ def test_runs_without_diagnostics_are_left_out(tmp_path: Path) -> None:
     assert list(spaces) == ["anchor"]
     assert [entry["step"] for entry in spaces["anchor"].log] == [0, 20, 40]
     assert [one.step for one in spaces["anchor"].shapes] == [0, 20, 40]
-    assert space_figures({}) == {}
+    assert space_pictures({}) == []
 
 
 def test_histograms_of_other_runs_and_repeated_steps_are_not_drawn(tmp_path: Path) -> None:
@@ -109,35 +102,35 @@ def test_a_log_without_histograms_still_has_its_path(tmp_path: Path) -> None:
     log = write_run(tmp_path / "anchor")
     log.with_name("diagnostics.jsonl").unlink()
     spaces = read_spaces({"anchor": log})
-    ((name, (_, caption)),) = space_figures(spaces).items()
+    ((name, _, caption),) = space_pictures(spaces)
     assert name == "embedding_space.png" and "held out of the training files. Hollow" in caption
 
 
 @pytest.mark.parametrize(
-    "line",
+    ("line", "said"),
     [
-        "no json",
-        "[]",
-        '{"step": 1}',
-        '{"step": 1, "all": [], "sources": 3}',
-        '{"step": null, "all": {}, "sources": {}}',
-        '{"step": 1, "all": {"positive": ["x"]}, "sources": {}}',
+        ("no json", "not valid JSON"),
+        ("[]", "a JSON object is needed"),
+        ('{"step": 1}', "expected a step and histograms"),
+        ('{"step": 1, "all": [], "sources": 3}', "expected a step and histograms"),
+        ('{"step": null, "all": {}, "sources": {}}', "expected a step and histograms"),
+        ('{"step": 1, "all": {"positive": ["x"]}, "sources": {}}', "expected a step and histograms"),
     ],
 )
-def test_bad_lines_are_named(tmp_path: Path, line: str) -> None:
+def test_bad_lines_are_named(tmp_path: Path, line: str, said: str) -> None:
     log = write_run(tmp_path / "anchor")
     file = log.with_name("diagnostics.jsonl")
     file.write_text(f"{json.dumps({'step': 0, 'all': {}, 'sources': {}})}\n{line}\n", encoding="utf-8")
-    with pytest.raises(UserError, match=r"diagnostics\.jsonl, line 2: expected a step and histograms") as error:
+    with pytest.raises(UserError, match=rf"diagnostics\.jsonl, line 2: {said}") as error:
         read_spaces({"anchor": log})
     assert "\n" not in str(error.value)
 
 
 def test_diagnostics_that_cannot_be_read_are_named(tmp_path: Path) -> None:
-    with pytest.raises(UserError, match=r"Cannot read the diagnostics .*none\.jsonl: No such file"):
+    with pytest.raises(UserError, match=r"none\.jsonl: cannot be read \(No such file"):
         read_shapes(tmp_path / "none.jsonl")
     (tmp_path / "bytes.jsonl").write_bytes(b"\xff\n")
-    with pytest.raises(UserError, match=r"bytes\.jsonl, line 1: expected a step"):
+    with pytest.raises(UserError, match=r"bytes\.jsonl, line 1: not valid JSON"):
         read_shapes(tmp_path / "bytes.jsonl")
 
 
@@ -194,20 +187,21 @@ def test_histograms_are_shares_of_their_own_pairs(tmp_path: Path) -> None:
 
 def test_each_run_with_several_sources_has_a_figure_of_them(tmp_path: Path) -> None:
     runs = {"anchor": write_run(tmp_path / "anchor", ("a", EVIL)), "baseline": write_run(tmp_path / "baseline")}
-    figures = space_figures(read_spaces(runs))  # type: ignore[arg-type]
+    figures = {picture.name: picture for picture in space_pictures(read_spaces(runs))}  # type: ignore[arg-type]
     assert list(figures) == ["embedding_space.png", "similarities.png", "similarities_anchor.png"]
-    figure, caption = figures["similarities_anchor.png"]
+    _, figure, caption = figures["similarities_anchor.png"]
     assert [axes.get_title("left") for axes in figure.axes] == [
         f"{source}, step {step}" for source in ("a", EVIL) for step in (0, 40)
     ]
     assert caption.startswith("Anchor (Stage I + II), by source;")
-    assert "held out of the training files (4 rows). Hollow" in figures["embedding_space.png"][1]
+    assert "held out of the training files (4 rows). Hollow" in figures["embedding_space.png"].caption
 
 
 def test_the_table_has_both_ends_of_all_and_the_last_of_each_source(tmp_path: Path) -> None:
-    runs: dict[Stage, Path] = {"anchor": write_run(tmp_path / "anchor", ("a", "b"))}
-    header, rows = space_table(read_spaces(runs))
-    assert header == [
+    runs: dict[ScoredStage, Path] = {"anchor": write_run(tmp_path / "anchor", ("a", "b"))}
+    table = space_table(read_spaces(runs), "Embedding space")
+    rows = table.rows
+    assert table.header == [
         *("Trained with", "Source", "Step", "Uniformity", "Effective rank", "Cosine of positives", "Recall@1"),
     ]
     assert [row[1:3] for row in rows] == [["all", "0"], ["all", "40"], ["a", "40"], ["b", "40"]]
@@ -215,9 +209,9 @@ def test_the_table_has_both_ends_of_all_and_the_last_of_each_source(tmp_path: Pa
 
 
 def test_the_page_escapes_what_comes_from_data(tmp_path: Path) -> None:
-    runs: dict[Stage, Path] = {"anchor": write_run(tmp_path / "anchor", ("a", EVIL))}
+    runs: dict[ScoredStage, Path] = {"anchor": write_run(tmp_path / "anchor", ("a", EVIL))}
     scores = [Score("tiny", "anchor", 40, "Docs", "ndcg_at_10", 0.4)]
-    page = write_report(tmp_path / "out", scores, [], runs, Context("Title", (1,), {"rows": 3}))
+    page = TrainingReport("Title", (1,), {"rows": 3}).write(tmp_path / "out", scores, [], runs)
     html = page.read_text(encoding="utf-8")
     assert "<script" not in html and "&lt;script&gt;alert(&#x27;$x$&#x27;)&lt;/script&gt;" in html
     assert "<h2>Embedding space</h2>" in html and html.count("<img") == 5
@@ -228,10 +222,10 @@ def test_the_page_escapes_what_comes_from_data(tmp_path: Path) -> None:
 def test_the_evaluation_report_shows_it_too(tmp_path: Path) -> None:
     """From the logs that `--losses` names, as page, Markdown and for the terminal."""
     log = write_run(tmp_path / "anchor", ("a", EVIL))
-    runs = [Run("mine", read_results(write_results(tmp_path / "results", {"NFCorpus": 30.0})))]
+    runs = [EvaluatedRun("mine", read_results(write_results(tmp_path / "results", {"NFCorpus": 30.0})))]
     report = build_report(runs, read_paper(ROOT / "test_configs"), None, {"anchor": log})
-    assert "Embedding space along training" in as_text(report)
-    html = write_evaluation_report(report, tmp_path / "out").read_text(encoding="utf-8")
+    assert "Embedding space along training" in report.text()
+    html = report.write(tmp_path / "out").read_text(encoding="utf-8")
     assert "<script" not in html and "&lt;script&gt;" in html and html.count("<img") == 4
     markdown = (tmp_path / "out" / "report.md").read_text(encoding="utf-8")
     assert markdown.count("<") == markdown.count("\\<") and r"\<script\>" in markdown
@@ -241,7 +235,7 @@ def test_the_evaluation_report_shows_it_too(tmp_path: Path) -> None:
 def test_a_page_without_diagnostics_says_nothing_of_them(tmp_path: Path) -> None:
     (tmp_path / "log.jsonl").write_text('{"step": 1, "loss_contrastive": 2}\n', encoding="utf-8")
     scores = [Score("tiny", "anchor", 40, "Docs", "ndcg_at_10", 0.4)]
-    page = write_report(tmp_path / "out", scores, [], {"anchor": tmp_path / "log.jsonl"}, Context("Title", (1,), {}))
+    page = TrainingReport("Title", (1,), {}).write(tmp_path / "out", scores, [], {"anchor": tmp_path / "log.jsonl"})
     assert "Embedding space" not in page.read_text(encoding="utf-8")
     assert not list(page.parent.glob("similarities*"))
 

@@ -12,12 +12,11 @@ from pathlib import Path
 
 import pytest
 
-from llm2vec.reports.evaluation import EvaluationReport, as_json, as_markdown, as_text, build_report
-from llm2vec.reports.evaluation import write_evaluation_report as write
-from llm2vec.reports.page import Cell
+from llm2vec.reports.comparisons import EvaluatedRun
+from llm2vec.reports.evaluation import EvaluationReport, build_report
 from llm2vec.reports.paper import read_paper
-from llm2vec.reports.paper_tables import Run, Table
 from llm2vec.reports.results import PARTS, read_results
+from llm2vec.table import Cell, Table
 from llm2vec.types import UserError
 from tests.reports.test_results import keep_predictions, write_qrels, write_results
 
@@ -27,15 +26,15 @@ PAPER = read_paper(ROOT / "test_configs")
 ONE, EIGHT, QWEN = "LLaMA-3.2-1B-Instruct", "LLaMA-3.1-8B-Instruct", "Qwen2.5-1.5B-Instruct"
 PNG_START = b"\x89PNG\r\n\x1a\n"
 
-MakeRun = Callable[[str, Mapping[str, float]], Run]
+MakeRun = Callable[[str, Mapping[str, float]], EvaluatedRun]
 
 
 @pytest.fixture
 def make_run(tmp_path: Path) -> MakeRun:
     """A run whose results went through a folder, from its name and its scores x 100."""
 
-    def make(name: str, scores: Mapping[str, float]) -> Run:
-        return Run(name, read_results(write_results(tmp_path / name, scores, name=f"org__{name}")))
+    def make(name: str, scores: Mapping[str, float]) -> EvaluatedRun:
+        return EvaluatedRun(name, read_results(write_results(tmp_path / name, scores, name=f"org__{name}")))
 
     return make
 
@@ -64,9 +63,9 @@ def test_the_papers_own_scores_reproduce_the_paper(make_run: MakeRun) -> None:
     """Fed with Tables 14 and 15, the report prints Table 1; a model at a time, nothing is near or off."""
     for model in PAPER.expected:
         runs = [make_run(f"{arm}-{model}", PAPER.expected[model][arm]) for arm in ("anchor", "baseline")]
-        runs = [Run(run.name.partition("-")[0], run.results) for run in runs]
+        runs = [EvaluatedRun(run.name.partition("-")[0], run.results) for run in runs]
         report = build_report(runs, PAPER, model, {})
-        verdicts = [check.verdict for one in report.tables for check in one.checks.values()]
+        verdicts = [check.verdict for checks in report.checks.values() for check in checks.values()]
         assert set(verdicts) <= {"within", "not judged", None}
         assert verdicts.count("within") >= 3 * 56 + 2 * 8
         by_category = table(report, "Table 1")
@@ -204,8 +203,9 @@ def test_ablation_tables_and_figures_take_what_the_runs_provide(make_run: MakeRu
     assert row(table(report, "Table 8"), "anchor")["paper"] == pytest.approx(65.19, abs=0.006)
     assert [cells[0] for cells in table(report, "Table 1").rows if str(cells[0]).startswith("anchor@")] == []
 
-    assert set(report.figures) == {"early_stage.png", "by_stage.png", "losses.png"}
-    (early,) = report.figures["early_stage.png"][0].axes
+    figures = {picture.name: picture.figure for picture in report.pictures}
+    assert set(figures) == {"early_stage.png", "by_stage.png", "losses.png"}
+    (early,) = figures["early_stage.png"].axes
     lines = {str(line.get_label()): list(line.get_ydata()) for line in early.lines}  # type: ignore[arg-type]
     assert list(lines) == [
         f"{who}, {arm}"
@@ -214,7 +214,7 @@ def test_ablation_tables_and_figures_take_what_the_runs_provide(make_run: MakeRu
     ]
     assert lines["paper, Anchor (Stage I + II)"] == pytest.approx([59.31, 61.92, 63.31, 64.4, 64.84])
     assert lines["measured, Anchor (Stage I + II)"] == pytest.approx([61.19, 63.19], abs=0.01)
-    (stages,) = report.figures["by_stage.png"][0].axes
+    (stages,) = figures["by_stage.png"].axes
     heights = [round(bar.get_height(), 1) for bar in stages.patches if bar.get_height()]  # type: ignore[attr-defined]
     assert heights == pytest.approx([46.0, 59.0, 64.0, 65.2, 46.2, 59.1, 64.0, 65.2], abs=0.06)
 
@@ -223,8 +223,8 @@ def test_runs_of_another_model_are_compared_with_one_another_only(make_run: Make
     runs = [make_run("mine", shifted("anchor", 1)), make_run("theirs", shifted("anchor", 0))]
     report = build_report(runs, PAPER, None, {})
     assert table(report, "by task").header == ["Task", "mine", "theirs", "mine - theirs"]
-    assert all(check.printed is None for one in report.tables for check in one.checks.values())
-    assert [c.label for c in report.comparisons] == ["mine - theirs"] and "paper's own" not in as_text(report)
+    assert all(check.printed is None for checks in report.checks.values() for check in checks.values())
+    assert [c.label for c in report.comparisons] == ["mine - theirs"] and "paper's own" not in report.text()
     assert not [one for one in report.tables if one.title == "Beside the paper"]
 
 
@@ -244,7 +244,7 @@ def test_different_data_and_broken_files_are_said(make_run: MakeRun) -> None:
     del scores["CQADupstackRetrieval"]
     anchor = make_run("anchor", scores)
     report = build_report([anchor, baseline], PAPER, ONE, {})
-    text = as_text(report)
+    text = report.text()
     assert "anchor and baseline were scored on different revisions of the data of FEVER:" in text
     assert "anchor, CQADupstackRetrieval: parts without a score: CQADupstackGisRetrieval, " in text
     assert "counted as missing" in text and "missing: CQADupstackRetrieval." in text
@@ -253,9 +253,9 @@ def test_different_data_and_broken_files_are_said(make_run: MakeRun) -> None:
 def test_every_form_holds_the_same_and_escapes_what_comes_from_data(make_run: MakeRun, tmp_path: Path) -> None:
     evil = "<script>alert(1)</script>|*x*"
     run = make_run("plain", {**shifted("anchor", 0), "My<b>Task": 12.34})
-    other = Run(evil, make_run("anchor", shifted("anchor", -2)).results)
+    other = EvaluatedRun(evil, make_run("anchor", shifted("anchor", -2)).results)
     report = build_report([run, other], PAPER, None, {})
-    page = write(report, tmp_path / "out")
+    page = report.write(tmp_path / "out")
     assert sorted(path.name for path in page.parent.iterdir()) == ["report.html", "report.json", "report.md"]
     html, markdown = page.read_text(), page.with_name("report.md").read_text()
     assert (
@@ -268,12 +268,12 @@ def test_every_form_holds_the_same_and_escapes_what_comes_from_data(make_run: Ma
         rule = lines[lines.index(header) + 1]
         assert rule.count("|") == header.replace("\\|", "").count("|") == 5
     data = json.loads(page.with_name("report.json").read_text())
-    assert data == json.loads(json.dumps(as_json(report))) and data["runs"]["plain"]["scores"][
+    assert data == json.loads(json.dumps(report.data())) and data["runs"]["plain"]["scores"][
         "My<b>Task"
     ] == pytest.approx(12.34)
     assert data["comparisons"][0]["difference"] == pytest.approx(2)
-    assert as_markdown(report) == markdown
-    for form in (html, markdown, as_text(report)):
+    assert report.markdown() == markdown
+    for form in (html, markdown, report.text()):
         assert "62.24" in form and "60.24" in form and "+2.00" in form
 
 
@@ -284,13 +284,13 @@ def test_report_refuses_what_it_cannot_tell_apart(make_run: MakeRun, tmp_path: P
     with pytest.raises(UserError, match="paper_model: the paper has no GPT"):
         build_report([run], PAPER, "GPT", {})
     with pytest.raises(UserError, match="the paper has no mine of"):
-        build_report([Run("mine", run.results)], PAPER, ONE, {})
-    with pytest.raises(UserError, match=r"Cannot read the log .*none"):
+        build_report([EvaluatedRun("mine", run.results)], PAPER, ONE, {})
+    with pytest.raises(UserError, match=r"none: cannot be read"):
         build_report([run], PAPER, None, {"anchor": tmp_path / "none"})
     folder = write_results(tmp_path / "cut", {"NFCorpus": 30.0})
     (folder / "NFCorpus.json").write_text("{")
     with pytest.raises(UserError, match=r"not one score to report; cut, NFCorpus: NFCorpus\.json is cut off"):
-        build_report([Run("cut", read_results(folder))], PAPER, None, {})
+        build_report([EvaluatedRun("cut", read_results(folder))], PAPER, None, {})
 
 
 def test_runs_without_a_task_of_the_papers_make_a_report_too(make_run: MakeRun, tmp_path: Path) -> None:
@@ -298,7 +298,7 @@ def test_runs_without_a_task_of_the_papers_make_a_report_too(make_run: MakeRun, 
     runs = [make_run("anchor", {"MyOwn": 30.0}), make_run("baseline", {"MyOwn": 20.0})]
     report = build_report(runs, PAPER, ONE, {})
     assert "Beside the paper" not in {one.title for one in report.tables}
-    assert write(report, tmp_path / "out").is_file()
+    assert report.write(tmp_path / "out").is_file()
     both = build_report([make_run("a", {"MyOwn": 1.0, "Other": 2.0}), make_run("b", {"MyOwn": 1.0})], PAPER, None, {})
     assert "verdict" not in both.tables[0].note
 
@@ -311,7 +311,7 @@ def test_checkpoints_on_the_way_need_the_whole_subset(make_run: MakeRun) -> None
 
 
 def test_too_few_queries_are_said_with_their_task(make_run: MakeRun) -> None:
-    runs = [Run(name, make_run(name, {"Docs": 50.0}).results, {"Docs": {"q": 50.0}}) for name in ("a", "b")]
+    runs = [EvaluatedRun(name, make_run(name, {"Docs": 50.0}).results, {"Docs": {"q": 50.0}}) for name in ("a", "b")]
     with pytest.raises(UserError, match=r"a - b on Docs: An interval needs 10 or more tasks or queries, here .* 1\."):
         build_report(runs, PAPER, None, {})
 
@@ -320,7 +320,7 @@ def test_a_folder_that_cannot_be_made_is_one_sentence(make_run: MakeRun, tmp_pat
     report = build_report([make_run("a", {"MyOwn": 30.0})], PAPER, None, {})
     (tmp_path / "file").touch()
     with pytest.raises(UserError, match=r"The folder .*file cannot be made \(File exists\)"):
-        write(report, tmp_path / "file")
+        report.write(tmp_path / "file")
 
 
 def report_script(*arguments: str | Path) -> None:

@@ -8,25 +8,17 @@ from pathlib import Path
 import pytest
 from matplotlib.colors import to_hex
 
-from llm2vec.reports.figures import (
-    STAGE_COLOURS,
-    Score,
-    Stage,
-    by_stage_figure,
-    common_columns,
-    early_stage_figure,
-    losses_figure,
-    read_log,
-    run_means,
-)
-from llm2vec.reports.page import Context, score_table, terminal_table, verdicts, write_report
+from llm2vec.reports.figures import STAGE_COLOURS, by_stage_figure, early_stage_figure, losses_figure
+from llm2vec.reports.logs import read_log
+from llm2vec.reports.scores import Score, ScoredStage, common_columns, run_means, score_table, verdicts
+from llm2vec.reports.training import TrainingReport
 from llm2vec.types import UserError
 
-CONTEXT = Context("A <title>", (1, 2), {"training pairs": 30506}, {"Control": "plain <b>text</b> & more"})
+REPORT = TrainingReport("A <title>", (1, 2), {"training pairs": 30506}, {"Control": "plain <b>text</b> & more"})
 PNG_START = b"\x89PNG\r\n\x1a\n"
 
 
-def score(stage: Stage, value: float, step: int | None = None, seed: int | None = None, **names: str) -> Score:
+def score(stage: ScoredStage, value: float, step: int | None = None, seed: int | None = None, **names: str) -> Score:
     columns = {"model": "tiny", "task": "Docs", "metric": "ndcg_at_10"} | names
     return Score(columns["model"], stage, step, columns["task"], columns["metric"], value, seed)
 
@@ -44,7 +36,7 @@ def finished() -> list[Score]:
 
 
 def curves() -> list[Score]:
-    stages: list[Stage] = ["anchor", "baseline", "control"]
+    stages: list[ScoredStage] = ["anchor", "baseline", "control"]
     return [score(stage, i / 10 + step / 1000, step, seed=1) for i, stage in enumerate(stages) for step in (100, 0, 50)]
 
 
@@ -77,8 +69,9 @@ def test_means_are_over_the_tasks_all_have_and_keep_seeds_apart() -> None:
     assert list(means) == [("tiny", "baseline", None), ("tiny", "anchor", None)]
     assert means["tiny", "anchor", None] == pytest.approx([60, 60])
     assert means["tiny", "baseline", None] == pytest.approx([30])
-    header, rows = score_table(scores)
-    assert header[3:] == [
+    table = score_table(scores)
+    rows = table.rows
+    assert table.header[3:] == [
         *["Docs nDCG@10", "STS Spearman", "Extra nDCG@10", "Mean of 2", "Seeds", "Lowest", "Highest"],
     ]
     assert rows[0] == ["tiny", "Baseline (Stage II only)", "", *map(pytest.approx, (20.0, 40.0)), None, 30, "1", 30, 30]
@@ -89,11 +82,11 @@ def test_checkpoints_without_a_common_task_are_refused() -> None:
     with pytest.raises(UserError, match="no task that all"):
         run_means([score("anchor", 0.4), score("baseline", 0.4, task="STS")])
     with pytest.raises(UserError, match="no task that all"):
-        terminal_table([])
+        score_table([])
 
 
-def test_terminal_table_is_aligned_and_times_100() -> None:
-    lines = terminal_table(finished()).splitlines()
+def test_the_table_for_a_terminal_is_aligned_and_times_100() -> None:
+    lines = score_table(finished()).text().splitlines()
     assert lines[0].split()[:3] == ["Model", "Trained", "with"] and set(lines[1]) == {"-"}
     assert [line.split("  ")[0].strip() for line in lines[2:]] == ["tiny", "tiny", "tiny", "tiny", "BM25"]
     assert lines[-2].split()[-4:] == ["46.00", "2", "45.00", "47.00"]
@@ -174,35 +167,44 @@ def test_losses_with_nothing_logged_say_so() -> None:
     assert [text.get_text() for text in left.texts] == ["not logged"] and not right.texts
 
 
-@pytest.mark.parametrize("line", ["not json", "[1]", "3", '{"loss": 1}', '{"step": 1, "loss": null}', '{"step": "x"}'])
-def test_bad_log_lines_are_named(tmp_path: Path, line: str) -> None:
+@pytest.mark.parametrize(
+    ("line", "said"),
+    [
+        ("not json", "not valid JSON"),
+        ("[1]", "a JSON object is needed"),
+        ("3", "a JSON object is needed"),
+        ('{"loss": 1}', "expected an object of numbers with the key step"),
+        ('{"step": 1, "loss": null}', "expected an object of numbers"),
+        ('{"step": "x"}', "expected an object of numbers"),
+    ],
+)
+def test_bad_log_lines_are_named(tmp_path: Path, line: str, said: str) -> None:
     path = tmp_path / "log.jsonl"
     path.write_text('{"step": 1, "loss": 2}\n' + line + "\n")
-    with pytest.raises(UserError, match=r"log\.jsonl, line 2: expected"):
+    with pytest.raises(UserError, match=rf"log\.jsonl, line 2: {said}"):
         read_log(path)
 
 
 def test_a_log_that_is_no_text_is_named(tmp_path: Path) -> None:
     (tmp_path / "log.jsonl").write_bytes(PNG_START)
-    with pytest.raises(UserError, match=r"log\.jsonl, line 1: expected"):
+    with pytest.raises(UserError, match=r"log\.jsonl, line 1: not valid JSON"):
         read_log(tmp_path / "log.jsonl")
 
 
 def test_a_missing_log_is_named(tmp_path: Path) -> None:
-    with pytest.raises(UserError, match=r"Cannot read the log .*log\.jsonl: No such file"):
+    with pytest.raises(UserError, match=r"log\.jsonl: cannot be read \(No such file"):
         read_log(tmp_path / "log.jsonl")
 
 
 def test_write_report(tmp_path: Path) -> None:
-    losses: dict[Stage, Path] = {
+    losses: dict[ScoredStage, Path] = {
         "stage_I": write_log(tmp_path / "1", [{"step": 1, "loss_q2d": 8, "loss_d2q": 7}, {"step": 9, "loss_q2d": 3}]),
         "anchor": write_log(
             tmp_path / "2", [{"step": 5, "loss_contrastive": 1, "in_batch_accuracy": 0.5, "tokens_per_second": 1234.5}]
         ),
     }
-    path = write_report(
-        tmp_path / "a" / "b", [*finished(), score("anchor", 0.1, model="<i>&")], curves(), losses, CONTEXT
-    )
+    scores = [*finished(), score("anchor", 0.1, model="<i>&")]
+    path = REPORT.write(tmp_path / "a" / "b", scores, curves(), losses)
     names = ["by_stage.png", "early_stage.png", "losses.png", "report.html"]
     assert sorted(file.name for file in path.parent.iterdir()) == names
     assert all((path.parent / name).read_bytes().startswith(PNG_START) for name in names[:3])
@@ -215,17 +217,17 @@ def test_write_report(tmp_path: Path) -> None:
     assert "http" not in page  # nothing is loaded from elsewhere
 
     before = {name: (path.parent / name).read_bytes() for name in names}
-    write_report(path.parent, [*finished(), score("anchor", 0.1, model="<i>&")], curves(), losses, CONTEXT)
+    REPORT.write(path.parent, scores, curves(), losses)
     assert {name: (path.parent / name).read_bytes() for name in names} == before
 
 
 def test_write_report_leaves_out_what_was_not_measured(tmp_path: Path) -> None:
-    path = write_report(tmp_path, finished(), [], {}, Context("Title", (7,), {}))
+    path = TrainingReport("Title", (7,), {}).write(tmp_path, finished(), [], {})
     assert sorted(file.name for file in tmp_path.iterdir()) == ["by_stage.png", "report.html"]
     page = path.read_text(encoding="utf-8")
     assert "Seed 7." in page and "How it was made" not in page and page.count("<img") == 1
 
 
 def test_report_uses_no_global_state_of_pyplot() -> None:
-    code = "import llm2vec.reports.page, sys; assert 'matplotlib.pyplot' not in sys.modules"
+    code = "import llm2vec.reports.training, sys; assert 'matplotlib.pyplot' not in sys.modules"
     subprocess.run([sys.executable, "-c", code], check=True, cwd=Path(__file__).parents[2])
