@@ -12,7 +12,7 @@ setup(
     long_description_content_type="text/markdown",
     license="MIT",
     packages=find_packages(include=["llm2vec", "llm2vec.*"]),
-    package_data={"llm2vec": ["py.typed"], "llm2vec.data": ["*.json"], "llm2vec.*": ["*.jinja"]},
+    package_data={"llm2vec": ["py.typed"], "llm2vec.data": ["*.json"], "llm2vec.reports": ["*.jinja"]},
     entry_points={"console_scripts": ["llm2vec = llm2vec.__main__:start"]},
     python_requires=">=3.11",
     install_requires=[

@@ -85,7 +85,7 @@ class Table:
 
     def _best(self, column: int) -> float | None:
         """The highest number of a column that holds more than one."""
-        numbers = [row[column] for row in self.rows if isinstance(row[column], float)]
+        numbers = [cell for row in self.rows if isinstance(cell := row[column], float)]
         return max(numbers) if self.marks_best and len(numbers) > 1 else None
 
     def _classes(self, column: int, cell: Cell = None, is_best: bool = False) -> str:

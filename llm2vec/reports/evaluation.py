@@ -80,7 +80,7 @@ class EvaluationReport:
         write_json(folder / "report.json", self.data())
         first, *others = self.tables
         note = f"Compared with {self.paper_model} of the paper." if self.paper_model else ""
-        blocks = [first, *self.pictures, *others]
+        blocks: list[Table | Picture] = [first, *self.pictures, *others]
         return write_page(folder / "report.html", _TITLE, blocks, note=note, sentences=self.sentences, facts=self.facts)
 
     def text(self) -> str:

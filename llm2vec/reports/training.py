@@ -87,7 +87,7 @@ class TrainingReport:
         if logs:
             pictures.append(Picture("losses.png", losses_figure(logs), f"{LOSSES_CAPTION} {said}"))
             tables.append(training_table(logs))
-        blocks = [score_table(scores, "Scores", marks_best=True), *pictures, *tables]
+        blocks: list[Table | Picture] = [score_table(scores, "Scores", marks_best=True), *pictures, *tables]
         if spaces:
             blocks += [space_table(spaces, "Embedding space"), *space_pictures(spaces)]
         return write_page(
