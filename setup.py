@@ -12,7 +12,12 @@ setup(
     long_description_content_type="text/markdown",
     license="MIT",
     packages=find_packages(include=["llm2vec", "llm2vec.*"]),
-    package_data={"llm2vec": ["py.typed"], "llm2vec.data": ["*.json"], "llm2vec.reports": ["*.jinja"]},
+    package_data={
+        "llm2vec": ["py.typed"],
+        "llm2vec.data": ["*.json"],
+        "llm2vec.evaluation": ["*.json"],
+        "llm2vec.reports": ["*.jinja", "data/*/*.json"],
+    },
     entry_points={"console_scripts": ["llm2vec = llm2vec.__main__:start"]},
     python_requires=">=3.11",
     install_requires=[

@@ -23,8 +23,6 @@ from llm2vec.reports.paper import read_paper
 from llm2vec.reports.results import read_query_scores, read_results
 from llm2vec.types import UserError
 
-PAPER_DATA = Path(__file__).resolve().parents[1] / "test_configs"
-
 
 def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
     """Read the command line."""
@@ -74,7 +72,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     """Read, compare, print and write."""
     args = parse_args(argv)
     losses = assignments(args.losses, "--losses")
-    report = build_report(read_runs(args), read_paper(PAPER_DATA), args.paper_model, losses)
+    report = build_report(read_runs(args), read_paper(), args.paper_model, losses)
     page = report.write(args.output_dir)
     print(f"{report.text()}\n\nreport: {page}")
 

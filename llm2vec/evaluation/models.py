@@ -25,7 +25,8 @@ logger = logging.getLogger(__name__)
 
 Kind = Literal["llm2vec", "sentence-transformers", "mteb"]
 
-INSTRUCTIONS = "test_configs/mteb/task_to_instructions.json"
+#: The paper's instructions. In a clone a link to `test_configs/mteb/`, where the release's commands name the file.
+INSTRUCTIONS_FILE = Path(__file__).with_name("task_to_instructions.json")
 DTYPE = "bfloat16"
 #: Published chains: mteb's registry cannot load its own entries of this form, and they are two adapters each.
 PUBLISHED = re.compile(r"(.+/LLM2Vec-.+-mntp)-(?:supervised|unsup-simcse)")
@@ -39,7 +40,7 @@ class EvaluatedModel:
 
     Attributes:
         model: The model; no dtype = `DTYPE` for our models, the model's own for others.
-        instructions_file: Table of instructions; None = `INSTRUCTIONS` for our models, the model's own for others.
+        instructions_file: Table of instructions; None = `INSTRUCTIONS_FILE` for our models, the model's own for others.
         template: Key of `templates.TEMPLATES`, for our models; None = the model's own.
         max_length: Tokens a text is cut to; None = the model's own.
         attn_implementation: As in transformers.
@@ -92,7 +93,7 @@ def load_encoder(asked: EvaluatedModel) -> Any:
 
 
 def _llm2vec(asked: EvaluatedModel) -> LLM2VecEncoder:
-    instructions = load_instructions(asked.instructions_file or INSTRUCTIONS)
+    instructions = load_instructions(asked.instructions_file or INSTRUCTIONS_FILE)
     base, adapters = asked.model.base, list(asked.model.adapters)
     if (published := PUBLISHED.fullmatch(base)) and not adapters:
         base, adapters = published.group(1), [base]

@@ -1,7 +1,7 @@
 """The paper's tables as data: what it prints for which run, and which of its cells contradict each other.
 
-The numbers lie in `test_configs/paper/*.json`, a file a table with its source and caption, and in
-`test_configs/expected/*.json`, a file a model with the score of every task (Tables 14 and 15). Scores are x 100.
+The numbers lie in `data/paper/*.json`, a file a table with its source and caption, and in
+`data/expected/*.json`, a file a model with the score of every task (Tables 14 and 15). Scores are x 100.
 
 Runs have the same names everywhere: `baseline` (Stage II alone), `anchor` (Stage I + II), `base` (untrained),
 `stage_I` (Stage I alone), `only_d2q` and `only_q2d` (alpha 0 and 1), `alpha_0.5`, `alpha_0.8`, `baseline_3000_steps`,
@@ -19,6 +19,9 @@ from typing import Any, TypeAlias
 
 from llm2vec.files import read_object
 from llm2vec.types import UserError
+
+#: The paper's numbers, as this project ships them.
+PAPER_DATA = Path(__file__).with_name("data")
 
 #: The columns of Tables 1 to 3.
 COLUMNS = ("Retr", "Rerank", "Clust", "PairClass", "Class", "STS", "Summ", "Avg")
@@ -132,11 +135,11 @@ def mean_of(scores: Mapping[str, float], tasks: Sequence[str]) -> float | None:
     return statistics.fmean(scores[task] for task in tasks)
 
 
-def read_paper(folder: Path) -> Paper:
+def read_paper(folder: Path = PAPER_DATA) -> Paper:
     """Read the data files.
 
     Args:
-        folder: `test_configs`, with the folders `paper` and `expected`.
+        folder: with the folders `paper` and `expected`.
 
     Raises:
         UserError: a file is missing or is not what it should be.

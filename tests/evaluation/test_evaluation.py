@@ -133,7 +133,7 @@ def test_words_stand_for_sets_of_tasks() -> None:
 
 
 def test_the_subset_is_that_of_the_paper() -> None:
-    file = ROOT / "test_configs/paper/table_8.json"
+    file = ROOT / "llm2vec/reports/data/paper/table_8.json"
     if not file.is_file():
         pytest.skip("the paper's tables are not here")
     assert all(f'"{name}"' in file.read_text(encoding="utf-8") for name in SUBSET15)

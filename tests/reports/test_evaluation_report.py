@@ -22,7 +22,7 @@ from tests.reports.test_results import keep_predictions, write_qrels, write_resu
 
 ROOT = Path(__file__).parents[2]
 SCRIPT = ROOT / "experiments" / "report.py"
-PAPER = read_paper(ROOT / "test_configs")
+PAPER = read_paper()
 ONE, EIGHT, QWEN = "LLaMA-3.2-1B-Instruct", "LLaMA-3.1-8B-Instruct", "Qwen2.5-1.5B-Instruct"
 PNG_START = b"\x89PNG\r\n\x1a\n"
 

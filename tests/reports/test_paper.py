@@ -13,12 +13,12 @@ from typing import Any
 import pytest
 
 from llm2vec.reports.intervals import TASK_TOLERANCE, Check
-from llm2vec.reports.paper import BEIR, COLUMNS, SUBSET, mean_of, read_paper
+from llm2vec.reports.paper import BEIR, COLUMNS, PAPER_DATA, SUBSET, mean_of, read_paper
 from llm2vec.types import UserError
 
-CONFIGS = Path(__file__).parents[2] / "test_configs"
+TABLE = Path(__file__).parents[2] / "test_configs/mteb/task_to_instructions.json"
 SHARED = Path(__file__).parents[2] / "shared" / "paper" / "tables.json"
-PAPER = read_paper(CONFIGS)
+PAPER = read_paper()
 ONE, THREE, EIGHT = "LLaMA-3.2-1B-Instruct", "LLaMA-3.2-3B-Instruct", "LLaMA-3.1-8B-Instruct"
 #: Two decimals of a delta, and of the means it is taken of; anything beyond is a misfit.
 LIMIT = 0.011
@@ -70,14 +70,14 @@ def test_the_benchmark_has_its_56_tasks_in_7_columns() -> None:
     assert [len(PAPER.columns[column]) for column in COLUMNS[:-1]] == [15, 4, 11, 3, 12, 10, 1]
     assert len(set(PAPER.tasks)) == 56 == len(PAPER.tasks_of("Avg"))
     assert len(set(PAPER.subset)) == 15 and set(PAPER.subset) < set(PAPER.tasks)
-    subset = json.loads((CONFIGS / "paper" / "table_8.json").read_text())["columns"]
+    subset = json.loads((PAPER_DATA / "paper" / "table_8.json").read_text())["columns"]
     assert all(set(tasks) <= set(PAPER.columns[column]) for column, tasks in subset.items())
     assert len(PAPER.tasks_of(BEIR)) == 14 and "MSMARCO" not in PAPER.tasks_of(BEIR)
     assert all(set(row) == set(PAPER.tasks) for runs in PAPER.expected.values() for row in runs.values())
-    assert set(PAPER.tasks) <= set(json.loads((CONFIGS / "mteb" / "task_to_instructions.json").read_text()))
+    assert set(PAPER.tasks) <= set(json.loads(TABLE.read_text()))
 
 
-@pytest.mark.parametrize("path", sorted(CONFIGS.glob("paper/*.json")) + sorted(CONFIGS.glob("expected/*.json")))
+@pytest.mark.parametrize("path", sorted(PAPER_DATA.glob("paper/*.json")) + sorted(PAPER_DATA.glob("expected/*.json")))
 def test_every_file_names_its_source(path: Path) -> None:
     content = json.loads(path.read_text())
     assert "arXiv 2509.03020" in content["source"] and content["caption"]
@@ -172,7 +172,7 @@ def test_unknown_models_and_runs_are_refused_with_what_there_is() -> None:
 
 def test_missing_and_broken_data_files_are_named(tmp_path: Path) -> None:
     folder = tmp_path / "configs"
-    shutil.copytree(CONFIGS, folder)
+    shutil.copytree(PAPER_DATA, folder)
     (folder / "paper" / "table_9.json").write_text('{"models"')
     with pytest.raises(UserError, match=r"table_9\.json: not valid JSON"):
         read_paper(folder)
