@@ -51,7 +51,7 @@ def bundled_texts(max_length: int) -> dict[str, InstructedText]:
     }
 
 
-def read_compared_texts(file: Path) -> dict[str, InstructedText]:
+def read_own_texts(file: Path) -> dict[str, InstructedText]:
     """Texts of a file by line number: a text a line; in `.jsonl`, objects of `text`, `instruction` and `side`.
 
     Blanks around a text are taken away, as `LLM2Vec` does and other ways leave to their users.
@@ -144,7 +144,7 @@ def ask_server(choice: Choice, texts: Sequence[InstructedText], rendering: Rende
     Raises:
         UserError: it does not answer as an embedding server does, or refuses every text.
     """
-    server = EmbeddingServer(choice.path)
+    server = EmbeddingServer(choice.model.base)
     prompt = prompt_writer(rendering)
     strings = [prompt(text) + text.text for text in texts]
     found, refused = server.vectors(strings)

@@ -9,7 +9,7 @@ import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, get_args
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -28,7 +28,7 @@ from llm2vec.model.pooling import pool
 from llm2vec.model.revision import MODULES_FILE
 from llm2vec.model.stock_form import POOLING, SWITCHES
 from llm2vec.text.tokenization import Row
-from llm2vec.types import Attention, InstructedText, PoolingMode, TextSide, UserError, first_line
+from llm2vec.types import Attention, InstructedText, PoolingMode, UserError, first_line
 from llm2vec.verify.ways import Choice, Rendering, prompt_writer, read_json_of
 
 POOLING_FILE = "1_Pooling/config.json"
@@ -97,19 +97,17 @@ def open_way(choice: Choice, dtype: torch.dtype, rendering: Rendering | None) ->
 
 
 def _open_ours(choice: Choice, dtype: torch.dtype) -> LocalWay:
-    loaded = LLM2Vec.from_pretrained(
-        choice.path, choice.adapters or None, merge_peft=choice.kind == "merged", torch_dtype=dtype
-    )
+    base, adapters = choice.model.base, choice.model.adapters or None
+    loaded = LLM2Vec.from_pretrained(base, adapters, merge_peft=choice.kind == "merged", torch_dtype=dtype)
     loaded.to(_device())
 
     def packed(texts: Sequence[InstructedText]) -> Tensor:
-        vectors = torch.zeros(len(texts), loaded.model.config.hidden_size)
-        for side in get_args(TextSide):
+        vectors_ND = torch.zeros(len(texts), loaded.model.config.hidden_size)
+        for side in {text.side for text in texts}:
             chosen = [i for i, text in enumerate(texts) if text.side == side]
             pairs = [[texts[i].instruction, texts[i].text] for i in chosen]
-            if chosen:
-                vectors[chosen] = torch.as_tensor(loaded.encode(pairs, show_progress_bar=False, side=side))
-        return vectors
+            vectors_ND[chosen] = torch.as_tensor(loaded.encode(pairs, show_progress_bar=False, side=side))
+        return vectors_ND
 
     @_in_batches
     @torch.no_grad()
@@ -120,17 +118,10 @@ def _open_ours(choice: Choice, dtype: torch.dtype) -> LocalWay:
 
     settings = loaded.settings
     return LocalWay(
-        choice,
-        loaded.model,
-        loaded.tokenizer,
-        padded if choice.kind == "padded" else packed,
-        loaded.row_tokenizer.rows,
-        settings.attention,
-        settings.pooling_mode,
-        settings.max_length,
-        _is_half(choice, dtype),
-        any_length=not settings.normalize,
-    )
+        choice, loaded.model, loaded.tokenizer, padded if choice.kind == "padded" else packed,
+        loaded.row_tokenizer.rows, settings.attention, settings.pooling_mode, settings.max_length,
+        _is_half(choice, dtype), any_length=not settings.normalize,
+    )  # fmt: skip
 
 
 def _open_st(choice: Choice, dtype: torch.dtype, rendering: Rendering | None) -> LocalWay:
@@ -139,54 +130,52 @@ def _open_st(choice: Choice, dtype: torch.dtype, rendering: Rendering | None) ->
     except ImportError as error:
         raise UserError('sentence-transformers is not installed: pip install -e ".[eval]".') from error
 
-    if choice.adapters:
+    if choice.model.adapters:
         raise UserError("takes no adapter beside a base; give a folder that sentence-transformers has written.")
-    loaded = SentenceTransformer(
-        choice.path, device=str(_device()), model_kwargs={"dtype": dtype, "use_safetensors": True}
-    ).eval()  # torch's mode without dropout; no code is evaluated
+    loading = {"dtype": dtype, "use_safetensors": True}
+    loaded = SentenceTransformer(choice.model.base, device=str(_device()), model_kwargs=loading)
+    loaded.eval()  # torch's mode without dropout; no code is evaluated
     pooling = next((module for module in loaded if hasattr(module, "pooling_mode")), None)
-    if pooling is None or loaded.transformers_model is None:
+    decoder = loaded.transformers_model
+    if pooling is None or decoder is None:
         raise UserError(f"{MODULES_FILE} lists no transformer with a pooling behind it.")
     prompt = prompt_writer(rendering, loaded.tokenizer, loaded.prompts)
 
     def encode(texts: Sequence[InstructedText]) -> Tensor:
-        vectors: dict[int, Tensor] = {}
-        for before in dict.fromkeys(map(prompt, texts)):
+        vectors_ND = torch.zeros(len(texts), decoder.config.hidden_size)
+        for before in {prompt(text) for text in texts}:
             chosen = [i for i, text in enumerate(texts) if prompt(text) == before]
-            embedded = loaded.encode(
-                [texts[i].text for i in chosen], prompt=before, convert_to_tensor=True, show_progress_bar=False
-            )
-            vectors |= dict(zip(chosen, embedded.float().cpu(), strict=True))
-        return torch.stack([vectors[i] for i in range(len(texts))])
+            strings = [texts[i].text for i in chosen]
+            made = loaded.encode(strings, prompt=before, convert_to_tensor=True, show_progress_bar=False)
+            vectors_ND[chosen] = made.float().cpu()
+        return vectors_ND
 
     def row(text: InstructedText) -> Row:
         features = loaded.preprocess([text.text], prompt=prompt(text))
         skipped = 0 if pooling.include_prompt else int(features.get("prompt_length") or 0)
         return _row(features["input_ids"][0].tolist(), skipped)
 
+    longest = loaded.max_seq_length or loaded.tokenizer.model_max_length
     return LocalWay(
-        choice,
-        loaded.transformers_model,
-        loaded.tokenizer,
-        encode,
-        lambda texts: list(map(row, texts)),
-        _attention_of(loaded.transformers_model),
-        _mode_named(pooling.pooling_mode),
-        loaded.max_seq_length or loaded.tokenizer.model_max_length,
-        _is_half(choice, dtype),
-    )
+        choice, decoder, loaded.tokenizer, encode, lambda texts: list(map(row, texts)),
+        _attention_of(decoder), _mode_named(pooling.pooling_mode), longest, _is_half(choice, dtype),
+    )  # fmt: skip
 
 
 def _open_transformers(choice: Choice, dtype: torch.dtype, rendering: Rendering | None) -> LocalWay:
     """AutoModel, AutoTokenizer, and what `1_Pooling` and `modules.json` say; adapters as plain peft puts them on."""
-    model = AutoModel.from_pretrained(choice.path, dtype=dtype, use_safetensors=True, trust_remote_code=False)
-    for adapter in choice.adapters:
+    base, adapters = choice.model.base, choice.model.adapters
+    model = AutoModel.from_pretrained(base, dtype=dtype, use_safetensors=True, trust_remote_code=False)
+    for adapter in adapters:
         if find_file(adapter, SAFETENSORS_WEIGHTS_NAME) is None:  # peft would open a pickle instead
             raise UserError(f"{adapter} holds no {SAFETENSORS_WEIGHTS_NAME}.")
         model = PeftModel.from_pretrained(model, adapter)
-        model = model if adapter == choice.adapters[-1] else model.merge_and_unload()
+        model = model if adapter == adapters[-1] else model.merge_and_unload()
     model.to(_device()).eval()  # torch's mode without dropout; no code is evaluated
-    folder = next((p for p in (*reversed(choice.adapters), choice.path) if find_file(p, MODULES_FILE)), choice.path)
+    folder = next(
+        (p for p in (*reversed(choice.model.adapters), choice.model.base) if find_file(p, MODULES_FILE)),
+        choice.model.base,
+    )
     normalize = any(module.endswith("Normalize") for module in _read_modules(folder))
     tokenizer = load_tokenizer(folder)
     mode, with_prompt = _read_pooling(folder)
@@ -221,16 +210,9 @@ def _open_transformers(choice: Choice, dtype: torch.dtype, rendering: Rendering 
         return _row(ids, skipped(text))
 
     return LocalWay(
-        choice,
-        model,
-        tokenizer,
-        encode,
-        lambda texts: list(map(row, texts)),
-        _attention_of(model),
-        mode,
-        own_length,
-        _is_half(choice, dtype),
-    )
+        choice, model, tokenizer, encode, lambda texts: list(map(row, texts)),
+        _attention_of(model), mode, own_length, _is_half(choice, dtype),
+    )  # fmt: skip
 
 
 def _row(ids: list[int], skipped: int) -> Row:
@@ -289,8 +271,8 @@ def _in_batches(embed: Callable[[Sequence[InstructedText]], Tensor]) -> Callable
 
 
 def _is_half(choice: Choice, dtype: torch.dtype) -> bool:
-    is_model = find_file(choice.path, "config.json") is not None
-    base = choice.path if is_model else resolve_chain(choice.path, choice.adapters).base
+    is_model = find_file(choice.model.base, "config.json") is not None
+    base = choice.model.base if is_model else resolve_chain(choice.model.base, choice.model.adapters).base
     stored = getattr(AutoConfig.from_pretrained(base, trust_remote_code=False), "dtype", None)
     return bool({dtype, stored} & {torch.bfloat16, torch.float16})
 

@@ -16,6 +16,7 @@ from typing import Any, Literal, NamedTuple, get_args
 
 from transformers import PreTrainedTokenizerBase
 
+from llm2vec.choice import ModelChoice
 from llm2vec.files import read_object
 from llm2vec.hub import find_file
 from llm2vec.model.backbone import load_tokenizer
@@ -44,23 +45,16 @@ class Choice(NamedTuple):
 
     Attributes:
         kind: a key of `LABELS`.
-        path: folder or hub name, or the URL of a server.
-        adapters: on it, innermost first.
+        model: what is loaded; of a server, the base is its URL.
     """
 
     kind: LocalKind | Literal["server"]
-    path: str
-    adapters: tuple[str, ...] = ()
-
-    @property
-    def place(self) -> str:
-        """What is loaded, as the user writes it."""
-        return "+".join((self.path, *self.adapters))
+    model: ModelChoice
 
     @property
     def name(self) -> str:
         """Way and place."""
-        return f"{LABELS[self.kind]} {self.place}"
+        return f"{LABELS[self.kind]} {self.model.place}"
 
 
 def choices_of(argument: str) -> tuple[list[Choice], list[str]]:
@@ -73,22 +67,21 @@ def choices_of(argument: str) -> tuple[list[Choice], list[str]]:
         UserError: there is no such folder or file in it.
     """
     if argument.startswith(("http://", "https://")):
-        return [Choice("server", argument)], []
+        return [Choice("server", ModelChoice(argument))], []
     kind, colon, rest = argument.partition(":")
     named = bool(colon) and kind in get_args(LocalKind)
-    place = rest if named else argument
-    path, *adapters = [place] if Path(place).exists() else place.split("+")
-    for part in (path, *adapters):
+    model = ModelChoice.parse(rest if named else argument)
+    for part in (model.base, *model.adapters):
         if not part or (find_file(part, "config.json") or find_file(part, "adapter_config.json")) is None:
             raise UserError(
                 f"{argument}: {part!r} is no folder or hub name with a config.json or adapter_config.json; allowed: "
                 f"PATH, PATH+ADAPTER, {', '.join(f'{k}:PATH' for k in get_args(LocalKind))}, http://HOST:PORT."
             )
     if named:
-        return [Choice(kind, path, tuple(adapters))], []  # type: ignore[arg-type]
-    outermost = (path, *adapters)[-1]
-    is_adapter = bool(adapters) or find_file(path, "config.json") is None
-    is_stock = find_file(outermost, MODULES_FILE) is not None and not adapters
+        return [Choice(kind, model)], []  # type: ignore[arg-type]
+    outermost = (model.base, *model.adapters)[-1]
+    is_adapter = bool(model.adapters) or find_file(model.base, "config.json") is None
+    is_stock = find_file(outermost, MODULES_FILE) is not None and not model.adapters
     is_ours = find_file(outermost, SETTINGS_FILE) is not None or not is_stock
     applies: dict[LocalKind, bool] = {
         "ours": is_ours,
@@ -100,9 +93,9 @@ def choices_of(argument: str) -> tuple[list[Choice], list[str]]:
     notes = []
     if not is_ours:
         notes.append(f"{argument}: no {SETTINGS_FILE}, so loading it as ours does not apply")
-    if not is_stock and not adapters:
+    if not is_stock and not model.adapters:
         notes.append(f"{argument}: no {MODULES_FILE}, so sentence-transformers and transformers do not apply")
-    return [Choice(kind, path, tuple(adapters)) for kind, does in applies.items() if does], notes
+    return [Choice(kind, model) for kind, does in applies.items() if does], notes
 
 
 class Rendering(NamedTuple):
@@ -121,14 +114,14 @@ def rendering_of(choices: Sequence[Choice]) -> Rendering | None:
     """The first template that a way's folders record; None where none does."""
     local = [choice for choice in choices if choice.kind != "server"]
     for choice in local:
-        chain = resolve_chain(choice.path, choice.adapters)
-        for path in (*reversed(chain.adapters), choice.path, chain.base):
+        chain = resolve_chain(choice.model.base, choice.model.adapters)
+        for path in (*reversed(chain.adapters), choice.model.base, chain.base):
             if not (recorded := read_settings(path)):
                 continue
             settings = EncoderSettings(**recorded)
             tokenizer = load_tokenizer(path if find_file(path, "tokenizer_config.json") else chain.base)
             rows = row_tokenizer(tokenizer, settings)
-            stock = next((c.path for c in local if find_file(c.path, MODULES_FILE) is not None), None)
+            stock = next((c.model.base for c in local if find_file(c.model.base, MODULES_FILE)), None)
             written = possible_forms(rows, settings)[0].written if stock is None else _own_header(load_tokenizer(stock))
             return Rendering(rows, written)
     return None

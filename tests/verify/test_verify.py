@@ -24,12 +24,13 @@ from verify_folders import (
     save_export,
 )
 
+from llm2vec.choice import ModelChoice
 from llm2vec.model.checkpoint import RUN_FILE
 from llm2vec.model.settings import EncoderSettings
 from llm2vec.text.tokenization import Row
 from llm2vec.types import InstructedText, UserError
 from llm2vec.verify.causes import find_cause, with_ids
-from llm2vec.verify.compare import ask_way, bundled_texts, compare_answers, read_compared_texts
+from llm2vec.verify.compare import ask_way, bundled_texts, compare_answers, read_own_texts
 from llm2vec.verify.loaded import open_way
 from llm2vec.verify.ways import Choice, choices_of, read_json_of, rendering_of
 
@@ -104,7 +105,7 @@ def test_a_folder_that_names_no_length_has_the_models(damaged: Path, verify: Any
     change_json(damaged / "sentence_bert_config.json", lambda config: config.pop("max_seq_length", None) and None)
     most = read_json_of(str(damaged), "config.json")["max_position_embeddings"]
     for kind in ("st", "transformers"):
-        way = open_way(Choice(kind, str(damaged)), torch.float32, None)  # type: ignore[arg-type]
+        way = open_way(Choice(kind, ModelChoice(str(damaged))), torch.float32, None)  # type: ignore[arg-type]
         assert way.max_length == most
         (row,) = way.rows([InstructedText("", "red " * (most + 10))])
         assert len(row.ids) == most
@@ -435,11 +436,11 @@ def test_ids_take_over_the_pooled_positions_before_they_part() -> None:
 def test_texts_that_nothing_can_embed_are_named(name: str, content: bytes, said: str, tmp_path: Path) -> None:
     (tmp_path / name).write_bytes(content)
     with pytest.raises(UserError, match=said):
-        read_compared_texts(tmp_path / name)
+        read_own_texts(tmp_path / name)
 
 
 def test_a_line_separator_within_a_text_ends_no_line(tmp_path: Path) -> None:
     (tmp_path / "a.jsonl").write_text('{"text": "red\u2028blue"}\n', encoding="utf-8")
     (tmp_path / "a.txt").write_text("red\u2028blue\r\ngreen", encoding="utf-8")
-    assert [text.text for text in read_compared_texts(tmp_path / "a.jsonl").values()] == ["red\u2028blue"]
-    assert [text.text for text in read_compared_texts(tmp_path / "a.txt").values()] == ["red\u2028blue", "green"]
+    assert [text.text for text in read_own_texts(tmp_path / "a.jsonl").values()] == ["red\u2028blue"]
+    assert [text.text for text in read_own_texts(tmp_path / "a.txt").values()] == ["red\u2028blue", "green"]

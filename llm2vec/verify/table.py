@@ -1,0 +1,112 @@
+"""All ways beside the first: the table of `llm2vec verify`, and the lines under it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+import torch
+
+from llm2vec.model.backbone import DTYPES
+from llm2vec.model.settings import EncoderSettings
+from llm2vec.table import Table
+from llm2vec.types import InstructedText, UserError
+from llm2vec.verify.causes import find_cause, first_differing_token
+from llm2vec.verify.compare import Answer, Parity, ask_server, ask_way, bundled_texts, compare_answers, read_own_texts
+from llm2vec.verify.loaded import open_way
+from llm2vec.verify.ways import LABELS, Choice, Rendering, choices_of, rendering_of
+
+_HEADER = ["Way", "Of", "Texts", "Token ids", "Least cosine", "Mean", "Needed", "Largest diff.", "Lengths", ""]
+
+
+def compare_ways(
+    ways: Sequence[str], texts_file: Path | None, dtype: str, threshold: float | None, say: Callable[[str], object]
+) -> int:
+    """Ask the reference, then every other way, and say how they compare.
+
+    Args:
+        ways: as the user names them; the first is the reference.
+        texts_file: what to embed; None = `bundled_texts`.
+        dtype: of what is loaded here.
+        threshold: least cosine; None = that of the dtypes.
+        say: what is done with a piece of the answer.
+
+    Returns:
+        The exit code: 1 if a way differs, else 2 if one could not be asked, else 0.
+
+    Raises:
+        UserError: there is one way only, or the reference cannot be asked.
+    """
+    choices: list[Choice] = []
+    for argument in ways:
+        found, notes = choices_of(argument)
+        choices += [choice for choice in found if choice not in choices]
+        for note in notes:
+            say(f"note: {note}")
+    if len(choices) < 2:
+        raise UserError(f"{ways[0]} can be loaded in one way only; give another way to compare it with.")
+    rendering = rendering_of(choices)
+    first = None if choices[0].kind == "server" else open_way(choices[0], DTYPES[dtype], rendering)
+    limit = first or (rendering.rows if rendering else EncoderSettings())
+    texts = read_own_texts(texts_file) if texts_file else bundled_texts(limit.max_length)
+    asked = list(texts.values())
+    reference = ask_way(first, asked) if first else ask_server(choices[0], asked, rendering)
+    say(f"reference: {reference.name}, {dtype}, {len(texts)} texts")
+    rows: list[list[str]] = []
+    lines = _refusals(reference, texts)
+    unanswered: list[str] = []
+    for choice in choices[1:]:
+        try:
+            row, beside = _compare_way(reference, choice, texts, DTYPES[dtype], rendering, threshold)
+        except UserError as error:
+            unanswered.append(f"not compared: {error}")
+            continue
+        rows.append(row)
+        lines += beside
+    say("\n".join([Table(_HEADER, rows, num_names=2).text(), *lines, *unanswered]))
+    return 1 if any(row[-1] == "FAIL" for row in rows) else 2 if unanswered else 0
+
+
+def _compare_way(
+    reference: Answer,
+    choice: Choice,
+    texts: dict[str, InstructedText],
+    dtype: torch.dtype,
+    rendering: Rendering | None,
+    threshold: float | None,
+) -> tuple[list[str], list[str]]:
+    """A way's row of the table, and lines on what it refuses and why it differs. What it loads is let go at the end."""
+    asked = list(texts.values())
+    is_server = choice.kind == "server"
+    answer = ask_server(choice, asked, rendering) if is_server else ask_way(open_way(choice, dtype, rendering), asked)
+    parity = compare_answers(reference, answer, threshold)
+    lines = _refusals(answer, texts)
+    if differing := first_differing_token(reference, parity, list(texts)):
+        lines.append(f"token ids: {differing}")
+    if not parity.passes:
+        cause, words = find_cause(reference, parity, asked)
+        lines.append(f"FAIL: {answer.name}: {cause}: {words}")
+    return _row_of(parity), lines
+
+
+def _refusals(answer: Answer, texts: dict[str, InstructedText]) -> list[str]:
+    """A line for each text that a server does not take."""
+    names = list(texts)
+    return [f"note: {answer.name} refuses the text {names[i]!r}: {why}" for i, why in answer.refused.items()]
+
+
+def _row_of(parity: Parity) -> list[str]:
+    """A way under `_HEADER`."""
+    differ, shown = len(parity.differing_ids), parity.compared_ids
+    return [
+        LABELS[parity.answer.choice.kind],
+        parity.answer.choice.model.place,
+        str(len(parity.compared)),
+        "not shown" if not shown else f"{differ} of {shown} differ" if differ else "equal",
+        f"{parity.cosines.min():.6f}",
+        f"{parity.cosines.mean():.6f}",
+        f"{parity.threshold:g}",
+        f"{parity.largest:.1e}",
+        " - ".join(dict.fromkeys(f"{length:.3g}" for length in parity.lengths)),
+        "ok" if parity.passes else "FAIL",
+    ]
