@@ -27,13 +27,14 @@ setup(
         "accelerate>=1.10",
         "datasets>=4.0",
         "filelock>=3.30",  # the first that locks a descriptor, which a started program can inherit
+        "jinja2",
         "numpy",
         "safetensors",
         "tqdm",
     ],
     extras_require={
         # Before 6, sentence-transformers runs the code that a local folder brings along.
-        "eval": ["matplotlib", "mteb>=2.26,<3", "sentence-transformers>=6"],
+        "eval": ["matplotlib", "mteb>=2.26,<3", "pytrec-eval-terrier", "scipy>=1.15", "sentence-transformers>=6"],
         "quickstart": ["PyStemmer", "bm25s", "matplotlib"],
         "logging": ["tensorboard"],
         "data": ["py3langid"],

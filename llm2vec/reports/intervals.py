@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from typing import Literal, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -35,8 +35,8 @@ NUM_RESAMPLES = 10_000
 LEVEL = 0.95
 #: With fewer tasks or queries a bootstrap interval is much too narrow, and none is given.
 MIN_UNITS = 10
-#: Resamples are drawn in blocks of about this many numbers.
-_BLOCK = 2_000_000
+#: Resamples are drawn in batches of about this many numbers, so that 10,000 of many queries fit into memory.
+_BATCH = 2_000_000
 
 
 class Check(NamedTuple):
@@ -93,11 +93,12 @@ def compare_units(first: Mapping[str, float], second: Mapping[str, float], *, se
         seed: Seed of the resampling.
 
     Raises:
-        UserError: The units differ, or there are fewer than `MIN_UNITS`.
+        UserError: The units differ, there are fewer than `MIN_UNITS`, or scipy is not there.
+
+    Example:
+        >>> compare_units({"NFCorpus": 35.0, ...}, {"NFCorpus": 33.5, ...}).sentence("tasks")
     """
-    differences = _differences(first, second)
-    means = _resampled_means(differences, np.random.default_rng(seed))
-    return _interval(float(differences.mean()), means, [differences])
+    return _interval([_differences(first, second)], seed)
 
 
 def compare_within_tasks(
@@ -114,10 +115,7 @@ def compare_within_tasks(
     """
     if not tasks:
         raise UserError("There is no task with scores of single queries to compare.")
-    rng = np.random.default_rng(seed)
-    differences = [_differences(first, second) for first, second in tasks]
-    means = np.mean([_resampled_means(of_task, rng) for of_task in differences], axis=0)
-    return _interval(float(np.mean([of_task.mean() for of_task in differences])), means, differences)
+    return _interval([_differences(first, second) for first, second in tasks], seed)
 
 
 def _differences(first: Mapping[str, float], second: Mapping[str, float]) -> NDArray[np.float64]:
@@ -129,14 +127,25 @@ def _differences(first: Mapping[str, float], second: Mapping[str, float]) -> NDA
     return np.array([first[unit] - second[unit] for unit in sorted(first)], dtype=np.float64)
 
 
-def _resampled_means(differences: NDArray[np.float64], rng: np.random.Generator) -> NDArray[np.float64]:
-    size = len(differences)
-    block = max(1, _BLOCK // size)
-    counts = [min(block, NUM_RESAMPLES - start) for start in range(0, NUM_RESAMPLES, block)]
-    return np.concatenate([differences[rng.integers(0, size, (count, size))].mean(axis=1) for count in counts])
-
-
-def _interval(difference: float, means: NDArray[np.float64], differences: Sequence[NDArray[np.float64]]) -> Interval:
-    low, high = np.quantile(means, [(1 - LEVEL) / 2, (1 + LEVEL) / 2])
+def _interval(differences: Sequence[NDArray[np.float64]], seed: int) -> Interval:
+    """The mean of the groups' means; units are drawn again within their group."""
+    try:
+        from scipy.stats import bootstrap
+    except ImportError as error:
+        raise UserError('An interval needs scipy: pip install -e ".[eval]".') from error
     units = np.concatenate(differences)
-    return Interval(difference, float(low), float(high), len(units), int((units > 0).sum()))
+    found = bootstrap(
+        differences,
+        _mean_of_means,
+        n_resamples=NUM_RESAMPLES,
+        batch=max(1, _BATCH // len(units)),
+        confidence_level=LEVEL,
+        method="percentile",
+        rng=np.random.default_rng(seed),
+    ).confidence_interval
+    difference = float(_mean_of_means(*differences))
+    return Interval(difference, float(found.low), float(found.high), len(units), int((units > 0).sum()))
+
+
+def _mean_of_means(*groups: NDArray[np.float64], axis: int = -1) -> Any:
+    return np.mean([group.mean(axis=axis) for group in groups], axis=0)

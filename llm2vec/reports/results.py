@@ -7,8 +7,6 @@ with several splits or languages, those of MTEB(eng, v1) count: test (MSMARCO: d
 from __future__ import annotations
 
 import csv
-import heapq
-import io
 import math
 import statistics
 from collections.abc import Iterator, Mapping
@@ -16,7 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from llm2vec.files import parse_object, read_object
+from llm2vec.files import json_lines, read_object
 from llm2vec.types import UserError
 
 AGGREGATE = "CQADupstackRetrieval"
@@ -107,12 +105,13 @@ def read_query_scores(predictions: Path, task: str, qrels: Path, main_score: flo
             predictions, judgements and results do not belong together.
     """
     relevant = _read_qrels(qrels)
-    ignore = task in _IGNORE_IDENTICAL
-    scores = {
-        query: 100 * ndcg_at_10({doc: s for doc, s in found.items() if not (ignore and doc == query)}, relevant[query])
-        for query, found in _read_predictions(predictions / f"{task}_predictions.json", task).items()
-        if query in relevant
-    }
+    predicted = _read_predictions(predictions / f"{task}_predictions.json", task)
+    if task in _IGNORE_IDENTICAL:
+        predicted = {
+            query: {document: score for document, score in found.items() if document != query}
+            for query, found in predicted.items()
+        }
+    scores = {query: 100 * score for query, score in ndcg_at_10(predicted, relevant).items()}
     mean = statistics.fmean(scores.values()) if scores else math.nan
     if not abs(mean - main_score) <= _ROUNDING:
         raise UserError(
@@ -122,18 +121,28 @@ def read_query_scores(predictions: Path, task: str, qrels: Path, main_score: flo
     return scores
 
 
-def ndcg_at_10(ranking: Mapping[str, float], relevant: Mapping[str, int]) -> float:
-    """nDCG@10 of one query as trec_eval has it: gain = grade, equal scores in falling order of document id.
+def ndcg_at_10(
+    rankings: Mapping[str, Mapping[str, float]], relevant: Mapping[str, Mapping[str, int]]
+) -> dict[str, float]:
+    """nDCG@10, a fraction, of each query that has both a ranking and judgements, by trec_eval as mteb asks it.
+
+    trec_eval's gain is the grade. It rounds scores to 32 bits and puts equal ones in falling order of document id.
 
     Args:
-        ranking: Document -> score of the model.
-        relevant: Document -> grade; documents that are not in it have grade 0.
+        rankings: Query -> document -> score of the model.
+        relevant: Query -> document -> grade; documents that are not in it have grade 0.
+
+    Raises:
+        UserError: pytrec_eval is not there.
     """
-    top = heapq.nlargest(10, ranking, key=lambda document: (ranking[document], document))
-    ideal = heapq.nlargest(10, (grade for grade in relevant.values() if grade > 0))
-    discount = [1 / math.log2(rank + 2) for rank in range(10)]
-    gain = sum(max(relevant.get(document, 0), 0) * d for document, d in zip(top, discount, strict=False))
-    return gain / sum(grade * d for grade, d in zip(ideal, discount, strict=False)) if ideal else 0.0
+    try:
+        from pytrec_eval import RelevanceEvaluator
+    except ImportError as error:
+        raise UserError('Scores of single queries need pytrec_eval: pip install -e ".[eval]".') from error
+    judged = {query: dict(documents) for query, documents in relevant.items() if query in rankings}
+    scored = {query: {document: float(score) for document, score in rankings[query].items()} for query in judged}
+    found = RelevanceEvaluator(judged, {"ndcg_cut.10"}).evaluate(scored)
+    return {query: found[query]["ndcg_cut_10"] if query in found else 0.0 for query in judged}
 
 
 def _revision_folder(folder: Path) -> Path:
@@ -230,13 +239,7 @@ def _read_predictions(path: Path, task: str) -> dict[str, dict[str, float]]:
 def _read_qrels(path: Path) -> dict[str, dict[str, int]]:
     """Query -> document -> grade, of queries with a document that is relevant at all."""
     relevant: dict[str, dict[str, int]] = {}
-    try:
-        content = path.read_bytes().decode("utf-8-sig")
-    except OSError as error:
-        raise UserError(f"Cannot read the judgements {path}: {error.strerror}.") from None
-    except UnicodeDecodeError as error:
-        raise UserError(f"{path}: the judgements are not UTF-8 ({error.reason}).") from None
-    for number, row in _rows_of(path, content):
+    for where, row in _rows_of(path):
         try:
             query, document, grade = str(row["query-id"]), str(row["corpus-id"]), float(row["score"])
             relevant.setdefault(query, {})[document] = int(grade)
@@ -244,21 +247,24 @@ def _read_qrels(path: Path) -> dict[str, dict[str, int]]:
                 raise ValueError(f"the score {grade} is no whole number")
         except (ValueError, TypeError, KeyError, OverflowError) as error:
             reason = f"no {error}" if isinstance(error, KeyError) else str(error)
-            raise UserError(f"{path}, line {number}: expected query-id, corpus-id and score ({reason}).") from None
+            raise UserError(f"{where}: expected query-id, corpus-id and score ({reason}).") from None
     return {query: grades for query, grades in relevant.items() if any(grade > 0 for grade in grades.values())}
 
 
-def _rows_of(path: Path, content: str) -> Iterator[tuple[int, Mapping[str, Any]]]:
-    """Line number and row of a JSON-lines file, or of a tab-separated one with a header."""
-    lines = io.StringIO(content, newline="")  # a line ends where the file says so, not at U+2028
+def _rows_of(path: Path) -> Iterator[tuple[str, Mapping[str, Any]]]:
+    """Place and row of a JSON-lines file, or of a tab-separated one with a header."""
     if path.suffix == ".jsonl":
-        filled = ((number, line) for number, line in enumerate(lines, start=1) if line.strip())
-        yield from ((number, parse_object(line, f"{path}, line {number}")) for number, line in filled)
+        yield from json_lines(path)
         return
-    rows = csv.DictReader(lines, delimiter="\t")
     try:
-        yield from ((rows.line_num, row) for row in rows)
-    except csv.Error as error:
-        raise UserError(
-            f"{path}, line {rows.line_num + 1}: expected columns with tabs between them ({error})."
-        ) from None
+        with path.open(encoding="utf-8-sig", newline="") as lines:
+            rows = csv.DictReader(lines, delimiter="\t")
+            try:
+                yield from ((f"{path}, line {rows.line_num}", row) for row in rows)
+            except csv.Error as error:
+                where = f"{path}, line {rows.line_num + 1}"
+                raise UserError(f"{where}: expected columns with tabs between them ({error}).") from None
+    except OSError as error:
+        raise UserError(f"{path}: cannot be read ({error.strerror}).") from None
+    except UnicodeDecodeError as error:
+        raise UserError(f"{path}: the judgements are not UTF-8 ({error.reason}).") from None

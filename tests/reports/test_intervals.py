@@ -88,7 +88,7 @@ def test_queries_are_drawn_within_tasks_and_tasks_weigh_the_same() -> None:
     assert interval.num_units == 1000
 
 
-def test_many_queries_are_drawn_in_blocks() -> None:
+def test_many_queries_are_drawn_in_batches() -> None:
     interval = compare_units(units(np.random.default_rng(2).normal(1, 1, 3000)), units(np.zeros(3000)))
     assert interval.high - interval.low == pytest.approx(2 * 1.96 / math.sqrt(3000), rel=0.08)
 
