@@ -1,85 +1,11 @@
-"""Tables and figures of evaluated runs, the paper beside them.
+r"""`llm2vec report`: tables and figures of evaluated runs, the paper beside them.
 
     python experiments/report.py results/anchor-1b results/baseline-1b --names anchor baseline \
         --paper_model LLaMA-3.2-1B-Instruct --output_dir output/report
-
-Each RESULTS is an --output_dir of `mteb_eval_custom.py`, or the folder of a model or a revision in there. Runs named
-as in the paper's tables are compared with them: anchor, baseline, base (untrained), stage_I, only_d2q, only_q2d,
-alpha_0.5, alpha_0.8, baseline_3000_steps, and anchor@25 for a checkpoint after 25 steps of Stage II. Differences are
-taken from the run named baseline or, if there is none, from the last one.
-
---losses anchor=LOG.jsonl adds loss curves. --predictions, a folder a run, with --qrels NFCorpus=qrels/test.jsonl
-compares runs query by query where mteb kept the rankings. Writes report.html, report.md, report.json and PNG figures.
 """
 
-import argparse
-import sys
-from collections.abc import Sequence
-from pathlib import Path
-
-from llm2vec.reports.comparisons import EvaluatedRun
-from llm2vec.reports.evaluation import build_report
-from llm2vec.reports.paper import read_paper
-from llm2vec.reports.results import read_query_scores, read_results
-from llm2vec.types import UserError
-
-
-def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
-    """Read the command line."""
-    parser = argparse.ArgumentParser(description="Tables and figures of evaluated runs.", allow_abbrev=False)
-    parser.add_argument("results", nargs="+", type=Path, metavar="RESULTS")
-    parser.add_argument("--names", nargs="+", help="a name for each RESULTS (default: the models' own)")
-    parser.add_argument("--paper_model", help="model of the paper to compare with, e.g. LLaMA-3.2-1B-Instruct")
-    parser.add_argument("--losses", nargs="+", default=[], metavar="STAGE=LOG", help="training logs, log.jsonl")
-    parser.add_argument("--predictions", nargs="+", type=Path, metavar="FOLDER", help="one for each RESULTS")
-    parser.add_argument("--qrels", nargs="+", default=[], metavar="TASK=FILE", help="judgements for --predictions")
-    parser.add_argument("--output_dir", type=Path, default=Path("output/report"))
-    return parser.parse_args(argv)
-
-
-def assignments(values: Sequence[str], option: str) -> dict[str, Path]:
-    """NAME=FILE arguments."""
-    pairs = [value.partition("=") for value in values]
-    if wrong := [value for value, (name, _, file) in zip(values, pairs, strict=True) if not (name and file)]:
-        raise UserError(f"{option}: expected NAME=FILE, got {', '.join(wrong)}.")
-    names = [name for name, _, _ in pairs]
-    if twice := sorted({name for name in names if names.count(name) > 1}):
-        raise UserError(f"{option}: {', '.join(twice)} is given more than once.")
-    return {name: Path(file) for name, _, file in pairs}
-
-
-def read_runs(args: argparse.Namespace) -> list[EvaluatedRun]:
-    """Results, names, and scores of single queries where predictions were kept."""
-    qrels = assignments(args.qrels, "--qrels")
-    results = [read_results(folder) for folder in args.results]
-    names = args.names or [result.model for result in results]
-    predictions = args.predictions or [None] * len(results)
-    for option, given in (("--names", names), ("--predictions", predictions)):
-        if len(given) != len(results):
-            raise UserError(f"{option}: {len(given)} given for {len(results)} RESULTS; give one for each.")
-    if bool(qrels) != bool(args.predictions):
-        raise UserError("--predictions and --qrels go together: rankings and what is relevant.")
-    runs = []
-    for name, result, folder in zip(names, results, predictions, strict=True):
-        if missing := [task for task in qrels if task not in result.scores]:
-            raise UserError(f"--qrels: {name} has no score of {', '.join(missing)}.")
-        queries = {task: read_query_scores(folder, task, file, result.scores[task]) for task, file in qrels.items()}
-        runs.append(EvaluatedRun(name, result, queries))
-    return runs
-
-
-def main(argv: Sequence[str] | None = None) -> None:
-    """Read, compare, print and write."""
-    args = parse_args(argv)
-    losses = assignments(args.losses, "--losses")
-    report = build_report(read_runs(args), read_paper(), args.paper_model, losses)
-    page = report.write(args.output_dir)
-    print(f"{report.text()}\n\nreport: {page}")
-
+from llm2vec.cli import run_command
+from llm2vec.commands.report import main
 
 if __name__ == "__main__":
-    try:
-        main()
-    except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        raise SystemExit(2) from None
+    run_command(main)

@@ -30,9 +30,11 @@ COMMANDS = {
     "plan": Command("plan", "what a run will be, before anything loads"),
     "eval": Command("evaluate", "score an embedding model on MTEB, or on retrieval sets of your own"),
     "encode": Command("encode", "encode a whole corpus to files of vectors"),
+    "report": Command("report", "tables and figures of evaluated runs, the paper beside them"),
     "export": Command("export", "turn a checkpoint into a plain folder for other libraries"),
-    "check-data": Command("check_data", "look at training data before training on it"),
     "verify": Command("verify", "whether a model gives the same vectors however it is loaded"),
+    "compare": Command("compare", "a set of recipes on the same data: train, evaluate, one table"),
+    "check-data": Command("check_data", "look at training data before training on it"),
 }
 
 

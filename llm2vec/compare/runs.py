@@ -17,17 +17,15 @@ from __future__ import annotations
 
 import re
 import shutil
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from queue import SimpleQueue
 from typing import Any, NamedTuple, get_args
 
 from llm2vec.data.sources import e5_sources, find_files, read_sources_file, select_sources
 from llm2vec.files import read_object, write_json
 from llm2vec.hub import find_file, without_waiting_for_the_hub
-from llm2vec.model.checkpoint import RUN_FILE, SETTINGS_FILE, check_complete
+from llm2vec.model.checkpoint import RUN_FILE, SETTINGS_FILE
 from llm2vec.model.revision import checkpoint_revision, data_revision, files_hash, hash_of
 from llm2vec.train.config import Config
 from llm2vec.train.config_file import load_config
@@ -36,8 +34,6 @@ from llm2vec.types import Stage, UserError
 SHARED_FILE = "shared.json"
 EVALUATION_FILE = "evaluation.json"
 EVALUATION_SCRIPT = "mteb_eval_custom.py"
-#: In a run's folder, once the run has ended well.
-FINISHED_FILE = ".finished"
 #: Options of the evaluation; the model and where results go are decided here, unless a recipe only names a model.
 EVALUATION_KEYS = (
     "tasks", "local_data_dir", "task_to_instructions_fp", "batch_size", "max_length", "torch_dtype",
@@ -355,91 +351,6 @@ def _content_of(options: Mapping[str, Any]) -> dict[str, str]:
     return content
 
 
-# --- doing runs ---
-
-
 def unique_runs(trials: Sequence[Trial]) -> list[Run]:
     """All runs of the trials, each once, every one after its parent."""
     return list({run.name: run for trial in trials for run in trial.runs}.values())
-
-
-def is_finished(run: Run) -> bool:
-    """Whether a run has ended well and what it started from has not been made anew since."""
-    marker = run.folder / FINISHED_FILE
-    try:
-        check_complete(str(run.folder))
-        made = marker.stat().st_mtime_ns
-        return run.parent is None or (run.parent.folder / FINISHED_FILE).stat().st_mtime_ns <= made
-    except (UserError, OSError):
-        return False
-
-
-def clear(run: Run) -> None:
-    """Make way for a run that is not finished; what an interrupted evaluation has scored is kept."""
-    if not run.is_resumable or (run.folder / FINISHED_FILE).is_file():
-        shutil.rmtree(run.folder, ignore_errors=True)
-    run.folder.mkdir(parents=True, exist_ok=True)
-
-
-def do_all(runs: Sequence[Run], do: Callable[[Run, int], None], num_workers: int) -> dict[str, str]:
-    """Do runs, several at a time, each after its parent; those with most steps before the end of a chain go first.
-
-    Args:
-        runs: Every one after its parent.
-        do: Does a run, given it and the number of a worker (0, 1, ...) that no other run has at that time; a UserError
-            says that it failed.
-        num_workers: How many runs are done at a time.
-
-    Returns:
-        Name of a run -> why it failed; a run whose parent failed has its parent's reason.
-    """
-    to_go = _steps_to_go(runs)
-    waiting = sorted(runs, key=lambda run: -to_go[run.name])  # stable, and a parent has no fewer than its child
-    under_way: dict[Future[None], Run] = {}
-    failed: dict[str, str] = {}
-    done: set[str] = set()
-    free: SimpleQueue[int] = SimpleQueue()
-    for worker in range(num_workers):
-        free.put(worker)
-
-    def with_worker(run: Run) -> None:
-        worker = free.get()
-        try:
-            do(run, worker)
-        finally:
-            free.put(worker)
-
-    with ThreadPoolExecutor(num_workers) as pool:
-        while waiting or under_way:
-            for run in list(waiting):
-                if run.parent is not None and run.parent.name in failed:
-                    failed[run.name] = failed[run.parent.name]
-                    waiting.remove(run)
-                elif len(under_way) < num_workers and (run.parent is None or run.parent.name in done):
-                    under_way[pool.submit(with_worker, run)] = run
-                    waiting.remove(run)
-            for future in wait(under_way, return_when=FIRST_COMPLETED).done:
-                run = under_way.pop(future)
-                try:
-                    future.result()
-                    done.add(run.name)
-                except UserError as error:
-                    failed[run.name] = str(error)
-    return failed
-
-
-def _steps_to_go(runs: Sequence[Run]) -> dict[str, int]:
-    """For each run, the steps of the longest chain from it on."""
-    to_go: dict[str, int] = {}
-    for run in runs:
-        total = 0
-        for ancestor in _with_ancestors(run):
-            total += ancestor.num_steps
-            to_go[ancestor.name] = max(to_go.get(ancestor.name, 0), total)
-    return to_go
-
-
-def _with_ancestors(run: Run | None) -> Iterator[Run]:
-    while run is not None:
-        yield run
-        run = run.parent

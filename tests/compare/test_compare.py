@@ -21,17 +21,8 @@ from eval_stubs import write_retrieval
 from helpers import family_tokenizer, tiny_model, write_jsonl
 
 from llm2vec.compare import runs as compare_runs
-from llm2vec.compare.runs import (
-    FINISHED_FILE,
-    Planner,
-    Run,
-    Trial,
-    clear,
-    do_all,
-    is_finished,
-    read_set,
-    unique_runs,
-)
+from llm2vec.compare.execution import FINISHED_FILE, clear, do_all, is_finished
+from llm2vec.compare.runs import Planner, Run, Trial, read_set, unique_runs
 from llm2vec.compare.table import (
     TrialOutcome,
     failure_lines,
@@ -605,9 +596,10 @@ def test_a_run_that_outlives_its_comparison_keeps_others_out(folder: Path) -> No
     write(folder / "scripts/run_stage_II.py", "import os, time\nprint(os.getpid(), flush=True)\ntime.sleep(600)\n")
     options = [str(folder / "set"), "--output_dir", str(folder / "out"), "--recipes", "one_stage"]
     started = f"""
-import pathlib, runpy
-main = runpy.run_path({str(SCRIPT)!r})["main"]
-main.__globals__["SCRIPTS"] = pathlib.Path({str(folder / "scripts")!r})
+import pathlib
+from llm2vec.commands.compare import main
+from llm2vec.compare import execution
+execution.SCRIPTS = pathlib.Path({str(folder / "scripts")!r})
 main({options})
 """
     comparison = subprocess.Popen([sys.executable, "-c", started], stdout=subprocess.DEVNULL)

@@ -1,0 +1,206 @@
+"""Doing the runs of a comparison: several at a time, each after the one that it starts from, in processes of their own.
+
+What has been done and has not changed since is not done again.
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
+from pathlib import Path
+from queue import SimpleQueue
+
+import torch
+
+from llm2vec.compare.runs import EVALUATION_SCRIPT, Run, Trial, unique_runs
+from llm2vec.model.checkpoint import RUN_FILE, check_complete
+from llm2vec.types import UserError
+
+SCRIPTS = Path(__file__).resolve().parents[2] / "experiments"
+#: In a run's folder, once the run has ended well.
+FINISHED_FILE = ".finished"
+
+
+def is_finished(run: Run) -> bool:
+    """Whether a run has ended well and what it started from has not been made anew since."""
+    marker = run.folder / FINISHED_FILE
+    try:
+        check_complete(str(run.folder))
+        made = marker.stat().st_mtime_ns
+        return run.parent is None or (run.parent.folder / FINISHED_FILE).stat().st_mtime_ns <= made
+    except (UserError, OSError):
+        return False
+
+
+def clear(run: Run) -> None:
+    """Make way for a run that is not finished; what an interrupted evaluation has scored is kept."""
+    if not run.is_resumable or (run.folder / FINISHED_FILE).is_file():
+        shutil.rmtree(run.folder, ignore_errors=True)
+    run.folder.mkdir(parents=True, exist_ok=True)
+
+
+def do_all(runs: Sequence[Run], do: Callable[[Run, int], None], num_workers: int) -> dict[str, str]:
+    """Do runs, several at a time, each after its parent; those with most steps before the end of a chain go first.
+
+    Args:
+        runs: Every one after its parent.
+        do: Does a run, given it and the number of a worker (0, 1, ...) that no other run has at that time; a UserError
+            says that it failed.
+        num_workers: How many runs are done at a time.
+
+    Returns:
+        Name of a run -> why it failed; a run whose parent failed has its parent's reason.
+    """
+    to_go = _steps_to_go(runs)
+    waiting = sorted(runs, key=lambda run: -to_go[run.name])  # stable, and a parent has no fewer than its child
+    under_way: dict[Future[None], Run] = {}
+    failed: dict[str, str] = {}
+    done: set[str] = set()
+    free: SimpleQueue[int] = SimpleQueue()
+    for worker in range(num_workers):
+        free.put(worker)
+
+    def with_worker(run: Run) -> None:
+        worker = free.get()
+        try:
+            do(run, worker)
+        finally:
+            free.put(worker)
+
+    with ThreadPoolExecutor(num_workers) as pool:
+        while waiting or under_way:
+            for run in list(waiting):
+                if run.parent is not None and run.parent.name in failed:
+                    failed[run.name] = failed[run.parent.name]
+                    waiting.remove(run)
+                elif len(under_way) < num_workers and (run.parent is None or run.parent.name in done):
+                    under_way[pool.submit(with_worker, run)] = run
+                    waiting.remove(run)
+            for future in wait(under_way, return_when=FIRST_COMPLETED).done:
+                run = under_way.pop(future)
+                try:
+                    future.result()
+                    done.add(run.name)
+                except UserError as error:
+                    failed[run.name] = str(error)
+    return failed
+
+
+def _steps_to_go(runs: Sequence[Run]) -> dict[str, int]:
+    """For each run, the steps of the longest chain from it on."""
+    to_go: dict[str, int] = {}
+    for run in runs:
+        total = 0
+        for ancestor in _with_ancestors(run):
+            total += ancestor.num_steps
+            to_go[ancestor.name] = max(to_go.get(ancestor.name, 0), total)
+    return to_go
+
+
+def _with_ancestors(run: Run | None) -> Iterator[Run]:
+    while run is not None:
+        yield run
+        run = run.parent
+
+
+def num_cores() -> int:
+    """Cores that this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+class Runner:
+    """Starts runs as processes, their output in log files, and says how far it all is.
+
+    Args:
+        trials: whose runs are done.
+        output_dir: folder of the comparison.
+        workers: runs at a time, which share the machine.
+        processes: of a training run, through torchrun.
+        lock: file descriptor of the comparison's lock, which the runs hold too: while one of them lives, no other
+            comparison begins anew what it writes.
+        say: takes a line when a run has ended.
+    """
+
+    def __init__(
+        self,
+        trials: Sequence[Trial],
+        output_dir: Path,
+        *,
+        workers: int,
+        processes: int,
+        lock: int,
+        say: Callable[[str], None],
+    ) -> None:
+        self.workers, self.processes, self.lock, self.say = workers, processes, lock, say
+        runs = unique_runs(trials)
+        self.num_runs, self.num_ended = len(runs), 0
+        self.recipes = {run.name: [t.recipe for t in trials if run in t.runs] for run in runs}
+        self.logs = output_dir / "logs"
+        self.logs.mkdir(parents=True, exist_ok=True)
+
+    def do(self, run: Run, worker: int) -> None:
+        """Do a run unless it has been done.
+
+        Raises:
+            UserError: it failed or was stopped; the log says why.
+        """
+        if is_finished(run):
+            return self._tell(run, "is there already")
+        clear(run)
+        started, log = time.monotonic(), self.logs / f"{run.name}.log"
+        with log.open("w") as out:
+            ended = subprocess.run(
+                self._command(run),
+                stdout=out,
+                stderr=subprocess.STDOUT,
+                env=self._environment(worker),
+                pass_fds=[self.lock],
+                check=False,
+            )
+        if not ended.returncode and run.script != EVALUATION_SCRIPT and not (run.folder / RUN_FILE).is_file():
+            self._tell(run, f"was stopped; see {log}")
+            raise UserError(f"{run.script} was stopped by a signal")
+        if ended.returncode:
+            self._tell(run, f"failed; see {log}")
+            raise UserError(f"{run.script} failed ({_last_line(log)}); see {log}")
+        (run.folder / FINISHED_FILE).touch()
+        self._tell(run, f"{(time.monotonic() - started) / 60:.1f} minutes")
+
+    def _command(self, run: Run) -> list[str]:
+        """The run's command line; an evaluation starts its processes itself."""
+        command, processes = [str(SCRIPTS / run.script), *run.arguments], self.processes
+        if processes > 1 and run.script == EVALUATION_SCRIPT:
+            command += ["--workers", str(processes)]
+        elif processes > 1:
+            command[:0] = ["-m", "torch.distributed.run", f"--nproc_per_node={processes}", "--standalone"]
+        return [sys.executable, *command]
+
+    def _environment(self, worker: int) -> dict[str, str]:
+        """The worker's share of the machine."""
+        threads = max(1, num_cores() // (self.workers * self.processes))
+        settings = {"OMP_NUM_THREADS": str(threads), "PYTHONUNBUFFERED": "1", "TOKENIZERS_PARALLELISM": "false"}
+        visible = os.environ.get("CUDA_VISIBLE_DEVICES", ",".join(map(str, range(torch.cuda.device_count()))))
+        if devices := [device for device in visible.split(",") if device]:
+            first = worker * self.processes
+            own = [devices[i % len(devices)] for i in range(first, first + self.processes)]
+            settings["CUDA_VISIBLE_DEVICES"] = ",".join(dict.fromkeys(own))
+        return {**os.environ, **settings}
+
+    def _tell(self, run: Run, what: str) -> None:
+        """One line on a run that has ended."""
+        self.num_ended += 1
+        whose = ", ".join(dict.fromkeys(self.recipes[run.name]))
+        kind = run.name.rpartition("-")[0]
+        self.say(f"[{self.num_ended:>3} of {self.num_runs}] {kind:<18} {whose}: {what}")
+
+
+def _last_line(log: Path) -> str:
+    """What a run said last; its own error message where there is one."""
+    lines = [line.strip() for line in log.read_text(encoding="utf-8", errors="replace").splitlines() if line.strip()]
+    said = next((line for line in reversed(lines) if line.startswith("error: ")), lines[-1] if lines else "no output")
+    return said.removeprefix("error: ")
