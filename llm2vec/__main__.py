@@ -31,6 +31,7 @@ COMMANDS = {
     "eval": Command("evaluate", "score an embedding model on MTEB, or on retrieval sets of your own"),
     "encode": Command("encode", "encode a whole corpus to files of vectors"),
     "report": Command("report", "tables and figures of evaluated runs, the paper beside them"),
+    "search": Command("search", "search in your own texts with a trained model"),
     "export": Command("export", "turn a checkpoint into a plain folder for other libraries"),
     "verify": Command("verify", "whether a model gives the same vectors however it is loaded"),
     "compare": Command("compare", "a set of recipes on the same data: train, evaluate, one table"),

@@ -98,10 +98,12 @@ def write_json(file: Path, content: Any) -> None:
     write_text(file, json.dumps(content, indent=2, ensure_ascii=False) + "\n")
 
 
-def json_lines(file: Path) -> Iterator[tuple[str, dict[str, Any]]]:
+def json_lines(file: Path, *, skip_blank: bool = True) -> Iterator[tuple[str, dict[str, Any]]]:
     """The objects of a JSONL file, each with its place (`FILE, line 3`) to begin a message with.
 
-    Empty lines are passed over.
+    Args:
+        file: what to read.
+        skip_blank: whether lines without any character but blanks are passed over, or refused.
 
     Raises:
         UserError: the file cannot be read, or a line is no JSON object.
@@ -109,15 +111,17 @@ def json_lines(file: Path) -> Iterator[tuple[str, dict[str, Any]]]:
     try:
         with file.open("rb") as lines:
             for number, line in enumerate(lines, start=1):
-                if line.strip():
+                if line.strip() or not skip_blank:
                     where = f"{file}, line {number}"
                     yield where, parse_object(line, where)
     except OSError as error:
         raise UserError(f"{file}: cannot be read ({error.strerror}).") from error
 
 
-def check_unicode(text: str, field: str, where: str) -> None:
-    """Refuse what JSON can write and UTF-8 cannot.
+def check_unicode(text: str, field: str, where: str) -> str:
+    """The text itself, unless it holds what JSON can write and UTF-8 cannot.
+
+    Bytes on the command line or the standard input that are not UTF-8 come to Python in the same form.
 
     Raises:
         UserError: half a surrogate pair; begins with `where`.
@@ -126,4 +130,6 @@ def check_unicode(text: str, field: str, where: str) -> None:
         try:
             text.encode("utf-8")
         except UnicodeEncodeError as error:
-            raise UserError(f"{where}: `{field}` holds half a surrogate pair ({error.reason}).") from error
+            near = text[max(0, error.start - 20) : error.start + 20]
+            raise UserError(f"{where}: `{field}` holds half a surrogate pair, or is not UTF-8: {near!r}.") from error
+    return text

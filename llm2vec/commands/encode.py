@@ -22,6 +22,7 @@ from typing import get_args
 
 from llm2vec import cli
 from llm2vec.choice import add_model_flags, chosen_model
+from llm2vec.files import check_unicode
 from llm2vec.types import TextSide, VectorDtype
 
 
@@ -49,9 +50,9 @@ def main(argv: Sequence[str]) -> None:
     started, args = time.monotonic(), _parse_args(argv)
     from llm2vec.corpus.encoding import CorpusEncoding, encode_corpus, encode_locally  # with torch: seconds
     from llm2vec.corpus.ray import check_ray_installed, encode_on_ray
-    from llm2vec.corpus.rows import check_unicode, open_corpus
+    from llm2vec.corpus.rows import open_corpus
 
-    check_unicode(args.instruction, "--instruction")
+    check_unicode(args.instruction, "--instruction", "command line")
     if args.engine == "ray":
         check_ray_installed()
     encoder = chosen_model(args).resolved()

@@ -7,7 +7,6 @@ shard: shards can then be encoded anywhere and in any order, and nothing wrong i
 from __future__ import annotations
 
 import dataclasses
-import hashlib
 import logging
 import shutil
 from collections.abc import Callable, Iterable, Iterator, Mapping
@@ -20,7 +19,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
-from llm2vec.files import parse_object
+from llm2vec.files import check_unicode, json_lines, sha256
 from llm2vec.types import UserError, first_line
 
 logger = logging.getLogger(__name__)
@@ -83,14 +82,16 @@ class Corpus:
                 )
             if not isinstance(text, str):
                 raise UserError(f"{where}: {self.text_column!r} must be a string, not {_type_name(text)}.")
-            yield CorpusRow(check_unicode(str(name), where), check_unicode(text, where))
+            yield CorpusRow(
+                check_unicode(str(name), self.id_column or "id", where), check_unicode(text, self.text_column, where)
+            )
 
     def unchecked_rows(self) -> Iterator[tuple[str, Mapping[str, Any]]]:
         """Where each row stands, for a message, and its columns."""
         if self.dataset is not None:
             yield from self._hub_rows()
         for file in self.files:
-            yield from _jsonl_rows(file) if file.suffix == ".jsonl" else self._parquet_rows(file)
+            yield from json_lines(file, skip_blank=False) if file.suffix == ".jsonl" else self._parquet_rows(file)
 
     def _parquet_rows(self, file: Path) -> Iterator[tuple[str, Mapping[str, Any]]]:
         columns, number = [c for c in (self.id_column, self.text_column) if c is not None], 0
@@ -151,21 +152,6 @@ def open_corpus(
         if id_column is None:
             logger.info("%s has no column 'id': rows are named by their numbers, from 0", name)
     return dataclasses.replace(corpus, text_column=text_column, id_column=id_column)
-
-
-def check_unicode(text: str, where: str) -> str:
-    """The text itself.
-
-    Raises:
-        UserError: it holds half a surrogate pair, which JSON can write and nothing can store; bytes on the command
-            line or standard input that are not UTF-8 come as such, too.
-    """
-    if not text.isascii():
-        try:
-            text.encode("utf-8")
-        except UnicodeEncodeError as error:
-            raise UserError(f"{where}: half a surrogate pair in a text, or not UTF-8 ({error.reason}).") from error
-    return text
 
 
 def cut_into_shards(
@@ -235,17 +221,8 @@ def _find_files(path: Path) -> tuple[Path, ...]:
     return tuple(found[".jsonl"] or found[".parquet"])
 
 
-def _jsonl_rows(file: Path) -> Iterator[tuple[str, Mapping[str, Any]]]:
-    with file.open("rb") as lines:
-        for number, line in enumerate(lines, start=1):
-            where = f"{file}, line {number}"
-            yield where, parse_object(line, where)
-
-
 def _describe(file: Path) -> dict[str, Any]:
-    with file.open("rb") as content:
-        digest = hashlib.file_digest(content, "sha256").hexdigest()
-    return {"file": file.name, "size": file.stat().st_size, "sha256": digest}
+    return {"file": file.name, "size": file.stat().st_size, "sha256": sha256(file)}
 
 
 def _hub_revision(name: str) -> str:

@@ -20,6 +20,7 @@ from tokenizers import AddedToken
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
+from llm2vec.files import check_unicode
 from llm2vec.text.templates import Segment, SegmentKind, segments_of, template_named
 from llm2vec.types import InstructedText, PoolingMode, TextSide, UserError
 
@@ -261,7 +262,8 @@ class RowTokenizer:
                     texts, add_special_tokens=False, return_offsets_mapping=True, split_special_tokens=True
                 )
             except TypeError:
-                _refuse_surrogates(texts)
+                for text in texts:
+                    check_unicode(text, "text", "a row")
                 raise
             encoded = zip(output["input_ids"], output["offset_mapping"], strict=True)
         tokens = []
@@ -335,16 +337,6 @@ def bare_instruction(instruction: str, join: str | None) -> str:
 def render_instruction(instruction: str, join: str) -> str:
     """Instruction and what joins it to the text; empty without an instruction."""
     return bare_instruction(instruction, join) + join if instruction.strip() else ""
-
-
-def _refuse_surrogates(texts: Sequence[str]) -> None:
-    """Name the first text that no UTF-8 can hold, and no tokenizer takes."""
-    for text in texts:
-        try:
-            text.encode("utf-8")
-        except UnicodeEncodeError as error:
-            around = text[max(0, error.start - 20) : error.start + 20]
-            raise UserError(f"a text holds half a surrogate pair: {around!r}; take it out.") from error
 
 
 def _fixed_text(segment: Segment, seen_text: bool) -> str:

@@ -359,7 +359,7 @@ def test_a_worker_with_another_model_does_not_work(encoding: CorpusEncoding) -> 
         ('{"id": 1, "text": "a"\n', "rows.jsonl, line 1: not valid JSON"),
         ('{"id": 1, "text": "a"}\n\n', "rows.jsonl, line 2: not valid JSON"),
         ("[1]\n", "rows.jsonl, line 1: a JSON object is needed, not a list."),
-        ('{"id": 1, "text": "\\ud800"}\n', "rows.jsonl, line 1: half a surrogate pair"),
+        ('{"id": 1, "text": "\\ud800"}\n', "rows.jsonl, line 1: `text` holds half a surrogate pair"),
         (
             "".join(f'{{"id": "{name}", "text": "a"}}\n' for name in "abcdefghijklba"),
             "The id 'a' comes twice, in rows 1 and 14 of the input (2 ids come more than once)",
@@ -497,7 +497,7 @@ def test_the_script_does_the_same(encoding: CorpusEncoding, folder: Path, tmp_pa
     [
         (["--shard_rows", "0"], "--shard_rows is 0; give a number above 0."),
         (["--num_workers", "-1"], "--num_workers is -1; give a number above 0."),
-        (["--instruction", "\udcff"], "--instruction: half a surrogate pair in a text, or not UTF-8"),
+        (["--instruction", "\udcff"], "command line: `--instruction` holds half a surrogate pair"),
         (["--split", "train"], "--subset and --split are for datasets of the hub"),
         (["--peft", "a/b/c"], "'a/b/c' is neither a folder nor the name of a repository"),
     ],

@@ -331,7 +331,7 @@ def test_an_instruction_that_leaves_no_room_is_an_error(case: Case, pooling: Poo
 
 def test_half_a_surrogate_pair_is_named() -> None:
     tokenizer = row_tokenizer(CASES[0])
-    with pytest.raises(UserError, match=r"half a surrogate pair: '.*hello \\ud83d world'"):
+    with pytest.raises(UserError, match=r"half a surrogate pair, or is not UTF-8: '.*hello \\ud83d world'"):
         tokenizer.rows([InstructedText("", text) for text in ("it", "hello \ud83d world", "\ud800")])
 
 

@@ -1,0 +1,329 @@
+"""Search in your own texts with a trained model.
+
+    llm2vec search index notes/ output/notes-index --model output/stage_II/...
+    llm2vec search query output/notes-index "when do we meet" --top_k 5
+    llm2vec search query output/notes-index < questions.txt      # a query a line
+    llm2vec search demo "wait until a predicate becomes true"    # after `make quickstart`
+
+`index` reads the .md, .py, .rst and .txt files below a folder, in passages of whole paragraphs, or a JSONL file of
+objects with `text`, perhaps `title` and `id`. `query` loads the model that made the index and refuses any other; it
+prints the cosine similarity, where a passage stands, and its first line. `demo` searches the quickstart's held-out
+docstrings with its Anchor model, which is tiny.
+
+An index is two files: `texts.jsonl`, and `vectors.safetensors`, whose header names the model and the texts' sum.
+"""
+
+from __future__ import annotations
+
+import argparse
+import io
+import json
+import logging
+import os
+import sys
+import textwrap
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict, replace
+from itertools import groupby
+from pathlib import Path
+from typing import TYPE_CHECKING, NamedTuple, cast
+
+from llm2vec import cli
+from llm2vec.choice import ModelChoice, add_model_flags, chosen_model
+from llm2vec.files import check_unicode, json_lines, sha256, whole, write_text
+from llm2vec.types import TextSide, UserError
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from llm2vec.llm2vec import LLM2Vec
+
+logger = logging.getLogger(__name__)
+
+VECTORS_FILE, TEXTS_FILE = "vectors.safetensors", "texts.jsonl"
+#: What the name of a text file ends in.
+SUFFIXES = (".md", ".py", ".rst", ".txt")
+#: A passage is at most so long. Much longer ones are about several things, which one vector tells apart badly.
+PASSAGE_CHARACTERS = 1000
+#: A token stands for at least about so many, in prose and in code: so a passage is read to its end.
+LEAST_CHARACTERS_A_TOKEN = 3
+
+DEMO_MODEL, DEMO_INDEX = Path("output/quickstart/anchor"), Path("output/quickstart/docstring-index")
+DEMO_TEXTS = Path("cache/docstrings/eval/DocstringRetrieval/corpus.jsonl")
+DEMO_SOURCES = Path("train_configs/quickstart/sources.json")
+
+
+class Hit(NamedTuple):
+    """A passage that was found: its cosine similarity, where it stands, its title (may be empty) and its text."""
+
+    score: float
+    where: str
+    title: str
+    text: str
+
+
+def main(argv: Sequence[str]) -> None:
+    """Index, or search."""
+    args = _parse_args(argv)
+    if args.command == "index":
+        print(f"{args.index}: {build_index(args.source, args.index, chosen_model(args), args.batch_size):,} passages")
+        return
+    if args.text is not None and not check_unicode(args.text, "TEXT", "command line").strip():
+        raise UserError("The query is empty.")
+    if args.command == "demo":
+        args.index, args.model = _demo_index(), None
+        args.instruction = json.loads(DEMO_SOURCES.read_text(encoding="utf-8"))["docstrings"]["instruction"]
+    index = TextIndex(args.index)
+    moved = None if args.model is None else replace(chosen_model(args), torch_dtype=index.model.torch_dtype)
+    _answer(index, index.load_model(moved), args)
+
+
+def _parse_args(argv: Sequence[str]) -> argparse.Namespace:
+    parser = cli.parser("search", __doc__)
+    commands = parser.add_subparsers(dest="command", required=True)
+    index = commands.add_parser("index", help="make an index, or make it anew")
+    index.add_argument("source", type=Path, help="folder of text files, or a .jsonl file")
+    index.add_argument("index", type=Path, help="folder to write")
+    add_model_flags(index, torch_dtype=True)
+    index.add_argument("--batch_size", type=cli.positive, default=32, help="rows of 128 tokens a forward pass (32)")
+    query = commands.add_parser("query", help="search in an index")
+    query.add_argument("index", type=Path)
+    query.add_argument("--instruction", default="", help="put before the query, as in the model's training")
+    add_model_flags(query, required=False)  # where it lies now, if it was moved
+    for command in (query, commands.add_parser("demo", help="search in the quickstart's held-out docstrings")):
+        command.add_argument("text", nargs="?", help="default: a query a line from standard input")
+        command.add_argument("--top_k", type=cli.positive, default=10, help="passages a query (10)")
+    args = parser.parse_args(argv)
+    if args.command == "query":
+        check_unicode(args.instruction, "--instruction", "command line")
+        if args.peft and args.model is None:
+            raise UserError("--peft is given without --model; give both, or neither.")
+    return args
+
+
+def build_index(source: Path, folder: Path, choice: ModelChoice, batch_size: int = 32) -> int:
+    """Index a folder of text files or a JSONL file; an index that is there is replaced.
+
+    Vectors keep about as many bits as the model computes with: float32 for float32 weights, float16 (11 significant
+    bits, where bfloat16 has 8) for the others.
+
+    Args:
+        source: what to read.
+        folder: where the index goes; new, empty or an index.
+        choice: the model.
+        batch_size: as in `LLM2Vec.encode`.
+
+    Returns:
+        Number of passages.
+
+    Raises:
+        UserError: `folder` is something else or cannot be written, or source or model cannot be read.
+    """
+    if folder.exists() and not (folder / VECTORS_FILE).is_file() and (not folder.is_dir() or any(folder.iterdir())):
+        raise UserError(f"{folder} is there and is no index; give a folder that is not there yet.")
+    choice, settings = choice.resolved(), choice.settings()
+    tokens = min(settings.max_length, settings.doc_max_length or settings.max_length)
+    rows = list(_passages(source, min(PASSAGE_CHARACTERS, LEAST_CHARACTERS_A_TOKEN * tokens)))
+    if not rows:
+        raise UserError(f"{source} has no text: no line, or no text file ({', '.join(SUFFIXES)}) that holds any.")
+    logger.info("%d passages of %s", len(rows), source)
+    about = {"revision": choice.revision(), "model": json.dumps(asdict(choice))}
+    texts = [f"{row['title']} {row['text']}".strip() for row in rows]  # as in an evaluation
+    vectors_ND = _unit_vectors(choice.load(), texts, "document", batch_size)
+    from safetensors.torch import save_file
+
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        write_text(folder / TEXTS_FILE, "".join(json.dumps(row) + "\n" for row in rows))
+        about["texts"] = sha256(folder / TEXTS_FILE)  # so that the files of two indexes are never taken for one
+        with whole(folder / VECTORS_FILE) as aside:
+            stored_ND = vectors_ND if choice.torch_dtype == "float32" else vectors_ND.half()
+            save_file({"vectors": stored_ND.cpu().contiguous()}, aside, metadata=about)
+    except OSError as error:
+        raise UserError(f"{folder} cannot be written to ({error.strerror}).") from error
+    return len(rows)
+
+
+class TextIndex:
+    """An index that `build_index` has written; the vectors stay on disk.
+
+    Example:
+        index = TextIndex(Path("output/docs-index"))
+        index.search(index.load_model(), ["which key is it when memory runs out"], k=3)
+
+    Attributes:
+        folder: where it lies.
+        model: the model that made it, as it was named then.
+        revision: that model's hash.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        """Open an index.
+
+        Raises:
+            UserError: there is none, or its files are cut short or of two indexes.
+        """
+        from safetensors import SafetensorError, safe_open
+
+        if not (folder / VECTORS_FILE).is_file() or not (folder / TEXTS_FILE).is_file():
+            raise UserError(f"{folder} is no index: it does not hold both {VECTORS_FILE} and {TEXTS_FILE}.")
+        try:
+            with safe_open(folder / VECTORS_FILE, framework="pt") as vectors:
+                about = vectors.metadata() or {}
+        except SafetensorError as error:
+            raise UserError(f"{folder / VECTORS_FILE} cannot be read ({error}); make the index again.") from error
+        if about.get("texts") != sha256(folder / TEXTS_FILE):
+            raise UserError(f"{folder}: the vectors are not of this {TEXTS_FILE}; make the index again.")
+        made_by = json.loads(about["model"])
+        self.model = ModelChoice(made_by["base"], tuple(made_by["adapters"]), made_by["torch_dtype"])
+        self.folder, self.revision = folder, about["revision"]
+        self._lines = (folder / TEXTS_FILE).read_bytes().splitlines()
+
+    def load_model(self, choice: ModelChoice | None = None) -> LLM2Vec:
+        """The model that made the index.
+
+        Args:
+            choice: where it lies now; None = where it lay then.
+
+        Raises:
+            UserError: it is another one, or was trained further since.
+        """
+        choice = choice or self.model
+        if choice.revision() != self.revision:
+            raise UserError(
+                f"{self.folder} was made by another model than {choice.place} is now (or by other settings or another "
+                "dtype of it), so vectors do not compare; make the index again."
+            )
+        return choice.load()
+
+    def search(self, model: LLM2Vec, queries: Sequence[str], k: int, instruction: str = "") -> list[list[Hit]]:
+        """The best passages for each query, best first; among equal scores the earlier passage.
+
+        Args:
+            model: from `load_model`.
+            queries: texts.
+            k: how many passages a query; fewer where the index has fewer.
+            instruction: put before the queries; empty = none.
+        """
+        import torch
+        from safetensors import safe_open
+
+        from llm2vec.corpus.search import blocks, from_keys, top_k
+
+        vectors_QD = _unit_vectors(model, [[instruction, q] for q in queries] if instruction else queries, "query")
+        vectors_QD = vectors_QD.cuda() if torch.cuda.is_available() else vectors_QD
+        k, num_passages = min(k, len(self._lines)), len(self._lines)
+        with safe_open(self.folder / VECTORS_FILE, framework="pt") as file:
+            vectors = file.get_slice("vectors")
+            documents = ((block.start, vectors[block.start : block.stop]) for block in blocks(num_passages))
+            keys = top_k(vectors_QD, documents, lambda q_QD, d_ND: q_QD @ d_ND.float().T, k).cpu()
+        scores, numbers = (part.tolist() for part in from_keys(keys))
+        return [
+            [Hit(score, **json.loads(self._lines[number])) for score, number in zip(*row, strict=True)]
+            for row in zip(scores, numbers, strict=True)
+        ]
+
+
+def _unit_vectors(
+    model: LLM2Vec, entries: Sequence[str] | list[list[str]], side: TextSide, batch_size: int = 32
+) -> Tensor:
+    import torch
+
+    progress = side == "document"
+    vectors_ND = model.encode(entries, batch_size, show_progress_bar=progress, convert_to_tensor=True, side=side)
+    return torch.nn.functional.normalize(cast("Tensor", vectors_ND), dim=-1)
+
+
+def _passages(source: Path, most: int) -> Iterator[dict[str, str]]:
+    """`where`, `title` and `text` of each passage; `most` characters in one of a text file."""
+    if source.is_dir():
+        for file in _text_files(source):
+            where = file.relative_to(source).as_posix()
+            try:
+                content = file.read_text(encoding="utf-8-sig")
+            except (UnicodeDecodeError, OSError):  # a link to nowhere, no permission
+                logger.warning("%r cannot be read or is not UTF-8, and is left out", where)
+                continue
+            yield from ({"where": f"{where}:{line}", "title": "", "text": part} for line, part in _cut(content, most))
+    elif source.is_file() and source.suffix == ".jsonl":
+        for number, (line, row) in enumerate(json_lines(source), start=1):
+            name, title, text = row.get("id", row.get("_id")), row.get("title") or "", row.get("text")
+            if not isinstance(text, str) or not isinstance(title, str):
+                raise UserError(f"{line}: `text` must be a string, and `title` too where there is one.")
+            if not isinstance(name, str | int | None) or isinstance(name, bool):
+                raise UserError(f"{line}: `id` must be a string or a whole number, not {name!r}.")
+            where = f"{source.name}:{number}" if name is None else str(name)
+            check_unicode(where + title + text, "text", line)
+            yield {"where": where, "title": title, "text": text}
+    else:
+        raise UserError(f"{source}: a folder of text files or a .jsonl file is needed.")
+
+
+def _text_files(folder: Path) -> list[Path]:
+    """Text files at any depth, but not below a folder whose name begins with a dot (.git, .venv)."""
+    files = []
+    for parent, folders, names in os.walk(folder):
+        folders[:] = [name for name in folders if not name.startswith(".")]
+        files += [Path(parent, name) for name in names if name.endswith(SUFFIXES)]
+    return sorted(files)
+
+
+def _cut(text: str, most: int) -> Iterator[tuple[int, str]]:
+    """Passages of whole paragraphs, as many as fit, and the line each begins on; longer ones are cut between words."""
+    begins, held = 1, ""
+    for is_blank, lines in groupby(enumerate(text.split("\n"), start=1), lambda line: not line[1].strip()):
+        if is_blank:
+            continue
+        numbers, paragraph = zip(*lines, strict=True)
+        joined = "\n".join(line.rstrip() for line in paragraph)
+        for part in [joined] if len(joined) <= most else textwrap.wrap(joined, most):
+            if held and len(held) + 2 + len(part) <= most:
+                held += f"\n\n{part}"
+                continue
+            if held:
+                yield begins, held
+            begins, held = numbers[0], part
+    if held:
+        yield begins, held
+
+
+def _answer(index: TextIndex, model: LLM2Vec, args: argparse.Namespace) -> None:
+    """Print what is found for one query, or for each line of standard input."""
+    if args.text is not None:
+        return _show(index.search(model, [args.text], args.top_k, args.instruction)[0])
+    if isinstance(sys.stdin, io.TextIOWrapper):
+        sys.stdin.reconfigure(errors="surrogateescape")  # which `check_unicode` names; in some locales Python does not
+    answered = 0
+    for number, line in enumerate(sys.stdin, start=1):
+        if query := check_unicode(line.strip(), "query", f"standard input, line {number}"):
+            print(f"\n{_visible(query)}")
+            _show(index.search(model, [query], args.top_k, args.instruction)[0])
+            answered += 1
+    if not answered:
+        raise UserError("There is no query: none is given, and standard input is empty.")
+
+
+def _show(hits: Sequence[Hit]) -> None:
+    width = max(len(hit.where) for hit in hits)
+    for hit in hits:
+        first = (hit.title or hit.text).strip().partition("\n")[0].expandtabs()[:100]
+        print(_visible(f"{hit.score:7.4f}  {hit.where:<{width}}  {first}"))
+
+
+def _visible(text: str) -> str:
+    """Text without the control characters that a terminal would obey."""
+    return "".join(character if character.isprintable() else "\N{REPLACEMENT CHARACTER}" for character in text)
+
+
+def _demo_index() -> Path:
+    """The quickstart's held-out docstrings by its model, indexed once for a model."""
+    if not DEMO_MODEL.is_dir():
+        raise UserError(f"There is no model {DEMO_MODEL}; run `make quickstart` first.")
+    choice = ModelChoice(str(DEMO_MODEL))
+    try:
+        is_made = TextIndex(DEMO_INDEX).revision == choice.revision()
+    except UserError:  # not there yet, or cut short
+        is_made = False
+    if not is_made:
+        build_index(DEMO_TEXTS, DEMO_INDEX, choice)
+    return DEMO_INDEX
