@@ -6,24 +6,21 @@ Writes training pairs (`train/docstrings.jsonl`) and a held-out retrieval task (
 """
 
 import argparse
-import logging
-import sys
 import time
+from collections.abc import Sequence
 from pathlib import Path
 
+from llm2vec.cli import run_command
 from llm2vec.quickstart.docstrings import Settings, installed_roots, write_corpus
-from llm2vec.types import UserError
 
 
-def main() -> None:
+def main(argv: Sequence[str]) -> None:
     """Read the flags, write the corpus, say what came out."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--output_dir", type=Path, default=Path("cache/docstrings"), help="folder to write")
     parser.add_argument("--max_body_characters", type=int, default=Settings.max_body_characters)
     parser.add_argument("--held_out_per_mille", type=int, default=Settings.held_out_per_mille)
-    flags = parser.parse_args()
-    logging.basicConfig(level=logging.INFO, format="%(message)s")
-
+    flags = parser.parse_args(argv)
     started = time.perf_counter()
     settings = Settings(
         max_body_characters=flags.max_body_characters,
@@ -36,8 +33,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    try:
-        main()
-    except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        sys.exit(2)
+    run_command(main)

@@ -8,16 +8,16 @@ Writes a Hugging Face model folder; every run with the same file and flags write
 
 import argparse
 import shutil
-import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
-from llm2vec.files import parse_object
+from llm2vec.cli import run_command
+from llm2vec.files import json_lines
 from llm2vec.quickstart.tiny import tiny_llama, train_tokenizer
 from llm2vec.types import UserError
 
 
-def main() -> None:
+def main(argv: Sequence[str]) -> None:
     """Read the flags, learn the tokenizer, draw the weights, save both."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--train_file", type=Path, default=Path("cache/docstrings/train/docstrings.jsonl"))
@@ -29,7 +29,7 @@ def main() -> None:
     parser.add_argument("--intermediate_size", type=int, default=256)
     parser.add_argument("--max_positions", type=int, default=512)
     parser.add_argument("--seed", type=int, default=42)
-    flags = parser.parse_args()
+    flags = parser.parse_args(argv)
     if not flags.train_file.is_file():
         raise UserError(f"{flags.train_file} does not exist: make it with experiments/make_docstrings.py first.")
     if flags.output_dir.exists():
@@ -55,19 +55,12 @@ def main() -> None:
 
 def texts_of(file: Path) -> Iterator[str]:
     """The queries and positives of a file of training rows."""
-    with file.open("rb") as lines:
-        for number, line in enumerate(lines, start=1):
-            where = f"{file}, line {number}"
-            row = parse_object(line, where)
-            for key in ("query", "positive"):
-                if not isinstance(row.get(key), str):
-                    raise UserError(f"{where}: a JSON object with a string `{key}` is needed.")
-                yield row[key]
+    for where, row in json_lines(file):
+        for key in ("query", "positive"):
+            if not isinstance(row.get(key), str):
+                raise UserError(f"{where}: a JSON object with a string `{key}` is needed.")
+            yield row[key]
 
 
 if __name__ == "__main__":
-    try:
-        main()
-    except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        sys.exit(2)
+    run_command(main)

@@ -25,7 +25,7 @@ from typing import Any
 
 from tqdm import tqdm
 
-from llm2vec.cli import user_errors_in_one_sentence
+from llm2vec.cli import run_command
 from llm2vec.corpus.queue import alone_in
 from llm2vec.quickstart.docstrings import TRAIN_FILE
 from llm2vec.train.config_file import load_config
@@ -48,11 +48,11 @@ CHAINS = (
 STAGE_II = {"baseline": "base", "control": "control_lm", "anchor": "stage_I"}
 
 
-def main() -> None:
+def main(argv: Sequence[str]) -> None:
     """Corpus, base model, the three ways of training, evaluation, report."""
-    argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    ).parse_args()  # there is nothing to choose
+    argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter).parse_args(
+        argv
+    )  # there is nothing to choose
     with alone_in(OUTPUT, "quickstart"):
         make_all(time.monotonic(), os.cpu_count() or 1)
 
@@ -209,5 +209,4 @@ def training_report() -> Any:
 
 
 if __name__ == "__main__":
-    with user_errors_in_one_sentence():
-        main()
+    run_command(main)

@@ -14,6 +14,8 @@ if TYPE_CHECKING:
     from llm2vec.llm2vec import LLM2Vec
     from llm2vec.llm2vec_q2d_d2q import BidirectionalReconstruction, LLM2Vec_q2d_d2q
 
+__version__ = "2.0.0"
+
 __all__ = ["BidirectionalReconstruction", "LLM2Vec", "LLM2Vec_q2d_d2q"]
 
 #: Public name -> the module that defines it.

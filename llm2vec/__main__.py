@@ -5,9 +5,9 @@ from __future__ import annotations
 import difflib
 from collections.abc import Sequence
 from importlib import import_module
-from importlib.metadata import version
 from typing import NamedTuple
 
+from llm2vec import __version__
 from llm2vec.cli import run_command
 from llm2vec.types import UserError
 
@@ -59,7 +59,7 @@ def main(argv: Sequence[str]) -> int | None:
         print(help_text())
         return None
     if name == "--version":
-        print(f"llm2vec {version('llm2vec')}")
+        print(f"llm2vec {__version__}")
         return None
     if name not in COMMANDS:
         nearest = difflib.get_close_matches(name.replace("_", "-"), COMMANDS, n=1, cutoff=0.0)

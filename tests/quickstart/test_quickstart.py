@@ -67,7 +67,7 @@ def test_two_quickstarts_do_not_write_one_folder(quickstart: dict[str, Any]) -> 
         alone_in(Path("output/quickstart"), "quickstart"),
         pytest.raises(UserError, match="another quickstart is at work here"),
     ):
-        quickstart["main"]()
+        quickstart["main"]([])
     assert quickstart["done"] == []
 
 
@@ -82,7 +82,7 @@ def test_a_line_that_is_just_written_does_not_count_yet(
 
 def test_everything_is_made_in_order(quickstart: dict[str, Any]) -> None:
     quickstart["main"].__globals__["evaluate_and_report"] = lambda _: quickstart["done"].append("report")
-    quickstart["main"]()
+    quickstart["main"]([])
     done = quickstart["done"]
     assert done[0] == "make_docstrings.py" and done[-1] == "report"
     assert sorted(done[1:-1]) == ["baseline", "control", "control_lm", "stage_I", "stage_II"]
