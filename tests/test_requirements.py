@@ -1,4 +1,4 @@
-"""`make test-lowest` installs what setup.py calls the oldest, and `make test` what it allows; one version everywhere."""
+"""`make test-lowest` installs what setup.py calls the oldest, `make test` what it allows; the version is one."""
 
 from __future__ import annotations
 
