@@ -14,11 +14,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, get_args
 
+from llm2vec.files import json_hash
 from llm2vec.hub import find_file
 from llm2vec.types import DtypeName, UserError
 
 if TYPE_CHECKING:
     from llm2vec.llm2vec import LLM2Vec
+    from llm2vec.model.chain import Chain
     from llm2vec.model.settings import EncoderSettings
 
 
@@ -51,18 +53,27 @@ class ModelChoice:
         """The same in one word: MODEL[+ADAPTER ...]."""
         return "+".join((self.base, *self.adapters))
 
-    def resolved(self) -> ModelChoice:
-        """The same with the true base, every adapter and the dtype spelled out, folders by their full path.
+    def opened(self) -> Chain:
+        """Its folders, opened.
 
         Raises:
             UserError: something is not found, or does not belong together.
         """
-        from llm2vec.model.checkpoint import resolve_chain
+        from llm2vec.model.chain import open_chain
 
-        chain = resolve_chain(self.base, self.adapters)
+        chain = open_chain(self.base, self.adapters)
         if find_file(chain.base, "config.json") is None:
             raise UserError(f"There is no model {chain.base}: no folder or hub repository with a config.json.")
-        base, *adapters = (str(Path(p).resolve()) if Path(p).is_dir() else p for p in (chain.base, *chain.adapters))
+        return chain
+
+    def resolved(self) -> ModelChoice:
+        """The same with the true base, every adapter and the dtype spelled out, folders by their full path.
+
+        Raises:
+            UserError: as `opened`.
+        """
+        paths = [folder.path for folder in self.opened().folders]
+        base, *adapters = (str(Path(path).resolve()) if Path(path).is_dir() else path for path in paths)
         return ModelChoice(base, tuple(adapters), self.torch_dtype or "float32")
 
     def revision(self) -> str:
@@ -71,22 +82,18 @@ class ModelChoice:
         It stands in what a command writes, so that vectors of different models never meet in one index or corpus.
 
         Raises:
-            UserError: as `resolved`, or a folder holds no safetensors weights.
+            UserError: as `opened`, or a folder holds no safetensors weights.
         """
-        from llm2vec.model.revision import checkpoint_revision, hash_of
+        from llm2vec.model.chain import revision_of
 
-        choice = self.resolved()
-        checkpoints = [checkpoint_revision(path) for path in (choice.base, *choice.adapters)]
-        return hash_of({"checkpoints": checkpoints, "torch_dtype": choice.torch_dtype})
+        checkpoints = [revision_of(folder.path) for folder in self.opened().folders]
+        return json_hash({"checkpoints": checkpoints, "torch_dtype": self.torch_dtype or "float32"})
 
     def settings(self) -> EncoderSettings:
         """What the checkpoint records of its settings; the template may still be open."""
-        from llm2vec.model.checkpoint import read_settings
         from llm2vec.model.settings import EncoderSettings
 
-        choice = self.resolved()
-        outermost = choice.adapters[-1] if choice.adapters else choice.base
-        return EncoderSettings(**(read_settings(outermost) or read_settings(choice.base)))
+        return EncoderSettings(**self.opened().settings)
 
     def load(self) -> LLM2Vec:
         """The model.
@@ -96,8 +103,7 @@ class ModelChoice:
         """
         from llm2vec.llm2vec import LLM2Vec
 
-        choice = self.resolved()
-        return LLM2Vec.from_pretrained(choice.base, list(choice.adapters) or None, torch_dtype=choice.torch_dtype)
+        return LLM2Vec.from_pretrained(self.opened(), torch_dtype=self.torch_dtype)
 
 
 def add_model_flags(

@@ -9,7 +9,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -74,6 +74,36 @@ def sha256(file: Path) -> str:
     """SHA-256 of a file, in hexadecimal digits."""
     with file.open("rb") as content:
         return hashlib.file_digest(content, "sha256").hexdigest()
+
+
+def files_hash(folder: Path, files: Iterable[Path], tail_bytes: int | None = None) -> str:
+    """A short hash (16 hexadecimal digits) of files below a folder: their names there, sizes and content, in order.
+
+    Args:
+        folder: their names are taken from here.
+        files: what is read; the order counts.
+        tail_bytes: of a safetensors file, read only so many bytes at its end; None = all.
+    """
+    digest = hashlib.sha256()
+    for file in files:
+        with file.open("rb") as content:
+            size = content.seek(0, os.SEEK_END)
+            read = size if tail_bytes is None or file.suffix != ".safetensors" else min(size, tail_bytes)
+            content.seek(size - read)
+            digest.update(f"{file.relative_to(folder).as_posix()} {size}\n".encode())
+            while block := content.read(1 << 20):
+                digest.update(block)
+    return digest.hexdigest()[:16]
+
+
+def data_revision(folder: Path) -> str:
+    """Hash of all files of a local data set."""
+    return "local-" + files_hash(folder, sorted(file for file in folder.rglob("*") if file.is_file()))
+
+
+def json_hash(content: Any) -> str:
+    """A short hash of anything that JSON can hold; the order of keys does not matter."""
+    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()[:16]
 
 
 @contextmanager

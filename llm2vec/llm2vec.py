@@ -21,16 +21,16 @@ from torch import Tensor, nn
 from tqdm.auto import tqdm
 from transformers import PretrainedConfig, PreTrainedTokenizerBase
 
-from llm2vec.hub import find_file
-from llm2vec.model.backbone import Backbone, check_attention, hidden_states, load_backbone, load_tokenizer, parse_dtype
-from llm2vec.model.checkpoint import read_probe_ids, read_settings, resolve_chain, save_checkpoint
+from llm2vec.model.backbone import Backbone, hidden_states, load_backbone, load_tokenizer, parse_dtype
+from llm2vec.model.chain import Chain, open_chain
+from llm2vec.model.checkpoint import save_checkpoint
 from llm2vec.model.embed import embed
-from llm2vec.model.packing import check_packing
 from llm2vec.model.pooling import pool
-from llm2vec.model.settings import EncoderSettings, row_tokenizer, with_template
+from llm2vec.model.proofs import check_decoder
+from llm2vec.model.settings import EncoderSettings, check_rendering, row_tokenizer, with_template
 from llm2vec.model.stock_form import stock_model
 from llm2vec.text.batches import pack_rows
-from llm2vec.text.tokenization import Row, RowTokenizer, probe_ids
+from llm2vec.text.tokenization import Row, probe_ids
 from llm2vec.types import Attention, InstructedText, PoolingMode, TextSide, UserError
 
 if TYPE_CHECKING:
@@ -49,6 +49,10 @@ ROWS_AHEAD = 8
 
 class LLM2Vec(nn.Module):
     """A decoder with a template and a pooling mode.
+
+        model = LLM2Vec.from_pretrained("output/stage_I", "output/stage_II")
+        queries = model.encode([["Given a question, retrieve passages that answer it", "who wrote Emma?"]])
+        documents = model.encode(["Emma is a novel by Jane Austen."])
 
     Args:
         model: the decoder without language-model head, plain or with an adapter on it.
@@ -108,7 +112,7 @@ class LLM2Vec(nn.Module):
     @classmethod
     def from_pretrained(
         cls,
-        base_model_name_or_path: str | Path,
+        base_model_name_or_path: str | Path | Chain,
         peft_model_name_or_path: str | Path | Sequence[str | Path] | None = None,
         merge_peft: bool = False,
         enable_bidirectional: bool | None = None,
@@ -126,11 +130,12 @@ class LLM2Vec(nn.Module):
     ) -> LLM2Vec:
         """Load a model, put its adapters on, and prove that it attends as its settings say.
 
-        Settings left at None come from `llm2vec_config.json` of the last adapter, else of the base, else from
-        `EncoderSettings`. So a folder that this project wrote needs no further argument.
+        Settings left at None come from `llm2vec_config.json` of the outermost folder that has one (the last adapter
+        first, the base last), else from `EncoderSettings`. So a folder of this project needs no further argument.
 
         Args:
-            base_model_name_or_path: a model, or an adapter folder (then its recorded base is loaded below it).
+            base_model_name_or_path: a model, or an adapter folder (then its recorded base is loaded below it); or both
+                with all adapters, where `open_chain` has opened them already.
             peft_model_name_or_path: one adapter, or all of them in order, innermost first; all but the last are
                 merged.
             merge_peft: merge the last adapter as well.
@@ -149,12 +154,15 @@ class LLM2Vec(nn.Module):
         Raises:
             UserError: something is not found, does not fit, has no effect, or does not attend as asked.
         """
-        base, given_adapters = str(base_model_name_or_path), peft_model_name_or_path
-        adapters = [given_adapters] if isinstance(given_adapters, str | Path) else given_adapters or ()
-        chain = resolve_chain(base, [str(adapter) for adapter in adapters])
-        outermost = chain.adapters[-1] if chain.adapters else chain.base
-        recorded = read_settings(outermost) or read_settings(base)
-        given = {
+        chain = base_model_name_or_path
+        if not isinstance(chain, Chain):
+            given = peft_model_name_or_path
+            adapters = [given] if isinstance(given, str | Path) else given or ()
+            chain = open_chain(str(chain), [str(adapter) for adapter in adapters])
+        elif peft_model_name_or_path:
+            raise UserError("peft_model_name_or_path: adapters are part of the chain; open it with them.")
+        recorded = chain.settings
+        chosen = {
             "pooling_mode": pooling_mode,
             "max_length": max_length,
             "doc_max_length": doc_max_length,
@@ -164,8 +172,8 @@ class LLM2Vec(nn.Module):
             "attention": _attention(enable_bidirectional),
         }
         parents = {"parent_adapters": chain.adapters[:-1] if chain.adapters and not merge_peft else None}
-        settings = EncoderSettings(**{**recorded, **{k: v for k, v in given.items() if v is not None}, **parents})
-        tokenizer = load_tokenizer(outermost if find_file(outermost, "tokenizer_config.json") else chain.base)
+        settings = EncoderSettings(**{**recorded, **{k: v for k, v in chosen.items() if v is not None}, **parents})
+        tokenizer = load_tokenizer(chain.tokenizer_path)
         model = load_backbone(
             chain,
             dtype=parse_dtype(dtype if dtype is not None else torch_dtype),
@@ -175,12 +183,11 @@ class LLM2Vec(nn.Module):
         )
         if device_map is None and model.config._attn_implementation == "flash_attention_2":
             model.to("cuda")  # type: ignore[arg-type]  # where `encode` would move it, and the only place this attention runs
-        check_attention(model, settings.attention)
-        check_packing(model, settings.attention)
+        check_decoder(model, settings.attention)
         loaded = cls(model, tokenizer, **dataclasses.asdict(settings))
         loaded.placed = device_map is not None
         if recorded and loaded.settings == EncoderSettings(**{**recorded, **parents}):
-            check_rendering(outermost, loaded.row_tokenizer)
+            check_rendering(chain.outermost.path, chain.outermost.run.get("probe_ids"), loaded.row_tokenizer)
         return loaded.eval()  # torch's mode without dropout; no code is evaluated
 
     @property
@@ -387,20 +394,6 @@ def _is_pair(entry: Any) -> bool:
     instruction, text, *number = entry
     is_number = [isinstance(part, int | np.integer) and not isinstance(part, bool) for part in number]
     return isinstance(instruction, str) and isinstance(text, str) and all(is_number)
-
-
-def check_rendering(path: str, tokenizer: RowTokenizer) -> None:
-    """Refuse a checkpoint whose texts would now become other tokens than in training.
-
-    Raises:
-        UserError: its probe texts have other token ids than it recorded.
-    """
-    recorded = read_probe_ids(path)
-    if recorded is not None and recorded != probe_ids(tokenizer):
-        raise UserError(
-            f"{path}: the tokenizer renders the checkpoint's probe texts to other token ids than in training; its "
-            "files were changed, or another version of the tokenizers library reads them differently."
-        )
 
 
 def _attention(enable_bidirectional: bool | None) -> Attention | None:

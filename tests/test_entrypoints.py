@@ -21,8 +21,9 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from llm2vec import LLM2Vec
-from llm2vec.model.checkpoint import INCOMPLETE_MARKER, RUN_FILE, SETTINGS_FILE, resolve_chain, save_checkpoint
-from llm2vec.model.settings import EncoderSettings
+from llm2vec.model.chain import INCOMPLETE_MARKER, RUN_FILE, open_chain
+from llm2vec.model.checkpoint import save_checkpoint
+from llm2vec.model.settings import SETTINGS_FILE, EncoderSettings
 from llm2vec.train.config import Config
 from llm2vec.train.model import open_tokenizer
 from llm2vec.train.trainer import LOG_FILE
@@ -347,5 +348,5 @@ def test_another_join_than_the_parents_is_said(
     """Where the template leaves it open."""
     settings = EncoderSettings("last", 64, template=template, instruction_join="; ", attention="causal")
     save_checkpoint(tmp_path, tiny_model("llama"), family_tokenizer("llama"), settings)
-    open_tokenizer(Config(str(tmp_path), instruction_join=join), resolve_chain(str(tmp_path), ()))
+    open_tokenizer(Config(str(tmp_path), instruction_join=join), open_chain(str(tmp_path)))
     assert caplog.text.count(f"instruction_join is '{join}', but {tmp_path} was trained with '; '") == said

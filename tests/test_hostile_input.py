@@ -30,8 +30,7 @@ from llm2vec.data.lines import parse_line, parse_row
 from llm2vec.data.sources import read_sources_file
 from llm2vec.evaluation.files import load_instructions, retrieval_set_of
 from llm2vec.files import parse_json
-from llm2vec.model.checkpoint import read_settings
-from llm2vec.model.revision import model_name
+from llm2vec.model.chain import model_name, open_folder
 from llm2vec.model.settings import EncoderSettings
 from llm2vec.reports.results import read_results
 from llm2vec.table import Table
@@ -195,7 +194,7 @@ def test_damaged_configs(folder: Path, data: Any) -> None:
 )
 def test_settings_files(folder: Path, content: dict[str, Any]) -> None:
     (folder / "llm2vec_config.json").write_text(json.dumps(content), encoding="utf-8")
-    read = outcome("llm2vec_config.json", lambda: EncoderSettings(**read_settings(str(folder))))
+    read = outcome("llm2vec_config.json", lambda: EncoderSettings(**open_folder(str(folder)).settings))
     if read is not None:
         assert read.max_length >= 1 and (read.template is None or read.template in TEMPLATES)
 

@@ -23,9 +23,9 @@ from transformers import AutoModel, LlamaModel, PreTrainedModel
 
 from llm2vec import LLM2Vec
 from llm2vec.llm2vec import token_batches
-from llm2vec.model.backbone import attach_lora, check_attention
-from llm2vec.model.checkpoint import SETTINGS_FILE
-from llm2vec.model.settings import EncoderSettings
+from llm2vec.model.backbone import attach_lora
+from llm2vec.model.proofs import check_attention
+from llm2vec.model.settings import SETTINGS_FILE, EncoderSettings
 from llm2vec.types import UserError
 
 TEXTS: list[str | list[str]] = [

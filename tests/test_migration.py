@@ -24,10 +24,10 @@ from torch import Tensor
 from transformers import AutoConfig, AutoModel, AutoTokenizer, PreTrainedModel
 
 from llm2vec import LLM2Vec
-from llm2vec.model.backbone import attach_lora, check_attention
-from llm2vec.model.checkpoint import SETTINGS_FILE
+from llm2vec.model.backbone import attach_lora
 from llm2vec.model.pooling import pool
-from llm2vec.model.settings import EncoderSettings
+from llm2vec.model.proofs import check_attention
+from llm2vec.model.settings import SETTINGS_FILE, EncoderSettings
 from llm2vec.objectives.losses import info_nce
 from llm2vec.train.config import Config, training_arguments
 from llm2vec.train.config_file import load_config

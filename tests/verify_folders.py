@@ -13,9 +13,11 @@ import pytest
 import torch
 from helpers import family_tokenizer, tiny_model
 
+from llm2vec.choice import ModelChoice
 from llm2vec.commands.verify import main as verify_command
 from llm2vec.export.export import Export, export
-from llm2vec.model.backbone import Chain, attach_lora, load_backbone
+from llm2vec.model.backbone import attach_lora, load_backbone
+from llm2vec.model.chain import open_chain
 from llm2vec.model.checkpoint import save_checkpoint
 from llm2vec.model.settings import EncoderSettings, row_tokenizer
 from llm2vec.text.tokenization import probe_ids
@@ -38,7 +40,7 @@ def save_base(folder: Path, settings: EncoderSettings, seed: int = 0, family: st
 
 def save_adapter(folder: Path, base: str, settings: EncoderSettings, *, with_lm_head: bool = False) -> str:
     """A Stage II folder: an adapter that does something; with a head, its keys fit no other class of the model."""
-    model: Any = load_backbone(Chain(base, ()), with_lm_head=with_lm_head)
+    model: Any = load_backbone(open_chain(base), with_lm_head=with_lm_head)
     torch.manual_seed(0)  # a module's fixture is made before a test's own seed is set
     adapted = attach_lora(model, r=4, alpha=8, dropout=0.0)
     for name, parameter in adapted.named_parameters():
@@ -51,7 +53,7 @@ def save_adapter(folder: Path, base: str, settings: EncoderSettings, *, with_lm_
 
 def save_export(folder: Path, base: str, adapter: str | None = None, dtype: str = "float32") -> Path:
     """A folder for stock libraries."""
-    export(Export(adapter or base, base=base if adapter else None, dtype=dtype), folder)
+    export(Export(ModelChoice(base, (adapter,) if adapter else ()), dtype=dtype), folder)
     return folder
 
 

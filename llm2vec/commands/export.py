@@ -16,12 +16,13 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from llm2vec import cli
+from llm2vec.choice import ModelChoice, add_model_flags, chosen_model
 from llm2vec.hub import without_waiting_for_the_hub
 
 
 def _parse_args(argv: Sequence[str]) -> argparse.Namespace:
     parser = cli.parser("export", __doc__)
-    parser.add_argument("checkpoint", metavar="CHECKPOINT", help="folder or hub name of a model or an adapter")
+    add_model_flags(parser, positional=True)
     parser.add_argument("out", type=Path, metavar="OUT", help="folder to write; must not be there, or be empty")
     parser.add_argument("--base", help="base of an adapter, where it is not to be had under its recorded name")
     parser.add_argument("--dtype", choices=["bfloat16", "float32", "float16"], default="bfloat16")
@@ -42,9 +43,9 @@ def main(argv: Sequence[str]) -> None:
     from llm2vec.export.export import Export, export, push
     from llm2vec.reports.results import read_results
 
+    model = chosen_model(args)
     what = Export(
-        checkpoint=args.checkpoint,
-        base=args.base,
+        model if args.base is None else ModelChoice(args.base, (model.base, *model.adapters)),
         dtype=args.dtype,
         doc_max_length=args.doc_max_length,
         adapter=args.adapter,

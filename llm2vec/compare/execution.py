@@ -18,7 +18,7 @@ from queue import SimpleQueue
 import torch
 
 from llm2vec.compare.runs import EVALUATION_SCRIPT, Run, Trial, unique_runs
-from llm2vec.model.checkpoint import RUN_FILE, check_complete
+from llm2vec.model.chain import RUN_FILE, open_folder
 from llm2vec.types import UserError
 
 SCRIPTS = Path(__file__).resolve().parents[2] / "experiments"
@@ -30,7 +30,7 @@ def is_finished(run: Run) -> bool:
     """Whether a run has ended well and what it started from has not been made anew since."""
     marker = run.folder / FINISHED_FILE
     try:
-        check_complete(str(run.folder))
+        open_folder(str(run.folder))  # refuses one that was cut short
         made = marker.stat().st_mtime_ns
         return run.parent is None or (run.parent.folder / FINISHED_FILE).stat().st_mtime_ns <= made
     except (UserError, OSError):

@@ -23,10 +23,10 @@ from pathlib import Path
 from typing import Any, NamedTuple, get_args
 
 from llm2vec.data.sources import e5_sources, find_files, read_sources_file, select_sources
-from llm2vec.files import read_object, write_json
+from llm2vec.files import data_revision, files_hash, json_hash, read_object, write_json
 from llm2vec.hub import find_file, without_waiting_for_the_hub
-from llm2vec.model.checkpoint import RUN_FILE, SETTINGS_FILE
-from llm2vec.model.revision import checkpoint_revision, data_revision, files_hash, hash_of
+from llm2vec.model.chain import RUN_FILE, revision_of
+from llm2vec.model.settings import SETTINGS_FILE
 from llm2vec.train.config import Config
 from llm2vec.train.config_file import load_config
 from llm2vec.types import Stage, UserError
@@ -227,7 +227,7 @@ class Planner:
         if not _is_local(named):
             with without_waiting_for_the_hub():  # the commit is known of what has been asked for once
                 find_file(named, "config.json")
-        self.base_revision = checkpoint_revision(named)
+        self.base_revision = revision_of(named)
         self.base = _bare_base(named, self.output_dir / f"base-{self.base_revision}")
 
     def trials(self, seeds: Sequence[int]) -> list[Trial]:
@@ -260,7 +260,7 @@ class Planner:
         }
         if self.num_processes > 1 and config.total_batch_size is None:
             decides["processes"] = self.num_processes  # a step has that many times the rows
-        name = f"{stage.stage}-seed{seed}-{hash_of(decides)}"
+        name = f"{stage.stage}-seed{seed}-{json_hash(decides)}"
         folder, file = self.output_dir / "runs" / name, self.output_dir / "configs" / f"{name}.json"
         write_json(file, {**keys, "output_dir": str(folder)})
         num_steps = config.stop_after_n_steps or max(1, int(config.training.get("max_steps", 1)))
@@ -297,7 +297,7 @@ class Planner:
     def _hash(self, folder: Path, files: Sequence[Path]) -> str:
         """Of files, which many runs have in common."""
         if tuple(files) not in self._hashes:
-            self._hashes[tuple(files)] = files_hash(folder, files)
+            self._hashes[tuple(files)] = files_hash(folder, sorted(files))
         return self._hashes[tuple(files)]
 
     def _evaluation(self, recipe: Recipe, model: Run | None) -> Run:
@@ -307,8 +307,8 @@ class Planner:
         if model is None and _is_local(base):
             if not Path(base).is_dir():
                 raise UserError(f"{recipe.name}: there is no model {base}.")
-            decides["model"] = checkpoint_revision(base)
-        name = f"evaluation-{hash_of(decides)}"
+            decides["model"] = revision_of(base)
+        name = f"evaluation-{json_hash(decides)}"
         folder = self.output_dir / "evaluations" / name
         arguments = ["--base_model_name_or_path", base, "--output_dir", str(folder)]
         for option, value in options.items():

@@ -13,7 +13,7 @@ from datasets import Dataset
 from torch import Tensor
 
 from llm2vec.corpus.search import Similarity, blocks, from_keys, rerank, top_k
-from llm2vec.model.revision import hash_of
+from llm2vec.files import json_hash
 from llm2vec.types import UserError
 
 Side = Literal["query", "document"]
@@ -50,7 +50,7 @@ class CorpusSearch:
         self.corpus, self.encode, self.similarity = corpus, encode, similarity
         self._unique = queries.select(list(first_of_text.values()))
         #: Another one where hits would be others, as far as the queries' texts and the size of the corpus can tell.
-        self.name = f"{place}/{len(corpus)}/{hash_of(list(first_of_text))}"
+        self.name = f"{place}/{len(corpus)}/{json_hash(list(first_of_text))}"
 
     def keys(self, k: int, shard: int = 0, num_shards: int = 1) -> Tensor:
         """Keys of the best k documents of one shard of the corpus, a row for each different query."""

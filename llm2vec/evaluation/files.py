@@ -12,8 +12,7 @@ from typing import Any, NamedTuple
 
 from datasets import get_dataset_config_names
 
-from llm2vec.files import check_unicode, parse_object, read_object
-from llm2vec.model.revision import data_revision
+from llm2vec.files import check_unicode, data_revision, parse_object, read_object
 from llm2vec.types import UserError
 
 Task = Any  #: an `AbsTask` of mteb

@@ -23,8 +23,7 @@ from llm2vec.corpus.queue import Job, JobQueue
 from llm2vec.evaluation.cost import CHARACTERS_PER_TOKEN, MAX_TOKENS, num_documents, task_cost
 from llm2vec.evaluation.files import load_data, parts_of
 from llm2vec.evaluation.mteb_adapter import StreamingSearch, evaluate, is_dense, kept_score, result_file
-from llm2vec.files import whole
-from llm2vec.model.revision import hash_of
+from llm2vec.files import json_hash, whole
 from llm2vec.types import UserError
 
 logger = logging.getLogger(__name__)
@@ -56,7 +55,7 @@ def jobs_of(task: Any, can_shard: bool, max_tokens: float = MAX_TOKENS) -> list[
     if not can_shard or num_shards < 2:
         return [Job(name, size, details={"task": name})]
     # Shards of other data must not be taken for these.
-    stem = f"{name}.{hash_of(task.metadata.revision)}"
+    stem = f"{name}.{json_hash(task.metadata.revision)}"
     shards = [
         Job(f"{stem}.{i}-of-{num_shards}", size / num_shards, details={"task": name, "shard": i, "of": num_shards})
         for i in range(num_shards)

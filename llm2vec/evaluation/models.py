@@ -14,11 +14,12 @@ from sentence_transformers import SentenceTransformer
 from llm2vec.choice import ModelChoice
 from llm2vec.evaluation.files import load_instructions
 from llm2vec.evaluation.mteb_adapter import LLM2VecEncoder, is_registered, registered_model, wrap_sentence_transformer
+from llm2vec.files import json_hash
 from llm2vec.hub import find_file
 from llm2vec.llm2vec import LLM2Vec
 from llm2vec.model.backbone import parse_dtype
-from llm2vec.model.checkpoint import SETTINGS_FILE
-from llm2vec.model.revision import MODULES_FILE, checkpoint_revision, hash_of, is_module_folder, model_name
+from llm2vec.model.chain import MODULES_FILE, is_module_folder, model_name, revision_of
+from llm2vec.model.settings import SETTINGS_FILE
 from llm2vec.types import UserError
 
 logger = logging.getLogger(__name__)
@@ -126,9 +127,9 @@ def _sentence_transformer(asked: EvaluatedModel) -> Any:
         raise UserError(f"sentence-transformers cannot load {asked.model.base}: {reason}") from error
     if asked.max_length is not None:
         model.max_seq_length = asked.max_length
-    revision = hash_of(
+    revision = json_hash(
         {
-            "checkpoint": checkpoint_revision(asked.model.base),
+            "checkpoint": revision_of(asked.model.base),
             "dtype": str(next(model.parameters()).dtype),
             "max_length": model.max_seq_length,
             "prompts": prompts,

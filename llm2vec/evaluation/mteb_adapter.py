@@ -44,9 +44,9 @@ from torch.utils.data import DataLoader
 
 from llm2vec.corpus.sharded_search import CorpusSearch, Side
 from llm2vec.evaluation.files import load_data, parts_of, retrieval_set_of, use_local_data
+from llm2vec.files import data_revision, json_hash
 from llm2vec.llm2vec import LLM2Vec
-from llm2vec.model.checkpoint import resolve_chain
-from llm2vec.model.revision import checkpoint_revision, data_revision, hash_of, model_name
+from llm2vec.model.chain import model_name, open_chain, revision_of
 from llm2vec.types import UserError
 
 logger = logging.getLogger(__name__)
@@ -96,7 +96,7 @@ class LLM2VecEncoder(AbsEncoder):
         self.task_to_instructions = dict(task_to_instructions)
         self._fallbacks: dict[str, str] = {}
         paths = [str(path) for path in model_paths]
-        chain = resolve_chain(paths[0], paths[1:])
+        chain = open_chain(paths[0], paths[1:])
         self.mteb_model_meta: ModelMeta = ModelMeta.create_empty(
             {
                 "name": model_name(paths),
@@ -109,9 +109,9 @@ class LLM2VecEncoder(AbsEncoder):
         )
 
     def _revision(self, paths: Sequence[str]) -> str:
-        return hash_of(
+        return json_hash(
             {
-                "checkpoints": [checkpoint_revision(path) for path in paths],
+                "checkpoints": [revision_of(path) for path in paths],
                 "dtype": str(next(self.model.parameters()).dtype),
                 # The adapters below are hashed with the checkpoints; where they lie does not matter.
                 "settings": dataclasses.asdict(dataclasses.replace(self.model.settings, parent_adapters=None)),

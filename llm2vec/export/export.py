@@ -34,13 +34,14 @@ from peft import PeftModel, TaskType
 from torch import Tensor
 from transformers import AutoConfig
 
+from llm2vec.choice import ModelChoice
 from llm2vec.export.model_card import Facts, Stage, model_card
 from llm2vec.files import write_json
 from llm2vec.hub import find_file, local_folder
 from llm2vec.llm2vec import LLM2Vec
-from llm2vec.model.backbone import DTYPES, Chain, load_tokenizer
-from llm2vec.model.checkpoint import RUN_FILE, SETTINGS_FILE, is_mark_of_folder, mark_of, read_run, resolve_chain
-from llm2vec.model.settings import EncoderSettings, row_tokenizer
+from llm2vec.model.backbone import DTYPES, load_tokenizer
+from llm2vec.model.chain import RUN_FILE, Chain, Folder, is_mark_of_folder, mark_of, open_chain, read_run
+from llm2vec.model.settings import SETTINGS_FILE, EncoderSettings, row_tokenizer
 from llm2vec.model.stock_form import StockForm, compare, probes, stock_model, stock_settings, write_form
 from llm2vec.reports.results import Results
 from llm2vec.text.tokenization import probe_ids
@@ -69,8 +70,7 @@ class Export:
     """What to export, and how.
 
     Attributes:
-        checkpoint: a model or an adapter, folder or hub name.
-        base: the base of an adapter, where it is not to be had under its recorded name.
+        model: which model; the base of an adapter is given where it is not to be had under its recorded name.
         dtype: of the stored weights: `bfloat16`, `float16`, `float32`.
         doc_max_length: most tokens of a text, in place of the checkpoint's own limit.
         adapter: write the adapter alone, too.
@@ -81,8 +81,7 @@ class Export:
         repository: hub name that the folder will have; None = the folder's own name.
     """
 
-    checkpoint: str
-    base: str | None = None
+    model: ModelChoice
     dtype: str = "bfloat16"
     doc_max_length: int | None = None
     adapter: bool = False
@@ -116,10 +115,10 @@ def export(what: Export, out: Path) -> Proof:
     """
     _check_repository(what.repository)
     _check_free(out)
-    chain = resolve_chain(what.base or what.checkpoint, [what.checkpoint] if what.base else [])
+    chain = open_chain(what.model.base, what.model.adapters)
     base_id = _base_id(what, chain)
     with _written_aside(out) as folder:
-        model = LLM2Vec.from_pretrained(chain.base, chain.adapters or None, doc_max_length=what.doc_max_length)
+        model = LLM2Vec.from_pretrained(chain, doc_max_length=what.doc_max_length)
         form = stock_model(model.model, model.row_tokenizer, model.settings, what.instructions).form
         texts = probes(form.rows)
         exact = our_vectors(model, texts)
@@ -390,33 +389,31 @@ def _check_bidirectional(base_id: str) -> None:
 
 def _stages(chain: Chain) -> list[Stage]:
     """The runs that made a model, as far as they can be followed, the earliest first."""
-    paths = [*reversed(chain.adapters), chain.base]
-    while (parent := _parent(paths[-1])) is not None and parent not in paths:
-        paths.append(parent)
-    return [stage for path in reversed(paths) for stage in _recorded_stages(path)]
+    folders = [*reversed(chain.folders)]
+    while (parent := _parent(folders[-1])) is not None and parent.path not in {folder.path for folder in folders}:
+        folders.append(parent)
+    return [stage for folder in reversed(folders) for stage in _recorded_stages(folder)]
 
 
-def _has_run(path: str) -> bool:
-    folder = local_folder(path)
-    return folder is not None and (folder / RUN_FILE).is_file()
-
-
-def _parent(path: str) -> str | None:
+def _parent(trained: Folder) -> Folder | None:
     """What a checkpoint's run started from; None where that is not recorded, not here, or no longer what it was."""
-    parent = read_run(Path(path)).get("parent", {}) if _has_run(path) else {}
+    parent = trained.run.get("parent", {})
     name: str | None = parent.get("model_name_or_path")
-    if name is None or not _has_run(name):
+    run = {} if name is None else read_run(Path(name))
+    if name is None or not run:
         return None
     found = mark_of(name)
     if parent.get("marks", {}).get(name, found) != found:
-        logger.warning("%s has changed since %s was trained from it; its run is left out of the records", name, path)
+        logger.warning(
+            "%s has changed since %s was trained from it; its run is left out of the records", name, trained.path
+        )
         return None
-    return name
+    return Folder(name, run)
 
 
-def _recorded_stages(path: str) -> list[Stage]:
+def _recorded_stages(folder: Folder) -> list[Stage]:
     """The run that wrote a checkpoint, or all those that an export lists; none where no run wrote it."""
-    run = read_run(Path(path)) if _has_run(path) else {}
+    run = folder.run
     if "stages" in run:
         return [Stage(stage, []) for stage in run["stages"]]
     if "config" not in run:
@@ -424,7 +421,7 @@ def _recorded_stages(path: str) -> list[Stage]:
     marks = run.get("parent", {}).get("marks", {})
     local = {name for name, mark in marks.items() if is_mark_of_folder(mark)}
     kept = {key: run[key] for key in RUN_KEYS if key in run}
-    return [Stage(without_local_paths(kept, local), _log(Path(path)))]
+    return [Stage(without_local_paths(kept, local), _log(Path(folder.path)))]
 
 
 def _log(folder: Path) -> list[dict[str, Any]]:

@@ -12,9 +12,8 @@ import logging
 import re
 import threading
 import warnings
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
-from typing import Any, NamedTuple, TypeAlias
+from collections.abc import Sequence
+from typing import Any, TypeAlias
 from weakref import WeakKeyDictionary
 
 import torch
@@ -25,6 +24,7 @@ from transformers import AutoModel, AutoModelForCausalLM, AutoTokenizer, PreTrai
 from transformers.utils import logging as transformers_logging
 
 from llm2vec.hub import find_file
+from llm2vec.model.chain import Chain
 from llm2vec.types import Attention, UserError, first_line
 
 logger = logging.getLogger(__name__)
@@ -43,13 +43,6 @@ ATTENTION_LAYERS = {"full_attention", "sliding_attention", "chunked_attention"}
 
 #: Table of token embeddings -> the lock of the model it belongs to, adapter and head or not.
 _locks: WeakKeyDictionary[Any, threading.RLock] = WeakKeyDictionary()
-
-
-class Chain(NamedTuple):
-    """A base model and the adapters that go on it, innermost first."""
-
-    base: str
-    adapters: tuple[str, ...]
 
 
 def load_tokenizer(path: str) -> PreTrainedTokenizerBase:
@@ -81,7 +74,7 @@ def load_backbone(
     """Load a base and put its adapters on, each merged before the next.
 
     Args:
-        chain: base and adapters, as `checkpoint.resolve_chain` spells them out.
+        chain: base and adapters, as `open_chain` found them.
         dtype: of the weights; "auto" = as stored.
         attn_implementation: `eager`, `sdpa` or `flash_attention_2`; None = the library's choice.
         device_map: as in transformers.
@@ -244,58 +237,6 @@ def hidden_states(
 def one_pass(model: Any) -> threading.RLock:
     """Held during a forward pass: a packed one sets the model's attention, and another thread's would run with it."""
     return _locks.setdefault(model.get_input_embeddings(), threading.RLock())
-
-
-def check_attention(model: Backbone, attention: Attention) -> None:
-    """Prove that the model attends as asked: change the last of four tokens and look at the first one's state.
-
-    Raises:
-        UserError: the first state moves under causal attention, or stays under bidirectional attention; or the latter
-            was asked of a model some of whose layers only ever read forwards.
-    """
-    forward_only = set(getattr(model.config, "layer_types", None) or ()) - ATTENTION_LAYERS
-    if attention == "bidirectional" and forward_only:
-        raise UserError(
-            f"attention: bidirectional was asked for, but {type(model).__name__} has layers ({min(forward_only)}) that "
-            "read from left to right only; it can embed with causal attention."
-        )
-    rows = probe_tokens(model, 4).repeat(4, 1)
-    rows[:, -1] = probe_tokens(model, 8)[4:]
-    with probing(model) as exact:
-        state_BTD = hidden_states(model, attention, torch.ones_like(rows), input_ids=rows).float()
-    moved = (state_BTD[1:, 0] - state_BTD[:1, 0]).norm(dim=-1).max()
-    own = (state_BTD[1:, -1] - state_BTD[:1, -1]).norm(dim=-1).max()
-    # Under causal attention the rows' first states are the same sums; half precision gets some room for kernels
-    # that differ by row.
-    tolerance = 1e-5 if exact else 5e-3
-    if (moved <= tolerance * own) != (attention == "causal"):
-        raise UserError(
-            f"attention: {attention} was asked for, but {type(model).__name__} with "
-            f"attn_implementation={model.config._attn_implementation!r} does not attend that way."
-        )
-
-
-@contextmanager
-def probing(model: Backbone) -> Iterator[bool]:
-    """For a short pass that proves something: no dropout, no graph. Yields whether it computes in float32 or better."""
-    was_training = model.training
-    model.eval()  # torch's mode without dropout; no code is evaluated
-    weight = next(model.parameters())
-    # FlashAttention computes in half precision only; training float32 weights with it means autocast, so the probe too.
-    flash = model.config._attn_implementation == "flash_attention_2"
-    rounds = flash and weight.dtype == torch.float32
-    try:
-        with torch.no_grad(), torch.autocast(weight.device.type, torch.bfloat16, enabled=rounds):
-            yield weight.dtype in (torch.float32, torch.float64) and not flash
-    finally:
-        model.train(was_training)
-
-
-def probe_tokens(model: Backbone, number: int) -> Tensor:
-    """So many tokens [T], no two alike, on the model's device."""
-    embedding: Tensor = model.get_input_embeddings().weight  # type: ignore[assignment]
-    vocabulary, device = embedding.shape[0], embedding.device
-    return (torch.arange(number, device=device) * 7 + 11) % vocabulary
 
 
 def add_token_rows(model: PreTrainedModel, ids: Sequence[int], seed: int) -> None:

@@ -24,10 +24,10 @@ from transformers import AttentionInterface
 from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.models.llama.modeling_llama import apply_rotary_pos_emb
 
-from llm2vec.model.backbone import ATTENTION_LAYERS, Backbone, hidden_states, one_pass, probe_tokens, probing
+from llm2vec.model.backbone import ATTENTION_LAYERS, hidden_states, one_pass
 from llm2vec.model.packed_attention import NAME, Group, Layout, attend, can_share_prefix
 from llm2vec.text.batches import positions_of
-from llm2vec.types import Attention, UserError
+from llm2vec.types import Attention
 
 # On a CPU, oneDNN keeps what it has compiled for a product's sizes, 1.5 MB a pass in bfloat16, and each packed pass has
 # another number of tokens: after a thousand, gigabytes. Read by torch at its first such product.
@@ -65,30 +65,6 @@ def can_pack(model: Any, longest: int) -> bool:
     capped = getattr(config, "attn_logit_softcapping", None) is not None
     windows = [getattr(config, name, None) for name in ("sliding_window", "attention_chunk_size")]
     return not capped and all(window is None or window >= longest for window in windows)
-
-
-def check_packing(model: Backbone, attention: Attention) -> None:
-    """Prove that a text has the states packed behind another that it has alone, by the model's own attention.
-
-    Families that compute in another way than their config says would get other vectors without a word.
-
-    Raises:
-        UserError: it has not.
-    """
-    own, other = probe_tokens(model, 9).split([5, 4])
-    with probing(model) as exact:
-        alone = [
-            hidden_states(model, attention, torch.ones_like(ids)[None], input_ids=ids[None])[0] for ids in (own, other)
-        ]
-        embeddings = model.get_input_embeddings()(torch.cat([other, own]))
-        behind = packed_hidden_states(model, attention, [len(other), len(own)], embeddings)[len(other) :]
-    wrong = (behind - alone[0]).float().norm(dim=-1).max()
-    apart = (alone[0][-1] - alone[1][-1]).float().norm()
-    if wrong > (1e-3 if exact else 0.1) * apart:  # half precision gets room for kernels that round otherwise
-        raise UserError(
-            f"{type(model).__name__} computes more than attention over the text's own tokens, in a way that is not "
-            "known here: its texts cannot be laid end to end, so it cannot be used."
-        )
 
 
 def packed_hidden_states(

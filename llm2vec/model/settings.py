@@ -4,21 +4,28 @@ from __future__ import annotations
 
 import dataclasses
 import logging
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import get_args
+from pathlib import Path
+from typing import Any, get_args
 
 from transformers import PreTrainedTokenizerBase
 
+from llm2vec.files import read_object
 from llm2vec.text.templates import infer_template, segments_of
-from llm2vec.text.tokenization import RowTokenizer
+from llm2vec.text.tokenization import RowTokenizer, probe_ids
 from llm2vec.types import POOLING_ALIASES, Attention, PoolingMode, UserError
 
 logger = logging.getLogger(__name__)
+
+SETTINGS_FILE = "llm2vec_config.json"
 
 
 @dataclass(frozen=True)
 class EncoderSettings:
     """How texts become vectors. The defaults are upstream LLM2Vec's, except `doc_max_length`.
+
+        EncoderSettings("last", 512, template="llama3", attention="causal")  # the paper's, on a Llama 3 model
 
     Attributes:
         pooling_mode: `last`, `mean`, `weighted_mean` or `first`.
@@ -68,6 +75,24 @@ class EncoderSettings:
             object.__setattr__(self, "parent_adapters", tuple(self.parent_adapters))
 
 
+def read_settings(file: Path) -> dict[str, Any]:
+    """What an `llm2vec_config.json` says: the settings that are written there, of values that they may have.
+
+    Raises:
+        UserError: it is no JSON object of settings.
+    """
+    written = read_object(file)
+    known = [field.name for field in dataclasses.fields(EncoderSettings)]
+    unknown = sorted(set(written) - set(known))
+    if unknown:
+        raise UserError(f"{file}: unknown key {unknown[0]!r}; known: {', '.join(known)}.")
+    try:
+        EncoderSettings(**written)
+    except UserError as error:
+        raise UserError(f"{file}: {error}") from error
+    return written
+
+
 def row_tokenizer(
     tokenizer: PreTrainedTokenizerBase, settings: EncoderSettings, *, reconstruct_instruction: bool = False
 ) -> RowTokenizer:
@@ -91,3 +116,21 @@ def with_template(settings: EncoderSettings, tokenizer: PreTrainedTokenizerBase)
     template = infer_template(tokenizer)
     logger.warning("template: none is set; %r is inferred from the tokenizer's special tokens.", template)
     return dataclasses.replace(settings, template=template)
+
+
+def check_rendering(path: str, recorded: Sequence[Sequence[int]] | None, tokenizer: RowTokenizer) -> None:
+    """Refuse a checkpoint whose texts would now become other tokens than in training.
+
+    Args:
+        path: its folder.
+        recorded: the token ids of the probe texts in training, of its `run.json`; None = it has none.
+        tokenizer: renders texts as its settings say.
+
+    Raises:
+        UserError: the probe texts become others.
+    """
+    if recorded is not None and recorded != probe_ids(tokenizer):
+        raise UserError(
+            f"{path}: the tokenizer renders the checkpoint's probe texts to other token ids than in training; its "
+            "files were changed, or another version of the tokenizers library reads them differently."
+        )

@@ -18,8 +18,7 @@ from transformers import PreTrainedTokenizerBase, TrainingArguments
 from llm2vec.data.collation import Collate, CollateSides, check_examples
 from llm2vec.data.order import OneSourceBlocks
 from llm2vec.hub import find_file, without_waiting_for_the_hub
-from llm2vec.model.backbone import Chain
-from llm2vec.model.checkpoint import resolve_chain
+from llm2vec.model.chain import Chain, open_chain
 from llm2vec.model.packing import inner_decoder
 from llm2vec.model.recomputation import fit
 from llm2vec.model.settings import EncoderSettings
@@ -152,7 +151,7 @@ def make_plan(path: Path, conditions: Conditions) -> Plan:
     with without_waiting_for_the_hub():
         absent = tuple(adapter for adapter in config.adapters if not _has(adapter, "adapter_config.json"))
         # Those that are not there yet are left out: merged, they change no shape.
-        chain = resolve_chain(base, [adapter for adapter in config.adapters if adapter not in absent])
+        chain = open_chain(base, [adapter for adapter in config.adapters if adapter not in absent])
         shape = shape_of(chain.base)
         tokenizer, settings, new_tokens = _tokenizer(config, chain)
     model = model_of_shapes(config, shape, new_tokens)
@@ -197,7 +196,7 @@ def make_plan(path: Path, conditions: Conditions) -> Plan:
 
 def _tokenizer(config: Config, chain: Chain) -> tuple[PreTrainedTokenizerBase | None, EncoderSettings, list[int]]:
     """The tokenizer, if it can be read here; how texts become vectors; ids of tokens that the base lacks."""
-    if any(_has(name, "tokenizer_config.json") for name in (chain.base, *chain.adapters[-1:])):
+    if _has(chain.tokenizer_path, "tokenizer_config.json"):
         return open_tokenizer(config, chain)
     return None, encoder_settings(config, {}), []
 

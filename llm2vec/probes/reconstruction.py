@@ -26,14 +26,12 @@ from tqdm.auto import tqdm
 from transformers import GenerationConfig
 
 from llm2vec.files import parse_object
-from llm2vec.hub import find_file
-from llm2vec.llm2vec import check_rendering
 from llm2vec.llm2vec_q2d_d2q import BidirectionalReconstruction
-from llm2vec.model.backbone import check_attention, load_backbone, load_tokenizer, parse_dtype
-from llm2vec.model.checkpoint import read_run_config, read_settings, resolve_chain
+from llm2vec.model.backbone import load_backbone, load_tokenizer, parse_dtype
+from llm2vec.model.chain import open_chain
 from llm2vec.model.embed import embed
-from llm2vec.model.packing import check_packing
-from llm2vec.model.settings import EncoderSettings, row_tokenizer, with_template
+from llm2vec.model.proofs import check_attention, check_decoder
+from llm2vec.model.settings import SETTINGS_FILE, EncoderSettings, check_rendering, row_tokenizer, with_template
 from llm2vec.objectives.losses import CrossEntropy, linear_cross_entropy
 from llm2vec.text.batches import pack_rows
 from llm2vec.text.tokenization import Row, RowTokenizer
@@ -156,19 +154,18 @@ def load_reconstructor(
         UserError: it has no settings or no head, or was trained to another objective; or it does not load, or not
             onto the device.
     """
-    chain = resolve_chain(checkpoint, [])
-    outermost = chain.adapters[-1] if chain.adapters else chain.base
-    recorded = read_settings(outermost)
-    if not recorded:
-        raise UserError(f"{outermost}: there is no llm2vec_config.json, so how its anchors are made is not known.")
+    chain = open_chain(checkpoint)
+    outermost = chain.outermost
+    if not outermost.settings:
+        raise UserError(f"{outermost.path}: there is no {SETTINGS_FILE}, so how its anchors are made is not known.")
     # What an anchor stands for was learnt where the head was: in the base.
-    trained = read_run_config(chain.base)
+    trained = chain.folders[0].run.get("config", {})
     if trained.get("objective") == "token_set":
         raise UserError(f"{chain.base}: trained to objective 'token_set', which has no anchor to decode.")
-    tokenizer = load_tokenizer(outermost if find_file(outermost, "tokenizer_config.json") else chain.base)
-    settings = with_template(EncoderSettings(**recorded), tokenizer)
+    tokenizer = load_tokenizer(chain.tokenizer_path)
+    settings = with_template(EncoderSettings(**outermost.settings), tokenizer)
     rows = row_tokenizer(tokenizer, settings, reconstruct_instruction=trained.get("reconstruct_instruction", False))
-    check_rendering(outermost, rows)
+    check_rendering(outermost.path, outermost.run.get("probe_ids"), rows)
     model: Any = load_backbone(chain, dtype=parse_dtype(torch_dtype), with_lm_head=True)
     place = device or ("cuda" if torch.cuda.is_available() else "cpu")
     try:
@@ -178,9 +175,8 @@ def load_reconstructor(
     # Of the folder's habits of generating, only its ends: `generate` would fill in its temperature and penalties.
     model.generation_config = GenerationConfig(eos_token_id=model.generation_config.eos_token_id)
     objective = BidirectionalReconstruction(model, settings, target=trained.get("target", "counterpart"))
-    for attention in (settings.attention, "causal"):
-        check_attention(objective.decoder, attention)
-    check_packing(objective.decoder, settings.attention)
+    check_decoder(objective.decoder, settings.attention)
+    check_attention(objective.decoder, "causal")  # of the pass that decodes
     return Reconstructor(objective, rows)
 
 

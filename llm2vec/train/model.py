@@ -16,20 +16,18 @@ import torch
 from peft import PeftModel
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainingArguments, set_seed
 
-from llm2vec.hub import find_file
 from llm2vec.model.backbone import (
     Backbone,
-    Chain,
     add_token_rows,
     attach_lora,
-    check_attention,
     enable_checkpointing,
     load_backbone,
     load_tokenizer,
     parse_dtype,
 )
-from llm2vec.model.checkpoint import read_settings, resolve_chain
-from llm2vec.model.packing import check_packing, checkpoint_contexts, compile_layers
+from llm2vec.model.chain import Chain, open_chain
+from llm2vec.model.packing import checkpoint_contexts, compile_layers
+from llm2vec.model.proofs import check_decoder
 from llm2vec.model.settings import EncoderSettings, row_tokenizer, with_template
 from llm2vec.objectives.mntp import add_mask_token
 from llm2vec.text.templates import leaves_join_open
@@ -52,7 +50,7 @@ def load_model(
         UserError: not found, does not fit, does not attend as asked, or contradicts the parent checkpoint.
     """
     set_seed(config.training.get("seed", 42))
-    chain = resolve_chain(config.model_name_or_path, config.adapters)
+    chain = open_chain(config.model_name_or_path, config.adapters)
     tokenizer, settings, new_tokens = open_tokenizer(config, chain)
     model = load_backbone(
         chain,
@@ -65,8 +63,7 @@ def load_model(
         names = ", ".join(tokenizer.convert_ids_to_tokens(new_tokens))
         logger.info("added tokens: %s; they start at the mean of the other tokens' embeddings", names)
     model.to(device)  # type: ignore[arg-type]  # FlashAttention cannot be probed on the CPU
-    check_attention(decoder_of(model), settings.attention)
-    check_packing(decoder_of(model), settings.attention)
+    check_decoder(decoder_of(model), settings.attention)
     if config.checkpointing is not None:
         contexts = partial(checkpoint_contexts, decoder_of(model))
         enable_checkpointing(model, {**config.checkpointing, "context_fn": contexts})
@@ -87,16 +84,15 @@ def open_tokenizer(config: Config, chain: Chain) -> tuple[PreTrainedTokenizerBas
     Raises:
         UserError: not found, contradicts the parent checkpoint, or a template that the tokenizer cannot write.
     """
-    parent = chain.adapters[-1] if chain.adapters else chain.base
-    tokenizer = load_tokenizer(parent if find_file(parent, "tokenizer_config.json") else chain.base)
-    recorded = read_settings(parent)
+    tokenizer = load_tokenizer(chain.tokenizer_path)
+    recorded = chain.outermost.settings
     settings = with_template(encoder_settings(config, recorded), tokenizer)
     join = recorded.get("instruction_join", settings.instruction_join)
     if join != settings.instruction_join and leaves_join_open(str(settings.template)):
         logger.warning(
             "instruction_join is %r, but %s was trained with %r: rows with an instruction are other tokens than there.",
             settings.instruction_join,
-            parent,
+            chain.outermost.path,
             join,
         )
     new_tokens = add_template_tokens(tokenizer, str(settings.template))
@@ -147,7 +143,7 @@ def decoder_of(model: Backbone) -> Backbone:
     return model.base_model if has_head else model  # type: ignore[return-value]
 
 
-def written(model: Backbone) -> Backbone:
+def part_to_save(model: Backbone) -> Backbone:
     """What of a trained model a checkpoint holds: its adapter if it has one, also below a head; else all of it."""
     decoder = decoder_of(model)
     return decoder if isinstance(decoder, PeftModel) else model

@@ -33,7 +33,8 @@ from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
 from llm2vec.data.tables import content_hash
 from llm2vec.distributed import join_on_cpu, max_over_ranks
-from llm2vec.model.checkpoint import RUN_FILE, SUMS_FILE, check_complete, check_sums, environment, mark_of, read_run
+from llm2vec.model.chain import mark_of, open_folder, read_run
+from llm2vec.model.checkpoint import SUMS_FILE, check_sums, environment
 from llm2vec.processes import rank, world_size
 from llm2vec.train.config import CHECKPOINTING_KEYS, COMPILE_KEYS, Config, training_arguments
 from llm2vec.types import RunEnds, UserError
@@ -147,13 +148,13 @@ def why_unusable(folder: Path) -> str | None:
     if not folder.is_dir():
         return f"there is no folder {folder}."
     try:
-        check_complete(str(folder))
+        run = open_folder(str(folder)).run
         check_sums(folder)
     except UserError as error:
         return str(error)
     if not all((folder / name).is_file() for name in STATE_FILES):
         return f"{folder} holds weights only (save_only_model)."
-    processes = read_run(folder).get("num_processes", 1)
+    processes = run.get("num_processes", 1)
     if not all((folder / file_of_rank(FIGURES_FILE, i)).is_file() for i in range(processes)):
         return f"{folder} lacks the state of some processes, which saw another disk; share the output folder."
     return None
@@ -162,8 +163,7 @@ def why_unusable(folder: Path) -> str | None:
 def _holds_a_run(folder: Path) -> bool:
     """Whether a training script wrote a folder, to its end."""
     try:
-        check_complete(str(folder))
-        return (folder / RUN_FILE).is_file() and "config" in read_run(folder)
+        return "config" in open_folder(str(folder)).run
     except UserError:
         return False
 

@@ -21,7 +21,8 @@ from transformers import PreTrainedTokenizerBase, TrainingArguments
 from llm2vec.cli import user_errors_in_one_sentence as user_errors_in_one_sentence  # goes once nobody takes it here
 from llm2vec.data.collation import Collate, CollateSides, check_examples
 from llm2vec.data.tables import content_hash
-from llm2vec.model.checkpoint import mark_of, read_weights, save_checkpoint
+from llm2vec.model.chain import mark_of
+from llm2vec.model.checkpoint import read_weights, save_checkpoint
 from llm2vec.model.recomputation import fit_activations
 from llm2vec.model.settings import EncoderSettings, row_tokenizer
 from llm2vec.probes.diagnostics import DIAGNOSTICS_FILE
@@ -29,7 +30,7 @@ from llm2vec.processes import StopSignals, rank, world_size
 from llm2vec.text.tokenization import probe_ids
 from llm2vec.train.config import Config
 from llm2vec.train.log import drop_entries_after
-from llm2vec.train.model import autocast, decoder_of, written
+from llm2vec.train.model import autocast, decoder_of, part_to_save
 from llm2vec.train.resume import checkpoint_folder, checkpoints_in, command_to_resume, remove_checkpoints, step_of
 from llm2vec.train.rows import Rows, row_orders
 from llm2vec.train.run_probes import probes_of
@@ -87,7 +88,7 @@ def train(
         at_step = {**(run or {}), "step": trainer.state.global_step}
         if trainer.weights_of_step is not None:
             at_step["weights_of_step"] = trainer.weights_of_step
-        save_checkpoint(folder, written(objective.model), tokenizer, settings, at_step, state)  # type: ignore[arg-type]
+        save_checkpoint(folder, part_to_save(objective.model), tokenizer, settings, at_step, state)  # type: ignore[arg-type]
 
     signals = StopSignals()
     trainer = EmbedderTrainer(
@@ -102,7 +103,7 @@ def train(
         held_out=held_out,
         probes=probes_of(config, args, objective.model, tokenizer, settings, held_out and held_out[0]),
         max_tokens=config.tokens_per_microbatch,
-        load_from=lambda folder: read_weights(folder, written(objective.model)),  # type: ignore[arg-type]
+        load_from=lambda folder: read_weights(folder, part_to_save(objective.model)),  # type: ignore[arg-type]
         place_of=rows.place,
         should_stop=lambda: signals.received is not None,
         max_skipped_steps=config.max_skipped_steps,

@@ -23,9 +23,8 @@ from llm2vec.files import parse_json
 from llm2vec.hub import find_file
 from llm2vec.llm2vec import LLM2Vec
 from llm2vec.model.backbone import load_tokenizer
-from llm2vec.model.checkpoint import resolve_chain
+from llm2vec.model.chain import MODULES_FILE, open_chain
 from llm2vec.model.pooling import pool
-from llm2vec.model.revision import MODULES_FILE
 from llm2vec.model.stock_form import POOLING, SWITCHES
 from llm2vec.text.tokenization import Row
 from llm2vec.types import Attention, InstructedText, PoolingMode, UserError, first_line
@@ -272,7 +271,7 @@ def _in_batches(embed: Callable[[Sequence[InstructedText]], Tensor]) -> Callable
 
 def _is_half(choice: Choice, dtype: torch.dtype) -> bool:
     is_model = find_file(choice.model.base, "config.json") is not None
-    base = choice.model.base if is_model else resolve_chain(choice.model.base, choice.model.adapters).base
+    base = choice.model.base if is_model else open_chain(choice.model.base, choice.model.adapters).base
     stored = getattr(AutoConfig.from_pretrained(base, trust_remote_code=False), "dtype", None)
     return bool({dtype, stored} & {torch.bfloat16, torch.float16})
 

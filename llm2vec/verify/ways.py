@@ -20,9 +20,8 @@ from llm2vec.choice import ModelChoice
 from llm2vec.files import read_object
 from llm2vec.hub import find_file
 from llm2vec.model.backbone import load_tokenizer
-from llm2vec.model.checkpoint import SETTINGS_FILE, read_settings, resolve_chain
-from llm2vec.model.revision import MODULES_FILE
-from llm2vec.model.settings import EncoderSettings, row_tokenizer
+from llm2vec.model.chain import MODULES_FILE, open_chain
+from llm2vec.model.settings import SETTINGS_FILE, EncoderSettings, row_tokenizer
 from llm2vec.model.stock_form import possible_forms
 from llm2vec.text.tokenization import RowTokenizer
 from llm2vec.types import InstructedText, UserError
@@ -114,16 +113,14 @@ def rendering_of(choices: Sequence[Choice]) -> Rendering | None:
     """The first template that a way's folders record; None where none does."""
     local = [choice for choice in choices if choice.kind != "server"]
     for choice in local:
-        chain = resolve_chain(choice.model.base, choice.model.adapters)
-        for path in (*reversed(chain.adapters), choice.model.base, chain.base):
-            if not (recorded := read_settings(path)):
-                continue
-            settings = EncoderSettings(**recorded)
-            tokenizer = load_tokenizer(path if find_file(path, "tokenizer_config.json") else chain.base)
-            rows = row_tokenizer(tokenizer, settings)
-            stock = next((c.model.base for c in local if find_file(c.model.base, MODULES_FILE)), None)
-            written = possible_forms(rows, settings)[0].written if stock is None else _own_header(load_tokenizer(stock))
-            return Rendering(rows, written)
+        chain = open_chain(choice.model.base, choice.model.adapters)
+        if not chain.settings:
+            continue
+        settings = EncoderSettings(**chain.settings)
+        rows = row_tokenizer(load_tokenizer(chain.tokenizer_path), settings)
+        stock = next((c.model.base for c in local if find_file(c.model.base, MODULES_FILE)), None)
+        written = possible_forms(rows, settings)[0].written if stock is None else _own_header(load_tokenizer(stock))
+        return Rendering(rows, written)
     return None
 
 

@@ -31,7 +31,8 @@ from llm2vec.compare.table import (
     own_keys_table,
     write_comparison,
 )
-from llm2vec.model.checkpoint import INCOMPLETE_MARKER, SETTINGS_FILE
+from llm2vec.model.chain import INCOMPLETE_MARKER
+from llm2vec.model.settings import SETTINGS_FILE
 from llm2vec.types import UserError
 
 ROOT = Path(__file__).parents[2]
@@ -223,7 +224,7 @@ def test_a_base_on_the_hub_has_its_commit_from_the_first_start_on(
     """Before anything of it was fetched it has no commit here; runs named without would all be done again."""
     fetched: set[str] = set()
     monkeypatch.setattr(compare_runs, "find_file", lambda path, name: fetched.add(path))
-    monkeypatch.setattr(compare_runs, "checkpoint_revision", lambda path: "0123abc" if path in fetched else path)
+    monkeypatch.setattr(compare_runs, "revision_of", lambda path: "0123abc" if path in fetched else path)
     shared = json.loads((folder / "set/shared.json").read_text(encoding="utf-8"))
     change(folder / "set/shared.json", all={**shared["all"], "model_name_or_path": "somebody/base"})
     first = Planner(read_set(folder / "set"), folder / "out")

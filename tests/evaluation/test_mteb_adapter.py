@@ -31,8 +31,8 @@ from torch.utils.data import DataLoader
 from llm2vec.evaluation import mteb_adapter
 from llm2vec.evaluation.files import RETRIEVAL_FILES, load_instructions, parts_of, retrieval_set_of
 from llm2vec.evaluation.mteb_adapter import LLM2VecEncoder, evaluate, load_tasks
-from llm2vec.model import revision
-from llm2vec.model.revision import checkpoint_revision, model_name
+from llm2vec.model import chain
+from llm2vec.model.chain import model_name, revision_of
 from llm2vec.types import UserError
 
 ROOT = Path(__file__).parents[2]
@@ -312,10 +312,10 @@ def test_the_revision_follows_all_that_decides_a_score(
 def test_a_model_of_the_hub_is_known_by_its_commit(
     make_encoder: Callable[..., LoggingEncoder], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    assert checkpoint_revision("org/never-loaded") == "org/never-loaded"
+    assert revision_of("org/never-loaded") == "org/never-loaded"
     cached = "/cache/models--org--name/snapshots/0123abc/config.json"
-    monkeypatch.setattr(revision, "try_to_load_from_cache", lambda *_: cached)
-    assert checkpoint_revision("org/name") == "0123abc"
+    monkeypatch.setattr(chain, "try_to_load_from_cache", lambda *_: cached)
+    assert revision_of("org/name") == "0123abc"
 
 
 def test_a_directory_without_weights_is_refused(checkpoint: Path, make_encoder: Callable[..., LoggingEncoder]) -> None:

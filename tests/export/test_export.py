@@ -21,10 +21,12 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from llm2vec import LLM2Vec
+from llm2vec.choice import ModelChoice
 from llm2vec.export import export as export_module
 from llm2vec.export.export import Export, Proof, export, push, without_local_paths
 from llm2vec.model.backbone import attach_lora
-from llm2vec.model.checkpoint import mark_of, save_checkpoint
+from llm2vec.model.chain import mark_of
+from llm2vec.model.checkpoint import save_checkpoint
 from llm2vec.model.settings import EncoderSettings, row_tokenizer
 from llm2vec.model.stock_form import stock_model
 from llm2vec.reports.results import read_results
@@ -178,7 +180,7 @@ def exported(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Exported]:
         checkpoint = save(root / key, case)
         folders[key] = root / key / "out"
         by_itself = key == "llama_causal_last_lora"
-        what = Export(checkpoint, dtype="float32", adapter=by_itself, base_id=HUB_BASE if by_itself else None)
+        what = asked(checkpoint, dtype="float32", adapter=by_itself, base_id=HUB_BASE if by_itself else None)
         proofs[key] = export(what, folders[key])
         model = LLM2Vec.from_pretrained(checkpoint)
         form = stock_model(model.model, model.row_tokenizer, model.settings, {}).form
@@ -318,7 +320,7 @@ def test_records_say_where_the_model_is_from(exported: Exported) -> None:
 
 def test_weights_are_rounded_once(adapter: str, tmp_path: Path) -> None:
     """bfloat16 of the float32 merge, not a merge in bfloat16; and the loss is measured."""
-    proof = export(Export(adapter), tmp_path / "out")
+    proof = export(asked(adapter), tmp_path / "out")
     assert 0.99 < proof.rounding < 1 and proof.difference < 1e-5
     merged = LLM2Vec.from_pretrained(adapter, merge_peft=True).model.state_dict()
     stored = load_file(tmp_path / "out" / "model.safetensors")
@@ -338,7 +340,7 @@ def test_a_checkpoint_of_a_run_takes_the_runs_log_up_to_its_step(adapter: str, t
             file.rename(run / "checkpoint-5" / file.name)
     with (run / "log.jsonl").open("a", encoding="utf-8") as log:
         log.write('{"step": 12, "lo')  # as a run leaves it that was killed
-    export(Export(str(run / "checkpoint-5"), dtype="float32"), tmp_path / "out")
+    export(asked(str(run / "checkpoint-5"), dtype="float32"), tmp_path / "out")
     card = (tmp_path / "out" / "README.md").read_text(encoding="utf-8")
     assert "| logged | step 2 | step 2 |" in card
 
@@ -354,8 +356,12 @@ def test_the_card_has_front_matter_and_scores(adapter: str, tmp_path: Path) -> N
     result = {"task_name": "NFCorpus", "scores": scores, "mteb_version": "2.26.24", "dataset_revision": "abc"}
     (results / "NFCorpus.json").write_text(json.dumps(result), encoding="utf-8")
     instructions = {"NFCorpus": INSTRUCTION}
-    what = Export(
-        adapter, license="mit", results=read_results(results), instructions=instructions, repository="me/mine"
+    what = asked(
+        adapter,
+        license="mit",
+        results=read_results(results),
+        instructions=instructions,
+        repository="me/mine",
     )
     export(what, tmp_path / "out")
     card = ModelCard.load(tmp_path / "out" / "README.md")
@@ -384,7 +390,7 @@ def test_settings_on_the_card_are_as_a_config_writes_them(tmp_path: Path) -> Non
     """A line break would end the table, and 0 is a value."""
     config = {"stage": "stage_I", "instruction_join": "\n", "alpha": 0.0, "template": "a|b", "bidirectional": False}
     checkpoint = save(tmp_path, CASES["llama_causal_last_full"], run_config=config)
-    export(Export(checkpoint), tmp_path / "out")
+    export(asked(checkpoint), tmp_path / "out")
     card = (tmp_path / "out" / "README.md").read_text(encoding="utf-8")
     rows = card.partition("### Stage I\n\n")[2].partition("\n\n")[0].splitlines()
     assert rows[2:5] == ["| `alpha` | `0.0` |", r'| `template` | `"a\|b"` |', r'| `instruction_join` | `"\n"` |']
@@ -393,7 +399,10 @@ def test_settings_on_the_card_are_as_a_config_writes_them(tmp_path: Path) -> Non
 
 @pytest.mark.parametrize(("stage", "heading"), [("lm", "### Language modelling\n"), (None, "### Run 1\n")])
 def test_a_stage_is_a_heading_of_the_card(stage: str | None, heading: str, tmp_path: Path) -> None:
-    export(Export(save(tmp_path, CASES["llama_causal_last_full"], run_config={"stage": stage})), tmp_path / "out")
+    export(
+        asked(save(tmp_path, CASES["llama_causal_last_full"], run_config={"stage": stage})),
+        tmp_path / "out",
+    )
     assert heading in (tmp_path / "out" / "README.md").read_text(encoding="utf-8")
 
 
@@ -402,7 +411,7 @@ def test_a_stage_is_a_heading_of_the_card(stage: str | None, heading: str, tmp_p
 
 def stages_of(checkpoint: str, out: Path) -> list[dict[str, Any]]:
     """The runs that an export records."""
-    export(Export(checkpoint, dtype="float32"), out)
+    export(asked(checkpoint, dtype="float32"), out)
     stages: list[dict[str, Any]] = json.loads((out / "run.json").read_text(encoding="utf-8"))["stages"]
     return stages
 
@@ -467,6 +476,11 @@ def test_a_local_base_that_is_gone_is_no_name_on_the_hub(tmp_path: Path, monkeyp
 # --- refusals ---
 
 
+def asked(checkpoint: str, **options: Any) -> Export:
+    """What is to be exported, of a checkpoint's folder."""
+    return Export(ModelChoice(checkpoint), **options)
+
+
 def assert_refused(what: Export, out: Path, reason: str) -> None:
     """Asserts that an export is refused for this reason, and that nothing of it is left."""
     with pytest.raises(UserError, match=reason):
@@ -480,9 +494,9 @@ def test_refuses_a_folder_with_something_in_it(adapter: str, tmp_path: Path) -> 
     out = tmp_path / "out"
     out.mkdir()
     (out / "mine").touch()
-    assert_refused(Export(adapter), out, "is there already")
+    assert_refused(asked(adapter), out, "is there already")
     (out / "mine").unlink()
-    export(Export(adapter), out)
+    export(asked(adapter), out)
     assert (out / "model.safetensors").is_file(), "an empty one is taken"
 
 
@@ -491,15 +505,15 @@ def test_refuses_early_what_cannot_be_written(adapter: str, tmp_path: Path, monk
     monkeypatch.setattr(export_module.LLM2Vec, "from_pretrained", lambda *_, **__: pytest.fail("a model is loaded"))
     (tmp_path / "file").touch()
     with pytest.raises(UserError, match=r"file/out could not be written \(Not a directory"):
-        export(Export(adapter), tmp_path / "file" / "out")
+        export(asked(adapter), tmp_path / "file" / "out")
     (tmp_path / "link").symlink_to(tmp_path / "nowhere")
-    assert_refused(Export(adapter), tmp_path / "link", "link is there already")
-    assert_refused(Export(adapter, repository="a b"), tmp_path / "out", "--push_to_hub: Repo id must use")
+    assert_refused(asked(adapter), tmp_path / "link", "link is there already")
+    assert_refused(asked(adapter, repository="a b"), tmp_path / "out", "--push_to_hub: Repo id must use")
 
 
 def test_refuses_instructions_that_would_replace_a_prompt(adapter: str, tmp_path: Path) -> None:
     for names in (("document",), ("query",), ("NQ", "NQ-document"), ("NQ-document", "NQ")):
-        what = Export(adapter, instructions=dict.fromkeys(names, "find it"))
+        what = asked(adapter, instructions=dict.fromkeys(names, "find it"))
         assert_refused(what, tmp_path / "out", f"instructions: '{names[-1]}' makes a second prompt of the name")
 
 
@@ -522,7 +536,7 @@ def test_leaves_nothing_where_the_proof_fails(
         return value + 2e-5 if broken == "stock_vectors" else [*value, len(calls)]
 
     monkeypatch.setattr(export_module, broken, wrong)
-    assert_refused(Export(adapter), tmp_path / "out", reason)
+    assert_refused(asked(adapter), tmp_path / "out", reason)
 
 
 def test_leaves_nothing_where_the_written_tokenizer_is_wrong(
@@ -539,36 +553,44 @@ def test_leaves_nothing_where_the_written_tokenizer_is_wrong(
         file.write_text(json.dumps(content), encoding="utf-8")
 
     monkeypatch.setattr(export_module, "write_form", forgetful)
-    assert_refused(Export(adapter), tmp_path / "out", "renders otherwise: .* becomes")
+    assert_refused(asked(adapter), tmp_path / "out", "renders otherwise: .* becomes")
 
 
 def test_refuses_what_is_not_there(adapter: str, tmp_path: Path) -> None:
     for missing in ("nowhere", "nowhere/at-all", str(tmp_path / "nowhere")):
-        assert_refused(Export(missing), tmp_path / "out", "nowhere")
-        assert_refused(Export(adapter, base=missing), tmp_path / "out", "nowhere")
+        assert_refused(asked(missing), tmp_path / "out", "nowhere")
+        assert_refused(Export(ModelChoice(missing, (adapter,))), tmp_path / "out", "nowhere")
 
 
 def test_refuses_what_has_no_stock_form(tmp_path: Path) -> None:
     checkpoint = save(tmp_path, Case("mistral", "mean", "bidirectional", False))
-    assert_refused(Export(checkpoint), tmp_path / "out", "allows for one special token there")
+    assert_refused(asked(checkpoint), tmp_path / "out", "allows for one special token there")
     limited = save(tmp_path, Case("llama", "last", "causal", False, {"doc_max_length": 20}), name="limited")
-    assert_refused(Export(limited), tmp_path / "out", "knows one limit")
-    export(Export(limited, doc_max_length=64), tmp_path / "out")
+    assert_refused(asked(limited), tmp_path / "out", "knows one limit")
+    export(asked(limited, doc_max_length=64), tmp_path / "out")
 
 
 def test_refuses_adapters_that_nobody_could_load(adapter: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     out = tmp_path / "out"
-    assert_refused(Export(adapter, adapter=True), out, "is a local folder; export it, push it and name it by --base_id")
     assert_refused(
-        Export(adapter, adapter=True, base_id=str(tmp_path)), out, "the name of a repository on the hub is needed"
+        asked(adapter, adapter=True),
+        out,
+        "is a local folder; export it, push it and name it by --base_id",
     )
     assert_refused(
-        Export(adapter, adapter=True, base_id="no slash"), out, "the name of a repository on the hub is needed"
+        asked(adapter, adapter=True, base_id=str(tmp_path)),
+        out,
+        "the name of a repository on the hub is needed",
+    )
+    assert_refused(
+        asked(adapter, adapter=True, base_id="no slash"),
+        out,
+        "the name of a repository on the hub is needed",
     )
     full = str(Path(adapter).with_name("it-base"))
-    assert_refused(Export(full, adapter=True, base_id=HUB_BASE), out, "the checkpoint is a full model")
+    assert_refused(asked(full, adapter=True, base_id=HUB_BASE), out, "the checkpoint is a full model")
     bidirectional = save(tmp_path, CASES["llama_bidirectional_mean_lora"], name="both-ways")
-    what = Export(bidirectional, dtype="float32", adapter=True, base_id=HUB_BASE)
+    what = asked(bidirectional, dtype="float32", adapter=True, base_id=HUB_BASE)
     assert_refused(what, out, "the config of somebody/base could not be read")
     config = tiny_model("llama").config
     hub = SimpleNamespace(from_pretrained=lambda *_, **__: config)
@@ -599,9 +621,11 @@ def test_two_adapters_are_merged_but_not_written_apart(adapter: str, tmp_path: P
     file.write_text(json.dumps(config, indent=0), encoding="utf-8")
     (tmp_path / "outer" / "run.json").unlink()
     assert_refused(
-        Export(str(tmp_path / "outer"), adapter=True, base_id=HUB_BASE), tmp_path / "out", "1 other adapter.s. merged"
+        asked(str(tmp_path / "outer"), adapter=True, base_id=HUB_BASE),
+        tmp_path / "out",
+        "1 other adapter.s. merged",
     )
-    export(Export(str(tmp_path / "outer"), dtype="float32"), tmp_path / "out")
+    export(asked(str(tmp_path / "outer"), dtype="float32"), tmp_path / "out")
     assert apart(unit_vectors(LLM2Vec.from_pretrained(str(tmp_path / "out"))), expected) < 1e-5
 
 
@@ -609,8 +633,8 @@ def test_an_adapter_whose_base_has_moved_takes_it_by_base(adapter: str, tmp_path
     base = Path(adapter).with_name("it-base")
     expected = unit_vectors(LLM2Vec.from_pretrained(adapter))
     base.rename(tmp_path / "moved")
-    assert_refused(Export(adapter), tmp_path / "out", "it-base")
-    export(Export(adapter, base=str(tmp_path / "moved"), dtype="float32"), tmp_path / "out")
+    assert_refused(asked(adapter), tmp_path / "out", "it-base")
+    export(Export(ModelChoice(str(tmp_path / "moved"), (adapter,)), dtype="float32"), tmp_path / "out")
     assert apart(unit_vectors(LLM2Vec.from_pretrained(str(tmp_path / "out"))), expected) < 1e-5
 
 

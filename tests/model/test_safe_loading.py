@@ -26,6 +26,7 @@ from helpers import family_tokenizer, tiny_model, write_jsonl
 from safetensors.torch import load_file
 
 from llm2vec import LLM2Vec
+from llm2vec.choice import ModelChoice
 from llm2vec.data.blocks import texts_of_hub
 from llm2vec.data.rows import TrainingRows
 from llm2vec.data.sources import Source, read_sources_file
@@ -33,8 +34,9 @@ from llm2vec.evaluation.models import kind_of, load_encoder
 from llm2vec.export.export import Export, export
 from llm2vec.files import write_json
 from llm2vec.model.backbone import attach_lora, load_tokenizer
-from llm2vec.model.checkpoint import RUN_FILE, SETTINGS_FILE, SUMS_FILE, check_sums, save_checkpoint
-from llm2vec.model.settings import EncoderSettings
+from llm2vec.model.chain import RUN_FILE
+from llm2vec.model.checkpoint import SUMS_FILE, check_sums, save_checkpoint
+from llm2vec.model.settings import SETTINGS_FILE, EncoderSettings
 from llm2vec.types import UserError
 
 ROOT = Path(__file__).parents[2]
@@ -290,7 +292,7 @@ def exported(tmp_path: Path, base: Path, adapter: Path, marker: Path) -> Path:
     """The two as one folder, exported with planted files beside them, and without the record of its files' sizes."""
     plant(base, marker)
     plant(adapter, marker)
-    export(Export(str(adapter), base=str(base), dtype="float32"), tmp_path / "exported")
+    export(Export(ModelChoice(str(base), (str(adapter),)), dtype="float32"), tmp_path / "exported")
     (tmp_path / "exported" / RUN_FILE).unlink()
     return tmp_path / "exported"
 
@@ -427,7 +429,7 @@ def test_offline_means_offline(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
         "tokenizer": lambda: load_tokenizer(name),
         "texts": lambda: texts_of_hub(name, None),
         "evaluation": lambda: load_encoder(evaluated(name)),
-        "export": lambda: export(Export(name), tmp_path / "exported"),
+        "export": lambda: export(Export(ModelChoice(name)), tmp_path / "exported"),
     }
     for what, attempt in attempts.items():
         with pytest.raises(UserError) as error:

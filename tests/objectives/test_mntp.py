@@ -33,7 +33,7 @@ from llm2vec.data.order import OneSourceBlocks
 from llm2vec.data.sources import Source
 from llm2vec.llm2vec import LLM2Vec
 from llm2vec.model.backbone import attach_lora, enable_checkpointing
-from llm2vec.model.checkpoint import RUN_FILE, read_settings
+from llm2vec.model.chain import RUN_FILE, open_folder
 from llm2vec.model.packing import checkpoint_contexts
 from llm2vec.model.settings import EncoderSettings, row_tokenizer
 from llm2vec.objectives.mntp import MaskedNextTokenPrediction, MaskTokens, add_mask_token, mask_token_id, mask_tokens
@@ -497,7 +497,7 @@ def test_mntp_then_another_adapter_then_loaded_both_ways(
     losses = [entry["loss_mntp"] for entry in log if "loss_mntp" in entry]
     assert len(losses) == 4 and losses[-1] < losses[0]
     assert [entry["step"] for entry in log if "eval_loss_mntp" in entry] == [2, 4]
-    recorded = read_settings(str(mntp))
+    recorded = open_folder(str(mntp)).settings
     assert recorded["parent_adapters"] == [] and recorded["template"] is None
     assert (mntp / "adapter_model.safetensors").is_file() and not (mntp / "model.safetensors").exists()
     written = LLM2Vec.from_pretrained(str(mntp))

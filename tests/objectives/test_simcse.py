@@ -20,10 +20,10 @@ from llm2vec import LLM2Vec
 from llm2vec.data.collation import CollateSides
 from llm2vec.model import packing
 from llm2vec.model.backbone import attach_lora, enable_checkpointing, hidden_states, set_attention_dropout
-from llm2vec.model.checkpoint import RUN_FILE, SETTINGS_FILE
+from llm2vec.model.chain import RUN_FILE
 from llm2vec.model.embed import embed
 from llm2vec.model.packing import checkpoint_contexts, packed_hidden_states
-from llm2vec.model.settings import EncoderSettings, row_tokenizer
+from llm2vec.model.settings import SETTINGS_FILE, EncoderSettings, row_tokenizer
 from llm2vec.objectives.contrastive import ContrastiveLearning
 from llm2vec.train.config import Config
 from llm2vec.train.config_file import load_config

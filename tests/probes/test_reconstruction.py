@@ -26,8 +26,8 @@ from llm2vec import LLM2Vec
 from llm2vec.data.rows import TrainingRows
 from llm2vec.data.sources import Instruction, Source
 from llm2vec.llm2vec_q2d_d2q import BidirectionalReconstruction
-from llm2vec.model.checkpoint import RUN_FILE, SETTINGS_FILE
-from llm2vec.model.settings import EncoderSettings, row_tokenizer
+from llm2vec.model.chain import RUN_FILE
+from llm2vec.model.settings import SETTINGS_FILE, EncoderSettings, row_tokenizer
 from llm2vec.probes import reconstruction_probe
 from llm2vec.probes.reconstruction import (
     Reconstructor,

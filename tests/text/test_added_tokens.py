@@ -22,7 +22,8 @@ from llm2vec.data.collation import CollateSides
 from llm2vec.data.rows import TrainingRows
 from llm2vec.data.sources import Instruction, Source
 from llm2vec.llm2vec import LLM2Vec
-from llm2vec.model.backbone import Chain, add_token_rows, attach_lora, load_backbone, load_tokenizer
+from llm2vec.model.backbone import add_token_rows, attach_lora, load_backbone, load_tokenizer
+from llm2vec.model.chain import open_chain
 from llm2vec.model.checkpoint import save_checkpoint
 from llm2vec.model.embed import embed
 from llm2vec.model.settings import EncoderSettings, row_tokenizer
@@ -237,7 +238,7 @@ def test_a_stage_on_top_of_an_adapter(tied: bool, tmp_path: Path) -> None:
     vectors = LLM2Vec(second, of_second, **dataclasses.asdict(settings)).encode(TEXTS, show_progress_bar=False)
     loaded = LLM2Vec.from_pretrained(str(base), chain)
     torch.testing.assert_close(loaded.encode(TEXTS, show_progress_bar=False), vectors, rtol=0, atol=1e-6)
-    with_head = load_backbone(Chain(str(base), (chain[0],)), with_lm_head=True)
+    with_head = load_backbone(open_chain(str(base), (chain[0],)), with_lm_head=True)
     assert torch.equal(table(with_head), expected)
     assert len(with_head.get_output_embeddings().weight) == len(expected)
 
@@ -249,7 +250,7 @@ def test_full_training_saves_the_rows(base: Path, tmp_path: Path) -> None:
     next_model, next_tokenizer, _ = load_model(config_of(tmp_path, "llara"), CPU, with_lm_head=False)
     assert torch.equal(table(next_model), table(model)) and len(next_tokenizer) == len(tokenizer)
     assert not any("trainable_tokens" in name for name, _ in next_model.named_parameters())
-    kept = load_backbone(Chain(str(tmp_path), ()), with_lm_head=True)
+    kept = load_backbone(open_chain(str(tmp_path)), with_lm_head=True)
     assert torch.equal(kept.get_output_embeddings().weight, model.get_output_embeddings().weight)
 
 

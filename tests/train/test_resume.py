@@ -29,7 +29,8 @@ from transformers import LlamaForCausalLM
 
 from llm2vec import LLM2Vec
 from llm2vec.model import checkpoint as checkpoint_module
-from llm2vec.model.checkpoint import RUN_FILE, SUMS_FILE, check_sums, mark_of
+from llm2vec.model.chain import RUN_FILE, mark_of
+from llm2vec.model.checkpoint import SUMS_FILE, check_sums
 from llm2vec.train import model as run_model
 from llm2vec.train import run as run_module
 from llm2vec.train import trainer
@@ -428,22 +429,6 @@ def test_a_full_disk_is_said_in_a_sentence_wherever_it_is_met(
     assert not list(output.glob(".checkpoint-*")) and not list(output.glob(".writing-*"))
     assert run("run_stage_I.py", output, keys) == [0]
     assert_same_to_the_bit(output, undisturbed)
-
-
-def test_weights_that_do_not_come_back_end_all_processes(folder: Path, keys: dict[str, Any]) -> None:
-    """Those that FSDP gathered are read back by the first process alone; the other one is told."""
-
-    def setup(rank: int) -> None:
-        def changed(folder: Path, state: Any) -> None:
-            raise RunEnds("a weight was not written as it is in memory.", code=1)
-
-        checkpoint_module.check_weights = changed
-
-    output = folder / "not-back"
-    assert run("run_stage_I.py", output, keys | {"fsdp": True}, 2, setup) == [1, 1]
-    for rank, reason in ((0, "a weight was not written as it is in memory."), (1, "on process 0")):
-        assert f"{output / 'checkpoint-2'} could not be written ({reason})" in said(output, rank).splitlines()[-1]
-    assert not list(output.glob("*checkpoint-*"))
 
 
 def test_a_mistake_that_one_process_meets_is_said_by_it(folder: Path, keys: dict[str, Any]) -> None:

@@ -26,7 +26,8 @@ from llm2vec.data.sources import Instruction, Source
 from llm2vec.llm2vec import LLM2Vec
 from llm2vec.model import embed as embed_module
 from llm2vec.model import packing
-from llm2vec.model.checkpoint import SETTINGS_FILE, read_settings
+from llm2vec.model.chain import open_folder
+from llm2vec.model.settings import SETTINGS_FILE
 from llm2vec.text.batches import pack_rows, starts_of
 from llm2vec.text.tokenization import Row
 from llm2vec.train.trainer import LOG_FILE, EmbedderTrainer
@@ -486,7 +487,7 @@ def test_checkpoints_along_the_way_load_and_carry_on(
     assert (second / "checkpoint-2" / SETTINGS_FILE).exists()
     expected = {"pooling_mode": "last", "template": "llama3", "instruction_join": "; ", "attention": "causal"}
     for folder in (first, halfway, second, second / "checkpoint-2"):
-        assert read_settings(str(folder)).items() >= expected.items()
+        assert open_folder(str(folder)).settings.items() >= expected.items()
 
 
 def test_in_batch_accuracy_reaches_one_where_it_can(

@@ -25,7 +25,7 @@ from verify_folders import (
 )
 
 from llm2vec.choice import ModelChoice
-from llm2vec.model.checkpoint import RUN_FILE
+from llm2vec.model.chain import RUN_FILE
 from llm2vec.model.settings import EncoderSettings
 from llm2vec.text.tokenization import Row
 from llm2vec.types import InstructedText, UserError

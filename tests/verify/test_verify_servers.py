@@ -16,7 +16,7 @@ from torch import Tensor
 from transformers import AutoModel, AutoTokenizer
 from verify_folders import causal_reload, failures
 
-from llm2vec.model.checkpoint import RUN_FILE
+from llm2vec.model.chain import RUN_FILE
 from llm2vec.types import UserError
 from llm2vec.verify.server import EmbeddingServer
 

@@ -1,0 +1,335 @@
+"""A model as a chain of folders: a base and the adapters on it, each opened once, and what tells them from others.
+
+    chain = open_chain("output/stage_I", ["output/stage_II"])
+    chain.settings           # what the outermost folder records of how texts become vectors
+    chain.tokenizer_path     # where the tokenizer lies
+    chain.folders[0].run     # what the base's run.json says
+
+Whoever needs more of a folder takes it from here, instead of opening the folder again.
+
+Three hashes tell weights apart. `mark_of` is cheap, and stands in `run.json`. `revision_of` reads every byte, and
+stands in results. `adapter_hash` is of an adapter's weights alone, whatever lies beside them.
+"""
+
+from __future__ import annotations
+
+import logging
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+from huggingface_hub import try_to_load_from_cache
+from huggingface_hub.errors import HFValidationError
+from peft import PeftConfig
+from peft.utils import CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME
+
+from llm2vec.files import files_hash, read_object, sha256
+from llm2vec.hub import find_file, local_folder
+from llm2vec.model.settings import SETTINGS_FILE, read_settings
+from llm2vec.types import UserError, first_line
+
+logger = logging.getLogger(__name__)
+
+RUN_FILE = "run.json"
+INCOMPLETE_MARKER = ".incomplete"
+#: Found in a sentence-transformers model's repository, and in no other.
+MODULES_FILE = "modules.json"
+#: Keys of `run.json` that are read again, and what each holds.
+RUN_TYPES = {
+    "config": dict, "parent": dict, "files": dict, "data": list, "parent_weights": list, "probe_ids": list,
+    "stages": list,
+}  # fmt: skip
+
+#: Bytes at the end of a weights file that tell it from others of its size.
+TAIL_BYTES = 1 << 20
+#: Hexadecimal digits of a folder's mark; a commit on the hub has 40.
+DIGITS_OF_A_MARK = 16
+#: What decides a checkpoint's vectors, besides the settings. Not run.json: its dates would change the hash.
+CHECKPOINT_FILES = ("*.safetensors", "*config.json", "tokenizer*")
+#: The same for a sentence-transformers folder, at any depth (`1_Pooling/config.json`, `vocab.txt`).
+MODULE_FILES = ("*.safetensors", "*.bin", "*.json", "*.txt", "*.model")
+
+
+# --- one folder ---
+
+
+@dataclass(frozen=True)
+class Folder:
+    """A folder, or a repository on the hub, that was opened.
+
+    Attributes:
+        path: as it was named.
+        run: what its `run.json` says; empty where there is none, as for a name on the hub.
+    """
+
+    path: str
+    run: dict[str, Any]
+
+    @cached_property
+    def settings(self) -> dict[str, Any]:
+        """What its `llm2vec_config.json` says; empty where there is none.
+
+        Raises:
+            UserError: it is no JSON object of settings, or `path` is no folder and no name of a repository.
+        """
+        file = find_file(self.path, SETTINGS_FILE)
+        return {} if file is None else read_settings(Path(file))
+
+
+def open_folder(path: str) -> Folder:
+    """Open a folder or a repository on the hub; its weights are not read.
+
+    Raises:
+        UserError: a file of it is missing or has another size than when it was written, so that it was cut short while
+            it was written or copied; or its `run.json` cannot be read.
+    """
+    folder = local_folder(path)
+    if folder is None:
+        return Folder(path, {})
+    if (folder / INCOMPLETE_MARKER).exists():
+        raise UserError(f"{folder}: this checkpoint was cut short while it was written; use an earlier one.")
+    run = read_run(folder)
+    for name, size in run.get("files", {}).items():
+        file = folder / name
+        actual = file.stat().st_size if file.is_file() else None
+        if actual != size:
+            found = "missing" if actual is None else f"{actual} bytes long instead of {size}"
+            raise UserError(f"{folder}: this checkpoint was cut short, or changed since: {name} is {found}.")
+    return Folder(path, run)
+
+
+def read_run(folder: Path) -> dict[str, Any]:
+    """What a folder's `run.json` says; empty where there is none.
+
+    Raises:
+        UserError: it is no JSON object, or a key of it holds something else than a run writes there.
+    """
+    if not (folder / RUN_FILE).is_file():
+        return {}
+    run = read_object(folder / RUN_FILE)
+    for key, kind in RUN_TYPES.items():
+        if not isinstance(run.get(key, kind()), kind):
+            needed = "an object" if kind is dict else "a list"
+            raise UserError(f"{folder / RUN_FILE}: {key} is {run[key]!r}; {needed} is needed.")
+    return run
+
+
+# --- a chain of them ---
+
+
+@dataclass(frozen=True)
+class Chain:
+    """A base model and the adapters that go on it, opened.
+
+    Attributes:
+        base: folder or hub name of the model.
+        adapters: folders or hub names, innermost first.
+        folders: of the base, then of each adapter.
+    """
+
+    base: str
+    adapters: tuple[str, ...]
+    folders: tuple[Folder, ...]
+
+    @property
+    def outermost(self) -> Folder:
+        """The last adapter's folder, or the base's: the model's own, above those that it was made from."""
+        return self.folders[-1]
+
+    @cached_property
+    def settings(self) -> dict[str, Any]:
+        """What the outermost folder that has settings says of them; empty where none has.
+
+        Raises:
+            UserError: as `Folder.settings`.
+        """
+        return next((folder.settings for folder in reversed(self.folders) if folder.settings), {})
+
+    @cached_property
+    def tokenizer_path(self) -> str:
+        """Where the tokenizer lies: the outermost folder, or the base where that has none.
+
+        Raises:
+            UserError: the path is no folder and no name of a repository.
+        """
+        outermost = self.outermost.path
+        return outermost if find_file(outermost, "tokenizer_config.json") is not None else self.base
+
+
+def open_chain(base: str, adapters: Sequence[str] = ()) -> Chain:
+    """Open what is loaded: the true base, then every adapter in order.
+
+    A `base` that is itself an adapter folder (upstream's `...-mntp` repositories, or one of our own Stage II folders)
+    is replaced by the base it records and goes first among the adapters.
+
+    An adapter that says on top of which others it was trained must find those below it, in that order. They are told by
+    their weights where those are recorded, so that a folder may be moved and renamed; else by their folders' names.
+
+    Args:
+        base: folder or hub name of a model or of an adapter.
+        adapters: folders or hub names, innermost first.
+
+    Raises:
+        UserError: a folder was cut short or cannot be read; others lie below an adapter than it was trained on, and
+            loading it on them would give wrong embeddings and no other sign; or an adapter is its own base.
+    """
+    names, opened = list(adapters), {base: open_folder(base)}
+    while True:
+        if base in names:
+            raise UserError(f"{base}: an adapter cannot be its own base; put the two into folders of their own.")
+        recorded = _recorded_base(base)
+        if recorded is None:
+            break
+        names = [*(opened[base].settings.get("parent_adapters") or ()), base, *names]
+        base = recorded
+        opened[base] = open_folder(base)
+    for i, name in enumerate(names):
+        if name not in opened:
+            opened[name] = open_folder(name)
+        _check_parents(opened[name], names[:i])
+    if names:
+        _warn_of_another_base(opened[names[0]], base)
+    return Chain(base, tuple(names), tuple(opened[name] for name in (base, *names)))
+
+
+def _recorded_base(path: str) -> str | None:
+    """The base that an adapter folder records, or None where `path` is no adapter."""
+    try:
+        if find_file(path, CONFIG_NAME) is None:
+            return None
+    except UserError:  # hub unreachable, or no such repository: loading the base itself will say so
+        return None
+    try:
+        recorded = PeftConfig.from_pretrained(path).base_model_name_or_path
+    except Exception as error:  # no JSON, no object, an unknown kind of adapter: each a type of its own
+        raise UserError(f"{path}: its {CONFIG_NAME} cannot be read ({first_line(error)}).") from error
+    if not recorded:
+        raise UserError(f"{path}: {CONFIG_NAME} names no base model; give the base and list this adapter.")
+    return str(recorded)
+
+
+def _check_parents(adapter: Folder, below: Sequence[str]) -> None:
+    """Refuse an adapter that was trained on top of others than lie below it; one that does not say is taken."""
+    paths = adapter.settings.get("parent_adapters")
+    if paths is None:
+        return
+    hashes = adapter.run.get("parent_weights") or ()
+    if len(hashes) != len(paths):
+        hashes = [None] * len(paths)
+    if len(paths) != len(below) or not all(map(_is_same_adapter, paths, hashes, below)):
+        raise UserError(
+            f"peft_model_name_or_path: {adapter.path} was trained on top of {', '.join(paths) or 'no adapter'}, but "
+            f"{', '.join(below) or 'no adapter'} would lie below it; list those that it was trained on, innermost "
+            "first."
+        )
+
+
+def _is_same_adapter(path: str, weights: str | None, given: str) -> bool:
+    """Whether `given` is the adapter that lay at `path` in training and had these weights, if they are recorded."""
+    found = None if weights is None else adapter_hash(given)
+    return Path(path).name == Path(given).name if found is None else found == weights
+
+
+def _warn_of_another_base(adapter: Folder, base: str) -> None:
+    """Say so where an adapter was trained on something else than what it is about to be put on."""
+    parent = adapter.run.get("parent")
+    if parent is None:
+        return
+    recorded = parent.get("marks", {}).get(parent.get("model_name_or_path"), "")
+    found = mark_of(base)
+    if found != recorded and len(found) == len(recorded):  # a folder's and a commit's tell nothing of each other
+        logger.warning(
+            "%s was trained on %s, and %s is not the same: its weights, config or tokenizer differ",
+            adapter.path, parent["model_name_or_path"], base,
+        )  # fmt: skip
+
+
+# --- what tells models apart ---
+
+
+def mark_of(path: str) -> str:
+    """What tells a model's or adapter's weights from others under the same name, without reading all of them.
+
+    Args:
+        path: a folder: a hash of its small files, and of its weights files' sizes and last bytes; or a hub name: the
+            commit in the local cache, or nothing. Nothing for what is neither, which loading it will say.
+    """
+    folder = local_folder(path)
+    if folder is None:
+        return _cached_commit(path) or ""
+    patterns = ("*config.json", "tokenizer*.json", "*.safetensors")
+    files = [file for pattern in patterns for file in sorted(folder.glob(pattern))]
+    return files_hash(folder, files, TAIL_BYTES)
+
+
+def is_mark_of_folder(mark: str) -> bool:
+    """Whether a mark is a folder's, and not a commit on the hub, which is longer."""
+    return len(mark) == DIGITS_OF_A_MARK
+
+
+def revision_of(path: str) -> str:
+    """Hash of all that a folder's vectors depend on; for a model on the hub its commit, or its name if none is cached.
+
+    mteb keeps a score under results/<name>/<revision>/, and an old one is found by these two only. So the revision must
+    say everything; a path alone would let every local model collide with every other.
+
+    Raises:
+        UserError: the folder holds no safetensors weights.
+    """
+    folder = local_folder(path)
+    if folder is None:
+        return _cached_commit(path) or path
+    if (folder / MODULES_FILE).is_file():
+        found = [file for pattern in MODULE_FILES for file in folder.rglob(pattern)]
+    else:
+        found = [file for pattern in CHECKPOINT_FILES for file in folder.glob(pattern)]
+    files = {file for file in found if file.name != RUN_FILE}
+    # sentence-transformers may still read older weights; a checkpoint of ours never has them.
+    if not any(file.suffix in (".safetensors", ".bin") for file in files):
+        raise UserError(f"The directory {path} holds no safetensors weights.")
+    return files_hash(folder, sorted(files))
+
+
+def adapter_hash(adapter: str) -> str | None:
+    """SHA-256 of an adapter's weights file; None where it has none.
+
+    Raises:
+        UserError: it is no folder and no name of a repository.
+    """
+    file = find_file(adapter, SAFETENSORS_WEIGHTS_NAME)
+    return None if file is None else sha256(Path(file))
+
+
+def _cached_commit(path: str) -> str | None:
+    """The commit of a hub repository in the local cache; None where there is none, or for no name of a repository."""
+    try:
+        cached = [try_to_load_from_cache(path, name) for name in ("config.json", "adapter_config.json", MODULES_FILE)]
+    except HFValidationError:
+        return None
+    return next((Path(file).parent.name for file in cached if isinstance(file, str)), None)
+
+
+def is_module_folder(path: str) -> bool:
+    """Whether a directory holds a sentence-transformers model, and not one of ours."""
+    return (Path(path) / MODULES_FILE).is_file() and not (Path(path) / SETTINGS_FILE).is_file()
+
+
+def model_name(paths: Sequence[str]) -> str:
+    """A name of mteb's form "organisation/name" for a base model and its adapters.
+
+    Args:
+        paths: folders or hub names, base model first. `output/stage_I` gives "output/stage_I", and a second one,
+            `output/stage_II`, makes it "output/stage_I+output-stage_II".
+
+    Returns:
+        The name, of letters, digits and `._+-` on either side of the slash, so that it can name a folder.
+    """
+    steps = []
+    for path in paths:
+        parts = Path(path).resolve().parts if Path(path).is_dir() else Path(path).parts
+        steps.append([re.sub(r"[^A-Za-z0-9.+-]+", "_", part) for part in ("local", *parts)[-2:]])
+    (organisation, base), *adapters = steps
+    return f"{organisation}/{'+'.join([base, *('-'.join(adapter) for adapter in adapters)])[:150]}"
