@@ -54,7 +54,7 @@ audit: .venv-audit/installed  ## known vulnerabilities of the pinned versions, a
 
 .venv/installed: constraints.txt setup.py
 	$(PYTHON) -m venv .venv
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e ".[eval,quickstart,logging,data,bf16,docs,dev]"
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e ".[eval,base,quickstart,logging,data,bf16,docs,dev]"
 	touch $@
 
 .venv-lowest/installed: constraints-lowest.txt setup.py

@@ -55,6 +55,7 @@ setup(
     extras_require={
         # Before 6, sentence-transformers runs the code that a local folder brings along.
         "eval": ["matplotlib", "mteb>=2.26,<3", "pytrec-eval-terrier", "scipy>=1.15", "sentence-transformers>=6"],
+        "base": ["gguf"],
         "quickstart": ["PyStemmer", "bm25s", "matplotlib"],
         "logging": ["tensorboard"],
         "data": ["py3langid"],

@@ -33,6 +33,7 @@ COMMANDS = {
     "report": Command("report", "tables and figures of evaluated runs, the paper beside them"),
     "search": Command("search", "search in your own texts with a trained model"),
     "export": Command("export", "turn a checkpoint into a plain folder for other libraries"),
+    "base": Command("base", "fetch a small pretrained model, also where no hub is reached"),
     "verify": Command("verify", "whether a model gives the same vectors however it is loaded"),
     "compare": Command("compare", "a set of recipes on the same data: train, evaluate, one table"),
     "check-data": Command("check_data", "look at training data before training on it"),

