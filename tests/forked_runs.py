@@ -20,11 +20,14 @@ from typing import Any
 import reference
 import torch
 import torch.distributed as dist
+from accelerate import PartialState
+from accelerate.utils import DistributedType, FullyShardedDataParallelPlugin
 from helpers import family_tokenizer, tiny_model, write_jsonl
 from safetensors.torch import load_file
 
 import llm2vec.cli
-from llm2vec.train.trainer import LOG_FILE, EmbedderTrainer
+from llm2vec.train.log import LOG_FILE
+from llm2vec.train.trainer import EmbedderTrainer
 
 SCRIPTS = Path(__file__).parents[1] / "experiments"
 
@@ -110,6 +113,7 @@ def _run_rank(script: str, file: Path, rank: int, processes: int, setup: Setup) 
             os.environ |= {name: str(value) for name, value in own.items()}
             rendezvous = f"file://{file.with_suffix('.rendezvous')}"
             dist.init_process_group("gloo", init_method=rendezvous, rank=rank, world_size=processes)
+        shard_on_cpu()
         setup(rank)
         sys.argv = [script, str(file)]
         runpy.run_path(str(SCRIPTS / script), run_name="__main__")
@@ -120,6 +124,22 @@ def _run_rank(script: str, file: Path, rank: int, processes: int, setup: Setup) 
         code = 99
     sys.stderr.flush()
     os._exit(code)
+
+
+def shard_on_cpu() -> None:
+    """Let `fsdp` shard CPU processes in this process; accelerate knows it on GPUs only, and the trainer refuses."""
+    create = EmbedderTrainer.create_accelerator_and_postprocess
+
+    def create_and_shard(self: EmbedderTrainer) -> None:
+        create(self)
+        plan = self.args.fsdp_plugin_args
+        if plan is not None and self.accelerator.distributed_type == DistributedType.MULTI_CPU:
+            self.accelerator.state.fsdp_plugin = FullyShardedDataParallelPlugin(**plan)
+            for state in (PartialState(), self.accelerator.state):  # each has its own record of it
+                state.distributed_type = DistributedType.FSDP
+            self.is_fsdp_enabled = True
+
+    EmbedderTrainer.create_accelerator_and_postprocess = create_and_shard  # type: ignore[method-assign]
 
 
 def kill_within(step: int) -> Setup:

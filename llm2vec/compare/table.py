@@ -18,7 +18,7 @@ from llm2vec.reports.logs import read_log
 from llm2vec.reports.page import make_folder, write_page
 from llm2vec.reports.results import read_results
 from llm2vec.table import Cell, Table
-from llm2vec.train.trainer import LOG_FILE
+from llm2vec.train.log import LOG_FILE
 from llm2vec.types import UserError
 
 _TITLE = "Recipes on the same data"

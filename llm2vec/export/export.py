@@ -45,7 +45,7 @@ from llm2vec.model.settings import SETTINGS_FILE, EncoderSettings, row_tokenizer
 from llm2vec.model.stock_form import StockForm, compare, probes, stock_model, stock_settings, write_form
 from llm2vec.reports.results import Results
 from llm2vec.text.tokenization import probe_ids
-from llm2vec.train.trainer import LOG_FILE
+from llm2vec.train.log import LOG_FILE
 from llm2vec.types import InstructedText, UserError, first_line
 
 logger = logging.getLogger(__name__)

@@ -1,32 +1,50 @@
-"""What a run says of itself: the lines of `log.jsonl`, and the figures that one process gathers between two of them."""
+"""What runs beside the trainer's loop: the figures of its steps, the log, the progress bar, and the end of the run."""
 
 from __future__ import annotations
 
 import json
+import logging
 import time
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
-from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+from transformers import ProgressCallback, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from llm2vec.distributed import sum_over_ranks
-from llm2vec.files import write_json
-from llm2vec.train.resume import last_checkpoint
+from llm2vec.files import read_object, write_json, write_text
+from llm2vec.processes import rank
+from llm2vec.train.resume import FIGURES_FILE, file_of_rank, last_checkpoint
 from llm2vec.train.step import add_up
 from llm2vec.types import RunEnds
 
+logger = logging.getLogger(__name__)
+
 LOG_FILE = "log.jsonl"
+
+
+class StepFindings(NamedTuple):
+    """What the processes know together of a step whose gradient is complete.
+
+    Attributes:
+        bad_loss: the loss of some process is not finite.
+        bad_gradient: the gradient's norm is not finite.
+        stop: some process was asked to stop.
+    """
+
+    bad_loss: bool
+    bad_gradient: bool
+    stop: bool
 
 
 class StepFigures:
     """Figures of this process's steps since the last entry of the log; `entry` adds them up over all processes.
 
-    Those of the step under way are held apart until it is known whether the step is taken or skipped. All of it can be
-    written and read back, so that an entry does not depend on whether the run was interrupted since the one before.
+    Those of the step under way are held apart until it is known whether the step is taken or skipped. All of it is
+    written with each checkpoint, as the next entry of the log must not depend on whether the run was interrupted.
 
     Attributes:
         skipped_in_a_row: steps skipped since the last one that was taken.
@@ -73,10 +91,20 @@ class StepFigures:
         """A micro-batch's loss parts."""
         self._step = add_up([self._step, parts])
 
-    @property
-    def step_loss(self) -> Tensor:
-        """The loss of the step under way, this process's share."""
-        return self._step["loss"]
+    def findings(self, norm: Any, is_asked_to_stop: bool, device: torch.device) -> StepFindings:
+        """What any process found of the step under way.
+
+        One sum over all processes and one wait for the device, as every step pays for it. All must come to the same
+        decision: a process that skipped or stopped alone would leave the others waiting.
+
+        Args:
+            norm: of the whole gradient.
+            is_asked_to_stop: whether this process is.
+            device: of the step.
+        """
+        whole = norm.full_tensor() if hasattr(norm, "full_tensor") else norm  # a DTensor, under FSDP
+        flags = [~self._step["loss"].isfinite(), ~whole.isfinite(), torch.tensor(is_asked_to_stop, device=device)]
+        return StepFindings(*(number > 0 for number in sum_over_ranks(torch.stack(flags).float()).tolist()))
 
     def keep_step(self) -> None:
         """The step is taken."""
@@ -90,6 +118,16 @@ class StepFigures:
         self._num_skipped += 1
         self.skipped_in_a_row += 1
         self._step = {}
+
+    def complete(self, logs: dict[str, float]) -> None:
+        """Put what happened into an entry of the library's log, whose losses count skipped steps too."""
+        if "loss" in logs:
+            entry = self.entry()
+            if "loss" not in entry:  # no step was taken since the last one
+                del logs["loss"]
+            logs.update(entry)
+        elif "train_loss" in logs and (loss := self.mean_loss()) is not None:
+            logs["train_loss"] = loss
 
     def entry(self) -> dict[str, float]:
         """Means over the steps taken since the last entry, and what else happened since; the next entry begins.
@@ -122,7 +160,7 @@ class StepFigures:
         self._sums, self._num_steps = {}, 0
         return means
 
-    def save(self, file: Path) -> None:
+    def save(self, checkpoint: Path) -> None:
         """Write it all, to be read by the same process of the resumed run; JSON holds floats exactly."""
         content = {
             "sums": {
@@ -137,11 +175,11 @@ class StepFigures:
             "_total_loss": self._total_loss,
             "_total_steps": self._total_steps,
         }
-        write_json(file, content)
+        write_json(checkpoint / file_of_rank(FIGURES_FILE, rank()), content)
 
-    def load(self, file: Path, device: torch.device) -> None:
+    def load(self, checkpoint: Path, device: torch.device) -> None:
         """Go on from what `save` wrote."""
-        content = json.loads(file.read_text(encoding="utf-8"))
+        content = read_object(checkpoint / file_of_rank(FIGURES_FILE, rank()))
         self._sums = {
             name: torch.tensor(value, dtype=getattr(torch, dtype), device=device)
             for name, (value, dtype) in content.pop("sums").items()
@@ -158,17 +196,38 @@ class JsonLog(TrainerCallback):
     """
 
     def on_train_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
-        """Called by the trainer: the file begins with what the checkpoint knows, or empty."""
+        """Called before the first step: the file begins with what the checkpoint knows, or empty."""
         file = Path(str(args.output_dir), LOG_FILE)
         if state.is_world_process_zero:
             with _or_end(file, state.global_step):
                 file.parent.mkdir(parents=True, exist_ok=True)
-                aside = file.with_name(f".{file.name}")
-                aside.write_text("".join(map(_line, state.log_history)), encoding="utf-8")
-                aside.replace(file)
+                write_text(file, "".join(map(_line, state.log_history)))
 
     def on_log(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
-        """Called by the trainer, which has put the entry at the end of its record."""
+        """Called where an entry was put at the end of the run's record."""
+        self._append_last(args, state)
+
+    def note_skipped(
+        self, args: TrainingArguments, state: TrainerState, what: str, rows: Iterable[tuple[str, int]]
+    ) -> None:
+        """An entry for the step under way, which is skipped; it goes into the file and to no other tracker.
+
+        Args:
+            args: of the run.
+            state: the run's record.
+            what: is not finite, the loss or the gradient.
+            rows: file and place of each of the step's rows.
+        """
+        step = state.global_step + 1
+        places: dict[str, list[int]] = {}
+        for file, place in rows:
+            places.setdefault(file, []).append(place)
+        entry: Any = {"step": step, "skipped": f"the {what} is not finite", "rows": places}
+        state.log_history.append(entry)
+        self._append_last(args, state)
+        logger.warning("step %s is skipped: its %s is not finite; %s names its rows", f"{step:,}", what, LOG_FILE)
+
+    def _append_last(self, args: TrainingArguments, state: TrainerState) -> None:
         file = Path(str(args.output_dir), LOG_FILE)
         if state.is_world_process_zero:
             with _or_end(file, state.global_step), file.open("a", encoding="utf-8") as out:
@@ -198,9 +257,7 @@ def drop_entries_after(file: Path, step: int) -> None:
         return
     with _or_end(file, step):
         lines = file.read_text(encoding="utf-8").splitlines()
-        aside = file.with_name(f".{file.name}")
-        aside.write_text("".join(f"{line}\n" for line in lines if _step_of(line) <= step), encoding="utf-8")
-        aside.replace(file)
+        write_text(file, "".join(f"{line}\n" for line in lines if _step_of(line) <= step))
 
 
 def _step_of(line: str) -> float:
@@ -208,3 +265,71 @@ def _step_of(line: str) -> float:
         return float(json.loads(line)["step"])
     except (ValueError, KeyError):  # cut short by what ended the run
         return float("inf")
+
+
+class ProgressToStop(ProgressCallback):
+    """The library's progress bar, but as long as the run really is.
+
+    Args:
+        stop_after_n_steps: where the run ends; None = with its schedule.
+    """
+
+    def __init__(self, stop_after_n_steps: int | None) -> None:
+        super().__init__()
+        self.stop_after_n_steps = stop_after_n_steps
+
+    def on_train_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """Called before the first step."""
+        super().on_train_begin(args, state, control, **kwargs)
+        if self.training_bar is not None and self.stop_after_n_steps is not None:
+            self.training_bar.total = min(state.max_steps, self.stop_after_n_steps)
+            self.training_bar.refresh()
+
+
+class EndOfRun(TrainerCallback):
+    """Ends a run after its last step, or after the step at which a process was asked to stop, with a checkpoint.
+
+    A checkpoint at the end of an epoch is written after what else the end of an epoch brings (an evaluation), as a run
+    that goes on from it begins with the next epoch.
+
+    Args:
+        stop_after_n_steps: end here, and leave the schedule's horizon where it is; None = with the schedule.
+
+    Attributes:
+        is_asked_for: whether a process was asked to stop.
+        steps_per_epoch: optimiser steps.
+    """
+
+    def __init__(self, stop_after_n_steps: int | None) -> None:
+        self.is_asked_for = False
+        self.steps_per_epoch = 1
+        self._stop_after_n_steps = stop_after_n_steps
+        self._save_at_epoch_end = False
+
+    def is_reached(self, state: TrainerState) -> bool:
+        """Whether all steps are done."""
+        return state.global_step >= min(state.max_steps, self._stop_after_n_steps or state.max_steps)
+
+    def is_stopped(self, state: TrainerState) -> bool:
+        """Whether a process was asked to stop, with steps left to do."""
+        return self.is_asked_for and not self.is_reached(state)
+
+    def _ends_epoch(self, state: TrainerState) -> bool:
+        return state.global_step % self.steps_per_epoch == 0
+
+    def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
+        """Called after each optimiser step."""
+        if self.is_reached(state):
+            control.should_training_stop = True
+        if self.is_stopped(state):
+            control.should_training_stop = control.should_save = True
+        self._save_at_epoch_end = control.should_save and self._ends_epoch(state)
+        control.should_save = control.should_save and not self._save_at_epoch_end
+
+    def on_epoch_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
+        """Called at the end of an epoch, and where a run stops within one, which is no end of an epoch."""
+        control.should_save = control.should_save or self._save_at_epoch_end
+        if self.is_stopped(state) and not self._ends_epoch(state):
+            control.should_evaluate = control.should_save = False

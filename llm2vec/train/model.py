@@ -14,6 +14,7 @@ from typing import Any
 
 import torch
 from peft import PeftModel
+from torch.distributed.fsdp import MixedPrecisionPolicy
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainingArguments, set_seed
 
 from llm2vec.model.backbone import (
@@ -153,3 +154,29 @@ def autocast(args: TrainingArguments) -> torch.autocast:
     """The precision of the training steps."""
     dtype = torch.bfloat16 if args.bf16 else torch.float16
     return torch.autocast(args.device.type, dtype, args.bf16 or args.fp16)
+
+
+def plan_sharding(args: TrainingArguments, model: PreTrainedModel) -> None:
+    """Tell accelerate which modules FSDP2 gathers one at a time, and in which precision; nothing without `fsdp`.
+
+    The decoder's layers are. What is left (embeddings, final norm, head) is gathered for the whole forward pass, as an
+    objective reads those weights directly.
+
+    Raises:
+        UserError: the model has no module of the class that is to be gathered by itself.
+    """
+    plan: dict[str, Any] | None = args.fsdp_plugin_args
+    if plan is None:
+        return
+    names = plan.setdefault("transformer_cls_names_to_wrap", ",".join(sorted(model._no_split_modules or ())))
+    missing = set(names.split(",")) - {type(module).__name__ for module in model.modules()}
+    if missing:
+        raise UserError(
+            f"fsdp: {type(model).__name__} has no layers of class {min(missing)!r}; name theirs in fsdp_config as "
+            "transformer_layer_cls_to_wrap."
+        )
+    # accelerate's own policy would sum gradients in half precision, and round the floats that go into the model: among
+    # them the step's number of tokens, by which every loss is divided.
+    plan["mixed_precision_policy"] = MixedPrecisionPolicy(
+        param_dtype=torch.bfloat16 if args.bf16 else None, reduce_dtype=torch.float32, cast_forward_inputs=False
+    )

@@ -30,11 +30,11 @@ from llm2vec.processes import StopSignals, rank, world_size
 from llm2vec.text.tokenization import probe_ids
 from llm2vec.train.config import Config
 from llm2vec.train.log import drop_entries_after
-from llm2vec.train.model import autocast, decoder_of, part_to_save
+from llm2vec.train.model import autocast, decoder_of, part_to_save, plan_sharding
 from llm2vec.train.resume import checkpoint_folder, checkpoints_in, command_to_resume, remove_checkpoints, step_of
 from llm2vec.train.rows import Rows, row_orders
 from llm2vec.train.run_probes import probes_of
-from llm2vec.train.sharding import plan_sharding, state_of_model
+from llm2vec.train.saving import model_weights
 from llm2vec.train.trainer import EmbedderTrainer
 from llm2vec.train.words import describe, steps_an_epoch
 from llm2vec.types import RunEnds, UserError
@@ -84,7 +84,7 @@ def train(
     run = provenance(config, args, rows, ids) if args.should_save else None
 
     def save_to(folder: Path, weights: dict[str, Tensor] | None) -> None:
-        state = None if weights is None else state_of_model(weights, objective.model)  # type: ignore[arg-type]
+        state = None if weights is None else model_weights(weights, objective.model)  # type: ignore[arg-type]
         at_step = {**(run or {}), "step": trainer.state.global_step}
         if trainer.weights_of_step is not None:
             at_step["weights_of_step"] = trainer.weights_of_step

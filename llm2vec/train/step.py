@@ -1,16 +1,20 @@
-"""Forward and backward of a batch in micro-batches of some number of tokens; the gradient does not depend on the cut.
+"""Forward and backward of a batch in pieces of at most so many tokens; the gradient does not depend on the cut.
 
-Losses that stand in each row alone are simply summed over the micro-batches. A contrastive loss couples all rows, so
-its gradient is cached (Gao et al. 2021, arXiv 2101.06983): every micro-batch is embedded without a graph, the loss
-between all vectors gives their gradients, and every micro-batch is embedded again, with the same random numbers, to
-carry its vectors' gradients into the weights. Memory is one micro-batch's activations and the vectors.
+Losses that stand in each row alone are summed over the pieces. A contrastive loss couples all rows, so its gradient is
+cached (Gao et al. 2021, arXiv 2101.06983):
+
+    1. embed every piece without a graph, and keep the vectors
+    2. the loss between all vectors gives each vector's gradient
+    3. embed every piece again, with the same random numbers, and carry its vectors' gradients into the weights
+
+Memory is the activations of one piece, and the vectors.
 """
 
 from __future__ import annotations
 
 import heapq
 from bisect import bisect_left
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from itertools import accumulate
 from typing import Any
@@ -18,7 +22,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from llm2vec.distributed import max_over_ranks
+from llm2vec.distributed import max_over_ranks, sum_over_ranks
 from llm2vec.text.batches import select_rows
 from llm2vec.types import Batch, Output
 
@@ -50,20 +54,21 @@ def backward_step(
     Returns:
         Loss parts, detached: `loss` and the objective's figures.
     """
-    inner: Any = getattr(objective, "module", objective)
+    inner: Any = getattr(objective, "module", objective)  # DDP's wrapper passes on no methods
     pieces = split_batch(batch, max_tokens)
     if not inner.contrasts or len(pieces) == 1:
         return _backward_whole(objective, inner, pieces, totals, scale, backward, no_sync)
+    # Both times that a piece is embedded, dropout must drop the same units.
     seeds = torch.randint(2**62, (len(pieces),)).tolist()
-    # The last piece's graph is kept and differentiated first, which saves embedding it again; with many pieces that is
-    # a small saving, and the memory is better spent on their vectors.
+    # The last piece's graph is kept and differentiated first, which saves embedding that piece again. Of many pieces
+    # that is a small saving, and the memory is better spent on their vectors.
     keep = len(pieces) <= MOST_PIECES_WITH_A_GRAPH
     held = _Held(batch)
     output: Output
     for i, (piece, seed) in enumerate(zip(pieces, seeds, strict=True)):
         kept = keep and i == len(pieces) - 1
         with seeded(seed, piece), no_sync() if kept else torch.no_grad():
-            # Without totals, rows' own losses are left out: they come with the pass that differentiates them.
+            # Without totals the rows' own losses are left out. They come with the pass that differentiates them.
             output = objective(piece, totals if kept else {})
         held.add(piece, output)
     between, gradients = _gradients_of_vectors(inner, held, totals)
@@ -75,8 +80,9 @@ def backward_step(
         shares.append(add_up([output.parts]))
         seeds.pop()
     of_pieces = {side: _cut(gradient, held.lengths[side]) for side, gradient in gradients.items()}
-    del output, held  # the last piece's graph, and vectors that are read no more
+    del output, held  # frees the last piece's graph, and vectors that nobody reads any more
     for i, (seed, piece) in enumerate(zip(seeds, pieces, strict=not keep)):
+        # The last backward of the step exchanges the gradients of all of them.
         with seeded(seed, piece), nullcontext() if i == len(seeds) - 1 else no_sync():
             output = objective(piece, totals)
             backward(_surrogate(output, {side: next(cut) for side, cut in of_pieces.items()}) * scale)
@@ -85,7 +91,8 @@ def backward_step(
 
 
 def _surrogate(output: Output, gradients: dict[str, Tensor]) -> Tensor:
-    """A scalar whose gradient is the vectors' cached one and that of the rows' own loss; its value means nothing."""
+    """A scalar whose value means nothing; its gradient is the vectors' cached one and that of the rows' own loss."""
+    # d/dw sum(vector * g) = g * dvector/dw where g is a constant: the chain rule with the cached gradient in it.
     products = [(output.vectors[side] * gradient).sum() for side, gradient in gradients.items()]
     return torch.stack([*products, *(value for name, value in output.parts.items() if name == "loss")]).sum()
 
@@ -105,11 +112,38 @@ def loss_parts(
         return add_up([*shares, between])
 
 
-def split_batch(batch: Batch, max_tokens: int | None) -> Pieces | list[Batch]:
-    """Rows of a batch in micro-batches of about equally many tokens, at most `max_tokens`; as many on every rank.
+def mean_parts(
+    objective: nn.Module, batches: Iterable[Batch], device: torch.device, max_tokens: int | None = None
+) -> dict[str, float]:
+    """Loss parts of held-out micro-batches, of which each rank has its own: a mean over them, not over their terms."""
+    inner: Any = getattr(objective, "module", objective)
+    sums: dict[str, Tensor] = {}
+    number = 0
+    for batch in batches:
+        totals, _ = count_terms(inner, [batch], device)
+        sums = add_up([sums, loss_parts(objective, batch, totals, max_tokens)])
+        number += 1
+    means = sum_over_ranks(torch.stack(list(sums.values())).float()) / number
+    return dict(zip(sums, means.tolist(), strict=True))
 
-    A row that is longer than that goes alone. The number is the same on all ranks, as a model whose weights lie spread
-    over them must be called equally often everywhere.
+
+def count_terms(objective: Any, batches: Sequence[Batch], device: torch.device) -> tuple[dict[str, Tensor], Tensor]:
+    """How many terms of each loss part, and how many tokens, batches hold on all ranks; one sum over the ranks."""
+    counts = [{**objective.count(batch), "tokens": _num_tokens(batch)} for batch in batches]
+    of_rank = [torch.stack([count[name].to(device) for count in counts]).sum() for name in counts[0]]
+    totals = dict(zip(counts[0], sum_over_ranks(torch.stack(of_rank)).unbind(), strict=True))
+    return totals, totals.pop("tokens")
+
+
+def _num_tokens(batch: Batch) -> Tensor:
+    """Real tokens of a batch, all sides."""
+    return torch.tensor(float(sum(sum(side["lengths"]) for side in batch.values())))
+
+
+def split_batch(batch: Batch, max_tokens: int | None) -> Pieces | list[Batch]:
+    """Rows of a batch in pieces of about equally many tokens, at most `max_tokens`; as many pieces on every rank.
+
+    A row that is longer than that goes alone.
     """
     if max_tokens is None:
         return [batch]
@@ -119,6 +153,7 @@ def split_batch(batch: Batch, max_tokens: int | None) -> Pieces | list[Batch]:
         per_row = len(side["lengths"]) // num_rows
         for i, length in enumerate(side["lengths"]):
             tokens[i // per_row] += length
+    # A model whose weights lie spread over the ranks must be called equally often on all of them.
     number = max_over_ranks(number_of_pieces(tokens, max_tokens))
     if number == 1:
         return [batch]
@@ -126,7 +161,7 @@ def split_batch(batch: Batch, max_tokens: int | None) -> Pieces | list[Batch]:
 
 
 class Pieces:
-    """A batch's micro-batches. Each is put together when its turn comes, so a large batch lies in memory once."""
+    """The pieces of a batch. Each is put together when its turn comes, so a large batch lies in memory once."""
 
     def __init__(self, batch: Batch, rows_of_pieces: Sequence[Sequence[int]]) -> None:
         self._batch = batch
@@ -148,18 +183,19 @@ class Pieces:
 
 
 def number_of_pieces(tokens: Sequence[int], max_tokens: int) -> int:
-    """How many balanced pieces it takes that none has more than `max_tokens`, but for rows longer by themselves."""
+    """How many balanced pieces it takes so that none has more than `max_tokens`; a row longer than that goes alone."""
     most = max(max_tokens, max(tokens))
 
     def fit(number: int) -> bool:
         return max(sum(tokens[row] for row in piece) for piece in balanced(tokens, number)) <= most
 
+    # Found by halving, as there may be thousands of pieces. That each row alone fits ends the search.
     fewest = -(-sum(tokens) // most)
-    return fewest + bisect_left(range(fewest, len(tokens)), True, key=fit)  # each row alone fits
+    return fewest + bisect_left(range(fewest, len(tokens)), True, key=fit)
 
 
 def balanced(tokens: Sequence[int], number: int) -> list[list[int]]:
-    """Row indices in `number` pieces of nearly equal token counts, none empty: longest first into the emptiest."""
+    """Row indices in `number` pieces of nearly equal token counts, none empty: the longest first, into the emptiest."""
     pieces: list[list[int]] = [[] for _ in range(number)]
     heap = [(0, i) for i in range(number)]
     for row in sorted(range(len(tokens)), key=lambda row: -tokens[row]):
@@ -187,7 +223,7 @@ def _backward_whole(
     backward: Callable[[Tensor], None],
     no_sync: Callable[[], AbstractContextManager[Any]],
 ) -> dict[str, Tensor]:
-    """One pass a piece: rows that stand alone, or all rows at once."""
+    """One pass a piece: rows whose loss needs no others, or all rows at once."""
     shares = []
     for i, piece in enumerate(pieces):
         with nullcontext() if i == len(pieces) - 1 else no_sync():
@@ -202,7 +238,7 @@ def _backward_whole(
 class _Held:
     """Vectors and facts of all pieces' rows, each written into its place when its piece is done.
 
-    Thousands of small tensors, put together at the end, would take their memory twice, and leave holes behind.
+    Put together at the end, thousands of small tensors would take their memory twice, and leave holes behind.
 
     Attributes:
         vectors: of each side, detached; its rows in the order of the pieces.
@@ -234,7 +270,10 @@ class _Held:
 def _gradients_of_vectors(
     inner: Any, held: _Held, totals: dict[str, Tensor]
 ) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
-    """Loss parts between the vectors, detached as their graph holds the vectors; and the gradient of each side's."""
+    """Loss parts between the vectors, and the gradient of each side's vectors.
+
+    The parts are detached, as their graph would hold the vectors in memory.
+    """
     leaves = {side: vectors.requires_grad_() for side, vectors in held.vectors.items()}
     with torch.enable_grad():
         between = inner.contrast(leaves | held.facts, totals)
@@ -243,7 +282,7 @@ def _gradients_of_vectors(
 
 
 def _cut(values: Tensor, lengths: Sequence[int]) -> Iterator[Tensor]:
-    """Slices of so many rows one after the other, each made when its turn comes: there may be thousands."""
+    """Slices of so many rows, one after the other. Each is made when its turn comes, as there may be thousands."""
     end = 0
     for length in lengths:
         end += length
@@ -251,13 +290,16 @@ def _cut(values: Tensor, lengths: Sequence[int]) -> Iterator[Tensor]:
 
 
 def _num_rows(batch: Batch) -> int:
-    """The first side has one text a row."""
+    """As many as the first side has texts; others may have several a row."""
     return len(batch[next(iter(batch))]["lengths"])
 
 
 @contextmanager
 def seeded(seed: int, batch: Batch) -> Iterator[None]:
-    """Random numbers from `seed` within, on the CPU and on the batch's device; outside they go on as if nothing was."""
+    """Random numbers from `seed` within, on the CPU and the batch's device; after it they go on as if nothing had been.
+
+    With a seed a piece, no state of the generators needs to be copied from the device and back.
+    """
     device = batch[next(iter(batch))]["input_ids"].device
     with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
         torch.manual_seed(seed)

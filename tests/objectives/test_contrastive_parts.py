@@ -31,8 +31,8 @@ from llm2vec.objectives.losses import distillation, info_nce, linear_cross_entro
 from llm2vec.processes import rank, world_size
 from llm2vec.text.tokenization import RowTokenizer
 from llm2vec.train.config_file import load_config
+from llm2vec.train.log import LOG_FILE
 from llm2vec.train.step import backward_step, loss_parts, split_batch
-from llm2vec.train.trainer import LOG_FILE
 from llm2vec.types import Example, InstructedText, UserError
 from tests.objectives.test_losses import Largest, Problem, blocked, gradients, plain, problem
 

@@ -28,8 +28,8 @@ from llm2vec.objectives.grit import ContrastiveLanguageModelling
 from llm2vec.objectives.language_modelling import LanguageModelling
 from llm2vec.processes import rank, world_size
 from llm2vec.train.config_file import load_config
+from llm2vec.train.log import LOG_FILE
 from llm2vec.train.step import backward_step, loss_parts, split_batch
-from llm2vec.train.trainer import LOG_FILE
 from llm2vec.types import UserError
 
 ROOT = Path(__file__).parents[2]

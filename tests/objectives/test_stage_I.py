@@ -24,8 +24,9 @@ from llm2vec.model.embed import embed
 from llm2vec.model.packing import checkpoint_contexts
 from llm2vec.model.settings import EncoderSettings, row_tokenizer
 from llm2vec.text.tokenization import Row
+from llm2vec.train.log import LOG_FILE
 from llm2vec.train.step import add_up, backward_step, loss_parts, split_batch
-from llm2vec.train.trainer import LOG_FILE, EmbedderTrainer
+from llm2vec.train.trainer import EmbedderTrainer
 from llm2vec.types import Attention, Batch, Example, InstructedText, PoolingMode, Reduction
 
 ROWS = reference.examples(8)

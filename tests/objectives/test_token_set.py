@@ -21,8 +21,8 @@ from llm2vec.objectives.token_set import CollateBlocks, TokenSetPrediction, toke
 from llm2vec.text.batches import pack_rows
 from llm2vec.text.tokenization import Row, add_template_tokens
 from llm2vec.train.config_file import load_config
+from llm2vec.train.log import LOG_FILE
 from llm2vec.train.step import backward_step, loss_parts, split_batch
-from llm2vec.train.trainer import LOG_FILE
 from llm2vec.types import Batch, UserError
 
 ROOT = Path(__file__).parents[2]

@@ -32,8 +32,8 @@ from llm2vec.model.packing import checkpoint_contexts
 from llm2vec.model.settings import EncoderSettings, row_tokenizer
 from llm2vec.objectives.contrastive import ContrastiveLearning
 from llm2vec.processes import first_of_each_machine_first, rank, rank_zero_first, world_size
+from llm2vec.train.log import LOG_FILE
 from llm2vec.train.step import backward_step, loss_parts, number_of_pieces, split_batch
-from llm2vec.train.trainer import LOG_FILE
 from llm2vec.types import Batch
 
 ROOT = Path(__file__).parents[2]

@@ -14,6 +14,7 @@ import pytest
 import reference
 import torch
 import torch.distributed as dist
+from forked_runs import shard_on_cpu
 from helpers import family_tokenizer, tiny_model, write_jsonl
 from safetensors.torch import load_file
 from torch import Tensor, nn
@@ -23,8 +24,9 @@ from torch.distributed.tensor import DTensor
 from llm2vec import LLM2Vec
 from llm2vec.train.config import training_arguments
 from llm2vec.train.config_file import load_config
-from llm2vec.train.sharding import plan_sharding
-from llm2vec.train.trainer import LOG_FILE, EmbedderTrainer
+from llm2vec.train.log import LOG_FILE
+from llm2vec.train.model import plan_sharding
+from llm2vec.train.trainer import EmbedderTrainer
 from llm2vec.types import Stage, UserError
 
 ROOT = Path(__file__).parents[2]
@@ -108,6 +110,7 @@ def run_rank(process: int, processes: int, script: str, file: Path) -> None:
         return loss
 
     EmbedderTrainer.training_step = observed_step  # type: ignore[method-assign]
+    shard_on_cpu()
     sys.argv = [script, str(file)]
     runpy.run_path(str(ROOT / "experiments" / script), run_name="__main__")
 

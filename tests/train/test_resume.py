@@ -33,9 +33,10 @@ from llm2vec.model.chain import RUN_FILE, mark_of
 from llm2vec.model.checkpoint import SUMS_FILE, check_sums
 from llm2vec.train import model as run_model
 from llm2vec.train import run as run_module
-from llm2vec.train import trainer
+from llm2vec.train import saving
 from llm2vec.train.config import Config
 from llm2vec.train.config_file import load_config
+from llm2vec.train.log import LOG_FILE
 from llm2vec.train.resume import (
     BUT_FOR_ROUNDING,
     WITHOUT_INFLUENCE,
@@ -45,7 +46,7 @@ from llm2vec.train.resume import (
     find_start,
     why_unusable,
 )
-from llm2vec.train.trainer import LOG_FILE, EmbedderTrainer
+from llm2vec.train.trainer import EmbedderTrainer
 from llm2vec.types import RunEnds, Stage, UserError
 
 KILLED = -signal.SIGKILL
@@ -268,8 +269,8 @@ def kill_at(module: Any, name: str, call: int) -> Setup:
 SAVING = {
     "before the weights": (checkpoint_module, "environment", 2, 2),
     "before the random numbers": (EmbedderTrainer, "_save_rng_state", 2, 2),
-    "before the sums": (trainer, "write_sums", 2, 2),
-    "before older ones are removed": (EmbedderTrainer, "_remove_old_checkpoints", 2, 4),
+    "before the sums": (saving, "write_sums", 2, 2),
+    "before older ones are removed": (saving.CheckpointWriter, "_remove_old", 2, 4),
     "in the last save, of the model alone": (checkpoint_module, "environment", 5, 7),
 }
 
@@ -408,7 +409,7 @@ def has_last_weights(model: Any, folder: str, **_: Any) -> bool:
 FULL = {
     "checkpoint-4": (full_at(Path, "mkdir", lambda path, **_: path.name == ".checkpoint-4"), 2),
     LOG_FILE: (full_at(Path, "open", lambda path, *mode, **_: path.name == LOG_FILE and mode == ("a",)), 2),
-    f"{LOG_FILE} at the start": (full_at(Path, "write_text", lambda path, *_, **__: path.name == f".{LOG_FILE}"), 0),
+    f"{LOG_FILE} at the start": (full_at(Path, "write_text", lambda path, *_, **__: LOG_FILE in path.name), 0),
     "the last weights": (full_at(LlamaForCausalLM, "save_pretrained", has_last_weights), 7),
 }
 

@@ -19,9 +19,9 @@ import pytest
 from forked_runs import Setup, assert_same_to_the_bit, log_of, make_data, run, said, signal_within
 
 from llm2vec.processes import STOP_SIGNALS, StopSignals
-from llm2vec.train import trainer
+from llm2vec.train import step, trainer
+from llm2vec.train.log import LOG_FILE
 from llm2vec.train.resume import checkpoints_in, why_unusable
-from llm2vec.train.trainer import LOG_FILE
 
 ROOT = Path(__file__).parents[2]
 
@@ -135,31 +135,35 @@ def test_a_handler_that_cannot_be_put_back_gives_way_to_the_default(monkeypatch:
     assert set_to[len(STOP_SIGNALS) :] == [signal.SIG_DFL] * len(STOP_SIGNALS)
 
 
-def signal_group_within(name: str) -> Setup:
-    """SIGTERM to the process and its workers, as Ctrl-C and Slurm send it, once they fetch rows: when a function of the
-    trainer's module is called for the first time."""
+def signal_group_within(module: Any, name: str) -> Setup:
+    """SIGTERM to the process and its workers, as Ctrl-C and Slurm send it, once they fetch rows: when a function of a
+    module is called for the first time."""
 
     def setup(rank: int) -> None:
         os.setpgid(0, 0)
-        function = getattr(trainer, name)
+        function = getattr(module, name)
 
         def signal_first(*arguments: Any, **keywords: Any) -> Any:
-            setattr(trainer, name, function)
+            setattr(module, name, function)
             os.killpg(os.getpid(), signal.SIGTERM)
             time.sleep(0.5)  # a worker that is hit is found dead
             return function(*arguments, **keywords)
 
-        setattr(trainer, name, signal_first)
+        setattr(module, name, signal_first)
 
     return setup
 
 
-@pytest.mark.parametrize("name", ["backward_step", "loss_parts"], ids=["training", "evaluating"])
-def test_workers_outlive_a_signal_to_all_of_the_group(name: str, folder: Path, keys: dict[str, Any]) -> None:
+@pytest.mark.parametrize(
+    ("module", "name"), [(trainer, "backward_step"), (step, "loss_parts")], ids=["training", "evaluating"]
+)
+def test_workers_outlive_a_signal_to_all_of_the_group(
+    module: Any, name: str, folder: Path, keys: dict[str, Any]
+) -> None:
     output = folder / f"group-{name}"
     further = {"dataloader_num_workers": 1, "num_eval_rows": 16, "eval_strategy": "steps", "eval_steps": 1}
     further |= {"per_device_train_batch_size": 2}  # so that rows are still to be fetched
-    assert run("run_stage_II.py", output, keys | further, setup=signal_group_within(name)) == [0], said(output)
+    assert run("run_stage_II.py", output, keys | further, setup=signal_group_within(module, name)) == [0], said(output)
     assert "stopped after step" in said(output) and "exited unexpectedly" not in said(output)
     assert why_unusable(checkpoints_in(output)[-1]) is None
 

@@ -1,0 +1,203 @@
+"""Checkpoints that are written whole or not at all, and what FSDP needs to write and read one.
+
+A checkpoint is written aside, under a hidden name. First its folder is made, then every process writes its files, then
+the sums are taken and the folder gets its name. After each of these the processes tell each other whether it worked:
+where one could not write, all of them end, with a sentence that says how much room was needed. So a folder called
+`checkpoint-N` is whole, and a run that is killed leaves at most a hidden folder, which the next start removes.
+
+FSDP2 gives every process a share of the weights and of the optimiser's state. The weights are gathered and written
+once. The optimiser's state, which is larger, is written share by share.
+"""
+
+from __future__ import annotations
+
+import logging
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from torch import Tensor
+from torch.distributed.tensor import DTensor
+from torch.optim import Optimizer
+from transformers import PreTrainedModel, TrainerState, TrainingArguments
+from transformers.trainer import OPTIMIZER_NAME, SCHEDULER_NAME, TRAINER_STATE_NAME
+
+from llm2vec.distributed import max_over_ranks
+from llm2vec.model.checkpoint import write_sums
+from llm2vec.processes import rank
+from llm2vec.train.resume import checkpoint_folder, checkpoints_in, file_of_rank, last_checkpoint, remove_checkpoint
+from llm2vec.types import RunEnds, first_line
+
+logger = logging.getLogger(__name__)
+
+#: What writing to a full or broken disk raises, in Python, torch and safetensors; and comparing what was written.
+WRITE_ERRORS = (OSError, RuntimeError, SafetensorError, RunEnds)
+
+
+class CheckpointWriter:
+    """Writes the checkpoints of a run, and its last weights; called on all processes.
+
+    Args:
+        args: of the run: where its output goes, how many checkpoints it keeps, and whether this process is one that
+            writes what all have in common.
+    """
+
+    def __init__(self, args: TrainingArguments) -> None:
+        self.output_dir = Path(str(args.output_dir))
+        self._writes_common_files: bool = args.should_save
+        self._limit = args.save_total_limit
+
+    def remove_unfinished(self) -> None:
+        """Remove what a killed run left half written."""
+        for folder in self.output_dir.glob(".checkpoint-*") if rank() == 0 else ():
+            shutil.rmtree(folder)
+
+    def write(self, state: TrainerState, optimizer: Any, write_files: Callable[[Path], None]) -> None:
+        """Write the checkpoint of the step that was just done.
+
+        Args:
+            state: the trainer's record; it is written too, and learns where the best checkpoint is.
+            optimizer: tells how large the checkpoint is.
+            write_files: writes what this process has to write into the folder it is given.
+
+        Raises:
+            RunEnds: a process could not write; nothing is left of the checkpoint.
+        """
+        folder = checkpoint_folder(self.output_dir, state.global_step)
+        aside = folder.with_name(f".{folder.name}")
+        # No process may write before the folder is there, nor take sums before all have written.
+        parts: list[tuple[bool, Callable[[], None]]] = [
+            (rank() == 0, lambda: _make_empty(aside)),
+            (True, lambda: write_files(aside)),
+            (self._writes_common_files, lambda: _write_record(state, aside, folder)),
+            (self._writes_common_files, lambda: self._publish(aside, folder, state)),
+        ]
+        try:
+            for is_mine, write in parts:
+                self._on_all_or_none(folder, state, optimizer, write if is_mine else lambda: None, with_state=True)
+        except RunEnds:
+            shutil.rmtree(aside, ignore_errors=True)
+            raise
+        if max_over_ranks(int(not folder.is_dir())):
+            logger.warning("%s is not seen by all machines: no run can go on from it; share the output folder.", folder)
+            shutil.rmtree(aside, ignore_errors=True)
+
+    def write_last(self, state: TrainerState, optimizer: Any, write_model: Callable[[], None]) -> None:
+        """Write the trained model into the output folder itself.
+
+        Raises:
+            RunEnds: a process could not write.
+        """
+        self._on_all_or_none(self.output_dir, state, optimizer, write_model, with_state=False)
+
+    def _on_all_or_none(
+        self, folder: Path, state: TrainerState, optimizer: Any, write: Callable[[], None], *, with_state: bool
+    ) -> None:
+        """Write a part of what `folder` is to hold; where one process cannot, all raise `RunEnds`."""
+        error = None
+        try:
+            write()
+        except WRITE_ERRORS as caught:
+            error = caught
+        failed = max_over_ranks(0 if error is None else 1 + rank())
+        if not failed:
+            return
+        reason = f"on process {failed - 1}" if error is None else first_line(error)
+        # The output folder itself may be what was lost.
+        place = next(path for path in (self.output_dir, *self.output_dir.parents) if path.exists())
+        raise RunEnds(
+            f"{folder} could not be written ({reason}). It takes about {num_bytes(optimizer, with_state):,} bytes, and "
+            f"{shutil.disk_usage(place).free:,} are free there. {last_checkpoint(self.output_dir, state.global_step)}",
+            code=1,
+        ) from error
+
+    def _publish(self, aside: Path, folder: Path, state: TrainerState) -> None:
+        """Give a written checkpoint its sums and its name, and older ones away."""
+        write_sums(aside)
+        if folder.exists():  # cut short, or from before the run went back to an earlier one
+            remove_checkpoint(folder)
+        aside.rename(folder)
+        self._remove_old(folder, state)
+
+    def _remove_old(self, newest: Path, state: TrainerState) -> None:
+        """Keep as many checkpoints as the limit says, the newest and the best one among them.
+
+        Those of later steps, left by a run that went back, do not count.
+        """
+        kept = {newest, Path(state.best_model_checkpoint or newest)}
+        others = [f for f in checkpoints_in(self.output_dir, up_to=state.global_step) if f not in kept]
+        surplus = len(others) + len(kept) - self._limit if self._limit else 0
+        for folder in others[: max(0, surplus)]:
+            remove_checkpoint(folder)
+
+
+def num_bytes(optimizer: Any, with_state: bool) -> int:
+    """About what the trained weights take on disk, and with them the optimiser's state."""
+    parameters = [p for group in optimizer.param_groups for p in group["params"]]
+    states = [value for p in parameters for value in optimizer.state[p].values()] if with_state else []
+    return sum(t.numel() * t.element_size() for t in (*parameters, *states) if isinstance(t, Tensor))
+
+
+def _make_empty(folder: Path) -> None:
+    shutil.rmtree(folder, ignore_errors=True)
+    folder.mkdir(parents=True)
+
+
+def _write_record(state: TrainerState, aside: Path, folder: Path) -> None:
+    """The trainer's record, which names the best checkpoint by the place that it will have."""
+    best = checkpoint_folder(folder.parent, state.best_global_step or 0)
+    if best == folder or best.is_dir():
+        state.best_model_checkpoint = str(best)
+    state.save_to_json(str(aside / TRAINER_STATE_NAME))
+
+
+# --- under FSDP ---
+
+
+def model_weights(state: dict[str, Tensor], model: PreTrainedModel) -> dict[str, Tensor]:
+    """The part of an objective's gathered state that is its model's, under the model's own names.
+
+    Weights that are tied come as copies; here they are one tensor again, so that they are written once.
+    """
+    prefix = "model."
+    own = {name.removeprefix(prefix): weight for name, weight in state.items() if name.startswith(prefix)}
+    tied: dict[str, str] = model.all_tied_weights_keys or {}
+    return own | {name: own[source] for name, source in tied.items() if source in own}
+
+
+def save_shares(folder: Path, optimizer: Optimizer, schedule: Any, with_schedule: bool) -> None:
+    """Write this process's share of the optimiser's state, and if asked the schedule's, which all have in common."""
+    state = optimizer.state_dict()
+    shares = {
+        i: {name: value.to_local() if isinstance(value, DTensor) else value for name, value in values.items()}
+        for i, values in state["state"].items()
+    }
+    torch.save({**state, "state": shares}, folder / file_of_rank(OPTIMIZER_NAME, rank()))
+    if with_schedule:
+        torch.save(schedule.state_dict(), folder / SCHEDULER_NAME)
+
+
+def load_shares(folder: Path, optimizer: Optimizer, schedule: Any) -> None:
+    """Put back what `save_shares` wrote, into an optimiser over the same weights and as many processes."""
+    state = torch.load(folder / file_of_rank(OPTIMIZER_NAME, rank()), map_location="cpu", weights_only=True)
+    parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
+    spread = {
+        i: {name: _spread_like(parameters[i], value) for name, value in values.items()}
+        for i, values in state["state"].items()
+    }
+    optimizer.load_state_dict({**state, "state": spread})
+    schedule.load_state_dict(torch.load(folder / SCHEDULER_NAME, weights_only=True))
+
+
+def _spread_like(parameter: Any, value: Any) -> Any:
+    """A process's share of a tensor that has the parameter's form; anything else (a step counter) as it is."""
+    if not (isinstance(value, Tensor) and isinstance(parameter, DTensor)):
+        return value
+    if value.dim() == 0 or value.shape != parameter.to_local().shape:
+        return value
+    form: dict[str, Any] = {"shape": parameter.shape, "stride": parameter.stride()}
+    value = value.to(parameter.device)
+    return DTensor.from_local(value, parameter.device_mesh, parameter.placements, run_check=False, **form)
