@@ -36,6 +36,7 @@ COMMANDS = {
     "base": Command("base", "fetch a small pretrained model, also where no hub is reached"),
     "verify": Command("verify", "whether a model gives the same vectors however it is loaded"),
     "compare": Command("compare", "a set of recipes on the same data: train, evaluate, one table"),
+    "reconstruct": Command("reconstruct", "write the other side's text from an anchor, or score what it tells"),
     "check-data": Command("check_data", "look at training data before training on it"),
 }
 

@@ -6,26 +6,21 @@ end of a text is no target in Stage I, so a model learns none: a generated text 
 brings a habit of ending along.
 
     reconstructor = load_reconstructor("output/stage_I/...")
-    reconstructor.generate([written("document", "Emma is a novel by Jane Austen.")], max_new_tokens=16)
+    reconstructor.generate([text_of_side("document", "Emma is a novel by Jane Austen.")], max_new_tokens=16)
 
-Run by `experiments/reconstruct.py`.
+Run by `llm2vec reconstruct`.
 """
 
 from __future__ import annotations
 
-import json
-from collections.abc import Callable, Iterator, Sequence
-from itertools import islice
-from pathlib import Path
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import torch
 from accelerate.utils import send_to_device
 from torch import Tensor
-from tqdm.auto import tqdm
 from transformers import GenerationConfig
 
-from llm2vec.files import parse_object
 from llm2vec.llm2vec_q2d_d2q import BidirectionalReconstruction
 from llm2vec.model.backbone import load_backbone, load_tokenizer, parse_dtype
 from llm2vec.model.chain import open_chain
@@ -36,12 +31,6 @@ from llm2vec.objectives.losses import CrossEntropy, linear_cross_entropy
 from llm2vec.text.batches import pack_rows
 from llm2vec.text.tokenization import Row, RowTokenizer
 from llm2vec.types import InstructedText, TextSide, UserError, first_line
-
-#: The field of a training row that holds each side's text.
-FIELDS: dict[TextSide, str] = {"query": "query", "document": "positive"}
-
-#: Colours of the 256-colour palette for a token's loss, each up to a limit in nats: green to red.
-COLOURS = ((0.5, 28), (1.5, 64), (3.0, 136), (5.0, 130), (float("inf"), 124))
 
 
 class Sampling(NamedTuple):
@@ -180,7 +169,7 @@ def load_reconstructor(
     return Reconstructor(objective, rows)
 
 
-def written(side: TextSide, text: str, instruction: str = "") -> InstructedText:
+def text_of_side(side: TextSide, text: str, instruction: str = "") -> InstructedText:
     """A text as a row of its side; the instruction is the queries'."""
     return InstructedText(instruction if side == "query" else "", text, side)
 
@@ -214,81 +203,6 @@ def score_targets(
     return linear_cross_entropy(states_ND, head_VD, target_N, torch.ones_like(target_N, dtype=torch.float32))
 
 
-def render(tokens: Sequence[ScoredToken], coloured: bool) -> str:
-    """Tokens by their losses: on a colour each, or with the loss in brackets behind each."""
-    if not coloured:
-        return " ".join(f"{printable(token.text.strip())}[{token.loss:.2f}]" for token in tokens)
-    return "".join(_on_colour(printable(token.text), token.loss) for token in tokens)
-
-
-def legend() -> str:
-    """What the colours of `render` mean."""
-    limits = [limit for limit, _ in COLOURS[:-1]]
-    names = [f" up to {limit} " for limit in limits] + [f" above {limits[-1]} "]
-    return "".join(_on_colour(name, limit) for name, (limit, _) in zip(names, COLOURS, strict=True))
-
-
-def _on_colour(text: str, loss: float) -> str:
-    """White on the loss's colour; a line break stays outside, or it would colour the rest of the line."""
-    colour = next(colour for limit, colour in COLOURS if loss <= limit)
-    return "\n".join(f"\x1b[97;48;5;{colour}m{part}\x1b[0m" if part else "" for part in text.split("\n"))
-
-
-def printable(text: str) -> str:
+def plain(text: str) -> str:
     """Text without the control characters that a terminal would obey; line breaks stay."""
     return "".join(c if c.isprintable() or c == "\n" else "\N{REPLACEMENT CHARACTER}" for c in text)
-
-
-def read_texts(file: Path, side: TextSide) -> Iterator[tuple[dict[str, Any], str]]:
-    """The objects of a JSONL file and their texts: `query` or `positive`, as in training rows, or else `text`.
-
-    Raises:
-        UserError: the file is not there, or a line has no such text (file and line).
-    """
-    if not file.is_file():
-        raise UserError(f"--file: {file} is not there.")
-    with file.open("rb") as lines:
-        for number, line in enumerate(lines, start=1):
-            yield _parse_text(line, FIELDS[side], f"{file}, line {number}")
-
-
-def _parse_text(line: bytes, field: str, where: str) -> tuple[dict[str, Any], str]:
-    row = parse_object(line, where)
-    try:
-        json.dumps(row, ensure_ascii=False).encode("utf-8")
-    except UnicodeEncodeError as error:
-        raise UserError(f"{where}: a text holds half a surrogate pair ({error.reason}).") from error
-    text = row.get(field, row.get("text"))
-    if not isinstance(text, str) or not text.strip():
-        raise UserError(f"{where}: `{field}` or `text` must hold a text.")
-    if "generated" in row:
-        raise UserError(f"{where}: there is a field `generated` already; rename it, or it would be lost.")
-    return row, text
-
-
-def expand_file(
-    file: Path, output: Path, side: TextSide, generate: Callable[[list[str]], list[list[str]]], batch_size: int
-) -> None:
-    """Write every row of a JSONL file with what is generated from its text, as a list in `generated`, in order.
-
-    The output is written aside and renamed when it is complete.
-
-    Args:
-        file: as `read_texts` takes it.
-        output: a JSONL file; written over.
-        side: which text of a row.
-        generate: from texts, the list of each.
-        batch_size: texts at once.
-    """
-    aside = output.with_name(f".{output.name}.partial")
-    rows = read_texts(file, side)
-    try:
-        with aside.open("w", encoding="utf-8") as out, tqdm(desc="Texts") as progress:
-            while batch := list(islice(rows, batch_size)):
-                generated = generate([text for _, text in batch])
-                for (row, _), of_row in zip(batch, generated, strict=True):
-                    out.write(json.dumps({**row, "generated": of_row}, ensure_ascii=False) + "\n")
-                progress.update(len(batch))
-        aside.replace(output)
-    finally:
-        aside.unlink(missing_ok=True)

@@ -6,7 +6,7 @@ A decoder guesses much of a text from the words before alone. So every text is d
     other    from the anchor of another row of the same source: what anchors say of the source as a whole
     random   from a random direction of the own anchor's norm: what the decoder knows without any anchor
 
-`other` less `own` is what the anchor says about its own text. `experiments/reconstruct.py --score` prints the table;
+`other` less `own` is what the anchor says about its own text. `llm2vec reconstruct --score` prints the table;
 `reconstruction_probe` in a Stage I config logs the figures in training.
 """
 
@@ -14,7 +14,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from itertools import compress
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -25,6 +25,7 @@ from llm2vec.llm2vec import token_batches
 from llm2vec.llm2vec_q2d_d2q import BidirectionalReconstruction
 from llm2vec.probes.reconstruction import embed_rows, score_targets, target_ids
 from llm2vec.processes import rank, world_size
+from llm2vec.table import Table
 from llm2vec.text.tokenization import Row, RowTokenizer
 from llm2vec.types import Example, UserError
 
@@ -185,25 +186,22 @@ def _figure(direction: str, group: str, name: str, sums: Tensor) -> Figure:
 
 
 def as_table(figures: Sequence[Figure]) -> str:
-    """Figures for a terminal, a block for each direction."""
-    lines: list[str] = []
+    """Figures for a terminal, a table for each direction: nats a token, and shares of tokens that are the likeliest.
+
+    `gain` is the loss from `other` less that from `own`.
+    """
+    tables = []
     for direction in dict.fromkeys(figure.direction for figure in figures):
         of_direction = [figure for figure in figures if figure.direction == direction]
         one_source = sum(figure.group == "source" for figure in of_direction) == 1
-        lines += ["", f"{direction:<24}{'':8}  {'loss (nats a token)':^30}  {'accuracy (%)':^21}"]
-        heads = [f"{name:>7}" for name in (*ANCHORS, "gain", *ANCHORS)]
-        lines.append(f"{'':<24}{'tokens':>8}  {' '.join(heads)}")
-        lines += [_line(figure) for figure in of_direction if not (one_source and figure.group == "source")]
-    return "\n".join(lines[1:])
+        losses, shares = ([f"{what}, {name}" for name in ANCHORS] for what in ("loss", "%"))
+        rows = [_cells(figure) for figure in of_direction if not (one_source and figure.group == "source")]
+        tables.append(Table([direction, "tokens", *losses, "gain", *shares], rows).text())
+    return "\n\n".join(tables)
 
 
-def _line(figure: Figure) -> str:
+def _cells(figure: Figure) -> list[str]:
     label = figure.name if figure.group == "all" else f"{figure.group} {figure.name}"
     loss, accuracy = ([values[anchor] for anchor in ANCHORS] for values in (figure.loss, figure.accuracy))
-    numbers = [*(f"{value:7.3f}" for value in (*loss, loss[1] - loss[0])), *(f"{100 * v:7.1f}" for v in accuracy)]
-    return f"{label:<24}{figure.tokens:>8,}  {' '.join(numbers)}"
-
-
-def as_json(figures: Sequence[Figure]) -> list[dict[str, Any]]:
-    """Figures for a file."""
-    return [figure._asdict() for figure in figures]
+    numbers = [f"{value:.3f}" for value in (*loss, loss[1] - loss[0])] + [f"{100 * share:.1f}" for share in accuracy]
+    return [label, f"{figure.tokens:,}", *numbers]

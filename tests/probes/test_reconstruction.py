@@ -32,15 +32,11 @@ from llm2vec.probes import reconstruction_probe
 from llm2vec.probes.reconstruction import (
     Reconstructor,
     Sampling,
-    ScoredToken,
     embed_rows,
-    expand_file,
     load_reconstructor,
-    read_texts,
-    render,
     score_targets,
     target_ids,
-    written,
+    text_of_side,
 )
 from llm2vec.probes.reconstruction_probe import ANCHORS, Figure, ReconstructionProbe, as_table
 from llm2vec.text.batches import pack_rows
@@ -52,9 +48,9 @@ ROOT = Path(__file__).resolve().parents[2]
 TEMPLATES = {"llama": "llama3", "mistral": "mistral", "qwen2": "qwen2", "qwen3": "qwen2", "gemma": "gemma"}
 INSTRUCTION = "find the answer"
 TEXTS = [
-    written("query", "who wrote it", INSTRUCTION),
-    written("document", "hello blue world"),
-    written("document", "red"),
+    text_of_side("query", "who wrote it", INSTRUCTION),
+    text_of_side("document", "hello blue world"),
+    text_of_side("document", "red"),
 ]
 
 
@@ -187,7 +183,7 @@ def test_sampling_is_decided_by_the_seed_and_narrows_to_greedy() -> None:
 @pytest.mark.parametrize("attention", ["causal", "bidirectional"])
 def test_token_losses_are_those_of_a_slow_loop(attention: Attention) -> None:
     one = reconstructor(attention=attention)
-    target = written("query", "who wrote the answer", INSTRUCTION)
+    target = text_of_side("query", "who wrote the answer", INSTRUCTION)
     source, goal = one.tokenizer.rows([TEXTS[1], target])
     expected = reference.reconstruction_terms(one.objective.model, source, goal, attention)
     scored = one.score(TEXTS[1], target)
@@ -197,17 +193,9 @@ def test_token_losses_are_those_of_a_slow_loop(attention: Attention) -> None:
 
 @pytest.mark.parametrize("text", ["東京 naïve café", "red 東", "a\nb"])
 def test_pieces_of_letters_that_are_several_tokens(text: str) -> None:
-    scored = reconstructor().score(TEXTS[0], written("document", text))
+    scored = reconstructor().score(TEXTS[0], text_of_side("document", text))
     assert "".join(token.text for token in scored).strip() == text
     assert len(scored) > len(text.split())
-
-
-def test_colours_follow_losses_and_are_left_out_elsewhere() -> None:
-    tokens = [ScoredToken("red", 0.1), ScoredToken(" green\x1b[2J", 9.0), ScoredToken("\nblue", 2.0)]
-    coloured, plain = render(tokens, True), render(tokens, False)
-    assert coloured.index("48;5;28m") < coloured.index("48;5;124m") < coloured.index("48;5;136m")
-    assert "\x1b[2J" not in coloured and "\n\x1b[97;48;5;136mblue\x1b[0m" in coloured
-    assert "\x1b" not in plain and plain.split()[0] == "red[0.10]" and plain.endswith("blue[2.00]")
 
 
 # --- the probe ---
@@ -339,8 +327,8 @@ def test_training_makes_the_anchor_tell_its_own_text() -> None:
     rows = [
         Example(
             "words",
-            written("query", word, INSTRUCTION),
-            written("document", f"the {words[i - 1]} {words[i - 2]}"),
+            text_of_side("query", word, INSTRUCTION),
+            text_of_side("document", f"the {words[i - 1]} {words[i - 2]}"),
             (),
         )
         for i, word in enumerate(words)
@@ -529,60 +517,6 @@ def test_the_target_of_training_is_the_target_of_decoding(folder: Path, tmp_path
     assert loaded.tokenizer.target_kinds
 
 
-def test_a_file_is_expanded_in_order_and_keeps_its_fields(
-    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    rows = [
-        {"id": 1, "positive": "hello world", "query": "who"},
-        {"text": "red"},
-        {"text": "blue é", "more": [1, None]},
-    ]
-    write_jsonl(tmp_path / "in.jsonl", rows)
-    arguments = ["--file", tmp_path / "in.jsonl", "--from", "document", "--device", "cpu", "--max_new_tokens", 4]
-    for size in (1, 2, 32):
-        output = tmp_path / f"of_{size}.jsonl"
-        script("reconstruct", monkeypatch, folder / "I", *arguments, "--batch_size", size, "--output", output)
-    expanded = [json.loads(line) for line in (tmp_path / "of_2.jsonl").read_text("utf-8").splitlines()]
-    texts = [written("document", text) for text in ("hello world", "red", "blue é")]
-    generated = load_reconstructor(str(folder / "I"), device="cpu").generate(texts, 4)
-    assert expanded == [{**row, "generated": of_row} for row, of_row in zip(rows, generated, strict=True)]
-    assert len({(tmp_path / f"of_{size}.jsonl").read_text("utf-8") for size in (1, 2, 32)}) == 1
-    assert {file.name for file in tmp_path.iterdir()} == {"in.jsonl", "of_1.jsonl", "of_2.jsonl", "of_32.jsonl"}
-
-
-def test_an_interrupted_file_leaves_nothing_half_written(tmp_path: Path) -> None:
-    write_jsonl(tmp_path / "in.jsonl", [{"text": "red"}] * 5)
-    seen: list[str] = []
-
-    def fail_later(texts: list[str]) -> list[list[str]]:
-        seen.extend(texts)
-        if len(seen) > 2:
-            raise KeyboardInterrupt
-        return [["x"] for _ in texts]
-
-    with pytest.raises(KeyboardInterrupt):
-        expand_file(tmp_path / "in.jsonl", tmp_path / "out.jsonl", "query", fail_later, 2)
-    assert [file.name for file in tmp_path.iterdir()] == ["in.jsonl"]
-
-
-@pytest.mark.parametrize(
-    ("line", "words"),
-    [
-        ('{"text": "red"', "line 2: not valid JSON"),
-        ('["red"]', "line 2: a JSON object is needed, not a list"),
-        ('{"query": "red"}', "line 2: `positive` or `text` must hold a text"),
-        ('{"positive": " ", "text": "red"}', "line 2: `positive` or `text` must hold a text"),
-        ('{"text": "red", "generated": 1}', "line 2: there is a field `generated` already"),
-        ('{"text": "\\ud800"}', "line 2: a text holds half a surrogate pair"),
-    ],
-)
-def test_a_malformed_line_is_named(line: str, words: str, tmp_path: Path) -> None:
-    (tmp_path / "in.jsonl").write_text('{"text": "red"}\n' + line + "\n", "utf-8")
-    with pytest.raises(UserError, match=r"in.jsonl, ") as raised:
-        list(read_texts(tmp_path / "in.jsonl", "document"))
-    assert words in str(raised.value)
-
-
 def test_the_script_prints_texts_and_the_targets_losses(
     folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -591,23 +525,17 @@ def test_the_script_prints_texts_and_the_targets_losses(
     printed = capsys.readouterr().out
     loaded = load_reconstructor(str(folder / "I"), device="cpu")
     [[generated]] = loaded.generate([TEXTS[1]._replace(text="hello world")], 5)
-    scored = loaded.score(written("document", "hello world"), written("query", "who wrote it", INSTRUCTION))
+    scored = loaded.score(text_of_side("document", "hello world"), text_of_side("query", "who wrote it", INSTRUCTION))
     mean = sum(token.loss for token in scored) / 3
     assert printed.startswith("".join(c if c.isprintable() or c == "\n" else "\ufffd" for c in generated))
     assert f"mean loss {mean:.3f} nats over 3 tokens" in printed and f"who[{scored[0].loss:.2f}]" in printed
-    assert "\x1b" not in printed
-    monkeypatch.setattr(sys.stdout, "isatty", lambda: True)
-    for no_colour in ("", "1"):
-        monkeypatch.setenv("NO_COLOR", no_colour)
-        script("reconstruct", monkeypatch, *arguments, "--max_new_tokens", 5, "--target", "who wrote it")
-        assert ("\x1b" in capsys.readouterr().out) == (not no_colour)
     script("reconstruct", monkeypatch, *arguments, "--sample", "--num", 2, "--seed", 7, "--max_new_tokens", 3)
     drawn = capsys.readouterr().out
     script("reconstruct", monkeypatch, *arguments, "--sample", "--num", 2, "--seed", 7, "--max_new_tokens", 3)
     assert capsys.readouterr().out == drawn
 
 
-def test_the_script_scores_rows_a_config_and_a_retrieval_set(
+def test_the_script_scores_rows_and_a_retrieval_set(
     folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     held_out = [
@@ -620,12 +548,11 @@ def test_the_script_scores_rows_a_config_and_a_retrieval_set(
     judgements = [{"query-id": f"q{i}", "corpus-id": f"d{i}", "score": 1} for i in range(4)]
     write_jsonl(tmp_path / "set/qrels/test.jsonl", judgements)
     instruction = ["--instruction", INSTRUCTION]
-    what = {"rows.jsonl": (tmp_path / "rows.jsonl", instruction), "set": (tmp_path / "set", instruction),
-            "I.json": (folder / "I.json", ())}  # fmt: skip
     figures = {}
-    for name, (path, more) in what.items():
+    for name in ("rows.jsonl", "set"):
         output = tmp_path / f"{name}.figures.json"
-        script("reconstruct", monkeypatch, folder / "I", "--score", path, *more, "--output", output, "--device", "cpu")
+        arguments = ["--score", tmp_path / name, *instruction, "--output", output, "--device", "cpu"]
+        script("reconstruct", monkeypatch, folder / "I", *arguments)
         said = capsys.readouterr()
         assert "q2d" in said.out and "without an instruction" not in said.err
         figures[name] = json.loads(output.read_text("utf-8"))
@@ -633,10 +560,9 @@ def test_the_script_scores_rows_a_config_and_a_retrieval_set(
     assert "note: queries go without an instruction" in capsys.readouterr().err
     overall = {name: [f for f in of["figures"] if f["group"] == "all"] for name, of in figures.items()}
     assert overall["rows.jsonl"] == overall["set"]
-    assert figures["I.json"]["rows"] == 8 and figures["set"]["rows"] == 4
-    assert overall["I.json"][0]["loss"]["other"] == pytest.approx(
-        logged(folder / "I")[-1]["eval_reconstruction_q2d_loss_other"], rel=1e-5
-    )
+    assert figures["rows.jsonl"]["rows"] == figures["set"]["rows"] == 4
+    script("reconstruct", monkeypatch, folder / "I", "--score", tmp_path / "set", "--num_rows", 2, "--device", "cpu")
+    assert ": 2 rows of " in capsys.readouterr().out
 
 
 def test_a_retrieval_set_without_a_relevant_document_is_refused(
@@ -653,8 +579,8 @@ def test_a_retrieval_set_without_a_relevant_document_is_refused(
 @pytest.mark.parametrize(
     ("arguments", "words"),
     [
-        ([], "give one of TEXT, --file and --score"),
-        (["red", "--score", "x.jsonl"], "give one of TEXT, --file and --score"),
+        ([], "give one of TEXT and --score"),
+        (["red", "--score", "x.jsonl"], "give one of TEXT and --score"),
         (["red", "--num_rows", "3"], "--num_rows has no effect with TEXT"),
         (["red", "--output", "x"], "--output has no effect with TEXT"),
         (["red", "--seed", "-1"], "--seed is -1; a number from 0 to 4294967295 is needed"),
@@ -667,13 +593,9 @@ def test_a_retrieval_set_without_a_relevant_document_is_refused(
         (["red", "--max_new_tokens", "0"], "--max_new_tokens is 0"),
         ([" "], "TEXT is empty"),
         (["red", "--target", ""], "--target is empty"),
-        (["--file", "x.jsonl"], "--file needs --output"),
-        (["--file", "nowhere.jsonl", "--output", "y.jsonl"], "nowhere.jsonl is not there"),
-        (["--file", "x.jsonl", "--output", "."], "exists; remove it"),
-        (["--file", "x.jsonl", "--output", "nowhere/y.jsonl"], "there is no folder nowhere"),
+        (["--score", "x.jsonl", "--output", "."], "exists; remove it"),
+        (["--score", "x.jsonl", "--output", "nowhere/y.jsonl"], "there is no folder nowhere"),
         (["--score", "nowhere.jsonl"], "nowhere.jsonl"),
-        (["--score", "I.json"], "num_eval_rows is 0"),
-        (["--score", "I.json", "--instruction", "x"], "--instruction has no effect with a config"),
         (["--score", "empty"], "lacks corpus.jsonl"),
         (["red"], "nowhere"),
     ],
@@ -690,7 +612,6 @@ def test_a_wrong_call_is_one_sentence(
     """Before the checkpoint is loaded, which is not there."""
     monkeypatch.chdir(tmp_path)
     (tmp_path / "empty").mkdir()
-    write_config(tmp_path / "I.json", keys(folder, num_eval_rows=0, eval_strategy="no", reconstruction_probe=False))
     before = sorted(tmp_path.iterdir())
     with pytest.raises(SystemExit) as stopped:
         script("reconstruct", monkeypatch, "nowhere/checkpoint", *arguments)
