@@ -16,18 +16,10 @@ from huggingface_hub import EvalResult, ModelCardData
 from llm2vec.model.settings import EncoderSettings
 from llm2vec.model.stock_form import STRAY_BLANK, StockForm
 from llm2vec.reports.results import Results
-from llm2vec.train.config import STAGE_KEYS
-
-#: What a config says of a training stage, in the order of the table; keys of TrainingArguments among them.
-CONFIG_KEYS = (
-    "objective", "target", "alpha", "loss_scale", "num_hard_negatives", "template", "pooling_mode", "bidirectional",
-    "instruction_join", "max_seq_length", "lora_r", "lora_alpha", "total_batch_size", "per_device_train_batch_size",
-    "learning_rate", "lr_scheduler_type", "warmup_steps", "max_steps", "num_train_epochs", "stop_after_n_steps", "seed",
-    "torch_dtype", "bf16",
-)  # fmt: skip
+from llm2vec.train.config import KEYS
 
 #: Stages as headings.
-STAGE_NAMES = {
+_HEADINGS = {
     "stage_I": "Stage I", "stage_II": "Stage II", "lm": "Language modelling", "mntp": "MNTP", "simcse": "SimCSE",
 }  # fmt: skip
 
@@ -312,7 +304,7 @@ def _training(facts: Facts) -> str:
     for number, stage in enumerate(facts.stages, 1):
         config = stage.run.get("config", {})
         name = config.get("stage")
-        parts.append(f"### {STAGE_NAMES.get(name, name or f'Run {number}')}")
+        parts.append(f"### {_HEADINGS.get(name, name or f'Run {number}')}")
         parts.append(_table(["setting", "value"], _settings(config)))
         logged = [entry for entry in stage.log if "loss" in entry]
         if logged:
@@ -333,11 +325,12 @@ def _training(facts: Facts) -> str:
 def _settings(config: Mapping[str, Any]) -> list[list[str]]:
     """The settings of a run that its stage reads, as table rows, each value as a config writes it."""
     values = {**config, **config.get("training", {})}
-    unread = {key for key, stages in STAGE_KEYS.items() if config.get("stage") not in (None, *stages)}
-    unread |= set() if config.get("use_peft") else {"lora_r", "lora_alpha"}
+    unread = set() if config.get("use_peft") else {"lora_r", "lora_alpha"}
+    unread |= {name for name, key in KEYS.items() if config.get("stage") not in (None, *key.stages)}
     off = (None, False)  # unlike 0, which equals False
-    shown = [key for key in CONFIG_KEYS if not any(values.get(key) is value for value in off) and key not in unread]
-    return [[f"`{key}`", f"`{json.dumps(values[key], ensure_ascii=False)}`"] for key in shown]
+    shown = [name for name, key in KEYS.items() if key.on_card and name not in unread]
+    written = [name for name in shown if not any(values.get(name) is value for value in off)]
+    return [[f"`{name}`", f"`{json.dumps(values[name], ensure_ascii=False)}`"] for name in written]
 
 
 def _is_figure(key: str) -> bool:

@@ -1,23 +1,30 @@
-"""One run = one flat JSON file: the keys that are ours, and what they mean.
+"""One run = one flat JSON file. Here stands what each of its keys may say.
 
-A key is one of ours (the fields of `Config`) or one of transformers' TrainingArguments (`training_arguments`).
-`config_file` reads and checks a file.
+A key is one of ours, a field of `Config`, or one of transformers' TrainingArguments. A new key is a new field: type and
+default as Python writes them, what it means below it, and all else in a `Key` beside the type: range, the stages that
+read it, whether a run's result depends on it, whether a model card shows it. The loader, `resume`, the model card,
+`llm2vec schema` and the documentation take it from there.
+
+`config_file` reads a file; `config_rules` says which keys contradict each other.
 """
 
 from __future__ import annotations
 
+import dataclasses
 import importlib.util
 import os
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal, get_args, get_type_hints
 
 import torch
 from transformers import TrainingArguments
 from transformers.integrations.integration_utils import get_available_reporting_integrations
 from transformers.training_args import ParallelMode
 
+from llm2vec.text.templates import TEMPLATES
 from llm2vec.types import (
+    POOLING_ALIASES,
     AttnImplementation,
     DtypeName,
     MaskingScheme,
@@ -27,6 +34,7 @@ from llm2vec.types import (
     Stage,
     SymmetricInstructions,
     UserError,
+    first_line,
 )
 
 #: Stages that train a LoRA adapter unless told otherwise.
@@ -35,176 +43,194 @@ LORA_STAGES: tuple[Stage, ...] = ("stage_II", "simcse", "mntp")
 #: What `dataset_name` says where it is no hub dataset.
 DATASET_NAMES = ("E5", "Wiki1M")
 
-#: Recomputing activations, under transformers' old and new name.
-CHECKPOINTING_KEYS = (
-    "gradient_checkpointing", "gradient_checkpointing_kwargs", "activation_checkpointing",
-    "activation_checkpointing_kwargs",
-)  # fmt: skip
 
-#: Compiling, which is done layer by layer where the model is loaded, not over the whole objective.
-COMPILE_KEYS = ("torch_compile", "torch_compile_backend", "torch_compile_mode")
+@dataclass(frozen=True)
+class Key:
+    """What is known of a key beside its type, its default and its meaning.
 
-#: Keys that only some stages read; elsewhere they would be ignored, so they are refused.
-STAGE_KEYS: dict[str, tuple[Stage, ...]] = {
-    "objective": ("stage_I",),
-    "target": ("stage_I",),
-    "alpha": ("stage_I",),
-    "reconstruct_instruction": ("stage_I",),
-    "reconstruction_probe": ("stage_I",),
-    "loss_scale": ("stage_II", "simcse"),
-    "num_hard_negatives": ("stage_II",),
-    "examples_per_query": ("stage_II",),
-    "matryoshka_dims": ("stage_II", "simcse"),
-    "mask_false_negatives": ("stage_II", "simcse"),
-    "own_negatives_only": ("stage_II",),
-    "distillation_weight": ("stage_II",),
-    "lm_weight": ("stage_II",),
-    "dataset_config_name": ("mntp",),
-    "mask_token_type": ("mntp",),
-    "mlm_probability": ("mntp",),
-    "data_collator_type": ("mntp",),
-    "simcse_dropout": ("simcse",),
-    "embedding_diagnostics": ("stage_II", "stage_I", "lm", "simcse"),
-}
+    Attributes:
+        at_least: the number may be this or more.
+        above: the number must be more than this.
+        at_most: the number may be this or less.
+        below: the number must be less than this.
+        choices: what a string may be, where the type does not say it.
+        stages: that read the key. Elsewhere it would be ignored, so it is refused.
+        influence: what depends on it. `result`: with another value it is another run, and its checkpoints are refused.
+            `rounding`: how a step is computed, not what; another value is said. `nothing`: no step depends on it.
+        on_card: whether a model card shows it.
+        refused: why the trainer does not serve it. Only the key's default may be written.
+
+    Example:
+        >>> KEYS["alpha"].stages, KEYS["alpha"].range
+        (('stage_I',), 'it must lie between 0 and 1')
+    """
+
+    at_least: int | None = None
+    above: int | None = None
+    at_most: int | None = None
+    below: int | None = None
+    choices: tuple[str, ...] = ()
+    stages: tuple[Stage, ...] = get_args(Stage)
+    influence: Literal["result", "rounding", "nothing"] = "result"
+    on_card: bool = False
+    refused: str | None = None
+
+    @property
+    def range(self) -> str:
+        """What a number must be, to end a sentence with."""
+        match (self.above, self.at_least, self.at_most, self.below):
+            case (above, None, None, None):
+                return f"it must be above {above}"
+            case (above, None, at_most, None):
+                return f"it must be above {above} and at most {at_most}"
+            case (None, at_least, None, None):
+                return f"{at_least} or more is needed"
+            case (None, at_least, at_most, None):
+                return f"it must lie between {at_least} and {at_most}"
+            case (_, at_least, _, below):
+                return f"it must lie in [{at_least}, {below})"
 
 
 @dataclass(frozen=True)
 class Config:
-    """The keys that are ours. What each default follows is in docs/fidelity.md.
+    """The keys that are ours. `docs/fidelity.md` says what each default follows.
 
-    Attributes:
-        model_name_or_path: base model: a folder (such as an earlier stage's `output_dir`) or a hub name.
-        peft_model_name_or_path: adapters to merge into the base first, innermost first.
-        bidirectional: attention of the embedding pass; always on in MNTP.
-        pooling_mode: `last` (`eos_token`, `last_token`), `mean`, `weighted_mean`, `first` (`bos_token`). MNTP, which
-            pools nothing, hands `mean` on where none is named.
-        template: key of `templates.TEMPLATES`; None = inferred from the tokenizer, and said. The special tokens that
-            it adds are given to a base that lacks them.
-        instruction_join: between instruction and text, in the templates that leave it open; stored in the
-            checkpoint, so evaluation uses the same.
-        skip_instruction: leave the instruction out of mean pooling.
-        max_seq_length: most tokens of a row, template included; only the text is cut.
-        doc_max_length: most tokens of the text alone; None = as many as fit.
-        torch_dtype: of the weights; None = float32. `bfloat16` without `bf16` is the release's pure bfloat16.
-        attn_implementation: `eager`, `sdpa`, `flash_attention_2`.
-        use_peft: LoRA instead of all parameters; None = on in Stage II, SimCSE and MNTP, off elsewhere.
-        lora_r: rank.
-        lora_alpha: scale; None = twice the rank.
-        lora_dropout: dropout before the adapter.
-        lora_modules: modules that get an adapter; None = the seven projections of a layer.
-        dataset_name: "E5", the released archive's 14 sources; or "Wiki1M", a sentence a line, for SimCSE; or for
-            MNTP a hub dataset with a column `text`.
-        dataset_config_name: which of a hub dataset's configurations (MNTP).
-        dataset_file_path: folder with the sources' files; for SimCSE also a `.txt` file; for MNTP also a `.txt` file,
-            a text a line, or a `.jsonl` file of objects with `text`.
-        sources: which sources to read; None = all of the table.
-        sources_file: a JSON table of one's own sources in place of the released archive's.
-        max_train_samples: most rows of each source; None = all.
-        num_eval_rows: rows at the end of each source's file that are never trained on; with `eval_strategy`, the
-            objective's figures on them are logged as `eval_...`.
-        nano_beir: hub name or local folder of NanoBEIR (`sentence-transformers/NanoBEIR-en`); with `eval_strategy`,
-            nDCG@10 on its 13 sets is logged as `eval_nano_...`; None = not.
-        embedding_diagnostics: with `eval_strategy`, log alignment, uniformity, effective rank and cosines of the
-            held-out rows' vectors as `eval_...`, by source too, and their histograms in `diagnostics.jsonl`.
-        reconstruction_probe: with `eval_strategy`, log loss and token accuracy of the held-out rows' reconstructions
-            as `eval_reconstruction_...`: from their own anchors, from another row's and from random ones (Stage I).
-        num_hard_negatives: hard negatives a row (Stage II).
-        examples_per_query: most few-shot examples before a query, other rows of its micro-batch (Stage II); how many
-            is drawn for each query, from 0 up.
-        symmetric_instructions: `documented` puts Table 6's symmetric instructions on documents too, `as_released`
-            on queries only.
-        objective: of Stage I: `reconstruction` through the anchor, or a `token_set` out of a block of added tokens.
-        target: what an anchor reconstructs in Stage I: the `counterpart` of its text, or the text itself (`self`).
-        alpha: weight of EBQ2D in Stage I, or of the queries under target `self`; 0 and 1 skip the unused pass.
-        reconstruct_instruction: whether a query's instruction is a reconstruction target too.
-        reduction: `token_mean` over the whole optimiser step, or the release's `micro_batch_mean`.
-        loss_scale: 1 / temperature of Stage II and SimCSE.
-        matryoshka_dims: the contrastive loss is the mean over the vectors cut to these sizes; None = not cut.
-        mask_false_negatives: a document of the pool that has the text of a query's positive is no negative of it.
-        own_negatives_only: sources whose queries are compared with their own row's documents only; None = no source.
-        distillation_weight: of the term that imitates a teacher's scores of a row's own documents, which every row
-            must hold then (`pos_score`, `neg_scores`).
-        simcse_dropout: attention dropout of the base in SimCSE.
-        lm_weight: of a causal language-modelling loss on the rows' own texts beside the contrastive one; 0 = none.
-        mask_token_type: what stands for a masked token in MNTP where the tokenizer has no mask token of its own:
-            `blank` (the token `_`), `eos`, or a new token `<mask>`.
-        mlm_probability: how likely a token is chosen to be predicted in MNTP.
-        data_collator_type: `default`: of the chosen tokens 80 % are masked, 10 % replaced by a random one and 10 %
-            kept; `all_mask`: all are masked.
-        loss_class: only "HardNegativeNLLLoss".
-        total_batch_size: rows of an optimiser step over all processes; None = what per-device batch, accumulation
-            and processes give. When set, the accumulation follows from it.
-        tokens_per_microbatch: most tokens that a process runs at once; its rows of a step are cut into so many passes,
-            and contrastive gradients are cached over them. None = all rows of a per-device batch at once.
-        activation_memory_gb: bound on the activations that a pass keeps, in 10^9 bytes: as many layers as needed are
-            recomputed in the backward pass. None = no bound. Needs `tokens_per_microbatch`.
-        one_source_per: `step`: all rows of an optimiser step come from one source; `micro_batch`: all rows that the
-            processes hold at once do, as in the release (the same without accumulation).
-        stop_after_n_steps: end here although the schedule's horizon (`num_train_epochs` or `max_steps`) lies
-            further; None = run to the horizon.
-        resume: `auto`: go on from the newest whole checkpoint in the output folder; `never`: start at step 0 and write
-            over what is there; or a checkpoint's folder to go on from (`resume.py`).
-        max_skipped_steps: a step whose loss or gradient is not finite is skipped; so many in a row end the run.
-        experiment_id: a folder below `output_dir` to write to.
-        stage: whose script reads the config; a file need not say.
-        training: the TrainingArguments keys, as written.
+    Example:
+        >>> config = load_config("train_configs/quickstart/stage_I.json", "stage_I")
+        >>> config.alpha, config.training["learning_rate"]
+        (0.2, 0.002)
     """
 
+    # --- what is trained ---
     model_name_or_path: str
+    """Base model: a folder, such as an earlier stage's `output_dir`, or a hub name."""
     peft_model_name_or_path: str | list[str] | None = None
-    bidirectional: bool = False
-    pooling_mode: str = "last"
-    template: str | None = None
-    instruction_join: str = "; "
-    skip_instruction: bool = True
-    max_seq_length: int = 512
-    doc_max_length: int | None = None
-    torch_dtype: DtypeName | None = None
-    attn_implementation: AttnImplementation = "sdpa"
+    """Adapters to merge into the base first, innermost first."""
     use_peft: bool | None = None
-    lora_r: int = 16
-    lora_alpha: int | None = None
-    lora_dropout: float = 0.05
+    """LoRA instead of all parameters. null = on in Stage II, SimCSE and MNTP, off elsewhere."""
+    lora_r: Annotated[int, Key(above=0, on_card=True)] = 16
+    """Rank of LoRA."""
+    lora_alpha: Annotated[int | None, Key(above=0, on_card=True)] = None
+    """Scale of LoRA. null = twice the rank."""
+    lora_dropout: Annotated[float, Key(at_least=0, below=1)] = 0.05
+    """Dropout before the adapter."""
     lora_modules: list[str] | None = None
-    dataset_name: str = "E5"
-    dataset_config_name: str | None = None
-    dataset_file_path: str | None = None
-    sources: list[str] | None = None
-    sources_file: str | None = None
-    max_train_samples: int | None = None
-    num_eval_rows: int = 0
-    nano_beir: str | None = None
-    embedding_diagnostics: bool = False
-    reconstruction_probe: bool = False
-    num_hard_negatives: int = 1
-    examples_per_query: int = 0
-    symmetric_instructions: SymmetricInstructions = "documented"
-    objective: Literal["reconstruction", "token_set"] = "reconstruction"
-    target: ReconstructionTarget = "counterpart"
-    alpha: float = 0.2
-    reconstruct_instruction: bool = False
+    """Modules that get an adapter. null = the seven projections of a layer."""
+    torch_dtype: Annotated[DtypeName | None, Key(on_card=True)] = None
+    """Of the weights. null = float32. `bfloat16` without `bf16` is the release's pure bfloat16."""
+    attn_implementation: Annotated[AttnImplementation, Key(influence="rounding")] = "sdpa"
+    """How attention is computed."""
+
+    # --- the objective ---
+    objective: Annotated[Literal["reconstruction", "token_set"], Key(stages=("stage_I",), on_card=True)] = (
+        "reconstruction"
+    )
+    """Of Stage I: `reconstruction` through the anchor, or a `token_set` out of a block of added tokens."""
+    target: Annotated[ReconstructionTarget, Key(stages=("stage_I",), on_card=True)] = "counterpart"
+    """What an anchor reconstructs in Stage I: the `counterpart` of its text, or the text itself (`self`)."""
+    alpha: Annotated[float, Key(at_least=0, at_most=1, stages=("stage_I",), on_card=True)] = 0.2
+    """Weight of EBQ2D in Stage I, or of the queries under target `self`. 0 and 1 skip the unused pass."""
+    reconstruct_instruction: Annotated[bool, Key(stages=("stage_I",))] = False
+    """Whether a query's instruction is a reconstruction target too."""
     reduction: Reduction = "token_mean"
-    loss_scale: float = 20.0
-    matryoshka_dims: list[int] | None = None
-    mask_false_negatives: bool = False
-    own_negatives_only: list[str] | None = None
-    distillation_weight: float = 0.0
-    simcse_dropout: float = 0.3
-    lm_weight: float = 0.0
-    mask_token_type: MaskTokenType = "blank"
-    mlm_probability: float = 0.2
-    data_collator_type: MaskingScheme = "default"
+    """`token_mean`: over all tokens of the optimiser step. `micro_batch_mean`: the release's."""
+    loss_scale: Annotated[float, Key(above=0, stages=("stage_II", "simcse"), on_card=True)] = 20.0
+    """1 / temperature of Stage II and SimCSE."""
+    num_hard_negatives: Annotated[int, Key(at_least=0, stages=("stage_II",), on_card=True)] = 1
+    """Hard negatives of a row."""
+    matryoshka_dims: Annotated[list[int] | None, Key(stages=("stage_II", "simcse"))] = None
+    """The contrastive loss is the mean over the vectors cut to these sizes. null = not cut."""
+    mask_false_negatives: Annotated[bool, Key(stages=("stage_II", "simcse"))] = False
+    """A document of the pool that has the text of a query's positive is no negative of it."""
+    own_negatives_only: Annotated[list[str] | None, Key(stages=("stage_II",))] = None
+    """Sources whose queries are compared with their own row's documents only. null = no source."""
+    distillation_weight: Annotated[float, Key(at_least=0, stages=("stage_II",))] = 0.0
+    """Of the term that imitates a teacher's scores of a row's own documents (`pos_score`, `neg_scores`)."""
+    lm_weight: Annotated[float, Key(at_least=0, stages=("stage_II",))] = 0.0
+    """Of a causal language-modelling loss on the rows' own texts beside the contrastive one. 0 = none."""
+    simcse_dropout: Annotated[float, Key(at_least=0, below=1, stages=("simcse",))] = 0.3
+    """Attention dropout of the base in SimCSE."""
+    mask_token_type: Annotated[MaskTokenType, Key(stages=("mntp",))] = "blank"
+    """What is a mask where the tokenizer has none: `blank` (the token `_`), `eos`, or `mask` (a new token `<mask>`)."""
+    mlm_probability: Annotated[float, Key(above=0, at_most=1, stages=("mntp",))] = 0.2
+    """How likely a token is chosen to be predicted in MNTP."""
+    data_collator_type: Annotated[MaskingScheme, Key(stages=("mntp",))] = "default"
+    """`default`: of the chosen tokens 80 % are masked, 10 % made random, 10 % kept. `all_mask`: all are masked."""
     loss_class: Literal["HardNegativeNLLLoss"] = "HardNegativeNLLLoss"
-    total_batch_size: int | None = None
-    tokens_per_microbatch: int | None = None
-    activation_memory_gb: float | None = None
+    """Upstream's name of the contrastive loss."""
+
+    # --- from a text to its vector ---
+    template: Annotated[str | None, Key(choices=tuple(TEMPLATES), on_card=True)] = None
+    """What stands around a text. null = inferred from the tokenizer. Its special tokens are added to a base without."""
+    pooling_mode: Annotated[str, Key(choices=tuple(POOLING_ALIASES), on_card=True)] = "last"
+    """How states become a vector. MNTP, which pools nothing, hands `mean` on where none is named."""
+    bidirectional: Annotated[bool, Key(on_card=True)] = False
+    """Attention of the embedding pass. Always on in MNTP."""
+    instruction_join: Annotated[str, Key(on_card=True)] = "; "
+    """Between instruction and text, in templates that leave it open. Stored in the checkpoint for evaluation."""
+    skip_instruction: bool = True
+    """Leave the instruction out of mean pooling."""
+    symmetric_instructions: SymmetricInstructions = "documented"
+    """`documented`: documents get Table 6's symmetric instructions too. `as_released`: queries alone."""
+    max_seq_length: Annotated[int, Key(above=0, on_card=True)] = 512
+    """Most tokens of a row, template included. Only the text is cut."""
+    doc_max_length: Annotated[int | None, Key(above=0)] = None
+    """Most tokens of the text alone. null = as many as fit."""
+    examples_per_query: Annotated[int, Key(at_least=0, stages=("stage_II",))] = 0
+    """Most few-shot examples before a query. They are rows of its micro-batch, and their number is drawn from 0 up."""
+
+    # --- the rows ---
+    dataset_name: str = "E5"
+    """`E5`: the released archive's 14 sources. `Wiki1M`: a sentence a line, for SimCSE. For MNTP also a hub dataset
+    with a column `text`."""
+    dataset_config_name: Annotated[str | None, Key(stages=("mntp",))] = None
+    """Which of a hub dataset's configurations."""
+    dataset_file_path: str | None = None
+    """Folder of the sources' files. SimCSE and MNTP also take a `.txt` file with a text a line, MNTP a `.jsonl` file of
+    objects with `text`."""
+    sources: list[str] | None = None
+    """Which sources to read. null = all of the table."""
+    sources_file: str | None = None
+    """A JSON table of your own sources in place of the released archive's."""
+    max_train_samples: Annotated[int | None, Key(above=0)] = None
+    """Most rows of each source. null = all."""
     one_source_per: Literal["step", "micro_batch"] = "step"
-    stop_after_n_steps: int | None = None
-    resume: str = "auto"
-    max_skipped_steps: int = 5
-    experiment_id: str | None = None
-    stage: Stage | None = field(default=None, compare=False)
-    training: dict[str, Any] = field(default_factory=dict)
+    """Which rows share a source: those of an optimiser step, or those that all processes hold at once (the release)."""
+
+    # --- the step ---
+    total_batch_size: Annotated[int | None, Key(above=0, on_card=True)] = None
+    """Rows of an optimiser step over all processes; the accumulation follows. null = what transformers' keys give."""
+    tokens_per_microbatch: Annotated[int | None, Key(above=0, influence="rounding")] = None
+    """Most tokens that a process runs at once. Its rows of a step are cut into as many passes, and contrastive
+    gradients are cached over them. null = not cut."""
+    activation_memory_gb: Annotated[float | None, Key(above=0, influence="rounding")] = None
+    """Most activations that a pass keeps, in 10^9 bytes. Layers are recomputed to stay below. null = no bound."""
+    stop_after_n_steps: Annotated[int | None, Key(above=0, influence="nothing", on_card=True)] = None
+    """End here, though the schedule's horizon (`num_train_epochs`, `max_steps`) lies further. null = go that far."""
+    max_skipped_steps: Annotated[int, Key(above=0, influence="nothing")] = 5
+    """A step whose loss or gradient is not finite is skipped. So many in a row end the run."""
+
+    # --- what is measured, where eval_strategy is set ---
+    num_eval_rows: Annotated[int, Key(at_least=0)] = 0
+    """Rows at the end of each source's file that are never trained on. Their losses are logged as `eval_...`."""
+    embedding_diagnostics: Annotated[bool, Key(stages=("stage_II", "stage_I", "lm", "simcse"))] = False
+    """Log alignment, uniformity, effective rank and cosines of held-out rows' vectors, by source too. Histograms go to
+    `diagnostics.jsonl`."""
+    reconstruction_probe: Annotated[bool, Key(stages=("stage_I",))] = False
+    """Log how well held-out rows are reconstructed from their own anchors, from another row's, and from random ones."""
+    nano_beir: str | None = None
+    """Hub name or folder of NanoBEIR, such as `sentence-transformers/NanoBEIR-en`. nDCG@10 on its 13 sets is logged as
+    `eval_nano_...`."""
+
+    # --- the run ---
+    resume: Annotated[str, Key(influence="nothing")] = "auto"
+    """`auto`: from the newest whole checkpoint in the output folder. `never`: from step 0. Or a checkpoint's folder."""
+    experiment_id: Annotated[str | None, Key(influence="nothing")] = None
+    """A folder below `output_dir` to write to."""
+    stage: Stage | None = dataclasses.field(default=None, compare=False)
+    """Whose script reads the config. A file need not say."""
+    training: dict[str, Any] = dataclasses.field(default_factory=dict)
+    """The TrainingArguments keys, as written. No key of a file."""
 
     @property
     def output_dir(self) -> Path:
@@ -214,14 +240,18 @@ class Config:
     @property
     def checkpointing(self) -> dict[str, Any] | None:
         """Arguments of torch's activation checkpointing where it is on, else None."""
-        old, old_arguments, new, new_arguments = (self.training.get(key) for key in CHECKPOINTING_KEYS)
-        return (old_arguments or new_arguments or {"use_reentrant": False}) if old or new else None
+        names = ("gradient_checkpointing", "activation_checkpointing")  # transformers' older name and today's
+        if not any(self.training.get(name) for name in names):
+            return None
+        return next(filter(None, (self.training.get(f"{name}_kwargs") for name in names)), {"use_reentrant": False})
 
     @property
     def compilation(self) -> dict[str, Any] | None:
         """Arguments of torch.compile where it is on, else None."""
-        on, backend, mode = (self.training.get(key) for key in COMPILE_KEYS)
-        return {"backend": backend or "inductor", "mode": mode} if on else None
+        if not self.training.get("torch_compile"):
+            return None
+        backend = self.training.get("torch_compile_backend") or "inductor"
+        return {"backend": backend, "mode": self.training.get("torch_compile_mode")}
 
     @property
     def hub_dataset(self) -> str | None:
@@ -235,6 +265,57 @@ class Config:
         return [given] if isinstance(given, str) else list(given or ())
 
 
+#: Recomputing activations and compiling: done where the model is loaded, as the trainer sees the objective alone.
+_DONE_AT_LOADING = (
+    "gradient_checkpointing", "gradient_checkpointing_kwargs", "activation_checkpointing",
+    "activation_checkpointing_kwargs", "torch_compile", "torch_compile_backend", "torch_compile_mode",
+)  # fmt: skip
+
+#: What is known of transformers' keys, where it is more than their type.
+LIBRARY_KEYS: dict[str, Key] = {
+    "seed": Key(at_least=0, at_most=2**32 - 1, on_card=True),
+    "learning_rate": Key(at_least=0, on_card=True),
+    "weight_decay": Key(at_least=0),
+    "per_device_train_batch_size": Key(above=0, on_card=True),
+    "gradient_accumulation_steps": Key(above=0),
+    **dict.fromkeys(("lr_scheduler_type", "warmup_steps", "max_steps", "num_train_epochs", "bf16"), Key(on_card=True)),
+    **dict.fromkeys(_DONE_AT_LOADING, Key(influence="rounding")),
+    # Where output goes, what is logged and saved, how rows are fetched.
+    **dict.fromkeys((
+        "output_dir", "run_name", "report_to", "project", "trackio_space_id", "disable_tqdm", "log_level",
+        "log_level_replica", "log_on_each_node", "logging_strategy", "logging_first_step", "logging_steps",
+        "logging_nan_inf_filter", "save_strategy", "save_steps", "save_total_limit", "save_only_model",
+        "save_on_each_node", "dataloader_num_workers", "dataloader_prefetch_factor", "dataloader_persistent_workers",
+        "dataloader_pin_memory", "ddp_timeout", "skip_memory_metrics", "debug",
+    ), Key(influence="nothing")),
+    # What would be ignored, or would break the run.
+    "data_seed": Key(refused="rows come in the order of `seed`"),
+    "train_sampling_strategy": Key(refused="rows come in one-source blocks, in the order of `seed`"),
+    "label_smoothing_factor": Key(refused="the losses are the objectives' own"),
+    "neftune_noise_alpha": Key(refused="the objectives add no noise to embeddings"),
+    "use_liger_kernel": Key(refused="models run by transformers' own code"),
+    "auto_find_batch_size": Key(
+        refused="the batch decides a query's negatives; `tokens_per_microbatch` bounds the memory"
+    ),
+    "accelerator_config": Key(refused="it would share rows out otherwise than in one-source blocks"),
+    "deepspeed": Key(refused="`fsdp` shares the weights out"),
+    "parallelism_config": Key(refused="`fsdp` shares the weights out"),
+    "push_to_hub": Key(refused="experiments/export.py uploads what was trained"),
+    "enable_jit_checkpoint": Key(refused="SIGTERM saves and ends every run already, on all processes at one step"),
+}  # fmt: skip
+
+
+def _known_keys() -> dict[str, Key]:
+    hints = get_type_hints(Config, include_extras=True)
+    del hints["training"]
+    beside = {name: getattr(hint, "__metadata__", (Key(),))[0] for name, hint in hints.items()}
+    return beside | {f.name: LIBRARY_KEYS.get(f.name, Key()) for f in dataclasses.fields(TrainingArguments)}
+
+
+#: Every key of a config: ours, in the order of `Config`, then transformers'.
+KEYS: dict[str, Key] = _known_keys()
+
+
 def training_arguments(config: Config, num_processes: int | None = None) -> TrainingArguments:
     """TrainingArguments of a run, with the accumulation that `total_batch_size` asks for.
 
@@ -245,7 +326,7 @@ def training_arguments(config: Config, num_processes: int | None = None) -> Trai
     Raises:
         UserError: the total batch is no multiple of what the processes hold at once, or transformers refuses a value.
     """
-    values = dict(config.training)
+    values = {key: value for key, value in config.training.items() if key not in _DONE_AT_LOADING}
     values["output_dir"] = str(config.output_dir)
     values["remove_unused_columns"] = False  # rows are read by our collator, not by column
     values.setdefault("report_to", "tensorboard" if importlib.util.find_spec("tensorboard") else "none")
@@ -253,10 +334,8 @@ def training_arguments(config: Config, num_processes: int | None = None) -> Trai
     # Without this, transformers starts several CPU processes that each believe to be alone.
     values.setdefault("use_cpu", not torch.accelerator.is_available())
     values.setdefault("dataloader_pin_memory", not values["use_cpu"])
-    # Rows are tokenised beside the step; on a CPU that would take cores from it, and is too little to notice.
+    # Rows are tokenised beside the step. On a CPU that would take cores from it, and is too little to notice.
     values.setdefault("dataloader_num_workers", 0 if values["use_cpu"] else 2)
-    for key in (*CHECKPOINTING_KEYS, *COMPILE_KEYS):
-        values.pop(key, None)  # switched on where the model is loaded: the trainer sees the objective, not the model
     if config.total_batch_size is not None:
         processes = num_processes or int(os.environ.get("WORLD_SIZE", "1"))
         values.setdefault("per_device_train_batch_size", max(1, config.total_batch_size // processes))
@@ -273,7 +352,7 @@ def training_arguments(config: Config, num_processes: int | None = None) -> Trai
     try:
         args = TrainingArguments(**values)
     except (ValueError, TypeError, ImportError, OSError) as error:
-        raise UserError(f"training arguments: {str(error).strip().splitlines()[0]}") from error
+        raise UserError(f"training arguments: {first_line(error)}") from error
     if args.fsdp and args.parallel_mode != ParallelMode.DISTRIBUTED and (num_processes or 1) == 1:
         raise UserError("fsdp needs several processes; start with torchrun --nproc_per_node=N, or take fsdp out.")
     available = get_available_reporting_integrations()

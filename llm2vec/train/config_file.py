@@ -1,25 +1,32 @@
 """A run's JSON file, read and checked: `load_config` makes a `Config` of it.
 
-A key that is neither ours nor one of transformers' TrainingArguments is an error that names the nearest known key, and
-so are a wrong type (`json_types`), a value that is not allowed and two keys that contradict each other
-(`config_checks`); all of that is found before any weights load. Used by the scripts, `plan` and `compare_runs`.
+An unknown key is an error that names the nearest known one. So is a wrong type, a value that is not allowed, or two
+keys that contradict each other (`config_rules`). All of that is found before any weights load.
+
+A value is checked against the same piece of JSON Schema that `llm2vec schema` prints, so an editor that reads the
+schema says of a value what the loader will say.
 """
 
 from __future__ import annotations
 
 import dataclasses
 import difflib
+import functools
 import logging
+import math
+import operator
+import types
 import typing
+from collections.abc import Callable
+from enum import Enum
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from transformers import TrainingArguments
 
 from llm2vec.files import read_object
-from llm2vec.train.config import LORA_STAGES, Config
-from llm2vec.train.config_checks import check_config
-from llm2vec.train.json_types import check_type
+from llm2vec.train.config import KEYS, LORA_STAGES, Config
+from llm2vec.train.config_rules import contradictions
 from llm2vec.types import Stage, UserError
 
 logger = logging.getLogger(__name__)
@@ -48,8 +55,10 @@ REPLACED = {
     "validation_split_percentage": "`num_eval_rows` (a number of blocks)",
 }
 
-#: What keys of TrainingArguments take, where their annotation says something else.
-TYPES: dict[str, Any] = {"fsdp": Any}
+REQUIRED = ("model_name_or_path", "output_dir")
+
+#: What an editor reads to know the keys. No key itself: it enters no record and no hash.
+SCHEMA_KEY = "$schema"
 
 
 def load_config(path: str | Path, stage: Stage) -> Config:
@@ -63,40 +72,32 @@ def load_config(path: str | Path, stage: Stage) -> Config:
         UserError: what is wrong, with file and key.
     """
     content = _with_current_names(read_object(Path(path), str(path)), path)
-    own = {f.name for f in dataclasses.fields(Config)} - {"training"}
-    foreign = {f.name: f for f in dataclasses.fields(TrainingArguments)}
+    own = {field.name for field in dataclasses.fields(Config)}
     values: dict[str, Any] = {"stage": stage, "training": {}}
     for key, value in content.items():
-        where = f"{path}: {key}"
-        if key in WITHOUT_EFFECT and key not in foreign:
-            logger.warning("%s: there is no such option any more; it has no effect.", where)
-        elif key in REPLACED and key not in foreign:
-            raise UserError(f"{where}: this option is gone; write {REPLACED[key]} instead.")
-        elif key in own:
-            check_type(value, typing.get_type_hints(Config)[key], where)
-            values[key] = value
-        elif key in foreign:
-            check_type(value, TYPES.get(key) or typing.get_type_hints(TrainingArguments)[key], where)
-            choices = foreign[key].metadata.get("choices")
-            if choices and value is not None and value not in choices:
-                raise UserError(f"{where} is {value!r}; allowed: {', '.join(choices)}.")
-            values["training"][key] = value
-        else:
-            nearest = difflib.get_close_matches(key, [*own, *foreign], n=1, cutoff=0.6)
+        if key in KEYS:
+            check_value(key, value, stage, str(path))
+            (values if key in own else values["training"])[key] = value
+        elif key in WITHOUT_EFFECT:
+            logger.warning("%s: %s: there is no such option any more; it has no effect.", path, key)
+        elif key in REPLACED:
+            raise UserError(f"{path}: {key}: this option is gone; write {REPLACED[key]} instead.")
+        elif key != SCHEMA_KEY:
+            nearest = difflib.get_close_matches(key, KEYS, n=1, cutoff=0.6)
             hint = f"; did you mean {nearest[0]!r}?" if nearest else "."
             raise UserError(f"{path}: unknown key {key!r}{hint}")
-    for required in ("model_name_or_path", "output_dir"):
+    for required in REQUIRED:
         if not content.get(required):
             raise UserError(f"{path}: {required} must be set.")
     if stage == "mntp":
         values = {"bidirectional": True, "pooling_mode": "mean", **values}
-    values.setdefault("use_peft", None)
-    if values["use_peft"] is None:
+    if values.get("use_peft") is None:
         values["use_peft"] = stage in LORA_STAGES
     if values["stage"] != stage:
         raise UserError(f"{path}: stage is {values['stage']!r}, but the script that reads it is that of {stage}.")
     config = Config(**values)
-    check_config(config, content, stage, path)
+    for sentence in contradictions(config, content):
+        raise UserError(f"{path}: {sentence}")
     return config
 
 
@@ -106,3 +107,100 @@ def _with_current_names(content: dict[str, Any], path: str | Path) -> dict[str, 
         if RENAMED.get(key) in content:
             raise UserError(f"{path}: {key} and {RENAMED[key]} are the same option; write it once.")
     return {RENAMED.get(key, key): value for key, value in content.items()}
+
+
+# --- one key's value ---
+
+#: What a JSON value is to Python, to JSON Schema, and in a message.
+_KINDS = {
+    bool: ("boolean", "true or false"),
+    int: ("integer", "whole number"),
+    float: ("number", "number"),
+    str: ("string", "string"),
+    list: ("array", "list"),
+    dict: ("object", "object"),
+    types.NoneType: ("null", "null"),
+}
+
+#: A `Key`'s bounds, JSON Schema's names of them, and when a number keeps them.
+_BOUNDS: dict[str, tuple[str, Callable[[Any, Any], bool]]] = {
+    "at_least": ("minimum", operator.ge),
+    "above": ("exclusiveMinimum", operator.gt),
+    "at_most": ("maximum", operator.le),
+    "below": ("exclusiveMaximum", operator.lt),
+}
+
+
+def check_value(key: str, value: Any, stage: Stage, where: str) -> None:
+    """Refuse what a key may not hold; a whole number passes for a number.
+
+    Raises:
+        UserError: begins with `where` and the key, and says what is allowed.
+    """
+    known, schema = KEYS[key], key_schemas()[key]
+    if stage not in known.stages:
+        raise UserError(f"{where}: {key} has no effect in {stage}; it belongs to {known.stages[0]}.")
+    if known.refused and value != getattr(TrainingArguments, key, None):
+        raise UserError(f"{where}: {key} is not supported: {known.refused}; take it out.")
+    choices = [choice for choice in schema.get("enum", ()) if choice is not None]
+    if not _has_type(value, schema):
+        names = dict(_KINDS.values())
+        needed = f"a {' or '.join(names[kind] for kind in schema['type'])} is needed"
+    elif choices and value not in schema["enum"]:
+        needed = f"allowed: {', '.join(choices if 'type' in schema else map(repr, choices))}"
+    elif value is not None and not all(keeps(value, schema[w]) for w, keeps in _BOUNDS.values() if w in schema):
+        needed = known.range
+    else:
+        return
+    raise UserError(f"{where}: {key} is {value!r}; {needed}.")
+
+
+def _has_type(value: Any, schema: dict[str, Any]) -> bool:
+    if "type" not in schema:
+        return True
+    if isinstance(value, float) and not math.isfinite(value):
+        return False  # Python reads them, JSON does not have them
+    if isinstance(value, list) and not all(_has_type(entry, schema.get("items", {})) for entry in value):
+        return False
+    kind, _ = _KINDS[type(value)]
+    return kind in schema["type"] or (kind == "integer" and "number" in schema["type"])
+
+
+@functools.cache
+def key_schemas() -> dict[str, dict[str, Any]]:
+    """The JSON Schema of every key's value."""
+    hints = {**typing.get_type_hints(TrainingArguments), **typing.get_type_hints(Config)}
+    hints["fsdp"] = Any  # annotated as a string, though true is what it wants; `config_rules` says so
+    choices = {field.name: field.metadata.get("choices") for field in dataclasses.fields(TrainingArguments)}
+    schemas = {}
+    for name, key in KEYS.items():
+        schema = _schema_of(hints[name])
+        if allowed := key.choices or choices.get(name):
+            schema["enum"] = [*allowed, *([None] if "null" in schema["type"] else [])]
+        bounds = {word: getattr(key, bound) for bound, (word, _) in _BOUNDS.items()}
+        schemas[name] = schema | {word: bound for word, bound in bounds.items() if bound is not None}
+    return schemas
+
+
+def _schema_of(hint: Any) -> dict[str, Any]:
+    """The JSON Schema of a type, `{}` where transformers alone knows what it takes."""
+    options = typing.get_args(hint) if typing.get_origin(hint) in (typing.Union, types.UnionType) else (hint,)
+    kinds: dict[str, None] = {}  # in the order of the annotation
+    choices: list[Any] = []
+    schema: dict[str, Any] = {}
+    for option in options:
+        origin = typing.get_origin(option) or option
+        if origin is Literal:
+            choices += typing.get_args(option)
+        elif origin in _KINDS:
+            kinds[_KINDS[origin][0]] = None
+        elif isinstance(origin, type) and issubclass(origin, Enum):
+            kinds["string"] = None
+        else:
+            return {}
+        if origin is list:
+            schema["items"] = _schema_of(typing.get_args(option)[0])
+    if choices and kinds.keys() <= {"null"}:
+        return {"enum": [*choices, *([None] if kinds else [])]}
+    kinds |= {_KINDS[type(choice)][0]: None for choice in choices}
+    return schema | {"type": list(kinds)}

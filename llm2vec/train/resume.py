@@ -7,9 +7,9 @@ The key `resume` of a config decides:
     PATH    from that checkpoint
     never   from step 0; earlier checkpoints in the output folder are removed as the training begins
 
-A checkpoint is the run's own where everything that decides the result is as it was: the config's keys but for those
-in `WITHOUT_INFLUENCE`, the number of processes, the content of the data files, and what the run started from. Anything
-else is refused.
+A checkpoint is the run's own where everything that decides the result is as it was: the keys of the config whose
+`influence` is `result` (`config.Key`), the number of processes, the content of the data files, and what the run started
+from. Anything else is refused.
 """
 
 from __future__ import annotations
@@ -24,6 +24,7 @@ import shlex
 import shutil
 import sys
 import tempfile
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -36,24 +37,10 @@ from llm2vec.distributed import join_on_cpu, max_over_ranks
 from llm2vec.model.chain import mark_of, open_folder, read_run
 from llm2vec.model.checkpoint import SUMS_FILE, check_sums, environment
 from llm2vec.processes import rank, world_size
-from llm2vec.train.config import CHECKPOINTING_KEYS, COMPILE_KEYS, Config, training_arguments
+from llm2vec.train.config import KEYS, Config, training_arguments
 from llm2vec.types import RunEnds, UserError
 
 logger = logging.getLogger(__name__)
-
-#: Keys on which no step depends: where output goes, what is logged and saved, when to stop, how rows are fetched.
-WITHOUT_INFLUENCE = frozenset((
-    "output_dir", "experiment_id", "resume", "stop_after_n_steps", "max_skipped_steps", "run_name", "report_to",
-    "project", "trackio_space_id", "disable_tqdm", "log_level", "log_level_replica", "log_on_each_node",
-    "logging_strategy", "logging_first_step", "logging_steps", "logging_nan_inf_filter", "save_strategy", "save_steps",
-    "save_total_limit", "save_only_model", "save_on_each_node", "dataloader_num_workers", "dataloader_prefetch_factor",
-    "dataloader_persistent_workers", "dataloader_pin_memory", "ddp_timeout", "skip_memory_metrics", "debug",
-))  # fmt: skip
-
-#: Keys that say how a step is computed, not what: another value is said, not refused.
-BUT_FOR_ROUNDING = frozenset((
-    "tokens_per_microbatch", "activation_memory_gb", "attn_implementation", *CHECKPOINTING_KEYS, *COMPILE_KEYS,
-))  # fmt: skip
 
 #: What a checkpoint holds of a run beside its weights; without them it is a model only.
 STATE_FILES = ("trainer_state.json", "scheduler.pt")
@@ -193,7 +180,7 @@ def _refuse_another_run(folder: Path, config: Config) -> None:
             f"{folder} belongs to another run: {'; '.join(found)}. Choose another output_dir, or set "
             '"resume": "never" to start at step 0 and write over it.'
         )
-    for key, before, now in _differing_keys(recorded["config"], config, BUT_FOR_ROUNDING):
+    for key, before, now in _differing_keys(recorded["config"], config, "rounding"):
         logger.warning("resume      %s was %s, is %s: other rounding, and other draws of dropout", key, before, now)
     versions = environment()["versions"]
     for package, before in recorded.get("versions", {}).items():
@@ -208,10 +195,9 @@ def differences(recorded: dict[str, Any], config: Config) -> list[str]:
         recorded: content of `run.json`.
         config: today's.
     """
-    decides = {*_all_keys()} - WITHOUT_INFLUENCE - BUT_FOR_ROUNDING
     found = [
         f"{key} is {before!r} there and {now!r} here"
-        for key, before, now in _differing_keys(recorded["config"], config, decides)
+        for key, before, now in _differing_keys(recorded["config"], config, "result")
     ]
     if recorded.get("num_processes", world_size()) != world_size():
         found.append(f"it ran in {recorded['num_processes']} process(es), not {world_size()}")
@@ -225,25 +211,20 @@ def differences(recorded: dict[str, Any], config: Config) -> list[str]:
     return found
 
 
-def _all_keys() -> dict[str, Any]:
-    """Every key of a config and what it is where it is not written."""
-    own = [field for field in dataclasses.fields(Config) if field.name != "training"]
-    return {field.name: _default(field) for field in (*dataclasses.fields(TrainingArguments), *own)}
+def _differing_keys(recorded: dict[str, Any], config: Config, influence: str) -> Iterator[tuple[str, Any, Any]]:
+    """Keys of an influence that have another value today, with both values, in the order of their names."""
+    today = json.loads(json.dumps(dataclasses.asdict(config)))
+    # What a config does not write is the default, and an older record's stage this one's.
+    unwritten = {f.name: _default(f) for kind in (TrainingArguments, Config) for f in dataclasses.fields(kind)}
+    then, now = (unwritten | {"stage": config.stage} | keys | keys["training"] for keys in (recorded, today))
+    for key in sorted(KEYS):
+        if KEYS[key].influence == influence and then[key] != now[key]:
+            yield key, then[key], now[key]
 
 
 def _default(field: dataclasses.Field[Any]) -> Any:
     value = field.default if field.default_factory is dataclasses.MISSING else field.default_factory()
     return value.value if isinstance(value, enum.Enum) else value
-
-
-def _differing_keys(
-    recorded: dict[str, Any], config: Config, keys: frozenset[str] | set[str]
-) -> list[tuple[str, Any, Any]]:
-    """Those of `keys` that have another value today, with both values."""
-    now = json.loads(json.dumps(dataclasses.asdict(config)))
-    unwritten = {**_all_keys(), "stage": config.stage}
-    then_all, now_all = ({**unwritten, **values, **values["training"]} for values in (recorded, now))
-    return [(key, then_all[key], now_all[key]) for key in sorted(keys) if then_all[key] != now_all[key]]
 
 
 # --- a run's checkpoints ---

@@ -33,7 +33,7 @@ from llm2vec.objectives.grit import ContrastiveLanguageModelling
 from llm2vec.objectives.language_modelling import LanguageModelling
 from llm2vec.objectives.mntp import MaskedNextTokenPrediction, mask_tokens
 from llm2vec.objectives.token_set import CollateBlocks, TokenSetPrediction
-from llm2vec.train.config import DATASET_NAMES, STAGE_KEYS, Config
+from llm2vec.train.config import DATASET_NAMES, KEYS, Config
 from llm2vec.train.model import decoder_of, with_adapter
 from llm2vec.train.rows import Rows, open_rows, open_running_text, open_texts, sources_of
 from llm2vec.types import Stage, UserError, first_line
@@ -53,7 +53,7 @@ def stage_of(path: Path) -> Stage:
         return "mntp"
     stages = set(get_args(Stage))
     for key in keys:
-        stages &= set(STAGE_KEYS.get(key, stages))
+        stages &= set(KEYS[key].stages if key in KEYS else stages)
     if stages == {"stage_II", "simcse"}:  # of the two, one has files of its own
         stages = {"simcse" if keys.get("dataset_name") == "Wiki1M" else "stage_II"}
     if len(stages) != 1:

@@ -37,7 +37,7 @@ from llm2vec.model.chain import RUN_FILE, open_folder
 from llm2vec.model.packing import checkpoint_contexts
 from llm2vec.model.settings import EncoderSettings, row_tokenizer
 from llm2vec.objectives.mntp import MaskedNextTokenPrediction, MaskTokens, add_mask_token, mask_token_id, mask_tokens
-from llm2vec.train.config import STAGE_KEYS
+from llm2vec.train.config import KEYS
 from llm2vec.train.config_file import load_config
 from llm2vec.train.log import LOG_FILE
 from llm2vec.train.step import backward_step, loss_parts, split_batch
@@ -391,7 +391,7 @@ def test_the_resolved_config_is_read_back(tmp_path: Path) -> None:
     config = load_config(write_config(tmp_path / "c.json", UPSTREAM), "mntp")
     stored = dataclasses.asdict(config)
     flat = {**stored.pop("training"), **stored}
-    flat = {key: value for key, value in flat.items() if "mntp" in STAGE_KEYS.get(key, ("mntp",))}
+    flat = {key: value for key, value in flat.items() if "mntp" in KEYS[key].stages}
     assert load_config(write_config(tmp_path / "again.json", flat), "mntp") == config
 
 

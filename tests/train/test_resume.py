@@ -38,9 +38,6 @@ from llm2vec.train.config import Config
 from llm2vec.train.config_file import load_config
 from llm2vec.train.log import LOG_FILE
 from llm2vec.train.resume import (
-    BUT_FOR_ROUNDING,
-    WITHOUT_INFLUENCE,
-    _all_keys,
     checkpoints_in,
     differences,
     find_start,
@@ -562,12 +559,6 @@ def test_a_mark_knows_the_files_that_make_a_model(folder: Path, keys: dict[str, 
     (copy / "tokenizer.json").write_text("{}", encoding="utf-8")
     assert mark_of(str(copy)) != mark_of(str(folder / "base"))
     assert mark_of("nobody/nothing") == ""
-
-
-def test_every_key_is_of_one_kind() -> None:
-    """What has no influence and what only rounds are keys that exist, and none is both."""
-    assert not WITHOUT_INFLUENCE & BUT_FOR_ROUNDING
-    assert _all_keys().keys() >= WITHOUT_INFLUENCE | BUT_FOR_ROUNDING
 
 
 def test_a_record_from_before_a_key_existed(killed: Path, keys: dict[str, Any]) -> None:

@@ -1,0 +1,188 @@
+"""Which keys of a run's config contradict each other. What one key may hold stands beside it, in `Config`.
+
+A rule is a condition and the sentence for it. `config_file` reports the first sentence. Nothing here looks at weights
+or data.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Container, Iterator
+from pathlib import Path
+
+from llm2vec.text.templates import TEMPLATES, leaves_join_open, segments_of
+from llm2vec.train.config import DATASET_NAMES, LORA_STAGES, Config
+from llm2vec.types import POOLING_ALIASES, UserError
+
+#: What `fsdp_config` may say.
+FSDP_KEYS = ("version", "reshard_after_forward", "transformer_layer_cls_to_wrap")
+
+
+def contradictions(config: Config, written: Container[str]) -> Iterator[str]:
+    """What is wrong between a config's keys. The first sentence counts: what is asked after it may build on it.
+
+    Args:
+        config: with its defaults filled in.
+        written: the keys that the file names, which tells a default from a choice.
+    """
+    yield from _in_the_run(config)
+    yield from _in_the_rows(config, written)
+    yield from _in_the_objective(config)
+    if config.template is not None:  # an inferred one, or a parent checkpoint's, is checked at loading
+        yield from _in_the_template(config, config.template, written)
+    yield from _in_what_is_measured(config)
+    yield from _in_sharding(config)
+
+
+def _in_the_run(config: Config) -> Iterator[str]:
+    """What is trained, where it goes, how long, and how much runs at once."""
+    training, name, tokens = config.training, config.experiment_id, config.tokens_per_microbatch
+    if config.output_dir.resolve() == Path(config.model_name_or_path).resolve():
+        yield f"output_dir is {config.output_dir}, which the run starts from and would write over; name another folder."
+    if name and (Path(name).is_absolute() or ".." in Path(name).parts):
+        yield f"experiment_id is {name!r}; the name of a folder below output_dir is needed."
+    if not config.resume:
+        yield "resume is ''; write auto, never, or a checkpoint's folder."
+    if training.get("resume_from_checkpoint"):
+        yield "resume_from_checkpoint: write `resume` instead: auto, never, or the checkpoint's folder."
+    if config.use_peft and config.stage not in LORA_STAGES:
+        yield f"use_peft: {config.stage} trains all parameters, the head among them; LoRA belongs to stage_II."
+    if config.lora_modules == []:
+        yield "lora_modules is []; name at least one, or leave the key out for all."
+    horizon, epochs = training.get("max_steps", -1), training.get("num_train_epochs", 1)
+    if 0 < horizon < (config.stop_after_n_steps or 0):
+        yield f"stop_after_n_steps is {config.stop_after_n_steps}, beyond the horizon of max_steps {horizon}."
+    if epochs <= 0 and horizon <= 0:
+        yield f"num_train_epochs is {epochs}, so there is no step to do; it must be above 0, or max_steps must."
+    if config.total_batch_size is not None and "gradient_accumulation_steps" in training:
+        yield "total_batch_size and gradient_accumulation_steps are both set; the second follows from the first."
+    if tokens is not None and tokens < config.max_seq_length:
+        yield (
+            f"tokens_per_microbatch is {tokens}, less than the {config.max_seq_length} tokens that one text may have "
+            "(max_seq_length)."
+        )
+    if config.activation_memory_gb is not None and (tokens is None or config.checkpointing is not None):
+        yield "activation_memory_gb needs tokens_per_microbatch, and takes the place of gradient_checkpointing."
+    if (config.checkpointing or {}).get("use_reentrant"):
+        yield "use_reentrant: true is not supported; packed rows are recomputed by the other kind, so leave it out."
+
+
+def _in_the_rows(config: Config, written: Container[str]) -> Iterator[str]:
+    """Where rows come from. `hub_dataset` is mntp's alone, and a `.txt` file of lines simcse's and mntp's."""
+    name, path = config.dataset_name, config.dataset_file_path
+    given = [key for key in ("dataset_file_path", "sources_file", "sources") if getattr(config, key) is not None]
+    if config.sources == []:
+        yield "sources is []; name at least one, or leave the key out for all."
+    if config.hub_dataset is None and path is None and config.sources_file is None:
+        yield "dataset_file_path must name the folder of the training files."
+    if config.hub_dataset is None and config.dataset_config_name is not None:
+        yield "dataset_config_name has no effect without a hub dataset in dataset_name; take it out."
+    if config.hub_dataset is not None and config.stage != "mntp":
+        yield f"dataset_name is {name!r}; allowed: {', '.join(map(repr, DATASET_NAMES))}."
+    if config.hub_dataset is not None and given:
+        yield f"{given[0]} has no effect beside a hub dataset."
+    if name == "Wiki1M" and config.stage != "simcse":
+        yield "dataset_name is 'Wiki1M', which has no queries; it belongs to simcse."
+    lines = str(path).endswith(".txt")
+    if config.stage == "simcse" and "dataset_name" in written and (name == "Wiki1M") != lines:
+        yield f"dataset_name is {name!r}, but dataset_file_path is {path}; Wiki1M is a .txt file, E5 a folder."
+    if config.stage == "simcse" and lines and given[1:]:
+        yield f"{given[1]} has no effect where dataset_file_path is a text file; take it out."
+
+
+def _in_the_objective(config: Config) -> Iterator[str]:
+    """What is predicted or compared."""
+    if config.objective == "token_set":
+        for key in ("alpha", "target", "reconstruct_instruction", "reconstruction_probe"):
+            if getattr(config, key) != getattr(Config, key):
+                yield f"{key} has no effect under objective 'token_set'."
+        if config.bidirectional:
+            yield "objective 'token_set' models texts as it reads them, so attention is causal; take bidirectional out."
+    if config.stage == "mntp" and not config.bidirectional:
+        yield "bidirectional is false, but mntp accustoms a model to bidirectional attention; take it out."
+    if config.stage == "mntp" and config.max_seq_length < 2:
+        yield "max_seq_length is 1, but a masked token is predicted from the one before it; 2 or more are needed."
+    if config.stage == "simcse" and not config.simcse_dropout and not (config.use_peft and config.lora_dropout):
+        yield "simcse_dropout is 0 and no other dropout is on, so a text and its positive would be the same vector."
+    dims = config.matryoshka_dims
+    if dims is not None and (min(dims, default=0) < 1 or len(set(dims)) < len(dims)):
+        yield f"matryoshka_dims is {dims}; different sizes above 0 are needed."
+    if config.own_negatives_only == []:
+        yield "own_negatives_only is []; name at least one source, or leave the key out."
+    for key in ("distillation_weight", "own_negatives_only"):
+        if getattr(config, key) and not config.num_hard_negatives:
+            yield f"{key} is set, but num_hard_negatives is 0, so a row has no documents to tell apart."
+
+
+def _in_the_template(config: Config, template: str, written: Container[str]) -> Iterator[str]:
+    """What a template does not allow."""
+    try:
+        segments_of(template, POOLING_ALIASES[config.pooling_mode])
+    except UserError as error:
+        yield str(error)
+    if "instruction_join" in written and not leaves_join_open(template):
+        yield (
+            f"instruction_join has no effect under template {template!r}, which fixes what stands between instruction "
+            "and text; take it out."
+        )
+    if config.examples_per_query and not TEMPLATES[template].example:
+        takers = ", ".join(name for name, template in TEMPLATES.items() if template.example)
+        yield (
+            f"examples_per_query is {config.examples_per_query}, but template {template!r} has no place for examples; "
+            f"templates that do: {takers}."
+        )
+
+
+def _in_what_is_measured(config: Config) -> Iterator[str]:
+    """Figures of evaluations that never come, or of rows that are not there."""
+    evaluates = config.training.get("eval_strategy", "no") != "no"
+    if evaluates and not config.num_eval_rows and config.hub_dataset is None:
+        yield "eval_strategy is set, but num_eval_rows is 0; say how many rows of each source to hold out."
+    if config.nano_beir is not None and not evaluates:
+        yield "nano_beir is set, but eval_strategy is not, so it would never run; set both or leave nano_beir out."
+    for key in ("embedding_diagnostics", "reconstruction_probe"):
+        if getattr(config, key) and (not evaluates or config.num_eval_rows < 2):
+            yield (
+                f"{key} is true, but it is taken of held-out rows at evaluations; set eval_strategy, and num_eval_rows "
+                "to 2 or more."
+            )
+    if config.training.get("eval_on_start") and not evaluates:
+        yield "eval_on_start is true, but eval_strategy is not set, so there is nothing to evaluate on."
+
+
+def _in_sharding(config: Config) -> Iterator[str]:
+    """What FSDP cannot do here, or would do otherwise than written."""
+    training = config.training
+    fsdp, given = training.get("fsdp"), training.get("fsdp_config") or {}
+    if not isinstance(fsdp, bool | None):
+        yield f"fsdp is {fsdp!r}; write true, and what else there is to say in fsdp_config."
+    if not fsdp:
+        if "fsdp_config" in training:
+            yield "fsdp_config has no effect without fsdp; set fsdp to true, or take it out."
+        return
+    if not isinstance(given, dict):
+        yield f"fsdp_config is {given!r}; an object is needed."
+    for key in given:
+        if key not in FSDP_KEYS:
+            yield f"fsdp_config: {key!r} is not supported; allowed: {', '.join(FSDP_KEYS)}."
+    if given.get("version", 2) != 2:
+        yield f"fsdp_config: version is {given['version']!r}; only FSDP2 is supported."
+    if config.use_peft:
+        yield (
+            "fsdp with use_peft is not supported; LoRA trains a small share of the weights, so take fsdp out and every "
+            "process holds the frozen base."
+        )
+    for key in ("nano_beir", "embedding_diagnostics", "reconstruction_probe"):
+        if getattr(config, key):
+            yield (
+                f"{key} cannot run with fsdp, as processes run different texts while each holds a share of the "
+                "weights; take it out and measure the checkpoints instead."
+            )
+    if training.get("load_best_model_at_end"):
+        yield "load_best_model_at_end cannot be used with fsdp."
+    if training.get("fp16"):
+        yield "fp16 cannot be used with fsdp; use bf16."
+    if training.get("bf16") and config.torch_dtype not in (None, "float32"):
+        yield (
+            f"torch_dtype is {config.torch_dtype!r}, but with fsdp bf16 means float32 weights and steps in bfloat16; "
+            "leave torch_dtype or bf16 out."
+        )
