@@ -38,6 +38,7 @@ COMMANDS = {
     "compare": Command("compare", "a set of recipes on the same data: train, evaluate, one table"),
     "reconstruct": Command("reconstruct", "write the other side's text from an anchor, or score what it tells"),
     "check-data": Command("check_data", "look at training data before training on it"),
+    "schema": Command("schema", "print the JSON Schema of training configs, for editors"),
 }
 
 

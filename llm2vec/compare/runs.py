@@ -28,7 +28,7 @@ from llm2vec.hub import find_file, without_waiting_for_the_hub
 from llm2vec.model.chain import RUN_FILE, revision_of
 from llm2vec.model.settings import SETTINGS_FILE
 from llm2vec.train.config import Config
-from llm2vec.train.config_file import load_config
+from llm2vec.train.config_file import SCHEMA_KEY, load_config
 from llm2vec.types import Stage, UserError
 
 SHARED_FILE = "shared.json"
@@ -130,7 +130,7 @@ def read_set(folder: Path) -> RecipeSet:
     Raises:
         UserError: a file is missing, malformed or misnamed.
     """
-    content = read_object(folder / SHARED_FILE)
+    content = _read_keys(folder / SHARED_FILE)
     library = content.pop("recipes", None)
     if not isinstance(library, str | None):
         raise UserError(f"{folder / SHARED_FILE}: recipes is {library!r}; it must name a folder.")
@@ -167,7 +167,7 @@ def _read_recipe(folder: Path, evaluation: Mapping[str, Any]) -> Recipe:
             raise UserError(f"{file}: the name must be <number>_<stage>.json; stages: {', '.join(get_args(Stage))}.")
         if int(name[1]) in stages:
             raise UserError(f"{file}: {stages[int(name[1])].file.name} has the same number.")
-        keys = read_object(file)
+        keys = _read_keys(file)
         _refuse_decided(file, keys)
         stages[int(name[1])] = StageFile(name[2], keys, file)  # type: ignore[arg-type]
     if sorted(stages) != list(range(1, len(stages) + 1)):
@@ -191,6 +191,11 @@ def _read_recipe(folder: Path, evaluation: Mapping[str, Any]) -> Recipe:
     if not (isinstance(tasks, list) and tasks and all(isinstance(task, str) for task in tasks)):
         raise UserError(f"{folder / EVALUATION_FILE}: tasks must list at least one task, here or in the set's file.")
     return Recipe(folder.name, tuple(stages[number] for number in sorted(stages)), options)
+
+
+def _read_keys(file: Path) -> dict[str, Any]:
+    """A file's content without what only editors read, which decides nothing of a run."""
+    return {key: value for key, value in read_object(file).items() if key != SCHEMA_KEY}
 
 
 def _refuse_decided(file: Path, keys: Iterable[str]) -> None:

@@ -109,15 +109,15 @@ class Config:
     use_peft: bool | None = None
     """LoRA instead of all parameters. null = on in Stage II, SimCSE and MNTP, off elsewhere."""
     lora_r: Annotated[int, Key(above=0, on_card=True)] = 16
-    """Rank of LoRA."""
+    """Rank of the adapter."""
     lora_alpha: Annotated[int | None, Key(above=0, on_card=True)] = None
-    """Scale of LoRA. null = twice the rank."""
+    """Scale of the adapter. null = twice the rank."""
     lora_dropout: Annotated[float, Key(at_least=0, below=1)] = 0.05
-    """Dropout before the adapter."""
+    """Dropout before the adapter, in training."""
     lora_modules: list[str] | None = None
     """Modules that get an adapter. null = the seven projections of a layer."""
     torch_dtype: Annotated[DtypeName | None, Key(on_card=True)] = None
-    """Of the weights. null = float32. `bfloat16` without `bf16` is the release's pure bfloat16."""
+    """Type of the weights. null = float32. `bfloat16` without `bf16` is the release's pure bfloat16."""
     attn_implementation: Annotated[AttnImplementation, Key(influence="rounding")] = "sdpa"
     """How attention is computed."""
 
@@ -125,17 +125,17 @@ class Config:
     objective: Annotated[Literal["reconstruction", "token_set"], Key(stages=("stage_I",), on_card=True)] = (
         "reconstruction"
     )
-    """Of Stage I: `reconstruction` through the anchor, or a `token_set` out of a block of added tokens."""
+    """`reconstruction` of a text through the anchor, or of a `token_set` out of a block of added tokens."""
     target: Annotated[ReconstructionTarget, Key(stages=("stage_I",), on_card=True)] = "counterpart"
-    """What an anchor reconstructs in Stage I: the `counterpart` of its text, or the text itself (`self`)."""
+    """What an anchor reconstructs: the `counterpart` of its text, or the text itself (`self`)."""
     alpha: Annotated[float, Key(at_least=0, at_most=1, stages=("stage_I",), on_card=True)] = 0.2
-    """Weight of EBQ2D in Stage I, or of the queries under target `self`. 0 and 1 skip the unused pass."""
+    """Weight of EBQ2D, or of the queries under target `self`. 0 and 1 skip the unused pass."""
     reconstruct_instruction: Annotated[bool, Key(stages=("stage_I",))] = False
     """Whether a query's instruction is a reconstruction target too."""
     reduction: Reduction = "token_mean"
-    """`token_mean`: over all tokens of the optimiser step. `micro_batch_mean`: the release's."""
+    """Mean over all tokens of the optimiser step, or the release's mean of micro-batches."""
     loss_scale: Annotated[float, Key(above=0, stages=("stage_II", "simcse"), on_card=True)] = 20.0
-    """1 / temperature of Stage II and SimCSE."""
+    """1 / temperature of the contrastive loss."""
     num_hard_negatives: Annotated[int, Key(at_least=0, stages=("stage_II",), on_card=True)] = 1
     """Hard negatives of a row."""
     matryoshka_dims: Annotated[list[int] | None, Key(stages=("stage_II", "simcse"))] = None
@@ -145,15 +145,15 @@ class Config:
     own_negatives_only: Annotated[list[str] | None, Key(stages=("stage_II",))] = None
     """Sources whose queries are compared with their own row's documents only. null = no source."""
     distillation_weight: Annotated[float, Key(at_least=0, stages=("stage_II",))] = 0.0
-    """Of the term that imitates a teacher's scores of a row's own documents (`pos_score`, `neg_scores`)."""
+    """Weight of the term that imitates a teacher's scores of a row's own documents (`pos_score`, `neg_scores`)."""
     lm_weight: Annotated[float, Key(at_least=0, stages=("stage_II",))] = 0.0
-    """Of a causal language-modelling loss on the rows' own texts beside the contrastive one. 0 = none."""
+    """Weight of a causal language-modelling loss on the rows' own texts, beside the contrastive one."""
     simcse_dropout: Annotated[float, Key(at_least=0, below=1, stages=("simcse",))] = 0.3
-    """Attention dropout of the base in SimCSE."""
+    """Attention dropout of the base."""
     mask_token_type: Annotated[MaskTokenType, Key(stages=("mntp",))] = "blank"
-    """What is a mask where the tokenizer has none: `blank` (the token `_`), `eos`, or `mask` (a new token `<mask>`)."""
+    """What masks where the tokenizer has no mask token: `blank` (the token `_`), `eos`, or `mask` (a new token)."""
     mlm_probability: Annotated[float, Key(above=0, at_most=1, stages=("mntp",))] = 0.2
-    """How likely a token is chosen to be predicted in MNTP."""
+    """How likely a token is chosen to be predicted."""
     data_collator_type: Annotated[MaskingScheme, Key(stages=("mntp",))] = "default"
     """`default`: of the chosen tokens 80 % are masked, 10 % made random, 10 % kept. `all_mask`: all are masked."""
     loss_class: Literal["HardNegativeNLLLoss"] = "HardNegativeNLLLoss"
@@ -163,11 +163,11 @@ class Config:
     template: Annotated[str | None, Key(choices=tuple(TEMPLATES), on_card=True)] = None
     """What stands around a text. null = inferred from the tokenizer. Its special tokens are added to a base without."""
     pooling_mode: Annotated[str, Key(choices=tuple(POOLING_ALIASES), on_card=True)] = "last"
-    """How states become a vector. MNTP, which pools nothing, hands `mean` on where none is named."""
+    """How the tokens' states become a vector. MNTP pools nothing, and hands `mean` on where none is named."""
     bidirectional: Annotated[bool, Key(on_card=True)] = False
-    """Attention of the embedding pass. Always on in MNTP."""
+    """Whether tokens of the embedding pass see later ones too. Always on in MNTP."""
     instruction_join: Annotated[str, Key(on_card=True)] = "; "
-    """Between instruction and text, in templates that leave it open. Stored in the checkpoint for evaluation."""
+    """What stands between instruction and text, in templates that leave it open. Evaluation takes it over."""
     skip_instruction: bool = True
     """Leave the instruction out of mean pooling."""
     symmetric_instructions: SymmetricInstructions = "documented"

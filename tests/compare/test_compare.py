@@ -232,6 +232,15 @@ def test_a_base_on_the_hub_has_its_commit_from_the_first_start_on(
     assert first.trials([7]) == Planner(read_set(folder / "set"), folder / "out").trials([7])
 
 
+def test_the_schema_that_a_file_names_decides_nothing(folder: Path) -> None:
+    """It is for editors: runs keep their names, and their configs are without it."""
+    before = trials_of(folder)
+    for file in ("shared.json", "two_stages/1_stage_I.json"):
+        change(folder / "set" / file, **{"$schema": "config.schema.json"})
+    assert trials_of(folder) == before
+    assert "$schema" not in config_of(before["two_stages", 7].training[0])
+
+
 def test_a_hidden_folder_is_no_recipe(folder: Path) -> None:
     write(folder / "set/.ipynb_checkpoints/1_stage_II-checkpoint.json", {})
     assert ".ipynb_checkpoints" not in {recipe.name for recipe in read_set(folder / "set").recipes}

@@ -6,13 +6,17 @@ import dataclasses
 import json
 import logging
 import re
+import subprocess
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, get_args
 
 import pytest
+import transformers
 from transformers import TrainingArguments
 
+from llm2vec.commands.schema import config_schema, meanings_of, schema_text
 from llm2vec.data.sources import read_sources_file
 from llm2vec.model.backbone import LORA_MODULES
 from llm2vec.text.templates import TEMPLATES
@@ -23,13 +27,14 @@ from llm2vec.types import POOLING_ALIASES, Stage, UserError
 
 ROOT = Path(__file__).parents[2]
 CONFIGS = ROOT / "train_configs"
+SCHEMA = CONFIGS / "config.schema.json"
 #: Of the installed version; older and newer ones know others.
 ARGUMENTS = {field.name for field in dataclasses.fields(TrainingArguments)}
 #: Those of the comparison are parts of configs; tests/compare/test_compare.py puts them together.
 SHIPPED = sorted(
     path
     for path in CONFIGS.rglob("*.json")
-    if path.name != "sources.json" and CONFIGS / "comparison" not in path.parents
+    if path.name not in ("sources.json", SCHEMA.name) and CONFIGS / "comparison" not in path.parents
 )
 SOURCE_TABLES = sorted(CONFIGS.rglob("sources.json"))
 PAPER = [path for path in SHIPPED if path.parent.name in ("stage_I", "stage_II", "baseline")]
@@ -157,6 +162,68 @@ def test_the_papers_configs_hold_the_papers_numbers(path: Path) -> None:
         assert config.loss_scale == 1 / 0.05
         assert config.lora_r == 16
         assert config.num_hard_negatives == 1
+
+
+# Keys and their schema
+
+
+def test_every_key_says_what_it_means() -> None:
+    """Below its field; and what is known of transformers' keys is of keys that there are."""
+    assert meanings_of(Config).keys() == {field.name for field in dataclasses.fields(Config)}
+    later = {"activation_checkpointing", "activation_checkpointing_kwargs", "enable_jit_checkpoint"}
+    assert LIBRARY_KEYS.keys() <= ARGUMENTS | later
+
+
+@pytest.mark.skipif(
+    f"transformers=={transformers.__version__}\n" not in (ROOT / "constraints.txt").read_text(encoding="utf-8"),
+    reason="another transformers knows other keys",
+)
+def test_the_schema_is_that_of_the_keys() -> None:
+    """After a change: `llm2vec schema > train_configs/config.schema.json`."""
+    assert schema_text(config_schema()) == SCHEMA.read_text(encoding="utf-8")
+
+
+@pytest.mark.parametrize("path", SHIPPED, ids=lambda path: str(path.relative_to(CONFIGS)))
+def test_shipped_config_names_the_schema(path: Path) -> None:
+    named = json.loads(path.read_text(encoding="utf-8"))["$schema"]
+    assert (path.parent / named).resolve() == SCHEMA.resolve()
+
+
+def test_shipped_configs_fit_the_schema() -> None:
+    jsonschema = pytest.importorskip("jsonschema")
+    for path in SHIPPED:
+        jsonschema.validate(json.loads(path.read_text(encoding="utf-8")), json.loads(SCHEMA.read_text("utf-8")))
+
+
+def test_what_the_loader_refuses_the_schema_refuses() -> None:
+    """By type, range, choice, name and want."""
+    jsonschema = pytest.importorskip("jsonschema")
+    schema = json.loads(SCHEMA.read_text(encoding="utf-8"))
+    good = {"model_name_or_path": "x", "output_dir": "y"}
+    jsonschema.validate(good | {"alpha": 1, "template": None, "overwrite_output_dir": True}, schema)
+    wrong: list[dict[str, Any]] = [
+        {"alpha": "0.2"}, {"alpha": 1.5}, {"loss_scale": 0}, {"template": "x"}, {"objective": None}, {"alhpa": 0.2},
+        {"sources": [1]}, {"seed": -1}, {"data_seed": 1}, {"log_level": "loud"},
+    ]  # fmt: skip
+    for change in wrong:
+        with pytest.raises(jsonschema.ValidationError):
+            jsonschema.validate(good | change, schema)
+    with pytest.raises(jsonschema.ValidationError):
+        jsonschema.validate({"output_dir": "y"}, schema)
+
+
+def test_what_names_the_schema_is_no_key(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    """It is read by editors alone, and no record holds it."""
+    plain = load_config(write(tmp_path, minimal(tmp_path)), "stage_I")
+    named = load_config(write(tmp_path, minimal(tmp_path), **{"$schema": "../config.schema.json"}), "stage_I")
+    assert named == plain and "$schema" not in dataclasses.asdict(named) and not caplog.records
+
+
+def test_help_on_the_schema_loads_no_torch() -> None:
+    code = "import sys; from llm2vec.__main__ import main\n"
+    code += "try: main(['schema', '--help'])\nexcept SystemExit: pass\nprint('torch' in sys.modules)"
+    said = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout
+    assert "train_configs/config.schema.json" in said and said.endswith("False\n")
 
 
 # Released configs
@@ -564,6 +631,10 @@ KEYS_OF_STAGES = {
     "distillation_weight": 0.5,
     "simcse_dropout": 0.2,
 }
+
+
+def test_every_key_of_few_stages_is_tried_below() -> None:
+    assert KEYS_OF_STAGES.keys() == {name for name, key in KEYS.items() if len(key.stages) < len(get_args(Stage))}
 
 
 @pytest.mark.parametrize("stage", ["stage_I", "stage_II", "lm"])
