@@ -33,6 +33,7 @@ setup(
         "llm2vec": ["py.typed"],
         "llm2vec.data": ["*.json"],
         "llm2vec.evaluation": ["*.json"],
+        "llm2vec.export": ["*.jinja"],
         "llm2vec.reports": ["*.jinja", "data/*/*.json"],
     },
     entry_points={"console_scripts": ["llm2vec = llm2vec.__main__:start"]},

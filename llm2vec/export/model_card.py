@@ -1,7 +1,7 @@
 """The model card of an exported folder: `README.md` with front matter, how to use it in four engines, where it is from.
 
-Everything in it comes from the export's own facts: the stock form, `run.json`, `log.jsonl` and result files. The
-transformers snippet is code that the tests run as printed.
+Everything in it comes from the export's own facts: the stock form, `run.json`, `log.jsonl` and result files. The text
+is `card.md.jinja`; what is decided in Python stands here. The tests run the transformers snippet as printed.
 """
 
 from __future__ import annotations
@@ -9,31 +9,32 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
-from huggingface_hub import EvalResult, ModelCardData
+from huggingface_hub import EvalResult, ModelCard, ModelCardData
 
+from llm2vec.export.provenance import RecordedRun
 from llm2vec.model.settings import EncoderSettings
-from llm2vec.model.stock_form import STRAY_BLANK, StockForm
+from llm2vec.model.stock_form import BIDIRECTIONAL_SINCE, STRAY_BLANK, StockForm
 from llm2vec.reports.results import Results
+from llm2vec.table import Table
 from llm2vec.train.config import KEYS
+from llm2vec.types import PoolingMode
 
 #: Stages as headings.
 _HEADINGS = {
     "stage_I": "Stage I", "stage_II": "Stage II", "lm": "Language modelling", "mntp": "MNTP", "simcse": "SimCSE",
 }  # fmt: skip
 
-EXAMPLE_INSTRUCTION = "Given a question, retrieve passages that answer it"
-EXAMPLE_QUERY = "who wrote Emma?"
-EXAMPLE_DOCUMENTS = ("Emma is a novel by Jane Austen.", "The emu is a large bird of Australia.")
-
-
-@dataclass(frozen=True)
-class Stage:
-    """One training run below a model: its `run.json`, without local paths, and its log."""
-
-    run: Mapping[str, Any]
-    log: Sequence[Mapping[str, Any]]
+_TEMPLATE = Path(__file__).with_name("card.md.jinja")
+_INSTRUCTION = "Given a question, retrieve passages that answer it"
+_QUERY = "who wrote Emma?"
+_DOCUMENTS = ["Emma is a novel by Jane Austen.", "The emu is a large bird of Australia."]
+#: Pooling modes in the words of vLLM and of text-embeddings-inference; others they have none for.
+_SERVER_POOLING: dict[PoolingMode, tuple[str, str]] = {
+    "last": ("LAST", "last-token"), "first": ("CLS", "cls"), "mean": ("MEAN", "mean"),
+}  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -51,7 +52,7 @@ class Facts:
         adapter_base: hub name of the base that `adapter/` goes on; None = there is no such folder.
         base_model: hub name of what it was trained from, if known.
         license: as the hub spells it, if given.
-        stages: training runs, the earliest first.
+        runs: training runs, the earliest first.
         results: scores of mteb tasks, if given.
         difference: largest difference of a number of a unit vector between stock libraries and this project.
         rounding: lowest cosine of a text's vector by the stored weights with the one by float32 weights.
@@ -68,34 +69,44 @@ class Facts:
     adapter_base: str | None
     base_model: str | None
     license: str | None
-    stages: Sequence[Stage]
+    runs: Sequence[RecordedRun]
     results: Results | None
     difference: float
     rounding: float
     stray_difference: float | None
 
 
-def model_card(facts: Facts) -> str:
-    """The text of `README.md`."""
-    parts = [
-        f"---\n{front_matter(facts).to_yaml()}\n---\n\n# {facts.name}",
-        _introduction(facts),
-        "## Use",
-        _texts(facts),
-        "### sentence-transformers\n\n" + _code("python", _sentence_transformers(facts)),
-        "### transformers\n\n" + _code("python", transformers_snippet(facts)),
-        _vllm(facts),
-        _tei(facts),
-        _adapter(facts),
-        _training(facts),
-        _scores(facts),
-    ]
-    return "\n\n".join(part for part in parts if part) + "\n"
+def model_card(facts: Facts) -> ModelCard:
+    """The card; `save` writes it as `README.md`."""
+    form = facts.form
+    prompts = {name: prompt for name, prompt in form.prompts({}).items() if prompt}
+    # Servers know no mean that leaves the prompt out.
+    served = form.include_prompt or form.pooling_mode in ("last", "first")
+    return ModelCard.from_template(
+        _front_matter(facts),
+        template_path=str(_TEMPLATE),
+        facts=facts,
+        form=form,
+        settings=facts.settings,
+        size=_size(facts.num_parameters),
+        pooled=_pooled(form),
+        prompts=prompts,
+        strips_prompts=any(prompt != prompt.lstrip() for prompt in prompts.values()),
+        bidirectional_since=BIDIRECTIONAL_SINCE,
+        stray_blank=STRAY_BLANK,
+        query=_QUERY,
+        query_prompt=form.prompt(_INSTRUCTION),
+        documents=_DOCUMENTS,
+        server_pooling=_SERVER_POOLING.get(form.pooling_mode) if served else None,
+        runs=[(_heading(run, number), _tables(run)) for number, run in enumerate(facts.runs, 1)],
+        scores=_score_table(facts.results) if facts.results else None,
+        repr=repr,
+    )
 
 
-def front_matter(facts: Facts) -> ModelCardData:
+def _front_matter(facts: Facts) -> ModelCardData:
     """The metadata that the hub reads."""
-    hub_datasets = {run.get("dataset_name") for run in (stage.run.get("config", {}) for stage in facts.stages)}
+    hub_datasets = {run.record.get("config", {}).get("dataset_name") for run in facts.runs}
     results = facts.results
     return ModelCardData(
         base_model=facts.base_model,
@@ -122,204 +133,43 @@ def front_matter(facts: Facts) -> ModelCardData:
     )
 
 
-def transformers_snippet(facts: Facts) -> str:
-    """Code that embeds texts by transformers alone, for this model's pooling."""
-    form = facts.form
-    prompt = form.prompt("", "document")
-    pooling = {
-        "last": ["    pooled = states[:, -1]  # rows are padded on the left"],
-        "first": ["    pooled = states[:, 0]  # rows are padded on the right"],
-        "mean": [
-            '    weights = batch["attention_mask"][..., None].to(states.dtype)',
-            *([] if form.include_prompt else [_skip_prompt(form)]),
-            "    pooled = (states * weights).sum(1) / weights.sum(1)",
-        ],
-        "weighted_mean": [
-            '    weights = (batch["attention_mask"] * batch["attention_mask"].cumsum(1))[..., None].to(states.dtype)',
-            "    pooled = (states * weights).sum(1) / weights.sum(1)",
-        ],
-    }[form.pooling_mode]
-    return "\n".join(
-        [
-            "import torch",
-            "from transformers import AutoModel, AutoTokenizer",
-            "",
-            f'tokenizer = AutoTokenizer.from_pretrained("{facts.name}")',
-            f'model = AutoModel.from_pretrained("{facts.name}").eval()',  # torch's mode without dropout
-            "",
-            "@torch.no_grad()",
-            f"def embed(texts, prompt={prompt!r}):",
-            "    texts = [prompt + text.strip() for text in texts]",
-            '    batch = tokenizer(texts, padding=True, truncation=True, return_tensors="pt")',
-            "    states = model(**batch).last_hidden_state",
-            *pooling,
-            "    return torch.nn.functional.normalize(pooled, dim=-1)",
-            "",
-            f"queries = embed([{EXAMPLE_QUERY!r}], prompt={form.prompt(EXAMPLE_INSTRUCTION)!r})",
-            f"documents = embed({list(EXAMPLE_DOCUMENTS)!r})",
-            "print(queries @ documents.T)",
-        ]
-    )
+def _size(num_parameters: int) -> str:
+    if num_parameters > 1e8:
+        return f"{num_parameters / 1e9:.2f} billion"
+    return f"{num_parameters / 1e6:.1f} million"
 
 
-def _skip_prompt(form: StockForm) -> str:
-    closing = f" - {len(form.behind)}" if form.behind else ""
-    return f"    weights[:, : len(tokenizer(prompt).input_ids){closing}] = 0  # the prompt is not pooled over"
-
-
-def _introduction(facts: Facts) -> str:
-    settings, size = facts.settings, f"{facts.num_parameters / 1e9:.2f} billion" if facts.num_parameters > 1e8 else ""
-    size = size or f"{facts.num_parameters / 1e6:.1f} million"
-    pooled = {
+def _pooled(form: StockForm) -> str:
+    """What a vector is, in words."""
+    return {
         "last": "the closing token's state",
         "first": "the first token's state",
-        "mean": "the mean of " + ("all tokens' states" if facts.form.include_prompt else "the text's tokens' states"),
+        "mean": "the mean of " + ("all tokens' states" if form.include_prompt else "the text's tokens' states"),
         "weighted_mean": "a mean of all tokens' states that weights later ones more",
-    }[settings.pooling_mode]
-    made_from = (
-        f", trained from [{facts.base_model}](https://huggingface.co/{facts.base_model})" if facts.base_model else ""
-    )
-    return (
-        f"A text embedder of {size} parameters ({facts.architecture}, stored in {facts.dtype}){made_from}. "
-        f"{settings.attention.capitalize()} attention; an embedding is {pooled}, {facts.hidden_size} numbers, of "
-        f"length 1; texts are cut at {settings.max_length} tokens, template included. Similarity is the cosine."
-    )
+    }[form.pooling_mode]
 
 
-def _texts(facts: Facts) -> str:
-    form, lines = facts.form, []
-    instructed = form.prompt("INSTRUCTION")
-    takes = form.prompt("INSTRUCTION") != form.prompt("")
-    if takes:
-        lines.append(
-            f"A query carries an instruction; its prompt is `{instructed!r}`. Documents carry none, and in symmetric "
-            "tasks both texts carry the same."
-        )
-    named = {name: prompt for name, prompt in form.prompts({}).items() if prompt}
-    if named:
-        spelled = ", ".join(f"`{name}` is `{prompt!r}`" for name, prompt in named.items())
-        lines.append(f"Texts without an instruction have prompts as well: {spelled}.")
-    lines.append(
-        "The tokenizer writes what stands around prompt and text, and cuts the text alone. Strip texts of blanks at "
-        "both ends. `probe_ids.json` holds texts and the token ids they must become."
-    )
-    if facts.settings.attention == "bidirectional":
-        lines.append("transformers 5.2 or newer is needed: older versions ignore `is_causal: false` without a word.")
-    if any(prompt != prompt.lstrip() for prompt in named.values()):
-        lines.append("sentence-transformers 5.4 or newer is needed: older versions strip a prompt's line breaks.")
-    if facts.stray_difference is not None:
-        lines.append(
-            f"{STRAY_BLANK} Measured on probe texts: numbers of unit vectors move by {facts.stray_difference:.1g}."
-        )
-    return "\n".join(lines)
+def _heading(run: RecordedRun, number: int) -> str:
+    stage = run.record.get("config", {}).get("stage")
+    return _HEADINGS.get(stage, stage or f"Run {number}")
 
 
-def _sentence_transformers(facts: Facts) -> str:
-    return "\n".join(
-        [
-            "from sentence_transformers import SentenceTransformer",
-            "",
-            f'model = SentenceTransformer("{facts.name}")',
-            f"queries = model.encode_query([{EXAMPLE_QUERY!r}], prompt={facts.form.prompt(EXAMPLE_INSTRUCTION)!r})",
-            f"documents = model.encode_document({list(EXAMPLE_DOCUMENTS)!r})",
-            "print(model.similarity(queries, documents))",
-        ]
-    )
-
-
-def _vllm(facts: Facts) -> str:
-    pooling = _server_pooling(facts)
-    if pooling is None:
-        return _no_server("vLLM", facts)
-    text = facts.form.prompt(EXAMPLE_INSTRUCTION) + EXAMPLE_QUERY
-    lines = [
-        "### vLLM\n",
-        _code("bash", f"vllm serve {facts.name} --runner pooling"),
-        "\nvLLM knows no prompts: the client writes them before the text. It refuses longer texts unless a request "
-        "says `truncate_prompt_tokens: -1`.\n",
-        _code(
-            "python",
-            f'client.embeddings.create(model="{facts.name}", input=[{text!r}], '
-            'extra_body={"truncate_prompt_tokens": -1})',
-        ),
-        f'\nA version that does not read `1_Pooling` needs `--pooler-config \'{{"pooling_type": "{pooling}"}}\'`.',
+def _tables(run: RecordedRun) -> list[Table]:
+    """A run's settings, its losses and accuracies at both ends of the log, and its data."""
+    tables = [Table(["setting", "value"], _settings(run.record.get("config", {})), num_names=2)]
+    logged = [entry for entry in run.log if "loss" in entry]
+    if logged:
+        first, last = logged[0], logged[-1]
+        shown = [key for key in last if key in first and (key.startswith("loss") or key.endswith("accuracy"))]
+        rows = [[key, f"{first[key]:.4f}", f"{last[key]:.4f}"] for key in shown]
+        tables.append(Table(["logged", f"step {first['step']:,}", f"step {last['step']:,}"], rows))
+    rows = [
+        [str(data.get("source")), f"{data['rows']:,}", f"`{data['sha256']}`" if data.get("sha256") else "-"]
+        for data in run.record.get("data", [])
     ]
-    return "\n".join(lines + _attention_note(facts))
-
-
-def _tei(facts: Facts) -> str:
-    pooling = _server_pooling(facts)
-    if pooling is None:
-        return _no_server("text-embeddings-inference", facts)
-    flag = {"LAST": "last-token", "CLS": "cls", "MEAN": "mean"}[pooling]
-    lines = [
-        "### text-embeddings-inference\n",
-        _code("bash", f"text-embeddings-router --model-id {facts.name} --pooling {flag}"),
-        "\nIt reads `tokenizer.json` alone, so control tokens written out in a text (`<|eot_id|>`) are read as such: "
-        "take them out of untrusted texts. The prompts of `config_sentence_transformers.json` go by `prompt_name`.",
-    ]
-    return "\n".join(lines + _attention_note(facts))
-
-
-def _server_pooling(facts: Facts) -> str | None:
-    """vLLM's name of the pooling; None = servers have none that is the same."""
-    if facts.form.pooling_mode == "mean":
-        return "MEAN" if facts.form.include_prompt else None
-    return {"last": "LAST", "first": "CLS"}.get(facts.form.pooling_mode)
-
-
-def _no_server(engine: str, facts: Facts) -> str:
-    what = (
-        "leave the prompt out of a mean, which this model needs"
-        if facts.form.pooling_mode == "mean"
-        else "weight a mean by position, which this model needs"
-    )
-    return f"### {engine}\n\nNot possible: {engine} cannot {what}; it would give other vectors without a warning."
-
-
-def _attention_note(facts: Facts) -> list[str]:
-    if facts.settings.attention == "causal":
-        return []
-    return [
-        "\nThis model attends bidirectionally (`is_causal: false`, `use_bidirectional_attention: true` in "
-        "`config.json`). vLLM 0.32 was seen to obey for Llama, Qwen2, Qwen3 and Mistral; compare a few vectors with "
-        "sentence-transformers before you trust another engine or family."
-    ]
-
-
-def _adapter(facts: Facts) -> str:
-    if facts.adapter_base is None:
-        return ""
-    return (
-        f"## Adapter\n\n`adapter/` holds the LoRA adapter alone, in float32, for `{facts.adapter_base}`. A copy of the "
-        'folder loads by itself, base included: `SentenceTransformer("adapter")`. The folder above it holds the merged '
-        "weights, which need no base."
-    )
-
-
-def _training(facts: Facts) -> str:
-    if not facts.stages:
-        return ""
-    parts = ["## Training\n\nThe full configs, versions and hashes are in `run.json`."]
-    for number, stage in enumerate(facts.stages, 1):
-        config = stage.run.get("config", {})
-        name = config.get("stage")
-        parts.append(f"### {_HEADINGS.get(name, name or f'Run {number}')}")
-        parts.append(_table(["setting", "value"], _settings(config)))
-        logged = [entry for entry in stage.log if "loss" in entry]
-        if logged:
-            first, last = logged[0], logged[-1]
-            losses = [
-                [key, f"{first[key]:.4f}", f"{last[key]:.4f}"] for key in last if key in first and _is_figure(key)
-            ]
-            parts.append(_table(["logged", f"step {first['step']:,}", f"step {last['step']:,}"], losses))
-        rows = [
-            [str(d.get("source")), f"{d['rows']:,}", f"`{d['sha256']}`" if d.get("sha256") else "-"]
-            for d in stage.run.get("data", [])
-        ]
-        if rows:
-            parts.append(_table(["data", "rows", "SHA-256 of the file"], rows))
-    return "\n\n".join(parts)
+    if rows:
+        tables.append(Table(["data", "rows", "SHA-256 of the file"], rows, num_names=3))
+    return tables
 
 
 def _settings(config: Mapping[str, Any]) -> list[list[str]]:
@@ -333,31 +183,9 @@ def _settings(config: Mapping[str, Any]) -> list[list[str]]:
     return [[f"`{name}`", f"`{json.dumps(values[name], ensure_ascii=False)}`"] for name in written]
 
 
-def _is_figure(key: str) -> bool:
-    return key.startswith("loss") or key.endswith("accuracy")
-
-
-def _scores(facts: Facts) -> str:
-    checked = (
-        f"Checked when this folder was written: token ids of probe texts, and their unit vectors by stock "
-        f"sentence-transformers in float32, equal those of the training code up to {facts.difference:.1g}. Stored in "
-        f"{facts.dtype}, a vector's cosine with the one by float32 weights is at least {facts.rounding:.6f}."
-    )
-    if facts.results is None:
-        return f"## Evaluation\n\n{checked}"
-    table = _table(["task", "main score x 100"], [[t, f"{s:.2f}"] for t, s in sorted(facts.results.scores.items())])
-    versions = ", ".join(facts.results.mteb_versions)
-    return f"## Evaluation\n\nmteb {versions}.\n\n{table}\n\n{checked}"
+def _score_table(results: Results) -> Table:
+    return Table(["task", "main score x 100"], sorted(results.scores.items()))
 
 
 def _revision(revision: str | None) -> str | None:
     return revision if revision and revision != "None" else None
-
-
-def _table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    escaped = [[cell.replace("|", r"\|") for cell in cells] for cells in rows]
-    return "\n".join(f"| {' | '.join(cells)} |" for cells in [header, ["---"] * len(header), *escaped])
-
-
-def _code(language: str, code: str) -> str:
-    return f"```{language}\n{code}\n```"

@@ -22,8 +22,12 @@ from torch import Tensor
 
 from llm2vec import LLM2Vec
 from llm2vec.choice import ModelChoice
+from llm2vec.export import adapter as adapter_module
 from llm2vec.export import export as export_module
-from llm2vec.export.export import Export, Proof, export, push, without_local_paths
+from llm2vec.export import proof as proof_module
+from llm2vec.export.export import Export, export, push
+from llm2vec.export.proof import Proof
+from llm2vec.export.provenance import without_local_paths
 from llm2vec.model.backbone import attach_lora
 from llm2vec.model.chain import mark_of
 from llm2vec.model.checkpoint import save_checkpoint
@@ -527,7 +531,7 @@ def test_refuses_instructions_that_would_replace_a_prompt(adapter: str, tmp_path
 def test_leaves_nothing_where_the_proof_fails(
     broken: str, reason: str, adapter: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    real: Callable[..., Any] = getattr(export_module, broken)
+    real: Callable[..., Any] = getattr(proof_module, broken)
     calls: list[int] = []
 
     def wrong(*arguments: Any) -> Any:
@@ -535,7 +539,7 @@ def test_leaves_nothing_where_the_proof_fails(
         value = real(*arguments)
         return value + 2e-5 if broken == "stock_vectors" else [*value, len(calls)]
 
-    monkeypatch.setattr(export_module, broken, wrong)
+    monkeypatch.setattr(proof_module, broken, wrong)
     assert_refused(asked(adapter), tmp_path / "out", reason)
 
 
@@ -594,7 +598,7 @@ def test_refuses_adapters_that_nobody_could_load(adapter: str, tmp_path: Path, m
     assert_refused(what, out, "the config of somebody/base could not be read")
     config = tiny_model("llama").config
     hub = SimpleNamespace(from_pretrained=lambda *_, **__: config)
-    monkeypatch.setattr(export_module, "AutoConfig", hub)
+    monkeypatch.setattr(adapter_module, "AutoConfig", hub)
     assert_refused(what, out, "does not say is_causal: false")
     config.is_causal = False
     export(what, out)

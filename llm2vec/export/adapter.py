@@ -1,0 +1,122 @@
+"""The LoRA adapter of a checkpoint alone, for the hub's copy of its base."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from peft import PeftModel, TaskType
+from torch import Tensor
+from transformers import AutoConfig
+
+from llm2vec.export.proof import compare_vectors, load_stock
+from llm2vec.files import write_json
+from llm2vec.hub import find_file, local_folder
+from llm2vec.llm2vec import LLM2Vec
+from llm2vec.model.chain import Chain
+from llm2vec.model.stock_form import StockForm, write_form
+from llm2vec.types import InstructedText, UserError, first_line
+
+
+def check_adapter(chain: Chain, base_id: str | None) -> str:
+    """The hub name of an adapter's base, where the adapter alone is of use to others.
+
+    Args:
+        chain: the checkpoint.
+        base_id: hub name of its base, if it has one.
+
+    Raises:
+        UserError: there is no adapter, others are merged below it, or its base has no name on the hub.
+    """
+    if len(chain.adapters) != 1:
+        reason = (
+            "the checkpoint is a full model"
+            if not chain.adapters
+            else f"its base has {len(chain.adapters) - 1} other adapter(s) merged into it, which nobody else has"
+        )
+        raise UserError(f"--adapter: {reason}; leave --adapter out.")
+    if base_id is None:
+        raise UserError(
+            f"--adapter: the base {chain.base} is a local folder; export it, push it and name it by --base_id."
+        )
+    return base_id
+
+
+def write_adapter(
+    folder: Path, model: LLM2Vec, form: StockForm, instructions: Mapping[str, str], base: str, base_id: str
+) -> None:
+    """Write the adapter as a folder that sentence-transformers loads, for now over a stand-in for its base.
+
+    Args:
+        folder: where to; the stand-in lies beside it until `prove_adapter` has compared.
+        model: the checkpoint, its adapter not merged.
+        form: how texts are rendered.
+        instructions: prompts to have by name.
+        base: the base, folder or hub name.
+        base_id: hub name of the base, with its revision.
+
+    Raises:
+        UserError: the hub's base would attend otherwise.
+    """
+    if model.settings.attention == "bidirectional":
+        _check_bidirectional(base_id)
+    adapted = model.model
+    assert isinstance(adapted, PeftModel)
+    adapted.save_pretrained(str(folder), save_embedding_layers=False)
+    (folder / "README.md").unlink(missing_ok=True)
+    write_form(folder, form, adapted.config.hidden_size, model.settings.attention, instructions)
+    _link_base(folder.with_name("base"), base, adapted.config)
+    _name_base(folder, str(folder.with_name("base")), None)
+
+
+def prove_adapter(folder: Path, form: StockForm, texts: Sequence[InstructedText], exact: Tensor, base_id: str) -> None:
+    """Compare the adapter on its base with the checkpoint; then give the base its name on the hub.
+
+    Raises:
+        UserError: stock libraries give other tokens or vectors.
+    """
+    compare_vectors(load_stock(folder), form, texts, exact)
+    shutil.rmtree(folder.with_name("base"))
+    name, _, revision = base_id.partition("@")
+    _name_base(folder, name, revision or None)
+
+
+def _link_base(folder: Path, base: str, config: Any) -> None:
+    """The base's own files under the config that the base has, or shall have, on the hub."""
+    folder.mkdir()
+    there = local_folder(base) or Path(find_file(base, "config.json") or "").parent
+    for file in there.iterdir():
+        if file.is_file() and file.name != "config.json":
+            (folder / file.name).symlink_to(file.resolve())
+    config.save_pretrained(folder)
+
+
+def _name_base(folder: Path, base: str, revision: str | None) -> None:
+    file = folder / "adapter_config.json"
+    config = json.loads(file.read_text(encoding="utf-8"))
+    config |= {"base_model_name_or_path": base, "revision": revision, "auto_mapping": None}
+    config["task_type"] = TaskType.FEATURE_EXTRACTION.value
+    write_json(file, config)
+
+
+def _check_bidirectional(base_id: str) -> None:
+    """Refuse a base that would be loaded causally: an adapter's folder cannot say how its base attends.
+
+    Raises:
+        UserError: the base's config is out of reach or says nothing of `is_causal: false`.
+    """
+    name, _, revision = base_id.partition("@")
+    try:
+        config = AutoConfig.from_pretrained(name, revision=revision or None, trust_remote_code=False)
+        obeys = getattr(config, "is_causal", True) is False
+    except Exception as error:  # hub out of reach, no such repository, no config
+        raise UserError(f"--adapter: the config of {base_id} could not be read: {first_line(error)}") from error
+    if not obeys:
+        raise UserError(
+            f"--adapter: this model attends bidirectionally, and the config.json of {base_id} does not say is_causal: "
+            "false; an adapter's folder cannot say it, so the adapter would run causally and give other vectors "
+            "without a warning. Export the base, push that and name it by --base_id, or leave --adapter out."
+        )

@@ -1,0 +1,115 @@
+"""How far stock libraries are from this project: vectors and tokens of probe texts by both, compared."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from llm2vec.llm2vec import LLM2Vec
+from llm2vec.model.backbone import load_tokenizer
+from llm2vec.model.settings import EncoderSettings, row_tokenizer
+from llm2vec.model.stock_form import StockForm, compare
+from llm2vec.text.tokenization import probe_ids
+from llm2vec.types import InstructedText, UserError
+
+#: Most that a number of a unit vector may differ in float32.
+TOLERANCE = 1e-5
+
+
+class Proof(NamedTuple):
+    """How far stock libraries are from this project, over the probe texts.
+
+    Attributes:
+        difference: largest difference of a number of a unit vector, in float32.
+        stray_difference: the same of texts whose mean reads the blank before them; None = there are none.
+        rounding: lowest cosine between vectors by the stored weights and by float32 weights.
+    """
+
+    difference: float
+    stray_difference: float | None
+    rounding: float
+
+
+def prove(
+    folder: Path,
+    form: StockForm,
+    settings: EncoderSettings,
+    texts: Sequence[InstructedText],
+    exact: Tensor,
+    stored: Tensor,
+) -> Proof:
+    """Load a written folder by stock sentence-transformers, in float32, and compare.
+
+    Raises:
+        UserError: tokens or vectors are others; says which.
+    """
+    if probe_ids(row_tokenizer(load_tokenizer(str(folder)), settings)) != probe_ids(form.rows):
+        raise UserError("the exported tokenizer renders this project's own template to other tokens.")
+    difference, stray = compare_vectors(load_stock(folder), form, texts, stored)
+    rounding = float((exact * stored).sum(dim=-1).min())
+    if torch.equal(exact, stored):
+        rounding = 1.0
+    return Proof(difference, stray, min(rounding, 1.0))
+
+
+def compare_vectors(
+    stock: Any, form: StockForm, texts: Sequence[InstructedText], vectors: Tensor
+) -> tuple[float, float | None]:
+    """Largest difference of a number from unit vectors [N, D]: of all texts but strays, and of strays.
+
+    A stray is a text whose mean reads the blank before it, in stock libraries alone.
+
+    Raises:
+        UserError: tokens are others, or a vector differs by `TOLERANCE` or more.
+    """
+    compared = [compare(stock, form, text) for text in texts]
+    for comparison in compared:
+        if comparison.difference is not None:
+            raise UserError(f"stock sentence-transformers renders otherwise: {comparison.difference}.")
+    apart_N = (stock_vectors(stock, form, texts) - vectors).abs().amax(dim=-1)
+    strays_N = torch.tensor([comparison.stray_blank for comparison in compared])
+    difference, worst = float(apart_N[~strays_N].max()), int(apart_N.masked_fill(strays_N, -1).argmax())
+    if not difference < TOLERANCE:
+        text = texts[worst]
+        raise UserError(
+            f"the vector of {text.text.strip()[:40]!r} by stock sentence-transformers differs from the checkpoint's by "
+            f"{difference:.2g}; {TOLERANCE:g} is allowed in float32."
+        )
+    return difference, float(apart_N[strays_N].max()) if strays_N.any() else None
+
+
+def our_vectors(model: LLM2Vec, texts: Sequence[InstructedText]) -> Tensor:
+    """Unit vectors [N, D] of texts by `LLM2Vec.encode`."""
+    by_side = {
+        side: model.encode(
+            [[t.instruction, t.text] for t in texts if t.side == side], show_progress_bar=False, side=side
+        )
+        for side in dict.fromkeys(text.side for text in texts)
+    }
+    rows = {side: iter(torch.as_tensor(vectors)) for side, vectors in by_side.items()}
+    return torch.nn.functional.normalize(torch.stack([next(rows[text.side]) for text in texts]), dim=-1)
+
+
+def stock_vectors(stock: Any, form: StockForm, texts: Sequence[InstructedText]) -> Tensor:
+    """Unit vectors [N, D] of texts by a SentenceTransformer, the texts of a prompt in one batch."""
+    prompts = [form.prompt(text.instruction, text.side) for text in texts]
+    vectors: list[Tensor] = [torch.empty(0)] * len(texts)
+    for prompt in dict.fromkeys(prompts):
+        chosen = [i for i, own in enumerate(prompts) if own == prompt]
+        encoded = stock.encode(
+            [texts[i].text.strip() for i in chosen], prompt=prompt, convert_to_tensor=True, show_progress_bar=False
+        )
+        for i, vector in zip(chosen, encoded.float().cpu(), strict=True):
+            vectors[i] = vector
+    return torch.stack(vectors)
+
+
+def load_stock(folder: Path) -> Any:
+    """A folder as a SentenceTransformer in float32."""
+    from sentence_transformers import SentenceTransformer  # seconds to import, and an extra
+
+    return SentenceTransformer(str(folder), model_kwargs={"dtype": torch.float32, "use_safetensors": True})

@@ -1,0 +1,121 @@
+"""Where an exported model is from: the training runs behind it, as their `run.json` tells, without local paths."""
+
+from __future__ import annotations
+
+import json
+import logging
+import re
+from collections.abc import Collection, Mapping, Sequence
+from contextlib import suppress
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from llm2vec.hub import local_folder
+from llm2vec.model.chain import Chain, Folder, is_mark_of_folder, mark_of, read_run
+from llm2vec.train.log import LOG_FILE
+
+logger = logging.getLogger(__name__)
+
+#: Keys of a run's record that hold local paths, whatever they look like.
+_PATH_KEYS = (
+    "output_dir", "logging_dir", "dataset_file_path", "sources_file", "file", "resume", "resume_from_checkpoint",
+)  # fmt: skip
+
+#: What of a checkpoint's `run.json` is of use in another folder.
+_RUN_KEYS = (
+    "config", "num_processes", "gradient_accumulation_steps", "parent", "data", "step", "weights_of_step", "versions",
+    "git_commit",
+)  # fmt: skip
+
+
+@dataclass(frozen=True)
+class RecordedRun:
+    """One training run below a model: what of its `run.json` is of use elsewhere, and its log."""
+
+    record: Mapping[str, Any]
+    log: Sequence[Mapping[str, Any]]
+
+
+def recorded_runs(chain: Chain) -> list[RecordedRun]:
+    """The runs that made a model, as far as they can be followed, the earliest first."""
+    folders = [*reversed(chain.folders)]
+    while (parent := _parent(folders[-1])) is not None and parent.path not in {folder.path for folder in folders}:
+        folders.append(parent)
+    return [run for folder in reversed(folders) for run in _runs_of(folder)]
+
+
+def _parent(trained: Folder) -> Folder | None:
+    """What a checkpoint's run started from; None where that is not recorded, not here, or no longer what it was."""
+    parent = trained.run.get("parent", {})
+    name: str | None = parent.get("model_name_or_path")
+    run = {} if name is None else read_run(Path(name))
+    if name is None or not run:
+        return None
+    found = mark_of(name)
+    if parent.get("marks", {}).get(name, found) != found:
+        logger.warning(
+            "%s has changed since %s was trained from it; its run is left out of the records", name, trained.path
+        )
+        return None
+    return Folder(name, run)
+
+
+def _runs_of(folder: Folder) -> list[RecordedRun]:
+    """The run that wrote a checkpoint, or all those that an export lists; none where no run wrote it."""
+    run = folder.run
+    if "stages" in run:
+        return [RecordedRun(record, []) for record in run["stages"]]
+    if "config" not in run:
+        return []
+    marks = run.get("parent", {}).get("marks", {})
+    local = {name for name, mark in marks.items() if is_mark_of_folder(mark)}
+    kept = {key: run[key] for key in _RUN_KEYS if key in run}
+    return [RecordedRun(without_local_paths(kept, local), _log(Path(folder.path)))]
+
+
+def _log(folder: Path) -> list[dict[str, Any]]:
+    """A checkpoint's log: its own, or for a run's `checkpoint-N` the run's up to step N."""
+    file, last = folder / LOG_FILE, None
+    step = re.fullmatch(r"checkpoint-(\d+)", folder.resolve().name)
+    if step and not file.is_file():
+        file, last = folder.resolve().parent / LOG_FILE, int(step.group(1))
+    if not file.is_file():
+        return []
+    entries = []
+    for line in file.read_text(encoding="utf-8").splitlines():
+        with suppress(ValueError):  # cut short by what ended the run
+            entries.append(json.loads(line))
+    return [entry for entry in entries if last is None or entry.get("step", 0) <= last]
+
+
+def trained_from(chain: Chain, runs: Sequence[RecordedRun]) -> str | None:
+    """Hub name of the model that the first run started from."""
+    names = [chain.base, *(run.record.get("parent", {}).get("model_name_or_path") for run in runs[:1])]
+    return next((name for name in names if name and local_folder(name) is None and name.count("/") == 1), None)
+
+
+def without_local_paths(value: Any, local: Collection[str] = (), key: str = "") -> Any:
+    """A record with each local path in it, also as a key, cut to its last part; names on the hub stay whole.
+
+    Args:
+        value: the record.
+        local: paths that are known to be local, even if nothing is there any more.
+        key: whose value it is.
+    """
+    if isinstance(value, dict):
+        return {_shortened(k, local, ""): without_local_paths(v, local, k) for k, v in value.items()}
+    if isinstance(value, list):
+        return [without_local_paths(item, local, key) for item in value]
+    return _shortened(value, local, key) if isinstance(value, str) else value
+
+
+def _shortened(text: str, local: Collection[str], key: str) -> str:
+    path = Path(text)
+    try:
+        is_local = (
+            key in _PATH_KEYS or text in local or path.is_absolute() or text.startswith(("~", ".")) or path.exists()
+        )
+    except (OSError, ValueError):  # too long for a path
+        is_local = False
+    return path.name if is_local else text
