@@ -65,8 +65,10 @@ def main(argv: Sequence[str]) -> int | None:
         print(f"llm2vec {__version__}")
         return None
     if name not in COMMANDS:
-        nearest = difflib.get_close_matches(name.replace("_", "-"), COMMANDS, n=1, cutoff=0.0)
-        raise UserError(f"there is no command {name!r}; the nearest is {nearest[0]!r}, and llm2vec --help lists all.")
+        nearest = [
+            f"did you mean {near!r}? " for near in difflib.get_close_matches(name.replace("_", "-"), COMMANDS, 1)
+        ]
+        raise UserError(f"there is no command {name!r}; {''.join(nearest)}llm2vec --help lists them.")
     command = COMMANDS[name]
     code: int | None = getattr(import_module(f"llm2vec.commands.{command.module}"), command.function)(arguments)
     return code

@@ -7,9 +7,12 @@ from __future__ import annotations
 
 import json
 import logging
+import re
 import runpy
 import subprocess
 import sys
+from collections.abc import Callable
+from importlib import import_module
 from pathlib import Path
 from typing import Any
 
@@ -20,13 +23,17 @@ from helpers import family_tokenizer, tiny_model, write_jsonl
 from safetensors.torch import load_file
 from torch import Tensor
 
+import llm2vec
 from llm2vec import LLM2Vec
+from llm2vec.__main__ import COMMANDS, help_text, start
+from llm2vec.cli import parser, positive, positive_float
 from llm2vec.model.chain import INCOMPLETE_MARKER, RUN_FILE, open_chain
 from llm2vec.model.checkpoint import save_checkpoint
 from llm2vec.model.settings import SETTINGS_FILE, EncoderSettings
 from llm2vec.train.config import Config
 from llm2vec.train.log import LOG_FILE
 from llm2vec.train.model import open_tokenizer
+from llm2vec.types import UserError
 
 ROOT = Path(__file__).parents[1]
 
@@ -290,6 +297,95 @@ def test_a_wrong_call_is_one_sentence(
     assert stopped.value.code == 2
     word = "missing.json: cannot be read" if arguments == ["missing.json"] else "usage: torchrun"
     assert_one_sentence(capfd.readouterr().err, word)
+
+
+# --- the commands ---
+
+# Prints for each command what heavy library its help has loaded, and the help itself; and the CPU seconds of it all.
+HELP = """
+import contextlib, io, json, resource, sys
+from llm2vec.__main__ import COMMANDS, main
+
+found = {}
+for name in ("", *COMMANDS):
+    said = io.StringIO()
+    with contextlib.redirect_stdout(said), contextlib.suppress(SystemExit):
+        main([name, "--help"] if name else ["--help"])
+    loaded = [heavy for heavy in ("torch", "transformers", "datasets", "mteb", "matplotlib") if heavy in sys.modules]
+    found[name] = [said.getvalue(), loaded]
+used = resource.getrusage(resource.RUSAGE_SELF)
+print(json.dumps([found, used.ru_utime + used.ru_stime]))
+"""
+
+
+def test_help_of_every_command_is_there_at_once(tmp_path: Path) -> None:
+    """Nothing heavy is loaded for it, so all of it together takes less than a second of CPU; three are allowed."""
+    done = subprocess.run([sys.executable, "-c", HELP], capture_output=True, text=True, cwd=tmp_path, timeout=300)
+    assert done.returncode == 0, done.stderr
+    found, seconds = json.loads(done.stdout)
+    assert seconds < 3
+    overview, _ = found.pop("")
+    for name, (said, loaded) in found.items():
+        assert not loaded, f"llm2vec {name} --help loads {loaded}"
+        doc = import_module(f"llm2vec.commands.{COMMANDS[name].module}").__doc__
+        assert said.startswith(f"usage: llm2vec {name}") and doc and doc.splitlines()[0] in said
+        assert f"    {name} " in overview and COMMANDS[name].line in overview
+
+
+def test_every_module_of_commands_is_a_command() -> None:
+    modules = {file.stem for file in (ROOT / "llm2vec/commands").glob("*.py")} - {"__init__"}
+    assert modules == {command.module for command in COMMANDS.values()}
+
+
+@pytest.mark.parametrize(("name", "said"), [("chek-data", "did you mean 'check-data'? "), ("xyz", "")])
+def test_an_unknown_command_is_one_sentence(
+    name: str, said: str, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(sys, "argv", ["llm2vec", name])
+    with pytest.raises(SystemExit) as stopped:
+        start()
+    assert stopped.value.code == 2
+    assert_one_sentence(capfd.readouterr().err, f"there is no command '{name}'; {said}llm2vec --help lists them.")
+
+
+def test_the_commands_are_listed_where_none_is_named(
+    monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    for words in ([], ["--help"]):
+        monkeypatch.setattr(sys, "argv", ["llm2vec", *words])
+        start()
+        assert capfd.readouterr().out == help_text() + "\n"
+    monkeypatch.setattr(sys, "argv", ["llm2vec", "--version"])
+    start()
+    assert capfd.readouterr().out == f"llm2vec {llm2vec.__version__}\n"
+
+
+@pytest.mark.parametrize(
+    ("read", "text", "said"),
+    [
+        (positive, "0", "is 0; give a number above 0."),
+        (positive, "1.5", "is '1.5'; give a whole number above 0."),
+        (positive_float, "inf", "is inf; give a number above 0."),
+        (positive_float, "-2", "is -2; give a number above 0."),
+        (positive_float, "much", "is 'much'; give a number above 0."),
+    ],
+)
+def test_a_number_that_is_none_is_told_with_its_flag(read: Callable[[str], float], text: str, said: str) -> None:
+    flags = parser("plan", "What a run will be.")
+    flags.add_argument("--card_memory_gb", type=read)
+    with pytest.raises(UserError, match=f"^{re.escape(f'--card_memory_gb {said}')}$"):
+        flags.parse_args(["--card_memory_gb", text])
+    assert flags.parse_args(["--card_memory_gb", "3"]).card_memory_gb == 3
+
+
+def test_a_wrong_flag_is_one_sentence() -> None:
+    """Without the list of all flags, and no beginning of a flag is taken for it."""
+    flags = parser("plan", "What a run will be.")
+    flags.add_argument("--utilisation", type=float)
+    with pytest.raises(UserError, match=r"^--utilisation: invalid float value: 'a'; see llm2vec plan --help\.$"):
+        flags.parse_args(["--utilisation", "a"])
+    with pytest.raises(UserError, match=r"^unrecognized arguments: --util 1; see llm2vec plan --help\.$"):
+        flags.parse_args(["--util", "1"])
 
 
 @pytest.mark.parametrize("file", sorted((ROOT / "experiments").glob("*.py")), ids=lambda file: file.stem)
