@@ -20,8 +20,7 @@ from llm2vec.train.config_file import load_config
 from llm2vec.train.model import decoder_of, load_model
 from llm2vec.train.resume import start_or_resume
 from llm2vec.train.rows import open_rows
-from llm2vec.train.run import config_path, train, user_errors_in_one_sentence
-from llm2vec.train.words import describe_negatives
+from llm2vec.train.run import config_path, describe_negatives, train, user_errors_in_one_sentence
 
 
 def main() -> None:

@@ -31,6 +31,7 @@ from llm2vec.train.config import Config, training_arguments
 from llm2vec.train.config_file import load_config
 from llm2vec.train.model import decoder_of, encoder_settings, open_tokenizer
 from llm2vec.train.rows import Rows, row_orders
+from llm2vec.train.run import Schedule, rows_a_step, schedule_of, steps_an_epoch
 from llm2vec.train.stages import (
     collate_of,
     missing_data,
@@ -40,7 +41,6 @@ from llm2vec.train.stages import (
     shape_of,
     stage_of,
 )
-from llm2vec.train.words import Schedule, rows_a_step, schedule_of, steps_an_epoch
 from llm2vec.types import Stage, UserError
 
 

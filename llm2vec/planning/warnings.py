@@ -14,7 +14,7 @@ from llm2vec.planning.memory import STATES, optimiser_name
 from llm2vec.planning.plan import Plan
 from llm2vec.train.resume import check_writable
 from llm2vec.train.rows import sample_of
-from llm2vec.train.words import Schedule
+from llm2vec.train.run import Schedule
 from llm2vec.types import UserError
 
 #: Share of the texts that are cut, and of a source's rows that an epoch leaves out, from which on a plan warns.

@@ -1,6 +1,6 @@
 """A plan in words: what the run itself says at its start, line for line, and what only a plan tells.
 
-The first lines come from the same functions as the run's (`run_report.describe`), so the two cannot disagree.
+The first lines come from the same functions as the run's (`train.run.describe`), so the two cannot disagree.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from transformers.trainer_utils import SaveStrategy
 from llm2vec.planning.memory import optimiser_bytes
 from llm2vec.planning.plan import Plan
 from llm2vec.planning.warnings import warnings_of
-from llm2vec.train.words import (
+from llm2vec.train.run import (
     describe,
     describe_model,
     describe_negatives,

@@ -1,42 +1,46 @@
 """A run from its first line to its last checkpoint: say what will happen, train, stop or go on, save.
 
-The scripts under `experiments/` open the rows (`run_rows`), load the model (`run_model`), choose a collator
-(`collation`) and call `train`, so that each reads top to bottom.
+Who starts a run opens the rows (`rows`), loads the model (`model`), makes an objective and a collator, and calls
+`train`.
 """
 
 from __future__ import annotations
 
 import dataclasses
 import logging
+import math
 import os
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
+import torch
 from accelerate.utils import send_to_device
 from torch import Tensor, nn
 from transformers import PreTrainedTokenizerBase, TrainingArguments
 
 from llm2vec.cli import user_errors_in_one_sentence as user_errors_in_one_sentence  # goes once nobody takes it here
 from llm2vec.data.collation import Collate, CollateSides, check_examples
+from llm2vec.data.rows import TrainingRows
 from llm2vec.data.tables import content_hash
+from llm2vec.llm2vec import LLM2Vec
+from llm2vec.llm2vec_q2d_d2q import BidirectionalReconstruction
 from llm2vec.model.chain import mark_of
 from llm2vec.model.checkpoint import read_weights, save_checkpoint
 from llm2vec.model.recomputation import fit_activations
 from llm2vec.model.settings import EncoderSettings, row_tokenizer
-from llm2vec.probes.diagnostics import DIAGNOSTICS_FILE
+from llm2vec.probes.diagnostics import DIAGNOSTICS_FILE, EmbeddingDiagnostics
+from llm2vec.probes.reconstruction_probe import ReconstructionProbe
 from llm2vec.processes import StopSignals, rank, world_size
 from llm2vec.text.tokenization import probe_ids
 from llm2vec.train.config import Config
 from llm2vec.train.log import drop_entries_after
 from llm2vec.train.model import autocast, decoder_of, part_to_save, plan_sharding
 from llm2vec.train.resume import checkpoint_folder, checkpoints_in, command_to_resume, remove_checkpoints, step_of
-from llm2vec.train.rows import Rows, row_orders
-from llm2vec.train.run_probes import probes_of
+from llm2vec.train.rows import Rows, row_orders, sample_of
 from llm2vec.train.saving import model_weights
 from llm2vec.train.trainer import EmbedderTrainer
-from llm2vec.train.words import describe, steps_an_epoch
 from llm2vec.types import RunEnds, UserError
 
 logger = logging.getLogger(__name__)
@@ -66,7 +70,22 @@ def train(
     settings: EncoderSettings,
     notes: Sequence[str] = (),
 ) -> None:
-    """Say what the run will do (and `notes`), run it, and write the final checkpoint into `output_dir`."""
+    """Say what the run will do, run it, and write the last weights into `output_dir`.
+
+    Args:
+        config: of the run.
+        args: of the run; where they name a checkpoint, it goes on from there (`resume.start_or_resume`).
+        objective: what is trained.
+        rows: the training rows.
+        collate: makes them into batches.
+        tokenizer: is saved with the model.
+        settings: how texts become vectors; saved too.
+        notes: further lines to say before the first step.
+
+    Raises:
+        UserError: rows, budget or arguments do not go together.
+        RunEnds: the run was asked to stop, could not write, or diverged.
+    """
     if isinstance(collate, CollateSides):
         check_examples(args, rows, collate)
     sampler, held_out = row_orders(config, args, rows, world_size())
@@ -78,8 +97,10 @@ def train(
     ]:
         logger.info(line)
     if args.dataloader_num_workers:
-        os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")  # threads do not survive the fork of a worker
+        # The tokenizer's threads do not survive the fork of a worker.
+        os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     plan_sharding(args, objective.model)  # type: ignore[arg-type]
+    # Gathered now, so that run.json tells what the run began with, whatever becomes of the files meanwhile.
     ids = probe_ids(row_tokenizer(tokenizer, settings))
     run = provenance(config, args, rows, ids) if args.should_save else None
 
@@ -110,6 +131,7 @@ def train(
     )
     if rank() == 0:
         _make_way(config, args.resume_from_checkpoint)
+    # From here on the first signal no longer ends the process: the step is finished and saved.
     with signals:
         trainer.train(args.resume_from_checkpoint)
         if trainer.is_stopped:
@@ -119,8 +141,10 @@ def train(
 
 
 def _make_way(config: Config, start: str | None) -> None:
-    """Take later steps' lines out of the diagnostics, and all checkpoints of a run that begins anew. Later ones than
-    that which the config names stay, and are said: whoever goes back may still want them."""
+    """Remove what would pass for this run's: checkpoints of a run that starts over, and diagnostics of later steps.
+
+    Where the config names a checkpoint to go back to, later ones stay and are said: somebody may still want them.
+    """
     step = 0 if start is None else step_of(Path(start))
     if config.resume == "never":
         remove_checkpoints(config.output_dir)
@@ -131,7 +155,7 @@ def _make_way(config: Config, start: str | None) -> None:
 
 
 def _stopped(config: Config, step: int) -> str:
-    """What a run says that was asked to stop."""
+    """What a run that was asked to stop says at its end."""
     saved = checkpoint_folder(config.output_dir, step)
     command = command_to_resume()
     how = command if config.resume == "auto" else f'{command} with "resume": "{saved}"'
@@ -141,7 +165,7 @@ def _stopped(config: Config, step: int) -> str:
 def _fit_activations(
     config: Config, args: TrainingArguments, objective: Any, rows: Rows, collate: Collate
 ) -> list[str]:
-    """Hold the activations to the config's budget, if it has one; returns the line that says so."""
+    """Recompute so many layers that the activations fit the config's budget, if it has one; the line that says so."""
     if config.activation_memory_gb is None or config.tokens_per_microbatch is None:
         return []
     examples = [rows[i] for i in range(min(8, len(rows)))]
@@ -170,3 +194,201 @@ def provenance(config: Config, args: TrainingArguments, rows: Rows, ids: list[li
         ],
         "probe_ids": ids,
     }
+
+
+# --- what a run says at its start; a plan says the same of one that has not started ---
+
+
+class Schedule(NamedTuple):
+    """Optimiser steps of a run.
+
+    Attributes:
+        steps: that are done.
+        horizon: over which the learning rate is scheduled.
+        an_epoch: that the rows make; None = not known.
+    """
+
+    steps: int
+    horizon: int
+    an_epoch: int | None
+
+
+def schedule_of(config: Config, args: TrainingArguments, steps_per_epoch: int | None) -> Schedule | None:
+    """How many steps; None where that depends on rows that are not there (`steps_per_epoch` is None)."""
+    horizon = args.max_steps  # which decides, where it is given
+    if horizon <= 0:
+        if steps_per_epoch is None:
+            return None
+        horizon = math.ceil(args.num_train_epochs * steps_per_epoch)
+    return Schedule(min(horizon, config.stop_after_n_steps or horizon), horizon, steps_per_epoch)
+
+
+def rows_a_step(args: TrainingArguments, num_processes: int) -> int:
+    """Rows of an optimiser step."""
+    return args.per_device_train_batch_size * num_processes * args.gradient_accumulation_steps
+
+
+def steps_an_epoch(args: TrainingArguments, num_rows: int, num_processes: int) -> int:
+    """Optimiser steps over so many rows; a rest that fills no whole step makes one more."""
+    return math.ceil(num_rows / rows_a_step(args, num_processes))
+
+
+def describe(
+    config: Config,
+    args: TrainingArguments,
+    model: nn.Module,
+    rows: Rows,
+    collate: Collate,
+    settings: EncoderSettings,
+    steps_per_epoch: int,
+    num_processes: int,
+) -> list[str]:
+    """What the run will do, line by line.
+
+    Args:
+        config: of the run.
+        args: of the run.
+        model: what is trained. Its weights may be on the meta device, as a plan has them.
+        rows: the training rows.
+        collate: makes them into batches.
+        settings: how texts become vectors.
+        steps_per_epoch: that the rows make.
+        num_processes: that share a step.
+    """
+    return [
+        describe_model(config, settings.template or "open"),
+        f"data        {len(rows):,} rows of {len(rows.sources)} source(s): {', '.join(s.name for s in rows.sources)}",
+        describe_steps(config, args, schedule_of(config, args, steps_per_epoch)),
+        describe_rows(args, num_processes),
+        f"tokens      {_tokens_per_step(rows, collate, rows_a_step(args, num_processes))}",
+        *describe_weights(args, model),
+        f"output      {config.output_dir}",
+    ]
+
+
+def describe_model(config: Config, template: str) -> str:
+    """Where a run starts, and how a text becomes a vector."""
+    return (
+        f"model       {config.model_name_or_path}, {'bidirectional' if config.bidirectional else 'causal'} attention, "
+        f"template {template}, pooling {config.pooling_mode}"
+    )
+
+
+def describe_steps(config: Config, args: TrainingArguments, schedule: Schedule | None) -> str:
+    """How many steps, of what schedule."""
+    if schedule is None:
+        stop = "" if config.stop_after_n_steps is None else f"at most {config.stop_after_n_steps:,} of "
+        return f"steps       {stop}{args.num_train_epochs:g} epoch(s) of rows that are not there to be counted"
+    epoch = "" if schedule.an_epoch is None else f" ({schedule.an_epoch:,} an epoch)"
+    return (
+        f"steps       {schedule.steps:,} of a schedule over {schedule.horizon:,}{epoch}, "
+        f"warm-up {args.get_warmup_steps(schedule.horizon):,}, learning rate {args.learning_rate:g}"
+    )
+
+
+def describe_rows(args: TrainingArguments, num_processes: int) -> str:
+    """How the rows of a step are shared out."""
+    return (
+        f"rows        {rows_a_step(args, num_processes):,} a step: {args.per_device_train_batch_size} a process "
+        f"x {num_processes} process(es) x {args.gradient_accumulation_steps} micro-batch(es)"
+    )
+
+
+def describe_weights(args: TrainingArguments, model: nn.Module) -> list[str]:
+    """How many weights are trained, and in which precision."""
+    trainable = sum(p.numel() for p in model.parameters() if p.requires_grad)
+    total = sum(p.numel() for p in model.parameters())
+    dtype = str(next(model.parameters()).dtype).removeprefix("torch.")
+    return [
+        f"trainable   {trainable:,} of {total:,} parameters ({trainable / total:.2%})",
+        f"precision   {dtype} weights{' shared by the processes (FSDP2)' if args.fsdp else ''}, {_autocast(args)}",
+    ]
+
+
+def _autocast(args: TrainingArguments) -> str:
+    if args.bf16:
+        return "steps in bfloat16" if args.fsdp else "bf16 autocast"
+    return "fp16 autocast" if args.fp16 else "no autocast"
+
+
+def describe_negatives(config: Config, args: TrainingArguments, num_processes: int | None = None) -> str:
+    """How many negatives a Stage II query sees, and where they are from; `num_processes` None = this run's."""
+    processes = num_processes or world_size()
+    at_once = args.per_device_train_batch_size * processes
+    hard = at_once * config.num_hard_negatives
+    line = (
+        f"negatives   {at_once - 1 + hard:,} a query: {at_once - 1:,} in-batch positives and {hard:,} hard negatives, "
+        f"from {processes} process(es); accumulation adds none"
+    )
+    if config.own_negatives_only:
+        line += f"; queries of {', '.join(config.own_negatives_only)} see only their row's {config.num_hard_negatives}"
+    return line
+
+
+def _tokens_per_step(rows: Rows, collate: Collate, rows_per_step: int) -> str:
+    """Mean tokens of a step and the share of texts cut, from a sample of rows."""
+    sample = sample_of(rows)
+    lengths = [len(row.ids) for row in collate.all_rows(sample)]
+    per_row = sum(lengths) / len(sample)
+    line = f"about {per_row * rows_per_step:,.0f} a step ({per_row:.0f} a row)"
+    if collate.cut_at is None:
+        return line
+    return f"{line}; {sum(length >= collate.cut_at for length in lengths) / len(lengths):.1%} of the texts are cut"
+
+
+# --- what is measured at an evaluation, beside the objective's own figures on held-out rows ---
+
+
+def probes_of(
+    config: Config,
+    args: TrainingArguments,
+    model: Any,
+    tokenizer: PreTrainedTokenizerBase,
+    settings: EncoderSettings,
+    held_out: Rows | None,
+) -> list[Callable[[int], dict[str, float]]]:
+    """What else is measured of the model in training at an evaluation, where the config asks for it."""
+    probes: list[Callable[[int], dict[str, float]]] = []
+    if held_out is None:
+        return probes
+    encoder = LLM2Vec(decoder_of(model), tokenizer, **dataclasses.asdict(settings))
+    if config.nano_beir is not None:
+        probes.append(_nano_beir(encoder, config.nano_beir, args.per_device_eval_batch_size, args.device))
+    if config.embedding_diagnostics:
+        assert isinstance(held_out, TrainingRows), "the config allows it for rows of queries and documents only"
+        file, goes_on = config.output_dir / DIAGNOSTICS_FILE, args.resume_from_checkpoint is not None
+        probes.append(EmbeddingDiagnostics(encoder, held_out, args.device, file, goes_on=goes_on))
+    if config.reconstruction_probe:
+        probes.append(_reconstruction(config, args, model, tokenizer, settings, held_out))
+    return probes
+
+
+def _nano_beir(
+    encoder: LLM2Vec, dataset_id: str, batch_size: int, device: torch.device
+) -> Callable[[int], dict[str, float]]:
+    """NanoBEIR over the model in training."""
+    try:
+        from llm2vec.probes.nano_beir import INSTRUCTIONS, NanoBeirProbe  # seconds to import, and an extra
+    except ImportError as error:
+        raise UserError('nano_beir needs sentence-transformers: pip install -e ".[eval]".') from error
+    beir = NanoBeirProbe(encoder, dataset_id, list(INSTRUCTIONS), batch_size, device)
+    return lambda step: beir()
+
+
+def _reconstruction(
+    config: Config,
+    args: TrainingArguments,
+    model: Any,
+    tokenizer: PreTrainedTokenizerBase,
+    settings: EncoderSettings,
+    held_out: Any,
+) -> Callable[[int], dict[str, float]]:
+    """Reconstruction of the held-out rows by the model in training, in the precision of its steps."""
+    renderer = row_tokenizer(tokenizer, settings, reconstruct_instruction=config.reconstruct_instruction)
+    probe = ReconstructionProbe(BidirectionalReconstruction(model, settings, target=config.target), renderer, held_out)
+
+    def figures(step: int) -> dict[str, float]:
+        with autocast(args):
+            return probe()
+
+    return figures

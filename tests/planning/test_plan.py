@@ -28,8 +28,8 @@ from llm2vec.planning.warnings import learning_rate_share, warnings_of
 from llm2vec.planning.words import as_the_run_says, num_checkpoints, report
 from llm2vec.train import run as run_module
 from llm2vec.train import stages as stage_parts
+from llm2vec.train.run import Schedule
 from llm2vec.train.stages import stage_of
-from llm2vec.train.words import Schedule
 from llm2vec.types import Stage, UserError
 from tests.train import test_config
 

@@ -31,8 +31,8 @@ from llm2vec.model.settings import SETTINGS_FILE
 from llm2vec.text.batches import pack_rows, starts_of
 from llm2vec.text.tokenization import Row
 from llm2vec.train.log import LOG_FILE
+from llm2vec.train.run import steps_an_epoch
 from llm2vec.train.trainer import EmbedderTrainer
-from llm2vec.train.words import steps_an_epoch
 from llm2vec.types import Batch, Example, InstructedText, Output, Reduction, RunEnds, UserError
 
 ROOT = Path(__file__).parents[2]
