@@ -1,7 +1,7 @@
 """The rows of a run: which files its config names, the rows they hold, and the order in which they are trained on.
 
 Used by the scripts (`experiments/run_*.py`), by `run`, and by what says beforehand how a run will go (`stage_parts`,
-`plan`, `row_lengths`, `run`).
+`plan`, `row_lengths`).
 """
 
 from __future__ import annotations
