@@ -41,7 +41,7 @@ from llm2vec.llm2vec import LLM2Vec
 from llm2vec.model.backbone import DTYPES
 from llm2vec.model.chain import RUN_FILE, Chain, open_chain
 from llm2vec.model.settings import SETTINGS_FILE
-from llm2vec.model.stock_form import StockForm, probes, stock_model, stock_settings, write_form
+from llm2vec.model.stock_form import StockForm, probes, stock_model, write_form
 from llm2vec.reports.results import Results
 from llm2vec.text.tokenization import probe_ids
 from llm2vec.types import InstructedText, UserError, first_line
@@ -99,7 +99,9 @@ def export(what: Export, out: Path) -> Proof:
             prove_adapter(folder / "adapter", form, texts, exact, base_id)
         _merge(model)
         stored = _write_weights(folder, model, what.dtype, texts)
-        settings, config = stock_settings(model.settings), model.model.config
+        config = model.model.config
+        # The stock files ask for unit vectors, and the adapters are merged.
+        settings = dataclasses.replace(model.settings, normalize=True, parent_adapters=None)
         architecture = type(model.model).__name__
         num_parameters = sum(p.numel() for p in model.model.parameters())
         write_form(folder, form, config.hidden_size, settings.attention, what.instructions)

@@ -12,7 +12,7 @@ from torch import Tensor
 from llm2vec.llm2vec import LLM2Vec
 from llm2vec.model.backbone import load_tokenizer
 from llm2vec.model.settings import EncoderSettings, row_tokenizer
-from llm2vec.model.stock_form import StockForm, compare
+from llm2vec.model.stock_form import StockForm, compare_text
 from llm2vec.text.tokenization import probe_ids
 from llm2vec.types import InstructedText, UserError
 
@@ -66,7 +66,7 @@ def compare_vectors(
     Raises:
         UserError: tokens are others, or a vector differs by `TOLERANCE` or more.
     """
-    compared = [compare(stock, form, text) for text in texts]
+    compared = [compare_text(stock, form, text) for text in texts]
     for comparison in compared:
         if comparison.difference is not None:
             raise UserError(f"stock sentence-transformers renders otherwise: {comparison.difference}.")

@@ -7,31 +7,30 @@ if a server knows nothing of prompts. What a template says as text (an instructi
 prompt of sentence-transformers. Fixed text that every row begins with (`user` and a line break) is written by the
 tokenizer too, where the ids then are the same; else it is part of every prompt.
 
-No prompt holds a special token, so the tokenizer never needs to read one: it is told to keep the look-alikes of a
-user's text as text (`split_special_tokens`, which transformers, sentence-transformers and vLLM obey; what reads
-`tokenizer.json` alone, such as text-embeddings-inference, does not know it).
+No prompt holds a special token, so the tokenizer never needs to read one. It is told to keep the look-alikes of a
+user's text as text (`split_special_tokens`). transformers, sentence-transformers and vLLM obey. What reads
+`tokenizer.json` alone, such as text-embeddings-inference, does not know it.
 
 Mean pooling that leaves the instruction out is `include_prompt: false`. sentence-transformers then counts the tokens of
-the prompt rendered alone, with the ids before, and takes one off for a closing special token; it counts nothing where
-there is no prompt. So every text needs a prompt in that case, and a prompt's last blank, which in a row mostly is part
-of the text's first token, must not count: the tokenizer drops blanks at the end of what it is given. Where the blank is
-a token of its own (before a digit, in most vocabularies), such a mean reads it and ours does not: `STRAY_BLANK` is said
-then. No count of a prompt's tokens can tell the two apart. transformers 5 gives Qwen2 models a tokenizer that drops no
-blanks whatever the file says, so there an instruction that ends in a blank is refused.
+the prompt rendered alone, with the ids before, less one for a closing special token. Without a prompt it counts
+nothing, so every text needs one there. A prompt's last blank must not count, as it mostly joins the text's first token:
+the tokenizer drops blanks at the end of what it is given. Where the blank is a token of its own (before a digit, in
+most vocabularies), such a mean reads it and ours does not: `STRAY_BLANK` is said then. No count of a prompt's tokens
+can tell the two apart. transformers 5 gives Qwen2 models a tokenizer that drops no blanks, so there an instruction that
+ends in a blank is refused.
 
-Texts are stripped by `LLM2Vec`, and by nobody else: whoever uses the stock form strips them. Whether all of this holds
-for a tokenizer is not argued but tried, on probe texts. Used by `LLM2Vec.as_sentence_transformer` and `export.py`.
+`LLM2Vec` strips texts and nobody else does: whoever uses the stock form strips them. Whether all of this holds for a
+tokenizer is not argued but tried, on probe texts.
 """
 
 from __future__ import annotations
 
-import dataclasses
 import importlib.metadata
 import json
 import logging
 import tempfile
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple, get_args
 
@@ -55,23 +54,19 @@ POOLING: dict[PoolingMode, str] = {
     "last": "lasttoken", "mean": "mean", "weighted_mean": "weightedmean", "first": "cls",
 }  # fmt: skip
 SWITCHES = {
-    "cls": "pooling_mode_cls_token",
-    "mean": "pooling_mode_mean_tokens",
-    "max": "pooling_mode_max_tokens",
-    "mean_sqrt_len_tokens": "pooling_mode_mean_sqrt_len_tokens",
-    "weightedmean": "pooling_mode_weightedmean_tokens",
+    "cls": "pooling_mode_cls_token", "mean": "pooling_mode_mean_tokens", "max": "pooling_mode_max_tokens",
+    "mean_sqrt_len_tokens": "pooling_mode_mean_sqrt_len_tokens", "weightedmean": "pooling_mode_weightedmean_tokens",
     "lasttoken": "pooling_mode_lasttoken",
-}
+}  # fmt: skip
 
 #: Class paths that every version of sentence-transformers, and every engine that reads its files, knows.
-MODULES = (("", "Transformer"), ("1_Pooling", "Pooling"), ("2_Normalize", "Normalize"))
+_MODULES = (("", "Transformer"), ("1_Pooling", "Pooling"), ("2_Normalize", "Normalize"))
 
 #: Before this version, transformers ignores `is_causal: false` without a word.
 BIDIRECTIONAL_SINCE = "5.2"
 
 #: Further probe texts: what may join with the characters before it, and what may look like the template's own.
-MORE_PROBES = ("7 days", "'s not 12 o'clock", "\u0301e\u0301 ﬁne ½", "🙂 مرحبا नमस्ते", "Query: user\n\nfind it", "x")
-
+_MORE_PROBES = ("7 days", "'s not 12 o'clock", "\u0301e\u0301 ﬁne ½", "🙂 مرحبا नमस्ते", "Query: user\n\nfind it", "x")
 
 #: What is said where a tokenizer has the mean read a blank.
 STRAY_BLANK = (
@@ -122,11 +117,6 @@ class StockForm:
             named |= added
         return named
 
-    @property
-    def padding_side(self) -> str:
-        """Left under `last` pooling, so that the last position is each row's closing token."""
-        return "left" if self.pooling_mode == "last" else "right"
-
 
 class StockModel(NamedTuple):
     """A model under sentence-transformers, and the form it renders texts by."""
@@ -159,7 +149,7 @@ def stock_model(
             model.config.save_pretrained(folder)
             write_form(Path(folder), form, model.config.hidden_size, settings.attention, instructions)
             stock = _around(model, Path(folder))
-        compared = [compare(stock, form, text) for text in probes(rows)]
+        compared = [compare_text(stock, form, text) for text in probes(rows)]
         difference = next((c.difference for c in compared if c.difference is not None), None)
         if difference is None:
             if any(c.stray_blank for c in compared):
@@ -201,13 +191,12 @@ def check_expressible(rows: RowTokenizer, settings: EncoderSettings) -> None:
             f"template {template!r} closes a text with {tokens}; under mean pooling without the instruction, "
             "sentence-transformers allows for one special token there and would leave out text in place of the others."
         )
-    for side in get_args(TextSide):
-        before, characters = rows.opening("", side)
+    for before, characters in (rows.opening("", side) for side in get_args(TextSide)):
         if before and not characters:
+            begins = rows.tokenizer.convert_ids_to_tokens(before)
             raise UserError(
-                f"template {template!r} begins a text that has no instruction with "
-                f"{rows.tokenizer.convert_ids_to_tokens(before)}; mean pooling leaves these out here, and "
-                "sentence-transformers only what belongs to a prompt."
+                f"template {template!r} begins a text that has no instruction with {begins}; mean pooling leaves these "
+                "out here, and sentence-transformers only what belongs to a prompt."
             )
 
 
@@ -215,22 +204,13 @@ def possible_forms(rows: RowTokenizer, settings: EncoderSettings) -> list[StockF
     """Ways to say a template, the better first: its opening text in the tokenizer, or in the prompts."""
     skips = _skips_instruction(settings)
     before, characters = rows.opening("")
-    common: dict[str, Any] = {
-        "rows": rows,
-        "behind": _behind(rows, "query"),
-        "pooling_mode": settings.pooling_mode,
-        "include_prompt": not skips,
-    }
-    forms = [StockForm(before=tuple(before), written="", **common)]
-    shared = all(
-        rows.opening(instruction, side)[1].startswith(characters)
-        for instruction in ("", "find")
-        for side in get_args(TextSide)
-    )
-    if characters and shared and not skips:  # left out of pooling is a prompt alone, so there it must stay one
-        row = _bare_row(rows, "query")
-        forms.insert(0, StockForm(before=tuple(row.ids[: row.target.index(True)]), written=characters, **common))
-    return forms
+    form = StockForm(rows, tuple(before), "", _behind(rows, "query"), settings.pooling_mode, not skips)
+    openings = [rows.opening(instruction, side)[1] for instruction in ("", "find") for side in get_args(TextSide)]
+    shared = all(opening.startswith(characters) for opening in openings)
+    if not (characters and shared) or skips:  # left out of pooling is a prompt alone, so there it must stay one
+        return [form]
+    row = _bare_row(rows, "query")
+    return [replace(form, before=tuple(row.ids[: row.target.index(True)]), written=characters), form]
 
 
 def set_attention(config: Any, attention: Attention) -> None:
@@ -253,59 +233,49 @@ def write_form(
 ) -> None:
     """Write everything but config and weights: the tokenizer's files and sentence-transformers'."""
     _write_tokenizer(folder, form)
-    write_json(
-        folder / "modules.json",
-        [
+    pooling, prompts = POOLING[form.pooling_mode], form.prompts(instructions)
+    versions = {"sentence_transformers": "sentence-transformers", "transformers": "transformers", "pytorch": "torch"}
+    top: dict[str, Any] = {
+        "model_type": "SentenceTransformer",
+        "__version__": {name: importlib.metadata.version(package) for name, package in versions.items()},
+        "prompts": prompts,
+        "default_prompt_name": "document" if prompts["document"] else None,
+        "similarity_fn_name": "cosine",
+    }
+    if attention == "bidirectional":
+        reason = "older versions ignore is_causal: false, attend causally and give other vectors"
+        top["requirements"] = {"transformers": {"specifier": f">={BIDIRECTIONAL_SINCE}", "reason": reason}}
+    files: dict[str, Any] = {
+        "modules.json": [
             {"idx": i, "name": str(i), "path": path, "type": f"sentence_transformers.models.{name}"}
-            for i, (path, name) in enumerate(MODULES)
+            for i, (path, name) in enumerate(_MODULES)
         ],
-    )
-    for path, _ in MODULES[1:]:
-        (folder / path).mkdir()
-    pooling = POOLING[form.pooling_mode]
-    write_json(
-        folder / "1_Pooling" / "config.json",
-        {
+        "1_Pooling/config.json": {
             "word_embedding_dimension": hidden_size,
             "pooling_mode": pooling,
             **{switch: mode == pooling for mode, switch in SWITCHES.items()},
             "include_prompt": form.include_prompt,
         },
-    )
-    write_json(folder / "2_Normalize" / "config.json", {})
-    write_json(folder / "sentence_bert_config.json", {"max_seq_length": form.rows.max_length, "do_lower_case": False})
-    prompts = form.prompts(instructions)
-    versions = {"sentence_transformers": "sentence-transformers", "transformers": "transformers", "pytorch": "torch"}
-    reason = "older versions ignore is_causal: false, attend causally and give other vectors"
-    requirements = {"transformers": {"specifier": f">={BIDIRECTIONAL_SINCE}", "reason": reason}}
-    write_json(
-        folder / "config_sentence_transformers.json",
-        {
-            "model_type": "SentenceTransformer",
-            "__version__": {name: importlib.metadata.version(package) for name, package in versions.items()},
-            "prompts": prompts,
-            "default_prompt_name": "document" if prompts["document"] else None,
-            "similarity_fn_name": "cosine",
-            **({"requirements": requirements} if attention == "bidirectional" else {}),
-        },
-    )
+        "2_Normalize/config.json": {},
+        "sentence_bert_config.json": {"max_seq_length": form.rows.max_length, "do_lower_case": False},
+        "config_sentence_transformers.json": top,
+    }
+    for name, content in files.items():
+        (folder / name).parent.mkdir(exist_ok=True)
+        write_json(folder / name, content)
 
 
 def probes(rows: RowTokenizer) -> list[InstructedText]:
     """Texts in each form of a template, without an instruction and with one: accents, digits, other scripts, control
     tokens written out, and a text that is cut."""
     tokens = list(map(str, rows.tokenizer.added_tokens_decoder.values()))[:64]
-    texts = [
-        *(probe.text for probe in PROBE_TEXTS),
-        *MORE_PROBES,
-        " ".join(tokens) or "x",
-        "long text " * rows.max_length,
-    ]
+    texts = [*(probe.text for probe in PROBE_TEXTS), *_MORE_PROBES, " ".join(tokens) or "x"]
+    texts.append("long text " * rows.max_length)
     instructions = ("", PROBE_TEXTS[1].instruction)
     return [InstructedText(i, text, side) for side in rows.sides for i in instructions for text in texts]
 
 
-class Comparison(NamedTuple):
+class TextComparison(NamedTuple):
     """A text in the stock form, beside its row here.
 
     Attributes:
@@ -318,7 +288,7 @@ class Comparison(NamedTuple):
     stray_blank: bool = False
 
 
-def compare(stock: SentenceTransformer, form: StockForm, text: InstructedText) -> Comparison:
+def compare_text(stock: SentenceTransformer, form: StockForm, text: InstructedText) -> TextComparison:
     """What a stock SentenceTransformer makes of one text, its tokens and which of them it pools."""
     stripped = text.text.strip()
     (row,) = form.rows.rows([text])
@@ -326,16 +296,16 @@ def compare(stock: SentenceTransformer, form: StockForm, text: InstructedText) -
     ids = features["input_ids"][0].tolist()
     subject = f"{stripped[:40]!r} {f'under {text.instruction!r}' if text.instruction else 'without an instruction'}"
     if ids != row.ids:
-        return Comparison(f"{subject} becomes {_apart(form.rows.tokenizer, ids, row.ids)}")
+        return TextComparison(f"{subject} becomes {_apart(form.rows.tokenizer, ids, row.ids)}")
     if form.pooling_mode in ("last", "first"):
         alike = row.pooled[-1 if form.pooling_mode == "last" else 0]
-        return Comparison(None if alike else f"of {subject} it reads another token")
+        return TextComparison(None if alike else f"of {subject} it reads another token")
     skipped = 0 if form.include_prompt else features.get("prompt_length") or 0
     if row.pooled == [position >= skipped for position in range(len(ids))]:
-        return Comparison(None)
+        return TextComparison(None)
     if row.pooled.index(True) == skipped + 1 and not str(form.rows.tokenizer.decode(ids[skipped])).strip():
-        return Comparison(None, stray_blank=True)
-    return Comparison(f"of {subject} it leaves {skipped} tokens out of the mean, not {row.pooled.index(True)}")
+        return TextComparison(None, stray_blank=True)
+    return TextComparison(f"of {subject} it leaves {skipped} tokens out of the mean, not {row.pooled.index(True)}")
 
 
 def _apart(tokenizer: Any, ids: Sequence[int], wanted: Sequence[int]) -> str:
@@ -383,7 +353,8 @@ def _write_tokenizer(folder: Path, form: StockForm) -> None:
             **{name: token for name, token in named.items() if token is not None},
             "additional_special_tokens": [token for token in closing if token not in named.values()],
             "model_max_length": form.rows.max_length,
-            "padding_side": form.padding_side,
+            # Under last pooling, the last position is each row's closing token.
+            "padding_side": "left" if form.pooling_mode == "last" else "right",
             "truncation_side": "right",
             "split_special_tokens": True,
             "clean_up_tokenization_spaces": False,
@@ -425,12 +396,5 @@ def _around(model: Backbone, folder: Path) -> SentenceTransformer:
     return SentenceTransformer(
         modules=[transformer, Pooling.load(str(folder), subfolder="1_Pooling"), Normalize()],
         device=str(next(model.parameters()).device),
-        prompts=config["prompts"],
-        default_prompt_name=config["default_prompt_name"],
-        similarity_fn_name=config["similarity_fn_name"],
+        **{name: config[name] for name in ("prompts", "default_prompt_name", "similarity_fn_name")},
     )
-
-
-def stock_settings(settings: EncoderSettings) -> EncoderSettings:
-    """The settings of an exported folder: unit vectors, as its stock files say, and no adapter."""
-    return dataclasses.replace(settings, normalize=True, parent_adapters=None)

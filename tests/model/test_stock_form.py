@@ -25,7 +25,7 @@ from llm2vec.model.backbone import attach_lora, load_tokenizer
 from llm2vec.model.stock_form import (
     STRAY_BLANK,
     StockForm,
-    compare,
+    compare_text,
     possible_forms,
     probes,
     set_attention,
@@ -129,9 +129,9 @@ def test_a_blank_that_joins_no_token_is_read_by_the_mean_and_said(caplog: pytest
     assert STRAY_BLANK in caplog.messages
     assert apart(by_stock(stock, form.prompt(INSTRUCTION), JOINED), by_llm2vec(model, INSTRUCTION, JOINED)) < 1e-5
     for text in JOINED:
-        assert not compare(stock, form, InstructedText(INSTRUCTION, text)).stray_blank
+        assert not compare_text(stock, form, InstructedText(INSTRUCTION, text)).stray_blank
     for text in ALONE:
-        assert compare(stock, form, InstructedText(INSTRUCTION, text)).stray_blank
+        assert compare_text(stock, form, InstructedText(INSTRUCTION, text)).stray_blank
         batch = model.tokenize([[INSTRUCTION, text.strip()]])
         first = int(batch["pool_mask"].int().argmax())
         assert model.tokenizer.decode(batch["input_ids"][0, first - 1]) == " "
