@@ -10,13 +10,15 @@ from __future__ import annotations
 
 import hashlib
 import random
-from bisect import bisect_left, bisect_right
-from collections import defaultdict
-from collections.abc import Hashable, Iterable, Sequence
+from collections.abc import Sequence
 from itertools import pairwise
 
 from llm2vec.text.tokenization import RowTokenizer
 from llm2vec.types import Demonstration, Example, InstructedText, UserError
+
+#: Draws for each example wanted, then a query gets fewer: those of a row that tells the answer are thrown away, and
+#: where one label answers nearly all rows, most are.
+MOST_DRAWS = 64
 
 
 def with_examples(rows: Sequence[Example], most: int, seed: int) -> list[InstructedText]:
@@ -26,39 +28,26 @@ def with_examples(rows: Sequence[Example], most: int, seed: int) -> list[Instruc
 
     Args:
         rows: of one micro-batch.
-        most: examples a query; fewer where there are fewer other rows.
+        most: examples a query; fewer where few other rows may be shown.
         seed: of the run.
     """
     texts = "\n".join(f"{len(row.query.text)} {row.query.text} {row.positive.text}" for row in rows)
     digest = hashlib.sha256(f"{seed} {texts}".encode()).hexdigest()
-    of_query = _places(row.query.text for row in rows)
-    of_positive = _places(row.positive.text for row in rows)
-    of_both = _places((row.query.text, row.positive.text) for row in rows)
     queries = []
     for i, row in enumerate(rows):
-        barred = of_query[row.query.text], of_positive[row.positive.text], of_both[row.query.text, row.positive.text]
-        num_others = _others_before(len(rows), *barred)
         generator = random.Random(f"{digest} {i}")
-        chosen = generator.sample(range(num_others), min(generator.randint(0, most), num_others))
-        # Of the rows that may be shown only those drawn are looked up: all of them, for each row, would be a list as
-        # long as the micro-batch.
-        places = [bisect_left(range(len(rows)), n + 1, key=lambda i: _others_before(i + 1, *barred)) for n in chosen]
-        queries.append(row.query._replace(examples=tuple(_demonstration(rows[place]) for place in places)))
+        wanted = generator.randint(0, most)
+        chosen: list[int] = []
+        for _ in range(MOST_DRAWS * wanted):
+            place = generator.randrange(len(rows))
+            other = rows[place]
+            tells = other.query.text == row.query.text or other.positive.text == row.positive.text
+            if place not in chosen and not tells:
+                chosen.append(place)
+                if len(chosen) == wanted:
+                    break
+        queries.append(row.query._replace(examples=tuple(_demonstration(rows[place]) for place in chosen)))
     return queries
-
-
-def _places(keys: Iterable[Hashable]) -> dict[Hashable, list[int]]:
-    """Where each key stands, in rising order."""
-    places: dict[Hashable, list[int]] = defaultdict(list)
-    for i, key in enumerate(keys):
-        places[key].append(i)
-    return places
-
-
-def _others_before(end: int, of_query: Sequence[int], of_positive: Sequence[int], of_both: Sequence[int]) -> int:
-    """How many of the places before `end` have neither a row's query nor its positive."""
-    with_one = bisect_right(of_query, end - 1) + bisect_right(of_positive, end - 1)
-    return end - with_one + bisect_right(of_both, end - 1)
 
 
 def check_examples_fit(rows: Sequence[Example], tokenizer: RowTokenizer) -> None:
