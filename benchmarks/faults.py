@@ -449,7 +449,6 @@ def main() -> None:
         lambda: damaged(bench, "a truncated file", "newest checkpoint", cut),
         lambda: damaged(bench, "a flipped bit", "newest checkpoint", flip_a_bit),
         lambda: damaged(bench, "a truncated table", "cache", cut),
-        lambda: damaged(bench, "a flipped bit", "cache", flip_a_bit),
         lambda: nan_batch(bench),
     ]
     for fault in faults:

@@ -4,15 +4,15 @@ A table is built under a lock, by the first process of the run while the others 
 cache build one each, by their first process. The cache knows a table by everything that decides it: the arguments of
 the function that makes its rows, among them the file's path and its stamp. So a file that has changed is read anew.
 
-With a table lie the sums of its files, written last. They are taken again at every start, as fast as the disk or the
-file cache is read: a table that was cut short, or has rotted, is built anew.
+With a table lie the sizes of its files, written last: one that was never finished, or was cut short, is built anew. Its
+content is not read again, as `datasets` does not either: a bit that rots on the disk would be trained on.
 """
 
 from __future__ import annotations
 
 import hashlib
+import json
 import logging
-import os
 import shutil
 import tempfile
 from collections.abc import Callable, Iterator
@@ -21,6 +21,7 @@ from typing import Any
 
 import numpy as np
 
+from llm2vec.files import sha256, write_json, write_text
 from llm2vec.processes import first_of_each_machine_first, local_rank, rank_zero_first
 from llm2vec.types import UserError
 
@@ -34,8 +35,8 @@ BLOCK_BYTES = 1 << 16
 TABLES_FOLDER = "llm2vec-tables"
 HASHES_FOLDER = "llm2vec-file-hashes"
 
-#: In a table's folder: a line for each file, its XXH3 sum and its path.
-SUMS_FILE = "SUMS"
+#: In a table's folder: file -> bytes.
+SIZES_FILE = "SIZES"
 
 
 def stamp_of(file: Path) -> str:
@@ -95,10 +96,10 @@ def cached_table(generate: Callable[..., Iterator[dict[str, Any]]], features: An
                 return build_or_map()
             folder.parent.mkdir(parents=True, exist_ok=True)
             with FileLock(folder.with_suffix(".lock")):
-                _remove_if_damaged(folder)
+                _remove_if_not_whole(folder)
                 table = build_or_map()
-                if not (folder / SUMS_FILE).is_file():
-                    _write_whole(folder / SUMS_FILE, _sums_of(folder))
+                if not (folder / SIZES_FILE).is_file():
+                    write_json(folder / SIZES_FILE, _sizes_of(folder))
                 return table
         except (DatasetGenerationError, OSError) as error:
             cause = error if isinstance(error, OSError) else error.__cause__
@@ -112,36 +113,22 @@ def cached_table(generate: Callable[..., Iterator[dict[str, Any]]], features: An
             raise
 
 
-def _sums_of(folder: Path) -> str:
-    """A line for each file of a table."""
-    import xxhash
-
-    lines = []
-    for file in sorted(path for path in folder.rglob("*") if path.is_file()):
-        if file.name != SUMS_FILE and file.suffix != ".lock":
-            with file.open("rb") as content:
-                total = hashlib.file_digest(content, xxhash.xxh3_128).hexdigest()
-            lines.append(f"{total}  {file.relative_to(folder)}\n")
-    return "".join(lines)
+def _sizes_of(folder: Path) -> dict[str, int]:
+    files = [path for path in folder.rglob("*") if path.is_file()]
+    named = {str(path.relative_to(folder)): path.stat().st_size for path in files if path.suffix != ".lock"}
+    return {name: size for name, size in sorted(named.items()) if name != SIZES_FILE}
 
 
-def _remove_if_damaged(folder: Path) -> None:
+def _remove_if_not_whole(folder: Path) -> None:
     """Remove a table that is not as it was built, with a word; and what is left of one that was never finished."""
     if not folder.is_dir():
         return
-    if (folder / SUMS_FILE).is_file():
-        if (folder / SUMS_FILE).read_bytes() == _sums_of(folder).encode():
+    if (folder / SIZES_FILE).is_file():
+        if json.loads((folder / SIZES_FILE).read_bytes()) == _sizes_of(folder):
             return
         logger.warning("%s, a table of the cache, is damaged: it is built anew", folder)
     aside = tempfile.mkdtemp(dir=folder.parent)  # a run that has mapped the table keeps it
     shutil.rmtree(folder.rename(Path(aside) / folder.name).parent)
-
-
-def _write_whole(file: Path, text: str) -> None:
-    """Write a file aside and rename it."""
-    aside = file.with_name(f"{file.name}.{os.getpid()}")
-    aside.write_text(text, encoding="utf-8")
-    aside.replace(file)
 
 
 def content_hash(file: Path) -> str:
@@ -157,12 +144,11 @@ def content_hash(file: Path) -> str:
     kept = Path(config.HF_DATASETS_CACHE) / HASHES_FOLDER / name
     if kept.is_file():
         return kept.read_text(encoding="ascii")
-    with file.open("rb") as content:
-        found = hashlib.file_digest(content, "sha256").hexdigest()
+    found = sha256(file)
     check_unchanged(file, stamp)
     try:
         kept.parent.mkdir(parents=True, exist_ok=True)
-        _write_whole(kept, found)
+        write_text(kept, found)
     except OSError as error:
         raise UserError(f"HF_DATASETS_CACHE: {kept.parent} cannot be written ({error.strerror}).") from error
     return found

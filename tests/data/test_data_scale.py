@@ -23,10 +23,10 @@ from llm2vec.data.blocks import texts_of_file
 from llm2vec.data.order import OneSourceBlocks
 from llm2vec.data.rows import TrainingRows
 from llm2vec.data.sources import Instruction, Source
-from llm2vec.data.tables import BLOCK_BYTES, HASHES_FOLDER, SUMS_FILE, TABLES_FOLDER, content_hash, stamp_of
+from llm2vec.data.tables import BLOCK_BYTES, HASHES_FOLDER, SIZES_FILE, TABLES_FOLDER, content_hash, stamp_of
 from llm2vec.types import UserError
 
-SCRIPT = Path(__file__).with_name("first_batches.py")
+SCRIPT = Path(__file__).parents[1] / "first_batches.py"
 SOURCE = Source("a", "a.jsonl", (Instruction(""),))
 
 
@@ -147,13 +147,7 @@ def truncate(file: Path) -> None:
     os.truncate(file, file.stat().st_size // 2)
 
 
-def flip_a_bit(file: Path) -> None:
-    content = bytearray(file.read_bytes())
-    content[len(content) // 2] ^= 1
-    file.write_bytes(content)
-
-
-@pytest.mark.parametrize("damage", [truncate, flip_a_bit, Path.unlink])
+@pytest.mark.parametrize("damage", [truncate, Path.unlink])
 @pytest.mark.parametrize("kind", [".arrow", ".json"])
 def test_a_damaged_table_is_built_anew(
     tmp_path: Path, cache: Path, caplog: pytest.LogCaptureFixture, damage: Callable[[Path], None], kind: str
@@ -178,16 +172,16 @@ def test_a_damaged_table_is_built_anew(
 
 
 def test_a_table_that_was_never_finished_is_built_anew(tmp_path: Path, cache: Path) -> None:
-    """Its sums are written last; nothing is left lying about."""
+    """The sizes of its files are written last; nothing is left lying about."""
     write_rows(tmp_path / "a.jsonl", 30)
     TrainingRows(tmp_path, [SOURCE])
-    (sums,) = (cache / TABLES_FOLDER).rglob(SUMS_FILE)
+    (sizes,) = (cache / TABLES_FOLDER).rglob(SIZES_FILE)
     (table, _) = sorted(table_files(cache), key=lambda path: path.suffix)
     stamp = table.stat().st_mtime_ns
-    sums.unlink()
+    sizes.unlink()
     assert len(TrainingRows(tmp_path, [SOURCE])) == 30
     assert table.stat().st_mtime_ns != stamp
-    assert sums.is_file()
+    assert sizes.is_file()
     assert len([path for path in (cache / TABLES_FOLDER).iterdir() if path.is_dir()]) == 1
 
 
@@ -296,15 +290,14 @@ def test_many_rows(tmp_path: Path) -> None:
 
     first = first_batches(many, tmp_path / "first", cache, processes=2)
     assert first[0]["rows"] == first[1]["rows"] > 199_900
-    assert 2 * size < first[0]["read_bytes"] < 3.2 * size + 5e7, "for the tables, their sums, and the hashes"
+    assert 2 * size < first[0]["read_bytes"] < 2.2 * size + 5e7, "for the tables, and for the hashes"
     assert first[1]["read_bytes"] < 5e7, "the second process reads what the first one built"
     built = {path: Path(path).stat().st_mtime_ns for path in first[0]["mapped"]}
     assert len(built) == len(files)
 
     again = first_batches(many, tmp_path / "again", cache, processes=2)
     assert [figures["mapped"] for figures in again] == [first[0]["mapped"]] * 2
-    assert again[0]["read_bytes"] < 1.2 * size, "the tables, for their sums"
-    assert again[1]["read_bytes"] < 5e7
+    assert all(figures["read_bytes"] < 5e7 for figures in again), "neither the files nor the tables"
     assert {path: Path(path).stat().st_mtime_ns for path in built} == built
     assert first[0]["sha256"] == again[0]["sha256"] == true
 
