@@ -28,6 +28,7 @@ from llm2vec.data.check import (
     record_hashes,
 )
 from llm2vec.data.sources import Source, archive_hint, e5_sources, read_sources_file, select_sources
+from llm2vec.table import Table
 from llm2vec.types import UserError
 
 logger = logging.getLogger(__name__)
@@ -91,22 +92,23 @@ def _token_counter(name: str | None) -> CountTokens:
 
 def _table_lines(reports: Sequence[SourceReport], max_length: int, guessed: bool) -> list[str]:
     """A line a source, and what the columns mean."""
-    lines = [
-        f"{'source':24} {'rows':>10} {'bad':>6} {'twice':>7} {'query+':>7} {'q=p':>6} {'p=n':>6} {'no neg':>7} "
-        f"{'query':>6} {'positive':>8} {'cut':>6}  languages (query; positive)"
-    ]
+    header = ["source", "rows", "bad", "twice", "query+", "q=p", "p=n", "no neg", "query", "positive", "cut"]
+    rows = []
     for report in reports:
         documents = report.tokens.get("positive", []) + report.tokens.get("negative", [])
         cut = sum(n > max_length for n in documents) / max(1, len(documents))
-        lines.append(
-            f"{report.name:24} {report.rows:>10,} {report.bad:>6,} {report.duplicates:>7,} "
-            f"{report.repeated_queries:>7,} {report.query_is_positive:>6,} {report.positive_is_negative:>6,} "
-            f"{report.without_negative:>7,} {_median(report, 'query'):>6} {_median(report, 'positive'):>8} "
-            f"{cut:>6.1%}  {_languages(report, 'query')}; {_languages(report, 'positive')}"
-        )
+        counts = (
+            report.rows, report.bad, report.duplicates, report.repeated_queries, report.query_is_positive,
+            report.positive_is_negative, report.without_negative,
+        )  # fmt: skip
+        medians = [_median(report, side) for side in ("query", "positive")]
+        languages = "; ".join(_languages(report, side) for side in ("query", "positive"))
+        rows.append([report.name, *(f"{count:,}" for count in counts), *medians, f"{cut:.1%}", languages])
+    whole = [f"{sum(report.rows for report in reports):,}", f"{sum(report.bad for report in reports):,}"]
+    rows.append(["all", *whole, *[""] * (len(header) - 2)])
     tokens = "guessed from characters, 4 each" if guessed else "without the template's own"
-    lines += [
-        f"{'all':24} {sum(r.rows for r in reports):>10,} {sum(r.bad for r in reports):>6,}",
+    lines = [
+        Table([*header, "languages (query; positive)"], rows).text(),
         "bad: lines that training refuses; twice: query and positive seen before; query+: query seen before",
         "q=p, p=n: query and positive, positive and a negative are one text; no neg: no hard negative",
         f"query, positive: median tokens ({tokens}); cut: documents of more than {max_length} of them; both and the "

@@ -15,6 +15,8 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from llm2vec.table import Cell, Table
+
 CHARACTERS_PER_TOKEN = 4.3
 #: What template and instruction add to a text.
 INSTRUCTION_TOKENS = 16
@@ -105,19 +107,18 @@ def table(costs: Mapping[str, Cost | None], speed: float, jobs: Sequence[float],
         jobs: Tokens of each job that workers can take.
         num_workers: How many workers.
     """
-    yield f"{'task':<42}{'texts':>14}{'M tokens':>12}{'hours':>10}"
-    for name, cost in costs.items():
-        if cost is None:
-            yield f"{name:<42}{'?':>14}{'?':>12}{'?':>10}"
-        else:
-            yield f"{name:<42}{cost.texts:>14,}{cost.tokens / 1e6:>12.2f}{cost.tokens / speed / 3600:>10.3f}"
     known = [cost for cost in costs.values() if cost is not None]
-    tokens = math.fsum(cost.tokens for cost in known)
-    texts = sum(cost.texts for cost in known)
-    yield f"{f'{len(known)} tasks':<42}{texts:>14,}{tokens / 1e6:>12.2f}{tokens / speed / 3600:>10.3f}"
+    whole = Cost(sum(cost.texts for cost in known), math.fsum(cost.tokens for cost in known))
+    rows: list[list[Cell]] = []
+    for name, cost in [*costs.items(), (f"{len(known)} tasks", whole)]:
+        figures: list[Cell] = ["?", "?", "?"]
+        if cost is not None:
+            figures = [f"{cost.texts:,}", cost.tokens / 1e6, f"{cost.tokens / speed / 3600:.3f}"]
+        rows.append([name, *figures])
     if num_workers > 1:
         hours = longest(jobs, num_workers) / speed / 3600
-        yield f"{f'on {num_workers} workers of that speed':<42}{'':>14}{'':>12}{hours:>10.3f}"
+        rows.append([f"on {num_workers} workers of that speed", "", "", f"{hours:.3f}"])
+    yield Table(["task", "texts", "M tokens", "hours"], rows).text()
     if len(known) < len(costs):
         yield f"{len(costs) - len(known)} tasks without statistics in mteb (?) are not in the sum."
     yield (
