@@ -65,10 +65,9 @@ def main(argv: Sequence[str]) -> int | None:
         print(f"llm2vec {__version__}")
         return None
     if name not in COMMANDS:
-        nearest = [
-            f"did you mean {near!r}? " for near in difflib.get_close_matches(name.replace("_", "-"), COMMANDS, 1)
-        ]
-        raise UserError(f"there is no command {name!r}; {''.join(nearest)}llm2vec --help lists them.")
+        near = difflib.get_close_matches(name.replace("_", "-"), COMMANDS, n=1)
+        hint = f"did you mean {near[0]!r}? " if near else ""
+        raise UserError(f"there is no command {name!r}; {hint}llm2vec --help lists them.")
     command = COMMANDS[name]
     code: int | None = getattr(import_module(f"llm2vec.commands.{command.module}"), command.function)(arguments)
     return code

@@ -16,6 +16,9 @@ from typing import Any
 
 from llm2vec.types import UserError
 
+#: Measures of the embedding space along training, which the probes write into a run's folder and reports read.
+DIAGNOSTICS_FILE = "diagnostics.jsonl"
+
 
 def parse_json(text: bytes | str, where: str) -> Any:
     """What a piece of JSON says; a byte order mark in front of bytes does not count.

@@ -301,7 +301,8 @@ def test_a_wrong_call_is_one_sentence(
 
 # --- the commands ---
 
-# Prints for each command what heavy library its help has loaded, and the help itself; and the CPU seconds of it all.
+# Prints for each command its help and what heavy library that has loaded; the CPU seconds of it all; and whether what
+# reads files loads torch.
 HELP = """
 import contextlib, io, json, resource, sys
 from llm2vec.__main__ import COMMANDS, main
@@ -314,7 +315,8 @@ for name in ("", *COMMANDS):
     loaded = [heavy for heavy in ("torch", "transformers", "datasets", "mteb", "matplotlib") if heavy in sys.modules]
     found[name] = [said.getvalue(), loaded]
 used = resource.getrusage(resource.RUSAGE_SELF)
-print(json.dumps([found, used.ru_utime + used.ru_stime]))
+import llm2vec.data.check, llm2vec.reports.evaluation
+print(json.dumps([found, used.ru_utime + used.ru_stime, "torch" in sys.modules]))
 """
 
 
@@ -322,8 +324,9 @@ def test_help_of_every_command_is_there_at_once(tmp_path: Path) -> None:
     """Nothing heavy is loaded for it, so all of it together takes less than a second of CPU; three are allowed."""
     done = subprocess.run([sys.executable, "-c", HELP], capture_output=True, text=True, cwd=tmp_path, timeout=300)
     assert done.returncode == 0, done.stderr
-    found, seconds = json.loads(done.stdout)
+    found, seconds, loads_torch = json.loads(done.stdout)
     assert seconds < 3
+    assert not loads_torch, "check-data and report read files"
     overview, _ = found.pop("")
     for name, (said, loaded) in found.items():
         assert not loaded, f"llm2vec {name} --help loads {loaded}"

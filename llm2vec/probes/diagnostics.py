@@ -37,8 +37,6 @@ from llm2vec.llm2vec import LLM2Vec
 from llm2vec.processes import rank, world_size
 from llm2vec.types import InstructedText, RunEnds, TextSide
 
-DIAGNOSTICS_FILE = "diagnostics.jsonl"
-
 #: Equal bins of a histogram, over cosines from -1 to 1.
 NUM_BINS = 100
 

@@ -11,8 +11,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple, TypeAlias
 
-from llm2vec.files import json_lines
-from llm2vec.probes.diagnostics import DIAGNOSTICS_FILE
+from llm2vec.files import DIAGNOSTICS_FILE, json_lines
 from llm2vec.reports.scores import STAGE_NAMES, ScoredStage
 from llm2vec.table import Cell, Table
 from llm2vec.types import UserError

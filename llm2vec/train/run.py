@@ -24,13 +24,14 @@ from llm2vec.cli import user_errors_in_one_sentence as user_errors_in_one_senten
 from llm2vec.data.collation import Collate, CollateSides, check_examples
 from llm2vec.data.rows import TrainingRows
 from llm2vec.data.tables import content_hash
+from llm2vec.files import DIAGNOSTICS_FILE
 from llm2vec.llm2vec import LLM2Vec
 from llm2vec.llm2vec_q2d_d2q import BidirectionalReconstruction
 from llm2vec.model.chain import mark_of
 from llm2vec.model.checkpoint import read_weights, save_checkpoint
 from llm2vec.model.recomputation import fit_activations
 from llm2vec.model.settings import EncoderSettings, row_tokenizer
-from llm2vec.probes.diagnostics import DIAGNOSTICS_FILE, EmbeddingDiagnostics
+from llm2vec.probes.diagnostics import EmbeddingDiagnostics
 from llm2vec.probes.reconstruction_probe import ReconstructionProbe
 from llm2vec.processes import StopSignals, rank, world_size
 from llm2vec.text.tokenization import probe_ids

@@ -23,10 +23,10 @@ from torch import Tensor
 
 from llm2vec.data.rows import TrainingRows
 from llm2vec.data.sources import Instruction, Source
+from llm2vec.files import DIAGNOSTICS_FILE
 from llm2vec.llm2vec import LLM2Vec
 from llm2vec.probes import diagnostics
 from llm2vec.probes.diagnostics import (
-    DIAGNOSTICS_FILE,
     NUM_BINS,
     EmbeddingDiagnostics,
     RowTexts,
