@@ -15,7 +15,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, get_args
 
 from llm2vec.files import json_hash
-from llm2vec.hub import find_file
 from llm2vec.types import DtypeName, UserError
 
 if TYPE_CHECKING:
@@ -62,7 +61,7 @@ class ModelChoice:
         from llm2vec.model.chain import open_chain
 
         chain = open_chain(self.base, self.adapters)
-        if find_file(chain.base, "config.json") is None:
+        if chain.folders[0].find("config.json") is None:
             raise UserError(f"There is no model {chain.base}: no folder or hub repository with a config.json.")
         return chain
 

@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from tqdm.auto import tqdm
 from transformers import PretrainedConfig, PreTrainedTokenizerBase
 
-from llm2vec.model.backbone import Backbone, hidden_states, load_backbone, load_tokenizer, parse_dtype
+from llm2vec.model.backbone import Backbone, hidden_states, load_backbone, load_tokenizer
 from llm2vec.model.chain import Chain, open_chain
 from llm2vec.model.checkpoint import save_checkpoint
 from llm2vec.model.embed import embed
@@ -176,7 +176,7 @@ class LLM2Vec(nn.Module):
         tokenizer = load_tokenizer(chain.tokenizer_path)
         model = load_backbone(
             chain,
-            dtype=parse_dtype(dtype if dtype is not None else torch_dtype),
+            dtype=dtype if dtype is not None else torch_dtype,
             attn_implementation=attn_implementation,
             device_map=device_map,
             merge_last=merge_peft,

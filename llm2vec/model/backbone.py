@@ -13,6 +13,7 @@ import re
 import threading
 import warnings
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any, TypeAlias
 from weakref import WeakKeyDictionary
 
@@ -24,7 +25,7 @@ from transformers import AutoModel, AutoModelForCausalLM, AutoTokenizer, PreTrai
 from transformers.utils import logging as transformers_logging
 
 from llm2vec.hub import find_file
-from llm2vec.model.chain import Chain
+from llm2vec.model.chain import Chain, Folder
 from llm2vec.types import Attention, UserError, first_line
 
 logger = logging.getLogger(__name__)
@@ -51,7 +52,8 @@ def load_tokenizer(path: str) -> PreTrainedTokenizerBase:
     Raises:
         UserError: there is none.
     """
-    find_file(path, "tokenizer_config.json")  # says what is wrong with a path better than the library does
+    if not Path(path).is_dir():
+        find_file(path, "tokenizer_config.json")  # says what is wrong with a name better than the library does
     try:
         tokenizer = AutoTokenizer.from_pretrained(path, trust_remote_code=False)  # left out, it would ask
     except Exception as error:  # files of the tokenizer and the model's config, each refused by a type of its own
@@ -65,7 +67,7 @@ def load_tokenizer(path: str) -> PreTrainedTokenizerBase:
 def load_backbone(
     chain: Chain,
     *,
-    dtype: torch.dtype | str = torch.float32,
+    dtype: torch.dtype | str | None = None,
     attn_implementation: str | None = None,
     device_map: Any = None,
     with_lm_head: bool = False,
@@ -75,7 +77,7 @@ def load_backbone(
 
     Args:
         chain: base and adapters, as `open_chain` found them.
-        dtype: of the weights; "auto" = as stored.
+        dtype: of the weights; None = float32, "auto" = as stored.
         attn_implementation: `eager`, `sdpa` or `flash_attention_2`; None = the library's choice.
         device_map: as in transformers.
         with_lm_head: load the language model's head too (needed for reconstruction).
@@ -87,15 +89,14 @@ def load_backbone(
     model = _load_base(
         AutoModelForCausalLM if with_lm_head else AutoModel,
         chain.base,
-        dtype=dtype,
+        dtype=parse_dtype(dtype),
         attn_implementation=available_attention(attn_implementation),
         device_map=device_map,
     )
-    for position, adapter in enumerate(chain.adapters):
-        last = position == len(chain.adapters) - 1
+    for number, adapter in enumerate(chain.folders[1:], start=1):
         # Adapters are trained on the inner model; on a model with a head they go onto that inner model in place.
         wrapped = _apply_adapter(model, adapter, on_inner=with_lm_head)
-        if last and not merge_last:
+        if number == len(chain.adapters) and not merge_last:
             return wrapped
         merged = wrapped.merge_and_unload()
         model = model if with_lm_head else merged
@@ -269,11 +270,12 @@ def _make_room(model: PreTrainedModel, ids: Sequence[int]) -> None:
         model.resize_token_embeddings(max(ids) + 1, mean_resizing=False)
 
 
-def _apply_adapter(model: PreTrainedModel, path: str, *, on_inner: bool) -> PeftModel:
+def _apply_adapter(model: PreTrainedModel, adapter: Folder, *, on_inner: bool) -> PeftModel:
     """Put a trained adapter on `model` (on the decoder under its head, if `on_inner`), and refuse one that would do
     nothing. The embedding grows where the adapter brings tokens that the base lacks."""
     inner: PreTrainedModel = model.base_model if on_inner else model  # type: ignore[assignment]
-    if find_file(path, SAFETENSORS_WEIGHTS_NAME) is None:  # peft would open a pickle instead
+    path = adapter.path
+    if adapter.find(SAFETENSORS_WEIGHTS_NAME) is None:  # peft would open a pickle instead
         raise UserError(f"peft_model_name_or_path: {path!r} holds no {SAFETENSORS_WEIGHTS_NAME}.")
     try:
         with warnings.catch_warnings():

@@ -63,19 +63,31 @@ class Folder:
     Attributes:
         path: as it was named.
         run: what its `run.json` says; empty where there is none, as for a name on the hub.
+        names: of the files in the folder; None = the hub is asked for each.
     """
 
     path: str
     run: dict[str, Any]
+    names: frozenset[str] | None = None
+
+    def find(self, name: str) -> str | None:
+        """A file of it; None where it has none of that name, or the hub is out of reach.
+
+        Raises:
+            UserError: `path` is neither a folder nor a possible name of a repository.
+        """
+        if self.names is None:
+            return find_file(self.path, name)
+        return str(Path(self.path) / name) if name in self.names else None
 
     @cached_property
     def settings(self) -> dict[str, Any]:
         """What its `llm2vec_config.json` says; empty where there is none.
 
         Raises:
-            UserError: it is no JSON object of settings, or `path` is no folder and no name of a repository.
+            UserError: as `find`, or it is no JSON object of settings.
         """
-        file = find_file(self.path, SETTINGS_FILE)
+        file = self.find(SETTINGS_FILE)
         return {} if file is None else read_settings(Path(file))
 
 
@@ -86,19 +98,20 @@ def open_folder(path: str) -> Folder:
         UserError: a file of it is missing or has another size than when it was written, so that it was cut short while
             it was written or copied; or its `run.json` cannot be read.
     """
-    folder = local_folder(path)
-    if folder is None:
+    folder = Path(path)
+    if not folder.is_dir():
         return Folder(path, {})
-    if (folder / INCOMPLETE_MARKER).exists():
+    names = frozenset(file.name for file in folder.iterdir() if file.is_file())
+    if INCOMPLETE_MARKER in names:
         raise UserError(f"{folder}: this checkpoint was cut short while it was written; use an earlier one.")
-    run = read_run(folder)
+    run = read_run(folder) if RUN_FILE in names else {}
     for name, size in run.get("files", {}).items():
         file = folder / name
         actual = file.stat().st_size if file.is_file() else None
         if actual != size:
             found = "missing" if actual is None else f"{actual} bytes long instead of {size}"
             raise UserError(f"{folder}: this checkpoint was cut short, or changed since: {name} is {found}.")
-    return Folder(path, run)
+    return Folder(path, run, names)
 
 
 def read_run(folder: Path) -> dict[str, Any]:
@@ -134,7 +147,7 @@ class Chain:
     adapters: tuple[str, ...]
     folders: tuple[Folder, ...]
 
-    @property
+    @cached_property
     def outermost(self) -> Folder:
         """The last adapter's folder, or the base's: the model's own, above those that it was made from."""
         return self.folders[-1]
@@ -144,7 +157,7 @@ class Chain:
         """What the outermost folder that has settings says of them; empty where none has.
 
         Raises:
-            UserError: as `Folder.settings`.
+            UserError: as `Folder.settings` of one that is asked.
         """
         return next((folder.settings for folder in reversed(self.folders) if folder.settings), {})
 
@@ -153,10 +166,9 @@ class Chain:
         """Where the tokenizer lies: the outermost folder, or the base where that has none.
 
         Raises:
-            UserError: the path is no folder and no name of a repository.
+            UserError: as `Folder.find`.
         """
-        outermost = self.outermost.path
-        return outermost if find_file(outermost, "tokenizer_config.json") is not None else self.base
+        return self.base if self.folders[-1].find("tokenizer_config.json") is None else self.folders[-1].path
 
 
 def open_chain(base: str, adapters: Sequence[str] = ()) -> Chain:
@@ -180,7 +192,7 @@ def open_chain(base: str, adapters: Sequence[str] = ()) -> Chain:
     while True:
         if base in names:
             raise UserError(f"{base}: an adapter cannot be its own base; put the two into folders of their own.")
-        recorded = _recorded_base(base)
+        recorded = _recorded_base(opened[base])
         if recorded is None:
             break
         names = [*(opened[base].settings.get("parent_adapters") or ()), base, *names]
@@ -195,10 +207,11 @@ def open_chain(base: str, adapters: Sequence[str] = ()) -> Chain:
     return Chain(base, tuple(names), tuple(opened[name] for name in (base, *names)))
 
 
-def _recorded_base(path: str) -> str | None:
-    """The base that an adapter folder records, or None where `path` is no adapter."""
+def _recorded_base(folder: Folder) -> str | None:
+    """The base that an adapter folder records, or None where it is no adapter's."""
+    path = folder.path
     try:
-        if find_file(path, CONFIG_NAME) is None:
+        if folder.find(CONFIG_NAME) is None:
             return None
     except UserError:  # hub unreachable, or no such repository: loading the base itself will say so
         return None

@@ -22,7 +22,7 @@ from torch import Tensor
 from transformers import GenerationConfig
 
 from llm2vec.llm2vec_q2d_d2q import BidirectionalReconstruction
-from llm2vec.model.backbone import load_backbone, load_tokenizer, parse_dtype
+from llm2vec.model.backbone import load_backbone, load_tokenizer
 from llm2vec.model.chain import open_chain
 from llm2vec.model.embed import embed
 from llm2vec.model.proofs import check_attention, check_decoder
@@ -155,7 +155,7 @@ def load_reconstructor(
     settings = with_template(EncoderSettings(**outermost.settings), tokenizer)
     rows = row_tokenizer(tokenizer, settings, reconstruct_instruction=trained.get("reconstruct_instruction", False))
     check_rendering(outermost.path, outermost.run.get("probe_ids"), rows)
-    model: Any = load_backbone(chain, dtype=parse_dtype(torch_dtype), with_lm_head=True)
+    model: Any = load_backbone(chain, dtype=torch_dtype, with_lm_head=True)
     place = device or ("cuda" if torch.cuda.is_available() else "cpu")
     try:
         model.to(place)

@@ -6,7 +6,6 @@ without weights.
 
 from __future__ import annotations
 
-import dataclasses
 import logging
 from collections.abc import Sequence
 from functools import partial
@@ -24,7 +23,6 @@ from llm2vec.model.backbone import (
     enable_checkpointing,
     load_backbone,
     load_tokenizer,
-    parse_dtype,
 )
 from llm2vec.model.chain import Chain, open_chain
 from llm2vec.model.packing import checkpoint_contexts, compile_layers
@@ -55,7 +53,7 @@ def load_model(
     tokenizer, settings, new_tokens = open_tokenizer(config, chain)
     model = load_backbone(
         chain,
-        dtype=parse_dtype(config.torch_dtype),
+        dtype=config.torch_dtype,
         attn_implementation=config.attn_implementation,
         with_lm_head=with_lm_head,
     )
@@ -70,7 +68,6 @@ def load_model(
         enable_checkpointing(model, {**config.checkpointing, "context_fn": contexts})
     if config.use_peft:
         model = with_adapter(config, model, new_tokens)
-        settings = dataclasses.replace(settings, parent_adapters=chain.adapters)
     if config.compilation is not None:
         compile_layers(model, **config.compilation)
     return model, tokenizer, settings
@@ -87,7 +84,7 @@ def open_tokenizer(config: Config, chain: Chain) -> tuple[PreTrainedTokenizerBas
     """
     tokenizer = load_tokenizer(chain.tokenizer_path)
     recorded = chain.outermost.settings
-    settings = with_template(encoder_settings(config, recorded), tokenizer)
+    settings = with_template(encoder_settings(config, recorded, chain.adapters), tokenizer)
     join = recorded.get("instruction_join", settings.instruction_join)
     if join != settings.instruction_join and leaves_join_open(str(settings.template)):
         logger.warning(
@@ -102,8 +99,13 @@ def open_tokenizer(config: Config, chain: Chain) -> tuple[PreTrainedTokenizerBas
     return tokenizer, settings, new_tokens
 
 
-def encoder_settings(config: Config, recorded: dict[str, Any]) -> EncoderSettings:
-    """How a config's texts become vectors; `recorded` is what its parent checkpoint says.
+def encoder_settings(config: Config, recorded: dict[str, Any], merged: tuple[str, ...] = ()) -> EncoderSettings:
+    """How a config's texts become vectors.
+
+    Args:
+        config: of the run.
+        recorded: what its parent checkpoint says.
+        merged: the adapters below the run's own, if it trains one.
 
     Raises:
         UserError: the parent was trained with another template.
@@ -122,6 +124,7 @@ def encoder_settings(config: Config, recorded: dict[str, Any]) -> EncoderSetting
         template=template,
         instruction_join=config.instruction_join,
         attention="bidirectional" if config.bidirectional else "causal",
+        parent_adapters=merged if config.use_peft else None,
     )
 
 
