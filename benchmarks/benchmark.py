@@ -15,7 +15,6 @@ goals beside the figures are for one thread of a CPU, and for one H200.
 import argparse
 import logging
 import os
-import sys
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -26,12 +25,13 @@ from benchmarks import sections
 from benchmarks.measure import Line, surroundings, table, worker_environment
 from benchmarks.processes import process_lines, speed_over_processes
 from benchmarks.sections import CPU, CUDA, LARGE, QUICK, Options, Plan
+from llm2vec.cli import run_command
 from llm2vec.types import UserError
 
 SECTIONS = ("stage_I", "stage_II", "encode", "growth", "processes")
 
 
-def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
+def parse_args(argv: Sequence[str]) -> argparse.Namespace:
     """Read and check the command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--device", default="cpu", help="cpu or cuda")
@@ -67,12 +67,12 @@ def make_plan(device: str, *, quick: bool, large: bool) -> Plan:
     return LARGE if large else CPU
 
 
-def main(argv: Sequence[str] | None = None) -> None:
+def main(argv: Sequence[str]) -> None:
     """Measure section after section and print the table."""
     args = parse_args(argv)
     where = surroundings(args.device, args.threads)
     os.environ.update(worker_environment(args.threads))  # the workers inherit it
-    logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stderr)
+    logging.getLogger("benchmarks").setLevel(logging.INFO)
     transformers_logging.disable_progress_bar()
     plan = make_plan(args.device, quick=args.quick, large=args.large)
     options = Options(args.device, 1 if args.quick else args.rounds, args.max_tokens)
@@ -109,8 +109,4 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    try:
-        main()
-    except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        raise SystemExit(2) from None
+    run_command(main)

@@ -28,7 +28,7 @@ from typing import Any, Literal, NamedTuple
 import torch
 from safetensors.torch import load_file, save_file
 
-from llm2vec.cli import user_errors_in_one_sentence
+from llm2vec.cli import run_command
 from llm2vec.quickstart.tiny import tiny_llama, train_tokenizer
 from llm2vec.table import Table
 from llm2vec.train.log import LOG_FILE
@@ -428,13 +428,13 @@ def write_table(file: Path, rows: Sequence[Row], seconds: float) -> None:
     file.write_text(f"{before}{BEGIN}\n{table}\n{END}{rest.split(END, 1)[1]}", encoding="utf-8")
 
 
-def main() -> None:
+def main(argv: Sequence[str]) -> None:
     """All faults, one after the other."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--output_dir", type=Path, default=Path("output/faults"))
     parser.add_argument("--docs_file", type=Path, default=Path("docs/reliability.md"))
     parser.add_argument("--kills", type=int, default=20)
-    args = parser.parse_args()
+    args = parser.parse_args(argv)
     began = time.monotonic()
     bench = Bench(args.output_dir.resolve())
     rows: list[Row] = []
@@ -462,5 +462,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    with user_errors_in_one_sentence():
-        main()
+    run_command(main)

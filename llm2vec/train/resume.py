@@ -278,4 +278,6 @@ def command_to_resume() -> str:
     """The command line that started this run."""
     processes = os.environ.get("LOCAL_WORLD_SIZE")
     started = ["python"] if processes is None else ["torchrun", f"--nproc_per_node={processes}"]
-    return shlex.join([*started, *sys.argv])
+    program, *arguments = sys.argv
+    is_command = Path(program).name in ("llm2vec", "__main__.py")  # the console script, or `python -m llm2vec`
+    return shlex.join([*started, *(["-m", "llm2vec"] if is_command else [program]), *arguments])

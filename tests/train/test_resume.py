@@ -7,6 +7,7 @@ import json
 import os
 import shutil
 import signal
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -27,18 +28,18 @@ from forked_runs import (
 from helpers import write_jsonl
 from transformers import LlamaForCausalLM
 
-from llm2vec import LLM2Vec
+from llm2vec import LLM2Vec, cli
 from llm2vec.model import checkpoint as checkpoint_module
 from llm2vec.model.chain import RUN_FILE, mark_of
 from llm2vec.model.checkpoint import SUMS_FILE, check_sums
 from llm2vec.train import model as run_model
-from llm2vec.train import run as run_module
 from llm2vec.train import saving
 from llm2vec.train.config import Config
 from llm2vec.train.config_file import load_config
 from llm2vec.train.log import LOG_FILE
 from llm2vec.train.resume import (
     checkpoints_in,
+    command_to_resume,
     differences,
     find_start,
     why_unusable,
@@ -461,7 +462,7 @@ def test_a_mistake_that_all_processes_meet_is_said_once(
     monkeypatch.setenv("RANK", "1")
     monkeypatch.setenv("LOCAL_RANK", "1")
     monkeypatch.setattr("llm2vec.cli.time.sleep", sleep)
-    with pytest.raises(Ended), run_module.user_errors_in_one_sentence():
+    with pytest.raises(Ended), cli.user_errors_in_one_sentence():
         raise UserError("alpha is 2; it must lie between 0 and 1.")
     assert "error" not in capfd.readouterr().err
 
@@ -471,7 +472,7 @@ def test_ctrl_c_outside_a_run_is_one_word(
     local_rank: int, said: str, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setenv("RANK", str(local_rank))
-    with pytest.raises(SystemExit) as end, run_module.user_errors_in_one_sentence():
+    with pytest.raises(SystemExit) as end, cli.user_errors_in_one_sentence():
         raise KeyboardInterrupt
     assert end.value.code == 130
     assert capfd.readouterr().err == said
@@ -651,3 +652,22 @@ def test_a_finished_run_is_over_whatever_its_end_was(undisturbed: Path, keys: di
     with pytest.raises(RunEnds) as end:
         find_start(config_of(undisturbed, keys))
     assert end.value.code == 0
+
+
+@pytest.mark.parametrize(
+    ("argv", "processes", "command"),
+    [
+        (["experiments/run_lm.py", "my config.json"], None, "python experiments/run_lm.py 'my config.json'"),
+        (["experiments/run_lm.py", "c.json"], "2", "torchrun --nproc_per_node=2 experiments/run_lm.py c.json"),
+        (["/usr/bin/llm2vec", "lm", "c.json"], None, "python -m llm2vec lm c.json"),
+        (["/opt/llm2vec/__main__.py", "lm", "c.json"], "2", "torchrun --nproc_per_node=2 -m llm2vec lm c.json"),
+    ],
+)
+def test_the_command_that_goes_on(
+    argv: list[str], processes: str | None, command: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(sys, "argv", argv)
+    monkeypatch.delenv("LOCAL_WORLD_SIZE", raising=False)
+    if processes is not None:
+        monkeypatch.setenv("LOCAL_WORLD_SIZE", processes)
+    assert command_to_resume() == command
