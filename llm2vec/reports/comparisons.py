@@ -6,7 +6,7 @@ import statistics
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
-from llm2vec.reports.intervals import MIN_UNITS, Interval, compare_units, compare_within_tasks
+from llm2vec.reports.intervals import MIN_UNITS, Interval, paired_interval
 from llm2vec.reports.paper import Paper
 from llm2vec.reports.results import Results
 from llm2vec.types import UserError
@@ -93,18 +93,18 @@ def _compare(run: EvaluatedRun, other: EvaluatedRun, paper: Paper) -> list[Compa
     tasks, label = _common_tasks(run, other, paper), f"{run.name} - {other.name}"
     found = []
     if len(tasks) >= MIN_UNITS:
-        sides = ({task: one.scores[task] for task in tasks} for one in (run, other))
-        found.append(Comparison(label, "tasks", compare_units(*sides)))
+        mine, theirs = ({task: one.scores[task] for task in tasks} for one in (run, other))
+        found.append(Comparison(label, "tasks", paired_interval((mine, theirs))))
     queries = {
         task: (of, other.query_scores[task]) for task, of in run.query_scores.items() if task in other.query_scores
     }
     for task, both in queries.items():
         try:
-            found.append(Comparison(f"{label} on {task}", "queries", compare_units(*both)))
+            found.append(Comparison(f"{label} on {task}", "queries", paired_interval(both)))
         except UserError as error:
             raise UserError(f"{label} on {task}: {error}") from None
     if len(queries) > 1:
-        interval = compare_within_tasks(list(queries.values()))
+        interval = paired_interval(*queries.values())
         found.append(Comparison(f"{label}, mean of these {len(queries)} tasks", "queries, tasks fixed", interval))
     return found
 
@@ -124,7 +124,7 @@ def _paper_interval(paper: Paper, model: str | None) -> list[str]:
     """The same bootstrap over the paper's own scores, to judge a run's by."""
     if model not in paper.expected:
         return []
-    interval = compare_units(paper.expected[model]["anchor"], paper.expected[model]["baseline"])
+    interval = paired_interval((paper.expected[model]["anchor"], paper.expected[model]["baseline"]))
     return [f"The paper's own scores, anchor - baseline: {interval.sentence('tasks')}."]
 
 

@@ -8,7 +8,7 @@ of the same recipe, which only further seeds can show.
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import Any, Literal, NamedTuple
 
 import numpy as np
@@ -84,55 +84,28 @@ class Interval(NamedTuple):
         )
 
 
-def compare_units(first: Mapping[str, float], second: Mapping[str, float], *, seed: int = 0) -> Interval:
-    """Mean of `first` minus mean of `second` over the same units, with a percentile interval.
+def paired_interval(*tasks: tuple[Mapping[str, float], Mapping[str, float]], seed: int = 0) -> Interval:
+    """Difference of two runs, a mean over tasks, with units drawn again within each task; the tasks are fixed.
 
     Args:
-        first: Unit (task or query) -> score.
-        second: The same units.
+        tasks: A pair each: unit (query) -> score of the first run, and of the second. A single pair has no tasks to
+            keep apart: its units may be tasks, too.
         seed: Seed of the resampling.
 
+    Returns:
+        The mean over tasks of the first run's mean less the second's, and its percentile interval.
+
     Raises:
-        UserError: The units differ, there are fewer than `MIN_UNITS`, or scipy is not there.
+        UserError: The units of a pair differ, there are fewer than `MIN_UNITS`, or scipy is not there.
 
     Example:
-        >>> compare_units({"NFCorpus": 35.0, ...}, {"NFCorpus": 33.5, ...}).sentence("tasks")
+        >>> paired_interval((anchor, baseline)).sentence("tasks")   # NFCorpus -> 35.0, ...
     """
-    return _interval([_differences(first, second)], seed)
-
-
-def compare_within_tasks(
-    tasks: Sequence[tuple[Mapping[str, float], Mapping[str, float]]], *, seed: int = 0
-) -> Interval:
-    """Mean over tasks of the difference of two runs, with queries drawn again within each task; the tasks are fixed.
-
-    Args:
-        tasks: Query -> score of the first and of the second run, a pair a task.
-        seed: Seed of the resampling.
-
-    Raises:
-        UserError: As for `compare_units`, or there is no task.
-    """
-    if not tasks:
-        raise UserError("There is no task with scores of single queries to compare.")
-    return _interval([_differences(first, second) for first, second in tasks], seed)
-
-
-def _differences(first: Mapping[str, float], second: Mapping[str, float]) -> NDArray[np.float64]:
-    if first.keys() != second.keys():
-        alone = sorted(first.keys() ^ second.keys())
-        raise UserError(f"Only one of the two runs has {', '.join(alone[:5])} ({len(alone)} in all).")
-    if len(first) < MIN_UNITS:
-        raise UserError(f"An interval needs {MIN_UNITS} or more tasks or queries, here there are {len(first)}.")
-    return np.array([first[unit] - second[unit] for unit in sorted(first)], dtype=np.float64)
-
-
-def _interval(differences: Sequence[NDArray[np.float64]], seed: int) -> Interval:
-    """The mean of the groups' means; units are drawn again within their group."""
     try:
-        from scipy.stats import bootstrap
+        from scipy.stats import bootstrap  # comes with mteb
     except ImportError as error:
         raise UserError('An interval needs scipy: pip install -e ".[eval]".') from error
+    differences = [_differences(first, second) for first, second in tasks]
     units = np.concatenate(differences)
     found = bootstrap(
         differences,
@@ -145,6 +118,15 @@ def _interval(differences: Sequence[NDArray[np.float64]], seed: int) -> Interval
     ).confidence_interval
     difference = float(_mean_of_means(*differences))
     return Interval(difference, float(found.low), float(found.high), len(units), int((units > 0).sum()))
+
+
+def _differences(first: Mapping[str, float], second: Mapping[str, float]) -> NDArray[np.float64]:
+    if first.keys() != second.keys():
+        alone = sorted(first.keys() ^ second.keys())
+        raise UserError(f"Only one of the two runs has {', '.join(alone[:5])} ({len(alone)} in all).")
+    if len(first) < MIN_UNITS:
+        raise UserError(f"An interval needs {MIN_UNITS} or more tasks or queries, here there are {len(first)}.")
+    return np.array([first[unit] - second[unit] for unit in sorted(first)], dtype=np.float64)
 
 
 def _mean_of_means(*groups: NDArray[np.float64], axis: int = -1) -> Any:
