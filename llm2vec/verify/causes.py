@@ -42,7 +42,7 @@ class Finding(NamedTuple):
     words: str
 
 
-class Trial(NamedTuple):
+class Change(NamedTuple):
     """A single change: its cause, what is done (to follow "with"), and a text's vector under it, None = not known."""
 
     cause: str
@@ -102,7 +102,7 @@ class Recomputation:
         chosen_1TD = (before_norm[0] if without_norm else states_1TD).float().cpu()
         return pool(chosen_1TD, pool_mask_1T, pooling or self.way.pooling_mode)[0]
 
-    def trials(self, target: Answer, target_rows: Sequence[Row | None], *, is_loaded: bool) -> Iterator[Trial]:
+    def changes(self, target: Answer, target_rows: Sequence[Row | None], *, is_loaded: bool) -> Iterator[Change]:
         """All single changes that another way's vectors might come from.
 
         Args:
@@ -110,22 +110,22 @@ class Recomputation:
             target_rows: its token rows.
             is_loaded: whether these say which tokens it pools over.
         """
-        yield Trial("batching", "one text at a time in place of a batch", self.vector)
+        yield Change("batching", "one text at a time in place of a batch", self.vector)
         pairs = [(own.ids, row.ids) for own, row in zip(self.rows, target_rows, strict=True) if row]
         rows = partial(self.vector, rows=target_rows)
         if differing := [pair for pair in pairs if pair[0] != pair[1]]:
-            yield Trial(_name_of(differing), f"the token ids of {target.name}", rows)
+            yield Change(_name_of(differing), f"the token ids of {target.name}", rows)
         elif is_loaded:
-            yield Trial("pooling", f"pooling over the tokens that {target.name} pools over", rows)
+            yield Change("pooling", f"pooling over the tokens that {target.name} pools over", rows)
         other: Attention = "bidirectional" if self.way.attention == "causal" else "causal"
-        yield Trial("attention", f"{other} attention", partial(self.vector, attention=other))
+        yield Change("attention", f"{other} attention", partial(self.vector, attention=other))
         for where, everywhere in (("the same tokens", False), ("every token", True)):
             for mode in get_args(PoolingMode):
                 pooled = partial(self.vector, pooling=mode, everywhere=everywhere)
-                yield Trial("pooling", f"{mode} pooling over {where}", pooled)
+                yield Change("pooling", f"{mode} pooling over {where}", pooled)
         if self.adapted:
-            yield Trial("adapter", "its adapter switched off", partial(self.vector, without_adapter=True))
-        yield Trial("norm", "the states from before the last norm", partial(self.vector, without_norm=True))
+            yield Change("adapter", "its adapter switched off", partial(self.vector, without_adapter=True))
+        yield Change("norm", "the states from before the last norm", partial(self.vector, without_norm=True))
 
     def has_dead_adapter(self) -> bool:
         """Whether there is an adapter, and switching it off changes no vector."""
@@ -163,11 +163,11 @@ def find_cause(reference: Answer, parity: Parity, texts: Sequence[InstructedText
         if base is None:
             continue
         shown = [with_ids(row, target.ids[i]) for row, i in zip(base.rows, parity.compared, strict=True)]
-        for trial in base.trials(target, loaded.rows if loaded else shown, is_loaded=loaded is not None):
-            least = _least_cosine(trial, target.vectors[parity.compared], order, parity.threshold)
+        for change in base.changes(target, loaded.rows if loaded else shown, is_loaded=loaded is not None):
+            least = _least_cosine(change, target.vectors[parity.compared], order, parity.threshold)
             if least is not None:
-                words = f"with {trial.words}, {side.name} gives the vectors of {target.name}"
-                return Finding(trial.cause, f"{words} (least cosine {least:.6f})")
+                words = f"with {change.words}, {side.name} gives the vectors of {target.name}"
+                return Finding(change.cause, f"{words} (least cosine {least:.6f})")
     return Finding(UNKNOWN, "no single change explains it" if any(steps) else "neither side's steps can be taken apart")
 
 
@@ -206,11 +206,11 @@ def _name_of(pairs: Sequence[tuple[list[int], list[int]]]) -> str:
     return Counter(name(*pair) for pair in pairs).most_common(1)[0][0]
 
 
-def _least_cosine(trial: Trial, target_ND: Tensor, order: Sequence[int], threshold: float) -> float | None:
+def _least_cosine(change: Change, target_ND: Tensor, order: Sequence[int], threshold: float) -> float | None:
     """The least cosine of all texts whose vector is known; None as soon as one lies below the threshold."""
     least = 2.0
     for i in order:
-        if (vector := trial.vector(i)) is not None:
+        if (vector := change.vector(i)) is not None:
             least = min(least, float(F.cosine_similarity(vector.double(), target_ND[i].double(), dim=0)))
             if not least >= threshold:
                 return None
