@@ -48,18 +48,6 @@ DATASET_NAMES = ("E5", "Wiki1M")
 class Key:
     """What is known of a key beside its type, its default and its meaning.
 
-    Attributes:
-        at_least: the number may be this or more.
-        above: the number must be more than this.
-        at_most: the number may be this or less.
-        below: the number must be less than this.
-        choices: what a string may be, where the type does not say it.
-        stages: that read the key. Elsewhere it would be ignored, so it is refused.
-        influence: what depends on it. `result`: with another value it is another run, and its checkpoints are refused.
-            `rounding`: how a step is computed, not what; another value is said. `nothing`: no step depends on it.
-        on_card: whether a model card shows it.
-        refused: why the trainer does not serve it. Only the key's default may be written.
-
     Example:
         >>> KEYS["alpha"].stages, KEYS["alpha"].range
         (('stage_I',), 'it must lie between 0 and 1')
@@ -69,11 +57,18 @@ class Key:
     above: int | None = None
     at_most: int | None = None
     below: int | None = None
+    """The range of a number. `above` and `below` are outside of it."""
     choices: tuple[str, ...] = ()
+    """What a string may be, where the type does not say it."""
     stages: tuple[Stage, ...] = get_args(Stage)
+    """Who reads the key. Elsewhere it would be ignored, so it is refused."""
     influence: Literal["result", "rounding", "nothing"] = "result"
+    """What depends on it. `result`: with another value it is another run, so its checkpoints are refused. `rounding`:
+    how a step is computed, not what, so another value is said. `nothing`: no step depends on it."""
     on_card: bool = False
+    """Whether a model card shows it."""
     refused: str | None = None
+    """Why the trainer does not serve it. Nothing but its default may be written."""
 
     @property
     def range(self) -> str:
@@ -294,14 +289,14 @@ LIBRARY_KEYS: dict[str, Key] = {
     "label_smoothing_factor": Key(refused="the losses are the objectives' own"),
     "neftune_noise_alpha": Key(refused="the objectives add no noise to embeddings"),
     "use_liger_kernel": Key(refused="models run by transformers' own code"),
-    "auto_find_batch_size": Key(
-        refused="the batch decides a query's negatives; `tokens_per_microbatch` bounds the memory"
-    ),
+    "auto_find_batch_size": Key(refused="the batch is a query's negatives; `tokens_per_microbatch` bounds the memory"),
     "accelerator_config": Key(refused="it would share rows out otherwise than in one-source blocks"),
     "deepspeed": Key(refused="`fsdp` shares the weights out"),
     "parallelism_config": Key(refused="`fsdp` shares the weights out"),
     "push_to_hub": Key(refused="experiments/export.py uploads what was trained"),
-    "enable_jit_checkpoint": Key(refused="SIGTERM saves and ends every run already, on all processes at one step"),
+    "enable_jit_checkpoint": Key(
+        influence="nothing", refused="SIGTERM saves and ends every run already, with all processes at one step"
+    ),
 }  # fmt: skip
 
 
