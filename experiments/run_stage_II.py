@@ -14,8 +14,7 @@ import sys
 from llm2vec.data.collation import CollateSides, Side
 from llm2vec.model.settings import row_tokenizer
 from llm2vec.objectives.contrastive import ContrastiveLearning, RowFacts
-from llm2vec.objectives.grit import ContrastiveLanguageModelling
-from llm2vec.objectives.language_modelling import LanguageModelling
+from llm2vec.objectives.language_modelling import ContrastiveLanguageModelling, LanguageModelling
 from llm2vec.train.config_file import load_config
 from llm2vec.train.model import decoder_of, load_model
 from llm2vec.train.resume import start_or_resume

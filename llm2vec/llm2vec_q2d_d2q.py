@@ -22,15 +22,15 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from llm2vec.model.embed import embed
+from llm2vec.model.embed import embed, embedding_pass
 from llm2vec.model.packing import packed_hidden_states
 from llm2vec.model.settings import EncoderSettings
 from llm2vec.objectives.losses import linear_cross_entropy
 from llm2vec.text.batches import starts_of
-from llm2vec.types import Batch, Output, ReconstructionTarget
+from llm2vec.types import Batch, Objective, Output, Pass, ReconstructionTarget
 
 
-class BidirectionalReconstruction(nn.Module):
+class BidirectionalReconstruction(nn.Module, Objective):
     """The Stage I objective over a causal language model.
 
     Args:
@@ -41,7 +41,7 @@ class BidirectionalReconstruction(nn.Module):
         target: what an anchor is to reconstruct: the `counterpart` of its text, or the text `self`.
     """
 
-    contrasts = False
+    model: PreTrainedModel
 
     def __init__(
         self,
@@ -62,6 +62,18 @@ class BidirectionalReconstruction(nn.Module):
         decoder: PreTrainedModel = self.model.base_model  # type: ignore[assignment]
         return decoder
 
+    @property
+    def weighted(self) -> dict[_Direction, float]:
+        """The directions that are run, and their weights."""
+        return {d: weight for d, weight in zip(self.directions, self.weights, strict=True) if weight > 0}
+
+    def passes(self, batch: Batch) -> tuple[Pass, ...]:
+        """The texts that anchors are taken of, and the texts that are decoded from them."""
+        sources = {direction.source: batch[direction.source] for direction in self.weighted}
+        targets = tuple(n for direction in self.weighted for n in batch[direction.goal]["num_targets"] if n)
+        encoded = embedding_pass(self.decoder, self.settings, sources)
+        return encoded, Pass(targets, "causal", targets=sum(targets))
+
     def count(self, batch: Batch) -> dict[str, Tensor]:
         """Target tokens of each direction: those of the positive for q2d, of the query for d2q."""
         return {d.name: torch.tensor(float(sum(batch[d.goal]["num_targets"]))) for d in self.directions}
@@ -77,8 +89,7 @@ class BidirectionalReconstruction(nn.Module):
             `loss`, and detached `loss_q2d` and `loss_d2q` (or `loss_q2q` and `loss_d2d`) where their direction has a
             weight: these rows' shares of the step's mean over tokens.
         """
-        weights = {direction.name: w for direction, w in zip(self.directions, self.weights, strict=True) if w > 0}
-        directions = [direction for direction in self.directions if direction.name in weights]
+        directions = self.weighted
         sources = {direction.source: batch[direction.source] for direction in directions}
         goals = [batch[direction.goal] for direction in directions]
         target_N = torch.cat([goal["input_ids"][goal["target_mask"]] for goal in goals])
@@ -93,7 +104,7 @@ class BidirectionalReconstruction(nn.Module):
         # Where the whole step has no target, a share of it is 0 and not 0 / 0.
         shares = [1 / totals[direction.name].to(states_ND.device, exact).clamp_min(1) for direction in directions]
         weight_N = torch.cat(
-            [(weights[d.name] * share).expand(size) for d, share, size in zip(directions, shares, sizes, strict=True)]
+            [(w * share).expand(size) for w, share, size in zip(directions.values(), shares, sizes, strict=True)]
         )
         head: Tensor = self.model.get_output_embeddings().weight
         loss, terms_N, _ = linear_cross_entropy(states_ND, head, target_N, weight_N)

@@ -6,20 +6,14 @@ size, V vocabulary, N documents of a gathered pool.
 
 from __future__ import annotations
 
-from typing import (
-    TYPE_CHECKING,
-    Literal,
-    NamedTuple,
-    NotRequired,
-    Protocol,
-    TypeAlias,
-    TypedDict,
-    get_args,
-    runtime_checkable,
-)
+from collections.abc import Iterator
+from typing import TYPE_CHECKING, Literal, NamedTuple, NotRequired, Protocol, TypeAlias, TypedDict, get_args
 
 if TYPE_CHECKING:
+    from peft import PeftModel
     from torch import Tensor
+    from torch.nn import Parameter
+    from transformers import PreTrainedModel
 
 #: The stages of training.
 Stage = Literal["stage_I", "stage_II", "lm", "simcse", "mntp"]
@@ -128,8 +122,36 @@ class TokenBatch(TypedDict):
     labels: NotRequired[Tensor]
 
 
-#: What the collator yields: a TokenBatch for each of "query", "positive" and (Stage II) "negative".
+#: What the collator yields: a TokenBatch for each side, such as "query", "positive" and (Stage II) "negative".
 Batch: TypeAlias = dict[str, TokenBatch]
+
+
+class Pass(NamedTuple):
+    """Texts that run through the decoder together.
+
+    Attributes:
+        lengths: tokens of each text.
+        attention: of each text within itself.
+        prefixes: of each side, how many texts it has and how many tokens they all begin with.
+        closing_only: only the states of the texts' last tokens are read.
+        targets: how many of the states are multiplied with the vocabulary.
+    """
+
+    lengths: tuple[int, ...]
+    attention: Attention
+    prefixes: tuple[tuple[int, int], ...] = ()
+    closing_only: bool = False
+    targets: int = 0
+
+    @property
+    def tokens(self) -> int:
+        """Of all texts."""
+        return sum(self.lengths)
+
+    @property
+    def repeated(self) -> int:
+        """Tokens that need not run where each shared prefix runs once."""
+        return sum((number - 1) * prefix for number, prefix in self.prefixes)
 
 
 class Output(NamedTuple):
@@ -147,9 +169,8 @@ class Output(NamedTuple):
     facts: dict[str, Tensor] = {}  # noqa: RUF012  # an empty default that nobody writes to
 
 
-@runtime_checkable
 class Objective(Protocol):
-    """A module that turns a batch into loss parts.
+    """A `torch.nn.Module` that turns a batch into loss parts: `class Mine(nn.Module, Objective)`.
 
     The trainer divides nothing itself: it asks `count` how many terms each part of each batch holds, sums those over
     the whole optimiser step and all ranks, and hands the totals back. So a loss is a mean over the step however the
@@ -157,9 +178,17 @@ class Objective(Protocol):
 
     Attributes:
         contrasts: whether `forward` returns vectors for `contrast`.
+        needs_head: whether `model` must have its language-model head.
+        model: what is trained, registered once.
     """
 
-    contrasts: bool
+    contrasts: bool = False
+    needs_head: bool = True
+    model: PreTrainedModel | PeftModel
+
+    def passes(self, batch: Batch) -> tuple[Pass, ...]:
+        """What `forward` runs through the decoder; of the batch only lengths and numbers of targets are read."""
+        ...
 
     def count(self, batch: Batch) -> dict[str, Tensor]:
         """Number of loss terms (tokens, rows) this batch adds to each loss part, as float scalars."""
@@ -175,9 +204,15 @@ class Objective(Protocol):
     def contrast(self, vectors: dict[str, Tensor], totals: dict[str, Tensor]) -> dict[str, Tensor]:
         """Loss parts between the vectors of all rows that the ranks hold at once; no model is run.
 
-        `vectors` holds the rows' facts too, under their own names.
+        `vectors` holds the rows' facts too, under their own names. Called only if the objective `contrasts`.
         """
-        ...
+        return {}
+
+    if TYPE_CHECKING:  # what is used of torch.nn.Module
+
+        def __call__(self, batch: Batch, totals: dict[str, Tensor]) -> Output: ...
+
+        def parameters(self, recurse: bool = True) -> Iterator[Parameter]: ...
 
 
 def first_line(error: Exception) -> str:

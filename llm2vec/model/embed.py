@@ -11,7 +11,7 @@ from llm2vec.model.backbone import Backbone
 from llm2vec.model.packing import packed_hidden_states
 from llm2vec.model.pooling import pool_packed
 from llm2vec.model.settings import EncoderSettings
-from llm2vec.types import TokenBatch
+from llm2vec.types import Pass, TokenBatch
 
 
 def embed(
@@ -27,14 +27,11 @@ def embed(
     """
     if embeddings is None:
         embeddings = model.get_input_embeddings()(torch.cat([side["input_ids"] for side in sides.values()]))
-    lengths = [length for side in sides.values() for length in side["lengths"]]
-    closing_only = settings.pooling_mode == "last" and all(side["closed"] for side in sides.values())
-    # Dropout draws other numbers for each text's copy of a prefix, so then there is no one prefix to share.
-    prefixes = () if drops_out(model) else [(len(side["lengths"]), side["prefix"]) for side in sides.values()]
+    run = embedding_pass(model, settings, sides)
     states = packed_hidden_states(
-        model, settings.attention, lengths, embeddings, prefixes=prefixes, closing_only=closing_only
+        model, run.attention, run.lengths, embeddings, prefixes=run.prefixes, closing_only=run.closing_only
     )
-    if closing_only:
+    if run.closing_only:
         counts = [len(side["lengths"]) for side in sides.values()]
         return dict(zip(sides, states.split(counts), strict=True))
     of_sides = states.split([sum(side["lengths"]) for side in sides.values()])
@@ -42,6 +39,18 @@ def embed(
         name: pool_packed(states_ND, side["lengths"], side["pool_mask"], settings.pooling_mode)
         for (name, side), states_ND in zip(sides.items(), of_sides, strict=True)
     }
+
+
+def embedding_pass(model: nn.Module, settings: EncoderSettings, sides: Mapping[str, TokenBatch]) -> Pass:
+    """The one pass that `embed` runs; of the sides only lengths are read."""
+    # Dropout draws other numbers for each text's copy of a prefix, so then there is no one prefix to share.
+    shared = () if drops_out(model) else tuple((len(side["lengths"]), side["prefix"]) for side in sides.values())
+    return Pass(
+        tuple(length for side in sides.values() for length in side["lengths"]),
+        settings.attention,
+        shared,
+        settings.pooling_mode == "last" and all(side["closed"] for side in sides.values()),
+    )
 
 
 def drops_out(model: nn.Module) -> bool:

@@ -11,14 +11,14 @@ from functools import partial
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from llm2vec.model.backbone import enable_checkpointing
-from llm2vec.model.packing import checkpoint_contexts, inner_decoder
-from llm2vec.types import Batch, UserError
+from llm2vec.model.packing import checkpoint_contexts, inner_decoder, shares_prefix
+from llm2vec.types import Batch, Objective, Pass, UserError
 
 
-def kept_bytes(objective: nn.Module, batch: Batch) -> int:
+def measured_bytes(objective: Objective, batch: Batch) -> int:
     """Bytes that the forward pass of a batch keeps for its backward pass, weights left out."""
     weights = {weight.untyped_storage().data_ptr() for weight in objective.parameters()}
     kept: dict[int, int] = {}
@@ -31,9 +31,8 @@ def kept_bytes(objective: nn.Module, batch: Batch) -> int:
             alive.append(tensor)
         return tensor
 
-    inner: Any = objective
     with torch.enable_grad(), torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor):
-        objective(batch, inner.count(batch))
+        objective(batch, objective.count(batch))
     return sum(kept.values())
 
 
@@ -63,13 +62,20 @@ def layers_to_recompute(bytes_per_layer: float, kept_per_layer: float, num_layer
     return number
 
 
-def bytes_per_token(objective: nn.Module, small: Batch, large: Batch) -> float:
+def bytes_per_token(objective: Objective, small: Batch, large: Batch) -> float:
     """What a further token keeps: the slope between two batches, so that what does not grow with tokens cancels."""
-    tokens = [sum(sum(side["lengths"]) for side in batch.values()) for batch in (small, large)]
-    return (kept_bytes(objective, large) - kept_bytes(objective, small)) / (tokens[1] - tokens[0])
+    kept = measured_bytes(objective, large) - measured_bytes(objective, small)
+    return kept / (_num_tokens(large) - _num_tokens(small))
 
 
-def fit_activations(objective: Any, decoder: Any, small: Batch, large: Batch, tokens: int, budget_gb: float) -> str:
+def tokens_run(model: Any, run: Pass, device: torch.device, dtype: torch.dtype) -> int:
+    """Tokens of a pass that go through the layers: those of a shared prefix once, where that is done."""
+    return run.tokens - (run.repeated if shares_prefix(model, run.attention, device, dtype) else 0)
+
+
+def fit_activations(
+    objective: Objective, decoder: Any, small: Batch, large: Batch, tokens: int, budget_gb: float
+) -> str:
     """Recompute as many of the decoder's layers as the budget asks for, and say so.
 
     Args:
@@ -80,7 +86,10 @@ def fit_activations(objective: Any, decoder: Any, small: Batch, large: Batch, to
         tokens: of a micro-batch.
         budget_gb: for what the layers keep, in 10^9 bytes.
     """
-    number, line = fit(objective, decoder, bytes_per_token(objective, small, large), tokens, budget_gb)
+    weight = next(decoder.parameters())
+    run = sum(tokens_run(decoder, p, weight.device, weight.dtype) for p in objective.passes(large))
+    per_token = bytes_per_token(objective, small, large)
+    number, line = fit(decoder, per_token, run / _num_tokens(large), tokens, budget_gb)
     if number:
         enable_checkpointing(decoder, {"use_reentrant": False, "context_fn": partial(checkpoint_contexts, decoder)})
         for layer in inner_decoder(decoder).layers[number:]:
@@ -88,20 +97,29 @@ def fit_activations(objective: Any, decoder: Any, small: Batch, large: Batch, to
     return line
 
 
-def fit(objective: Any, decoder: Any, per_token: float, tokens: int, budget_gb: float) -> tuple[int, str]:
-    """How many layers to recompute, and a line that says so; `per_token` = bytes that a token keeps in all layers.
+def fit(decoder: Any, per_token: float, runs: float, tokens: int, budget_gb: float) -> tuple[int, str]:
+    """How many layers to recompute, and a line that says so.
+
+    Args:
+        decoder: the model without head.
+        per_token: bytes that a token of a batch keeps in all layers.
+        runs: how often such a token goes through them, in the mean.
+        tokens: of a micro-batch.
+        budget_gb: for what the layers keep, in 10^9 bytes.
 
     Raises:
         UserError: not even recomputing all of them is enough.
     """
     num_layers = len(inner_decoder(decoder).layers)
     bytes_per_layer = per_token * tokens / num_layers
-    # Stage I runs its tokens twice, encoded and generated, so a layer has two inputs of about this size.
-    passes = 1 if objective.contrasts else 2
     element = next(decoder.parameters()).element_size()
-    kept_per_layer = float(passes * tokens * decoder.config.hidden_size * element)
+    kept_per_layer = runs * tokens * decoder.config.hidden_size * element  # a recomputed layer's input
     number = layers_to_recompute(bytes_per_layer, kept_per_layer, num_layers, budget_gb * 1e9)
     return number, (
         f"activations {bytes_per_layer * num_layers / 1e9:.2f} GB for {tokens:,} tokens at once, of "
         f"{budget_gb:g} GB; {number} of {num_layers} layers are recomputed"
     )
+
+
+def _num_tokens(batch: Batch) -> int:
+    return sum(sum(side["lengths"]) for side in batch.values())

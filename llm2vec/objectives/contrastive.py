@@ -19,14 +19,14 @@ from torch import Tensor, nn
 
 from llm2vec.distributed import gather_with_gradient
 from llm2vec.model.backbone import Backbone
-from llm2vec.model.embed import embed
+from llm2vec.model.embed import embed, embedding_pass
 from llm2vec.model.settings import EncoderSettings
 from llm2vec.objectives.losses import CrossEntropy, distillation, info_nce, unit
 from llm2vec.processes import rank, world_size
-from llm2vec.types import Batch, Example, InstructedText, Output, UserError
+from llm2vec.types import Batch, Example, InstructedText, Objective, Output, Pass, UserError
 
 
-class ContrastiveLearning(nn.Module):
+class ContrastiveLearning(nn.Module, Objective):
     """The Stage II objective over a decoder without head, usually with a LoRA adapter on it.
 
     Which documents a query is compared with is the batch's business (`RowFacts`).
@@ -45,6 +45,7 @@ class ContrastiveLearning(nn.Module):
     """
 
     contrasts = True
+    needs_head = False
 
     def __init__(
         self,
@@ -66,6 +67,10 @@ class ContrastiveLearning(nn.Module):
         self.loss_scale = loss_scale
         self.matryoshka_dims = matryoshka_dims
         self.distillation_weight = distillation_weight
+
+    def passes(self, batch: Batch) -> tuple[Pass, ...]:
+        """One, of all sides' texts."""
+        return (embedding_pass(self.model, self.settings, batch),)
 
     def count(self, batch: Batch) -> dict[str, Tensor]:
         """Queries of this batch."""

@@ -1,4 +1,5 @@
-"""Plain next-token loss: what a base model is pre-trained with, and the equal-compute control to Stage I."""
+"""Next-token loss, which base models are pre-trained with: alone (the equal-compute control to Stage I), or beside the
+contrastive loss."""
 
 from __future__ import annotations
 
@@ -7,23 +8,29 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from llm2vec.model.packing import packed_hidden_states
+from llm2vec.objectives.contrastive import ContrastiveLearning
 from llm2vec.objectives.losses import linear_cross_entropy
 from llm2vec.text.batches import starts_of
-from llm2vec.types import Batch, Output, TokenBatch
+from llm2vec.types import Batch, Objective, Output, Pass, TokenBatch
 
 
-class LanguageModelling(nn.Module):
+class LanguageModelling(nn.Module, Objective):
     """Next-token prediction over blocks of text.
 
     Args:
         model: decoder with its language-model head; all of it is trained.
     """
 
-    contrasts = False
+    model: PreTrainedModel
 
     def __init__(self, model: PreTrainedModel) -> None:
         super().__init__()
         self.model = model
+
+    def passes(self, batch: Batch) -> tuple[Pass, ...]:
+        """One, causal."""
+        text = batch["text"]
+        return (Pass(tuple(text["lengths"]), "causal", targets=sum(text["num_targets"])),)
 
     def count(self, batch: Batch) -> dict[str, Tensor]:
         """Target tokens: every marked token but a text's first."""
@@ -36,6 +43,58 @@ class LanguageModelling(nn.Module):
         states_ND = packed_hidden_states(self.model.base_model, "causal", text["lengths"], embeddings)
         loss = next_token_loss(states_ND, self.model.get_output_embeddings().weight, text, totals["lm"])
         return Output({"loss": loss, "loss_lm": loss.detach()}, {})
+
+
+class ContrastiveLanguageModelling(nn.Module, Objective):
+    """Next-token and contrastive loss in one step, over one model: GritLM's objective.
+
+    Source: Muennighoff et al. 2024, arXiv 2402.09906, section 2.
+    The embedding pass attends as the settings say (there: bidirectionally), the language-modelling pass causally, and
+
+        loss = contrastive loss + lm_weight * language-modelling loss
+
+    Each is a mean over the whole optimiser step, of queries and of tokens, so the mix depends neither on the number of
+    processes nor on how the step is cut.
+
+    Args:
+        contrastive: over the decoder of `lm`'s model; it reads all sides but `text`.
+        lm: reads the side `text`.
+        lm_weight: of the language-modelling loss.
+    """
+
+    contrasts = True
+
+    def __init__(self, contrastive: ContrastiveLearning, lm: LanguageModelling, lm_weight: float = 1.0) -> None:
+        super().__init__()
+        self.model = lm.model
+        self.lm_weight = lm_weight
+        # Not registered as modules: the model's weights would have three names.
+        self._objectives = (contrastive, lm)
+
+    def passes(self, batch: Batch) -> tuple[Pass, ...]:
+        """The embedded texts, and the modelled ones."""
+        contrastive, lm = self._objectives
+        return *contrastive.passes(_embedded(batch)), *lm.passes(batch)
+
+    def count(self, batch: Batch) -> dict[str, Tensor]:
+        """Queries, and target tokens of the side `text`."""
+        contrastive, lm = self._objectives
+        return {**contrastive.count(batch), **lm.count(batch)}
+
+    def forward(self, batch: Batch, totals: dict[str, Tensor]) -> Output:
+        """The contrastive vectors and facts; `loss` and detached `loss_lm` of the rows' texts, if totals are given."""
+        contrastive, lm = self._objectives
+        # First the vectors, so that dropout draws the same for them with and without the text.
+        vectors = contrastive(_embedded(batch), totals)
+        if not totals:
+            return vectors
+        parts = lm({"text": batch["text"]}, totals).parts
+        return vectors._replace(parts={**parts, "loss": self.lm_weight * parts["loss"]})
+
+    def contrast(self, vectors: dict[str, Tensor], totals: dict[str, Tensor]) -> dict[str, Tensor]:
+        """Loss parts between the vectors of all rows."""
+        contrastive, _ = self._objectives
+        return contrastive.contrast(vectors, totals)
 
 
 def next_token_loss(states_ND: Tensor, head_VD: Tensor, text: TokenBatch, total: Tensor) -> Tensor:
@@ -66,3 +125,7 @@ def _targets(text: TokenBatch) -> Tensor:
     targets = text["target_mask"].clone()
     targets[starts_of(text["lengths"]).to(targets.device)] = False
     return targets
+
+
+def _embedded(batch: Batch) -> Batch:
+    return {name: side for name, side in batch.items() if name != "text"}

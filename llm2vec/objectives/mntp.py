@@ -22,7 +22,7 @@ from llm2vec.model.packing import packed_hidden_states
 from llm2vec.objectives.language_modelling import next_token_loss, num_predicted
 from llm2vec.text.batches import pack_rows
 from llm2vec.text.tokenization import Row
-from llm2vec.types import Batch, MaskingScheme, MaskTokenType, Output, UserError
+from llm2vec.types import Batch, MaskingScheme, MaskTokenType, Objective, Output, Pass, UserError
 
 #: What is written for a masked token, and the token that is added for it.
 BLANK = "_"
@@ -33,18 +33,23 @@ ADDED_MASK = "<mask>"
 SHARES: dict[MaskingScheme, tuple[float, float]] = {"default": (0.8, 0.1), "all_mask": (1.0, 0.0)}
 
 
-class MaskedNextTokenPrediction(nn.Module):
+class MaskedNextTokenPrediction(nn.Module, Objective):
     """The loss over blocks of text some of whose tokens are masked.
 
     Args:
         model: decoder with its language-model head, usually with a LoRA adapter on the decoder and all else frozen.
     """
 
-    contrasts = False
+    model: PreTrainedModel
 
     def __init__(self, model: PreTrainedModel) -> None:
         super().__init__()
         self.model = model
+
+    def passes(self, batch: Batch) -> tuple[Pass, ...]:
+        """One, bidirectional."""
+        text = batch["text"]
+        return (Pass(tuple(text["lengths"]), "bidirectional", targets=sum(text["num_targets"])),)
 
     def count(self, batch: Batch) -> dict[str, Tensor]:
         """Masked tokens."""

@@ -29,10 +29,10 @@ from llm2vec.objectives.language_modelling import next_token_loss, num_predicted
 from llm2vec.objectives.losses import BLOCK_ENTRIES, BLOCK_ENTRIES_CUDA
 from llm2vec.text.batches import pack_rows
 from llm2vec.text.tokenization import Row, RowTokenizer
-from llm2vec.types import Batch, Example, InstructedText, Output, TextSide, TokenBatch, UserError
+from llm2vec.types import Batch, Example, InstructedText, Objective, Output, Pass, TextSide, TokenBatch, UserError
 
 
-class TokenSetPrediction(nn.Module):
+class TokenSetPrediction(nn.Module, Objective):
     """The loss over the sides that `CollateBlocks` makes.
 
     Args:
@@ -42,7 +42,7 @@ class TokenSetPrediction(nn.Module):
         lm_weight: of the next-token loss.
     """
 
-    contrasts = False
+    model: PreTrainedModel
 
     def __init__(
         self, model: PreTrainedModel, self_weight: float = 0.05, next_weight: float = 0.05, lm_weight: float = 1.0
@@ -50,6 +50,13 @@ class TokenSetPrediction(nn.Module):
         super().__init__()
         self.model = model
         self.weights = {"self": self_weight, "next": next_weight, "lm": lm_weight}
+
+    def passes(self, batch: Batch) -> tuple[Pass, ...]:
+        """One, of all readings; blocks and modelled texts are multiplied with the vocabulary."""
+        blocks = sum(int(side["pool_mask"].sum()) for side in batch.values())
+        modelled = sum(sum(batch[side]["num_targets"]) for side in _MODELLED)
+        lengths = tuple(length for side in batch.values() for length in side["lengths"])
+        return (Pass(lengths, "causal", targets=blocks + modelled),)
 
     def count(self, batch: Batch) -> dict[str, Tensor]:
         """Rows with a target of either kind, and target tokens of the next-token loss."""

@@ -9,7 +9,7 @@ CUDA's variable-length kernel, in half precision, keeps queries, keys and values
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -19,7 +19,9 @@ from torch import nn
 from transformers import TrainingArguments
 
 from llm2vec.model.packing import attention_dropout, inner_decoder, narrowing_layer, shares_prefix
-from llm2vec.planning.work import Pass, Work, width_of_queries
+from llm2vec.model.recomputation import tokens_run
+from llm2vec.planning.work import width_of_queries
+from llm2vec.types import Pass
 
 #: A layer's projections, each with what it reads: those with the same word read the same tensor.
 PROJECTIONS = {
@@ -91,22 +93,23 @@ def is_known(model: Any) -> bool:
     return set(PROJECTIONS) <= _modules(model).keys()
 
 
-def kept_bytes(model: Any, numbers: Numbers, work: Work, num_recomputed: int = 0) -> float:
-    """Bytes that the forward pass of some work keeps for its backward pass, weights and their gradients left out.
+def reckoned_bytes(model: Any, numbers: Numbers, passes: Sequence[Pass], num_recomputed: int = 0) -> float:
+    """Bytes that a forward pass keeps for its backward pass, weights and their gradients left out.
 
     Args:
         model: in training mode, with or without head and adapter; its weights may be on the meta device.
         numbers: it computes with.
-        work: what runs at once.
+        passes: what runs at once.
         num_recomputed: how many layers are recomputed, the first ones.
     """
-    of_targets = work.targets * model.config.hidden_size * numbers.compute  # their gradient, which comes with the loss
-    return of_targets + sum(kept_by_pass(model, numbers, p, num_recomputed) for p in work.passes)
+    targets = sum(p.targets for p in passes)
+    of_targets = targets * model.config.hidden_size * numbers.compute  # their gradient, which comes with the loss
+    return of_targets + sum(kept_by_pass(model, numbers, p, num_recomputed) for p in passes)
 
 
 def kept_by_a_layer(model: Any, numbers: Numbers, p: Pass) -> float:
     """Bytes that one whole layer keeps in a pass: they come back while it is recomputed."""
-    return tokens_run(model, numbers, p) * kept_by_layer(model, numbers, p).whole
+    return tokens_run(model, p, *numbers.shares) * kept_by_layer(model, numbers, p).whole
 
 
 def working(model: Any, numbers: Numbers, p: Pass) -> float:
@@ -123,12 +126,7 @@ def working(model: Any, numbers: Numbers, p: Pass) -> float:
         half, drops = numbers.compute == 2, _drops(projection)
         made = numbers.compute + 4 * (half and (drops or numbers.casts)) + 4 * (drops and numbers.casts)
         at_most = max(at_most, width * made)
-    return tokens_run(model, numbers, p) * (at_most + 2 * model.config.hidden_size * numbers.stream)
-
-
-def tokens_run(model: Any, numbers: Numbers, p: Pass) -> int:
-    """Tokens of a pass that run through the layers."""
-    return p.tokens - (p.repeated if shares_prefix(model, p.attention, *numbers.shares) else 0)
+    return tokens_run(model, p, *numbers.shares) * (at_most + 2 * model.config.hidden_size * numbers.stream)
 
 
 def kept_by_layer(model: Any, numbers: Numbers, p: Pass) -> Kept:
@@ -149,11 +147,11 @@ def kept_by_layer(model: Any, numbers: Numbers, p: Pass) -> Kept:
 
 
 def kept_by_pass(model: Any, numbers: Numbers, p: Pass, num_recomputed: int = 0) -> float:
-    """Bytes that a pass keeps; arguments as in `kept_bytes`."""
+    """Bytes that a pass keeps; arguments as in `reckoned_bytes`."""
     decoder = inner_decoder(model)
     hidden, heads = model.config.hidden_size, model.config.num_attention_heads
     kept = kept_by_layer(model, numbers, p)
-    tokens, num_whole = tokens_run(model, numbers, p), len(decoder.layers) - num_recomputed
+    tokens, num_whole = tokens_run(model, p, *numbers.shares), len(decoder.layers) - num_recomputed
     whole = tokens * kept.whole + sum(length**2 for length in p.lengths) * kept.pair
     total = num_recomputed * tokens * kept.recomputed + num_whole * whole
     if p.closing_only and num_whole and narrowing_layer(model) is not None:

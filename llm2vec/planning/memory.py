@@ -20,7 +20,7 @@ from transformers.training_args import OptimizerNames
 from llm2vec.model.packing import inner_decoder
 from llm2vec.objectives.losses import rows_of_a_block
 from llm2vec.planning.activations import Numbers, kept_by_a_layer, kept_by_pass, working
-from llm2vec.planning.work import Work
+from llm2vec.types import Pass
 
 #: Optimiser (`optim`) -> numbers of state for each trained weight, and the bytes of one; None = those of the weight.
 #: One that is not here is counted as AdamW, and that is said.
@@ -38,14 +38,14 @@ class Step(NamedTuple):
     """What a process has in hand in an optimiser step.
 
     Attributes:
-        work: of a sample of rows.
+        passes: of a sample of rows.
         scale: how many times the sample the largest micro-batch is.
         num_recomputed: how many layers are recomputed, the first ones.
         accumulates: whether there are several micro-batches, so that gradients of others are there already.
         texts: that a contrastive loss compares: of this process, and documents of all processes; None = none.
     """
 
-    work: Work
+    passes: tuple[Pass, ...]
     scale: float
     num_recomputed: int
     accumulates: bool
@@ -96,11 +96,11 @@ def memory_of(model: Any, args: TrainingArguments, numbers: Numbers, step: Step,
     copies, loss = _copies(model, numbers, step), _loss(model, numbers, step)
     recomputes_all = step.num_recomputed == len(inner_decoder(model).layers)
     kept, at_work = [], []
-    for p in step.work.passes:
+    for p in step.passes:
         kept.append(step.scale * kept_by_pass(model, numbers, p, step.num_recomputed))
         again = kept_by_a_layer(model, numbers, p) if recomputes_all else 0.0
         at_work.append(step.scale * (working(model, numbers, p) + again))
-    targets = step.scale * step.work.targets * model.config.hidden_size * numbers.compute
+    targets = step.scale * _targets(step) * model.config.hidden_size * numbers.compute
     moments = [copies.size + sum(kept) + targets + loss.size]
     beside = _table(model, tied=True) + (0 if recomputes_all else copies.size)
     for i in reversed(range(len(kept))):
@@ -110,6 +110,10 @@ def memory_of(model: Any, args: TrainingArguments, numbers: Numbers, step: Step,
     most = max(before + max(moments), gradients.size + _table(model) + _table(model, tied=True))
     passing = (gradients, copies, Part("activations", sum(kept) + targets), Part("a layer at work", max(at_work)), loss)
     return Memory((*always, *passing), sum(part.size for part in always) + most)
+
+
+def _targets(step: Step) -> int:
+    return sum(p.targets for p in step.passes)
 
 
 def _size(weights: Iterable[Tensor]) -> float:
@@ -157,13 +161,13 @@ def _copies(model: Any, numbers: Numbers, step: Step) -> Part:
     kept = 1 - step.num_recomputed / len(decoder.layers)
     trained = sum(weight.numel() for weight in matrices if weight.requires_grad)
     frozen = sum(weight.numel() for weight in matrices) - trained
-    number = trained + len(step.work.passes) * kept * frozen
+    number = trained + len(step.passes) * kept * frozen
     return Part("half-precision weights", number * numbers.compute if numbers.casts else 0.0, "copies (autocast)")
 
 
 def _loss(model: Any, numbers: Numbers, step: Step) -> Part:
     """A block of logits with its gradients, and the gradient of the vocabulary's matrix, which is summed in float32."""
-    targets = math.ceil(step.scale * step.work.targets)
+    targets = math.ceil(step.scale * _targets(step))
     if not targets:
         return Part("logits", 0.0)
     head = model.get_output_embeddings().weight

@@ -20,13 +20,12 @@ from llm2vec.data.order import OneSourceBlocks
 from llm2vec.hub import find_file, without_waiting_for_the_hub
 from llm2vec.model.chain import Chain, open_chain
 from llm2vec.model.packing import inner_decoder
-from llm2vec.model.recomputation import fit
+from llm2vec.model.recomputation import fit, tokens_run
 from llm2vec.model.settings import EncoderSettings
-from llm2vec.planning.activations import Numbers, is_known, kept_bytes
+from llm2vec.planning.activations import Numbers, is_known, reckoned_bytes
 from llm2vec.planning.gpus import Card
 from llm2vec.planning.memory import Memory, Step, memory_of
-from llm2vec.planning.row_lengths import Texts, assumed, counted
-from llm2vec.planning.work import useful_flops
+from llm2vec.planning.work import Sample, assumed, counted, useful_flops
 from llm2vec.train.config import Config, training_arguments
 from llm2vec.train.config_file import load_config
 from llm2vec.train.model import decoder_of, encoder_settings, open_tokenizer
@@ -41,7 +40,7 @@ from llm2vec.train.stages import (
     shape_of,
     stage_of,
 )
-from llm2vec.types import Stage, UserError
+from llm2vec.types import Objective, Stage, UserError
 
 
 @dataclass(frozen=True)
@@ -106,7 +105,7 @@ class Plan:
     conditions: Conditions
     settings: EncoderSettings
     model: Any
-    objective: Any
+    objective: Objective
     numbers: Numbers
     rows: Rows | None
     collate: Collate | None
@@ -114,8 +113,8 @@ class Plan:
     schedule: Schedule | None
     assumption: str
     absent: tuple[str, ...]
-    all_rows: Texts
-    by_source: tuple[Texts, ...]
+    all_rows: Sample
+    by_source: tuple[Sample, ...]
     memory: Memory | None = None
     recomputation: str = ""
 
@@ -133,7 +132,7 @@ class Plan:
     def flops_a_step(self) -> float:
         """Useful floating-point operations of all processes, in the mean."""
         share = rows_a_step(self.args, self.conditions.num_processes) / len(self.all_rows.tokens_of_rows)
-        return share * useful_flops(self.model, self.all_rows.work)
+        return share * useful_flops(self.model, self.all_rows.passes)
 
 
 def make_plan(path: Path, conditions: Conditions) -> Plan:
@@ -170,7 +169,7 @@ def make_plan(path: Path, conditions: Conditions) -> Plan:
         missing = f"model_name_or_path: {chain.base!r} has no tokenizer that can be read here."
     assumption = "" if collate else _assumption(config, conditions, missing)
     if collate is not None and rows is not None:
-        all_rows, *by_source = counted(objective, settings, rows, collate)
+        all_rows, *by_source = counted(objective, rows, collate)
     else:
         all_rows, *by_source = assumed(objective, settings, config, *_assumed_lengths(config, conditions))
     steps_per_epoch = None if order is None else steps_an_epoch(args, len(order), conditions.num_processes)
@@ -240,25 +239,31 @@ def _with_memory(plan: Plan) -> Plan:
     number, said = (num_layers, f"all {num_layers} layers are recomputed") if plan.config.checkpointing else (0, "")
     bound, budget = plan.config.tokens_per_microbatch, plan.config.activation_memory_gb
     if bound is not None and budget is not None:
-        per_token = max(kept_bytes(plan.model, plan.numbers, t.work) / t.tokens for t in plan.by_source)
-        number, said = fit(plan.objective, decoder_of(plan.model), per_token, bound, budget)
-    steps = [_step_of(plan, texts, number) for texts in plan.by_source]
+        per_token, runs = max(_a_token(plan, sample) for sample in plan.by_source)
+        number, said = fit(decoder_of(plan.model), per_token, runs, bound, budget)
+    steps = [_step_of(plan, sample, number) for sample in plan.by_source]
     accounts = [memory_of(plan.model, plan.args, plan.numbers, s, plan.conditions.num_processes) for s in steps]
     return dataclasses.replace(plan, memory=max(accounts, key=lambda account: account.most), recomputation=said)
 
 
-def _step_of(plan: Plan, texts: Texts, num_recomputed: int) -> Step:
+def _a_token(plan: Plan, sample: Sample) -> tuple[float, float]:
+    """Bytes that a token keeps in all layers, and how often it goes through them."""
+    run = sum(tokens_run(plan.model, p, *plan.numbers.shares) for p in sample.passes)
+    return reckoned_bytes(plan.model, plan.numbers, sample.passes) / sample.tokens, run / sample.tokens
+
+
+def _step_of(plan: Plan, sample: Sample, num_recomputed: int) -> Step:
     """What a process has in hand in a step over rows of one source."""
     share = plan.args.per_device_train_batch_size
-    bound = max(plan.config.tokens_per_microbatch or math.inf, *texts.tokens_of_rows)  # a row is never cut in two
-    at_once = min(bound, texts.tokens_of(share))
+    bound = max(plan.config.tokens_per_microbatch or math.inf, *sample.tokens_of_rows)  # a row is never cut in two
+    at_once = min(bound, sample.tokens_of(share))
     compared = None
     if plan.objective.contrasts:
         documents = share * plan.conditions.num_processes * (1 + plan.config.num_hard_negatives)
         compared = (share * (2 + plan.config.num_hard_negatives), documents)
     return Step(
-        texts.work,
-        at_once / texts.tokens,
+        sample.passes,
+        at_once / sample.tokens,
         num_recomputed,
         accumulates=at_once == bound or plan.args.gradient_accumulation_steps > 1,
         texts=compared,

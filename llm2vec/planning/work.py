@@ -1,95 +1,119 @@
-"""What an objective makes of a batch, as passes through the decoder, and how many operations those take.
+"""What a step asks of the model: tokens of rows, counted in a sample of them or assumed; and operations.
 
-Nothing is computed: passes are read off the batch's lengths. `plan` reckons with them before a run.
+Nothing is computed: an objective tells from a batch's lengths what it runs through the decoder (`Objective.passes`).
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple
 
+import numpy as np
+import torch
 from torch import Tensor, nn
 
-from llm2vec.llm2vec_q2d_d2q import BidirectionalReconstruction
-from llm2vec.model.embed import drops_out
+from llm2vec.data.collation import Collate
 from llm2vec.model.packing import inner_decoder
 from llm2vec.model.settings import EncoderSettings
-from llm2vec.objectives.mntp import MaskedNextTokenPrediction
-from llm2vec.objectives.token_set import TokenSetPrediction
-from llm2vec.types import Attention, Batch, TokenBatch
+from llm2vec.train.config import Config
+from llm2vec.train.rows import Rows, sample_of
+from llm2vec.train.stages import sides_of
+from llm2vec.types import Attention, Batch, Objective, Pass, TokenBatch
+
+#: Rows of each source whose tokens are counted for the memory they take.
+ROWS_OF_A_SOURCE = 32
+#: By how many standard deviations a process's share of a step is taken to be longer than in the mean.
+DEVIATIONS = 2.0
 
 
-class Pass(NamedTuple):
-    """Texts that run through the decoder together.
-
-    Attributes:
-        lengths: tokens of each text.
-        attention: of each text within itself.
-        prefixes: of each side, how many texts it has and how many tokens they all begin with.
-        closing_only: only the states of the texts' last tokens are read.
-    """
-
-    lengths: tuple[int, ...]
-    attention: Attention
-    prefixes: tuple[tuple[int, int], ...] = ()
-    closing_only: bool = False
-
-    @property
-    def tokens(self) -> int:
-        """Of all texts."""
-        return sum(self.lengths)
-
-    @property
-    def repeated(self) -> int:
-        """Tokens that need not run where each shared prefix runs once."""
-        return sum((number - 1) * prefix for number, prefix in self.prefixes)
-
-
-class Work(NamedTuple):
-    """What a batch asks of the model.
+class Sample(NamedTuple):
+    """Some rows of a source.
 
     Attributes:
-        passes: through the decoder.
-        targets: states that are multiplied with the vocabulary.
+        passes: of them all at once.
+        tokens_of_rows: of each row, all sides.
     """
 
     passes: tuple[Pass, ...]
-    targets: int = 0
+    tokens_of_rows: tuple[int, ...]
+
+    @property
+    def tokens(self) -> int:
+        """Of all rows."""
+        return sum(self.tokens_of_rows)
+
+    def tokens_of(self, num_rows: int) -> float:
+        """Tokens that so many rows of the source hardly exceed."""
+        return num_rows * float(np.mean(self.tokens_of_rows)) + DEVIATIONS * num_rows**0.5 * float(
+            np.std(self.tokens_of_rows)
+        )
 
 
-def work_of(objective: Any, settings: EncoderSettings, batch: Batch) -> Work:
-    """The passes that an objective runs over a batch; of the batch only lengths and counts are read."""
-    drops = drops_out(objective.model)
-    if isinstance(objective, BidirectionalReconstruction):
-        used = [d for d, weight in zip(objective.directions, objective.weights, strict=True) if weight > 0]
-        sources = {d.source: batch[d.source] for d in used}
-        targets = tuple(n for d in used for n in batch[d.goal]["num_targets"] if n)
-        return Work((_embedding(settings, list(sources.values()), drops), Pass(targets, "causal")), sum(targets))
-    if isinstance(objective, TokenSetPrediction):
-        reading = Pass(tuple(n for side in batch.values() for n in side["lengths"]), "causal")
-        modelled = sum(sum(batch[name]["num_targets"]) for name in ("query_self", "positive_self"))
-        return Work((reading,), modelled + sum(int(side["pool_mask"].sum()) for side in batch.values()))
-    embedded = [side for name, side in batch.items() if name != "text"]
-    passes = [_embedding(settings, embedded, drops)] if embedded else []
-    if "text" not in batch:
-        return Work(tuple(passes))
-    attention: Attention = "bidirectional" if isinstance(objective, MaskedNextTokenPrediction) else "causal"
-    text = Pass(tuple(batch["text"]["lengths"]), attention)
-    return Work((*passes, text), sum(batch["text"]["num_targets"]))
+def counted(objective: Objective, rows: Rows, collate: Collate) -> list[Sample]:
+    """A sample over all sources, and then one of each source."""
+    return [_sample(objective, batch) for batch in _batches(rows, collate)]
 
 
-def _embedding(settings: EncoderSettings, sides: Sequence[TokenBatch], drops: bool) -> Pass:
-    """The one pass that embeds all sides (`llm2vec.embed`)."""
-    return Pass(
-        tuple(length for side in sides for length in side["lengths"]),
-        settings.attention,
-        () if drops else tuple((len(side["lengths"]), side["prefix"]) for side in sides),
-        settings.pooling_mode == "last" and all(side["closed"] for side in sides),
-    )
+def assumed(objective: Objective, settings: EncoderSettings, config: Config, query: int, document: int) -> list[Sample]:
+    """The same where each query and each document is taken to have so many tokens."""
+    return [_sample(objective, assumed_batch(config, settings, query, document))] * 2
 
 
-def useful_flops(model: Any, work: Work) -> float:
-    """Floating-point operations that a training step of this work cannot do without.
+def _sample(objective: Objective, batch: Batch) -> Sample:
+    num_rows = len(batch[next(iter(batch))]["lengths"])
+    of_sides = [np.reshape(side["lengths"], (num_rows, -1)).sum(axis=1) for side in batch.values()]
+    return Sample(objective.passes(batch), tuple(np.sum(of_sides, axis=0).tolist()))
+
+
+def _batches(rows: Rows, collate: Collate) -> Iterator[Batch]:
+    yield collate(sample_of(rows))
+    first = 0
+    for size in rows.sizes:
+        chosen = np.random.default_rng(0).choice(size, min(size, ROWS_OF_A_SOURCE), replace=False)
+        yield collate([rows[first + int(i)] for i in sorted(chosen)])
+        first += size
+
+
+def assumed_batch(config: Config, settings: EncoderSettings, query: int, document: int, num_rows: int = 16) -> Batch:
+    """A batch of the stage's sides with nothing but lengths in it, all of a text's tokens its targets.
+
+    Args:
+        config: of the run.
+        settings: how texts become vectors.
+        query: tokens of each query.
+        document: tokens of each document.
+        num_rows: how many rows.
+    """
+    if config.stage == "mntp":
+        masked = round(config.mlm_probability * config.max_seq_length)
+        return {"text": _lengths(settings, num_rows, config.max_seq_length, masked)}
+    if config.stage == "stage_I" and config.objective == "token_set":
+        lengths = {"query_self": query, "query_next": query, "positive_self": document, "positive_next": document}
+    else:
+        text = min(query + document, config.max_seq_length)
+        of_sides = {"query": query, "positive": document, "negative": document, "text": text}
+        if config.stage == "simcse":
+            of_sides["query"] = document  # each text is its own positive
+        lengths = {side: of_sides[side] for side in sides_of(config)}
+    times = {"negative": config.num_hard_negatives}
+    return {side: _lengths(settings, num_rows * times.get(side, 1), n, n) for side, n in lengths.items()}
+
+
+def _lengths(settings: EncoderSettings, num_texts: int, tokens: int, targets: int) -> TokenBatch:
+    nothing = torch.zeros(0, dtype=torch.long)
+    return {
+        "input_ids": nothing,
+        "lengths": [tokens] * num_texts,
+        "pool_mask": nothing,
+        "target_mask": nothing,
+        "num_targets": [targets] * num_texts,
+        "prefix": 0,
+        "closed": settings.pooling_mode == "last",
+    }
+
+
+def useful_flops(model: Any, passes: Sequence[Pass]) -> float:
+    """Floating-point operations that a training step of these passes cannot do without.
 
     A matrix costs 2 per weight and token forward, 2 for its inputs' gradient and 2 for its own, which a frozen one
     does not need. Attention costs its two products of each token with those it attends to, forward and twice that
@@ -98,15 +122,16 @@ def useful_flops(model: Any, work: Work) -> float:
 
     Args:
         model: with or without head and adapter; its weights may be on the meta device.
-        work: of the step.
+        passes: of the step.
     """
     layers = inner_decoder(model).layers
     per_token = sum((_flops_of(m.weight) for m in layers.modules() if isinstance(m, nn.Linear)), 0.0)
-    pairs = sum(_pairs(length, p.attention) for p in work.passes for length in p.lengths)
-    head = model.get_output_embeddings() if work.targets else None
-    of_head = 0.0 if head is None else _flops_of(head.weight) * work.targets
+    pairs = sum(_pairs(length, p.attention) for p in passes for length in p.lengths)
+    targets = sum(p.targets for p in passes)
+    head = model.get_output_embeddings() if targets else None
+    of_head = 0.0 if head is None else _flops_of(head.weight) * targets
     attention = 12.0 * len(layers) * width_of_queries(model.config)
-    return per_token * sum(p.tokens for p in work.passes) + of_head + attention * pairs
+    return per_token * sum(p.tokens for p in passes) + of_head + attention * pairs
 
 
 def width_of_queries(config: Any) -> int:

@@ -17,7 +17,7 @@ from typing import Any, NamedTuple
 
 import torch
 from accelerate.utils import send_to_device
-from torch import Tensor, nn
+from torch import Tensor
 from transformers import PreTrainedTokenizerBase, TrainingArguments
 
 from llm2vec.cli import user_errors_in_one_sentence as user_errors_in_one_sentence  # goes once nobody takes it here
@@ -42,7 +42,7 @@ from llm2vec.train.resume import checkpoint_folder, checkpoints_in, command_to_r
 from llm2vec.train.rows import Rows, row_orders, sample_of
 from llm2vec.train.saving import model_weights
 from llm2vec.train.trainer import EmbedderTrainer
-from llm2vec.types import RunEnds, UserError
+from llm2vec.types import Objective, RunEnds, UserError
 
 logger = logging.getLogger(__name__)
 
@@ -64,7 +64,7 @@ def config_path(arguments: Sequence[str]) -> Path:
 def train(
     config: Config,
     args: TrainingArguments,
-    objective: nn.Module,
+    objective: Objective,
     rows: Rows,
     collate: Collate,
     tokenizer: PreTrainedTokenizerBase,
@@ -92,7 +92,7 @@ def train(
     sampler, held_out = row_orders(config, args, rows, world_size())
     steps_per_epoch = steps_an_epoch(args, len(sampler), world_size())
     for line in [
-        *describe(config, args, objective, rows, collate, settings, steps_per_epoch, world_size()),
+        *describe(config, args, objective.model, rows, collate, settings, steps_per_epoch, world_size()),
         *notes,
         *_fit_activations(config, args, objective, rows, collate),
     ]:
@@ -110,7 +110,7 @@ def train(
         at_step = {**(run or {}), "step": trainer.state.global_step}
         if trainer.weights_of_step is not None:
             at_step["weights_of_step"] = trainer.weights_of_step
-        save_checkpoint(folder, part_to_save(objective.model), tokenizer, settings, at_step, state)  # type: ignore[arg-type]
+        save_checkpoint(folder, part_to_save(objective.model), tokenizer, settings, at_step, state)
 
     signals = StopSignals()
     trainer = EmbedderTrainer(
@@ -125,7 +125,7 @@ def train(
         held_out=held_out,
         probes=probes_of(config, args, objective.model, tokenizer, settings, held_out and held_out[0]),
         max_tokens=config.tokens_per_microbatch,
-        load_from=lambda folder: read_weights(folder, part_to_save(objective.model)),  # type: ignore[arg-type]
+        load_from=lambda folder: read_weights(folder, part_to_save(objective.model)),
         place_of=rows.place,
         should_stop=lambda: signals.received is not None,
         max_skipped_steps=config.max_skipped_steps,
@@ -164,7 +164,7 @@ def _stopped(config: Config, step: int) -> str:
 
 
 def _fit_activations(
-    config: Config, args: TrainingArguments, objective: Any, rows: Rows, collate: Collate
+    config: Config, args: TrainingArguments, objective: Objective, rows: Rows, collate: Collate
 ) -> list[str]:
     """Recompute so many layers that the activations fit the config's budget, if it has one; the line that says so."""
     if config.activation_memory_gb is None or config.tokens_per_microbatch is None:

@@ -11,7 +11,6 @@ from pathlib import Path
 from typing import Any, get_args
 
 import torch
-from torch import nn
 from transformers import (
     AutoConfig,
     AutoModel,
@@ -29,14 +28,13 @@ from llm2vec.llm2vec_q2d_d2q import BidirectionalReconstruction
 from llm2vec.model.backbone import Backbone, add_token_rows, parse_dtype, set_attention_dropout
 from llm2vec.model.settings import EncoderSettings, row_tokenizer
 from llm2vec.objectives.contrastive import ContrastiveLearning
-from llm2vec.objectives.grit import ContrastiveLanguageModelling
-from llm2vec.objectives.language_modelling import LanguageModelling
+from llm2vec.objectives.language_modelling import ContrastiveLanguageModelling, LanguageModelling
 from llm2vec.objectives.mntp import MaskedNextTokenPrediction, mask_tokens
 from llm2vec.objectives.token_set import CollateBlocks, TokenSetPrediction
 from llm2vec.train.config import DATASET_NAMES, KEYS, Config
 from llm2vec.train.model import decoder_of, with_adapter
 from llm2vec.train.rows import Rows, open_rows, open_running_text, open_texts, sources_of
-from llm2vec.types import Stage, UserError, first_line
+from llm2vec.types import Objective, Stage, UserError, first_line
 
 
 def stage_of(path: Path) -> Stage:
@@ -103,7 +101,7 @@ def model_of_shapes(config: Config, shape: PretrainedConfig, new_tokens: list[in
     return model
 
 
-def objective_of(config: Config, model: Any, settings: EncoderSettings) -> nn.Module:
+def objective_of(config: Config, model: Any, settings: EncoderSettings) -> Objective:
     """The stage's objective.
 
     Raises:

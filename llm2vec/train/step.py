@@ -20,18 +20,18 @@ from itertools import accumulate
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from llm2vec.distributed import max_over_ranks, sum_over_ranks
 from llm2vec.text.batches import select_rows
-from llm2vec.types import Batch, Output
+from llm2vec.types import Batch, Objective, Output
 
 #: Up to this many pieces, gradient caching keeps the last one's graph instead of embedding it twice.
 MOST_PIECES_WITH_A_GRAPH = 8
 
 
 def backward_step(
-    objective: nn.Module,
+    objective: Objective,
     batch: Batch,
     totals: dict[str, Tensor],
     *,
@@ -43,7 +43,7 @@ def backward_step(
     """Add the gradient of a batch's loss to the parameters' `.grad`.
 
     Args:
-        objective: as in `types.Objective`, plain or wrapped for several processes.
+        objective: plain, or wrapped for several processes.
         batch: what this process holds at once.
         totals: number of terms of each loss part in the whole optimiser step.
         max_tokens: most tokens that go through the model at once, at least a row; None = the whole batch.
@@ -54,7 +54,7 @@ def backward_step(
     Returns:
         Loss parts, detached: `loss` and the objective's figures.
     """
-    inner: Any = getattr(objective, "module", objective)  # DDP's wrapper passes on no methods
+    inner: Objective = getattr(objective, "module", objective)  # DDP's wrapper passes on no methods
     pieces = split_batch(batch, max_tokens)
     if not inner.contrasts or len(pieces) == 1:
         return _backward_whole(objective, inner, pieces, totals, scale, backward, no_sync)
@@ -98,14 +98,14 @@ def _surrogate(output: Output, gradients: dict[str, Tensor]) -> Tensor:
 
 
 def loss_parts(
-    objective: nn.Module, batch: Batch, totals: dict[str, Tensor], max_tokens: int | None = None
+    objective: Objective, batch: Batch, totals: dict[str, Tensor], max_tokens: int | None = None
 ) -> dict[str, Tensor]:
     """The figures of `backward_step` alone: nothing is differentiated."""
-    inner: Any = getattr(objective, "module", objective)
+    inner: Objective = getattr(objective, "module", objective)
     with torch.no_grad():
         held, shares = _Held(batch), []
         for piece in split_batch(batch, max_tokens):
-            output: Output = objective(piece, totals)
+            output = objective(piece, totals)
             held.add(piece, output)
             shares.append(output.parts)
         between = inner.contrast(held.vectors | held.facts, totals) if inner.contrasts else {}
@@ -113,10 +113,10 @@ def loss_parts(
 
 
 def mean_parts(
-    objective: nn.Module, batches: Iterable[Batch], device: torch.device, max_tokens: int | None = None
+    objective: Objective, batches: Iterable[Batch], device: torch.device, max_tokens: int | None = None
 ) -> dict[str, float]:
     """Loss parts of held-out micro-batches, of which each rank has its own: a mean over them, not over their terms."""
-    inner: Any = getattr(objective, "module", objective)
+    inner: Objective = getattr(objective, "module", objective)
     sums: dict[str, Tensor] = {}
     number = 0
     for batch in batches:
@@ -127,7 +127,9 @@ def mean_parts(
     return dict(zip(sums, means.tolist(), strict=True))
 
 
-def count_terms(objective: Any, batches: Sequence[Batch], device: torch.device) -> tuple[dict[str, Tensor], Tensor]:
+def count_terms(
+    objective: Objective, batches: Sequence[Batch], device: torch.device
+) -> tuple[dict[str, Tensor], Tensor]:
     """How many terms of each loss part, and how many tokens, batches hold on all ranks; one sum over the ranks."""
     counts = [{**objective.count(batch), "tokens": _num_tokens(batch)} for batch in batches]
     of_rank = [torch.stack([count[name].to(device) for count in counts]).sum() for name in counts[0]]
@@ -215,8 +217,8 @@ def add_up(parts: Sequence[dict[str, Tensor]]) -> dict[str, Tensor]:
 
 
 def _backward_whole(
-    objective: nn.Module,
-    inner: Any,
+    objective: Objective,
+    inner: Objective,
     pieces: Pieces | list[Batch],
     totals: dict[str, Tensor],
     scale: float,
@@ -227,7 +229,7 @@ def _backward_whole(
     shares = []
     for i, piece in enumerate(pieces):
         with nullcontext() if i == len(pieces) - 1 else no_sync():
-            output: Output = objective(piece, totals)
+            output = objective(piece, totals)
             between = inner.contrast(output.vectors | output.facts, totals) if inner.contrasts else {}
             losses = [parts["loss"] for parts in (output.parts, between) if "loss" in parts]
             backward(torch.stack(losses).sum() * scale)
@@ -268,7 +270,7 @@ class _Held:
 
 
 def _gradients_of_vectors(
-    inner: Any, held: _Held, totals: dict[str, Tensor]
+    inner: Objective, held: _Held, totals: dict[str, Tensor]
 ) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
     """Loss parts between the vectors, and the gradient of each side's vectors.
 

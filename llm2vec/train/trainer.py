@@ -37,7 +37,7 @@ from contextlib import contextmanager, nullcontext
 from functools import partial
 from pathlib import Path
 from pickle import UnpicklingError
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -49,7 +49,7 @@ from llm2vec.train.log import LOG_FILE, EndOfRun, JsonLog, ProgressToStop, StepF
 from llm2vec.train.resume import last_checkpoint, step_of
 from llm2vec.train.saving import CheckpointWriter, load_shares, save_shares
 from llm2vec.train.step import backward_step, count_terms, mean_parts
-from llm2vec.types import Batch, Reduction, RunEnds, UserError, first_line
+from llm2vec.types import Batch, Objective, Reduction, RunEnds, UserError, first_line
 
 logger = logging.getLogger(__name__)
 
@@ -89,7 +89,7 @@ class EmbedderTrainer(Trainer):
 
     def __init__(
         self,
-        objective: nn.Module,
+        objective: Objective,
         args: TrainingArguments,
         rows: Dataset[Any],
         collate: Callable[[list[Any]], Batch],
@@ -112,7 +112,7 @@ class EmbedderTrainer(Trainer):
         args.logging_nan_inf_filter = False
         eval_rows, eval_sampler = held_out or (None, None)
         with _of_arguments():
-            super().__init__(objective, args, collate, train_dataset=rows, eval_dataset=eval_rows)
+            super().__init__(cast(nn.Module, objective), args, collate, train_dataset=rows, eval_dataset=eval_rows)
         if args.fsdp_plugin_args is not None and not self.is_fsdp_enabled:
             # accelerate knows FSDP on GPUs only; on CPUs it would train whole copies without a word.
             raise UserError("fsdp shares the weights among GPUs, and this run has none; take fsdp out.")
@@ -240,7 +240,7 @@ class EmbedderTrainer(Trainer):
             shares = self.current_gradient_accumulation_steps * num_processes
             totals = {name: count * shares for name, count in self._objective().count(batch).items()}
         parts = backward_step(
-            model,
+            cast(Objective, model),
             batch,
             totals,
             max_tokens=self._max_tokens,
@@ -306,7 +306,8 @@ class EmbedderTrainer(Trainer):
         with self._figures.paused():
             was_training = self.model_wrapped.training
             self.model_wrapped.eval()
-            figures = mean_parts(self.model_wrapped, self.get_eval_dataloader(), self.args.device, self._max_tokens)
+            objective = cast(Objective, self.model_wrapped)
+            figures = mean_parts(objective, self.get_eval_dataloader(), self.args.device, self._max_tokens)
             for probe in self._probes:
                 figures |= probe(self.state.global_step)
             self.model_wrapped.train(was_training)
@@ -372,7 +373,7 @@ class EmbedderTrainer(Trainer):
         self._load_from(best)
         self.weights_of_step = step_of(best)
 
-    def _objective(self) -> Any:
+    def _objective(self) -> Objective:
         return self.accelerator.unwrap_model(self.model)
 
 

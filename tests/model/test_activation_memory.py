@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Any
 
+import every_objective
 import pytest
 import reference
 import torch
@@ -12,9 +14,11 @@ from torch import Tensor
 
 from llm2vec.data.collation import CollateSides
 from llm2vec.llm2vec_q2d_d2q import BidirectionalReconstruction
-from llm2vec.model.packing import compile_layers
-from llm2vec.model.recomputation import bytes_per_token, fit_activations, kept_bytes, layers_to_recompute
+from llm2vec.model.backbone import enable_checkpointing
+from llm2vec.model.packing import checkpoint_contexts, compile_layers
+from llm2vec.model.recomputation import bytes_per_token, fit_activations, layers_to_recompute, measured_bytes
 from llm2vec.model.settings import EncoderSettings, row_tokenizer
+from llm2vec.train.model import decoder_of
 from llm2vec.train.step import backward_step
 from llm2vec.types import Batch, UserError
 
@@ -60,7 +64,8 @@ def test_weights_are_not_counted_and_each_tensor_is_once() -> None:
             return product * product
 
     x = torch.ones(5, 8)
-    assert kept_bytes(Square(), {"x": x}) == 2 * x.nbytes  # type: ignore[typeddict-item]
+    square: Any = Square()
+    assert measured_bytes(square, {"x": x}) == 2 * x.nbytes  # type: ignore[typeddict-item]
 
 
 def test_memory_grows_with_tokens_and_shrinks_with_recomputed_layers() -> None:
@@ -95,6 +100,20 @@ def test_results_do_not_depend_on_the_budget() -> None:
     again, same = run(objective, large)
     torch.testing.assert_close(again, loss, rtol=1e-12, atol=0)
     reference.assert_same_gradients(same, gradients)
+
+
+@pytest.mark.parametrize("kind", every_objective.KINDS)
+def test_a_budget_that_fits_with_all_layers_recomputed_is_not_refused(kind: str) -> None:
+    """What is left then is measured, and a layer comes back while it is recomputed."""
+    objective, batch_of = every_objective.make(kind, num_hidden_layers=LAYERS)
+    small, large = batch_of(8), batch_of(24)
+    decoder: Any = decoder_of(objective.model)
+    whole = bytes_per_token(objective, small, large)
+    enable_checkpointing(decoder, {"use_reentrant": False, "context_fn": partial(checkpoint_contexts, decoder)})
+    needed = (bytes_per_token(objective, small, large) + whole / LAYERS) * 1000 / 1e9
+    objective, _ = every_objective.make(kind, num_hidden_layers=LAYERS)
+    line = fit_activations(objective, decoder_of(objective.model), small, large, 1000, needed)
+    assert f"{LAYERS} of {LAYERS} layers are recomputed" in line
 
 
 @pytest.mark.parametrize(("budget", "number"), [(40.0, 0), (39.9, 2), (33.0, 2), (32.0, 2), (31.9, 3), (14.0, 4)])

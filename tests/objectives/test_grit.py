@@ -24,8 +24,7 @@ from llm2vec.distributed import sum_over_ranks
 from llm2vec.model.backbone import attach_lora
 from llm2vec.model.settings import EncoderSettings, row_tokenizer
 from llm2vec.objectives.contrastive import ContrastiveLearning
-from llm2vec.objectives.grit import ContrastiveLanguageModelling
-from llm2vec.objectives.language_modelling import LanguageModelling
+from llm2vec.objectives.language_modelling import ContrastiveLanguageModelling, LanguageModelling
 from llm2vec.processes import rank, world_size
 from llm2vec.train.config_file import load_config
 from llm2vec.train.log import LOG_FILE

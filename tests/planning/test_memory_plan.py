@@ -13,6 +13,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+import every_objective
 import pytest
 import reference
 import torch
@@ -25,26 +26,22 @@ from transformers import AutoModelForCausalLM, LlamaConfig, TrainingArguments
 
 from benchmarks.variants import Shape
 from benchmarks.variants import useful_flops as bench_flops
-from llm2vec.data.blocks import Block
 from llm2vec.data.collation import CollateSides
 from llm2vec.llm2vec_q2d_d2q import BidirectionalReconstruction
 from llm2vec.model import packed_attention
-from llm2vec.model import recomputation as activation_memory
 from llm2vec.model.backbone import attach_lora, enable_checkpointing, set_attention_dropout
 from llm2vec.model.packing import checkpoint_contexts, packed_hidden_states
+from llm2vec.model.recomputation import measured_bytes, tokens_run
 from llm2vec.model.settings import EncoderSettings, row_tokenizer
 from llm2vec.objectives.contrastive import ContrastiveLearning
-from llm2vec.objectives.grit import ContrastiveLanguageModelling
-from llm2vec.objectives.language_modelling import LanguageModelling
-from llm2vec.objectives.mntp import MaskedNextTokenPrediction, mask_tokens
-from llm2vec.objectives.token_set import CollateBlocks, TokenSetPrediction
-from llm2vec.planning.activations import Numbers, kept_by_layer, kept_bytes, tokens_run
+from llm2vec.objectives.losses import linear_cross_entropy
+from llm2vec.objectives.token_set import token_set_loss
+from llm2vec.planning.activations import Numbers, kept_by_layer, reckoned_bytes
 from llm2vec.planning.memory import Step, memory_of
 from llm2vec.planning.plan import Conditions, make_plan
-from llm2vec.planning.work import Pass, Work, useful_flops, work_of
-from llm2vec.text.tokenization import add_template_tokens
+from llm2vec.planning.work import useful_flops
 from llm2vec.train.step import backward_step, split_batch
-from llm2vec.types import Batch
+from llm2vec.types import Batch, Pass
 
 ROOT = Path(__file__).parents[2]
 ROWS = reference.examples(24, 1)
@@ -64,7 +61,7 @@ def make(
     dropout: float = 0.05,
     settings: EncoderSettings | None = None,
     **shape: Any,
-) -> tuple[Any, EncoderSettings, CollateSides]:
+) -> tuple[Any, CollateSides]:
     """Stage I over all weights, or Stage II over an adapter; wide enough for what is not counted not to matter."""
     first = stage == "stage_I"
     sizes = {"num_hidden_layers": LAYERS, "hidden_size": 64, "intermediate_size": 176, "num_attention_heads": 8}
@@ -74,7 +71,7 @@ def make(
     settings = settings or EncoderSettings(pooling_mode="last", attention="causal", template=TEMPLATES[family])
     sides: Any = ("query", "positive") if first else ("query", "positive", "negative")
     objective = BidirectionalReconstruction(model, settings) if first else ContrastiveLearning(model, settings)
-    return objective.train(), settings, CollateSides(row_tokenizer(family_tokenizer(family), settings), sides)
+    return objective.train(), CollateSides(row_tokenizer(family_tokenizer(family), settings), sides)
 
 
 # --- which passes ---
@@ -101,45 +98,34 @@ def passes_run(objective: Any, batch: Batch, monkeypatch: pytest.MonkeyPatch) ->
     return called
 
 
-OBJECTIVES = ("alpha 0", "alpha 0.2", "self", "token_set", "contrastive", "with dropout", "grit", "lm", "mntp")
-
-
-@pytest.mark.parametrize("kind", OBJECTIVES)
+@pytest.mark.parametrize("kind", every_objective.KINDS)
 def test_passes_are_those_that_the_objective_runs(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    tokenizer = family_tokenizer("llama")
-    template = "llara" if kind == "token_set" else "llama3"
-    new = add_template_tokens(tokenizer, template)
-    model: Any = tiny_model("llama", True, tokenizer=tokenizer if new else None).train()
-    pooling: Any = "mean" if kind == "token_set" else "last"
-    settings = EncoderSettings(pooling_mode=pooling, attention="causal", template=template)
-    renderer = row_tokenizer(tokenizer, settings)
-    rows = reference.under_one_instruction(ROWS[:6])
-    sides: Any = ("query", "positive", "negative")
-    objective: Any
-    if kind in ("alpha 0", "alpha 0.2", "self"):
-        target: Any = "self" if kind == "self" else "counterpart"
-        objective = BidirectionalReconstruction(model, settings, 0.0 if kind == "alpha 0" else 0.2, target)
-        batch = CollateSides(renderer, ("query", "positive"))(rows)
-    elif kind == "token_set":
-        objective, batch = TokenSetPrediction(model), CollateBlocks(renderer)(rows)
-    elif kind == "mntp":
-        blocks = [Block(list(range(20 + i, 40 + i)), 0, i) for i in range(4)]
-        objective, batch = MaskedNextTokenPrediction(model), mask_tokens(tokenizer)(blocks)
-    elif kind == "lm":
-        objective, batch = LanguageModelling(model), CollateSides(renderer, ("text",))(rows)
-    else:
-        decoder = model.base_model
-        if kind == "with dropout":
-            decoder = attach_lora(decoder.requires_grad_(False), r=2, alpha=4, dropout=0.1)
-        objective = ContrastiveLearning(decoder, settings)
-        batch = CollateSides(renderer, sides)(rows)
-        if kind == "grit":
-            objective = ContrastiveLanguageModelling(objective, LanguageModelling(model))
-            batch = CollateSides(renderer, (*sides, "text"))(rows)
-    work = work_of(objective.train(), settings, batch)
-    assert [tuple(p) for p in work.passes] == passes_run(objective, batch, monkeypatch)
-    shares = any(prefix for p in work.passes for _, prefix in p.prefixes)
-    assert shares == (kind in {*OBJECTIVES[:3], "contrastive", "grit"})
+    objective, batch_of = every_objective.make(kind)
+    batch = batch_of(6)
+    passes = objective.passes(batch)
+    assert [tuple(p)[:4] for p in passes] == passes_run(objective, batch, monkeypatch)
+    shares = any(prefix for p in passes for _, prefix in p.prefixes)
+    assert shares == (kind in {*every_objective.KINDS[:3], "contrastive", "grit"})
+    assert sum(p.targets for p in passes) == states_scored(objective, batch, monkeypatch)
+
+
+def states_scored(objective: Any, batch: Batch, monkeypatch: pytest.MonkeyPatch) -> int:
+    """How many states an objective multiplies with the vocabulary, or hands to the loss that does."""
+    scored: list[int] = []
+
+    def counted(states_ND: Tensor, *arguments: Any) -> Any:
+        scored.append(len(states_ND))
+        return linear_cross_entropy(states_ND, *arguments)
+
+    def of_blocks(block_RKD: Tensor, *arguments: Any) -> Tensor:
+        scored.append(block_RKD.shape[0] * block_RKD.shape[1])
+        return token_set_loss(block_RKD, *arguments)
+
+    for module in ("llm2vec_q2d_d2q", "objectives.language_modelling"):
+        monkeypatch.setattr(f"llm2vec.{module}.linear_cross_entropy", counted)
+    monkeypatch.setattr("llm2vec.objectives.token_set.token_set_loss", of_blocks)
+    objective(batch, objective.count(batch))
+    return sum(scored)
 
 
 def test_useful_operations_are_those_of_the_benchmark() -> None:
@@ -147,11 +133,11 @@ def test_useful_operations_are_those_of_the_benchmark() -> None:
     shape = Shape(layers=3, hidden=64, intermediate=176, heads=4, kv_heads=4, vocabulary=300)
     model = AutoModelForCausalLM.from_config(shape.config())
     lengths, targets = (5, 9, 30), (4, 20)
-    work = Work((Pass(lengths, "causal"), Pass(targets, "causal")), sum(targets))
-    assert useful_flops(model, work) == bench_flops(shape, [*lengths, *targets], num_targets=sum(targets))
+    passes = (Pass(lengths, "causal"), Pass(targets, "causal", targets=sum(targets)))
+    assert useful_flops(model, passes) == bench_flops(shape, [*lengths, *targets], num_targets=sum(targets))
     adapted = attach_lora(model.base_model.requires_grad_(False), r=4, alpha=8, dropout=0.0)
     expected = bench_flops(shape, lengths, lora_r=4)
-    assert useful_flops(adapted, Work((Pass(lengths, "causal"),))) == expected
+    assert useful_flops(adapted, (Pass(lengths, "causal"),)) == expected
 
 
 # --- what is kept ---
@@ -165,7 +151,6 @@ PRECISIONS = {
 
 def assert_kept_as_reckoned(
     objective: Any,
-    settings: EncoderSettings,
     collate: CollateSides,
     *,
     autocast: bool = False,
@@ -175,11 +160,10 @@ def assert_kept_as_reckoned(
     """Bytes that further rows keep; what does not depend on rows (copies of weights, the head's gradient) cancels."""
     small, large = collate(ROWS[:8]), collate(ROWS)
     with torch.autocast("cpu", torch.bfloat16) if autocast else nullcontext():
-        counted = [activation_memory.kept_bytes(objective, batch) for batch in (small, large)]
+        counted = [measured_bytes(objective, batch) for batch in (small, large)]
     numbers = Numbers.of(arguments(bf16=autocast), objective.model, "cpu")
     reckoned = [
-        kept_bytes(objective.model, numbers, work_of(objective, settings, batch), recomputed)
-        for batch in (small, large)
+        reckoned_bytes(objective.model, numbers, objective.passes(batch), recomputed) for batch in (small, large)
     ]
     assert reckoned[1] - reckoned[0] == pytest.approx(counted[1] - counted[0], rel=tolerance)
 
@@ -209,20 +193,20 @@ def test_mean_pooling_and_bidirectional_attention(stage: str) -> None:
 def test_attention_that_drops_out(dtype: torch.dtype) -> None:
     """SimCSE on a CPU keeps the scores, too."""
     settings = EncoderSettings(pooling_mode="mean", attention="bidirectional", template="llama3")
-    objective, settings, collate = make("stage_II", dtype, settings=settings)
+    objective, collate = make("stage_II", dtype, settings=settings)
     set_attention_dropout(objective.model, 0.3)
-    assert_kept_as_reckoned(objective, settings, collate)
+    assert_kept_as_reckoned(objective, collate)
 
 
 @pytest.mark.parametrize("number", [2, LAYERS])
 def test_recomputed_layers_keep_their_input(number: int) -> None:
-    objective, settings, collate = make("stage_I")
+    objective, collate = make("stage_I")
     contexts = {"use_reentrant": False, "context_fn": partial(checkpoint_contexts, objective.decoder)}
     enable_checkpointing(objective.decoder, contexts)
     for layer in objective.decoder.layers[number:]:
         layer.gradient_checkpointing = False
     # Sines and cosines are arguments of a recomputed layer: there, but no saved tensors.
-    assert_kept_as_reckoned(objective, settings, collate, recomputed=number, tolerance=0.02)
+    assert_kept_as_reckoned(objective, collate, recomputed=number, tolerance=0.02)
 
 
 class _KeepsLikeVarlen(torch.autograd.Function):
@@ -253,7 +237,7 @@ def test_what_the_cuda_path_keeps(adapted: bool, monkeypatch: pytest.MonkeyPatch
         if adapted:
             model = attach_lora(model.requires_grad_(False), r=4, alpha=8, dropout=0.0)
         objective = _OnePass(model, lengths)
-        counted.append(activation_memory.kept_bytes(objective, {}))
+        counted.append(measured_bytes(objective, {}))
     p = Pass(lengths, "causal")
     kept = kept_by_layer(model, Numbers(2, 2, "cuda"), p).whole
     assert counted[1] - counted[0] == sum(lengths) * kept
@@ -275,12 +259,16 @@ class _OnePass(nn.Module):
 
 
 def test_cuda_shares_prefixes_in_half_precision_only() -> None:
-    objective, _, _ = make("stage_II", torch.bfloat16, dropout=0.0)
+    objective, _ = make("stage_II", torch.bfloat16, dropout=0.0)
+
+    def run(p: Pass, numbers: Numbers) -> int:
+        return tokens_run(objective.model, p, *numbers.shares)
+
     p = Pass((9, 9), "causal", ((2, 4),))
-    assert tokens_run(objective.model, Numbers(2, 2, "cuda"), p) == 14
-    assert tokens_run(objective.model, Numbers(4, 4, "cuda"), p) == 18
-    assert tokens_run(objective.model, Numbers(4, 4, "cpu"), p) == 14
-    assert tokens_run(objective.model, Numbers(4, 4, "cpu"), p._replace(attention="bidirectional")) == 18
+    assert run(p, Numbers(2, 2, "cuda")) == 14
+    assert run(p, Numbers(4, 4, "cuda")) == 18
+    assert run(p, Numbers(4, 4, "cpu")) == 14
+    assert run(p._replace(attention="bidirectional"), Numbers(4, 4, "cpu")) == 18
 
 
 # --- what is held at once ---
@@ -341,7 +329,7 @@ def test_most_at_once_is_the_most_that_is_alive(
 ) -> None:
     """Over the second optimiser step, tensor by tensor."""
     dtype, autocast = PRECISIONS[precision]
-    objective, settings, collate = make(stage, dtype, num_key_value_heads=8, **shape)
+    objective, collate = make(stage, dtype, num_key_value_heads=8, **shape)
     model = objective.model
     if checkpointing:
         decoder = objective.decoder if stage == "stage_I" else model
@@ -362,10 +350,7 @@ def test_most_at_once_is_the_most_that_is_alive(
             optimiser.zero_grad()
     args = arguments(bf16=autocast)
     numbers = Numbers.of(args, model, "cpu")
-    steps = [
-        Step(work_of(objective, settings, piece), 1.0, checkpointing * LAYERS, len(pieces) > 1, None)
-        for piece in pieces
-    ]
+    steps = [Step(objective.passes(piece), 1.0, checkpointing * LAYERS, len(pieces) > 1, None) for piece in pieces]
     assert max(memory_of(model, args, numbers, step, 1).most for step in steps) == pytest.approx(live.most, rel=0.1)
 
 
@@ -382,8 +367,8 @@ def test_processes_that_share_the_weights() -> None:
     assert (numbers.stream, numbers.compute, numbers.casts) == (2, 2, False)
     settings = EncoderSettings(pooling_mode="last", attention="causal", template="llama3")
     side: Any = {"lengths": [100] * 4, "num_targets": [90] * 4, "prefix": 0, "closed": True}
-    work = work_of(BidirectionalReconstruction(model, settings), settings, {"query": side, "positive": side})
-    step = Step(work, 1.0, 0, True, None)
+    passes = BidirectionalReconstruction(model, settings).passes({"query": side, "positive": side})
+    step = Step(passes, 1.0, 0, True, None)
     parts = {part.name: part.size / 1e9 for part in memory_of(model, args, numbers, step, 8).parts}
     shared = parts["weights"] + parts["gradients"] + parts["optimiser state"]
     assert shared == pytest.approx(16.1, abs=0.05)

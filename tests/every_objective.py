@@ -1,0 +1,58 @@
+"""One of each objective over a tiny model, and batches for it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import reference
+from helpers import family_tokenizer, tiny_model
+
+from llm2vec.data.blocks import Block
+from llm2vec.data.collation import CollateSides
+from llm2vec.llm2vec_q2d_d2q import BidirectionalReconstruction
+from llm2vec.model.backbone import attach_lora
+from llm2vec.model.settings import EncoderSettings, row_tokenizer
+from llm2vec.objectives.contrastive import ContrastiveLearning
+from llm2vec.objectives.language_modelling import ContrastiveLanguageModelling, LanguageModelling
+from llm2vec.objectives.mntp import MaskedNextTokenPrediction, mask_tokens
+from llm2vec.objectives.token_set import CollateBlocks, TokenSetPrediction
+from llm2vec.text.tokenization import add_template_tokens
+from llm2vec.types import Batch, Objective
+
+KINDS = ("alpha 0", "alpha 0.2", "self", "token_set", "contrastive", "with dropout", "grit", "lm", "mntp")
+
+
+def make(kind: str, **shape: Any) -> tuple[Objective, Callable[[int], Batch]]:
+    """An objective in training mode, and a batch of so many rows; rows of a side begin with the same tokens."""
+    tokenizer = family_tokenizer("llama")
+    template = "llara" if kind == "token_set" else "llama3"
+    new = add_template_tokens(tokenizer, template)
+    model: Any = tiny_model("llama", True, tokenizer=tokenizer if new else None, **shape).train()
+    pooling: Any = "mean" if kind == "token_set" else "last"
+    settings = EncoderSettings(pooling_mode=pooling, attention="causal", template=template)
+    renderer = row_tokenizer(tokenizer, settings)
+    rows = reference.under_one_instruction(reference.examples(24, 1))
+
+    def of_sides(*sides: Any) -> Callable[[int], Batch]:
+        return lambda number: CollateSides(renderer, sides)(rows[:number])
+
+    if kind in ("alpha 0", "alpha 0.2", "self"):
+        target: Any = "self" if kind == "self" else "counterpart"
+        alpha = 0.0 if kind == "alpha 0" else 0.2
+        return BidirectionalReconstruction(model, settings, alpha, target), of_sides("query", "positive")
+    if kind == "token_set":
+        return TokenSetPrediction(model), lambda number: CollateBlocks(renderer)(rows[:number])
+    if kind == "mntp":
+        blocks = [Block(list(range(20 + i, 40 + i)), 0, i) for i in range(len(rows))]
+        return MaskedNextTokenPrediction(model), lambda number: mask_tokens(tokenizer)(blocks[:number])
+    if kind == "lm":
+        return LanguageModelling(model), of_sides("text")
+    decoder = model.base_model
+    if kind == "with dropout":
+        decoder = attach_lora(decoder.requires_grad_(False), r=2, alpha=4, dropout=0.1)
+    contrastive = ContrastiveLearning(decoder, settings).train()
+    if kind == "grit":
+        objective = ContrastiveLanguageModelling(contrastive, LanguageModelling(model))
+        return objective, of_sides("query", "positive", "negative", "text")
+    return contrastive, of_sides("query", "positive", "negative")
