@@ -17,7 +17,7 @@ from typing import Any, NamedTuple
 
 import torch
 from accelerate.utils import send_to_device
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import PreTrainedTokenizerBase, TrainingArguments
 
 from llm2vec.cli import user_errors_in_one_sentence as user_errors_in_one_sentence  # goes once nobody takes it here
