@@ -29,6 +29,9 @@ ReconstructionTarget = Literal["counterpart", "self"]
 MaskTokenType = Literal["blank", "eos", "mask"]
 MaskingScheme = Literal["default", "all_mask"]
 
+#: About how many characters a token stands for, where nothing is counted: to guess which texts are long.
+CHARACTERS_A_TOKEN = 4
+
 #: Spellings of the released configs and of upstream LLM2Vec, and the mode each one means.
 POOLING_ALIASES: dict[str, PoolingMode] = {
     **{mode: mode for mode in get_args(PoolingMode)},

@@ -17,7 +17,7 @@ from llm2vec.objectives.contrastive import ContrastiveLearning
 from llm2vec.objectives.language_modelling import ContrastiveLanguageModelling, LanguageModelling
 from llm2vec.objectives.mntp import MaskedNextTokenPrediction, mask_tokens
 from llm2vec.objectives.token_set import CollateBlocks, TokenSetPrediction
-from llm2vec.text.tokenization import add_template_tokens
+from llm2vec.text.templates import add_template_tokens
 from llm2vec.types import Batch, Objective
 
 KINDS = ("alpha 0", "alpha 0.2", "self", "token_set", "contrastive", "with dropout", "grit", "lm", "mntp")

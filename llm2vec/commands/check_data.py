@@ -18,7 +18,6 @@ from pathlib import Path
 
 from llm2vec import cli
 from llm2vec.data.check import (
-    CHARACTERS_A_TOKEN,
     OVERLAP_WORDS,
     CountTokens,
     SourceReport,
@@ -29,7 +28,7 @@ from llm2vec.data.check import (
 )
 from llm2vec.data.sources import Source, archive_hint, e5_sources, read_sources_file, select_sources
 from llm2vec.table import Table
-from llm2vec.types import UserError
+from llm2vec.types import CHARACTERS_A_TOKEN, UserError
 
 logger = logging.getLogger(__name__)
 

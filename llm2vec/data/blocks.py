@@ -20,9 +20,9 @@ from llm2vec.data.lines import parse_line
 from llm2vec.data.rows import ROWS_VERSION, read_rows
 from llm2vec.data.sources import Source, find_files
 from llm2vec.data.tables import cached_table, check_unchanged, stamp_of
-from llm2vec.files import check_unicode, parse_object
+from llm2vec.files import check_unicode, json_lines
 from llm2vec.processes import rank_zero_first
-from llm2vec.types import UserError
+from llm2vec.types import UserError, first_line
 
 #: What the name of a file of texts ends in.
 TEXT_SUFFIXES = (".txt", ".jsonl")
@@ -31,7 +31,7 @@ TEXT_SUFFIXES = (".txt", ".jsonl")
 TEXTS_AT_ONCE = 1000
 
 
-class Texts(NamedTuple):
+class SourceTexts(NamedTuple):
     """The texts of one source.
 
     Attributes:
@@ -57,7 +57,7 @@ class Block(NamedTuple):
     row: int
 
 
-def texts_of_file(file: Path) -> Texts:
+def texts_of_file(file: Path) -> SourceTexts:
     """A `.txt` file, a text a line, or a JSONL file of objects with `text`.
 
     Raises:
@@ -69,10 +69,10 @@ def texts_of_file(file: Path) -> Texts:
         raise UserError(f"dataset_file_path: {file} is not there.")
     arguments = {"file": str(file.resolve()), "stamp": stamp_of(file), "version": ROWS_VERSION}
     table = cached_table(_generate_texts, Features({"text": Value("string")}), arguments)
-    return Texts(file.stem, file, table, ("text",))
+    return SourceTexts(file.stem, file, table, ("text",))
 
 
-def texts_of_sources(folder: Path, sources: Sequence[Source]) -> list[Texts]:
+def texts_of_sources(folder: Path, sources: Sequence[Source]) -> list[SourceTexts]:
     """The training sources, each row's query and positive as one text.
 
     Raises:
@@ -80,12 +80,12 @@ def texts_of_sources(folder: Path, sources: Sequence[Source]) -> list[Texts]:
     """
     files = find_files(folder, sources)
     return [
-        Texts(source.name, file, read_rows(file, 0), ("query", "positive"))
+        SourceTexts(source.name, file, read_rows(file, 0), ("query", "positive"))
         for source, file in zip(sources, files, strict=True)
     ]
 
 
-def texts_of_hub(name: str, configuration: str | None) -> Texts:
+def texts_of_hub(name: str, configuration: str | None) -> SourceTexts:
     """A dataset of the hub with a column `text`: its `train` split, and `validation` as held-out texts if it has one.
 
     Raises:
@@ -97,13 +97,14 @@ def texts_of_hub(name: str, configuration: str | None) -> Texts:
         try:
             splits = load_dataset(name, configuration)
         except Exception as error:  # not found, out of reach, a configuration it lacks: each raises types of its own
-            reason = next(iter(str(error).strip().splitlines()), type(error).__name__)
-            raise UserError(f"dataset_name: {name!r} could not be loaded from the hub ({reason}).") from error
+            raise UserError(
+                f"dataset_name: {name!r} could not be loaded from the hub ({first_line(error)})."
+            ) from error
     table = splits.get("train")
     if table is None or "text" not in table.column_names:
         raise UserError(f"dataset_name: {name!r} has no split `train` with a column `text`.")
     files = table.cache_files
-    return Texts(
+    return SourceTexts(
         f"{name}/{configuration or 'default'}",
         Path(files[0]["filename"]) if files else Path(name),
         table,
@@ -122,7 +123,7 @@ class TextBlocks(Dataset[Block]):
     """
 
     def __init__(
-        self, texts: Sequence[Texts], tables: Sequence[Any], held_out: Callable[[], Sequence[Any]] | None = None
+        self, texts: Sequence[SourceTexts], tables: Sequence[Any], held_out: Callable[[], Sequence[Any]] | None = None
     ) -> None:
         self.drawn_anew = True
         self.files = [source.file for source in texts]
@@ -167,7 +168,7 @@ class TextBlocks(Dataset[Block]):
 
 
 def open_blocks(
-    texts: Sequence[Texts],
+    texts: Sequence[SourceTexts],
     tokenizer: PreTrainedTokenizerBase,
     length: int,
     *,
@@ -208,7 +209,7 @@ def _ends_of(tables: Sequence[Any], starts: Sequence[int]) -> list[Any]:
     return [table.select(range(start, len(table))) for table, start in zip(tables, starts, strict=True)]
 
 
-def _cut_held_out(texts: Sequence[Texts], tokenizer: PreTrainedTokenizerBase, length: int) -> list[Any]:
+def _cut_held_out(texts: Sequence[SourceTexts], tokenizer: PreTrainedTokenizerBase, length: int) -> list[Any]:
     return [cut_into_blocks(source.held_out, source.columns, tokenizer, length) for source in texts]
 
 
@@ -242,27 +243,27 @@ def _bare(tokenizer: PreTrainedTokenizerBase) -> str:
 
 
 def _generate_texts(file: str, stamp: str, version: int) -> Iterator[dict[str, str]]:
+    texts = filter(None, _lines_of_text(Path(file)) if file.endswith(".txt") else _texts_of_objects(Path(file)))
     empty = True
-    with Path(file).open("rb") as lines:
-        for number, line in enumerate(lines, start=1):
-            where = f"{file}, line {number}"
-            text = parse_line(line, where)
-            if text and not file.endswith(".txt"):
-                text = _text_of(text, where)
-            if text:
-                empty = False
-                yield {"text": text}
+    for text in texts:
+        empty = False
+        yield {"text": text}
     check_unchanged(Path(file), stamp)
     if empty:
         raise UserError(f"dataset_file_path: {file} holds no text.")
 
 
-def _text_of(line: str, where: str) -> str:
-    row = parse_object(line, where)
-    if not isinstance(row.get("text"), str):
-        raise UserError(f"{where}: a JSON object with a string `text` is needed.")
-    check_unicode(row["text"], "text", where)
-    return str(row["text"]).strip()
+def _lines_of_text(file: Path) -> Iterator[str]:
+    with file.open("rb") as lines:
+        for number, line in enumerate(lines, start=1):
+            yield parse_line(line, f"{file}, line {number}")
+
+
+def _texts_of_objects(file: Path) -> Iterator[str]:
+    for where, row in json_lines(file):
+        if not isinstance(row.get("text"), str):
+            raise UserError(f"{where}: a JSON object with a string `text` is needed.")
+        yield check_unicode(row["text"], "text", where).strip()
 
 
 def _generate_blocks(texts: Any, columns: str, tokenizer: str, bos: int, length: int) -> Iterator[dict[str, list[int]]]:

@@ -1,16 +1,15 @@
 """What is in a folder of training rows: a report a source, and texts that test sets hold too.
 
-Reads every line once, in a stream, by the same rules as training does (`data.parse_row`), but goes on behind a bad line
-and counts it. Languages (an extra: `pip install -e ".[data]"`) and tokens are read off an evenly spaced sample.
+Reads every line once, in a stream, by the same rules as training (`lines.parse_row`), but goes on behind a bad line and
+counts it. Languages (an extra: `pip install -e ".[data]"`) and tokens are read off an evenly spaced sample.
 
-Run by `experiments/check_data.py`.
+Run by `llm2vec check-data`. Loads no torch.
 """
 
 from __future__ import annotations
 
 import csv
 import hashlib
-import json
 import logging
 import re
 from array import array
@@ -25,13 +24,11 @@ import numpy as np
 
 from llm2vec.data.lines import parse_row
 from llm2vec.data.sources import Source
-from llm2vec.files import parse_json, read_object
-from llm2vec.types import UserError
+from llm2vec.files import parse_json, read_object, write_json
+from llm2vec.types import UserError, first_line
 
 logger = logging.getLogger(__name__)
 
-#: About how many characters of English a token stands for: only to guess which rows are long.
-CHARACTERS_A_TOKEN = 4
 #: Rows of a source whose languages and tokens are looked at.
 SAMPLE = 2000
 #: Words of a run that two texts must share to overlap where neither is the other (13, as in GPT-3's data report).
@@ -228,10 +225,8 @@ def record_hashes(reports: Sequence[SourceReport], record: Path) -> list[str]:
                 f"{before.get('bytes')} bytes then, {report.rows} of {report.num_bytes} now)."
             )
     if new:
-        aside = record.with_name(f".{record.name}.writing")
         try:
-            aside.write_text(json.dumps({**known, **new}, indent=2) + "\n", encoding="utf-8")
-            aside.replace(record)
+            write_json(record, {**known, **new})
         except OSError as error:
             logger.warning("%s cannot be written (%s): later changes will not be seen", record, error.strerror)
     return differing
@@ -276,8 +271,7 @@ def _batches_of(file: Path) -> Iterator[Any]:
             for batch in table.iter_batches():
                 yield batch.to_pylist()
     except (pa.ArrowException, OSError, UnicodeDecodeError) as error:  # what is damaged where decides which
-        reason = str(error).splitlines()[0]
-        raise UserError(f"--test_sets: {file}: not a whole Parquet file ({reason}).") from error
+        raise UserError(f"--test_sets: {file}: not a whole Parquet file ({first_line(error)}).") from error
 
 
 def _json_of(file: Path) -> Iterator[Any]:

@@ -1,6 +1,6 @@
 """What an evaluation costs: texts and tokens of a task from mteb's bundled statistics, hours at a measured speed.
 
-The statistics count characters, and a token is taken to be `CHARACTERS_PER_TOKEN` of them, for the tasks and for the
+The statistics count characters, and a token is taken to be `CHARACTERS_A_TOKEN` of them, for the tasks and for the
 sample that is timed alike: with another tokenizer the tokens are off, the hours are not. Equal texts count once. Of
 a set's texts only the mean length is known, so that cutting it at the model's length overestimates sets in which few
 texts are long.
@@ -16,8 +16,8 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from llm2vec.table import Cell, Table
+from llm2vec.types import CHARACTERS_A_TOKEN
 
-CHARACTERS_PER_TOKEN = 4.3
 #: What template and instruction add to a text.
 INSTRUCTION_TOKENS = 16
 #: Where mteb does not say how long a model's texts may be.
@@ -50,7 +50,7 @@ def task_cost(task: Any, max_tokens: float = MAX_TOKENS) -> Cost | None:
             number = texts.get("unique_texts") or round(texts["total_text_length"] / texts["average_text_length"])
             if split not in task.eval_splits:  # what a classifier is trained on
                 number = min(number, _training_samples(task, statistics))
-            bare = texts["average_text_length"] / CHARACTERS_PER_TOKEN
+            bare = texts["average_text_length"] / CHARACTERS_A_TOKEN
             tokens = min(bare + (0 if side.startswith("documents") else INSTRUCTION_TOKENS), max_tokens)
             total = Cost(total.texts + number, total.tokens + number * tokens)
     return total if total.texts else None
@@ -72,7 +72,7 @@ def num_documents(task: Any) -> int:
 
 
 def measure_speed(encode: Callable[[list[str]], object], english: str, max_tokens: float, batch_size: int) -> float:
-    """Tokens a second of a model, at `CHARACTERS_PER_TOKEN`, on four batches of texts of mixed lengths.
+    """Tokens a second of a model, at `CHARACTERS_A_TOKEN`, on four batches of texts of mixed lengths.
 
     Args:
         encode: The model; texts carry no instruction.
@@ -86,7 +86,7 @@ def measure_speed(encode: Callable[[list[str]], object], english: str, max_token
     encode(texts[:2])  # the first call moves the model to its device and compiles what is compiled
     began = time.monotonic()
     encode(texts)
-    tokens = sum(min(len(text) / CHARACTERS_PER_TOKEN, max_tokens) for text in texts)
+    tokens = sum(min(len(text) / CHARACTERS_A_TOKEN, max_tokens) for text in texts)
     return tokens / (time.monotonic() - began)
 
 
@@ -123,7 +123,7 @@ def table(costs: Mapping[str, Cost | None], speed: float, jobs: Sequence[float],
         yield f"{len(costs) - len(known)} tasks without statistics in mteb (?) are not in the sum."
     yield (
         f"Encoding only, at {speed:,.0f} tokens a second, measured here on a short sample; a token is taken to be "
-        f"{CHARACTERS_PER_TOKEN} characters, equal texts are counted once."
+        f"{CHARACTERS_A_TOKEN} characters, equal texts are counted once."
     )
 
 

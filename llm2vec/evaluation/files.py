@@ -12,8 +12,8 @@ from typing import Any, NamedTuple
 
 from datasets import get_dataset_config_names
 
-from llm2vec.files import check_unicode, data_revision, parse_object, read_object
-from llm2vec.types import UserError
+from llm2vec.files import check_unicode, data_revision, json_lines, read_object
+from llm2vec.types import UserError, first_line
 
 Task = Any  #: an `AbsTask` of mteb
 
@@ -65,7 +65,7 @@ def load_data(task: Task) -> None:
             raise
         except Exception as error:
             # An unreachable hub, a missing file and rows of another form each raise a type of their own.
-            reason = str(error).partition("\n")[0]
+            reason = first_line(error)
             advice = "" if Path(path).is_dir() else f"; without the hub, give a copy of it as <local_data_dir>/{path}"
             raise UserError(
                 f"Task {part.metadata.name}: cannot load the data set {path} ({reason}){advice}."
@@ -119,8 +119,7 @@ def _read_texts(path: Path, keys: tuple[str, ...]) -> Iterator[dict[str, str]]:
     """The `id` of each row and its texts; an absent title is empty, as mteb needs it."""
     seen: set[str] = set()
     for where, row in _read_jsonl(path, ("_id", "text")):
-        text = {"id": str(row["_id"])}
-        check_unicode(text["id"], "_id", where)
+        text = {"id": check_unicode(str(row["_id"]), "_id", where)}
         if text["id"] in seen:
             raise UserError(f"{where}: the _id {text['id']!r} is there twice.")
         seen.add(text["id"])
@@ -128,8 +127,7 @@ def _read_texts(path: Path, keys: tuple[str, ...]) -> Iterator[dict[str, str]]:
             value = "" if key == "title" and row.get(key) is None else row[key]
             if not isinstance(value, str):
                 raise UserError(f"{where}: `{key}` must be text, not {json.dumps(value)[:40]}.")
-            check_unicode(value, key, where)
-            text[key] = value
+            text[key] = check_unicode(value, key, where)
         yield text
 
 
@@ -146,12 +144,7 @@ def _relevance(score: Any, where: str) -> int:
 
 def _read_jsonl(path: Path, keys: tuple[str, ...]) -> Iterator[tuple[str, dict[str, Any]]]:
     """Each line that is not blank: file and line number for a message, and its object."""
-    with path.open("rb") as lines:
-        for number, line in enumerate(lines, start=1):
-            if not line.strip():
-                continue
-            where = f"{path}, line {number}"
-            row = parse_object(line, where)
-            if not row.keys() >= set(keys):
-                raise UserError(f"{where}: expected an object with the keys {', '.join(keys)}.")
-            yield where, row
+    for where, row in json_lines(path):
+        if not row.keys() >= set(keys):
+            raise UserError(f"{where}: expected an object with the keys {', '.join(keys)}.")
+        yield where, row

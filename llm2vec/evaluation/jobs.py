@@ -20,11 +20,11 @@ from safetensors.torch import load_file, save_file
 
 from llm2vec.corpus import search
 from llm2vec.corpus.queue import Job, JobQueue
-from llm2vec.evaluation.cost import CHARACTERS_PER_TOKEN, MAX_TOKENS, num_documents, task_cost
+from llm2vec.evaluation.cost import MAX_TOKENS, num_documents, task_cost
 from llm2vec.evaluation.files import load_data, parts_of
 from llm2vec.evaluation.mteb_adapter import StreamingSearch, evaluate, is_dense, kept_score, result_file
 from llm2vec.files import json_hash, whole
-from llm2vec.types import UserError
+from llm2vec.types import CHARACTERS_A_TOKEN, UserError
 
 logger = logging.getLogger(__name__)
 
@@ -50,7 +50,7 @@ def jobs_of(task: Any, can_shard: bool, max_tokens: float = MAX_TOKENS) -> list[
     """The jobs of one task; sizes are in tokens."""
     name, documents = task.metadata.name, num_documents(task)
     cost = task_cost(task, max_tokens)
-    size = cost.tokens if cost is not None else documents * DOCUMENT_CHARACTERS / CHARACTERS_PER_TOKEN
+    size = cost.tokens if cost is not None else documents * DOCUMENT_CHARACTERS / CHARACTERS_A_TOKEN
     num_shards = math.ceil(documents / SHARD_DOCUMENTS)
     if not can_shard or num_shards < 2:
         return [Job(name, size, details={"task": name})]

@@ -42,12 +42,12 @@ from sentence_transformers import SentenceTransformer
 from torch import Tensor
 from torch.utils.data import DataLoader
 
-from llm2vec.corpus.sharded_search import CorpusSearch, Side
+from llm2vec.corpus.search import CorpusSearch
 from llm2vec.evaluation.files import load_data, parts_of, retrieval_set_of, use_local_data
 from llm2vec.files import data_revision, json_hash
 from llm2vec.llm2vec import LLM2Vec
 from llm2vec.model.chain import model_name, open_chain, revision_of
-from llm2vec.types import UserError
+from llm2vec.types import TextSide, UserError
 
 logger = logging.getLogger(__name__)
 
@@ -297,11 +297,11 @@ class StreamingSearch:
     ) -> CorpusSearch:
         """A search by this encoder; the encoder is told what mteb would tell it."""
 
-        def loader(rows: Dataset, side: Side) -> DataLoader[BatchedInput]:
+        def loader(rows: Dataset, side: TextSide) -> DataLoader[BatchedInput]:
             size = encode_kwargs.get("batch_size", 32)
             return create_dataloader(rows, task_metadata=task_metadata, prompt_type=PromptType(side), batch_size=size)
 
-        def encode(rows: Dataset, side: Side) -> Tensor:
+        def encode(rows: Dataset, side: TextSide) -> Tensor:
             vectors = self.encoder.encode(
                 loader(rows, side),
                 task_metadata=task_metadata,

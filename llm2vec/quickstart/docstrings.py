@@ -31,13 +31,14 @@ from typing import Any, NamedTuple
 
 from tqdm import tqdm
 
+from llm2vec.files import sha256, write_json, write_text
 from llm2vec.types import UserError
 
 logger = logging.getLogger(__name__)
 
 TRAIN_FILE = "train/docstrings.jsonl"
 EVAL_FOLDER = "eval/DocstringRetrieval"
-MANIFEST_FILE = "manifest.json"
+RECORD_FILE = "manifest.json"
 
 #: Folders whose docstrings are not prose about an interface: tests, copies of other packages, demonstrations, and
 #: packages installed inside the standard library's own folder.
@@ -337,10 +338,11 @@ def write_corpus(output_dir: Path, roots: Mapping[str, Path], settings: Settings
         "counts": {**counts, "distinct_passages": len(passages), "training_rows": len(rows), "held_out": len(held_out)},
         "sha256": {name: hashlib.sha256(content.encode()).hexdigest() for name, content in files.items()},
     }
-    (output_dir / MANIFEST_FILE).unlink(missing_ok=True)  # until all is written, nothing vouches for the files
+    (output_dir / RECORD_FILE).unlink(missing_ok=True)  # until all is written, nothing vouches for the files
     for name, content in files.items():
-        _write_atomically(output_dir / name, content)
-    _write_atomically(output_dir / MANIFEST_FILE, json.dumps(manifest, indent=2) + "\n")
+        (output_dir / name).parent.mkdir(parents=True, exist_ok=True)
+        write_text(output_dir / name, content)
+    write_json(output_dir / RECORD_FILE, manifest)
     return manifest
 
 
@@ -350,7 +352,7 @@ def _made_from(roots: Mapping[str, Path], settings: Settings) -> dict[str, Any]:
     named = {(one.metadata["Name"], one.version) for one in found if one.metadata["Name"]}  # a broken one has no name
     return {
         "settings": asdict(settings),
-        "rules": hashlib.sha256(Path(__file__).read_bytes()).hexdigest(),
+        "rules": sha256(Path(__file__)),
         "python": platform.python_version(),
         "distributions": dict(sorted(named)),
     }
@@ -358,26 +360,17 @@ def _made_from(roots: Mapping[str, Path], settings: Settings) -> dict[str, Any]:
 
 def _reusable(output_dir: Path, made_from: dict[str, Any]) -> dict[str, Any] | None:
     """The manifest of a corpus made from the same things whose files are all there and unchanged, else None."""
-    path = output_dir / MANIFEST_FILE
+    path = output_dir / RECORD_FILE
     if not path.is_file():
         return None
     manifest: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
     if manifest["made_from"] != made_from:
         return None
     for name, expected in manifest["sha256"].items():
-        file = output_dir / name
-        if not file.is_file() or hashlib.sha256(file.read_bytes()).hexdigest() != expected:
+        if not (output_dir / name).is_file() or sha256(output_dir / name) != expected:
             return None
     return manifest
 
 
 def _json_lines(rows: Iterable[Mapping[str, Any]]) -> str:
     return "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
-
-
-def _write_atomically(path: Path, content: str) -> None:
-    """Write beside the target and rename, so that a reader never meets half a file."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(f".{path.name}.partial")
-    partial.write_bytes(content.encode())  # bytes: the same line ends, and so the same hash, everywhere
-    partial.replace(path)

@@ -18,6 +18,7 @@ from __future__ import annotations
 
 from typing import Literal, NamedTuple
 
+from tokenizers import AddedToken
 from transformers import PreTrainedTokenizerBase
 
 from llm2vec.types import PoolingMode, TextSide, UserError
@@ -300,3 +301,28 @@ def infer_template(tokenizer: PreTrainedTokenizerBase) -> str:
         f"template: the tokenizer has {reason}, so the template cannot be inferred; "
         f"set `template` to one of {', '.join(TEMPLATES)}."
     )
+
+
+def add_template_tokens(tokenizer: PreTrainedTokenizerBase, template: str) -> list[int]:
+    """Add the special tokens of a template that the tokenizer lacks.
+
+    Returns:
+        The new tokens' ids, in the template's order; a special token that is there already is used as it is.
+
+    Raises:
+        UserError: one of them is an ordinary token of the vocabulary, which any text may contain.
+    """
+    vocabulary, known = tokenizer.get_vocab(), tokenizer.added_tokens_decoder
+    new = []
+    for token in template_named(template).added_tokens:
+        token_id = vocabulary.get(token)
+        if token_id is None:
+            new.append(token)
+        elif token_id not in known or not known[token_id].special:
+            raise UserError(
+                f"template: {template!r} adds the token {token!r}, but the base's vocabulary has it already as an "
+                "ordinary token; choose another template or base."
+            )
+    tokenizer.add_tokens([AddedToken(token, special=True, normalized=False) for token in new], special_tokens=True)
+    vocabulary = tokenizer.get_vocab()
+    return [vocabulary[token] for token in new]

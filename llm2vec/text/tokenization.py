@@ -16,7 +16,6 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import NamedTuple, TypeAlias, get_args
 
 import torch
-from tokenizers import AddedToken
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
@@ -367,31 +366,6 @@ def _cut(tokens: _Tokens, form: _Form, room: int) -> _Tokens:
         if left.get(owner, 0) >= 0:
             keep.append(i)
     return _Tokens([tokens.ids[i] for i in keep], [tokens.owners[i] for i in keep])
-
-
-def add_template_tokens(tokenizer: PreTrainedTokenizerBase, template: str) -> list[int]:
-    """Add the special tokens of a template that the tokenizer lacks.
-
-    Returns:
-        The new tokens' ids, in the template's order; a special token that is there already is used as it is.
-
-    Raises:
-        UserError: one of them is an ordinary token of the vocabulary, which any text may contain.
-    """
-    vocabulary, known = tokenizer.get_vocab(), tokenizer.added_tokens_decoder
-    new = []
-    for token in template_named(template).added_tokens:
-        token_id = vocabulary.get(token)
-        if token_id is None:
-            new.append(token)
-        elif token_id not in known or not known[token_id].special:
-            raise UserError(
-                f"template: {template!r} adds the token {token!r}, but the base's vocabulary has it already as an "
-                "ordinary token; choose another template or base."
-            )
-    tokenizer.add_tokens([AddedToken(token, special=True, normalized=False) for token in new], special_tokens=True)
-    vocabulary = tokenizer.get_vocab()
-    return [vocabulary[token] for token in new]
 
 
 #: Short texts that show a change of template, tokenizer or library: instruction, accents, spaces, a look-alike token.

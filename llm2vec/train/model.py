@@ -29,8 +29,7 @@ from llm2vec.model.packing import checkpoint_contexts, compile_layers
 from llm2vec.model.proofs import check_decoder
 from llm2vec.model.settings import EncoderSettings, row_tokenizer, with_template
 from llm2vec.objectives.mntp import add_mask_token
-from llm2vec.text.templates import leaves_join_open
-from llm2vec.text.tokenization import add_template_tokens
+from llm2vec.text.templates import add_template_tokens, leaves_join_open
 from llm2vec.train.config import Config
 from llm2vec.types import UserError
 

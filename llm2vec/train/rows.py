@@ -11,13 +11,12 @@ from typing import Any, TypeAlias
 
 from transformers import TrainingArguments
 
-from llm2vec.data.blocks import TEXT_SUFFIXES, TextBlocks, Texts, texts_of_file, texts_of_hub, texts_of_sources
-from llm2vec.data.check import CHARACTERS_A_TOKEN
+from llm2vec.data.blocks import TEXT_SUFFIXES, SourceTexts, TextBlocks, texts_of_file, texts_of_hub, texts_of_sources
 from llm2vec.data.order import OneSourceBlocks
 from llm2vec.data.rows import TrainingRows
 from llm2vec.data.sources import Instruction, Source, e5_sources, read_sources_file, select_sources
 from llm2vec.train.config import Config
-from llm2vec.types import UserError
+from llm2vec.types import CHARACTERS_A_TOKEN, UserError
 
 Rows: TypeAlias = TrainingRows | TextBlocks
 
@@ -66,7 +65,7 @@ def open_texts(config: Config) -> TrainingRows:
     )
 
 
-def open_running_text(config: Config) -> list[Texts]:
+def open_running_text(config: Config) -> list[SourceTexts]:
     """The texts that a config wants cut into blocks: a text file's, a hub dataset's, or those of its rows."""
     if config.hub_dataset is not None:
         return [texts_of_hub(config.hub_dataset, config.dataset_config_name)]

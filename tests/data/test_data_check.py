@@ -218,7 +218,7 @@ def test_missing_files(folder: Path) -> None:
 
 def test_a_record_that_cannot_be_written_is_said(folder: Path) -> None:
     """Data may be shared and read-only; everything else is printed all the same."""
-    (folder / ".hashes.json.writing").mkdir()
+    (folder / "hashes.json").mkdir()
     out = check(folder)
     assert "hashes.json cannot be written (Is a directory): later changes will not be seen" in out and "faq " in out
 

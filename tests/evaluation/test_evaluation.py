@@ -268,7 +268,7 @@ def test_a_dry_run_reads_no_data(monkeypatch: pytest.MonkeyPatch, tmp_path: Path
         ["STS12", "5,033"],
         ["MSMARCO", "8,848,641"],
     ]
-    assert "8 workers" in lines[5] and "4.3 characters" in lines[-1] and not (tmp_path / "out").exists()
+    assert "8 workers" in lines[5] and "4 characters" in lines[-1] and not (tmp_path / "out").exists()
 
 
 # --- processes ---

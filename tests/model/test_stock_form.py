@@ -32,7 +32,7 @@ from llm2vec.model.stock_form import (
     stock_model,
     write_form,
 )
-from llm2vec.text.tokenization import add_template_tokens
+from llm2vec.text.templates import add_template_tokens
 from llm2vec.types import InstructedText, UserError
 
 INSTRUCTION = "find the answer"

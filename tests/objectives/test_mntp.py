@@ -22,7 +22,7 @@ from torch.utils.data import DataLoader
 
 from llm2vec.data.blocks import (
     Block,
-    Texts,
+    SourceTexts,
     cut_into_blocks,
     open_blocks,
     texts_of_file,
@@ -246,8 +246,8 @@ def test_an_ordinary_token_is_not_taken_for_a_mask() -> None:
 # --- the blocks ---
 
 
-def texts_of(*lines: str | None) -> Texts:
-    return Texts("lines", Path("lines.txt"), datasets.Dataset.from_dict({"text": list(lines)}), ("text",))
+def texts_of(*lines: str | None) -> SourceTexts:
+    return SourceTexts("lines", Path("lines.txt"), datasets.Dataset.from_dict({"text": list(lines)}), ("text",))
 
 
 @pytest.mark.parametrize("family", ["llama", "qwen2", "mistral_sentencepiece"])

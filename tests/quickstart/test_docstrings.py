@@ -15,7 +15,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaForCausalLM
 from llm2vec.quickstart import docstrings
 from llm2vec.quickstart.docstrings import (
     EVAL_FOLDER,
-    MANIFEST_FILE,
+    RECORD_FILE,
     TRAIN_FILE,
     Passage,
     Settings,
@@ -220,7 +220,7 @@ def test_corpus_is_reused_until_settings_rules_packages_or_files_change(
         patched.setattr(docstrings, "__file__", str(changed_rules))
         assert is_made_again(SETTINGS) and not is_made_again(SETTINGS)
     assert is_made_again(Settings(held_out_per_mille=301))
-    assert not list(out.rglob("*.partial")) and (out / MANIFEST_FILE).is_file()
+    assert not list(out.rglob(".*")) and (out / RECORD_FILE).is_file()
 
 
 def test_a_broken_installation_has_no_name_and_stops_nobody(tmp_path: Path) -> None:
