@@ -26,8 +26,10 @@ from llm2vec.types import UserError
 
 logger = logging.getLogger(__name__)
 
+#: What this attention is called in a model's config while a packed pass runs.
 NAME = "llm2vec_packed"
 
+# The kernels behind scaled_dot_product_attention on a CPU. Called directly, they also give the log-sum-exp.
 _flash = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
 _flash_backward = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward
 
@@ -83,7 +85,7 @@ class Layout:
 
     @cached_property
     def spans(self) -> list[_Span]:
-        """One a text; a shared prefix counts as a text of its own where it asks for its states."""
+        """One a text; a shared prefix counts as a text of its own where its tokens have queries too."""
         spans = []
         key = query = 0
         for group in self.groups:
@@ -129,7 +131,8 @@ class Layout:
         return [_size(span.prefix) + _size(span.key) for span in self.spans]
 
 
-@torch.compiler.disable  # type: ignore[untyped-decorator]  # a loop over texts, whose number and lengths are others in every batch
+# Not compiled: it loops over texts, whose number and lengths are different in every batch.
+@torch.compiler.disable  # type: ignore[untyped-decorator]
 def attend(
     module: torch.nn.Module,
     query: Tensor,
@@ -148,18 +151,19 @@ def attend(
     """
     if layout is None:
         raise UserError(f"{type(module).__name__} hands no arguments on to its attention; its family cannot be packed.")
-    dtype = value.dtype
+    dtype = value.dtype  # queries and keys may be in float32, where rotation has made them so
     if _has_varlen_kernel(query, dropout):
         return _attend_varlen(query, key, value, layout, bool(is_causal), scaling), None
     if query.device.type == "cpu" and dtype in (torch.bfloat16, torch.float16):
-        # The half-precision backward of the CPU kernel is slower than float32's, and less exact. By the mode, not by
-        # whether there is a graph, as both passes of a cached gradient must give the same vectors.
+        # The half-precision backward of the CPU kernel is slower than float32's, and less exact. The mode decides, not
+        # whether there is a graph: of a cached gradient's two passes only the second has one, and both must give the
+        # same vectors.
         precision = torch.float32 if module.training else dtype
         query, key, value = query.to(precision), key.to(precision), value.to(precision)
     if layout.has_prefix:
         output = _SharedPrefix.apply(query, *_same_heads(query, key, value), layout, bool(is_causal), scaling)
     else:
-        with torch.autocast("cpu", enabled=False):  # or torch would round them again
+        with torch.autocast("cpu", enabled=False):  # which would round queries, keys and values again
             output = torch.cat(list(_text_by_text(query, key, value, layout, bool(is_causal), scaling, dropout)), dim=2)
     return output.transpose(1, 2).to(dtype), None
 
@@ -172,7 +176,7 @@ def can_share_prefix(device: torch.device, dtype: torch.dtype, dropout: float) -
 def _text_by_text(
     query: Tensor, key: Tensor, value: Tensor, layout: Layout, causal: bool, scaling: float | None, dropout: float
 ) -> Iterator[Tensor]:
-    # Split, not sliced: the gradient of a slice is a whole row of zeros with the slice's in it, once for each text.
+    # Split, not sliced: the gradient of a slice is a whole row of zeros with the slice's in it, one for every text.
     widths = [_size(span.query) for span in layout.spans]
     lengths = [_size(span.key) for span in layout.spans]
     for q, k, v in zip(query.split(widths, 2), key.split(lengths, 2), value.split(lengths, 2), strict=True):
@@ -191,7 +195,7 @@ class _SharedPrefix(torch.autograd.Function):
     """Each text attends to its prefix's keys and, causally, to its own; the two are joined exactly.
 
     Softmax over both sets of keys is the mean of the two outputs, each weighted by exp of its log-sum-exp. The
-    kernel's backward takes output and log-sum-exp from outside, so it is called with the joint ones: then each set's
+    kernel's backward takes output and log-sum-exp from outside, so it is called with the joint ones. Then each set's
     gradient is its share of the whole, and the prefix gets the sum over all texts that share it.
     """
 
@@ -199,20 +203,23 @@ class _SharedPrefix(torch.autograd.Function):
     def forward(
         ctx: Any, query: Tensor, key: Tensor, value: Tensor, layout: Layout, causal: bool, scaling: float | None
     ) -> Tensor:
+        # Laid out as [tokens, heads, head size], which the caller asks for: its transpose back then moves nothing.
         output = torch.empty_like(query.transpose(1, 2)).transpose(1, 2)
         exact = torch.promote_types(query.dtype, torch.float32)  # as the kernel gives it, also in half precision
         log_sum = query.new_empty(query.shape[:3], dtype=exact)
         for span in layout.spans:
+            # A closing token alone sees all of its text. The kernel would take it for the first one and mask the rest.
             own = causal and _size(span.query) > 1
             q = query[:, :, span.query]
             output[:, :, span.query], log_sum[:, :, span.query] = _flash(
                 q, key[:, :, span.key], value[:, :, span.key], 0.0, own, scale=scaling
             )
+        # All texts behind one prefix at once: to all of them, all of it is past.
         for queries, prefix in _sharing(layout):
             there, there_sum = _flash(
                 query[:, :, queries], key[:, :, prefix], value[:, :, prefix], 0.0, False, scale=scaling
             )
-            joint = torch.logaddexp(log_sum[:, :, queries], there_sum)
+            joint = torch.logaddexp(log_sum[:, :, queries], there_sum)  # of both sets of keys
             here_share = (log_sum[:, :, queries] - joint).exp_().unsqueeze(-1)
             there_share = (there_sum - joint).exp_().unsqueeze(-1)
             output[:, :, queries] = output[:, :, queries] * here_share + there * there_share
@@ -239,6 +246,7 @@ class _SharedPrefix(torch.autograd.Function):
                 causal,
                 scale=ctx.scaling,
             )
+            # Added, as a query has two sets of keys, and a prefix's keys many texts.
             for total, place, part in zip(into, places, parts, strict=True):
                 total[:, :, place] += part
 
@@ -263,13 +271,16 @@ def _sharing(layout: Layout) -> list[tuple[slice, slice]]:
 def _attend_varlen(
     query: Tensor, key: Tensor, value: Tensor, layout: Layout, causal: bool, scaling: float | None
 ) -> Tensor:
-    """torch's variable-length kernel; a text's keys are its prefix's and its own, aligned to the end as it asks for."""
+    """torch's variable-length kernel; a text's keys are its prefix's and its own.
+
+    Where there are more keys than queries, the kernel takes the queries for the last ones, which they are.
+    """
     from torch.nn.attention.varlen import varlen_attn  # older versions of torch lack it
 
     half = torch.get_autocast_dtype("cuda") if torch.is_autocast_enabled("cuda") else value.dtype
     q, k, v = (tensor[0].transpose(0, 1).to(half) for tensor in (query, *_same_heads(query, key, value)))
     indices = layout.on(query.device)
-    if layout.has_prefix:
+    if layout.has_prefix:  # it cannot read a prefix from elsewhere, so each text gets a copy of its keys and values
         k, v = k.index_select(0, indices.keys), v.index_select(0, indices.keys)
     ends = (indices.query_ends, indices.key_ends)
     window = (-1, 0) if causal else (-1, -1)
@@ -289,7 +300,7 @@ def _is_half_on_cuda(device: torch.device, dtype: torch.dtype) -> bool:
 
 @cache
 def _varlen_is_there() -> bool:
-    """Whether torch's variable-length kernel can run on this machine's GPU; where not, that is said, once."""
+    """Whether torch's variable-length kernel can run on this machine's GPU; where it cannot, that is said, once."""
     if not _varlen_scales():
         missing = f"torch {torch.__version__} has no varlen_attn with a scale (2.11 has)"
     elif torch.cuda.is_available() and torch.cuda.get_device_capability() < (8, 0):
@@ -310,7 +321,7 @@ def _varlen_scales() -> bool:
 
 
 def _same_heads(query: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
-    """Key and value with as many heads as the query."""
+    """Key and value with as many heads as the query: these kernels know no grouped ones."""
     times = query.shape[1] // key.shape[1]
     if times == 1:
         return key, value

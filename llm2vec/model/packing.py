@@ -1,9 +1,10 @@
-"""Rows laid end to end without padding, and a decoder run over them.
+"""A decoder run over texts laid end to end, without padding.
 
 A packed batch is one row of all tokens, with positions that start again at 0 for every text. Attention keeps the texts
-apart (`packed_attention`); everything else in a decoder works token by token and needs no change. Two more things are
-not computed twice or for nothing: a prefix that all texts of a side begin with (header and instruction) runs once where
-attention is causal, and where only closing tokens are read, the last layer runs at those alone.
+apart (`packed_attention`). Everything else in a decoder works token by token and needs no change.
+
+Two more things are saved. A prefix that all texts of a side begin with (header and instruction) runs once, where
+attention is causal. And where only closing tokens are read, the last layer runs at those alone.
 
 Models whose layers do more than attend by scaled products run padded instead, with the same results.
 """
@@ -29,14 +30,14 @@ from llm2vec.model.packed_attention import NAME, Group, Layout, attend, can_shar
 from llm2vec.text.batches import positions_of
 from llm2vec.types import Attention
 
-# On a CPU, oneDNN keeps what it has compiled for a product's sizes, 1.5 MB a pass in bfloat16, and each packed pass has
-# another number of tokens: after a thousand, gigabytes. Read by torch at its first such product.
+# On a CPU, oneDNN keeps what it compiles for a product's sizes: 1.5 MB a pass in bfloat16. Each packed pass has another
+# number of tokens, so after a thousand it would keep gigabytes. torch reads these at its first such product.
 for _cache in ("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "LRU_CACHE_CAPACITY"):
     os.environ.setdefault(_cache, "64")
 
-#: Decoder layers whose last instance can run at some positions only: rotary attention with all of a head rotated by
-#: halves, and an MLP, each behind its norm and added to the stream as it is. Others with parts of the same names scale
-#: the stream (Granite), clip the heads (OLMo) or rotate otherwise (GLM, Helium, Ernie); their last layer runs in full.
+#: Decoder layers whose last instance can run at some positions only. They attend with all of a head rotated by halves,
+#: then run an MLP, each behind its norm and added to the stream as it is. Others with parts of the same names scale the
+#: stream (Granite), clip the heads (OLMo) or rotate otherwise (GLM, Helium, Ernie). Their last layer runs in full.
 _PLAIN_LAYERS = {
     "LlamaDecoderLayer", "MistralDecoderLayer", "Qwen2DecoderLayer", "Qwen3DecoderLayer", "GemmaDecoderLayer",
 }  # fmt: skip
@@ -56,6 +57,7 @@ def can_pack(model: Any, longest: int) -> bool:
     It does where every layer attends, by plain scaled products: no recurrence or convolution, which would run on into
     the next text; no logit capping and no attention sinks; no sliding window or chunk shorter than a text.
     """
+    # Sinks, and layers that do not attend, show in the modules; the rest in the config.
     config = model.config
     attentions = [getattr(layer, "self_attn", None) for layer in getattr(inner_decoder(model), "layers", ())]
     if not attentions or any(attention is None or hasattr(attention, "sinks") for attention in attentions):
@@ -94,12 +96,12 @@ def packed_hidden_states(
     assert min(lengths) > 0, "a text without tokens"
     if not can_pack(model, max(lengths)):
         return _padded_hidden_states(model, attention, lengths, embeddings, closing_only)
-    runs = [(0, len(lengths))] if not prefixes else [(prefix, number) for number, prefix in prefixes]
-    if not shares_prefix(model, attention, embeddings.device, embeddings.dtype):
+    runs = [(prefix, number) for number, prefix in prefixes]
+    if not runs or not shares_prefix(model, attention, embeddings.device, embeddings.dtype):
         runs = [(0, len(lengths))]
     kept, groups = _without_repeats(lengths, runs)
     positions = positions_of(lengths)
-    if kept is not None:
+    if kept is not None:  # each token keeps the position that it has in its text
         positions, on_device = positions[kept], kept.to(embeddings.device)
         embeddings = embeddings.index_select(0, on_device)
     narrow = closing_only and narrowing_layer(model) is not None
@@ -111,6 +113,7 @@ def packed_hidden_states(
             is_causal=attention == "causal",
             use_cache=False,
             layout=layout,
+            # The library hands what it does not know on to every layer. Only the last one looks at this.
             closing=Layout(layout.groups, closing_only=True) if narrow else None,
         )
     states: Tensor = output.last_hidden_state[0]
@@ -120,6 +123,7 @@ def packed_hidden_states(
         return states.index_select(0, layout.on(states.device).closing)
     if kept is None:
         return states
+    # Back to where the tokens stand when every text has a copy of its prefix.
     return states.new_zeros(sum(lengths), states.shape[1]).index_copy(0, on_device, states)
 
 
@@ -154,16 +158,22 @@ def _padded_hidden_states(
 
 @contextmanager
 def packed(model: Any) -> Iterator[None]:
-    """Within it, the model's attention is packed and its last layer can be narrowed; both need a `layout`."""
+    """Within it, the model's attention is packed and its last layer can be narrowed; both need a `layout`.
+
+    The library looks up the attention in the model's config at every pass; a pass cannot choose its own. So the config
+    is changed and put back, and no other thread may run the model meanwhile (`one_pass`). It does not stay changed, as
+    the model may be the user's own, who also calls it without a layout.
+    """
     with one_pass(model):
         previous = model.config._attn_implementation
-        if previous == NAME:
+        if previous == NAME:  # inside another one
             yield
             return
         AttentionInterface.register(NAME, attend)  # here, as importing this file must change nothing
         last = narrowing_layer(model)
         model.config._attn_implementation = NAME
         if last is not None:
+            # On this one layer, as others of its class must stay as they are.
             last.forward = partial(_forward_at_closing, last, type(last).forward)
         try:
             yield
@@ -198,6 +208,7 @@ def _forward_at_closing(
         states: Tensor = forward(layer, hidden_states, layout=layout, **arguments)
         return states
     narrow = partial(_narrowed, layer, closing, arguments)
+    # Where the library checkpoints a layer's `forward`, that is what stands here, so the checkpoint is made here too.
     if _CHECKPOINTS_FORWARD and layer.gradient_checkpointing and layer.training:
         recomputed: Tensor = layer._gradient_checkpointing_func(narrow, hidden_states)
         return recomputed
@@ -205,7 +216,7 @@ def _forward_at_closing(
 
 
 def _narrowed(layer: Any, closing: Layout, arguments: dict[str, Any], hidden_states: Tensor) -> Tensor:
-    """A decoder layer at the closing tokens."""
+    """A decoder layer at the closing tokens. Only attention looks at others; norms, MLP and stream need none."""
     ends = closing.on(hidden_states.device).closing
     attended = _attend_at_closing(layer.self_attn, layer.input_layernorm(hidden_states), ends, closing, **arguments)
     stream = hidden_states.index_select(1, ends) + attended
@@ -233,6 +244,7 @@ def _attend_at_closing(
     query_norm, key_norm = (getattr(attention, name, None) for name in ("q_norm", "k_norm"))
     query = heads(attention.q_proj, query_norm, normed.index_select(1, ends))
     key, value = heads(attention.k_proj, key_norm, normed), heads(attention.v_proj, None, normed)
+    # The library rotates queries and keys at the same positions, while these stand at different ones: one call each.
     query = apply_rotary_pos_emb(query, query, cos.index_select(1, ends), sin.index_select(1, ends))[0]
     key = apply_rotary_pos_emb(key, key, cos, sin)[0]
     attended = attend(attention, query, key, value, None, 0.0, attention.scaling, is_causal, closing)[0]
@@ -244,7 +256,7 @@ def narrowing_layer(model: Any) -> Any:
     """The decoder's last layer, if it is of those that `_forward_at_closing` knows; else None."""
     layer = inner_decoder(model).layers[-1]
     known = any(kind.__name__ in _PLAIN_LAYERS for kind in type(layer).__mro__)  # FSDP makes a class below the layer's
-    # Others put a `forward` on an instance too: accelerate, where a model is spread over devices. It must stay.
+    # accelerate puts a `forward` on an instance too, where a model is spread over devices. That one must stay.
     replaced = "forward" in vars(layer) and not _is_ours(layer.forward)
     return layer if known and not replaced and attention_dropout(model) == 0 else None
 

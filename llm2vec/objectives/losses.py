@@ -1,8 +1,8 @@
-"""The losses of the method, as weighted sums: who calls them divides by what the whole optimiser step holds.
+"""The losses of the method, as weighted sums: the weights hold the division by what the whole optimiser step holds.
 
-They know vectors, labels and weights; no model, tokenizer or rank. Both are cross-entropies over a product with a large
-matrix (the vocabulary's, the documents'), and none of them holds that product: it is made block by block, and the
-gradient of a block with it.
+They know vectors, labels and weights; no model, tokenizer or rank. The two large ones are cross-entropies over a
+product with a large matrix (of the vocabulary, of the documents). Neither holds that product: it is made block by
+block, and the gradient of a block with it.
 """
 
 from __future__ import annotations
@@ -14,8 +14,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-#: Entries of a block of logits: 32 MiB in float32, about what a CPU's last cache holds; on a GPU a block is a small
-#: part of memory and large enough for its matrix units.
+#: Entries of a block of logits: 32 MiB in float32, about what a CPU's last cache holds. On a GPU a block is larger, to
+#: keep the matrix units busy, and still a small part of memory.
 BLOCK_ENTRIES = 2**23
 BLOCK_ENTRIES_CUDA = 2**27
 
@@ -45,7 +45,7 @@ def linear_cross_entropy(
     """Sum over N of term_weight * -log softmax(hidden @ weight.T)[target], without ever holding [N, V].
 
     Memory is one block of logits and the gradients of `hidden` and `weight`, whatever N times V is. The gradients are
-    made with the loss, so nothing is computed twice; the softmax runs in float32 at least, and the gradient of `weight`
+    made with the loss, so nothing is computed twice. The softmax runs in float32 at least, and the gradient of `weight`
     is summed over the blocks in that precision. Over no rows the sum is 0, and its gradients are zeros.
 
     Args:
@@ -54,8 +54,9 @@ def linear_cross_entropy(
         target_N: column of each row's target.
         term_weight_N: weight of each row's term; no gradient flows to it.
         block_rows: rows a block; None = as many as make a block of moderate size.
-        left_out: which columns, [rows, V], some rows' softmax runs without; never a row's target. None = without none.
+        left_out: which columns, [rows, V], are missing from some rows' softmax; never a row's target. None = none are.
     """
+    # The products below that write into a given tensor do not heed autocast by themselves.
     if torch.is_autocast_enabled(hidden_ND.device.type):
         hidden_ND = hidden_ND.to(torch.get_autocast_dtype(hidden_ND.device.type))
     if block_rows is None:
@@ -81,18 +82,21 @@ class _LinearCrossEntropy(torch.autograd.Function):
         block_rows: int,
         left_out: Callable[[slice], Tensor] | None,
     ) -> tuple[Tensor, Tensor, Tensor]:
+        # Products run in the states' dtype, which is fast; softmax and sums in `exact`, as half precision is coarse.
         exact = torch.promote_types(hidden_ND.dtype, torch.float32)
         product_weight_VD = weight_VD.to(hidden_ND.dtype)
         terms_N = hidden_ND.new_empty(len(hidden_ND), dtype=exact)
         hits_N = torch.empty(len(hidden_ND), dtype=torch.bool, device=hidden_ND.device)
+        # Each row's gradient is final once its block is done; the weight's is a sum over all blocks, so it begins at 0.
         into_hidden_ND = torch.empty_like(hidden_ND) if ctx.needs_input_grad[0] else None
         into_weight_VD = torch.zeros_like(weight_VD, dtype=exact) if ctx.needs_input_grad[1] else None
-        # Weights of 1 / (tokens of a step) would leave half precision's range in the products below. The floor stands
-        # among them, as there may be no rows.
+        # Weights of 1 / (tokens of a step) would leave half precision's range in the products below. So they are
+        # divided by the largest of them here, and `backward` multiplies by it. The floor is for weights of 0, and for
+        # no rows at all.
         largest_weight = F.pad(term_weight_N.to(exact).abs(), (0, 1), value=torch.finfo(exact).tiny).max()
         relative_N = term_weight_N.to(exact) / largest_weight
-        # In half precision, the sum into the float32 gradient of the weight costs as much as a product does, so it is
-        # taken over several blocks at once.
+        # In half precision, adding to the float32 gradient of the weight costs as much as a product does, so several
+        # blocks are added at once.
         at_once = block_rows if exact == hidden_ND.dtype else 4 * block_rows
         for start in range(0, len(hidden_ND), at_once):
             gradients = []
@@ -103,11 +107,13 @@ class _LinearCrossEntropy(torch.autograd.Function):
                     logits.masked_fill_(left_out(rows), -torch.inf)
                 terms_N[rows], hits_N[rows], total = _softmax_terms(logits, target_N[rows])
                 if any(ctx.needs_input_grad):
+                    # d loss / d logit = weight * (softmax - 1 at the target). The logits, no longer needed, become it.
                     into_logits = logits.mul_((relative_N[rows] / total).unsqueeze(1))
                     into_logits.scatter_add_(1, target_N[rows].unsqueeze(1), -relative_N[rows].unsqueeze(1))
                     gradients.append(into_logits.to(hidden_ND.dtype))
             if not gradients:
                 continue
+            # The chain rule through logits = hidden @ weight.T. No more than these blocks' gradient is ever held.
             rows = slice(start, start + at_once)
             into_logits = gradients[0] if len(gradients) == 1 else torch.cat(gradients)
             if into_hidden_ND is not None:
@@ -121,6 +127,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
+        # `forward` made both gradients. Missing are the factor it took out and the gradient of the loss itself.
         into_hidden_ND, into_weight_VD, largest_weight = ctx.saved_tensors
         scale = gradients[0] * largest_weight
         into_hidden = None if into_hidden_ND is None else into_hidden_ND * scale
@@ -129,7 +136,11 @@ class _LinearCrossEntropy(torch.autograd.Function):
 
 
 def _softmax_terms(logits: Tensor, target: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Cross-entropy, hit and sum of exponentials of each row of a block of logits, which becomes the exponentials."""
+    """Cross-entropy, hit and sum of exponentials of each row of a block of logits.
+
+    The block is overwritten with its exponentials. A second one of its size would double the memory of the loss.
+    """
+    # Less the largest, no exponential overflows; read before, as the logits are then gone.
     of_target, largest = logits.gather(1, target.unsqueeze(1)), logits.amax(dim=1, keepdim=True)
     total = logits.sub_(largest).exp_().sum(dim=1)
     return largest[:, 0] + total.log() - of_target[:, 0], (of_target == largest)[:, 0], total
@@ -137,6 +148,7 @@ def _softmax_terms(logits: Tensor, target: Tensor) -> tuple[Tensor, Tensor, Tens
 
 def _add_product(total: Tensor, left: Tensor, right: Tensor) -> None:
     """total += left @ right, summed in the total's precision."""
+    # torch's fused form takes one dtype for all three.
     if total.dtype == right.dtype:
         total.addmm_(left, right)
     else:
@@ -169,8 +181,8 @@ def distillation(
 ) -> Tensor:
     """Sum over B queries of weight * -sum softmax(teacher) log softmax(loss_scale * cosine), over its G own documents.
 
-    As in Li et al. 2024 (arXiv 2409.15700): a reranker's scores of a query's positive and hard
-    negatives say how much better each is. No gradient flows to the teacher.
+    As in Li et al. 2024 (arXiv 2409.15700): a reranker's scores of a query's positive and hard negatives say how much
+    better each is. No gradient flows to the teacher.
 
     Args:
         query_BD: unit vectors.

@@ -27,9 +27,10 @@ def pack_rows(rows: Sequence[Row]) -> TokenBatch:
 
 def shared_prefix(rows: Sequence[Row]) -> int:
     """Number of tokens that all rows begin with and none of them pools over; 0 for a single row."""
-    if len(rows) < 2:
+    if len(rows) < 2:  # nobody to share it with
         return 0
     first = rows[0]
+    # Who shares a prefix gets no states of it, so pooling must not read any.
     most = min(row.pooled.index(True) for row in rows)
     return next((i for i in range(most) if any(row.ids[i] != first.ids[i] for row in rows)), most)
 
@@ -40,7 +41,7 @@ def select_rows(side: TokenBatch, chosen: Sequence[int], ends: Sequence[int] | N
     Args:
         side: packed texts.
         chosen: which of them.
-        ends: where each of the side's texts ends, for who selects thousands of times; None = summed up here.
+        ends: where each of the side's texts ends, for a caller that selects thousands of times; None = summed up here.
     """
     if ends is None:
         ends = list(accumulate(side["lengths"]))
@@ -54,7 +55,7 @@ def select_rows(side: TokenBatch, chosen: Sequence[int], ends: Sequence[int] | N
         "pool_mask": pick(side["pool_mask"]),
         "target_mask": pick(side["target_mask"]),
         "num_targets": [side["num_targets"][i] for i in chosen],
-        "prefix": side["prefix"] if len(chosen) > 1 else 0,
+        "prefix": side["prefix"] if len(chosen) > 1 else 0,  # some of the texts may share more, never less
         "closed": side["closed"],
     }
     if "labels" in side:
@@ -70,6 +71,6 @@ def starts_of(lengths: Sequence[int]) -> Tensor:
 
 
 def positions_of(lengths: Sequence[int]) -> Tensor:
-    """Position of each token in its text, from 0."""
+    """Position of each token in its text, from 0; all texts at once, as a loop over thousands would be slow."""
     total = torch.arange(sum(lengths))
     return total - starts_of(lengths).repeat_interleave(torch.tensor(lengths, dtype=torch.long))

@@ -121,7 +121,7 @@ class StepFigures:
 
     def complete(self, logs: dict[str, float]) -> None:
         """Put what happened into an entry of the library's log, whose losses count skipped steps too."""
-        if "loss" in logs:
+        if "loss" in logs:  # an entry of a step, and not of an evaluation
             entry = self.entry()
             if "loss" not in entry:  # no step was taken since the last one
                 del logs["loss"]
@@ -161,7 +161,8 @@ class StepFigures:
         return means
 
     def save(self, checkpoint: Path) -> None:
-        """Write it all, to be read by the same process of the resumed run; JSON holds floats exactly."""
+        """Write it all, to be read by the same process of the resumed run."""
+        # JSON holds floats exactly, so the resumed run's entries are the same to the bit.
         content = {
             "sums": {
                 name: [value.item(), str(value.dtype).removeprefix("torch.")] for name, value in self._sums.items()
@@ -331,5 +332,6 @@ class EndOfRun(TrainerCallback):
     def on_epoch_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
         """Called at the end of an epoch, and where a run stops within one, which is no end of an epoch."""
         control.should_save = control.should_save or self._save_at_epoch_end
+        # A stop within an epoch breaks the loop, which then does as if the epoch were over; it has saved already.
         if self.is_stopped(state) and not self._ends_epoch(state):
             control.should_evaluate = control.should_save = False

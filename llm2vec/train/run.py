@@ -107,6 +107,7 @@ def train(
 
     def save_to(folder: Path, weights: dict[str, Tensor] | None) -> None:
         state = None if weights is None else model_weights(weights, objective.model)  # type: ignore[arg-type]
+        # `trainer` is bound below, before anything is saved.
         at_step = {**(run or {}), "step": trainer.state.global_step}
         if trainer.weights_of_step is not None:
             at_step["weights_of_step"] = trainer.weights_of_step
@@ -169,6 +170,7 @@ def _fit_activations(
     """Recompute so many layers that the activations fit the config's budget, if it has one; the line that says so."""
     if config.activation_memory_gb is None or config.tokens_per_microbatch is None:
         return []
+    # Measured at two sizes, as what is kept grows with the tokens and has a part that does not.
     examples = [rows[i] for i in range(min(8, len(rows)))]
     small, large = (send_to_device(collate(part), args.device) for part in (examples[:1], examples))
     decoder = decoder_of(objective.model)

@@ -81,6 +81,7 @@ class CheckpointWriter:
         except RunEnds:
             shutil.rmtree(aside, ignore_errors=True)
             raise
+        # Machines without a shared disk each wrote their own processes' files, of which one folder holds a part only.
         if max_over_ranks(int(not folder.is_dir())):
             logger.warning("%s is not seen by all machines: no run can go on from it; share the output folder.", folder)
             shutil.rmtree(aside, ignore_errors=True)
@@ -102,7 +103,7 @@ class CheckpointWriter:
             write()
         except WRITE_ERRORS as caught:
             error = caught
-        failed = max_over_ranks(0 if error is None else 1 + rank())
+        failed = max_over_ranks(0 if error is None else 1 + rank())  # 0 = none; else one of them can be named
         if not failed:
             return
         reason = f"on process {failed - 1}" if error is None else first_line(error)

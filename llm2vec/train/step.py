@@ -73,7 +73,7 @@ def backward_step(
         held.add(piece, output)
     between, gradients = _gradients_of_vectors(inner, held, totals)
     shares = [between]
-    if keep:
+    if keep:  # `output` is the last piece's
         of_last = {side: gradient[-held.lengths[side][-1] :] for side, gradient in gradients.items()}
         with no_sync():
             backward(_surrogate(output, of_last) * scale)
@@ -199,7 +199,7 @@ def number_of_pieces(tokens: Sequence[int], max_tokens: int) -> int:
 def balanced(tokens: Sequence[int], number: int) -> list[list[int]]:
     """Row indices in `number` pieces of nearly equal token counts, none empty: the longest first, into the emptiest."""
     pieces: list[list[int]] = [[] for _ in range(number)]
-    heap = [(0, i) for i in range(number)]
+    heap = [(0, i) for i in range(number)]  # tokens so far, and which piece
     for row in sorted(range(len(tokens)), key=lambda row: -tokens[row]):
         filled, i = heapq.heappop(heap)
         pieces[i].append(row)
@@ -260,8 +260,8 @@ class _Held:
         rows = _num_rows(piece)
         for of_all, of_piece in ((self.vectors, output.vectors), (self.facts, output.facts)):
             for name, values in of_piece.items():
-                per_row = len(values) // rows
-                if name not in of_all:
+                per_row = len(values) // rows  # K hard negatives a row
+                if name not in of_all:  # width and dtype are known from the first piece on
                     of_all[name] = values.new_empty(per_row * self._num_rows, *values.shape[1:])
                 of_all[name][per_row * self._filled : per_row * (self._filled + rows)] = values.detach()
         for side, vectors in output.vectors.items():

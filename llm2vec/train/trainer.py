@@ -362,9 +362,10 @@ class EmbedderTrainer(Trainer):
 
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
         """Called before the first epoch, also where there is no checkpoint."""
-        if not self.is_fsdp_enabled or checkpoint is None:
-            return super()._load_optimizer_and_scheduler(checkpoint)
-        load_shares(Path(checkpoint), self.optimizer, self.lr_scheduler)  # type: ignore[arg-type]
+        if self.is_fsdp_enabled and checkpoint is not None:
+            load_shares(Path(checkpoint), self.optimizer, self.lr_scheduler)  # type: ignore[arg-type]
+        else:
+            super()._load_optimizer_and_scheduler(checkpoint)
 
     def _load_best_model(self) -> None:
         """Called after the last step, where `load_best_model_at_end` asks for it."""
