@@ -18,7 +18,6 @@ logger = logging.getLogger(__name__)
 #: Seconds in which the hub must answer, tried twice, where nobody waits for it.
 SECONDS_FOR_THE_HUB = 5.0
 
-
 #: Whether the hub has still to be asked if it is there.
 _asks_first: ContextVar[bool] = ContextVar("_asks_first", default=False)
 
@@ -51,11 +50,10 @@ def find_file(path: str, name: str) -> str | None:
 
 @contextmanager
 def without_waiting_for_the_hub() -> Iterator[None]:
-    """Within it, a hub that is out of reach counts as offline (`HF_HUB_OFFLINE`), and this is said.
+    """While it lasts, a hub that is out of reach counts as offline (`HF_HUB_OFFLINE`), with a warning.
 
-    The hub's client asks for each file for half a minute before it gives up, which suits a run that loads a model, and
-    not a script that looks at names. Here the hub is asked once whether it is there, when the first name comes up that
-    is no folder's.
+    The hub's client tries for half a minute for each file. That suits a run that loads a model, but not a command that
+    looks at names. Here the hub is asked once whether it is there: when the first name comes up that is no folder's.
     """
     was_offline, outside = constants.HF_HUB_OFFLINE, _asks_first.set(not constants.HF_HUB_OFFLINE)
     try:

@@ -1,8 +1,4 @@
-"""`LLM2Vec`: load an embedder, encode texts, save it. The API that users of upstream LLM2Vec have.
-
-model = LLM2Vec.from_pretrained("output/stage_I/...", peft_model_name_or_path="output/stage_II/...")
-vectors = model.encode([["Given a question, retrieve passages that answer it", "who wrote Emma?"]])
-"""
+"""`LLM2Vec`: load an embedder, encode texts, save it. The API that users of upstream LLM2Vec have."""
 
 from __future__ import annotations
 
@@ -38,7 +34,6 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
-
 #: What `encode` counts as a row of its batch size. A pass over many more tokens falls out of a CPU's caches, and a
 #: batch of long rows out of a GPU's memory.
 TOKENS_PER_ROW = 128
@@ -57,7 +52,7 @@ class LLM2Vec(nn.Module):
     Args:
         model: the decoder without language-model head, plain or with an adapter on it.
         tokenizer: its tokenizer.
-        pooling_mode: this and the other settings are those of `checkpoint.EncoderSettings`.
+        pooling_mode: this and the other settings are those of `model.settings.EncoderSettings`.
         max_length: most tokens of a row.
         doc_max_length: most tokens of the text alone.
         skip_instruction: whether the instruction is left out of the pooled positions.
@@ -169,7 +164,7 @@ class LLM2Vec(nn.Module):
             "skip_instruction": skip_instruction,
             "template": template,
             "instruction_join": instruction_join,
-            "attention": _attention(enable_bidirectional),
+            "attention": {None: None, True: "bidirectional", False: "causal"}[enable_bidirectional],
         }
         parents = {"parent_adapters": chain.adapters[:-1] if chain.adapters and not merge_peft else None}
         settings = EncoderSettings(**{**recorded, **{k: v for k, v in chosen.items() if v is not None}, **parents})
@@ -394,9 +389,3 @@ def _is_pair(entry: Any) -> bool:
     instruction, text, *number = entry
     is_number = [isinstance(part, int | np.integer) and not isinstance(part, bool) for part in number]
     return isinstance(instruction, str) and isinstance(text, str) and all(is_number)
-
-
-def _attention(enable_bidirectional: bool | None) -> Attention | None:
-    if enable_bidirectional is None:
-        return None
-    return "bidirectional" if enable_bidirectional else "causal"

@@ -1,8 +1,7 @@
-"""The decoder under the embedder: load it, put adapters on it in an explicit order, run it causally or not.
+"""The decoder under the embedder: load it, put adapters on it in order, run it causally or not.
 
-No family has a class of its own here. Since transformers 5.2 every decoder takes `is_causal` per call, so one model
-serves causal embedding, bidirectional embedding and generation; `check_attention` proves at load that the flag was
-obeyed, because a library that ignores it fails silently.
+No family has a class of its own here. Since transformers 5.2 every decoder takes `is_causal` per call. So one model
+serves causal embedding, bidirectional embedding and generation. Whether it obeys is proven at load (`proofs`).
 """
 
 from __future__ import annotations
@@ -35,19 +34,20 @@ Backbone: TypeAlias = PreTrainedModel | PeftModel
 #: Every projection of a Llama-like layer, as in the released recipe.
 LORA_MODULES = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 
-#: A weight of a numbered layer, as opposed to a head and to tables that older files hold.
+#: A weight of a numbered layer. A head is none, nor are the tables that older files hold.
 _LAYER_WEIGHT = re.compile(r"\blayers\.\d+\..*\b(weight|bias)$")
 
-#: What a layer may be called in `config.layer_types` and still look at all tokens, or at a window or chunk of them.
+#: Names in `config.layer_types` of layers that attend: to all tokens, or to a window or chunk of them.
 ATTENTION_LAYERS = {"full_attention", "sliding_attention", "chunked_attention"}
 
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
-#: Table of token embeddings -> the lock of the model it belongs to, adapter and head or not.
+#: Table of token embeddings -> the lock of its model. A model has one such table, with an adapter or a head or without.
 _locks: WeakKeyDictionary[Any, threading.RLock] = WeakKeyDictionary()
 
 
 def load_tokenizer(path: str) -> PreTrainedTokenizerBase:
-    """The tokenizer of a folder or hub name, with a padding token (its EOS, where it has none of its own).
+    """The tokenizer of a folder or hub name. One without a padding token pads with its EOS.
 
     Raises:
         UserError: there is none.
@@ -56,11 +56,11 @@ def load_tokenizer(path: str) -> PreTrainedTokenizerBase:
         find_file(path, "tokenizer_config.json")  # says what is wrong with a name better than the library does
     try:
         tokenizer = AutoTokenizer.from_pretrained(path, trust_remote_code=False)  # left out, it would ask
-    except Exception as error:  # files of the tokenizer and the model's config, each refused by a type of its own
+    except Exception as error:  # each damaged file of tokenizer or config raises a type of its own
         raise UserError(f"{path}: no tokenizer could be loaded ({first_line(error)}).") from error
     if tokenizer.pad_token is None:
         tokenizer.pad_token = tokenizer.eos_token
-    tokenizer.init_kwargs.pop("auto_map", None)  # names code that was not run; nothing saved shall name it
+    tokenizer.init_kwargs.pop("auto_map", None)  # it names code that was not run, and would be saved with the tokenizer
     return tokenizer
 
 
@@ -94,7 +94,7 @@ def load_backbone(
         device_map=device_map,
     )
     for number, adapter in enumerate(chain.folders[1:], start=1):
-        # Adapters are trained on the inner model; on a model with a head they go onto that inner model in place.
+        # An adapter was trained on the decoder. Under a head it is merged into the decoder in place.
         wrapped = _apply_adapter(model, adapter, on_inner=with_lm_head)
         if number == len(chain.adapters) and not merge_last:
             return wrapped
@@ -106,9 +106,9 @@ def load_backbone(
 def _load_base(
     model_class: Any, path: str, *, dtype: torch.dtype | str, attn_implementation: str | None, device_map: Any
 ) -> Any:
-    """The weights of `path`, all of them: a tensor that the folder lacks would be random, so it is an error."""
+    """The weights of `path`, all of them. A tensor that the folder lacks would be random, so that is an error."""
     verbosity = transformers_logging.get_verbosity()
-    transformers_logging.set_verbosity_error()  # it reports the head we leave behind at length; we check below
+    transformers_logging.set_verbosity_error()  # of a head that stays behind; what matters is checked below
     try:
         model, info = model_class.from_pretrained(
             path,
@@ -140,7 +140,7 @@ def _load_base(
 
 
 def available_attention(attn_implementation: str | None) -> str | None:
-    """`attn_implementation`, or torch's own where FlashAttention was asked for and cannot run (said, not silent)."""
+    """`attn_implementation`; or torch's own, with a warning, where FlashAttention was asked for and cannot run."""
     if attn_implementation != "flash_attention_2":
         return attn_implementation
     if not torch.cuda.is_available():
@@ -162,7 +162,7 @@ def attach_lora(
     modules: Sequence[str] = LORA_MODULES,
     new_tokens: Sequence[int] = (),
 ) -> PeftModel:
-    """A fresh LoRA adapter on `model`; everything else is frozen. No bias is trained.
+    """Put a fresh LoRA adapter on a model. Everything else is frozen; no bias is trained.
 
     Args:
         model: what is adapted.
@@ -198,7 +198,7 @@ def enable_checkpointing(model: Any, arguments: dict[str, Any]) -> None:
 
 
 def set_attention_dropout(model: Any, probability: float) -> None:
-    """Drop out attention weights in training, whatever the model's configuration says (and goes on saying).
+    """Drop out attention weights in training, whatever the model's config says; the config itself is not changed.
 
     Args:
         model: changed in place.
@@ -236,15 +236,15 @@ def hidden_states(
 
 
 def one_pass(model: Any) -> threading.RLock:
-    """Held during a forward pass: a packed one sets the model's attention, and another thread's would run with it."""
+    """The lock to hold during a forward pass. A packed pass sets the model's attention, for all threads."""
     return _locks.setdefault(model.get_input_embeddings(), threading.RLock())
 
 
 def add_token_rows(model: PreTrainedModel, ids: Sequence[int], seed: int) -> None:
-    """Give new tokens rows in the embedding, and in the head where the model has one of its own.
+    """Give new tokens rows in the embedding, and in the head where the model has a separate one.
 
-    Each starts as the mean of the rows before them plus noise of a tenth of those rows' spread, so that no two are
-    alike. The tables grow where they have no such rows yet.
+    A row starts as the mean of the rows before the new ones. Noise of a tenth of their spread makes no two alike. The
+    tables grow where they have no such rows yet.
 
     Args:
         model: changed in place.
@@ -271,8 +271,10 @@ def _make_room(model: PreTrainedModel, ids: Sequence[int]) -> None:
 
 
 def _apply_adapter(model: PreTrainedModel, adapter: Folder, *, on_inner: bool) -> PeftModel:
-    """Put a trained adapter on `model` (on the decoder under its head, if `on_inner`), and refuse one that would do
-    nothing. The embedding grows where the adapter brings tokens that the base lacks."""
+    """Put a trained adapter on `model`, or on the decoder under its head (`on_inner`).
+
+    An adapter that would do nothing is refused. The embedding grows where it brings tokens that the base lacks.
+    """
     inner: PreTrainedModel = model.base_model if on_inner else model  # type: ignore[assignment]
     path = adapter.path
     if adapter.find(SAFETENSORS_WEIGHTS_NAME) is None:  # peft would open a pickle instead
@@ -299,9 +301,6 @@ def _apply_adapter(model: PreTrainedModel, adapter: Folder, *, on_inner: bool) -
     if added and not any(bool(weight.any()) for weight in added):
         raise UserError(f"peft_model_name_or_path: {path!r} has no effect, every lora_B weight in it is zero.")
     return wrapped
-
-
-DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
 def parse_dtype(dtype: torch.dtype | str | None) -> torch.dtype | str:

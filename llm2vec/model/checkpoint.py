@@ -6,9 +6,9 @@
     run.json              where it came from: resolved config, step, versions, parent, data; and the files' sizes
     SHA256SUMS            in a run's `checkpoint-N` only: the sums of all files, in the form that `sha256sum -c` reads
 
-Files are written aside and renamed one by one; a marker file stands in the folder meanwhile, so that a folder cut
-short is refused instead of read. A `checkpoint-N`, which also holds what a run needs to go on (optimiser, schedule,
-random numbers, log), is written as a whole beside its place and renamed; `SHA256SUMS` is its last file.
+Files are written aside and renamed one by one. A marker file stands in the folder meanwhile, so that a folder that was
+cut short is refused instead of read. A `checkpoint-N` also holds what a run needs to go on: optimiser, schedule, random
+numbers, log. It is written as a whole beside its place and then renamed; `SHA256SUMS` is its last file.
 """
 
 from __future__ import annotations
@@ -56,16 +56,16 @@ def save_checkpoint(
     run: dict[str, Any] | None = None,
     state: dict[str, Tensor] | None = None,
 ) -> None:
-    """Write a checkpoint into `folder`, over one that may be there, whose weights go; other files in it are left alone.
+    """Write a checkpoint into `folder`. Weights that are there go, whatever their form; other files stay.
 
     Args:
         folder: made if missing.
         model: a full model, or a PeftModel of which only the adapter is written.
         tokenizer: written beside it.
         settings: go to `llm2vec_config.json`; None = not written (`save_config=False` of upstream).
-        run: provenance for `run.json`; versions, git commit, file sizes and the hashes of the adapters below this one
-            are added here.
-        state: a full model's weights, where the model itself holds only a share of them (FSDP).
+        run: where it comes from, for `run.json`. Versions, git commit, file sizes and the hashes of the adapters below
+            this one are added here.
+        state: all weights, where the model itself holds only a share of them (FSDP).
     """
     folder.mkdir(parents=True, exist_ok=True)
     for abandoned in folder.glob(f"{WRITING_PREFIX}*"):  # by a run that was killed here
@@ -74,7 +74,7 @@ def save_checkpoint(
     try:
         # peft would write the whole embedding beside the few rows of it that an adapter trains.
         adapter_only: dict[str, Any] = {"save_embedding_layers": False} if isinstance(model, PeftModel) else {}
-        to_write = None if state is None else dict(state)  # which is emptied as it is written
+        to_write = None if state is None else dict(state)  # transformers empties it as it writes
         model.save_pretrained(str(staging), state_dict=to_write, **adapter_only)
         tokenizer.save_pretrained(staging)
         # peft writes a model card about nothing; ours comes with the export.
@@ -86,7 +86,7 @@ def save_checkpoint(
         write_json(staging / RUN_FILE, {**(run or {}), **environment(), **parents, "files": sizes})
         (folder / INCOMPLETE_MARKER).touch()
         for old in _weights_in(folder) if not _is_base_of(folder, model) else ():
-            if not (staging / old.name).exists():  # an adapter's, a full model's, or a shard more: it would be loaded
+            if not (staging / old.name).exists():  # of an adapter, a full model or one more shard: it would be loaded
                 old.unlink()
         for file in staging.iterdir():
             file.replace(folder / file.name)
@@ -148,7 +148,7 @@ def _tensors(folder: Path) -> Iterator[tuple[str, Tensor]]:
 
 
 def write_sums(folder: Path) -> None:
-    """Write `SHA256SUMS` over all files of a folder but hidden ones, last of all, when they have reached the disk."""
+    """Write `SHA256SUMS` over all files of a folder but hidden ones, each once it has reached the disk."""
     files = sorted(_summed(folder))
     with ThreadPoolExecutor() as pool:  # a sum is taken outside the interpreter's lock
         sums = list(pool.map(_sum_on_disk, files))
@@ -158,10 +158,10 @@ def write_sums(folder: Path) -> None:
 
 
 def check_sums(folder: Path) -> None:
-    """Compare all files of a folder with its `SHA256SUMS`; hidden ones aside.
+    """Compare all files of a folder but hidden ones with its `SHA256SUMS`.
 
     Raises:
-        UserError: there is none, or a file is missing, unknown or other than it was.
+        UserError: there are no sums, or a file is missing, unknown or not what it was.
     """
     if not (folder / SUMS_FILE).is_file():
         raise UserError(f"{folder} has no {SUMS_FILE}, so it was cut short while it was written.")
@@ -179,12 +179,12 @@ def check_sums(folder: Path) -> None:
 
 
 def _summed(folder: Path) -> list[Path]:
-    """A network disk and a desktop leave hidden files of their own."""
+    """The files that are summed. Network disks and desktops leave hidden files of their own, which are not."""
     return [file for file in folder.iterdir() if not file.name.startswith(".") and file.name != SUMS_FILE]
 
 
 def _sum_on_disk(file: Path) -> str:
-    """SHA-256 of a file, after what was written has left memory."""
+    """SHA-256 of a file, taken once all that was written has left memory."""
     with file.open("rb") as content:
         os.fsync(content.fileno())
     return sha256(file)
@@ -195,7 +195,7 @@ def _parent_weights(settings: EncoderSettings) -> list[str | None]:
     for adapter in settings.parent_adapters or ():
         try:
             hashes.append(adapter_hash(adapter))
-        except UserError:  # moved during training, which is no reason to lose what was trained
+        except UserError:  # it was moved during training, which is no reason to lose what was trained
             hashes.append(None)
     return hashes
 
