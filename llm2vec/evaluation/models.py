@@ -20,7 +20,7 @@ from llm2vec.llm2vec import LLM2Vec
 from llm2vec.model.backbone import parse_dtype
 from llm2vec.model.chain import MODULES_FILE, is_module_folder, model_name, revision_of
 from llm2vec.model.settings import SETTINGS_FILE
-from llm2vec.types import UserError
+from llm2vec.types import UserError, first_line
 
 logger = logging.getLogger(__name__)
 
@@ -123,7 +123,7 @@ def _sentence_transformer(asked: EvaluatedModel) -> Any:
     try:
         model = SentenceTransformer(asked.model.base, device=asked.device, model_kwargs=options)
     except (ImportError, OSError, ValueError) as error:
-        reason = str(error).strip().partition("\n")[0]
+        reason = first_line(error)
         raise UserError(f"sentence-transformers cannot load {asked.model.base}: {reason}") from error
     if asked.max_length is not None:
         model.max_seq_length = asked.max_length

@@ -47,7 +47,7 @@ from llm2vec.evaluation.files import load_data, parts_of, retrieval_set_of, use_
 from llm2vec.files import data_revision, json_hash
 from llm2vec.llm2vec import LLM2Vec
 from llm2vec.model.chain import model_name, open_chain, revision_of
-from llm2vec.types import TextSide, UserError
+from llm2vec.types import TextSide, UserError, first_line
 
 logger = logging.getLogger(__name__)
 
@@ -205,7 +205,7 @@ def registered_model(name: str, device: str | None) -> MTEBModels:
     try:
         return mteb.get_model(name, device=device)
     except (ImportError, OSError, NotImplementedError, ValueError) as error:
-        reason = str(error).strip().partition("\n")[0]
+        reason = first_line(error)
         raise UserError(f"mteb knows the model {name} but cannot load it: {reason}") from error
 
 

@@ -163,12 +163,12 @@ class Chain:
 
     @cached_property
     def tokenizer_path(self) -> str:
-        """Where the tokenizer lies: the outermost folder, or the base where that has none.
-
-        Raises:
-            UserError: as `Folder.find`.
-        """
-        return self.base if self.folders[-1].find("tokenizer_config.json") is None else self.folders[-1].path
+        """Where the tokenizer lies: in the outermost folder, or else in the base, as far as that has one."""
+        outermost = self.folders[-1]
+        try:
+            return self.base if outermost.find("tokenizer_config.json") is None else outermost.path
+        except UserError:
+            return self.base
 
 
 def open_chain(base: str, adapters: Sequence[str] = ()) -> Chain:

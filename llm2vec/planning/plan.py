@@ -150,15 +150,12 @@ def make_plan(path: Path, conditions: Conditions) -> Plan:
     with without_waiting_for_the_hub():
         absent = tuple(adapter for adapter in config.adapters if not _has(adapter, "adapter_config.json"))
         # Those that are not there yet are left out: merged, they change no shape.
-        adapters = [adapter for adapter in config.adapters if adapter not in absent]
-        is_there = any(_has(base, name) for name in ("config.json", "adapter_config.json"))
-        chain = open_chain(base, adapters) if is_there else None
-        base = base if chain is None else chain.base
-        shape = shape_of(base)
+        chain = open_chain(base, [adapter for adapter in config.adapters if adapter not in absent])
+        shape = shape_of(chain.base)
         tokenizer, settings, new_tokens = _tokenizer(config, chain)
     model = model_of_shapes(config, shape, new_tokens)
     if not hasattr(inner_decoder(model), "layers"):
-        raise UserError(f"{base}: a {shape.model_type} cannot be planned, its layers are not known here.")
+        raise UserError(f"{chain.base}: a {shape.model_type} cannot be planned, its layers are not known here.")
     objective = objective_of(config, model, settings)
     missing = missing_data(config)
     rows = rows_of(config, tokenizer) if missing is None else None
@@ -169,7 +166,7 @@ def make_plan(path: Path, conditions: Conditions) -> Plan:
         if isinstance(collate, CollateSides):
             check_examples(args, rows, collate)
     elif missing is None and tokenizer is None:
-        missing = f"model_name_or_path: {base!r} has no tokenizer that can be read here."
+        missing = f"model_name_or_path: {chain.base!r} has no tokenizer that can be read here."
     assumption = "" if collate else _assumption(config, conditions, missing)
     if collate is not None and rows is not None:
         all_rows, *by_source = counted(objective, rows, collate)
@@ -196,11 +193,9 @@ def make_plan(path: Path, conditions: Conditions) -> Plan:
     return plan if not is_known(model) else _with_memory(plan)
 
 
-def _tokenizer(
-    config: Config, chain: Chain | None
-) -> tuple[PreTrainedTokenizerBase | None, EncoderSettings, list[int]]:
+def _tokenizer(config: Config, chain: Chain) -> tuple[PreTrainedTokenizerBase | None, EncoderSettings, list[int]]:
     """The tokenizer, if it can be read here; how texts become vectors; ids of tokens that the base lacks."""
-    if chain is not None and _has(chain.tokenizer_path, "tokenizer_config.json"):
+    if _has(chain.tokenizer_path, "tokenizer_config.json"):
         return open_tokenizer(config, chain)
     return None, encoder_settings(config, {}), []
 

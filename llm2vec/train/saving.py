@@ -33,7 +33,7 @@ from llm2vec.types import RunEnds, first_line
 
 logger = logging.getLogger(__name__)
 
-#: What writing to a full or broken disk raises, in Python, torch and safetensors; and comparing what was written.
+#: What writing to a full or broken disk raises, in Python, torch and safetensors.
 WRITE_ERRORS = (OSError, RuntimeError, SafetensorError, RunEnds)
 
 
