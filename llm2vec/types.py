@@ -128,6 +128,9 @@ class TokenBatch(TypedDict):
 #: What the collator yields: a TokenBatch for each side, such as "query", "positive" and (Stage II) "negative".
 Batch: TypeAlias = dict[str, TokenBatch]
 
+#: What an objective knows of the texts of each side beside their vectors, by name, [texts, ...].
+TextFacts: TypeAlias = "dict[str, dict[str, Tensor]]"
+
 
 class Pass(NamedTuple):
     """Texts that run through the decoder together.
@@ -164,12 +167,12 @@ class Output(NamedTuple):
         parts: `loss` and detached figures, each this batch's share of the step's (empty if all the loss lies
             between vectors).
         vectors: for each side, an embedding a row, [rows, D]; what `contrast` compares (empty if nothing is).
-        facts: what else `contrast` needs to know of each row, [rows, ...]: no gradient flows to it.
+        facts: what else `contrast` needs to know of each side's rows; no gradient flows to it.
     """
 
     parts: dict[str, Tensor]
     vectors: dict[str, Tensor]
-    facts: dict[str, Tensor] = {}  # noqa: RUF012  # an empty default that nobody writes to
+    facts: TextFacts = {}  # noqa: RUF012  # an empty default that nobody writes to
 
 
 class Objective(Protocol):
@@ -204,10 +207,10 @@ class Objective(Protocol):
         """
         ...
 
-    def contrast(self, vectors: dict[str, Tensor], totals: dict[str, Tensor]) -> dict[str, Tensor]:
+    def contrast(self, vectors: dict[str, Tensor], facts: TextFacts, totals: dict[str, Tensor]) -> dict[str, Tensor]:
         """Loss parts between the vectors of all rows that the ranks hold at once; no model is run.
 
-        `vectors` holds the rows' facts too, under their own names. Called only if the objective `contrasts`.
+        Called only if the objective `contrasts`.
         """
         return {}
 

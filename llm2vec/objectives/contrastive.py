@@ -23,7 +23,7 @@ from llm2vec.model.embed import embed, embedding_pass
 from llm2vec.model.settings import EncoderSettings
 from llm2vec.objectives.losses import CrossEntropy, distillation, info_nce, unit
 from llm2vec.processes import rank, world_size
-from llm2vec.types import Batch, Example, InstructedText, Objective, Output, Pass, UserError
+from llm2vec.types import Batch, Example, InstructedText, Objective, Output, Pass, TextFacts, UserError
 
 
 class ContrastiveLearning(nn.Module, Objective):
@@ -78,18 +78,19 @@ class ContrastiveLearning(nn.Module, Objective):
 
     def forward(self, batch: Batch, totals: dict[str, Tensor]) -> Output:
         """Vectors [rows, D], not normalised, of the sides `query`, `positive` and, with hard negatives, `negative`;
-        and what the batch knows of their texts, as `query_...`, `positive_...` and `negative_...`.
+        and what the batch knows of their texts (`RowFacts`).
 
         All of the loss lies between vectors, so there are no parts.
         """
-        facts = {f"{side}_{name}": fact for side in batch for name, fact in batch[side].get("facts", {}).items()}
+        facts = {side: tokens["facts"] for side, tokens in batch.items() if tokens.get("facts")}
         return Output({}, embed(self.model, self.settings, batch), facts)
 
-    def contrast(self, vectors: dict[str, Tensor], totals: dict[str, Tensor]) -> dict[str, Tensor]:
+    def contrast(self, vectors: dict[str, Tensor], facts: TextFacts, totals: dict[str, Tensor]) -> dict[str, Tensor]:
         """Loss parts of B queries, B positives and K * B negatives; B is the same on every rank.
 
         Args:
-            vectors: of each side, row by row; and facts of the texts (`RowFacts`).
+            vectors: of each side, row by row.
+            facts: of each side's texts (`RowFacts`).
             totals: queries in the whole optimiser step.
 
         Returns:
@@ -101,12 +102,12 @@ class ContrastiveLearning(nn.Module, Objective):
         query_BD = unit(vectors["query"])
         own = torch.cat([unit(vectors[side]) for side in ("positive", "negative") if side in vectors])
         pool_ND = gather_with_gradient(own)  # rank by rank: its positives, then its negatives
-        negatives = Negatives.of(vectors, len(query_BD), len(own), query_BD.device)
+        negatives = Negatives.of(facts, len(query_BD), len(own), query_BD.device)
         if self.matryoshka_dims is None:
-            parts = self._parts(query_BD, own, pool_ND, negatives, vectors, totals)
+            parts = self._parts(query_BD, own, pool_ND, negatives, facts, totals)
         else:
             of_cuts = [
-                self._parts(unit(query_BD[:, :d]), unit(own[:, :d]), unit(pool_ND[:, :d]), negatives, vectors, totals)
+                self._parts(unit(query_BD[:, :d]), unit(own[:, :d]), unit(pool_ND[:, :d]), negatives, facts, totals)
                 for d in self.matryoshka_dims
             ]
             parts = {name: torch.stack([part[name] for part in of_cuts]).mean() for name in of_cuts[0]}
@@ -121,7 +122,7 @@ class ContrastiveLearning(nn.Module, Objective):
         own: Tensor,
         pool_ND: Tensor,
         negatives: Negatives,
-        facts: dict[str, Tensor],
+        facts: TextFacts,
         totals: dict[str, Tensor],
     ) -> dict[str, Tensor]:
         """Loss parts between unit vectors of one size."""
@@ -136,7 +137,7 @@ class ContrastiveLearning(nn.Module, Objective):
             "in_batch_accuracy": found.hits.sum() / total,
         }
         if self.distillation_weight:
-            teacher_BG = _own_group(facts["positive_score"], facts["negative_score"])
+            teacher_BG = _own_group(facts["positive"]["score"], facts["negative"]["score"])
             document_BGD = _own_group(own[: len(query_BD)], own[len(query_BD) :])
             imitation = distillation(query_BD, document_BGD, teacher_BG, self.loss_scale, weight_B)
             parts["loss"] = parts["loss"] + self.distillation_weight * imitation
@@ -163,7 +164,7 @@ class Negatives:
     own_only_B: Tensor | None
 
     @classmethod
-    def of(cls, facts: dict[str, Tensor], num_queries: int, num_documents: int, device: torch.device) -> Negatives:
+    def of(cls, facts: TextFacts, num_queries: int, num_documents: int, device: torch.device) -> Negatives:
         """For this rank's queries and documents, as many on every rank; the documents' hashes are gathered.
 
         Args:
@@ -176,13 +177,14 @@ class Negatives:
         row_of_own = torch.cat([row_B, row_B.repeat_interleave(num_documents // num_queries - 1)])
         first_rows = num_queries * torch.arange(world_size(), device=device)
         start = rank() * num_documents
-        hashes = [facts[name] for name in ("positive_hash", "negative_hash") if name in facts]
+        documents = [facts[side] for side in ("positive", "negative") if side in facts]
+        hashes = [of_side["hash"] for of_side in documents if "hash" in of_side]
         return cls(
             label_B=start + row_B,
             row_N=(first_rows.unsqueeze(1) + row_of_own).flatten(),
             own=slice(start, start + num_documents),
             hash_N=gather_with_gradient(torch.cat(hashes)) if hashes else None,
-            own_only_B=facts.get("query_own_only"),
+            own_only_B=facts.get("query", {}).get("own_only"),
         )
 
     @property

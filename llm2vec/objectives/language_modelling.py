@@ -11,7 +11,7 @@ from llm2vec.model.packing import packed_hidden_states
 from llm2vec.objectives.contrastive import ContrastiveLearning
 from llm2vec.objectives.losses import linear_cross_entropy
 from llm2vec.text.batches import starts_of
-from llm2vec.types import Batch, Objective, Output, Pass, TokenBatch
+from llm2vec.types import Batch, Objective, Output, Pass, TextFacts, TokenBatch
 
 
 class LanguageModelling(nn.Module, Objective):
@@ -91,10 +91,10 @@ class ContrastiveLanguageModelling(nn.Module, Objective):
         parts = lm({"text": batch["text"]}, totals).parts
         return vectors._replace(parts={**parts, "loss": self.lm_weight * parts["loss"]})
 
-    def contrast(self, vectors: dict[str, Tensor], totals: dict[str, Tensor]) -> dict[str, Tensor]:
+    def contrast(self, vectors: dict[str, Tensor], facts: TextFacts, totals: dict[str, Tensor]) -> dict[str, Tensor]:
         """Loss parts between the vectors of all rows."""
         contrastive, _ = self._objectives
-        return contrastive.contrast(vectors, totals)
+        return contrastive.contrast(vectors, facts, totals)
 
 
 def next_token_loss(states_ND: Tensor, head_VD: Tensor, text: TokenBatch, total: Tensor) -> Tensor:

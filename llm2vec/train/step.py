@@ -24,7 +24,7 @@ from torch import Tensor
 
 from llm2vec.distributed import max_over_ranks, sum_over_ranks
 from llm2vec.text.batches import select_rows
-from llm2vec.types import Batch, Objective, Output
+from llm2vec.types import Batch, Objective, Output, TextFacts
 
 #: Up to this many pieces, gradient caching keeps the last one's graph instead of embedding it twice.
 MOST_PIECES_WITH_A_GRAPH = 8
@@ -108,7 +108,7 @@ def loss_parts(
             output = objective(piece, totals)
             held.add(piece, output)
             shares.append(output.parts)
-        between = inner.contrast(held.vectors | held.facts, totals) if inner.contrasts else {}
+        between = inner.contrast(held.vectors, held.facts, totals) if inner.contrasts else {}
         return add_up([*shares, between])
 
 
@@ -230,7 +230,7 @@ def _backward_whole(
     for i, piece in enumerate(pieces):
         with nullcontext() if i == len(pieces) - 1 else no_sync():
             output = objective(piece, totals)
-            between = inner.contrast(output.vectors | output.facts, totals) if inner.contrasts else {}
+            between = inner.contrast(output.vectors, output.facts, totals) if inner.contrasts else {}
             losses = [parts["loss"] for parts in (output.parts, between) if "loss" in parts]
             backward(torch.stack(losses).sum() * scale)
             shares += [output.parts, between]
@@ -244,13 +244,13 @@ class _Held:
 
     Attributes:
         vectors: of each side, detached; its rows in the order of the pieces.
-        facts: likewise.
+        facts: of each side, likewise.
         lengths: of each side, how many vectors each piece has.
     """
 
     def __init__(self, batch: Batch) -> None:
         self.vectors: dict[str, Tensor] = {}
-        self.facts: dict[str, Tensor] = {}
+        self.facts: TextFacts = {}
         self.lengths: dict[str, list[int]] = {}
         self._num_rows = _num_rows(batch)
         self._filled = 0
@@ -258,7 +258,8 @@ class _Held:
     def add(self, piece: Batch, output: Output) -> None:
         """The next piece's."""
         rows = _num_rows(piece)
-        for of_all, of_piece in ((self.vectors, output.vectors), (self.facts, output.facts)):
+        facts = [(self.facts.setdefault(side, {}), of_piece) for side, of_piece in output.facts.items()]
+        for of_all, of_piece in [(self.vectors, output.vectors), *facts]:
             for name, values in of_piece.items():
                 per_row = len(values) // rows  # K hard negatives a row
                 if name not in of_all:  # width and dtype are known from the first piece on
@@ -278,7 +279,7 @@ def _gradients_of_vectors(
     """
     leaves = {side: vectors.requires_grad_() for side, vectors in held.vectors.items()}
     with torch.enable_grad():
-        between = inner.contrast(leaves | held.facts, totals)
+        between = inner.contrast(leaves, held.facts, totals)
         gradients = dict(zip(leaves, torch.autograd.grad(between["loss"], list(leaves.values())), strict=True))
     return add_up([between]), gradients
 

@@ -33,7 +33,7 @@ from llm2vec.text.tokenization import RowTokenizer
 from llm2vec.train.config_file import load_config
 from llm2vec.train.log import LOG_FILE
 from llm2vec.train.step import backward_step, loss_parts, split_batch
-from llm2vec.types import Example, InstructedText, UserError
+from llm2vec.types import Example, InstructedText, TextFacts, UserError
 from tests.objectives.test_losses import Largest, Problem, blocked, gradients, plain, problem
 
 ROOT = Path(__file__).parents[2]
@@ -255,7 +255,11 @@ def between(parts: Parts, total: float | None = None, **vectors: Any) -> dict[st
     objective = ContrastiveLearning(nn.Module(), SETTINGS, 1.0, distillation_weight=parts.weight)  # type: ignore[arg-type]
     held = {name: torch.as_tensor(rows) for name, rows in vectors.items()}
     held = {n: t.double() if t.is_floating_point() else t for n, t in held.items()}
-    return objective.contrast(held, {"contrastive": torch.tensor(total or float(len(held["query"])))})
+    facts: TextFacts = {"query": {}, "positive": {}, "negative": {}}
+    for name in [name for name in held if name not in facts]:  # such as `query_own_only`
+        side, _, fact = name.partition("_")
+        facts[side][fact] = held.pop(name)
+    return objective.contrast(held, facts, {"contrastive": torch.tensor(total or float(len(held["query"])))})
 
 
 def test_copies_of_the_positive_by_hand() -> None:
@@ -369,7 +373,7 @@ def test_leaving_columns_out_does_not_depend_on_the_block(block_rows: int | None
 def test_no_mask_is_larger_than_a_block() -> None:
     """Nor does the masked share compare all queries with all documents."""
     hash_N = torch.randint(50, (3000,), generator=torch.Generator().manual_seed(0))
-    facts = {"positive_hash": hash_N[:1500], "negative_hash": hash_N[1500:]}
+    facts = {"positive": {"hash": hash_N[:1500]}, "negative": {"hash": hash_N[1500:]}}
     negatives = Negatives.of(facts, 1500, 3000, torch.device("cpu"))
     p = problem(rows=1500, columns=3000, width=4)
     with Largest() as largest:
@@ -434,9 +438,9 @@ def test_half_precision_vectors(name: str) -> None:
     batch = collate(rows_with_copies())
     totals = objective.count(batch)
     output = objective(batch, totals)
-    exact = objective.contrast({**output.vectors, **output.facts}, totals)
+    exact = objective.contrast(output.vectors, output.facts, totals)
     half = {side: vectors.bfloat16() for side, vectors in output.vectors.items()}
-    parts = objective.contrast({**half, **output.facts}, totals)
+    parts = objective.contrast(half, output.facts, totals)
     for part, value in parts.items():
         assert value.dtype == torch.float32
         torch.testing.assert_close(value.double(), exact[part].double(), rtol=0.1, atol=0.02)

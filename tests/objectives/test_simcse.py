@@ -160,7 +160,7 @@ def test_a_cached_gradient_is_that_of_one_pass_with_the_same_masks(
             with seeded(seed, piece):
                 outputs.append(objective(piece, totals))
         joined = {side: torch.cat([output.vectors[side] for output in outputs]) for side in batch}
-        loss = objective.contrast(joined, totals)["loss"]
+        loss = objective.contrast(joined, {}, totals)["loss"]
         loss.backward()
         return loss.detach(), reference.gradients(objective)
 

@@ -58,7 +58,7 @@ def between(loss_scale: float = 1.0, total: float | None = None, **vectors: list
     """The objective's loss parts over given vectors in place of a model's."""
     objective = ContrastiveLearning(torch.nn.Module(), EncoderSettings(), loss_scale)
     of_sides = {side: torch.tensor(rows, dtype=torch.float64) for side, rows in vectors.items()}
-    return objective.contrast(of_sides, {"contrastive": torch.tensor(total or float(len(vectors["query"])))})
+    return objective.contrast(of_sides, {}, {"contrastive": torch.tensor(total or float(len(vectors["query"])))})
 
 
 # --- the loss and its gradient ---
@@ -166,7 +166,7 @@ def test_figures_carry_no_graph() -> None:
     output = objective(batch, objective.count(batch))
     assert output.parts == {}
     assert {side: vectors.shape for side, vectors in output.vectors.items()} == dict.fromkeys(batch, (4, 32))
-    parts = objective.contrast(output.vectors, objective.count(batch))
+    parts = objective.contrast(output.vectors, {}, objective.count(batch))
     assert {name for name, value in parts.items() if value.requires_grad} == {"loss"}
     assert not any(value.requires_grad for value in run(objective, batch).values())
 

@@ -25,7 +25,7 @@ from llm2vec.model.settings import EncoderSettings, row_tokenizer
 from llm2vec.objectives.contrastive import ContrastiveLearning
 from llm2vec.train import step
 from llm2vec.train.step import add_up, backward_step, balanced, loss_parts, number_of_pieces, seeded, split_batch
-from llm2vec.types import Batch, Output, TokenBatch
+from llm2vec.types import Batch, Output, TextFacts, TokenBatch
 
 SETTINGS = EncoderSettings(pooling_mode="last", attention="causal")
 
@@ -187,7 +187,7 @@ def test_with_dropout_it_is_the_gradient_of_one_pass_with_the_same_masks(
             with seeded(seed, piece):
                 outputs.append(objective(piece, totals))
         vectors = {side: torch.cat([output.vectors[side] for output in outputs]) for side in batch}
-        loss = objective.contrast(vectors, totals)["loss"]
+        loss = objective.contrast(vectors, {}, totals)["loss"]
         loss.backward()
         return loss.detach(), reference.gradients(objective)
 
@@ -257,7 +257,7 @@ class Mixed(nn.Module):
         alone = (vectors**2).sum() / totals["rows"]
         return Output({"loss": alone, "loss_alone": alone.detach()}, {"side": vectors})
 
-    def contrast(self, vectors: dict[str, Tensor], totals: dict[str, Tensor]) -> dict[str, Tensor]:
+    def contrast(self, vectors: dict[str, Tensor], facts: TextFacts, totals: dict[str, Tensor]) -> dict[str, Tensor]:
         products = vectors["side"] @ vectors["side"].T
         loss = products.logsumexp(dim=1).sum() / totals["rows"]
         return {"loss": loss, "loss_between": loss.detach()}
@@ -457,9 +457,9 @@ def test_the_pass_with_graphs_holds_gradients_and_no_vectors() -> None:
     alive: list[bool] = []
     original = objective.contrast
 
-    def contrast(of_all: dict[str, Tensor], totals: dict[str, Tensor]) -> dict[str, Tensor]:
+    def contrast(of_all: dict[str, Tensor], facts: TextFacts, totals: dict[str, Tensor]) -> dict[str, Tensor]:
         vectors.extend(weakref.ref(of_all[side]) for side in batch)
-        return original(of_all, totals)
+        return original(of_all, facts, totals)
 
     objective.register_forward_hook(lambda *_: alive.extend(vector() is not None for vector in vectors))
     objective.contrast = contrast  # type: ignore[method-assign]
