@@ -55,6 +55,10 @@ class EvaluationReport:
         facts: what goes below the tables: how the numbers came about.
         runs: what was read.
         paper_model: which of the paper's models the runs are compared with; None = with none.
+
+    Example:
+        >>> runs = [EvaluatedRun(name, read_results(Path("results", name))) for name in ("anchor", "baseline")]
+        >>> print(build_report(runs, read_paper(), "LLaMA-3.2-1B-Instruct", losses={}).text())
     """
 
     sentences: list[str]

@@ -40,6 +40,10 @@ class TrainingReport:
         seeds: of the runs.
         rows: what was counted -> how many, e.g. {"training pairs": 30000, "held-out queries": 700}.
         facts: anything else worth a line: what the control is, machine, versions, hours.
+
+    Example:
+        >>> report = TrainingReport("Small Anchor", seeds=(42,), rows={"training pairs": 30000})
+        >>> report.write(Path("output/report"), scores, [], {"anchor": Path("output/anchor/log.jsonl")})
     """
 
     title: str

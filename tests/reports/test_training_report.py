@@ -3,6 +3,7 @@
 import json
 import subprocess
 import sys
+from html.parser import HTMLParser
 from pathlib import Path
 
 import pytest
@@ -219,6 +220,32 @@ def test_write_report(tmp_path: Path) -> None:
     before = {name: (path.parent / name).read_bytes() for name in names}
     REPORT.write(path.parent, scores, curves(), losses)
     assert {name: (path.parent / name).read_bytes() for name in names} == before
+
+
+class Outline(HTMLParser):
+    """Refuses tags that do not close in order; counts tables, and those that a narrow screen can scroll."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.open: list[str] = []
+        self.num_tables = self.num_scrolled = 0
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        if tag == "table":
+            self.num_tables += 1
+            self.num_scrolled += self.open[-1] == "scroll"
+        if tag not in ("meta", "img"):
+            self.open.append("scroll" if ("class", "scroll") in attrs else tag)
+
+    def handle_endtag(self, tag: str) -> None:
+        assert self.open.pop() in (tag, "scroll")
+
+
+def test_the_page_is_whole_and_its_tables_scroll_on_a_phone(tmp_path: Path) -> None:
+    page = Outline()
+    page.feed(REPORT.write(tmp_path, finished(), curves(), {}).read_text(encoding="utf-8"))
+    assert page.open == [] and page.num_tables == page.num_scrolled == 3
+    assert 'name="viewport" content="width=device-width' in (tmp_path / "report.html").read_text(encoding="utf-8")
 
 
 def test_write_report_leaves_out_what_was_not_measured(tmp_path: Path) -> None:
