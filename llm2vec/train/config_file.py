@@ -118,7 +118,7 @@ _KINDS = {
     float: ("number", "number"),
     str: ("string", "string"),
     list: ("array", "list"),
-    dict: ("object", "object"),
+    dict: ("object", "JSON object"),
     types.NoneType: ("null", "null"),
 }
 
@@ -170,7 +170,8 @@ def _has_type(value: Any, schema: dict[str, Any]) -> bool:
 def key_schemas() -> dict[str, dict[str, Any]]:
     """The JSON Schema of every key's value."""
     hints = {**typing.get_type_hints(TrainingArguments), **typing.get_type_hints(Config)}
-    hints["fsdp"] = Any  # annotated as a string, though true is what it wants; `config_rules` says so
+    # What transformers annotates otherwise than we take it; of `fsdp`, `config_rules` says more.
+    hints |= {"fsdp": Any} | {name: dict | None for name in hints if name.endswith("_checkpointing_kwargs")}
     choices = {field.name: field.metadata.get("choices") for field in dataclasses.fields(TrainingArguments)}
     schemas = {}
     for name, key in KEYS.items():

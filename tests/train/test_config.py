@@ -425,6 +425,8 @@ def test_every_pooling_spelling_is_accepted(tmp_path: Path, mode: str) -> None:
         ("seed", 4.2, "whole number"),
         ("save_only_model", "true", "true or false"),
         ("per_device_train_batch_size", 32.0, "whole number"),
+        ("gradient_checkpointing_kwargs", "x", "a JSON object or null is needed"),
+        ("lr_scheduler_type", ["cosine"], "a string is needed"),
     ],
 )
 def test_a_wrong_type_says_which_is_needed(tmp_path: Path, key: str, value: Any, needed: str) -> None:
