@@ -141,7 +141,7 @@ def evaluate_and_report(started: float) -> None:
     import torch
     import transformers
 
-    from llm2vec.evaluation.mteb_adapter import evaluate, load_tasks
+    from llm2vec.evaluation.scores import evaluate, load_tasks
     from llm2vec.reports.scores import Score, score_table
 
     for library in ("mteb", "bm25s"):  # a page of lines for each checkpoint
@@ -176,7 +176,8 @@ def evaluate_and_report(started: float) -> None:
 
 def score_checkpoint(folder: Path, tasks: Sequence[Any]) -> float:
     """nDCG@10 of a checkpoint on the held-out docstrings."""
-    from llm2vec.evaluation.mteb_adapter import LLM2VecEncoder, evaluate
+    from llm2vec.evaluation.mteb_adapter import LLM2VecEncoder
+    from llm2vec.evaluation.scores import evaluate
     from llm2vec.llm2vec import LLM2Vec
 
     instruction = json.loads((CONFIGS / "sources.json").read_text(encoding="utf-8"))["docstrings"]["instruction"]

@@ -118,7 +118,7 @@ def table(costs: Mapping[str, Cost | None], speed: float, jobs: Sequence[float],
     if num_workers > 1:
         hours = longest(jobs, num_workers) / speed / 3600
         rows.append([f"on {num_workers} workers of that speed", "", "", f"{hours:.3f}"])
-    yield Table(["task", "texts", "M tokens", "hours"], rows).text()
+    yield from Table(["task", "texts", "M tokens", "hours"], rows).text().splitlines()
     if len(known) < len(costs):
         yield f"{len(costs) - len(known)} tasks without statistics in mteb (?) are not in the sum."
     yield (

@@ -8,14 +8,14 @@ from __future__ import annotations
 import json
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeAlias
 
 from datasets import get_dataset_config_names
 
 from llm2vec.files import check_unicode, data_revision, json_lines, read_object
 from llm2vec.types import UserError, first_line
 
-Task = Any  #: an `AbsTask` of mteb
+Task: TypeAlias = Any  #: an `AbsTask` of mteb
 
 RETRIEVAL_FILES = ("corpus.jsonl", "queries.jsonl", "qrels/test.jsonl")
 

@@ -22,7 +22,9 @@ from llm2vec.corpus import search
 from llm2vec.corpus.queue import Job, JobQueue
 from llm2vec.evaluation.cost import MAX_TOKENS, num_documents, task_cost
 from llm2vec.evaluation.files import load_data, parts_of
-from llm2vec.evaluation.mteb_adapter import StreamingSearch, evaluate, is_dense, kept_score, result_file
+from llm2vec.evaluation.mteb_adapter import is_dense, result_file
+from llm2vec.evaluation.scores import evaluate, kept_score
+from llm2vec.evaluation.search import StreamingSearch
 from llm2vec.files import json_hash, whole
 from llm2vec.types import CHARACTERS_A_TOKEN, UserError
 

@@ -1,11 +1,6 @@
-"""Models and tasks under mteb 2: the encoder, the search, tasks by name, scores. The only module that imports mteb.
+"""Models and tasks under mteb 2: the encoder, the search, tasks by name, one run of one task. Only this imports mteb.
 
-Used by `experiments/mteb_eval_custom.py` through `evaluation`, or in process, with the tasks loaded once for any
-number of models:
-
-    tasks = load_tasks(["SciFact", "MyOwnSet"], local_data_dir="cache/eval")
-    encoder = LLM2VecEncoder(model, ["output/stage_I", "output/stage_II"], load_instructions(PATH))
-    scores = evaluate(encoder, tasks, "results")        # {"SciFact": {"metric": "ndcg_at_10", "main_score": 0.7, ...}}
+`scores` says what is run and what is kept; `run` and `jobs` share the work out.
 """
 
 from __future__ import annotations
@@ -15,14 +10,11 @@ import dataclasses
 import difflib
 import functools
 import logging
-import random
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, TypedDict, TypeGuard, Unpack
+from typing import Any, Literal, TypeGuard, Unpack
 
 import mteb
-import numpy as np
-import torch
 from datasets import Dataset
 from mteb._create_dataloaders import create_dataloader
 from mteb.abstasks import AbsTaskRetrieval
@@ -39,11 +31,9 @@ from mteb.models.sentence_transformer_wrapper import SentenceTransformerEncoderW
 from mteb.results import TaskResult
 from mteb.types import Array, BatchedInput, EncodeKwargs, PromptType
 from sentence_transformers import SentenceTransformer
-from torch import Tensor
 from torch.utils.data import DataLoader
 
-from llm2vec.corpus.search import CorpusSearch
-from llm2vec.evaluation.files import load_data, parts_of, retrieval_set_of, use_local_data
+from llm2vec.evaluation.files import retrieval_set_of, use_local_data
 from llm2vec.files import data_revision, json_hash
 from llm2vec.llm2vec import LLM2Vec
 from llm2vec.model.chain import model_name, open_chain, revision_of
@@ -55,15 +45,6 @@ logger = logging.getLogger(__name__)
 BENCHMARK = "MTEB(eng, v1)"
 #: Words that `evaluation.expand` takes for sets of tasks; here, so that a word misspelt is told the nearest.
 TASK_SETS = ("subset15", "mteb56", "beir14")
-
-
-class TaskScore(TypedDict):
-    """The result of one task; scores run from 0 to 1 (correlations from -1)."""
-
-    metric: str
-    main_score: float
-    scores: dict[str, dict[str, float]]
-    result_file: str
 
 
 # --- models ---
@@ -205,8 +186,7 @@ def registered_model(name: str, device: str | None) -> MTEBModels:
     try:
         return mteb.get_model(name, device=device)
     except (ImportError, OSError, NotImplementedError, ValueError) as error:
-        reason = first_line(error)
-        raise UserError(f"mteb knows the model {name} but cannot load it: {reason}") from error
+        raise UserError(f"mteb knows the model {name} but cannot load it: {first_line(error)}") from error
 
 
 def encode_documents(model: MTEBModels, texts: list[str], batch_size: int) -> Array:
@@ -229,109 +209,17 @@ def is_dense(model: MTEBModels) -> TypeGuard[EncoderProtocol]:
     return isinstance(model, EncoderProtocol) and not isinstance(model, SearchProtocol | SparseEncoderWrapper)
 
 
-class StreamingSearch:
-    """An encoder with mteb's search protocol on top: the corpus streams by in blocks (see `search`).
+def batches_of(rows: Dataset, task_metadata: TaskMetadata, side: TextSide, size: int) -> Any:
+    """What mteb would hand an encoder of some rows, as a DataLoader: titles and texts joined, prompts applied."""
+    return create_dataloader(rows, task_metadata=task_metadata, prompt_type=PromptType(side), batch_size=size)
 
-    Only retrieval and reranking ask for the search; all other tasks see the encoder.
-    """
 
-    def __init__(self, encoder: EncoderProtocol, found: Mapping[str, Tensor] | None = None) -> None:
-        """Wrap an encoder.
-
-        Args:
-            encoder: Gives one dense vector a text.
-            found: Merged hits from `eval_jobs.search_shard`; these searches are not made again.
-        """
-        self.encoder = encoder
-        self.found = found
-        self.mteb_model_meta = encoder.mteb_model_meta
-        self.encode = encoder.encode
-        self.similarity = encoder.similarity
-        self.similarity_pairwise = encoder.similarity_pairwise
-
-    def index(
-        self,
-        corpus: Dataset,
-        *,
-        task_metadata: TaskMetadata,
-        hf_split: str,
-        hf_subset: str,
-        encode_kwargs: EncodeKwargs,
-        num_proc: int | None = None,
-    ) -> None:
-        """Keep the corpus; `search` encodes it."""
-        self._corpus = corpus
-
-    def search(
-        self,
-        queries: Dataset,
-        *,
-        task_metadata: TaskMetadata,
-        hf_split: str,
-        hf_subset: str,
-        top_k: int,
-        encode_kwargs: EncodeKwargs,
-        top_ranked: dict[str, list[str]] | None = None,
-        num_proc: int | None = None,
-    ) -> dict[str, dict[str, float]]:
-        """Query -> document -> score, of the best `top_k` documents or of those in `top_ranked`."""
-        search = self.prepare(queries, self._corpus, task_metadata, hf_split, hf_subset, encode_kwargs)
-        if top_ranked is not None:
-            return search.rerank(top_ranked, top_k)
-        if self.found is None:
-            return search.results(search.keys(top_k))
-        if search.name not in self.found:
-            raise UserError(
-                f"The data of {task_metadata.name} changed while it was searched; remove the queue and start again."
-            )
-        return search.results(self.found[search.name])
-
-    def prepare(
-        self,
-        queries: Dataset,
-        corpus: Dataset,
-        task_metadata: TaskMetadata,
-        split: str,
-        subset: str,
-        encode_kwargs: EncodeKwargs,
-    ) -> CorpusSearch:
-        """A search by this encoder; the encoder is told what mteb would tell it."""
-
-        def loader(rows: Dataset, side: TextSide) -> DataLoader[BatchedInput]:
-            size = encode_kwargs.get("batch_size", 32)
-            return create_dataloader(rows, task_metadata=task_metadata, prompt_type=PromptType(side), batch_size=size)
-
-        def encode(rows: Dataset, side: TextSide) -> Tensor:
-            vectors = self.encoder.encode(
-                loader(rows, side),
-                task_metadata=task_metadata,
-                hf_split=split,
-                hf_subset=subset,
-                prompt_type=PromptType(side),
-                **encode_kwargs,
-            )
-            return torch.as_tensor(vectors).float()
-
-        def similarity(queries_QD: Tensor, documents_ND: Tensor) -> Tensor:
-            return torch.as_tensor(self.encoder.similarity(queries_QD, documents_ND))
-
-        texts = list(loader(queries, "query").dataset["text"])
-        return CorpusSearch(f"{subset}/{split}", queries, texts, corpus, encode, similarity)
+def prompt_type_of(side: TextSide) -> PromptType:
+    """mteb's word for a side."""
+    return PromptType(side)
 
 
 # --- tasks ---
-
-
-def load_tasks(task_names: Sequence[str], local_data_dir: str | Path | None = None) -> list[AbsTask]:
-    """Find tasks by name and read their data; arguments and errors as in `find_task` and `load_data`.
-
-    Returns:
-        The tasks in the same order, data loaded; `evaluate` takes them again and again.
-    """
-    tasks = [find_task(name, local_data_dir) for name in task_names]
-    for task in tasks:
-        load_data(task)
-    return tasks
 
 
 def benchmark_tasks(name: str) -> list[str] | None:
@@ -435,104 +323,41 @@ def _unknown_task(name: str, folder: Path | None) -> str:
     return f"{said}, and there is no folder {folder / name} with a retrieval set of your own."
 
 
-# --- scores ---
+# --- results ---
 
 
-def evaluate(
-    model: MTEBModels,
-    tasks: Iterable[AbsTask],
+def run_task(
+    model: MTEBModels | ModelMeta,
+    task: AbsTask,
     output_dir: str | Path,
+    overwrite: Literal["always", "only-missing", "only-cache"],
     *,
-    batch_size: int = 32,
-    show_progress_bar: bool = False,
-    found: Mapping[str, Tensor] | None = None,
+    encode_kwargs: EncodeKwargs | None = None,
     prediction_folder: Path | None = None,
-) -> dict[str, TaskScore]:
-    """Score a model. Results that lie in `output_dir` already, for this revision and this data, are not made anew.
+) -> TaskResult:
+    """Have mteb score a task and write the result to `output_dir`; `overwrite` is mteb's `overwrite_strategy`."""
+    result = mteb.evaluate(
+        model,
+        task,
+        co2_tracker=False,
+        cache=ResultCache(output_dir),
+        overwrite_strategy=overwrite,
+        encode_kwargs=encode_kwargs,
+        show_progress_bar=(encode_kwargs or {}).get("show_progress_bar", False),
+        prediction_folder=prediction_folder,
+    )
+    return result.task_results[0]
 
-    Args:
-        model: An `LLM2VecEncoder`, or any other model mteb takes.
-        tasks: Tasks from `load_tasks`.
-        output_dir: Root of the result files, `results/<model>/<revision>/<task>.json`.
-        batch_size: Texts a forward pass.
-        show_progress_bar: Whether progress is shown.
-        prediction_folder: Where mteb keeps rankings and other predictions of tasks it scores; None = not kept.
-        found: Merged hits from `eval_jobs.search_shard` of the only task in `tasks`; default: the search is made here.
 
-    Returns:
-        Task name -> metric, mean main score, main score of each split and subset, and the result file.
+def kept_result(meta: ModelMeta, task: AbsTask, output_dir: str | Path) -> TaskResult | None:
+    """The result of a task in `output_dir`, of whatever data; None if there is none.
 
-    Note:
-        mteb seeds the process's generators (`random`, numpy, torch) whenever it makes a task or scores one.
+    Raises:
+        ValueError, KeyError: It cannot be read.
     """
-    cache = ResultCache(output_dir)
-    meta = model.mteb_model_meta
-    if is_dense(model):
-        model = StreamingSearch(model, found)
-    scores: dict[str, TaskScore] = {}
-    for task in tasks:
-        for part in (task, *parts_of(task)):
-            # Some tasks draw samples from a generator they keep: a second model would be given other samples.
-            part.rng_state, part.np_rng = random.Random(part.seed), np.random.default_rng(part.seed)
-        is_useless = any(_kept_result(cache, meta, part)[1] for part in (task, *parts_of(task)))
-        result = mteb.evaluate(
-            model,
-            task,
-            co2_tracker=False,
-            cache=cache,
-            overwrite_strategy="always" if is_useless else "only-missing",
-            encode_kwargs={"batch_size": batch_size, "show_progress_bar": show_progress_bar},
-            show_progress_bar=show_progress_bar,
-            prediction_folder=prediction_folder,
-        )
-        scores[task.metadata.name] = _task_score(task, result.task_results[0], result_file(meta, task, output_dir))
-    return scores
-
-
-def kept_score(meta: ModelMeta, task: AbsTask, output_dir: str | Path) -> TaskScore | None:
-    """The score of a task in `output_dir`; None, and said, if it cannot be read or is of other data."""
-    kept, _ = _kept_result(ResultCache(output_dir), meta, task)
-    if kept is None or kept.get_missing_evaluations(task):
-        return None
-    return _task_score(task, kept, result_file(meta, task, output_dir))
-
-
-def score_aggregate(meta: ModelMeta, task: AbsTask, output_dir: str | Path) -> None:
-    """Write the result of an aggregate from those of its parts, which must lie in `output_dir`."""
-    result_file(meta, task, output_dir).unlink(missing_ok=True)
-    cache = ResultCache(output_dir)
-    mteb.evaluate(meta, task, cache=cache, co2_tracker=False, overwrite_strategy="only-cache", show_progress_bar=False)
+    return ResultCache(output_dir).load_task_result(task.metadata.name, meta)
 
 
 def result_file(meta: ModelMeta, task: AbsTask, output_dir: str | Path) -> Path:
     """Where the result of a task lies, or will."""
     return ResultCache(output_dir).get_task_result_path(task.metadata.name, meta)
-
-
-def _task_score(task: AbsTask, result: TaskResult, file: Path) -> TaskScore:
-    # Rounded as mteb rounds in its files, so that a score read back equals the score when it was made.
-    scores = {
-        split: {subset["hf_subset"]: round(float(subset["main_score"]), 6) for subset in subsets}
-        for split, subsets in result.scores.items()
-    }
-    values = [score for subsets in scores.values() for score in subsets.values()]
-    return {
-        "metric": task.metadata.main_score,
-        "main_score": sum(values) / len(values),
-        "scores": scores,
-        "result_file": str(file),
-    }
-
-
-def _kept_result(cache: ResultCache, meta: ModelMeta, task: AbsTask) -> tuple[TaskResult | None, bool]:
-    """The kept result of a task, and whether one is of no use; mteb would return old data's and fail on a torn one."""
-    name = task.metadata.name
-    try:
-        kept = cache.load_task_result(name, meta)
-    except (ValueError, KeyError):
-        logger.warning("The kept result of %s cannot be read and is made anew", name)
-        return None, True
-    if kept is not None and kept.dataset_revision != task.metadata.revision:
-        logger.warning("The kept result of %s is of other data and is made anew", name)
-        return None, True
-    return kept, False

@@ -30,16 +30,14 @@ from llm2vec.evaluation.models import EvaluatedModel, load_encoder
 from llm2vec.evaluation.mteb_adapter import (
     BENCHMARK,
     LLM2VecEncoder,
-    TaskScore,
     benchmark_tasks,
     descriptions,
     encode_documents,
     find_task,
     is_dense,
-    kept_score,
     result_file,
-    score_aggregate,
 )
+from llm2vec.evaluation.scores import TaskScore, kept_score, score_aggregate
 from llm2vec.files import write_text
 from llm2vec.types import UserError
 

@@ -22,7 +22,9 @@ from torch.utils.data import DataLoader
 
 from llm2vec.corpus import search
 from llm2vec.evaluation.jobs import search_shard
-from llm2vec.evaluation.mteb_adapter import LLM2VecEncoder, StreamingSearch, evaluate
+from llm2vec.evaluation.mteb_adapter import LLM2VecEncoder
+from llm2vec.evaluation.scores import evaluate
+from llm2vec.evaluation.search import StreamingSearch
 from llm2vec.types import UserError
 
 MOCKS = (

@@ -27,8 +27,9 @@ from llm2vec.corpus.queue import JobQueue
 from llm2vec.evaluation import jobs as eval_jobs
 from llm2vec.evaluation import run as evaluation
 from llm2vec.evaluation.jobs import jobs_of, work
-from llm2vec.evaluation.mteb_adapter import LLM2VecEncoder, benchmark_tasks, evaluate, find_task, load_tasks
+from llm2vec.evaluation.mteb_adapter import LLM2VecEncoder, benchmark_tasks, find_task
 from llm2vec.evaluation.run import SUBSET15, Outcome, Request, dry_run, evaluate_all, expand
+from llm2vec.evaluation.scores import evaluate, load_tasks
 from llm2vec.reports.results import read_query_scores
 from llm2vec.types import UserError
 
@@ -263,12 +264,12 @@ def test_a_dry_run_reads_no_data(monkeypatch: pytest.MonkeyPatch, tmp_path: Path
     monkeypatch.setattr(evaluation, "load_encoder", lambda _: encoder)
     request = Request(evaluated("x"), expand(["NFCorpus", "STS12", "MSMARCO"]), str(tmp_path / "out"))
     lines = dry_run(request, num_workers=8)
-    assert [line.split()[:2] for line in lines[1:4]] == [
+    assert [line.split()[:2] for line in lines[2:5]] == [
         ["NFCorpus", "3,916"],
         ["STS12", "5,033"],
         ["MSMARCO", "8,848,641"],
     ]
-    assert "8 workers" in lines[5] and "4 characters" in lines[-1] and not (tmp_path / "out").exists()
+    assert "8 workers" in lines[6] and "4 characters" in lines[-1] and not (tmp_path / "out").exists()
 
 
 # --- processes ---

@@ -30,7 +30,8 @@ from torch.utils.data import DataLoader
 
 from llm2vec.evaluation import mteb_adapter
 from llm2vec.evaluation.files import RETRIEVAL_FILES, load_instructions, parts_of, retrieval_set_of
-from llm2vec.evaluation.mteb_adapter import LLM2VecEncoder, evaluate, load_tasks
+from llm2vec.evaluation.mteb_adapter import LLM2VecEncoder
+from llm2vec.evaluation.scores import evaluate, load_tasks
 from llm2vec.model import chain
 from llm2vec.model.chain import model_name, revision_of
 from llm2vec.types import UserError
