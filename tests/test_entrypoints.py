@@ -5,6 +5,7 @@ Few real processes, because each costs seconds; the other runs execute the scrip
 
 from __future__ import annotations
 
+import inspect
 import json
 import logging
 import re
@@ -330,7 +331,8 @@ def test_help_of_every_command_is_there_at_once(tmp_path: Path) -> None:
     overview, _ = found.pop("")
     for name, (said, loaded) in found.items():
         assert not loaded, f"llm2vec {name} --help loads {loaded}"
-        doc = import_module(f"llm2vec.commands.{COMMANDS[name].module}").__doc__
+        module, function = import_module(f"llm2vec.commands.{COMMANDS[name].module}"), COMMANDS[name].function
+        doc = module.__doc__ if function == "main" else inspect.getdoc(getattr(module, function))
         assert said.startswith(f"usage: llm2vec {name}") and doc and doc.splitlines()[0] in said
         assert f"    {name} " in overview and COMMANDS[name].line in overview
 

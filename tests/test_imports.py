@@ -118,6 +118,19 @@ def public_definitions(tree: ast.Module) -> Iterator[tuple[str, ast.ClassDef | a
                     yield f"{node.name}.{member.name}", member
 
 
+def public_names(tree: ast.Module) -> Iterator[str]:
+    """What a module defines at its top for others: functions, classes, constants and types."""
+    for node in tree.body:
+        targets: list[ast.expr] = []
+        if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef | ast.ClassDef):
+            yield node.name
+        elif isinstance(node, ast.Assign):
+            targets = node.targets
+        elif isinstance(node, ast.AnnAssign):
+            targets = [node.target]
+        yield from (target.id for target in targets if isinstance(target, ast.Name))
+
+
 def _is_dunder(name: str) -> bool:
     return name.startswith("__") and name.endswith("__")
 
@@ -216,6 +229,16 @@ def test_every_public_signature_is_annotated(file: Path) -> None:
         missing += [f"line {node.lineno}: {name}({x})" for x in bare]
         missing += [f"line {node.lineno}: {name} -> ?"] * (node.returns is None)
     assert not missing
+
+
+def test_a_public_name_means_one_thing() -> None:
+    """In the whole package; each module has a `logger` of its own, and each command a `main`."""
+    homes: dict[str, list[str]] = {}
+    for file in FILES:
+        for name in {*public_names(ast.parse(file.read_text(encoding="utf-8")))} - {"logger", "main"}:
+            if not name.startswith("_"):
+                homes.setdefault(name, []).append(module_name(file))
+    assert {name: modules for name, modules in homes.items() if len(modules) > 1} == {}
 
 
 def test_importing_has_no_side_effect(tmp_path: Path) -> None:
