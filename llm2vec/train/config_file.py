@@ -76,7 +76,7 @@ def load_config(path: str | Path, stage: Stage) -> Config:
     values: dict[str, Any] = {"stage": stage, "training": {}}
     for key, value in content.items():
         if key in KEYS:
-            check_value(key, value, stage, str(path))
+            _check_value(key, value, stage, str(path))
             (values if key in own else values["training"])[key] = value
         elif key in WITHOUT_EFFECT:
             logger.warning("%s: %s: there is no such option any more; it has no effect.", path, key)
@@ -131,7 +131,7 @@ _BOUNDS: dict[str, tuple[str, Callable[[Any, Any], bool]]] = {
 }
 
 
-def check_value(key: str, value: Any, stage: Stage, where: str) -> None:
+def _check_value(key: str, value: Any, stage: Stage, where: str) -> None:
     """Refuse what a key may not hold; a whole number passes for a number.
 
     Raises:
