@@ -74,6 +74,9 @@ class _Indices(NamedTuple):
 class Layout:
     """How texts lie in a packed row.
 
+    >>> Layout((Group(prefix=2, lengths=(3, 1)),)).closing  # two shared tokens, then three and one
+    tensor([4, 5])
+
     Attributes:
         groups: in the order in which they stand.
         closing_only: the queries are the last token of each text alone; keys and values are all tokens.

@@ -58,7 +58,7 @@ class StepFigures:
         self.skipped_in_a_row = 0
         self._num_tokens = 0.0
         self._waited = 0.0
-        self._seconds = 0.0  # before this process began
+        self._seconds = 0.0  # of this entry, before this process began
         self._since: float | None = None
         self._total_loss = 0.0
         self._total_steps = 0
@@ -134,7 +134,7 @@ class StepFigures:
 
         Without any such step there are no means.
         """
-        now = time.monotonic()
+        now = time.monotonic()  # once, so that no time falls between two entries
         seconds = now - (self._since or 0.0)
         entry = self._means()
         entry["tokens"] = self._num_tokens
@@ -153,6 +153,7 @@ class StepFigures:
     def _means(self) -> dict[str, float]:
         if not self._num_steps:
             return {}
+        # Each rank has its share of a figure, and shares add up. They meet here only, and not at every step.
         sums = sum_over_ranks(torch.stack(list(self._sums.values())).float())
         means = dict(zip(self._sums, (sums / self._num_steps).tolist(), strict=True))
         self._total_loss += means["loss"] * self._num_steps

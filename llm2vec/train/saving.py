@@ -87,11 +87,7 @@ class CheckpointWriter:
             shutil.rmtree(aside, ignore_errors=True)
 
     def write_last(self, state: TrainerState, optimizer: Any, write_model: Callable[[], None]) -> None:
-        """Write the trained model into the output folder itself.
-
-        Raises:
-            RunEnds: a process could not write.
-        """
+        """Write the trained model into the output folder itself, or raise `RunEnds` as `write` does."""
         self._on_all_or_none(self.output_dir, state, optimizer, write_model, with_state=False)
 
     def _on_all_or_none(
@@ -195,9 +191,9 @@ def load_shares(folder: Path, optimizer: Optimizer, schedule: Any) -> None:
 
 def _spread_like(parameter: Any, value: Any) -> Any:
     """A process's share of a tensor that has the parameter's form; anything else (a step counter) as it is."""
-    if not (isinstance(value, Tensor) and isinstance(parameter, DTensor)):
+    if not (isinstance(value, Tensor) and isinstance(parameter, DTensor) and value.dim()):
         return value
-    if value.dim() == 0 or value.shape != parameter.to_local().shape:
+    if value.shape != parameter.to_local().shape:
         return value
     form: dict[str, Any] = {"shape": parameter.shape, "stride": parameter.stride()}
     value = value.to(parameter.device)

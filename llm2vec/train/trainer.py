@@ -23,9 +23,8 @@ A run goes on from a checkpoint as if it had never stopped. transformers' Traine
 numbers and the place in the data; added here are the figures since the last entry of the log, and the sampler's epoch.
 
 A step whose loss or gradient is not finite is skipped: weights and optimiser state stay, while the schedule and the
-rows go on. In float16 a gradient that overflows is the loss scale's affair: the scaler skips the step and lowers the
-scale, and the step counts as skipped here only once the scale is down at 1. The schedule waits at every step that the
-scaler skips, counted or not.
+rows go on. In float16, an overflow is first of all the loss scale's affair (`_is_left_to_the_scaler`); the schedule
+waits at every step that the scaler skips.
 """
 
 from __future__ import annotations
@@ -205,7 +204,7 @@ class EmbedderTrainer(Trainer):
 
     def _run_epoch(self, **arguments: Any) -> None:  # type: ignore[override]
         """Called for each epoch that is left, by keyword."""
-        # accelerate tells the sampler the epoch, but not where it skips rows and several processes share them.
+        # accelerate tells the sampler the epoch, but not where it skips rows that several processes share.
         self._sampler.set_epoch(arguments["epoch"])  # type: ignore[attr-defined]
         self._end.steps_per_epoch = arguments["num_update_steps_per_epoch"]
         if self._end.is_reached(self.state):  # a run that goes on from its last step
@@ -268,7 +267,7 @@ class EmbedderTrainer(Trainer):
         return None if found.bad_loss or found.bad_gradient else norm
 
     def _is_left_to_the_scaler(self) -> bool:
-        """Whether a gradient that is not finite may be the loss scale's fault, which float16's scaler then lowers."""
+        """Whether float16's loss scale may be at fault, which the scaler lowers with each step that it skips itself."""
         scaler = self.accelerator.scaler
         return scaler is not None and scaler.get_scale() > 1
 
@@ -278,18 +277,18 @@ class EmbedderTrainer(Trainer):
         self._figures.drop_step()
         self._json_log.note_skipped(self.args, self.state, what, map(self._place_of, self._rows_of_step()))
         if self._figures.skipped_in_a_row >= self._max_skipped_steps:
-            last = last_checkpoint(self._checkpoints.output_dir, self.state.global_step)
             raise RunEnds(
                 f"{self._figures.skipped_in_a_row} steps in a row, up to step {self.state.global_step + 1:,}, had a "
-                f"loss or a gradient that is not finite; {LOG_FILE} names their rows. {last}",
+                f"loss or a gradient that is not finite; {LOG_FILE} names their rows. "
+                f"{last_checkpoint(self._checkpoints.output_dir, self.state.global_step)}",
                 code=1,
             )
 
     def _rows_of_step(self) -> list[int]:
         """Indices of the rows of the step under way, of all processes: consecutive ones of the sampler's order."""
-        within = self.state.global_step % self._end.steps_per_epoch
         per_step = self.get_total_train_batch_size(self.args)
-        order = self._sampler.rows_from(within * per_step)  # type: ignore[attr-defined]
+        first = self.state.global_step % self._end.steps_per_epoch * per_step
+        order = self._sampler.rows_from(first)  # type: ignore[attr-defined]
         return list(itertools.islice(order, per_step))
 
     # --- between steps ---
@@ -348,11 +347,7 @@ class EmbedderTrainer(Trainer):
             self._figures.save(folder)
 
     def save_last(self) -> None:
-        """Write the model into the output folder.
-
-        Raises:
-            RunEnds: it could not be written.
-        """
+        """Write the model into the output folder; where it cannot be written, `RunEnds` says so."""
         self._checkpoints.write_last(self.state, self.optimizer, self.save_model)
 
     def _save(self, output_dir: str | None = None, state_dict: dict[str, Any] | None = None) -> None:

@@ -14,7 +14,7 @@ import pytest
 import reference
 import torch
 import torch.distributed as dist
-from forked_runs import shard_on_cpu
+from forked_runs import make_data, run, said, shard_on_cpu
 from helpers import family_tokenizer, tiny_model, write_jsonl
 from safetensors.torch import load_file
 from torch import Tensor, nn
@@ -310,3 +310,16 @@ def test_one_process_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
     file.write_text(json.dumps(keys | SHARDED), encoding="utf-8")
     with pytest.raises(UserError, match=r"fsdp needs several processes; start with torchrun"):
         training_arguments(load_config(file, "stage_I"))
+
+
+def test_processes_without_gpus_are_refused(tmp_path: Path) -> None:
+    """accelerate would train a whole copy on each of them, and say nothing."""
+
+    def setup(rank: int) -> None:
+        del EmbedderTrainer.create_accelerator_and_postprocess  # what shards on CPUs in tests
+
+    keys = make_data(tmp_path) | {"fsdp": True}
+    assert run("run_stage_I.py", tmp_path / "out", keys, 2, setup) == [2, 2]
+    assert said(tmp_path / "out").endswith(
+        "error: fsdp shares the weights among GPUs, and this run has none; take fsdp out.\n"
+    )
