@@ -269,7 +269,7 @@ class LLM2Vec(nn.Module):
         texts = as_instructed(sentences, side)
         place = {text: i for i, text in enumerate(dict.fromkeys(texts))}  # each different text is computed once
         target = self._place(device)
-        self.eval()  # torch's mode without dropout; no code is evaluated
+        self.eval()
         vectors = torch.zeros(len(place), truncate_dim or hidden_size)
         with tqdm(total=len(place), desc="Texts", disable=not show_progress_bar) as progress:
             for chosen, rows in self._tokenize_ahead(list(place), batch_size * ROWS_AHEAD):

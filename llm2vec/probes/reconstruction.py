@@ -63,7 +63,7 @@ class Reconstructor:
     """
 
     def __init__(self, objective: BidirectionalReconstruction, tokenizer: RowTokenizer) -> None:
-        self.objective = objective.eval()  # torch's mode without dropout; no code is evaluated
+        self.objective = objective.eval()
         self.tokenizer = tokenizer
 
     @torch.no_grad()

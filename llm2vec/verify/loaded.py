@@ -133,7 +133,7 @@ def _open_st(choice: Choice, dtype: torch.dtype, rendering: Rendering | None) ->
         raise UserError("takes no adapter beside a base; give a folder that sentence-transformers has written.")
     loading = {"dtype": dtype, "use_safetensors": True}
     loaded = SentenceTransformer(choice.model.base, device=str(_device()), model_kwargs=loading)
-    loaded.eval()  # torch's mode without dropout; no code is evaluated
+    loaded.eval()
     pooling = next((module for module in loaded if hasattr(module, "pooling_mode")), None)
     decoder = loaded.transformers_model
     if pooling is None or decoder is None:
@@ -170,7 +170,7 @@ def _open_transformers(choice: Choice, dtype: torch.dtype, rendering: Rendering 
             raise UserError(f"{adapter} holds no {SAFETENSORS_WEIGHTS_NAME}.")
         model = PeftModel.from_pretrained(model, adapter)
         model = model if adapter == adapters[-1] else model.merge_and_unload()
-    model.to(_device()).eval()  # torch's mode without dropout; no code is evaluated
+    model.to(_device()).eval()
     folder = next(
         (p for p in (*reversed(choice.model.adapters), choice.model.base) if find_file(p, MODULES_FILE)),
         choice.model.base,
