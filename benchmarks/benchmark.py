@@ -22,9 +22,9 @@ import torch
 from transformers.utils import logging as transformers_logging
 
 from benchmarks import sections
-from benchmarks.measure import Line, surroundings, table, worker_environment
+from benchmarks.measure import Line, lines_table, surroundings, worker_environment
 from benchmarks.processes import process_lines, speed_over_processes
-from benchmarks.sections import CPU, CUDA, LARGE, QUICK, Options, Plan
+from benchmarks.sections import CPU, CUDA, LARGE, QUICK, Options
 from llm2vec.cli import run_command
 from llm2vec.types import UserError
 
@@ -58,15 +58,6 @@ def parse_args(argv: Sequence[str]) -> argparse.Namespace:
     return args
 
 
-def make_plan(device: str, *, quick: bool, large: bool) -> Plan:
-    """What the options ask for."""
-    if quick:
-        return QUICK
-    if device == "cuda":
-        return CUDA
-    return LARGE if large else CPU
-
-
 def main(argv: Sequence[str]) -> None:
     """Measure section after section and print the table."""
     args = parse_args(argv)
@@ -74,7 +65,7 @@ def main(argv: Sequence[str]) -> None:
     os.environ.update(worker_environment(args.threads))  # the workers inherit it
     logging.getLogger("benchmarks").setLevel(logging.INFO)
     transformers_logging.disable_progress_bar()
-    plan = make_plan(args.device, quick=args.quick, large=args.large)
+    plan = QUICK if args.quick else CUDA if args.device == "cuda" else LARGE if args.large else CPU
     options = Options(args.device, 1 if args.quick else args.rounds, args.max_tokens)
     lines: list[Line] = []
     speeds: dict[int, list[float]] = {}
@@ -83,7 +74,7 @@ def main(argv: Sequence[str]) -> None:
     if "stage_II" in args.only:
         lines += sections.stage_II(options, plan)
     if args.pool is not None:
-        lines += sections.pool(options, plan, args.pool)
+        lines += sections.large_pool(options, plan, args.pool)
     if "encode" in args.only:
         lines += sections.encode(options, plan)
     if "growth" in args.only:
@@ -91,18 +82,12 @@ def main(argv: Sequence[str]) -> None:
         lines += sections.growth_lines(points)
     if "processes" in args.only:
         counts = [n for n in plan.processes if args.device == "cpu" or n <= torch.cuda.device_count()]
-        speeds = speed_over_processes(
-            plan.shape,
-            Path(__file__).parents[1] / "experiments/run_stage_I.py",
-            counts,
-            rows=plan.growth_rows,
-            rounds=options.rounds,
-            on_cpu=args.device == "cpu",
-        )
+        on_cpu = args.device == "cpu"
+        speeds = speed_over_processes(plan.shape, counts, rows=plan.growth_rows, rounds=options.rounds, on_cpu=on_cpu)
         lines += process_lines(speeds, plan.growth_rows)
     if args.plot is not None:
         sections.growth_figure(points, speeds).savefig(args.plot)
-    text = f"{where}\n\n{plan.describe(options.rounds)}\n\n{table(lines)}\n"
+    text = f"{where}\n\n{plan.describe(options.rounds)}\n\n{lines_table(lines)}\n"
     print(text, end="")
     if args.out is not None:
         args.out.write_text(text, encoding="utf-8")

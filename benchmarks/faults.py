@@ -47,7 +47,7 @@ RARE = "\N{EURO SIGN}"
 MOST_SECONDS = 3600.0
 
 
-class Row(NamedTuple):
+class Aftermath(NamedTuple):
     """A line of the table: the fault, what the run did, how many steps had to be done again, and how it ended."""
 
     fault: str
@@ -133,23 +133,15 @@ def write_inputs(folder: Path) -> None:
 # --- runs ---
 
 
-def start(
-    script: str, config: Path, processes: int = 1, before: Callable[[], None] | None = None
-) -> subprocess.Popen[bytes]:
+def start(script: str, config: Path, processes: int = 1) -> subprocess.Popen[bytes]:
     """Start a script, what it says going to `<config>.log`."""
     command = [str(SCRIPTS / script), str(config)]
     if processes > 1:
         command[:0] = ["-m", "torch.distributed.run", f"--nproc_per_node={processes}", "--standalone"]
-    environment = {
-        **os.environ,
-        "OMP_NUM_THREADS": "1",
-        "TOKENIZERS_PARALLELISM": "false",
-        "HF_DATASETS_CACHE": str(cache_of(config)),
-    }
+    own = {"OMP_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false", "HF_DATASETS_CACHE": str(cache_of(config))}
     with config.with_suffix(".log").open("wb") as out:
-        return subprocess.Popen(
-            [sys.executable, *command], stdout=out, stderr=subprocess.STDOUT, env=environment, preexec_fn=before
-        )
+        command = [sys.executable, *command]
+        return subprocess.Popen(command, stdout=out, stderr=subprocess.STDOUT, env={**os.environ, **own})
 
 
 def said(config: Path) -> str:
@@ -199,6 +191,17 @@ def wait_for_step(process: subprocess.Popen[bytes], config: Path, step: int, sin
         time.sleep(0.02)
 
 
+def kill(process: subprocess.Popen[bytes]) -> None:
+    """SIGKILL, and wait until it is gone."""
+    process.kill()
+    process.wait()
+
+
+def steps_lost(output: Path) -> int:
+    """How many steps a run that has ended must do again."""
+    return last_step(output) - step_to_go_on_from(output)
+
+
 def step_to_go_on_from(output: Path) -> int:
     """The step of the newest whole checkpoint; 0 where there is none."""
     whole = [folder for folder in checkpoints_in(output) if why_unusable(folder) is None]
@@ -224,7 +227,7 @@ def is_saving(output: Path) -> bool:
 # --- faults ---
 
 
-def kills(bench: Bench, number: int) -> Row:
+def kills(bench: Bench, number: int) -> Aftermath:
     """SIGKILL at random moments, one life after the other, over as many runs as that takes; every fourth in a save."""
     script, draw = "run_stage_I.py", random.Random(1)
     lost: list[int] = []
@@ -244,18 +247,17 @@ def kills(bench: Bench, number: int) -> Row:
                 time.sleep(0.001)
             if process.poll() is not None:
                 break  # it has ended
-            process.kill()
-            process.wait()
+            kill(process)
             in_a_save += is_saving(output)
-            lost.append(last_step(output) - step_to_go_on_from(output))
+            lost.append(steps_lost(output))
         go_on(script, config)
         equal.append(is_equal(output, bench.whole(script, 1)))
     outcome = f"goes on from the last checkpoint; {in_a_save} kill(s) fell into a save; {runs} run(s)"
     worst = f"{sum(lost) / len(lost):.1f} on average, at most {max(lost)}"
-    return Row(f"SIGKILL at {number} random moments", outcome, worst, "yes" if set(equal) == {"yes"} else "NO")
+    return Aftermath(f"SIGKILL at {number} random moments", outcome, worst, "yes" if set(equal) == {"yes"} else "NO")
 
 
-def stopped(bench: Bench, number: signal.Signals, processes: int) -> Row:
+def stopped(bench: Bench, number: signal.Signals, processes: int) -> Aftermath:
     """A signal that asks the run to stop."""
     script = "run_stage_II.py"
     config = bench.config(f"{number.name}-{processes}")
@@ -263,12 +265,12 @@ def stopped(bench: Bench, number: signal.Signals, processes: int) -> Row:
     wait_for_step(process, config, 10)
     process.send_signal(number)
     code = process.wait(MOST_SECONDS)
-    lost = last_step(output_of(config)) - step_to_go_on_from(output_of(config))
+    lost = steps_lost(output_of(config))
     if "stopped after step" not in said(config):
         raise UserError(f"{config}: {number.name} did not stop it in order; see {config.with_suffix('.log')}.")
     go_on(script, config, processes)
     who = "torchrun" if processes > 1 else "the process"
-    return Row(
+    return Aftermath(
         f"{number.name} to {who}, {processes} process(es)",
         f"finishes the step, saves, says how to go on; exit code {code}{' (torchrun)' if processes > 1 else ''}",
         str(lost),
@@ -276,7 +278,7 @@ def stopped(bench: Bench, number: signal.Signals, processes: int) -> Row:
     )
 
 
-def lost_process(bench: Bench, number: signal.Signals, timeout: int, what: str) -> Row:
+def lost_process(bench: Bench, number: signal.Signals, timeout: int, what: str) -> Aftermath:
     """One of two processes dies or freezes."""
     script = "run_stage_II.py"
     config = bench.config(f"lost-{number.name}", ddp_timeout=timeout)
@@ -288,10 +290,10 @@ def lost_process(bench: Bench, number: signal.Signals, timeout: int, what: str) 
     code = process.wait(MOST_SECONDS)
     seconds = time.monotonic() - began
     lines = sum("another process of the run ended or hangs" in line for line in said(config).splitlines())
-    lost = last_step(output_of(config)) - step_to_go_on_from(output_of(config))
+    lost = steps_lost(output_of(config))
     go_on(script, config, 2)
     outcome = f"the other one ends, in {lines} line(s) of its own; all is over after {seconds:.0f} s, exit code {code}"
-    return Row(what, outcome, str(lost), is_equal(output_of(config), bench.whole(script, 2)))
+    return Aftermath(what, outcome, str(lost), is_equal(output_of(config), bench.whole(script, 2)))
 
 
 @contextmanager
@@ -306,7 +308,7 @@ def small_disk(folder: Path, size: int) -> Iterator[bool]:
             subprocess.run(["umount", str(folder)], check=True)
 
 
-def full_disk(bench: Bench) -> Row:
+def full_disk(bench: Bench) -> Aftermath:
     """The disk is full in the second save; then it has room again."""
     script = "run_stage_I.py"
     whole = bench.whole(script, 1)
@@ -321,7 +323,7 @@ def full_disk(bench: Bench) -> Row:
             wait_for_step(process, config, SAVE_STEPS + 1)
             resource.prlimit(process.pid, resource.RLIMIT_FSIZE, limit)
         code = process.wait(MOST_SECONDS)
-        lost = last_step(output) - step_to_go_on_from(output)
+        lost = steps_lost(output)
         error = next(line for line in said(config).splitlines() if line.startswith("error: "))
         if "bytes, and" not in error or not step_to_go_on_from(output):
             raise UserError(f"{config}: the full disk was not said, or took the checkpoint: {error}")
@@ -330,20 +332,19 @@ def full_disk(bench: Bench) -> Row:
         go_on(script, config)
         how = "a full disk (a small tmpfs)" if mounted else "a full disk (a limit on the length of files)"
         outcome = f"ends with exit code {code}, says how much room it needs and how much there is"
-        return Row(how, outcome, str(lost), is_equal(output, whole))
+        return Aftermath(how, outcome, str(lost), is_equal(output, whole))
 
 
 def damaged(
     bench: Bench, what: str, place: Literal["newest checkpoint", "cache"], damage: Callable[[Path], None]
-) -> Row:
+) -> Aftermath:
     """After a kill, a file is damaged: the newest checkpoint's largest, or the cached tables of the training rows."""
     script = "run_stage_I.py"
     config = bench.config(f"{what} in the {place}".replace(" ", "-"))
     output = output_of(config)
     process = start(script, config)
     wait_for_step(process, config, 3 * SAVE_STEPS + 2)
-    process.kill()
-    process.wait()
+    kill(process)
     if place == "cache":
         for file in cache_of(config).rglob("*.arrow"):
             damage(file)
@@ -351,11 +352,11 @@ def damaged(
     else:
         damage(max(checkpoints_in(output)[-1].iterdir(), key=lambda file: file.stat().st_size))
         word, outcome = "It is left out.", "says which file, goes on from the checkpoint before"
-    lost = last_step(output) - step_to_go_on_from(output)
+    lost = steps_lost(output)
     go_on(script, config)
     if word not in said(config):
         raise UserError(f"{config}: nothing was said of the damaged {place}.")
-    return Row(f"{what} in the {place}", outcome, str(lost), is_equal(output, bench.whole(script, 1)))
+    return Aftermath(f"{what} in the {place}", outcome, str(lost), is_equal(output, bench.whole(script, 1)))
 
 
 def cut(file: Path) -> None:
@@ -372,7 +373,7 @@ def flip_a_bit(file: Path) -> None:
         content.write(bytes([byte ^ 1]))
 
 
-def nan_batch(bench: Bench) -> list[Row]:
+def nan_batch(bench: Bench) -> list[Aftermath]:
     """One row makes its batch's loss no number; then every row does."""
     script, base = "run_stage_II.py", {"model_name_or_path": str(bench.folder / "poisoned")}
     whole, killed = bench.config("nan", **base), bench.config("nan-killed", **base)
@@ -385,17 +386,20 @@ def nan_batch(bench: Bench) -> list[Row]:
         raise UserError(f"{whole}: the weights are not finite.")
     process = start(script, killed)
     wait_for_step(process, killed, min(NUM_STEPS - 4, skipped[0]["step"] + 2))
-    process.kill()
-    process.wait()
+    kill(process)
     go_on(script, killed)
     outcome = f"skips {len(skipped)} step(s), {named} naming the row; weights are finite; the same, killed and gone on"
     rows = [
-        Row("one row whose loss is no number", outcome, str(len(skipped)), is_equal(*map(output_of, (killed, whole))))
+        Aftermath(
+            "one row whose loss is no number", outcome, str(len(skipped)), is_equal(*map(output_of, (killed, whole)))
+        )
     ]
     diverged = bench.config("diverged", learning_rate=1e30, max_grad_norm=0.0, lr_scheduler_type="constant")
     code = start(script, diverged).wait(MOST_SECONDS)
     error = next(line for line in said(diverged).splitlines() if line.startswith("error: "))
-    rows.append(Row("every loss is no number (learning rate 1e30)", f"exit code {code}: {shortened(error)}", "-", "-"))
+    rows.append(
+        Aftermath("every loss is no number (learning rate 1e30)", f"exit code {code}: {shortened(error)}", "-", "-")
+    )
     return rows
 
 
@@ -407,7 +411,7 @@ def shortened(error: str) -> str:
 # --- the table ---
 
 
-def write_table(file: Path, rows: Sequence[Row], seconds: float) -> None:
+def write_table(file: Path, rows: Sequence[Aftermath], seconds: float) -> None:
     """Put the table between the markers of a document, or into a new file.
 
     Raises:
@@ -437,8 +441,8 @@ def main(argv: Sequence[str]) -> None:
     args = parser.parse_args(argv)
     began = time.monotonic()
     bench = Bench(args.output_dir.resolve())
-    rows: list[Row] = []
-    faults: list[Callable[[], Row | list[Row]]] = [
+    rows: list[Aftermath] = []
+    faults: list[Callable[[], Aftermath | list[Aftermath]]] = [
         lambda: kills(bench, args.kills),
         lambda: stopped(bench, signal.SIGTERM, 1),
         lambda: stopped(bench, signal.SIGINT, 1),
@@ -456,7 +460,7 @@ def main(argv: Sequence[str]) -> None:
         rows += found if isinstance(found, list) else [found]
         print(f"[{(time.monotonic() - began) / 60:4.1f} min] {rows[-1].fault}: {rows[-1].equal}", flush=True)
     write_table(args.docs_file, rows, time.monotonic() - began)
-    print("", Table(Row._fields, rows, num_names=2).text(), sep="\n")
+    print("", Table(Aftermath._fields, rows, num_names=2).text(), sep="\n")
     if any(row.equal == "NO" for row in rows):
         raise UserError("a run did not end as the undisturbed one; see the table.")
 

@@ -1,7 +1,7 @@
 """Times and memory of several variants of one thing, side by side: worker processes, turns, and the table.
 
     readings = take_turns({"ours": Variant(set_up, case), "theirs": ...}, rounds=5)
-    print(table([Line("times theirs", ratios(readings, "theirs", "ours", "seconds"), at_least=2.0)]))
+    print(lines_table([Line("times theirs", ratios(readings, "theirs", "ours", "seconds"), at_least=2.0)]))
 
 Each variant lives in a process of its own, so that its peak memory is its own. Within a round every variant runs once
 while the others wait asleep, and whatever is compared is compared within a round: absolute times mean nothing on a
@@ -37,11 +37,11 @@ from transformers.utils import logging as transformers_logging
 from llm2vec.table import Table
 from llm2vec.types import UserError
 
-PACKAGES = ("torch", "transformers", "peft", "sentence-transformers")
+VERSIONED = ("torch", "transformers", "peft", "sentence-transformers")
 
 
 @dataclass
-class Work:
+class Runnable:
     """A variant that is ready to run.
 
     Attributes:
@@ -65,7 +65,7 @@ class Work:
 class Variant(NamedTuple):
     """A set-up function and what it is called with in the worker's process; both travel there by pickle."""
 
-    set_up: Callable[[Any], Work]
+    set_up: Callable[[Any], Runnable]
     case: Any
 
 
@@ -144,7 +144,7 @@ class Meter:
         return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
 
 
-def measure(work: Work, meter: Meter, index: int) -> Reading:
+def measure_step(work: Runnable, meter: Meter, index: int) -> Reading:
     """Run a step of `work` as often as it asks, and read clock and memory of the fastest run."""
     readings = []
     flops, tokens = work.flops[index % len(work.flops)], work.tokens[index % len(work.tokens)]
@@ -216,7 +216,7 @@ def _serve(connection: Connection, variant: Variant) -> None:
                 work.model.zero_grad(set_to_none=True)
             meter.start()
             while True:
-                connection.send(measure(work, meter, connection.recv()))
+                connection.send(measure_step(work, meter, connection.recv()))
         except (EOFError, BrokenPipeError):
             return
         except Exception as error:
@@ -334,7 +334,7 @@ class Line:
         return f"{said}: {'reached' if reached else 'missed'}"
 
 
-def table(lines: Sequence[Line]) -> str:
+def lines_table(lines: Sequence[Line]) -> str:
     """The lines as a Markdown table."""
     rows = [[line.measure, line.figure, line.must, line.note] for line in lines]
     return Table(["measure", "median (lowest, highest)", "must", "beside it"], rows, num_names=4).markdown()
@@ -343,7 +343,7 @@ def table(lines: Sequence[Line]) -> str:
 def surroundings(device: str, threads: int) -> str:
     """Date, processor, thread count and versions, in one paragraph."""
     versions = []
-    for package in PACKAGES:
+    for package in VERSIONED:
         with contextlib.suppress(PackageNotFoundError):
             versions.append(f"{package} {version(package)}")
     where = f"{processor(device)}, {threads} thread(s)"

@@ -1,6 +1,6 @@
 """How training speed grows with the number of processes: Stage I by the ordinary script, under torchrun.
 
-    speeds = speed_over_processes(plan.shape, script, (1, 2), rows=8, rounds=3, on_cpu=True)
+    speeds = speed_over_processes(plan.shape, (1, 2), rows=8, rounds=3, on_cpu=True)
     lines = process_lines(speeds, rows=8)
 
 Each process has one thread (or one card) and as many rows a step as the others, so that twice as many do twice the work
@@ -31,18 +31,18 @@ from benchmarks.variants import (
 )
 from llm2vec.types import UserError
 
+SCRIPT = Path(__file__).parents[1] / "experiments/run_stage_I.py"
 #: Steps of a run; the first ones, which warm libraries up, do not count.
 NUM_STEPS, NUM_WARM_UP = 6, 2
 
 
 def speed_over_processes(
-    shape: Shape, script: Path, counts: Sequence[int], *, rows: int, rounds: int, on_cpu: bool
+    shape: Shape, counts: Sequence[int], *, rows: int, rounds: int, on_cpu: bool
 ) -> dict[int, list[float]]:
     """Tokens a second of a training run with so many processes, in each round; the runs take turns.
 
     Args:
         shape: of the model.
-        script: `experiments/run_stage_I.py`.
         counts: numbers of processes.
         rows: of a process, a step.
         rounds: how often all of them run.
@@ -59,7 +59,7 @@ def speed_over_processes(
         for turn in range(rounds):
             for count in counts:
                 output = folder / f"{count}-{turn}"
-                speeds[count].append(_speed_of_run(folder, output, script, count, rows, on_cpu))
+                speeds[count].append(_speed_of_run(folder, output, count, rows, on_cpu))
     return speeds
 
 
@@ -84,7 +84,7 @@ def _write_rows(folder: Path, number: int) -> None:
     (folder / "sources.json").write_text(json.dumps(sources), encoding="utf-8")
 
 
-def _speed_of_run(folder: Path, output: Path, script: Path, count: int, rows: int, on_cpu: bool) -> float:
+def _speed_of_run(folder: Path, output: Path, count: int, rows: int, on_cpu: bool) -> float:
     config: dict[str, Any] = {
         "model_name_or_path": str(folder / "base"),
         "sources_file": str(folder / "sources.json"),
@@ -105,9 +105,9 @@ def _speed_of_run(folder: Path, output: Path, script: Path, count: int, rows: in
     file.write_text(json.dumps(config), encoding="utf-8")
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={count}"]
     environment = {**os.environ, "HF_DATASETS_CACHE": str(folder / "cache")}
-    ended = subprocess.run([*command, str(script), str(file)], env=environment, capture_output=True, text=True)
+    ended = subprocess.run([*command, str(SCRIPT), str(file)], env=environment, capture_output=True, text=True)
     if ended.returncode:
-        raise UserError(f"{script} with {count} process(es) failed: {ended.stderr.strip()[-500:]}")
+        raise UserError(f"{SCRIPT} with {count} process(es) failed: {ended.stderr.strip()[-500:]}")
     entries = [json.loads(line) for line in (output / "log.jsonl").read_text(encoding="utf-8").splitlines()]
     speeds = [entry["tokens_per_second"] for entry in entries if "tokens_per_second" in entry]
     return statistics.median(speeds[NUM_WARM_UP:])

@@ -47,8 +47,8 @@ class Must(NamedTuple):
     memory: float | None = None
 
 
-class Plan(NamedTuple):
-    """What is measured on a kind of device, and the goals that hold there."""
+class Sizes(NamedTuple):
+    """What is measured on a kind of device, and the goals that hold there; None = no goal is set."""
 
     shape: Shape
     #: (rows, vocabulary, precision) and its goals.
@@ -57,12 +57,6 @@ class Plan(NamedTuple):
     stage_I_tokens: int
     #: Precision -> times the release-style step.
     stage_II: dict[Precision, float | None]
-    #: Times sentence-transformers' step.
-    stage_II_rival: float | None
-    #: Gradient caching: memory against the release-style step, time against the packed one, memory of a large pool.
-    cached_memory: float | None
-    cached_time: float | None
-    pool_memory: float | None
     stage_II_rows: int
     #: Rows of the step whose memory shows what caching saves: what it holds does not grow with them.
     cached_rows: int
@@ -74,7 +68,13 @@ class Plan(NamedTuple):
     growth: dict[str, tuple[int, ...]]
     growth_rows: int
     #: Numbers of processes to train with; on GPUs, those that there are cards for.
-    processes: tuple[int, ...]
+    processes: tuple[int, ...] = (1, 2)
+    #: Times sentence-transformers' step.
+    stage_II_rival: float | None = None
+    #: Gradient caching: memory against the release-style step, time against the packed one, memory of a large pool.
+    cached_memory: float | None = None
+    cached_time: float | None = None
+    pool_memory: float | None = None
 
     def describe(self, rounds: int) -> str:
         """The shape of the models, in a sentence."""
@@ -86,7 +86,7 @@ class Plan(NamedTuple):
         )
 
 
-CPU = Plan(
+CPU = Sizes(
     SMALL,
     {
         (8, 32_000, "float32"): Must(2.0, 0.80),
@@ -96,10 +96,6 @@ CPU = Plan(
     },
     stage_I_tokens=4096,
     stage_II={"float32": 2.5, "bfloat16": 2.7},
-    stage_II_rival=1.5,
-    cached_memory=0.05,
-    cached_time=1.35,
-    pool_memory=1.1,
     stage_II_rows=8,
     cached_rows=64,
     cache_tokens=1000,
@@ -111,20 +107,18 @@ CPU = Plan(
         "vocabulary": (8_000, 32_000, 128_000),
     },
     growth_rows=8,
-    processes=(1, 2),
+    stage_II_rival=1.5,
+    cached_memory=0.05,
+    cached_time=1.35,
+    pool_memory=1.1,
 )
 #: With --large: in Stage I the release-style step holds some 20 GB, in Stage II 10.
-LARGE_STAGE_I: dict[tuple[int, int, Precision], Must] = {(32, 128_000, "float32"): Must(2.7, None, 0.15)}
-LARGE = CPU._replace(stage_I=CPU.stage_I | LARGE_STAGE_I, cached_rows=256)
-CUDA = Plan(
+LARGE = CPU._replace(stage_I={**CPU.stage_I, (32, 128_000, "float32"): Must(2.7, None, 0.15)}, cached_rows=256)
+CUDA = Sizes(
     LARGE_1B,
     {(64, 128_256, "autocast"): Must(None, 0.40)},
     stage_I_tokens=16_384,
     stage_II={"autocast": None},
-    stage_II_rival=None,
-    cached_memory=None,
-    cached_time=None,
-    pool_memory=None,
     stage_II_rows=64,
     cached_rows=256,
     cache_tokens=8192,
@@ -134,24 +128,11 @@ CUDA = Plan(
     growth_rows=32,
     processes=(1, 2, 4, 8),
 )
-QUICK = Plan(
-    TINY,
-    {(2, 8_000, "float32"): Must()},
-    stage_I_tokens=200,
-    stage_II={"float32": None},
-    stage_II_rival=None,
-    cached_memory=None,
-    cached_time=None,
-    pool_memory=None,
-    stage_II_rows=2,
-    cached_rows=4,
-    cache_tokens=200,
-    texts=(4, 4),
-    encode={"float32": (None, None)},
-    growth={"rows": (1, 2), "vocabulary": (8_000, 9_000)},
-    growth_rows=1,
-    processes=(1, 2),
-)
+QUICK = Sizes(
+    TINY, {(2, 8_000, "float32"): Must()}, stage_I_tokens=200, stage_II={"float32": None}, stage_II_rows=2,
+    cached_rows=4, cache_tokens=200, texts=(4, 4), encode={"float32": (None, None)},
+    growth={"rows": (1, 2), "vocabulary": (8_000, 9_000)}, growth_rows=1,
+)  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -208,15 +189,14 @@ def megabytes(readings: Readings, *names: str, figure: str = "memory") -> str:
     return f"{' against '.join(f'{value:,.0f}' for value in figures)} MB"
 
 
-def stage_I(options: Options, plan: Plan) -> list[Line]:
+def stage_I(options: Options, plan: Sizes) -> list[Line]:
     """The packed step against the release-style one."""
     lines = []
     for (rows, vocabulary, precision), must in plan.stage_I.items():
         title = f"Stage I, {precision}, {rows} rows, V = {vocabulary:,}"
         shape = replace(plan.shape, vocabulary=vocabulary)
-        case = Case(
-            shape, rows, precision, options.device, options.rounds, max_tokens=options.max_tokens or plan.stage_I_tokens
-        )
+        most = options.max_tokens or plan.stage_I_tokens
+        case = Case(shape, rows, precision, options.device, options.rounds, max_tokens=most)
         named = {
             "packed": Variant(variants.packed_stage_I, case),
             "release": Variant(variants.release_stage_I, case),
@@ -227,7 +207,7 @@ def stage_I(options: Options, plan: Plan) -> list[Line]:
     return lines
 
 
-def stage_II(options: Options, plan: Plan) -> list[Line]:
+def stage_II(options: Options, plan: Sizes) -> list[Line]:
     """The packed step, and the same with cached gradients, against the release's and sentence-transformers'."""
     lines = []
     with tempfile.TemporaryDirectory() as folder:
@@ -247,30 +227,19 @@ def stage_II(options: Options, plan: Plan) -> list[Line]:
                 named["sentence-transformers"] = Variant(variants.sentence_transformers_stage_II, case)
             readings, lost = measured(title, named, options.rounds)
             lines += against_release(title, named, readings, lost, Must(times))
-            lines += _beside_release(title, readings, plan, rival)
-            lines.append(_cached_memory(case, plan))
+            rival_times = ratios(readings, "sentence-transformers", "packed", "seconds") if rival else []
+            cached_times = ratios(readings, "cached", "packed", "seconds")
+            lines += [
+                Line(f"{title}: times sentence-transformers' step", rival_times, plan.stage_II_rival,
+                     note="" if rival else NO_RIVAL),
+                Line(f"{title}, cached gradients: time, packed step = 1", cached_times, at_most=plan.cached_time,
+                     note=f"at most {plan.cache_tokens:,} tokens at once"),
+                _cached_memory(case, plan),
+            ]  # fmt: skip
     return lines
 
 
-def _beside_release(title: str, readings: Readings, plan: Plan, rival: bool) -> list[Line]:
-    """Against sentence-transformers, and what gradient caching costs."""
-    return [
-        Line(
-            f"{title}: times sentence-transformers' step",
-            ratios(readings, "sentence-transformers", "packed", "seconds") if rival else [],
-            plan.stage_II_rival,
-            note="" if rival else NO_RIVAL,
-        ),
-        Line(
-            f"{title}, cached gradients: time, packed step = 1",
-            ratios(readings, "cached", "packed", "seconds"),
-            at_most=plan.cached_time,
-            note=f"at most {plan.cache_tokens:,} tokens at once",
-        ),
-    ]
-
-
-def _cached_memory(case: Case, plan: Plan) -> Line:
+def _cached_memory(case: Case, plan: Sizes) -> Line:
     """What gradient caching saves, over a batch that is many micro-batches long."""
     title = f"Stage II, LoRA, {case.precision}, {plan.cached_rows} rows, cached gradients"
     many = replace(case, rows=plan.cached_rows, batches=1)
@@ -288,7 +257,7 @@ def _cached_memory(case: Case, plan: Plan) -> Line:
     )
 
 
-def pool(options: Options, plan: Plan, queries: int) -> list[Line]:
+def large_pool(options: Options, plan: Sizes, queries: int) -> list[Line]:
     """Memory of a gradient-cached step with a large pool of in-batch negatives against one with 64 queries.
 
     Over short documents, as a micro-batch has as many tokens whatever the length, and a large pool takes long. Both
@@ -316,7 +285,7 @@ def pool(options: Options, plan: Plan, queries: int) -> list[Line]:
     ]  # fmt: skip
 
 
-def encode(options: Options, plan: Plan) -> list[Line]:
+def encode(options: Options, plan: Sizes) -> list[Line]:
     """`LLM2Vec.encode` against sentence-transformers, over the same texts."""
     queries, documents = plan.texts
     kinds = {
@@ -373,7 +342,7 @@ class GrowthPoint(NamedTuple):
     memory: list[Reading]
 
 
-def growth(options: Options, plan: Plan) -> list[GrowthPoint]:
+def growth(options: Options, plan: Sizes) -> list[GrowthPoint]:
     """Stage I at growing numbers of rows, document lengths and vocabularies, packed and release-style."""
     precision = next(iter(plan.stage_I))[2]
     most = options.max_tokens or plan.stage_I_tokens

@@ -23,8 +23,9 @@ from peft import LoraConfig
 from torch import Tensor
 from transformers import LlamaConfig, LlamaForCausalLM, LlamaModel
 
-from benchmarks.measure import Meter, Work
+from benchmarks.measure import Meter, Runnable
 from benchmarks.reference import (
+    PaddedSide,
     features,
     pad,
     release_stage_I_loss,
@@ -134,23 +135,38 @@ class EncodeCase:
     device: str = "cpu"
 
 
-# --- Stage I ---
-
-
-def packed_stage_I(case: Case) -> Work:
-    """The package's step."""
-    model = random_model(case.shape, with_head=True, device=case.device, dtype=case.dtype)
-    objective = BidirectionalReconstruction(model, SETTINGS, ALPHA)
-    batches = [packed_batch(case, i, ("query", "positive")) for i in _indices(case)]
+def _packed_step(case: Case, objective: Any, sides: Sequence[str]) -> Callable[[int], None]:
+    batches = [packed_batch(case, i, sides) for i in _indices(case)]
 
     def step(i: int) -> None:
         with case.computing():
             backward_step(objective, batches[i], objective.count(batches[i]), max_tokens=case.max_tokens)
 
-    return _stage_I_work(case, step, model)
+    return step
 
 
-def release_stage_I(case: Case) -> Work:
+def _backward(case: Case, loss_of: Callable[[int], Tensor]) -> Callable[[int], None]:
+    """A step from the loss of a batch."""
+
+    def step(i: int) -> None:
+        with case.computing():
+            loss = loss_of(i)
+        loss.backward()
+
+    return step
+
+
+# --- Stage I ---
+
+
+def packed_stage_I(case: Case) -> Runnable:
+    """The package's step."""
+    model = random_model(case.shape, with_head=True, device=case.device, dtype=case.dtype)
+    objective = BidirectionalReconstruction(model, SETTINGS, ALPHA)
+    return _stage_I_work(case, _packed_step(case, objective, ("query", "positive")), model)
+
+
+def release_stage_I(case: Case) -> Runnable:
     """Four passes padded on the left, checkpointed, with full logits."""
     model = random_model(case.shape, with_head=True, device=case.device, dtype=case.dtype)
     enable_checkpointing(model, {"use_reentrant": False})
@@ -161,22 +177,18 @@ def release_stage_I(case: Case) -> Work:
         texts = [pad([_target_ids(row) for row in side], case.device, left=True) for side in (query, document)]
         batches.append((whole[0], whole[1], texts[0], texts[1]))
 
-    def step(i: int) -> None:
-        with case.computing():
-            loss = release_stage_I_loss(model, *batches[i], alpha=ALPHA)
-        loss.backward()
-
+    step = _backward(case, lambda i: release_stage_I_loss(model, *batches[i], alpha=ALPHA))
     return _stage_I_work(case, step, model)
 
 
-def _stage_I_work(case: Case, step: Callable[[int], None], model: Any) -> Work:
+def _stage_I_work(case: Case, step: Callable[[int], None], model: Any) -> Runnable:
     flops, tokens = [], []
     for i in range(case.batches):
         rows = [*random_rows(case, "query", i), *random_rows(case, "positive", i)]
         encoded, targets = [len(row.ids) for row in rows], [sum(row.target) for row in rows]
-        flops.append(useful_flops(case.shape, [*encoded, *targets], num_targets=sum(targets)))
+        flops.append(training_flops(case.shape, [*encoded, *targets], num_targets=sum(targets)))
         tokens.append(sum(encoded))
-    return Work(step, case.device, flops, tokens, model)
+    return Runnable(step, case.device, flops, tokens, model)
 
 
 # --- Stage II ---
@@ -184,17 +196,11 @@ def _stage_I_work(case: Case, step: Callable[[int], None], model: Any) -> Work:
 _TRIPLE = ("query", "positive", "negative")
 
 
-def packed_stage_II(case: Case) -> Work:
+def packed_stage_II(case: Case) -> Runnable:
     """The package's step; with `max_tokens`, its gradients are cached."""
     model = random_lora(case)
     objective = ContrastiveLearning(model, SETTINGS, LOSS_SCALE)
-    batches = [packed_batch(case, i, _TRIPLE) for i in _indices(case)]
-
-    def step(i: int) -> None:
-        with case.computing():
-            backward_step(objective, batches[i], objective.count(batches[i]), max_tokens=case.max_tokens)
-
-    return _stage_II_work(case, step, model)
+    return _stage_II_work(case, _packed_step(case, objective, _TRIPLE), model)
 
 
 def largest_micro_batch(case: Case) -> int:
@@ -203,24 +209,15 @@ def largest_micro_batch(case: Case) -> int:
     return max(sum(sum(side["lengths"]) for side in piece.values()) for piece in pieces)
 
 
-def release_stage_II(case: Case) -> Work:
+def release_stage_II(case: Case) -> Runnable:
     """Three passes padded on the left, checkpointed."""
     model = random_lora(case)
     enable_checkpointing(model, {"use_reentrant": False})
-    batches = [
-        [pad([row.ids for row in random_rows(case, side, i)], case.device, left=True) for side in _TRIPLE]
-        for i in _indices(case)
-    ]
-
-    def step(i: int) -> None:
-        with case.computing():
-            loss = release_stage_II_loss(model, batches[i], LOSS_SCALE)
-        loss.backward()
-
-    return _stage_II_work(case, step, model)
+    batches = _padded_triples(case, left=True)
+    return _stage_II_work(case, _backward(case, lambda i: release_stage_II_loss(model, batches[i], LOSS_SCALE)), model)
 
 
-def sentence_transformers_stage_II(case: Case) -> Work:
+def sentence_transformers_stage_II(case: Case) -> Runnable:
     """What sentence-transformers' trainer runs: its loss over a batch padded on the right, and backward."""
     model = sentence_transformer(case.folder, case.dtype, case.device)
     model.add_adapter(
@@ -229,32 +226,33 @@ def sentence_transformers_stage_II(case: Case) -> Work:
     _fill_lora(model, case)
     model.train()
     loss_of = sentence_transformers_loss(model, LOSS_SCALE)
-    batches = [
-        [pad([row.ids for row in random_rows(case, side, i)], case.device, left=False) for side in _TRIPLE]
-        for i in _indices(case)
-    ]
-
-    def step(i: int) -> None:
-        with case.computing():
-            loss = loss_of([features(side) for side in batches[i]], None)
-        loss.backward()
-
+    batches = _padded_triples(case, left=False)
+    step = _backward(case, lambda i: loss_of([features(side) for side in batches[i]], None))
     return _stage_II_work(case, step, model)
 
 
-def _stage_II_work(case: Case, step: Callable[[int], None], model: Any) -> Work:
+def _padded_triples(case: Case, *, left: bool) -> list[list[PaddedSide]]:
+    """The sides of each batch, padded."""
+
+    def padded(side: str, index: int) -> PaddedSide:
+        return pad([row.ids for row in random_rows(case, side, index)], case.device, left=left)
+
+    return [[padded(side, i) for side in _TRIPLE] for i in _indices(case)]
+
+
+def _stage_II_work(case: Case, step: Callable[[int], None], model: Any) -> Runnable:
     flops, tokens = [], []
     for i in range(case.batches):
         lengths = [len(row.ids) for side in _TRIPLE for row in random_rows(case, side, i)]
-        flops.append(useful_flops(case.shape, lengths, lora_r=LORA_R))
+        flops.append(training_flops(case.shape, lengths, lora_r=LORA_R))
         tokens.append(sum(lengths))
-    return Work(step, case.device, flops, tokens, model)
+    return Runnable(step, case.device, flops, tokens, model)
 
 
 # --- Encoding ---
 
 
-def encode_ours(case: EncodeCase) -> Work:
+def encode_ours(case: EncodeCase) -> Runnable:
     """`LLM2Vec.encode`."""
     model = LLM2Vec.from_pretrained(
         case.folder,
@@ -273,7 +271,7 @@ def encode_ours(case: EncodeCase) -> Work:
     return _encoding_work(case, step, lengths)
 
 
-def encode_sentence_transformers(case: EncodeCase) -> Work:
+def encode_sentence_transformers(case: EncodeCase) -> Runnable:
     """`SentenceTransformer.encode`, over the same characters."""
     model = sentence_transformer(case.folder, getattr(torch, case.dtype), case.device)
     header = "<|start_header_id|>user<|end_header_id|>\n\n"
@@ -287,9 +285,9 @@ def encode_sentence_transformers(case: EncodeCase) -> Work:
     return _encoding_work(case, step, lengths)
 
 
-def _encoding_work(case: EncodeCase, step: Callable[[int], Tensor], lengths: Sequence[int]) -> Work:
-    forward = useful_flops(case.shape, lengths) / 3  # of a training step's three thirds
-    return Work(step, case.device, [forward], [sum(lengths)])
+def _encoding_work(case: EncodeCase, step: Callable[[int], Tensor], lengths: Sequence[int]) -> Runnable:
+    forward = training_flops(case.shape, lengths) / 3  # of a training step's three thirds
+    return Runnable(step, case.device, [forward], [sum(lengths)])
 
 
 def random_words() -> list[str]:
@@ -316,7 +314,7 @@ def write_model(folder: Path, shape: Shape, *, with_head: bool = False) -> None:
 # --- The ceiling ---
 
 
-def matrix_product(case: Case) -> Work:
+def matrix_product(case: Case) -> Runnable:
     """The fastest of a cube and the two products of the model's MLP, in the dtype that the case computes in."""
     dtype = torch.float32 if case.precision == "float32" else torch.bfloat16
     cube, d, m = 4 * case.shape.hidden, case.shape.hidden, case.shape.intermediate
@@ -340,10 +338,10 @@ def matrix_product(case: Case) -> Work:
         for _ in range(number):
             run()
 
-    return Work(step, case.device, [number * flops], [0], repeats=5)
+    return Runnable(step, case.device, [number * flops], [0], repeats=5)
 
 
-def useful_flops(shape: Shape, lengths: Sequence[int], *, num_targets: int = 0, lora_r: int | None = None) -> float:
+def training_flops(shape: Shape, lengths: Sequence[int], *, num_targets: int = 0, lora_r: int | None = None) -> float:
     """Floating-point operations that a training step over these texts cannot do without.
 
     A matrix costs 2 per weight and token forward, 2 for its inputs' gradient and 2 for its own, which a frozen one does

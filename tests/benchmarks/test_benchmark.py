@@ -17,7 +17,18 @@ import torch
 from helpers import tiny_model
 from torch import Tensor, nn
 
-from benchmarks.measure import Line, Meter, Reading, Readings, Variant, Work, measure, ratios, table, take_turns
+from benchmarks.measure import (
+    Line,
+    Meter,
+    Reading,
+    Readings,
+    Runnable,
+    Variant,
+    lines_table,
+    measure_step,
+    ratios,
+    take_turns,
+)
 from benchmarks.reference import pad, release_stage_I_loss, release_stage_II_loss
 from benchmarks.sections import QUICK, GrowthPoint, growth_figure, growth_lines, lowest_cosine, peaks
 from benchmarks.variants import (
@@ -32,7 +43,7 @@ from benchmarks.variants import (
     release_stage_I,
     release_stage_II,
     sentence_transformers_stage_II,
-    useful_flops,
+    training_flops,
     write_model,
 )
 from llm2vec.text.tokenization import Row
@@ -85,7 +96,7 @@ def test_release_style_stage_II_is_equation_6() -> None:
 # --- All variants of a case do the same work ---
 
 
-def gradients_of(work: Work, index: int) -> list[Tensor]:
+def gradients_of(work: Runnable, index: int) -> list[Tensor]:
     """In the order of the parameters; what holds the model names them differently."""
     assert work.model is not None
     work.model.zero_grad(set_to_none=True)
@@ -93,7 +104,7 @@ def gradients_of(work: Work, index: int) -> list[Tensor]:
     return list(reference.gradients(work.model).values())
 
 
-def assert_same_work(actual: Work, expected: Work) -> None:
+def assert_same_work(actual: Runnable, expected: Runnable) -> None:
     """Counts and gradients of every batch, the second one after the first."""
     assert (actual.flops, actual.tokens) == (expected.flops, expected.tokens)
     for index in range(CASE.batches):
@@ -157,10 +168,10 @@ def test_useful_flops_by_hand() -> None:
     shape = Shape(layers=1, hidden=2, intermediate=3, heads=1, kv_heads=1, vocabulary=5)
     weights = 4 * 2 * 2 + 3 * 2 * 3
     attention = 3 * (2 * 2 + 2 * 2) * 4  # forward and twice that backward; a product and a sum for each of two widths
-    assert useful_flops(shape, [1, 2]) == 6 * weights * 3 + attention
-    assert useful_flops(shape, [1, 2], num_targets=2) == 6 * weights * 3 + attention + 6 * 2 * 5 * 2
+    assert training_flops(shape, [1, 2]) == 6 * weights * 3 + attention
+    assert training_flops(shape, [1, 2], num_targets=2) == 6 * weights * 3 + attention + 6 * 2 * 5 * 2
     lora = 4 * (2 + 2) + 3 * (2 + 3)
-    assert useful_flops(shape, [1, 2], lora_r=1) == (4 * weights + 6 * lora) * 3 + attention
+    assert training_flops(shape, [1, 2], lora_r=1) == (4 * weights + 6 * lora) * 3 + attention
 
 
 def test_texts_and_cosines() -> None:
@@ -191,14 +202,14 @@ def test_memory_is_that_of_the_step_alone() -> None:
     del before
     meter = Meter("cpu")
     meter.start()
-    work = Work(step, "cpu", [2.0], [3], repeats=2)
+    work = Runnable(step, "cpu", [2.0], [3], repeats=2)
     for index in (0, 1):
-        found = measure(work, meter, index)
+        found = measure_step(work, meter, index)
         assert found.memory == pytest.approx(sizes[index], rel=0.15)
         assert (found.flops, found.tokens, found.vectors) == (2.0, 3, None)
 
 
-def idle(case: str) -> Work:
+def idle(case: str) -> Runnable:
     """Variants for a worker: `case` says what becomes of it. Its one-thread setting is handed back as a vector."""
     order: list[int] = []
 
@@ -212,10 +223,10 @@ def idle(case: str) -> Work:
             raise KeyError("what went wrong")
         return torch.tensor([*order, torch.get_num_threads()], dtype=torch.float32)
 
-    return Work(step, "cpu", [1.0], [1])
+    return Runnable(step, "cpu", [1.0], [1])
 
 
-def leaves_holes(_: None) -> Work:
+def leaves_holes(_: None) -> Runnable:
     """Never more than 80 MB in use: what comes last would fit into the holes that are left, were it not larger."""
 
     def step(index: int) -> None:
@@ -224,7 +235,7 @@ def leaves_holes(_: None) -> Work:
         blocks[::2] = [None] * 20
         blocks += [torch.ones(3_000_000, dtype=torch.uint8) for _ in range(10)]
 
-    return Work(step, "cpu", [1.0], [1])
+    return Runnable(step, "cpu", [1.0], [1])
 
 
 @pytest.mark.slow
@@ -267,7 +278,7 @@ def test_table() -> None:
         Line("many", [1234.6, 1000.0], digits=0),
         Line("lost", [], at_least=3),
     ]
-    assert table(lines).splitlines()[2:] == [
+    assert lines_table(lines).splitlines()[2:] == [
         "| fast | 2.50 (1.00, 3.00) | at least 2: reached | well |",
         "| small | 0.20 | at most 0.15: missed |  |",
         "| many | 1,117 (1,000, 1,235) |  |  |",

@@ -25,7 +25,7 @@ from torch.utils.weak import WeakIdKeyDictionary
 from transformers import AutoModelForCausalLM, LlamaConfig, TrainingArguments
 
 from benchmarks.variants import Shape
-from benchmarks.variants import useful_flops as bench_flops
+from benchmarks.variants import training_flops as bench_flops
 from llm2vec.data.collation import CollateSides
 from llm2vec.llm2vec_q2d_d2q import BidirectionalReconstruction
 from llm2vec.model import packed_attention
