@@ -29,19 +29,6 @@ from llm2vec.verify.ways import shared_start
 UNKNOWN = "weights or something else"
 
 
-class Finding(NamedTuple):
-    """Why a way disagrees.
-
-    Attributes:
-        cause: `template`, `closing token`, `truncation`, `attention`, `pooling`, `adapter`, `norm`, `batching`, or
-            `UNKNOWN`, which no computation stands behind.
-        words: what was found, and what proves it.
-    """
-
-    cause: str
-    words: str
-
-
 class Change(NamedTuple):
     """A single change: its cause, what is done (to follow "with"), and a text's vector under it, None = not known."""
 
@@ -68,27 +55,25 @@ class Recomputation:
         self,
         text: int,
         *,
-        rows: Sequence[Row | None] | None = None,
+        row: Row | None = None,
         attention: Attention | None = None,
         pooling: PoolingMode | None = None,
         everywhere: bool = False,
         without_adapter: bool = False,
         without_norm: bool = False,
-    ) -> Tensor | None:
+    ) -> Tensor:
         """The vector [D] of a text, float32 on the CPU, not normalised; what is not given stays as the way does it.
 
         Args:
             text: its number.
-            rows: other token rows; where one is None, it is not known, and there is no vector.
+            row: another token row.
             attention: the other kind.
             pooling: another mode.
             everywhere: over every token, whatever the template says.
             without_adapter: with the adapter switched off.
             without_norm: from the states before the last norm.
         """
-        row = (rows or self.rows)[text]
-        if row is None:
-            return None
+        row = row or self.rows[text]
         model, before_norm = self.way.model, list[Tensor]()
         ids_1T = torch.tensor([row.ids], device=next(model.parameters()).device)
         hook = inner_decoder(model).norm.register_forward_pre_hook(lambda _, inputs: before_norm.append(inputs[0]))
@@ -112,11 +97,15 @@ class Recomputation:
         """
         yield Change("batching", "one text at a time in place of a batch", self.vector)
         pairs = [(own.ids, row.ids) for own, row in zip(self.rows, target_rows, strict=True) if row]
-        rows = partial(self.vector, rows=target_rows)
+
+        def with_row(text: int) -> Tensor | None:
+            row = target_rows[text]
+            return None if row is None else self.vector(text, row=row)
+
         if differing := [pair for pair in pairs if pair[0] != pair[1]]:
-            yield Change(_name_of(differing), f"the token ids of {target.name}", rows)
+            yield Change(_name_of(differing), f"the token ids of {target.name}", with_row)
         elif is_loaded:
-            yield Change("pooling", f"pooling over the tokens that {target.name} pools over", rows)
+            yield Change("pooling", f"pooling over the tokens that {target.name} pools over", with_row)
         other: Attention = "bidirectional" if self.way.attention == "causal" else "causal"
         yield Change("attention", f"{other} attention", partial(self.vector, attention=other))
         for where, everywhere in (("the same tokens", False), ("every token", True)):
@@ -129,12 +118,14 @@ class Recomputation:
 
     def has_dead_adapter(self) -> bool:
         """Whether there is an adapter, and switching it off changes no vector."""
-        off = partial(self.vector, without_adapter=True)
-        return bool(self.adapted) and all(_are_equal(self.vector(i), off(i)) for i in range(len(self.rows)))
+        pairs = ((self.vector(i), self.vector(i, without_adapter=True)) for i in range(len(self.rows)))
+        return bool(self.adapted) and all(torch.equal(on, off) for on, off in pairs)
 
 
-def find_cause(reference: Answer, parity: Parity, texts: Sequence[InstructedText]) -> Finding:
-    """Say why a way disagrees with the reference.
+def find_cause(reference: Answer, parity: Parity, texts: Sequence[InstructedText]) -> str:
+    """Why a way disagrees with the reference: a cause, and behind a colon what was found and proves it.
+
+    The cause is that of a `Change`, or `weights or something else`, which no computation stands behind.
 
     Args:
         reference: what the first way answered.
@@ -144,11 +135,11 @@ def find_cause(reference: Answer, parity: Parity, texts: Sequence[InstructedText
     sides = (reference, parity.answer)
     sizes = [side.vectors.shape[1] for side in sides]
     if sizes[0] != sizes[1]:
-        return Finding(UNKNOWN, f"the vectors have {sizes[0]} and {sizes[1]} numbers, so this is another model")
+        return f"{UNKNOWN}: the vectors have {sizes[0]} and {sizes[1]} numbers, so this is another model"
     if (parity.cosines >= parity.threshold).all():
         shortest, longest = parity.lengths
-        words = f"the same directions, but lengths from {shortest:.4g} to {longest:.4g}: nothing makes unit vectors"
-        return Finding("norm", words)
+        lengths = f"from {shortest:.4g} to {longest:.4g}"
+        return f"norm: the same directions, but lengths {lengths}: nothing makes unit vectors"
     compared = [texts[i] for i in parity.compared]
     # Other models than decoders, which sentence-transformers loads too, have other steps.
     steps: list[Recomputation | None] = [
@@ -157,7 +148,7 @@ def find_cause(reference: Answer, parity: Parity, texts: Sequence[InstructedText
     ]
     for side, base in zip(sides, steps, strict=True):
         if base and base.has_dead_adapter():
-            return Finding("adapter", f"dead: switching off the adapter of {side.name} changes no vector")
+            return f"adapter: dead: switching off the adapter of {side.name} changes no vector"
     order = parity.cosines.argsort().tolist()  # the worst first, where a wrong change fails soonest
     for side, base, target, loaded in zip(sides, steps, sides[::-1], steps[::-1], strict=True):
         if base is None:
@@ -167,8 +158,8 @@ def find_cause(reference: Answer, parity: Parity, texts: Sequence[InstructedText
             least = _least_cosine(change, target.vectors[parity.compared], order, parity.threshold)
             if least is not None:
                 words = f"with {change.words}, {side.name} gives the vectors of {target.name}"
-                return Finding(change.cause, f"{words} (least cosine {least:.6f})")
-    return Finding(UNKNOWN, "no single change explains it" if any(steps) else "neither side's steps can be taken apart")
+                return f"{change.cause}: {words} (least cosine {least:.6f})"
+    return f"{UNKNOWN}: {'no single change explains it' if any(steps) else 'no side can be taken apart into its steps'}"
 
 
 def with_ids(row: Row, ids: list[int] | None) -> Row | None:
@@ -215,7 +206,3 @@ def _least_cosine(change: Change, target_ND: Tensor, order: Sequence[int], thres
             if not least >= threshold:
                 return None
     return least if least <= 1.5 else None
-
-
-def _are_equal(one: Tensor | None, other: Tensor | None) -> bool:
-    return one is not None and other is not None and torch.equal(one, other)

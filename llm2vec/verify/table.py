@@ -84,8 +84,7 @@ def _compare_way(
     if differing := first_differing_token(reference, parity, list(texts)):
         lines.append(f"token ids: {differing}")
     if not parity.passes:
-        cause, words = find_cause(reference, parity, asked)
-        lines.append(f"FAIL: {answer.name}: {cause}: {words}")
+        lines.append(f"FAIL: {answer.name}: {find_cause(reference, parity, asked)}")
     return _row_of(parity), lines
 
 

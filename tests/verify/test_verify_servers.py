@@ -210,7 +210,7 @@ def test_two_servers_cannot_be_taken_apart(made: Path, tmp_path: Path, verify: A
     texts = write_jsonl(tmp_path / "texts.jsonl", [{"text": "hello world"}])
     code, printed = verify(serve(engine(made / "exported")), serve(mean), "--texts", texts)
     assert code == 1
-    assert "weights or something else: neither side's steps can be taken apart" in printed
+    assert "weights or something else: no side can be taken apart into its steps" in printed
 
 
 def test_texts_that_a_server_refuses_are_said(made: Path, verify: Any, serve: Any) -> None:
