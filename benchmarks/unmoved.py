@@ -43,7 +43,6 @@ DROPPED = frozenset({
 #: Files that are not compared: the card's text, sums over run.json (which names versions), and a pickle of paths.
 NOT_HASHED = ("README.md", "SHA256SUMS", "training_args.bin")
 IMPORTED = ("torch", "transformers", "accelerate", "datasets", "peft", "sentence_transformers", "mteb")
-
 WORDS = ("user", "hello", "find", "the", "answer", "who", "wrote", "it", "red", "green", "blue", "calm", "water")
 SHARED: dict[str, Any] = {
     "model_name_or_path": "base", "sources_file": "sources.json", "max_seq_length": 64, "total_batch_size": 8,
@@ -176,8 +175,8 @@ def run(start: Start, root: Path) -> list[int]:
     if start.keys is not None:
         flags = [f"out/{start.name}.json"]
         Path(flags[0]).write_text(json.dumps({**start.keys, "output_dir": f"out/{start.name}"}), encoding="utf-8")
-    fork = multiprocessing.get_context("fork")
-    processes = [fork.Process(target=run_rank, args=(start, root, flags, rank)) for rank in range(start.processes)]
+    process_of = multiprocessing.get_context("fork").Process
+    processes = [process_of(target=run_rank, args=(start, root, flags, rank)) for rank in range(start.processes)]
     for process in processes:
         process.start()
     while alive := [process.sentinel for process in processes if process.is_alive()]:
@@ -210,7 +209,7 @@ def _content_of(file: Path, names: dict[str, str]) -> Any:
         import torch
         from safetensors.torch import load_file
 
-        raw = {name: (t, t.reshape(-1).view(torch.uint8).numpy()) for name, t in load_file(file).items()}
+        raw = {name: (t, t.reshape(-1).view(torch.uint8).numpy().tobytes()) for name, t in load_file(file).items()}
         return {name: f"{t.dtype} {list(t.shape)} {sha256(content).hexdigest()}" for name, (t, content) in raw.items()}
     if file.suffix not in (".json", ".jsonl") or file.name == "tokenizer.json":
         return sha256(file.read_bytes()).hexdigest()
@@ -232,13 +231,13 @@ def tidy(value: Any, names: dict[str, str]) -> Any:
 
 def record(root: Path, out: Path) -> int:
     """Record in a fresh folder, in a process that finds CHECKOUT's package and no other; its exit code."""
-    with tempfile.TemporaryDirectory(prefix="unmoved-") as work:
-        make_inputs(Path(work))
+    with tempfile.TemporaryDirectory() as fresh:
+        work = Path(fresh) / "unmoved"  # a result's name holds the name of the folder
+        make_inputs(work)
         env = {k: v for k, v in os.environ.items() if k not in ("WORLD_SIZE", "RANK", "LOCAL_RANK", "LOCAL_WORLD_SIZE")}
         env |= {
             "PYTHONPATH": str(root), "HF_HUB_OFFLINE": "1", "HF_DATASETS_CACHE": f"{work}/cache",
-            "OMP_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false", "PYTHONHASHSEED": "0",
-            "CUDA_VISIBLE_DEVICES": "",
+            "OMP_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false", "PYTHONHASHSEED": "0", "CUDA_VISIBLE_DEVICES": "",
         }  # fmt: skip
         command = [sys.executable, "-P", str(Path(__file__).resolve()), "record_here", str(root), str(out)]
         return subprocess.run(command, cwd=work, env=env).returncode
@@ -253,8 +252,8 @@ def record_here(root: Path, out: Path) -> int:
         sys.exit(f"error: llm2vec is {package and package.origin}, not in {root}.")
     Path("said").mkdir()
     Path("out").mkdir()
-    names = {str(Path.cwd()): "WORK", str(root): "ROOT"}
-    found = {start.name: findings(start, run(start, root), names) for start in all_starts(root)}
+    paths = {str(Path.cwd()): "WORK", str(root): "ROOT"}
+    found = {start.name: findings(start, run(start, root), paths) for start in all_starts(root)}
     machine = {"machine": platform.platform(), **{name: sys.modules[name].__version__ for name in IMPORTED}}
     out.write_text(json.dumps({"machine": machine, "found": found}, indent=1), encoding="utf-8")
     return int(any("failed" in of_start for of_start in found.values()))
