@@ -236,8 +236,8 @@ def record(root: Path, out: Path) -> int:
         make_inputs(work)
         env = {k: v for k, v in os.environ.items() if k not in ("WORLD_SIZE", "RANK", "LOCAL_RANK", "LOCAL_WORLD_SIZE")}
         env |= {
-            "PYTHONPATH": str(root), "HF_HUB_OFFLINE": "1", "HF_DATASETS_CACHE": f"{work}/cache",
-            "OMP_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false", "PYTHONHASHSEED": "0", "CUDA_VISIBLE_DEVICES": "",
+            "PYTHONPATH": str(root), "HF_HUB_OFFLINE": "1", "HF_DATASETS_CACHE": f"{work}/cache", "PYTHONHASHSEED": "0",
+            "OMP_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false", "CUDA_VISIBLE_DEVICES": "",
         }  # fmt: skip
         command = [sys.executable, "-P", str(Path(__file__).resolve()), "record_here", str(root), str(out)]
         return subprocess.run(command, cwd=work, env=env).returncode
