@@ -27,6 +27,12 @@ class Command(NamedTuple):
 
 
 COMMANDS = {
+    "stage-1": Command("train", "Stage I: reconstruct texts from vectors, all parameters", "stage_1"),
+    "stage-2": Command("train", "Stage II and the baseline: contrastive learning with LoRA", "stage_2"),
+    "lm": Command("train", "plain next-token training, the control to Stage I", "lm"),
+    "mntp": Command("train", "LLM2Vec's first stage: masked next tokens", "mntp"),
+    "simcse": Command("train", "LLM2Vec's unsupervised stage", "simcse"),
+    "supervised": Command("train", "LLM2Vec's supervised stage, with upstream's configs", "supervised"),
     "plan": Command("plan", "what a run will be, before anything loads"),
     "eval": Command("evaluate", "score an embedding model on MTEB, or on retrieval sets of your own"),
     "encode": Command("encode", "encode a whole corpus to files of vectors"),

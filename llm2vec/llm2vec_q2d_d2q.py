@@ -26,11 +26,12 @@ from llm2vec.model.embed import embed, embedding_pass
 from llm2vec.model.packing import packed_hidden_states
 from llm2vec.model.settings import EncoderSettings
 from llm2vec.objectives.losses import linear_cross_entropy
+from llm2vec.objectives.stage_one import StageOneObjective
 from llm2vec.text.batches import starts_of
-from llm2vec.types import Batch, Objective, Output, Pass, ReconstructionTarget
+from llm2vec.types import Batch, Output, Pass, ReconstructionTarget
 
 
-class BidirectionalReconstruction(nn.Module, Objective):
+class BidirectionalReconstruction(nn.Module, StageOneObjective):
     """The Stage I objective over a causal language model.
 
     Args:
@@ -42,6 +43,7 @@ class BidirectionalReconstruction(nn.Module, Objective):
     """
 
     model: PreTrainedModel
+    keys = ("alpha", "target", "reconstruct_instruction", "reconstruction_probe", "bidirectional")
 
     def __init__(
         self,

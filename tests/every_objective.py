@@ -16,7 +16,7 @@ from llm2vec.model.settings import EncoderSettings, row_tokenizer
 from llm2vec.objectives.contrastive import ContrastiveLearning
 from llm2vec.objectives.language_modelling import ContrastiveLanguageModelling, LanguageModelling
 from llm2vec.objectives.mntp import MaskedNextTokenPrediction, mask_tokens
-from llm2vec.objectives.token_set import CollateBlocks, TokenSetPrediction
+from llm2vec.objectives.token_set import TokenSetPrediction
 from llm2vec.text.templates import add_template_tokens
 from llm2vec.types import Batch, Objective
 
@@ -42,7 +42,7 @@ def make(kind: str, **shape: Any) -> tuple[Objective, Callable[[int], Batch]]:
         alpha = 0.0 if kind == "alpha 0" else 0.2
         return BidirectionalReconstruction(model, settings, alpha, target), of_sides("query", "positive")
     if kind == "token_set":
-        return TokenSetPrediction(model), lambda number: CollateBlocks(renderer)(rows[:number])
+        return TokenSetPrediction(model), of_sides(*TokenSetPrediction.sides)
     if kind == "mntp":
         blocks = [Block(list(range(20 + i, 40 + i)), 0, i) for i in range(len(rows))]
         return MaskedNextTokenPrediction(model), lambda number: mask_tokens(tokenizer)(blocks[:number])

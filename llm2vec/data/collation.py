@@ -1,14 +1,13 @@
 """How the rows of a micro-batch become a batch: each side's texts, tokenised and packed.
 
-`Collate` is what `run` and `plan` ask of a collator; `CollateSides` is that of the objectives over pairs of texts.
-Made by the scripts (`experiments/run_*.py`) and, for a plan, by `stage_parts`.
+`Collate` is what a run and a plan ask of a collator; `CollateSides` is that of the objectives over pairs of texts.
 """
 
 from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable, Sequence
-from typing import Any, Literal, Protocol
+from typing import Any, Protocol
 
 from torch import Tensor
 from transformers import TrainingArguments
@@ -17,8 +16,6 @@ from llm2vec.text.batches import pack_rows
 from llm2vec.text.few_shot import check_examples_fit, with_examples
 from llm2vec.text.tokenization import Row, RowTokenizer
 from llm2vec.types import Batch, Example, InstructedText, UserError
-
-Side = Literal["query", "positive", "negative", "text"]
 
 
 class Collate(Protocol):
@@ -29,11 +26,11 @@ class Collate(Protocol):
         """The length to which longer rows are cut; None = none is cut."""
         ...
 
-    def all_rows(self, examples: Sequence[Any]) -> list[Row]:
+    def all_rows(self, examples: Sequence[Any], /) -> list[Row]:
         """The tokenised rows of all sides."""
         ...
 
-    def __call__(self, examples: list[Any]) -> Batch:
+    def __call__(self, examples: list[Any], /) -> Batch:
         """Each side as a TokenBatch."""
         ...
 
@@ -44,7 +41,8 @@ class CollateSides:
 
     Attributes:
         tokenizer: renders the rows.
-        sides: what the objective reads: query, positive, negative, or text (query and positive as one text).
+        sides: what the objective reads of a row: `query`, `positive`, `negative`, `text` (query and positive as one).
+            `query:document` is the query in the template's form for documents, and so on.
         examples_per_query: most few-shot examples before a query.
         seed: of the run; decides which examples.
         facts: what else to tell of a side's texts, by name, each [texts]; None = nothing.
@@ -52,7 +50,7 @@ class CollateSides:
     """
 
     tokenizer: RowTokenizer
-    sides: tuple[Side, ...]
+    sides: tuple[str, ...]
     examples_per_query: int = 0
     seed: int = 0
     facts: Callable[[Sequence[Example], str], dict[str, Tensor]] | None = None
@@ -75,7 +73,7 @@ class CollateSides:
         """The tokenised texts of all sides."""
         return [row for side in self.sides for row in self.rows(examples, side)]
 
-    def rows(self, examples: Sequence[Example], side: Side) -> list[Row]:
+    def rows(self, examples: Sequence[Example], side: str) -> list[Row]:
         """The tokenised texts of one side, in row order."""
         if side == "query" and self.examples_per_query:
             return self.tokenizer.rows(with_examples(examples, self.examples_per_query, self.seed))
@@ -83,13 +81,15 @@ class CollateSides:
         return tokenizer.rows(self.texts(examples, side))
 
     @staticmethod
-    def texts(examples: Sequence[Example], side: Side) -> list[InstructedText]:
+    def texts(examples: Sequence[Example], side: str) -> list[InstructedText]:
         """The texts of one side, in row order."""
         if side == "negative":
             return [text for example in examples for text in example.negatives]
         if side == "text":
             return [InstructedText("", f"{e.query.text}\n\n{e.positive.text}") for e in examples]
-        return [getattr(example, side) for example in examples]
+        name, _, form = side.partition(":")
+        texts = [getattr(example, name) for example in examples]
+        return [text._replace(side=form) for text in texts] if form else texts
 
 
 def check_examples(args: TrainingArguments, rows: Any, collate: CollateSides, num_sampled: int = 256) -> None:

@@ -16,7 +16,6 @@ Both texts of a training row are read so, each the other's counterpart. The pape
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 from typing import NamedTuple
 
 import torch
@@ -27,13 +26,13 @@ from transformers import PreTrainedModel
 from llm2vec.model.packing import packed_hidden_states
 from llm2vec.objectives.language_modelling import next_token_loss, num_predicted
 from llm2vec.objectives.losses import BLOCK_ENTRIES, BLOCK_ENTRIES_CUDA
-from llm2vec.text.batches import pack_rows
-from llm2vec.text.tokenization import Row, RowTokenizer
-from llm2vec.types import Batch, Example, InstructedText, Objective, Output, Pass, TextSide, TokenBatch, UserError
+from llm2vec.objectives.stage_one import StageOneObjective
+from llm2vec.text.tokenization import RowTokenizer
+from llm2vec.types import Batch, InstructedText, Output, Pass, TokenBatch, UserError
 
 
-class TokenSetPrediction(nn.Module, Objective):
-    """The loss over the sides that `CollateBlocks` makes.
+class TokenSetPrediction(nn.Module, StageOneObjective):
+    """The loss over both readings of both texts of a row.
 
     Args:
         model: decoder with its language-model head; all of it is trained.
@@ -43,6 +42,7 @@ class TokenSetPrediction(nn.Module, Objective):
     """
 
     model: PreTrainedModel
+    sides = ("query:document", "query:query", "positive:document", "positive:query")
 
     def __init__(
         self, model: PreTrainedModel, self_weight: float = 0.05, next_weight: float = 0.05, lm_weight: float = 1.0
@@ -50,6 +50,17 @@ class TokenSetPrediction(nn.Module, Objective):
         super().__init__()
         self.model = model
         self.weights = {"self": self_weight, "next": next_weight, "lm": lm_weight}
+
+    @classmethod
+    def check_rendering(cls, tokenizer: RowTokenizer) -> None:
+        """Refuse a template whose two forms do not end in blocks of equal length, the only tokens pooled over."""
+        texts = [InstructedText("", text, form) for text in ("a", "a b c d") for form in ("query", "document")]
+        rows = tokenizer.rows(texts)
+        if tokenizer.sides == ("query",) or len({sum(row.pooled) for row in rows}) > 1:
+            raise UserError(
+                f"objective is 'token_set', but template {tokenizer.template!r} has no block of tokens for each of its "
+                "two forms that stands behind a text of any length; use template 'llara'."
+            )
 
     def passes(self, batch: Batch) -> tuple[Pass, ...]:
         """One, of all readings; blocks and modelled texts are multiplied with the vocabulary."""
@@ -150,58 +161,10 @@ class _Reading(NamedTuple):
     goal: str
 
 
-#: Side -> the text of a training row, and the template's form it is read in.
-_SIDES: dict[str, tuple[str, TextSide]] = {
-    "query_self": ("query", "document"),
-    "query_next": ("query", "query"),
-    "positive_self": ("positive", "document"),
-    "positive_next": ("positive", "query"),
-}
 _READINGS = (
-    _Reading("self", "query_self", "query_self"),
-    _Reading("self", "positive_self", "positive_self"),
-    _Reading("next", "query_next", "positive_self"),
-    _Reading("next", "positive_next", "query_self"),
+    _Reading("self", "query:document", "query:document"),
+    _Reading("self", "positive:document", "positive:document"),
+    _Reading("next", "query:query", "positive:document"),
+    _Reading("next", "positive:query", "query:document"),
 )
-_MODELLED = ("query_self", "positive_self")
-
-
-@dataclass(frozen=True)
-class CollateBlocks:
-    """Examples of a micro-batch to both readings of both their texts.
-
-    Attributes:
-        tokenizer: of a template whose two forms end in blocks of equal length, and which pools over those alone.
-
-    Raises:
-        UserError: the template is none such.
-    """
-
-    tokenizer: RowTokenizer
-
-    def __post_init__(self) -> None:
-        texts = [InstructedText("", text, form) for text in ("a", "a b c d") for form in ("query", "document")]
-        rows = self.tokenizer.rows(texts)
-        if self.tokenizer.sides == ("query",) or len({sum(row.pooled) for row in rows}) > 1:
-            raise UserError(
-                f"objective is 'token_set', but template {self.tokenizer.template!r} has no block of tokens for each "
-                "of its two forms that stands behind a text of any length; use template 'llara'."
-            )
-
-    @property
-    def cut_at(self) -> int:
-        """The length to which longer rows are cut."""
-        return self.tokenizer.max_length
-
-    def __call__(self, examples: list[Example]) -> Batch:
-        """Each side as a TokenBatch."""
-        return {side: pack_rows(self.rows(examples, side)) for side in _SIDES}
-
-    def all_rows(self, examples: Sequence[Example]) -> list[Row]:
-        """The tokenised rows of all sides."""
-        return [row for side in _SIDES for row in self.rows(examples, side)]
-
-    def rows(self, examples: Sequence[Example], side: str) -> list[Row]:
-        """The tokenised rows of one side, in row order."""
-        text, form = _SIDES[side]
-        return self.tokenizer.rows([getattr(example, text)._replace(side=form) for example in examples])
+_MODELLED = ("query:document", "positive:document")

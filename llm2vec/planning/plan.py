@@ -1,7 +1,7 @@
 """A run before it starts: its schedule, the tokens of its rows, its model as shapes, and the memory that it takes.
 
-Data and tokenizer are the run's own where they are at hand; where not, the lengths of texts are assumed. `plan_report`
-puts a plan into words. Run by `experiments/plan.py`.
+Data and tokenizer are the run's own where they are at hand; where not, the lengths of texts are assumed. `words`
+puts a plan into words. Run by `llm2vec plan`.
 """
 
 from __future__ import annotations
@@ -10,14 +10,27 @@ import dataclasses
 import math
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import numpy as np
-from transformers import PreTrainedTokenizerBase, TrainingArguments
+import torch
+from transformers import (
+    AutoConfig,
+    AutoModel,
+    AutoModelForCausalLM,
+    PretrainedConfig,
+    PreTrainedTokenizerBase,
+    TrainingArguments,
+)
 
+from llm2vec.data.blocks import TEXT_SUFFIXES
 from llm2vec.data.collation import Collate, CollateSides, check_examples
 from llm2vec.data.order import OneSourceBlocks
+from llm2vec.data.rows import TrainingRows
+from llm2vec.data.sources import find_files
+from llm2vec.files import read_object
 from llm2vec.hub import find_file, without_waiting_for_the_hub
+from llm2vec.model.backbone import Backbone, add_token_rows, parse_dtype
 from llm2vec.model.chain import Chain, open_chain
 from llm2vec.model.packing import inner_decoder
 from llm2vec.model.recomputation import fit, tokens_run
@@ -26,21 +39,13 @@ from llm2vec.planning.activations import Numbers, is_known, reckoned_bytes
 from llm2vec.planning.gpus import Card
 from llm2vec.planning.memory import Memory, Step, memory_of
 from llm2vec.planning.work import Sample, assumed, counted, useful_flops
-from llm2vec.train.config import Config, training_arguments
+from llm2vec.train.config import DATASET_NAMES, KEYS, Config, training_arguments
 from llm2vec.train.config_file import load_config
-from llm2vec.train.model import decoder_of, encoder_settings, open_tokenizer
-from llm2vec.train.rows import Rows, row_orders
+from llm2vec.train.model import decoder_of, encoder_settings, open_tokenizer, with_adapter
+from llm2vec.train.rows import Rows, open_running_text, row_orders, sources_of
 from llm2vec.train.run import Schedule, rows_a_step, schedule_of, steps_an_epoch
-from llm2vec.train.stages import (
-    collate_of,
-    missing_data,
-    model_of_shapes,
-    objective_of,
-    rows_of,
-    shape_of,
-    stage_of,
-)
-from llm2vec.types import Objective, Stage, UserError
+from llm2vec.train.stages import cut, open_data, parts_of, saved_settings
+from llm2vec.types import Objective, Stage, UserError, first_line
 
 
 @dataclass(frozen=True)
@@ -143,8 +148,6 @@ def make_plan(path: Path, conditions: Conditions) -> Plan:
             family whose layers are not known.
     """
     config = load_config(path, conditions.stage or stage_of(path))
-    if config.stage == "simcse":
-        config = dataclasses.replace(config, num_hard_negatives=0)
     args = training_arguments(config, conditions.num_processes)
     base = conditions.base or config.model_name_or_path
     with without_waiting_for_the_hub():
@@ -156,13 +159,14 @@ def make_plan(path: Path, conditions: Conditions) -> Plan:
     model = model_of_shapes(config, shape, new_tokens)
     if not hasattr(inner_decoder(model), "layers"):
         raise UserError(f"{chain.base}: a {shape.model_type} cannot be planned, its layers are not known here.")
-    objective = objective_of(config, model, settings)
+    parts = parts_of(config)
+    objective = parts.objective(config, model, settings)
     missing = missing_data(config)
-    rows = rows_of(config, tokenizer) if missing is None else None
+    rows = _rows(config, tokenizer) if missing is None else None
     order = None if rows is None else row_orders(config, args, rows, conditions.num_processes)[0]
     collate = None
     if rows is not None and tokenizer is not None and conditions.tokens_query is None:
-        collate = collate_of(config, args, tokenizer, settings)
+        collate = parts.collate(config, tokenizer, settings, args.seed)
         if isinstance(collate, CollateSides):
             check_examples(args, rows, collate)
     elif missing is None and tokenizer is None:
@@ -177,7 +181,7 @@ def make_plan(path: Path, conditions: Conditions) -> Plan:
         config=config,
         args=args,
         conditions=conditions,
-        settings=settings if config.stage != "mntp" else dataclasses.replace(settings, template=config.template),
+        settings=saved_settings(config, settings),
         model=model,
         objective=objective,
         numbers=Numbers.of(args, model, "cpu" if conditions.card is None else "cuda"),
@@ -191,6 +195,91 @@ def make_plan(path: Path, conditions: Conditions) -> Plan:
         by_source=tuple(by_source),
     )
     return plan if not is_known(model) else _with_memory(plan)
+
+
+def stage_of(path: Path) -> Stage:
+    """Which stage a config is for, by the keys that only some stages read.
+
+    Raises:
+        UserError: it has none that tells.
+    """
+    try:
+        keys = read_object(path)
+    except UserError:
+        return "stage_I"  # whatever the stage, reading the config says what is wrong
+    if keys.get("dataset_name", "E5") not in DATASET_NAMES:
+        return "mntp"
+    stages = set(get_args(Stage))
+    for key in keys:
+        stages &= set(KEYS[key].stages if key in KEYS else stages)
+    if stages == {"stage_II", "simcse"}:  # of the two, one has files of its own
+        stages = {"simcse" if keys.get("dataset_name") == "Wiki1M" else "stage_II"}
+    if len(stages) != 1:
+        choices = ", ".join(get_args(Stage))
+        raise UserError(f"{path}: no key tells which script it is for; say it with --stage (one of {choices}).")
+    return stages.pop()
+
+
+def shape_of(base: str) -> PretrainedConfig:
+    """A base's `config.json`.
+
+    Raises:
+        UserError: it cannot be read; says what can be given instead.
+    """
+    try:
+        shape: PretrainedConfig = AutoConfig.from_pretrained(base, trust_remote_code=False)
+    except (OSError, ValueError) as error:
+        raise UserError(
+            f"model_name_or_path: {base!r} has no config.json that can be read here ({first_line(error)}); to plan "
+            "without it, name a model of the same shape with --base, a folder or a hub name."
+        ) from error
+    return shape
+
+
+def model_of_shapes(config: Config, shape: PretrainedConfig, new_tokens: list[int]) -> Backbone:
+    """The model that `run_model.load_model` would load, in training mode, but without weights (on the meta device).
+
+    Raises:
+        UserError: a family that cannot take the adapter or the dropout.
+    """
+    dtype = parse_dtype(config.torch_dtype)
+    model_class = AutoModelForCausalLM if parts_of(config).kind(config).needs_head else AutoModel
+    with torch.device("meta"):
+        model = model_class.from_config(shape, dtype=getattr(shape, "dtype", None) if dtype == "auto" else dtype)
+        if new_tokens:
+            add_token_rows(model, new_tokens, 0)
+        if config.use_peft:
+            model = with_adapter(config, model, new_tokens)
+    model.train()
+    return model
+
+
+def missing_data(config: Config) -> str | None:
+    """Why a config's rows cannot be read here, as a sentence; None = they are there.
+
+    Raises:
+        UserError: the config names a source that its table does not have.
+    """
+    path = Path(config.dataset_file_path or "")
+    if config.hub_dataset is None and config.sources_file is None and path.suffix in TEXT_SUFFIXES:
+        return None if path.is_file() else f"dataset_file_path: {path} is not there."
+    place = sources_of(config) if config.hub_dataset is None else None
+    try:
+        if place is None:
+            open_running_text(config)
+        else:
+            find_files(*place)
+    except UserError as error:
+        return str(error)
+    return None
+
+
+def _rows(config: Config, tokenizer: PreTrainedTokenizerBase | None) -> Rows | None:
+    """The stage's rows; None = they are made of tokens, and there is no tokenizer."""
+    opened = open_data(config)
+    if tokenizer is not None:
+        return cut(config, opened, tokenizer)
+    return opened if isinstance(opened, TrainingRows) else None
 
 
 def _tokenizer(config: Config, chain: Chain) -> tuple[PreTrainedTokenizerBase | None, EncoderSettings, list[int]]:
@@ -213,7 +302,7 @@ def _assumption(config: Config, conditions: Conditions, missing: str | None) -> 
     Raises:
         UserError: nothing is, though it must be.
     """
-    if config.stage == "mntp":  # its blocks are full, whatever the texts
+    if parts_of(config).rows == "blocks":  # which are full, whatever the texts
         return f"blocks of {config.max_seq_length} tokens"
     if conditions.tokens_query is None:
         raise UserError(

@@ -17,7 +17,7 @@ from llm2vec.model.packing import inner_decoder
 from llm2vec.model.settings import EncoderSettings
 from llm2vec.train.config import Config
 from llm2vec.train.rows import Rows, sample_of
-from llm2vec.train.stages import sides_of
+from llm2vec.train.stages import parts_of
 from llm2vec.types import Attention, Batch, Objective, Pass, TokenBatch
 
 #: Rows of each source whose tokens are counted for the memory they take.
@@ -84,19 +84,19 @@ def assumed_batch(config: Config, settings: EncoderSettings, query: int, documen
         document: tokens of each document.
         num_rows: how many rows.
     """
-    if config.stage == "mntp":
+    parts = parts_of(config)
+    if parts.rows == "blocks":
         masked = round(config.mlm_probability * config.max_seq_length)
         return {"text": _lengths(settings, num_rows, config.max_seq_length, masked)}
-    if config.stage == "stage_I" and config.objective == "token_set":
-        lengths = {"query_self": query, "query_next": query, "positive_self": document, "positive_next": document}
-    else:
-        text = min(query + document, config.max_seq_length)
-        of_sides = {"query": query, "positive": document, "negative": document, "text": text}
-        if config.stage == "simcse":
-            of_sides["query"] = document  # each text is its own positive
-        lengths = {side: of_sides[side] for side in sides_of(config)}
-    times = {"negative": config.num_hard_negatives}
-    return {side: _lengths(settings, num_rows * times.get(side, 1), n, n) for side, n in lengths.items()}
+    batch = {}
+    for side in parts.sides(config):
+        name = side.partition(":")[0]
+        texts = num_rows * (config.num_hard_negatives if name == "negative" else 1)
+        tokens = query if name == "query" and parts.rows == "pairs" else document  # `texts` are their own positives
+        if name == "text":
+            tokens = min(query + document, config.max_seq_length)
+        batch[side] = _lengths(settings, texts, tokens, tokens)
+    return batch
 
 
 def _lengths(settings: EncoderSettings, num_texts: int, tokens: int, targets: int) -> TokenBatch:

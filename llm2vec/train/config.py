@@ -117,10 +117,9 @@ class Config:
     """How attention is computed."""
 
     # --- the objective ---
-    objective: Annotated[Literal["reconstruction", "token_set"], Key(stages=("stage_I",), on_card=True)] = (
-        "reconstruction"
-    )
-    """`reconstruction` of a text through the anchor, or of a `token_set` out of a block of added tokens."""
+    objective: Annotated[str, Key(stages=("stage_I",), on_card=True)] = "reconstruction"
+    """What a vector must tell: the text (`reconstruction`), its tokens in no order (`token_set`), or another name of
+    `objectives/stage_one.py`."""
     target: Annotated[ReconstructionTarget, Key(stages=("stage_I",), on_card=True)] = "counterpart"
     """What an anchor reconstructs: the `counterpart` of its text, or the text itself (`self`)."""
     alpha: Annotated[float, Key(at_least=0, at_most=1, stages=("stage_I",), on_card=True)] = 0.2

@@ -91,6 +91,8 @@ def load_config(path: str | Path, stage: Stage) -> Config:
             raise UserError(f"{path}: {required} must be set.")
     if stage == "mntp":
         values = {"bidirectional": True, "pooling_mode": "mean", **values}
+    if stage == "simcse":
+        values["num_hard_negatives"] = 0  # its rows are texts alone
     if values.get("use_peft") is None:
         values["use_peft"] = stage in LORA_STAGES
     if values["stage"] != stage:

@@ -9,8 +9,9 @@ from __future__ import annotations
 from collections.abc import Container, Iterator
 from pathlib import Path
 
+from llm2vec.objectives.stage_one import STAGE_ONE, stage_one_objective
 from llm2vec.text.templates import TEMPLATES, leaves_join_open, segments_of
-from llm2vec.train.config import DATASET_NAMES, LORA_STAGES, Config
+from llm2vec.train.config import DATASET_NAMES, KEYS, LORA_STAGES, Config
 from llm2vec.types import POOLING_ALIASES, UserError
 
 #: What `fsdp_config` may say.
@@ -91,12 +92,14 @@ def _in_the_rows(config: Config, written: Container[str]) -> Iterator[str]:
 
 def _in_the_objective(config: Config) -> Iterator[str]:
     """What is predicted or compared."""
-    if config.objective == "token_set":
-        for key in ("alpha", "target", "reconstruct_instruction", "reconstruction_probe"):
-            if getattr(config, key) != getattr(Config, key):
-                yield f"{key} has no effect under objective 'token_set'."
-        if config.bidirectional:
-            yield "objective 'token_set' models texts as it reads them, so attention is causal; take bidirectional out."
+    if config.stage == "stage_I":
+        if config.objective not in STAGE_ONE:
+            yield f"objective is {config.objective!r}; allowed: {', '.join(map(repr, STAGE_ONE))}."
+        of_stage_one = [name for name, key in KEYS.items() if key.stages == ("stage_I",) and name != "objective"]
+        read = stage_one_objective(config.objective).keys
+        for key in (*of_stage_one, "bidirectional"):
+            if key not in read and getattr(config, key) != getattr(Config, key):
+                yield f"{key} has no effect under objective {config.objective!r}; take it out."
     if config.stage == "mntp" and not config.bidirectional:
         yield "bidirectional is false, but mntp accustoms a model to bidirectional attention; take it out."
     if config.stage == "mntp" and config.max_seq_length < 2:

@@ -1,7 +1,6 @@
 """The model of a run: its base with merged adapters and a fresh one, its tokenizer, and how its texts become vectors.
 
-Used by the scripts (`experiments/run_*.py`), by `run`, and by `plan` and `stage_parts`, which put the same together
-without weights.
+Used by `stages`, by `run`, and by `planning.plan`, which puts the same together without weights.
 """
 
 from __future__ import annotations

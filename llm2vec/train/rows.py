@@ -1,7 +1,6 @@
 """The rows of a run: which files its config names, the rows they hold, and the order in which they are trained on.
 
-Used by the scripts (`experiments/run_*.py`), by `run`, and by what says beforehand how a run will go (`stage_parts`,
-`plan`, `row_lengths`).
+Used by `stages`, by `run`, and by what says beforehand how a run will go (`planning`).
 """
 
 from __future__ import annotations

@@ -10,8 +10,7 @@ import dataclasses
 import logging
 import math
 import os
-import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -20,7 +19,6 @@ from accelerate.utils import send_to_device
 from torch import Tensor, nn
 from transformers import PreTrainedTokenizerBase, TrainingArguments
 
-from llm2vec.cli import user_errors_in_one_sentence as user_errors_in_one_sentence  # goes once nobody takes it here
 from llm2vec.data.collation import Collate, CollateSides, check_examples
 from llm2vec.data.rows import TrainingRows
 from llm2vec.data.tables import content_hash
@@ -47,20 +45,6 @@ from llm2vec.types import Objective, RunEnds, UserError
 logger = logging.getLogger(__name__)
 
 
-def config_path(arguments: Sequence[str]) -> Path:
-    """The script's one argument; `--help` prints the script's header.
-
-    Raises:
-        UserError: not exactly one argument.
-    """
-    if {"-h", "--help"} & {*arguments}:
-        sys.stdout.write(f"{sys.modules['__main__'].__doc__}")
-        raise SystemExit(0)
-    if len(arguments) != 2:
-        raise UserError(f"usage: torchrun --nproc_per_node=N {arguments[0]} CONFIG.json")
-    return Path(arguments[1])
-
-
 def train(
     config: Config,
     args: TrainingArguments,
@@ -69,7 +53,6 @@ def train(
     collate: Collate,
     tokenizer: PreTrainedTokenizerBase,
     settings: EncoderSettings,
-    notes: Sequence[str] = (),
 ) -> None:
     """Say what the run will do, run it, and write the last weights into `output_dir`.
 
@@ -81,7 +64,6 @@ def train(
         collate: makes them into batches.
         tokenizer: is saved with the model.
         settings: how texts become vectors; saved too.
-        notes: further lines to say before the first step.
 
     Raises:
         UserError: rows, budget or arguments do not go together.
@@ -93,7 +75,7 @@ def train(
     steps_per_epoch = steps_an_epoch(args, len(sampler), world_size())
     for line in [
         *describe(config, args, objective.model, rows, collate, settings, steps_per_epoch, world_size()),
-        *notes,
+        *([describe_negatives(config, args)] if objective.contrasts else []),
         *_fit_activations(config, args, objective, rows, collate),
     ]:
         logger.info(line)

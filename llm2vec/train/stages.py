@@ -1,120 +1,141 @@
-"""What each stage's script puts together, before weights are there: objective, collator, rows, and a model of shapes.
+"""What each stage is made of, in one table, and a run of one from its config to its last checkpoint.
 
-The scripts (`experiments/run_*.py`) do the same with a loaded model; `tests/planning/test_plan.py` holds what both say
-of a run side by side.
+A plan (`planning.plan`) puts together the same parts over a model without weights.
 """
 
 from __future__ import annotations
 
 import dataclasses
+import inspect
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any, get_args
+from typing import Any, Literal, NamedTuple
 
-import torch
-from transformers import (
-    AutoConfig,
-    AutoModel,
-    AutoModelForCausalLM,
-    PretrainedConfig,
-    PreTrainedTokenizerBase,
-    TrainingArguments,
-)
+from transformers import PreTrainedTokenizerBase
 
-from llm2vec.data.blocks import TEXT_SUFFIXES, open_blocks
-from llm2vec.data.collation import Collate, CollateSides, Side
-from llm2vec.data.sources import find_files
-from llm2vec.files import read_object
-from llm2vec.llm2vec_q2d_d2q import BidirectionalReconstruction
-from llm2vec.model.backbone import Backbone, add_token_rows, parse_dtype, set_attention_dropout
+from llm2vec.data.blocks import SourceTexts, open_blocks
+from llm2vec.data.collation import Collate, CollateSides
+from llm2vec.data.rows import TrainingRows
+from llm2vec.model.backbone import set_attention_dropout
 from llm2vec.model.settings import EncoderSettings, row_tokenizer
-from llm2vec.objectives.contrastive import ContrastiveLearning
+from llm2vec.objectives.contrastive import ContrastiveLearning, RowFacts
 from llm2vec.objectives.language_modelling import ContrastiveLanguageModelling, LanguageModelling
 from llm2vec.objectives.mntp import MaskedNextTokenPrediction, mask_tokens
-from llm2vec.objectives.token_set import CollateBlocks, TokenSetPrediction
-from llm2vec.train.config import DATASET_NAMES, KEYS, Config
-from llm2vec.train.model import decoder_of, with_adapter
-from llm2vec.train.rows import Rows, open_rows, open_running_text, open_texts, sources_of
-from llm2vec.types import Objective, Stage, UserError, first_line
+from llm2vec.objectives.stage_one import StageOneObjective, stage_one_objective
+from llm2vec.train.config import Config
+from llm2vec.train.config_file import load_config
+from llm2vec.train.model import decoder_of, load_model
+from llm2vec.train.resume import start_or_resume
+from llm2vec.train.rows import Rows, open_rows, open_running_text, open_texts
+from llm2vec.train.run import train
+from llm2vec.types import Objective, Stage
 
 
-def stage_of(path: Path) -> Stage:
-    """Which script a config is for, by the keys that only some stages read.
+class StageParts(NamedTuple):
+    """What a stage puts together, by its config.
+
+    Attributes:
+        rows: `pairs` of a query and its documents; `texts`, each its own positive; or `blocks` of running text.
+        sides: what the objective reads of a row.
+        kind: the objective's class, by which a model is loaded with or without a head.
+        objective: over a model, whose weights may be on the meta device. Raises UserError: it does not fit the model.
+        collate: makes rows into batches, given the tokenizer, how texts become vectors, and the run's seed. Raises
+            UserError: the template does not serve the objective, or the tokenizer lacks a token it needs.
+    """
+
+    rows: Literal["pairs", "texts", "blocks"]
+    sides: Callable[[Config], tuple[str, ...]]
+    kind: Callable[[Config], type[Objective]]
+    objective: Callable[[Config, Any, EncoderSettings], Objective]
+    collate: Callable[[Config, PreTrainedTokenizerBase, EncoderSettings, int], Collate]
+
+
+def train_stage(stage: Stage, path: Path) -> None:
+    """Run a stage, from its config's file to its last checkpoint; go on where an earlier start of it was cut short.
 
     Raises:
-        UserError: it has none that tells.
+        UserError: config, rows or model do not fit; found before the first step, most of it before weights load.
+        RunEnds: there is nothing left to do, or the run was asked to stop, could not write, or diverged.
     """
-    try:
-        keys = read_object(path)
-    except UserError:
-        return "stage_I"  # whatever the stage, reading the config says what is wrong
-    if keys.get("dataset_name", "E5") not in DATASET_NAMES:
-        return "mntp"
-    stages = set(get_args(Stage))
-    for key in keys:
-        stages &= set(KEYS[key].stages if key in KEYS else stages)
-    if stages == {"stage_II", "simcse"}:  # of the two, one has files of its own
-        stages = {"simcse" if keys.get("dataset_name") == "Wiki1M" else "stage_II"}
-    if len(stages) != 1:
-        choices = ", ".join(get_args(Stage))
-        raise UserError(f"{path}: no key tells which script it is for; say it with --stage (one of {choices}).")
-    return stages.pop()
+    config = load_config(path, stage)
+    args = start_or_resume(config)
+    parts = parts_of(config)
+    opened = open_data(config)
+    with_lm_head = parts.kind(config).needs_head
+    model, tokenizer, settings = load_model(config, args.device, with_lm_head=with_lm_head)
+    rows = cut(config, opened, tokenizer)
+    collate = parts.collate(config, tokenizer, settings, args.seed)
+    objective = parts.objective(config, model, settings)
+    train(config, args, objective, rows, collate, tokenizer, saved_settings(config, settings))
 
 
-def has_head(config: Config) -> bool:
-    """Whether a run needs the language model's head."""
-    return config.stage in ("stage_I", "lm", "mntp") or config.lm_weight > 0
+def parts_of(config: Config) -> StageParts:
+    """What the config's stage is made of."""
+    assert config.stage is not None, "load_config names the stage"
+    return STAGES[config.stage]
 
 
-def shape_of(base: str) -> PretrainedConfig:
-    """A base's `config.json`.
+def open_data(config: Config) -> TrainingRows | list[SourceTexts]:
+    """The stage's rows, every line of them checked; or texts that are still to be `cut` into blocks.
 
     Raises:
-        UserError: it cannot be read; says what can be given instead.
+        UserError: they are not there, or a row is wrong.
     """
-    try:
-        shape: PretrainedConfig = AutoConfig.from_pretrained(base, trust_remote_code=False)
-    except (OSError, ValueError) as error:
-        raise UserError(
-            f"model_name_or_path: {base!r} has no config.json that can be read here ({first_line(error)}); to plan "
-            "without it, name a model of the same shape with --base, a folder or a hub name."
-        ) from error
-    return shape
+    parts = parts_of(config)
+    if parts.rows == "blocks":
+        return open_running_text(config)
+    if parts.rows == "texts":
+        return open_texts(config)
+    return open_rows(config, config.num_hard_negatives if "negative" in parts.sides(config) else 0)
 
 
-def model_of_shapes(config: Config, shape: PretrainedConfig, new_tokens: list[int]) -> Backbone:
-    """The model that `run_model.load_model` would load, in training mode, but without weights (on the meta device).
-
-    Raises:
-        UserError: a family that cannot take the adapter or the dropout.
-    """
-    dtype = parse_dtype(config.torch_dtype)
-    model_class = AutoModelForCausalLM if has_head(config) else AutoModel
-    with torch.device("meta"):
-        model = model_class.from_config(shape, dtype=getattr(shape, "dtype", None) if dtype == "auto" else dtype)
-        if new_tokens:
-            add_token_rows(model, new_tokens, 0)
-        if config.use_peft:
-            model = with_adapter(config, model, new_tokens)
-    if config.stage == "simcse":
-        set_attention_dropout(model, config.simcse_dropout)
-    model.train()
-    return model
+def cut(config: Config, opened: TrainingRows | list[SourceTexts], tokenizer: PreTrainedTokenizerBase) -> Rows:
+    """What `open_data` gave, as rows."""
+    if isinstance(opened, TrainingRows):
+        return opened
+    size, most, held_out = config.max_seq_length, config.max_train_samples, config.num_eval_rows
+    return open_blocks(opened, tokenizer, size, max_rows=most, num_held_out=held_out)
 
 
-def objective_of(config: Config, model: Any, settings: EncoderSettings) -> Objective:
-    """The stage's objective.
+def saved_settings(config: Config, settings: EncoderSettings) -> EncoderSettings:
+    """How texts become vectors, as the checkpoint says it."""
+    if parts_of(config).rows != "blocks":
+        return settings
+    # Blocks are written by no template, so the next stage may choose any.
+    return dataclasses.replace(settings, template=config.template)
 
-    Raises:
-        UserError: it does not fit the model.
-    """
-    if config.stage == "stage_I" and config.objective == "token_set":
-        return TokenSetPrediction(model)
-    if config.stage == "stage_I":
-        return BidirectionalReconstruction(model, settings, config.alpha, config.target)
-    if config.stage == "lm":
-        return LanguageModelling(model)
-    if config.stage == "mntp":
-        return MaskedNextTokenPrediction(model)
+
+# --- Stage I ---
+
+
+def _stage_one(config: Config) -> type[StageOneObjective]:
+    return stage_one_objective(config.objective)
+
+
+def _stage_one_objective(config: Config, model: Any, settings: EncoderSettings) -> Objective:
+    kind = _stage_one(config)
+    given = {"settings": settings, **{key: getattr(config, key) for key in kind.keys}}
+    taken = inspect.signature(kind).parameters
+    return kind(model, **{name: value for name, value in given.items() if name in taken})
+
+
+def _stage_one_collate(
+    config: Config, tokenizer: PreTrainedTokenizerBase, settings: EncoderSettings, seed: int
+) -> Collate:
+    renderer = row_tokenizer(tokenizer, settings, reconstruct_instruction=config.reconstruct_instruction)
+    _stage_one(config).check_rendering(renderer)
+    return CollateSides(renderer, _stage_one(config).sides)
+
+
+# --- contrastive stages ---
+
+
+def _contrastive_sides(config: Config) -> tuple[str, ...]:
+    negative = ("negative",) if config.num_hard_negatives else ()
+    return ("query", "positive", *negative, *(("text",) if config.lm_weight else ()))
+
+
+def _contrastive(config: Config, model: Any, settings: EncoderSettings) -> Objective:
     contrastive = ContrastiveLearning(
         decoder_of(model),
         settings,
@@ -122,74 +143,73 @@ def objective_of(config: Config, model: Any, settings: EncoderSettings) -> Objec
         matryoshka_dims=config.matryoshka_dims,
         distillation_weight=config.distillation_weight,
     )
-    if config.lm_weight > 0:
-        return ContrastiveLanguageModelling(contrastive, LanguageModelling(model), config.lm_weight)
-    return contrastive
+    if not config.lm_weight:
+        return contrastive
+    return ContrastiveLanguageModelling(contrastive, LanguageModelling(model), config.lm_weight)
 
 
-def collate_of(
-    config: Config, args: TrainingArguments, tokenizer: PreTrainedTokenizerBase, settings: EncoderSettings
+def _simcse(config: Config, model: Any, settings: EncoderSettings) -> Objective:
+    set_attention_dropout(model, config.simcse_dropout)  # which makes a text's two vectors differ
+    return _contrastive(config, model, settings)
+
+
+def _contrastive_collate(
+    config: Config, tokenizer: PreTrainedTokenizerBase, settings: EncoderSettings, seed: int
 ) -> Collate:
-    """What makes the stage's rows into a batch.
-
-    Raises:
-        UserError: the template does not serve the objective, or the tokenizer lacks a token it needs.
-    """
-    if config.stage == "mntp":
-        masking: Any = mask_tokens(
-            tokenizer, config.mask_token_type, config.mlm_probability, config.data_collator_type, args.seed
-        )
-        return masking
-    renderer = row_tokenizer(tokenizer, settings, reconstruct_instruction=config.reconstruct_instruction)
-    if config.stage == "stage_I" and config.objective == "token_set":
-        return CollateBlocks(renderer)
-    if config.stage == "lm":
-        return CollateSides(row_tokenizer(tokenizer, dataclasses.replace(settings, template="plain")), ("text",))
-    running_text = row_tokenizer(tokenizer, dataclasses.replace(settings, template="plain", pooling_mode="mean"))
-    return CollateSides(renderer, sides_of(config), config.examples_per_query, args.seed, text_tokenizer=running_text)
+    facts = RowFacts(
+        mask_false_negatives=config.mask_false_negatives,
+        with_scores=config.distillation_weight > 0,
+        own_negatives_only=frozenset(config.own_negatives_only or ()),
+    )
+    running_text = dataclasses.replace(settings, template="plain", pooling_mode="mean")  # which closes no text
+    return CollateSides(
+        row_tokenizer(tokenizer, settings),
+        _contrastive_sides(config),
+        config.examples_per_query,
+        seed,
+        facts,
+        row_tokenizer(tokenizer, running_text),
+    )
 
 
-def sides_of(config: Config) -> tuple[Side, ...]:
-    """The sides that the stage's objective reads of a row."""
-    if config.stage == "lm":
-        return ("text",)
-    sides: list[Side] = ["query", "positive"]
-    sides += ["negative"] if config.stage == "stage_II" and config.num_hard_negatives else []
-    sides += ["text"] if config.lm_weight > 0 else []
-    return tuple(sides)
+# --- running text ---
 
 
-def missing_data(config: Config) -> str | None:
-    """Why a config's rows cannot be read here, as a sentence; None = they are there.
-
-    Raises:
-        UserError: the config names a source that its table does not have.
-    """
-    path = Path(config.dataset_file_path or "")
-    if config.hub_dataset is None and config.sources_file is None and path.suffix in TEXT_SUFFIXES:
-        return None if path.is_file() else f"dataset_file_path: {path} is not there."
-    place = sources_of(config) if config.hub_dataset is None else None
-    try:
-        if place is None:
-            open_running_text(config)
-        else:
-            find_files(*place)
-    except UserError as error:
-        return str(error)
-    return None
+def _running_text(config: Config, tokenizer: PreTrainedTokenizerBase, settings: EncoderSettings, seed: int) -> Collate:
+    # No turn: the template that embeds is the model's own and goes into the checkpoint unchanged.
+    return CollateSides(row_tokenizer(tokenizer, dataclasses.replace(settings, template="plain")), ("text",))
 
 
-def rows_of(config: Config, tokenizer: PreTrainedTokenizerBase | None) -> Rows | None:
-    """The stage's rows; None = they are made of tokens, and there is no tokenizer.
+def _masked(config: Config, tokenizer: PreTrainedTokenizerBase, settings: EncoderSettings, seed: int) -> Collate:
+    return mask_tokens(tokenizer, config.mask_token_type, config.mlm_probability, config.data_collator_type, seed)
 
-    Raises:
-        UserError: as opening them for training.
-    """
-    if config.stage == "simcse":
-        return open_texts(config)
-    if config.stage != "mntp":
-        return open_rows(config, config.num_hard_negatives if config.stage == "stage_II" else 0)
-    if tokenizer is None:
-        return None
-    held_out = {"max_rows": config.max_train_samples, "num_held_out": config.num_eval_rows}
-    return open_blocks(open_running_text(config), tokenizer, config.max_seq_length, **held_out)  # type: ignore[arg-type]
+
+STAGES: dict[Stage, StageParts] = {
+    "stage_I": StageParts(
+        "pairs", lambda config: _stage_one(config).sides, _stage_one, _stage_one_objective, _stage_one_collate
+    ),
+    "stage_II": StageParts(
+        "pairs",
+        _contrastive_sides,
+        lambda config: ContrastiveLanguageModelling if config.lm_weight else ContrastiveLearning,
+        _contrastive,
+        _contrastive_collate,
+    ),
+    "simcse": StageParts(
+        "texts", _contrastive_sides, lambda config: ContrastiveLearning, _simcse, _contrastive_collate
+    ),
+    "lm": StageParts(
+        "pairs",
+        lambda config: ("text",),
+        lambda config: LanguageModelling,
+        lambda config, model, settings: LanguageModelling(model),
+        _running_text,
+    ),
+    "mntp": StageParts(
+        "blocks",
+        lambda config: ("text",),
+        lambda config: MaskedNextTokenPrediction,
+        lambda config, model, settings: MaskedNextTokenPrediction(model),
+        _masked,
+    ),
+}

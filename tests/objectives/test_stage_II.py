@@ -12,7 +12,7 @@ import torch
 from helpers import family_tokenizer, tiny_model
 from torch import Tensor
 
-from llm2vec.data.collation import CollateSides, Side
+from llm2vec.data.collation import CollateSides
 from llm2vec.model import packing
 from llm2vec.model.backbone import LORA_MODULES, attach_lora, enable_checkpointing
 from llm2vec.model.embed import embed
@@ -39,7 +39,7 @@ def make(
     if randomise:
         randomise_b(adapted)
     encoder = EncoderSettings(**({"pooling_mode": "last", "attention": "causal"} | settings))
-    sides: tuple[Side, ...] = ("query", "positive", "negative") if num_negatives else ("query", "positive")
+    sides = ("query", "positive", "negative") if num_negatives else ("query", "positive")
     collate = CollateSides(row_tokenizer(family_tokenizer(family), encoder), sides)
     return ContrastiveLearning(adapted, encoder, loss_scale).eval(), collate
 

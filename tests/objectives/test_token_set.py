@@ -15,9 +15,10 @@ from helpers import family_tokenizer, tiny_model, write_jsonl
 from torch import Tensor
 
 from llm2vec import LLM2Vec
+from llm2vec.data.collation import CollateSides
 from llm2vec.model.settings import EncoderSettings, row_tokenizer
 from llm2vec.objectives import token_set as llm2vec_token_set
-from llm2vec.objectives.token_set import CollateBlocks, TokenSetPrediction, token_set_loss
+from llm2vec.objectives.token_set import TokenSetPrediction, token_set_loss
 from llm2vec.text.batches import pack_rows
 from llm2vec.text.templates import add_template_tokens
 from llm2vec.text.tokenization import Row
@@ -31,17 +32,18 @@ ROWS = reference.examples(5)
 BLOCK = 8
 
 
-def make(family: str = "plain", model_family: str = "llama", **model: Any) -> tuple[TokenSetPrediction, CollateBlocks]:
+def make(family: str = "plain", model_family: str = "llama", **model: Any) -> tuple[TokenSetPrediction, CollateSides]:
     """A float64 objective whose vocabulary holds the template's added tokens, and what makes its batches."""
     tokenizer = family_tokenizer(family)
     assert len(add_template_tokens(tokenizer, "llara")) == 2 * BLOCK
     settings = EncoderSettings("mean", 256, template="llara", attention="causal")
     decoder = tiny_model(model_family, True, tokenizer=tokenizer, initializer_range=0.2, **model)
-    return TokenSetPrediction(reference.exact(decoder)), CollateBlocks(row_tokenizer(tokenizer, settings))
+    collate = CollateSides(row_tokenizer(tokenizer, settings), TokenSetPrediction.sides)
+    return TokenSetPrediction(reference.exact(decoder)), collate
 
 
-def rows_of(collate: CollateBlocks) -> list[tuple[Row, Row, Row, Row]]:
-    sides = [collate.rows(ROWS, side) for side in ("query_self", "query_next", "positive_self", "positive_next")]
+def rows_of(collate: CollateSides) -> list[tuple[Row, Row, Row, Row]]:
+    sides = [collate.rows(ROWS, side) for side in collate.sides]
     return list(zip(*sides, strict=True))
 
 
@@ -136,10 +138,10 @@ def test_rows_built_by_hand() -> None:
         )
 
     batch: Batch = {
-        "query_self": side(([3, 4, 4, 5], [90, 91])),
-        "query_next": side(([3, 4, 4, 5], [92, 93])),
-        "positive_self": side(([7, 8], [90, 91])),
-        "positive_next": side(([7, 8], [92, 93])),
+        "query:document": side(([3, 4, 4, 5], [90, 91])),
+        "query:query": side(([3, 4, 4, 5], [92, 93])),
+        "positive:document": side(([7, 8], [90, 91])),
+        "positive:query": side(([7, 8], [92, 93])),
     }
     parts = loss_parts(objective, batch, objective.count(batch))
     rows = [
@@ -219,7 +221,7 @@ def test_rows_without_a_target_count_nothing() -> None:
 def test_a_template_without_blocks_is_refused(template: str) -> None:
     settings = EncoderSettings("mean", 256, template=template, attention="causal")
     with pytest.raises(UserError, match="has no block of tokens"):
-        CollateBlocks(row_tokenizer(family_tokenizer("plain"), settings))
+        TokenSetPrediction.check_rendering(row_tokenizer(family_tokenizer("plain"), settings))
 
 
 @pytest.mark.parametrize(
@@ -227,7 +229,7 @@ def test_a_template_without_blocks_is_refused(template: str) -> None:
     [
         ({"alpha": 0.5}, "alpha has no effect under objective 'token_set'"),
         ({"target": "self"}, "target has no effect under objective 'token_set'"),
-        ({"bidirectional": True}, "attention is causal"),
+        ({"bidirectional": True}, "bidirectional has no effect under objective 'token_set'; take it out"),
         ({"objective": "sets"}, "allowed: 'reconstruction', 'token_set'"),
         ({"objective": "reconstruction", "target": "other"}, "allowed: 'counterpart', 'self'"),
     ],

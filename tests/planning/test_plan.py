@@ -23,13 +23,11 @@ from llm2vec.commands.plan import card_of
 from llm2vec.compare.runs import read_set
 from llm2vec.planning import plan as plan_module
 from llm2vec.planning.gpus import CARDS, Card
-from llm2vec.planning.plan import Conditions, Plan, make_plan
-from llm2vec.planning.warnings import learning_rate_share, warnings_of
-from llm2vec.planning.words import as_the_run_says, num_checkpoints, report
+from llm2vec.planning.plan import Conditions, Plan, make_plan, stage_of
+from llm2vec.planning.words import as_the_run_says, learning_rate_share, num_checkpoints, report, warnings_of
 from llm2vec.train import run as run_module
-from llm2vec.train import stages as stage_parts
 from llm2vec.train.run import Schedule
-from llm2vec.train.stages import stage_of
+from llm2vec.train.stages import parts_of
 from llm2vec.types import Stage, UserError
 from tests.train import test_config
 
@@ -104,7 +102,7 @@ def _model(part: str, *keys: Any) -> Any:
 
 
 _ASKED: dict[Any, Any] = {}
-_MODEL_OF_SHAPES = stage_parts.model_of_shapes
+_MODEL_OF_SHAPES = plan_module.model_of_shapes
 
 
 @pytest.fixture
@@ -117,14 +115,14 @@ def hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def model_of_shapes(config: Any, shape: PretrainedConfig, new_tokens: list[int]) -> Any:
         part = next(part for part, (known, _) in SHAPES.items() if known is shape)
         adapter = config.use_peft and (config.lora_r, config.lora_dropout)
-        key = (part, stage_parts.has_head(config), config.torch_dtype, adapter, config.stage == "simcse")
+        key = (part, parts_of(config).kind(config).needs_head, config.torch_dtype, adapter, config.stage == "simcse")
         _ASKED[key] = (config, new_tokens)
         return _model(*key)
 
     # Where neither models nor data of an earlier run lie.
     (tmp_path / "train_configs").symlink_to(CONFIGS)
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(stage_parts, "AutoConfig", SimpleNamespace(from_pretrained=shape))
+    monkeypatch.setattr(plan_module, "AutoConfig", SimpleNamespace(from_pretrained=shape))
     monkeypatch.setattr(plan_module, "model_of_shapes", model_of_shapes)
 
 
@@ -287,7 +285,7 @@ def test_every_shipped_config_is_planned(path: Path, hub: None) -> None:
     assert_complete(plan)
     published = next(number for part, (_, number) in SHAPES.items() if part in str(keys))
     weights = [weight for weight in plan.model.parameters() if not plan.config.use_peft or not weight.requires_grad]
-    head = 0 if stage_parts.has_head(plan.config) else _untied_head(plan.model.config)
+    head = 0 if plan.objective.needs_head else _untied_head(plan.model.config)
     assert sum(weight.numel() for weight in weights) == published - head
 
 
