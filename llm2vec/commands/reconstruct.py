@@ -5,7 +5,7 @@
     llm2vec reconstruct output/stage_I/... "Emma is a novel." --from document --target "who wrote Emma?"
     llm2vec reconstruct output/stage_I/... --score held_out.jsonl --instruction "Given a question, ..."
 
-CHECKPOINT is a Stage I folder, or a Stage II folder, whose adapter goes on the base that it names. --score takes
+MODEL is a Stage I folder, or MODEL+ADAPTER; a Stage II folder alone brings along the base that it names. --score takes
 training rows (.jsonl), or a folder with corpus.jsonl, queries.jsonl and qrels/test.jsonl.
 """
 
@@ -14,10 +14,12 @@ from __future__ import annotations
 import argparse
 import sys
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from llm2vec import cli
+from llm2vec.choice import ModelChoice
 from llm2vec.types import Example, InstructedText, TextSide, UserError
 
 if TYPE_CHECKING:
@@ -31,7 +33,7 @@ _OF_SCORE = ("num_rows", "output")
 def _parse_args(argv: Sequence[str]) -> argparse.Namespace:
     """Read the command line, and refuse what would have no effect."""
     parser = cli.parser("reconstruct", __doc__)
-    parser.add_argument("checkpoint", metavar="CHECKPOINT")
+    parser.add_argument("model", type=ModelChoice.parse, metavar="MODEL", help="a checkpoint, or MODEL+ADAPTER")
     parser.add_argument("text", metavar="TEXT", nargs="?", help="decode this text's anchor")
     parser.add_argument("--score", type=Path, metavar="ROWS", help="score the reconstruction of held-out rows")
     parser.add_argument("--from", choices=["query", "document"], help="what TEXT is (default: query)")
@@ -78,7 +80,7 @@ def main(argv: Sequence[str]) -> None:
     from llm2vec.probes.reconstruction import load_reconstructor
 
     set_seed(args.seed)
-    reconstructor = load_reconstructor(args.checkpoint, args.torch_dtype, args.device)
+    reconstructor = load_reconstructor(replace(args.model, torch_dtype=args.torch_dtype), args.device)
     if args.score:
         _score_rows(args, reconstructor, rows)
     else:
@@ -142,7 +144,7 @@ def _score_rows(args: argparse.Namespace, reconstructor: Reconstructor, rows: Se
     from llm2vec.probes.reconstruction_probe import ReconstructionProbe, as_table
 
     figures = ReconstructionProbe(reconstructor.objective, reconstructor.tokenizer, rows, args.seed).figures()
-    print(f"{args.checkpoint}: {len(rows)} rows of {args.score}, seed {args.seed}\n\n{as_table(figures)}")
+    print(f"{args.model.place}: {len(rows)} rows of {args.score}, seed {args.seed}\n\n{as_table(figures)}")
     if args.output:
-        origin = {"checkpoint": args.checkpoint, "data": str(args.score), "rows": len(rows), "seed": args.seed}
+        origin = {"checkpoint": args.model.place, "data": str(args.score), "rows": len(rows), "seed": args.seed}
         write_json(args.output, {**origin, "figures": [figure._asdict() for figure in figures]})

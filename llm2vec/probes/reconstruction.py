@@ -5,7 +5,7 @@ decoder goes on behind it (paper Eq. 3 and 4): a document from a query (EBQ2D), 
 end of a text is no target in Stage I, so a model learns none: a generated text runs on to the limit, unless the base
 brings a habit of ending along.
 
-    reconstructor = load_reconstructor("output/stage_I/...")
+    reconstructor = load_reconstructor(ModelChoice("output/stage_I/..."))
     reconstructor.generate([text_of_side("document", "Emma is a novel by Jane Austen.")], max_new_tokens=16)
 
 Run by `llm2vec reconstruct`.
@@ -21,6 +21,7 @@ from accelerate.utils import send_to_device
 from torch import Tensor
 from transformers import GenerationConfig
 
+from llm2vec.choice import ModelChoice
 from llm2vec.llm2vec_q2d_d2q import BidirectionalReconstruction
 from llm2vec.model.backbone import load_backbone, load_tokenizer
 from llm2vec.model.chain import open_chain
@@ -129,21 +130,18 @@ class Reconstructor:
         return pieces
 
 
-def load_reconstructor(
-    checkpoint: str, torch_dtype: str | None = None, device: str | torch.device | None = None
-) -> Reconstructor:
-    """Load a checkpoint with its head: a Stage I folder, or an adapter, merged, on the base that it records.
+def load_reconstructor(model: ModelChoice, device: str | torch.device | None = None) -> Reconstructor:
+    """Load a checkpoint with its head: a Stage I folder, or adapters, merged, on one.
 
     Args:
-        checkpoint: folder that this project's training wrote.
-        torch_dtype: of the weights, or "auto"; None = float32.
+        model: folders that this project's training wrote.
         device: where to compute; None = a CUDA device where there is one, else the CPU.
 
     Raises:
         UserError: it has no settings or no head, or was trained to another objective; or it does not load, or not
             onto the device.
     """
-    chain = open_chain(checkpoint)
+    chain = open_chain(model.base, model.adapters)
     outermost = chain.outermost
     if not outermost.settings:
         raise UserError(f"{outermost.path}: there is no {SETTINGS_FILE}, so how its anchors are made is not known.")
@@ -155,15 +153,15 @@ def load_reconstructor(
     settings = with_template(EncoderSettings(**outermost.settings), tokenizer)
     rows = row_tokenizer(tokenizer, settings, reconstruct_instruction=trained.get("reconstruct_instruction", False))
     check_rendering(outermost.path, outermost.run.get("probe_ids"), rows)
-    model: Any = load_backbone(chain, dtype=torch_dtype, with_lm_head=True)
+    loaded: Any = load_backbone(chain, dtype=model.torch_dtype, with_lm_head=True)
     place = device or ("cuda" if torch.cuda.is_available() else "cpu")
     try:
-        model.to(place)
+        loaded.to(place)
     except (RuntimeError, AssertionError) as error:  # no such device, none of this torch, or too small a one
         raise UserError(f"device is {str(place)!r}, where the model cannot be put: {first_line(error)}") from error
     # Of the folder's habits of generating, only its ends: `generate` would fill in its temperature and penalties.
-    model.generation_config = GenerationConfig(eos_token_id=model.generation_config.eos_token_id)
-    objective = BidirectionalReconstruction(model, settings, target=trained.get("target", "counterpart"))
+    loaded.generation_config = GenerationConfig(eos_token_id=loaded.generation_config.eos_token_id)
+    objective = BidirectionalReconstruction(loaded, settings, target=trained.get("target", "counterpart"))
     check_decoder(objective.decoder, settings.attention)
     check_attention(objective.decoder, "causal")  # of the pass that decodes
     return Reconstructor(objective, rows)

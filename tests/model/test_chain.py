@@ -113,7 +113,7 @@ LOADERS: dict[str, Callable[[Path], Any]] = {
         torch.device("cpu"),
         with_lm_head=True,
     ),
-    "reconstruction": lambda root: load_reconstructor(str(root / "adapter"), device="cpu"),
+    "reconstruction": lambda root: load_reconstructor(ModelChoice(str(root / "adapter")), device="cpu"),
 }
 
 

@@ -23,6 +23,7 @@ from torch import Tensor
 from transformers import GenerationConfig
 
 from llm2vec import LLM2Vec
+from llm2vec.choice import ModelChoice
 from llm2vec.data.rows import TrainingRows
 from llm2vec.data.sources import Instruction, Source
 from llm2vec.llm2vec_q2d_d2q import BidirectionalReconstruction
@@ -424,7 +425,7 @@ def test_a_run_logs_what_its_checkpoint_scores(folder: Path) -> None:
         num_negatives=0,
         num_held_out=4,
     ).held_out()
-    loaded = load_reconstructor(str(folder / "I"), device="cpu")
+    loaded = load_reconstructor(ModelChoice(str(folder / "I")), device="cpu")
     scores = ReconstructionProbe(loaded.objective, loaded.tokenizer, rows)()
     first, last = logged(folder / "I")
     assert {f"eval_{name}": pytest.approx(value, rel=1e-5) for name, value in scores.items()}.items() <= last.items()
@@ -457,12 +458,12 @@ def test_two_processes_log_the_figures_of_one(folder: Path, tmp_path: Path) -> N
 
 def test_an_adapter_is_decoded_on_its_base(folder: Path) -> None:
     """The anchors are the adapted model's; the head is the base's."""
-    loaded = load_reconstructor(str(folder / "II"), device="cpu")
+    loaded = load_reconstructor(ModelChoice(str(folder / "II")), device="cpu")
     anchors = embed_rows(loaded.objective, loaded.tokenizer.rows(TEXTS))
     texts = [[text.instruction, text.text] if text.instruction else text.text for text in TEXTS]
     encoded = LLM2Vec.from_pretrained(str(folder / "II")).encode(texts, show_progress_bar=False, device="cpu")
     torch.testing.assert_close(anchors, encoded, rtol=1e-4, atol=1e-5)
-    first = load_reconstructor(str(folder / "I"), device="cpu")
+    first = load_reconstructor(ModelChoice(str(folder / "I")), device="cpu")
     heads = [one.objective.model.get_output_embeddings().weight for one in (loaded, first)]
     assert torch.equal(*heads)
     assert not torch.equal(anchors, embed_rows(first.objective, first.tokenizer.rows(TEXTS)))
@@ -479,31 +480,31 @@ def copy_of(folder: Path, copy: Path) -> Path:
 def test_habits_of_generating_that_a_folder_brings_have_no_say(folder: Path, tmp_path: Path) -> None:
     copy = copy_of(folder / "base", tmp_path / "habits")
     (copy / SETTINGS_FILE).write_bytes((folder / "I" / SETTINGS_FILE).read_bytes())
-    expected = load_reconstructor(str(copy), device="cpu").generate(TEXTS, 12)
+    expected = load_reconstructor(ModelChoice(str(copy)), device="cpu").generate(TEXTS, 12)
     habits = {"do_sample": True, "temperature": 3.0, "repetition_penalty": 5.0, "no_repeat_ngram_size": 1}
     habits["eos_token_id"] = json.loads((copy / "generation_config.json").read_text("utf-8"))["eos_token_id"]
     (copy / "generation_config.json").write_text(json.dumps(habits), "utf-8")
-    assert load_reconstructor(str(copy), device="cpu").generate(TEXTS, 12) == expected
+    assert load_reconstructor(ModelChoice(str(copy)), device="cpu").generate(TEXTS, 12) == expected
 
 
 def test_what_has_no_anchor_to_decode_is_refused(folder: Path, tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"base: there is no llm2vec_config.json"):
-        load_reconstructor(str(folder / "base"))
+        load_reconstructor(ModelChoice(str(folder / "base")))
     token_set = copy_of(folder / "I", tmp_path / "token_set")
     run = json.loads((token_set / RUN_FILE).read_text("utf-8"))
     run["config"]["objective"] = "token_set"
     (token_set / RUN_FILE).write_text(json.dumps(run), "utf-8")
     with pytest.raises(UserError, match=r"token_set: trained to objective 'token_set', which has no anchor"):
-        load_reconstructor(str(token_set))
+        load_reconstructor(ModelChoice(str(token_set)))
     LLM2Vec.from_pretrained(str(folder / "I")).save(tmp_path / "headless")
     with pytest.raises(UserError, match=r"headless.* lacks 1 of the tensors .*lm_head.weight"):
-        load_reconstructor(str(tmp_path / "headless"))
+        load_reconstructor(ModelChoice(str(tmp_path / "headless")))
 
 
 @pytest.mark.parametrize("device", ["nowhere", "cuda:99"])
 def test_a_device_that_is_not_there_is_one_sentence(device: str, folder: Path) -> None:
     with pytest.raises(UserError, match=f"^device is '{device}', where the model cannot be put: .") as raised:
-        load_reconstructor(str(folder / "I"), device=device)
+        load_reconstructor(ModelChoice(str(folder / "I")), device=device)
     assert "\n" not in str(raised.value)
 
 
@@ -512,7 +513,7 @@ def test_the_target_of_training_is_the_target_of_decoding(folder: Path, tmp_path
     run = json.loads((copy / RUN_FILE).read_text("utf-8"))
     run["config"] |= {"target": "self", "reconstruct_instruction": True}
     (copy / RUN_FILE).write_text(json.dumps(run), "utf-8")
-    loaded = load_reconstructor(str(copy), device="cpu")
+    loaded = load_reconstructor(ModelChoice(str(copy)), device="cpu")
     assert [direction.name for direction in loaded.objective.directions] == ["q2q", "d2d"]
     assert loaded.tokenizer.target_kinds
 
@@ -523,7 +524,7 @@ def test_the_script_prints_texts_and_the_targets_losses(
     arguments = [folder / "I", "hello world", "--from", "document", "--instruction", INSTRUCTION, "--device", "cpu"]
     script("reconstruct", monkeypatch, *arguments, "--max_new_tokens", 5, "--target", "who wrote it")
     printed = capsys.readouterr().out
-    loaded = load_reconstructor(str(folder / "I"), device="cpu")
+    loaded = load_reconstructor(ModelChoice(str(folder / "I")), device="cpu")
     [[generated]] = loaded.generate([TEXTS[1]._replace(text="hello world")], 5)
     scored = loaded.score(text_of_side("document", "hello world"), text_of_side("query", "who wrote it", INSTRUCTION))
     mean = sum(token.loss for token in scored) / 3
