@@ -4,7 +4,7 @@
 
 Docstrings of the installed Python packages -> a tiny base model -> Stage I + Stage II (Anchor), Stage II alone
 (baseline), plain language modelling + Stage II (equal-compute control) -> held-out docstring retrieval through mteb ->
-a table here, and `output/quickstart/report.html`. Every stage is one of the ordinary scripts with an ordinary config
+a table here, and `output/quickstart/report.html`. Every stage is one of the ordinary commands with an ordinary config
 from `train_configs/quickstart/`; their output goes to `output/quickstart/logs/`.
 """
 
@@ -26,6 +26,7 @@ from typing import Any
 from tqdm import tqdm
 
 from llm2vec.cli import run_command
+from llm2vec.compare.runs import STAGE_COMMANDS
 from llm2vec.corpus.queue import alone_in
 from llm2vec.quickstart.docstrings import TRAIN_FILE
 from llm2vec.train.config_file import load_config
@@ -36,13 +37,11 @@ CONFIGS = Path("train_configs/quickstart")
 CORPUS = Path("cache/docstrings")
 TASK = "DocstringRetrieval"
 
-#: What each script trains.
-STAGES: dict[str, Stage] = {"run_lm.py": "lm", "run_stage_I.py": "stage_I", "run_stage_II.py": "stage_II"}
-#: Chains of (script, config name) that start from the base model; two chains run at a time, one core each.
-CHAINS = (
-    (("run_stage_I.py", "stage_I"), ("run_stage_II.py", "stage_II")),
-    (("run_lm.py", "control_lm"), ("run_stage_II.py", "control")),
-    (("run_stage_II.py", "baseline"),),
+#: Chains of (stage, config name) that start from the base model; two chains run at a time, one core each.
+CHAINS: tuple[tuple[tuple[Stage, str], ...], ...] = (
+    (("stage_I", "stage_I"), ("stage_II", "stage_II")),
+    (("lm", "control_lm"), ("stage_II", "control")),
+    (("stage_II", "baseline"),),
 )
 #: Stage II runs -> what each starts from, both folders below OUTPUT; their names are the report's, too.
 STAGE_II = {"baseline": "base", "control": "control_lm", "anchor": "stage_I"}
@@ -79,7 +78,7 @@ def make_base(threads: int) -> None:
         return
     shutil.rmtree(OUTPUT / "init", ignore_errors=True)
     run_script("make_tiny_model.py", ["--output_dir", str(OUTPUT / "init")], threads)
-    train("run_lm.py", "pretrain", max(1, threads // 2), processes=2)  # on so small a model faster than threads
+    train("lm", "pretrain", max(1, threads // 2), processes=2)  # on so small a model faster than threads
 
 
 def run_script(script: str, arguments: Sequence[str], threads: int) -> None:
@@ -89,20 +88,20 @@ def run_script(script: str, arguments: Sequence[str], threads: int) -> None:
         raise UserError(f"{script} failed; its own message stands above.")
 
 
-def train_chain(chain: Sequence[tuple[str, str]], threads: int) -> None:
-    """Run training scripts one after the other."""
-    for script, name in chain:
-        train(script, name, threads)
+def train_chain(chain: Sequence[tuple[Stage, str]], threads: int) -> None:
+    """Run training commands one after the other."""
+    for stage, name in chain:
+        train(stage, name, threads)
 
 
-def train(script: str, name: str, threads: int, processes: int = 1) -> None:
-    """Run a training script on a quickstart config, its output in a log file, its steps on a progress bar."""
+def train(stage: Stage, name: str, threads: int, processes: int = 1) -> None:
+    """Run a training command on a quickstart config, its output in a log file, its steps on a progress bar."""
     config_file, log = CONFIGS / f"{name}.json", OUTPUT / "logs" / f"{name}.log"
-    config = load_config(config_file, STAGES[script])
+    config = load_config(config_file, stage)
     steps_file = config.output_dir / "log.jsonl"
     shutil.rmtree(config.output_dir, ignore_errors=True)  # checkpoints of an earlier quickstart
     num_steps = config.stop_after_n_steps or config.training["max_steps"]
-    command = [sys.executable, str(Path("experiments", script)), str(config_file)]
+    command = [sys.executable, "-m", "llm2vec", STAGE_COMMANDS[stage], str(config_file)]
     if processes > 1:
         command[1:1] = ["-m", "torch.distributed.run", f"--nproc_per_node={processes}", "--standalone"]
     environment = {**os.environ, "OMP_NUM_THREADS": str(threads), "PYTHONUNBUFFERED": "1"}
@@ -113,7 +112,9 @@ def train(script: str, name: str, threads: int, processes: int = 1) -> None:
             bar.update(last_step(steps_file) - bar.n)
         bar.update(last_step(steps_file) - bar.n)
     if process.returncode:
-        raise UserError(f"{script} {config_file} failed with exit code {process.returncode}; see {log}.")
+        raise UserError(
+            f"llm2vec {STAGE_COMMANDS[stage]} {config_file} failed with exit code {process.returncode}; see {log}."
+        )
 
 
 def last_step(steps_file: Path) -> int:

@@ -17,11 +17,12 @@ from queue import SimpleQueue
 
 import torch
 
-from llm2vec.compare.runs import EVALUATION_SCRIPT, Run, Trial, unique_runs
+from llm2vec.compare.runs import EVALUATION_COMMAND, Run, Trial, unique_runs
 from llm2vec.model.chain import RUN_FILE, open_folder
 from llm2vec.types import UserError
 
-SCRIPTS = Path(__file__).resolve().parents[2] / "experiments"
+#: What a run starts, behind Python's name.
+PROGRAM = ("-m", "llm2vec")
 #: In a run's folder, once the run has ended well.
 FINISHED_FILE = ".finished"
 
@@ -162,19 +163,19 @@ class Runner:
                 pass_fds=[self.lock],
                 check=False,
             )
-        if not ended.returncode and run.script != EVALUATION_SCRIPT and not (run.folder / RUN_FILE).is_file():
+        if not ended.returncode and run.command != EVALUATION_COMMAND and not (run.folder / RUN_FILE).is_file():
             self._tell(run, f"was stopped; see {log}")
-            raise UserError(f"{run.script} was stopped by a signal")
+            raise UserError(f"llm2vec {run.command} was stopped by a signal")
         if ended.returncode:
             self._tell(run, f"failed; see {log}")
-            raise UserError(f"{run.script} failed ({_last_line(log)}); see {log}")
+            raise UserError(f"llm2vec {run.command} failed ({_last_line(log)}); see {log}")
         (run.folder / FINISHED_FILE).touch()
         self._tell(run, f"{(time.monotonic() - started) / 60:.1f} minutes")
 
     def _command(self, run: Run) -> list[str]:
         """The run's command line; an evaluation starts its processes itself."""
-        command, processes = [str(SCRIPTS / run.script), *run.arguments], self.processes
-        if processes > 1 and run.script == EVALUATION_SCRIPT:
+        command, processes = [*PROGRAM, run.command, *run.arguments], self.processes
+        if processes > 1 and run.command == EVALUATION_COMMAND:
             command += ["--workers", str(processes)]
         elif processes > 1:
             command[:0] = ["-m", "torch.distributed.run", f"--nproc_per_node={processes}", "--standalone"]

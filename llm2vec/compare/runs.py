@@ -3,7 +3,7 @@
     FOLDER/shared.json                      what all recipes share: the keys of `all` stages (base model, data, batch)
                                             and those of single ones (`stage_I`, `stage_II`, ...); `recipes`: a folder
                                             with further recipes, which other sets may use, too
-    FOLDER/evaluation.json                  options of `experiments/mteb_eval_custom.py`: tasks, data, ...
+    FOLDER/evaluation.json                  options of `llm2vec eval`: tasks, data, ...
     FOLDER/<recipe>/<n>_<stage>.json        the recipe's own keys, which go over the shared ones; stage after stage
     FOLDER/<recipe>/evaluation.json         options over the set's; alone, it names a model to be scored as it is
 
@@ -33,7 +33,11 @@ from llm2vec.types import Stage, UserError
 
 SHARED_FILE = "shared.json"
 EVALUATION_FILE = "evaluation.json"
-EVALUATION_SCRIPT = "mteb_eval_custom.py"
+#: Stage -> the command that trains it.
+STAGE_COMMANDS: dict[Stage, str] = {
+    "stage_I": "stage-1", "stage_II": "stage-2", "lm": "lm", "simcse": "simcse", "mntp": "mntp",
+}  # fmt: skip
+EVALUATION_COMMAND = "eval"
 #: Options of the evaluation; the model and where results go are decided here, unless a recipe only names a model.
 EVALUATION_KEYS = (
     "tasks", "local_data_dir", "task_to_instructions_fp", "batch_size", "max_length", "torch_dtype",
@@ -46,7 +50,7 @@ _STAGE_FILE = re.compile(r"(\d+)_(\w+)\.json")
 
 
 class StageFile(NamedTuple):
-    """One stage of a recipe: which script, and the recipe's own keys."""
+    """One stage of a recipe: which one, and the recipe's own keys."""
 
     stage: Stage
     keys: dict[str, Any]
@@ -85,12 +89,12 @@ class RecipeSet:
 
 @dataclass(frozen=True)
 class Run:
-    """One start of a script.
+    """One start of a command.
 
     Attributes:
         name: says what the run depends on; the same name is the same run.
-        script: of `experiments/`.
-        arguments: of the script.
+        command: of `llm2vec`.
+        arguments: of the command.
         folder: what it writes.
         parent: the run it starts from, which must have ended well.
         num_steps: about how long it takes, beside other runs.
@@ -98,7 +102,7 @@ class Run:
     """
 
     name: str
-    script: str
+    command: str
     arguments: tuple[str, ...]
     folder: Path
     parent: Run | None = None
@@ -269,10 +273,10 @@ class Planner:
         folder, file = self.output_dir / "runs" / name, self.output_dir / "configs" / f"{name}.json"
         write_json(file, {**keys, "output_dir": str(folder)})
         num_steps = config.stop_after_n_steps or max(1, int(config.training.get("max_steps", 1)))
-        return Run(name, f"run_{stage.stage}.py", (str(file),), folder, parent, num_steps)
+        return Run(name, STAGE_COMMANDS[stage.stage], (str(file),), folder, parent, num_steps)
 
     def _checked(self, keys: dict[str, Any], stage: StageFile) -> Config:
-        """The config that a run's keys make, read as the script will read it."""
+        """The config that a run's keys make, read as the command will read it."""
         draft = self.output_dir / "configs" / "draft.json"
         draft.parent.mkdir(parents=True, exist_ok=True)
         write_json(draft, {**keys, "output_dir": str(self.output_dir)})
@@ -318,7 +322,7 @@ class Planner:
         arguments = ["--base_model_name_or_path", base, "--output_dir", str(folder)]
         for option, value in options.items():
             arguments += [f"--{option}", *map(str, value if isinstance(value, list) else [value])]
-        return Run(name, EVALUATION_SCRIPT, tuple(arguments), folder, model, is_resumable=True)
+        return Run(name, EVALUATION_COMMAND, tuple(arguments), folder, model, is_resumable=True)
 
 
 def _is_local(model: str) -> bool:

@@ -20,6 +20,7 @@ import reference
 from eval_stubs import write_retrieval
 from helpers import family_tokenizer, tiny_model, write_jsonl
 
+from llm2vec.__main__ import COMMANDS
 from llm2vec.compare import runs as compare_runs
 from llm2vec.compare.execution import FINISHED_FILE, clear, do_all, is_finished
 from llm2vec.compare.runs import Planner, Run, Trial, read_set, unique_runs
@@ -125,7 +126,7 @@ def test_a_runs_config_is_shared_keys_then_the_stages_then_its_own(folder: Path)
     """And the place in the chain says what it starts from and where it writes."""
     trial = trials_of(folder)["two_stages_cold", 7]
     first, second = trial.training
-    assert (first.script, second.script) == ("run_stage_I.py", "run_stage_II.py")
+    assert (first.command, second.command) == ("stage-1", "stage-2")
     assert (first.parent, second.parent, trial.evaluation.parent) == (None, first, second)
     keys = config_of(first)
     assert (keys["alpha"], keys["max_steps"], keys["max_seq_length"], keys["seed"]) == (0.5, 3, 128, 7)
@@ -490,9 +491,9 @@ def shipped(request: pytest.FixtureRequest, tmp_path: Path, monkeypatch: pytest.
 
 
 def test_every_shipped_recipe_can_be_read(shipped: Planner) -> None:
-    """All of its configs, as its scripts will read them; the scripts are there."""
+    """All of its configs, as its commands will read them; the commands are there."""
     for run in unique_runs(shipped.trials([42, 43])):
-        assert (ROOT / "experiments" / run.script).is_file()
+        assert run.command in COMMANDS
 
 
 def test_shipped_recipes_differ_by_their_ideas_only(shipped: Planner) -> None:
@@ -605,13 +606,12 @@ def test_two_comparisons_do_not_work_in_one_folder(folder: Path) -> None:
 
 def test_a_run_that_outlives_its_comparison_keeps_others_out(folder: Path) -> None:
     """Killed, a comparison leaves its runs behind; another start would remove the folder that they write."""
-    write(folder / "scripts/run_stage_II.py", "import os, time\nprint(os.getpid(), flush=True)\ntime.sleep(600)\n")
+    write(folder / "program.py", "import os, time\nprint(os.getpid(), flush=True)\ntime.sleep(600)\n")
     options = [str(folder / "set"), "--output_dir", str(folder / "out"), "--recipes", "one_stage"]
     started = f"""
-import pathlib
 from llm2vec.commands.compare import main
 from llm2vec.compare import execution
-execution.SCRIPTS = pathlib.Path({str(folder / "scripts")!r})
+execution.PROGRAM = ({str(folder / "program.py")!r},)
 main({options})
 """
     comparison = subprocess.Popen([sys.executable, "-c", started], stdout=subprocess.DEVNULL)
