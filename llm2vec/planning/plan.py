@@ -44,7 +44,7 @@ from llm2vec.train.config_file import load_config
 from llm2vec.train.model import decoder_of, encoder_settings, open_tokenizer, with_adapter
 from llm2vec.train.rows import Rows, open_running_text, row_orders, sources_of
 from llm2vec.train.run import Schedule, rows_a_step, schedule_of, steps_an_epoch
-from llm2vec.train.stages import cut, open_data, parts_of, saved_settings
+from llm2vec.train.stages import cut, open_data, saved_settings, stage_parts
 from llm2vec.types import Objective, Stage, UserError, first_line
 
 
@@ -159,7 +159,7 @@ def make_plan(path: Path, conditions: Conditions) -> Plan:
     model = model_of_shapes(config, shape, new_tokens)
     if not hasattr(inner_decoder(model), "layers"):
         raise UserError(f"{chain.base}: a {shape.model_type} cannot be planned, its layers are not known here.")
-    parts = parts_of(config)
+    parts = stage_parts(config)
     objective = parts.objective(config, model, settings)
     missing = missing_data(config)
     rows = _rows(config, tokenizer) if missing is None else None
@@ -243,7 +243,7 @@ def model_of_shapes(config: Config, shape: PretrainedConfig, new_tokens: list[in
         UserError: a family that cannot take the adapter or the dropout.
     """
     dtype = parse_dtype(config.torch_dtype)
-    model_class = AutoModelForCausalLM if parts_of(config).kind(config).needs_head else AutoModel
+    model_class = AutoModelForCausalLM if stage_parts(config).kind(config).needs_head else AutoModel
     with torch.device("meta"):
         model = model_class.from_config(shape, dtype=getattr(shape, "dtype", None) if dtype == "auto" else dtype)
         if new_tokens:
@@ -302,7 +302,7 @@ def _assumption(config: Config, conditions: Conditions, missing: str | None) -> 
     Raises:
         UserError: nothing is, though it must be.
     """
-    if parts_of(config).rows == "blocks":  # which are full, whatever the texts
+    if stage_parts(config).rows == "blocks":  # which are full, whatever the texts
         return f"blocks of {config.max_seq_length} tokens"
     if conditions.tokens_query is None:
         raise UserError(

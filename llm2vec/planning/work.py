@@ -17,7 +17,7 @@ from llm2vec.model.packing import inner_decoder
 from llm2vec.model.settings import EncoderSettings
 from llm2vec.train.config import Config
 from llm2vec.train.rows import Rows, sample_of
-from llm2vec.train.stages import parts_of
+from llm2vec.train.stages import stage_parts
 from llm2vec.types import Attention, Batch, Objective, Pass, TokenBatch
 
 #: Rows of each source whose tokens are counted for the memory they take.
@@ -84,7 +84,7 @@ def assumed_batch(config: Config, settings: EncoderSettings, query: int, documen
         document: tokens of each document.
         num_rows: how many rows.
     """
-    parts = parts_of(config)
+    parts = stage_parts(config)
     if parts.rows == "blocks":
         masked = round(config.mlm_probability * config.max_seq_length)
         return {"text": _lengths(settings, num_rows, config.max_seq_length, masked)}

@@ -19,7 +19,7 @@ from matplotlib.figure import Figure
 from matplotlib.patches import Patch
 from matplotlib.ticker import MaxNLocator
 
-from llm2vec.reports.logs import Histograms, Space, curve, cut, first_and_last
+from llm2vec.reports.logs import Histograms, Space, curve, first_and_last, shortened
 from llm2vec.reports.scores import STAGE_NAMES, Score, ScoredStage, common_columns, metric_name, run_means
 
 #: Okabe and Ito's palette, which colour-blind readers can tell apart.
@@ -206,7 +206,7 @@ def similarities_figure(lines: Mapping[str, Sequence[tuple[int, Histograms]]]) -
             axes.set_visible(False)
         for axes, (step, histograms) in zip(axes_of_line, panels, strict=False):
             _draw_histograms(axes, histograms)
-            axes.set_title(f"{cut(name)}, step {step:,}", loc="left", fontsize=10, parse_math=False)
+            axes.set_title(f"{shortened(name)}, step {step:,}", loc="left", fontsize=10, parse_math=False)
         axes_of_line[0].set_ylim(bottom=0)
         axes_of_line[0].set_ylabel("% of pairs")
     everything = [histograms for panels in lines.values() for _, histograms in panels]

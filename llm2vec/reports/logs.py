@@ -143,7 +143,7 @@ def space_table(spaces: Mapping[ScoredStage, Space], title: str) -> Table:
             values = [(entry.get(f"eval_{key}{suffix}"), _COLUMNS[key][1]) for key in keys]
             cells = [None if value is None else factor * value for value, factor in values]
             name = STAGE_NAMES[stage].partition(" (")[0].removesuffix(" only")
-            rows.append([name, cut(source), f"{entry['step']:,.0f}", *cells])
+            rows.append([name, shortened(source), f"{entry['step']:,.0f}", *cells])
     header = ["Trained with", "Source", "Step", *(_COLUMNS[key][0] for key in keys)]
     return Table(header, rows, title, _SPACE_NOTE)
 
@@ -153,6 +153,6 @@ def first_and_last(entries: Sequence[Any]) -> list[Any]:
     return list(entries) if len(entries) == 1 else [entries[0], entries[-1]]
 
 
-def cut(name: str, most: int = 40) -> str:
+def shortened(name: str, most: int = 40) -> str:
     """A name of at most so many characters, to leave room for what stands beside it."""
     return name if len(name) <= most else f"{name[: most - 3]}..."

@@ -59,7 +59,7 @@ def train_stage(stage: Stage, path: Path) -> None:
     """
     config = load_config(path, stage)
     args = start_or_resume(config)
-    parts = parts_of(config)
+    parts = stage_parts(config)
     opened = open_data(config)
     with_lm_head = parts.kind(config).needs_head
     model, tokenizer, settings = load_model(config, args.device, with_lm_head=with_lm_head)
@@ -69,7 +69,7 @@ def train_stage(stage: Stage, path: Path) -> None:
     train(config, args, objective, rows, collate, tokenizer, saved_settings(config, settings))
 
 
-def parts_of(config: Config) -> StageParts:
+def stage_parts(config: Config) -> StageParts:
     """What the config's stage is made of."""
     assert config.stage is not None, "load_config names the stage"
     return STAGES[config.stage]
@@ -81,7 +81,7 @@ def open_data(config: Config) -> TrainingRows | list[SourceTexts]:
     Raises:
         UserError: they are not there, or a row is wrong.
     """
-    parts = parts_of(config)
+    parts = stage_parts(config)
     if parts.rows == "blocks":
         return open_running_text(config)
     if parts.rows == "texts":
@@ -99,7 +99,7 @@ def cut(config: Config, opened: TrainingRows | list[SourceTexts], tokenizer: Pre
 
 def saved_settings(config: Config, settings: EncoderSettings) -> EncoderSettings:
     """How texts become vectors, as the checkpoint says it."""
-    if parts_of(config).rows != "blocks":
+    if stage_parts(config).rows != "blocks":
         return settings
     # Blocks are written by no template, so the next stage may choose any.
     return dataclasses.replace(settings, template=config.template)

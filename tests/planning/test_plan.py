@@ -27,7 +27,7 @@ from llm2vec.planning.plan import Conditions, Plan, make_plan, stage_of
 from llm2vec.planning.words import as_the_run_says, learning_rate_share, num_checkpoints, report, warnings_of
 from llm2vec.train import run as run_module
 from llm2vec.train.run import Schedule
-from llm2vec.train.stages import parts_of
+from llm2vec.train.stages import stage_parts
 from llm2vec.types import Stage, UserError
 from tests.train import test_config
 
@@ -115,7 +115,7 @@ def hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def model_of_shapes(config: Any, shape: PretrainedConfig, new_tokens: list[int]) -> Any:
         part = next(part for part, (known, _) in SHAPES.items() if known is shape)
         adapter = config.use_peft and (config.lora_r, config.lora_dropout)
-        key = (part, parts_of(config).kind(config).needs_head, config.torch_dtype, adapter, config.stage == "simcse")
+        key = (part, stage_parts(config).kind(config).needs_head, config.torch_dtype, adapter, config.stage == "simcse")
         _ASKED[key] = (config, new_tokens)
         return _model(*key)
 
