@@ -20,7 +20,6 @@ from llm2vec.types import DtypeName, UserError
 if TYPE_CHECKING:
     from llm2vec.llm2vec import LLM2Vec
     from llm2vec.model.chain import Chain
-    from llm2vec.model.settings import EncoderSettings
 
 
 @dataclass(frozen=True)
@@ -87,12 +86,6 @@ class ModelChoice:
 
         checkpoints = [revision_of(folder.path) for folder in self.opened().folders]
         return json_hash({"checkpoints": checkpoints, "torch_dtype": self.torch_dtype or "float32"})
-
-    def settings(self) -> EncoderSettings:
-        """What the checkpoint records of its settings; the template may still be open."""
-        from llm2vec.model.settings import EncoderSettings
-
-        return EncoderSettings(**self.opened().settings)
 
     def load(self) -> LLM2Vec:
         """The model.

@@ -121,7 +121,10 @@ def build_index(source: Path, folder: Path, choice: ModelChoice, batch_size: int
     """
     if folder.exists() and not (folder / VECTORS_FILE).is_file() and (not folder.is_dir() or any(folder.iterdir())):
         raise UserError(f"{folder} is there and is no index; give a folder that is not there yet.")
-    choice, settings = choice.resolved(), choice.settings()
+    from llm2vec.model.settings import EncoderSettings  # with torch: seconds
+
+    settings = EncoderSettings(**choice.opened().settings)
+    choice = choice.resolved()
     tokens = min(settings.max_length, settings.doc_max_length or settings.max_length)
     rows = list(_passages(source, min(PASSAGE_CHARACTERS, LEAST_CHARACTERS_A_TOKEN * tokens)))
     if not rows:

@@ -18,7 +18,7 @@ from llm2vec.files import json_hash
 from llm2vec.hub import find_file
 from llm2vec.llm2vec import LLM2Vec
 from llm2vec.model.backbone import parse_dtype
-from llm2vec.model.chain import MODULES_FILE, is_module_folder, model_name, revision_of
+from llm2vec.model.chain import MODULES_FILE, model_name, revision_of
 from llm2vec.model.settings import SETTINGS_FILE
 from llm2vec.types import UserError, first_line
 
@@ -62,15 +62,12 @@ def kind_of(asked: EvaluatedModel) -> Kind:
     A name of mteb's registry means mteb's own way to run it, unless adapters are given; else the files that lie in
     the directory or repository decide.
     """
-    if asked.model.adapters or PUBLISHED.fullmatch(asked.model.base):
+    base = asked.model.base
+    if asked.model.adapters or PUBLISHED.fullmatch(base):
         return "llm2vec"
-    if Path(asked.model.base).is_dir():
-        return "sentence-transformers" if is_module_folder(asked.model.base) else "llm2vec"
-    if is_registered(asked.model.base):
+    if not Path(base).is_dir() and is_registered(base):
         return "mteb"
-    is_ours = (
-        find_file(asked.model.base, SETTINGS_FILE) is not None or find_file(asked.model.base, MODULES_FILE) is None
-    )
+    is_ours = find_file(base, SETTINGS_FILE) is not None or find_file(base, MODULES_FILE) is None
     return "llm2vec" if is_ours else "sentence-transformers"
 
 
@@ -82,10 +79,10 @@ def load_encoder(asked: EvaluatedModel) -> Any:
     """
     kind = kind_of(asked)
     encoder = {"llm2vec": _llm2vec, "sentence-transformers": _sentence_transformer, "mteb": _registered}[kind](asked)
+    prompts = f"prompts of {asked.instructions_file}" if asked.instructions_file else "with its own prompts"
     how = {
         "llm2vec": "by this project",
-        "sentence-transformers": "by sentence-transformers"
-        + (", with its own prompts" if asked.instructions_file is None else f", prompts of {asked.instructions_file}"),
+        "sentence-transformers": f"by sentence-transformers, {prompts}",
         "mteb": "by mteb's registry, with mteb's prompts",
     }[kind]
     meta = encoder.mteb_model_meta

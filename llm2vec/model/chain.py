@@ -6,9 +6,6 @@
     chain.folders[0].run     # what the base's run.json says
 
 Whoever needs more of a folder takes it from here, instead of opening the folder again.
-
-Three hashes tell weights apart. `mark_of` is cheap, and stands in `run.json`. `revision_of` reads every byte, and
-stands in results. `adapter_hash` is of an adapter's weights alone, whatever lies beside them.
 """
 
 from __future__ import annotations
@@ -174,19 +171,18 @@ class Chain:
 def open_chain(base: str, adapters: Sequence[str] = ()) -> Chain:
     """Open what is loaded: the true base, then every adapter in order.
 
-    A `base` that is itself an adapter folder (upstream's `...-mntp` repositories, or one of our own Stage II folders)
-    is replaced by the base it records and goes first among the adapters.
-
-    An adapter that says on top of which others it was trained must find those below it, in that order. They are told by
-    their weights where those are recorded, so that a folder may be moved and renamed; else by their folders' names.
+    A `base` that is itself an adapter (upstream's `...-mntp` repositories, or a Stage II folder) goes first among the
+    adapters, on the base that it records. An adapter that says on top of which others it was trained must find those
+    below it, in that order. They are told by their weights where those are recorded, so that a folder may be moved and
+    renamed; else by their folders' names.
 
     Args:
         base: folder or hub name of a model or of an adapter.
         adapters: folders or hub names, innermost first.
 
     Raises:
-        UserError: a folder was cut short or cannot be read; others lie below an adapter than it was trained on, and
-            loading it on them would give wrong embeddings and no other sign; or an adapter is its own base.
+        UserError: a folder was cut short or cannot be read; an adapter is its own base; or others lie below it than in
+            training, which would give wrong embeddings and no other sign.
     """
     names, opened = list(adapters), {base: open_folder(base)}
     while True:
@@ -264,11 +260,10 @@ def _warn_of_another_base(adapter: Folder, base: str) -> None:
 
 
 def mark_of(path: str) -> str:
-    """What tells a model's or adapter's weights from others under the same name, without reading all of them.
+    """What tells a model or adapter from others under the same name, without reading all of it; for `run.json`.
 
-    Args:
-        path: a folder: a hash of its small files, and of its weights files' sizes and last bytes; or a hub name: the
-            commit in the local cache, or nothing. Nothing for what is neither, which loading it will say.
+    Of a folder, a hash of its small files and of its weights' sizes and last bytes. Of a hub name, the commit in the
+    local cache. Empty where there is neither.
     """
     folder = local_folder(path)
     if folder is None:
@@ -284,10 +279,9 @@ def is_mark_of_folder(mark: str) -> bool:
 
 
 def revision_of(path: str) -> str:
-    """Hash of all that a folder's vectors depend on; for a model on the hub its commit, or its name if none is cached.
+    """Hash of all that a folder's vectors depend on; of a model on the hub its commit, or its name if none is cached.
 
-    mteb keeps a score under results/<name>/<revision>/, and an old one is found by these two only. So the revision must
-    say everything; a path alone would let every local model collide with every other.
+    mteb keeps a score under results/<name>/<revision>/ and finds an old one by these two alone, so every byte counts.
 
     Raises:
         UserError: the folder holds no safetensors weights.
@@ -307,7 +301,7 @@ def revision_of(path: str) -> str:
 
 
 def adapter_hash(adapter: str) -> str | None:
-    """SHA-256 of an adapter's weights file; None where it has none.
+    """SHA-256 of an adapter's weights, whatever lies beside them; None where it has none.
 
     Raises:
         UserError: it is no folder and no name of a repository.
@@ -325,20 +319,15 @@ def _cached_commit(path: str) -> str | None:
     return next((Path(file).parent.name for file in cached if isinstance(file, str)), None)
 
 
-def is_module_folder(path: str) -> bool:
-    """Whether a directory holds a sentence-transformers model, and not one of ours."""
-    return (Path(path) / MODULES_FILE).is_file() and not (Path(path) / SETTINGS_FILE).is_file()
-
-
 def model_name(paths: Sequence[str]) -> str:
     """A name of mteb's form "organisation/name" for a base model and its adapters.
 
     Args:
-        paths: folders or hub names, base model first. `output/stage_I` gives "output/stage_I", and a second one,
-            `output/stage_II`, makes it "output/stage_I+output-stage_II".
+        paths: folders or hub names, base model first.
 
     Returns:
-        The name, of letters, digits and `._+-` on either side of the slash, so that it can name a folder.
+        Such as "output/stage_I+output-stage_II". On either side of the slash stand letters, digits and `._+-`, so that
+        it can name a folder.
     """
     steps = []
     for path in paths:
