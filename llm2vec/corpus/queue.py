@@ -30,7 +30,7 @@ from pathlib import Path
 
 from filelock import lock_descriptor
 
-from llm2vec.files import write_json, write_text
+from llm2vec.files import write_json
 from llm2vec.types import UserError
 
 logger = logging.getLogger(__name__)
@@ -168,7 +168,7 @@ class JobQueue:
 
     def fail(self, job: Job, reason: str) -> None:
         """Mark a job as one that cannot be done."""
-        write_text(self.folder / "failed" / job.name, reason)
+        (self.folder / "failed" / job.name).write_text(reason, encoding="utf-8")
         self._let_go(job)
 
     def failures(self) -> dict[str, str]:
