@@ -28,14 +28,6 @@ def escape_markdown(text: str) -> str:
 class Table:
     """Cells in rows, under a header.
 
-    Attributes:
-        header: the name of each column.
-        rows: as many cells in each row as there are columns.
-        title: heading of the table; `text`, `markdown` and `html` leave it to what stands around them.
-        note: remark below the table; left out by them too.
-        num_names: so many columns at the left hold words. The others hold numbers and stand to the right.
-        marks_best: whether the highest number of each column is bold in HTML.
-
     Example:
         >>> print(Table(["Run", "Score"], [["anchor", 46.0], ["baseline", None]]).text())
         Run       Score
@@ -46,16 +38,20 @@ class Table:
 
     header: Sequence[str]
     rows: Sequence[Sequence[Cell]]
+    #: Heading, and a remark below; `text`, `markdown` and `html` leave them to what stands around them.
     title: str = ""
     note: str = ""
+    #: So many columns at the left hold words. The others hold numbers and stand to the right.
     num_names: int = 1
+    #: Whether the highest number of each column is bold in HTML.
     marks_best: bool = False
 
     def text(self) -> str:
         """Aligned plain text."""
         lines = self._lines()
         widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
-        texts = ["  ".join(map(self._aligned, range(len(line)), line, widths)).rstrip() for line in lines]
+        aligned = [f"<{width}" if i < self.num_names else f">{width}" for i, width in enumerate(widths)]
+        texts = ["  ".join(map(format, line, aligned)).rstrip() for line in lines]
         return "\n".join([texts[0], "-" * max(map(len, texts)), *texts[1:]])
 
     def markdown(self, escape: Callable[[str], str] = escape_bars) -> str:
@@ -66,31 +62,18 @@ class Table:
 
     def html(self) -> str:
         """An HTML table, its cells escaped, with the classes that `reports/page.html.jinja` gives a style."""
-        heads = (f"<th{self._classes(i)}>{escape(name)}</th>" for i, name in enumerate(self.header))
-        lines = [f"<tr>{''.join(heads)}</tr>"]
-        best = [self._best(i) for i in range(len(self.header))]
-        for row in self.rows:
-            cells = (
-                f"<td{self._classes(i, cell, cell is not None and cell == best[i])}>{escape(shown(cell))}</td>"
-                for i, cell in enumerate(row)
-            )
-            lines.append(f"<tr>{''.join(cells)}</tr>")
-        return "\n".join(["<table>", *lines, "</table>"])
+        lines = [[f"<th{self._classes(i)}>{escape(name)}</th>" for i, name in enumerate(self.header)]]
+        lines += [[f"<td{self._classes(i, c)}>{escape(shown(c))}</td>" for i, c in enumerate(row)] for row in self.rows]
+        return "\n".join(["<table>", *(f"<tr>{''.join(line)}</tr>" for line in lines), "</table>"])
 
     def _lines(self) -> list[list[str]]:
         return [list(self.header), *([shown(cell) for cell in row] for row in self.rows)]
 
-    def _aligned(self, column: int, cell: str, width: int) -> str:
-        return cell.ljust(width) if column < self.num_names else cell.rjust(width)
-
-    def _best(self, column: int) -> float | None:
-        """The highest number of a column that holds more than one."""
-        numbers = [cell for row in self.rows if isinstance(cell := row[column], float)]
-        return max(numbers) if self.marks_best and len(numbers) > 1 else None
-
-    def _classes(self, column: int, cell: Cell = None, is_best: bool = False) -> str:
-        names = ["number"] * (column >= self.num_names) + ["best"] * is_best
-        names += [word for word in _COLOURED if word == cell]
+    def _classes(self, column: int, cell: Cell = None) -> str:
+        names = ["number"] * (column >= self.num_names) + [word for word in _COLOURED if word == cell]
+        if self.marks_best and isinstance(cell, float):
+            numbers = [other for row in self.rows if isinstance(other := row[column], float)]
+            names += ["best"] * (len(numbers) > 1 and cell == max(numbers))
         return f' class="{" ".join(names)}"' if names else ""
 
 

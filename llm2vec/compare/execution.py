@@ -10,10 +10,9 @@ import shutil
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
 from pathlib import Path
-from queue import SimpleQueue
 
 import torch
 
@@ -57,56 +56,35 @@ def do_all(runs: Sequence[Run], do: Callable[[Run, int], None], num_workers: int
     Returns:
         Name of a run -> why it failed; a run whose parent failed has its parent's reason.
     """
-    to_go = _steps_to_go(runs)
+    to_go = {run.name: run.num_steps for run in runs}  # the steps of the longest chain from it on
+    for run in reversed(runs):
+        if run.parent is not None:
+            through = run.parent.num_steps + to_go[run.name]
+            to_go[run.parent.name] = max(to_go[run.parent.name], through)
     waiting = sorted(runs, key=lambda run: -to_go[run.name])  # stable, and a parent has no fewer than its child
-    under_way: dict[Future[None], Run] = {}
+    under_way: dict[Future[None], tuple[Run, int]] = {}
     failed: dict[str, str] = {}
     done: set[str] = set()
-    free: SimpleQueue[int] = SimpleQueue()
-    for worker in range(num_workers):
-        free.put(worker)
-
-    def with_worker(run: Run) -> None:
-        worker = free.get()
-        try:
-            do(run, worker)
-        finally:
-            free.put(worker)
-
+    free = list(range(num_workers))
     with ThreadPoolExecutor(num_workers) as pool:
         while waiting or under_way:
             for run in list(waiting):
                 if run.parent is not None and run.parent.name in failed:
                     failed[run.name] = failed[run.parent.name]
                     waiting.remove(run)
-                elif len(under_way) < num_workers and (run.parent is None or run.parent.name in done):
-                    under_way[pool.submit(with_worker, run)] = run
+                elif free and (run.parent is None or run.parent.name in done):
+                    worker = free.pop(0)
+                    under_way[pool.submit(do, run, worker)] = run, worker
                     waiting.remove(run)
             for future in wait(under_way, return_when=FIRST_COMPLETED).done:
-                run = under_way.pop(future)
+                run, worker = under_way.pop(future)
+                free.append(worker)
                 try:
                     future.result()
                     done.add(run.name)
                 except UserError as error:
                     failed[run.name] = str(error)
     return failed
-
-
-def _steps_to_go(runs: Sequence[Run]) -> dict[str, int]:
-    """For each run, the steps of the longest chain from it on."""
-    to_go: dict[str, int] = {}
-    for run in runs:
-        total = 0
-        for ancestor in _with_ancestors(run):
-            total += ancestor.num_steps
-            to_go[ancestor.name] = max(to_go.get(ancestor.name, 0), total)
-    return to_go
-
-
-def _with_ancestors(run: Run | None) -> Iterator[Run]:
-    while run is not None:
-        yield run
-        run = run.parent
 
 
 def num_cores() -> int:
@@ -154,14 +132,10 @@ class Runner:
             return self._tell(run, "is there already")
         clear(run)
         started, log = time.monotonic(), self.logs / f"{run.name}.log"
+        command, environment = self._command(run), self._environment(worker)
         with log.open("w") as out:
             ended = subprocess.run(
-                self._command(run),
-                stdout=out,
-                stderr=subprocess.STDOUT,
-                env=self._environment(worker),
-                pass_fds=[self.lock],
-                check=False,
+                command, stdout=out, stderr=subprocess.STDOUT, env=environment, pass_fds=[self.lock], check=False
             )
         if not ended.returncode and run.command != EVALUATION_COMMAND and not (run.folder / RUN_FILE).is_file():
             self._tell(run, f"was stopped; see {log}")

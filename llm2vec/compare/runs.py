@@ -50,7 +50,7 @@ _STAGE_FILE = re.compile(r"(\d+)_(\w+)\.json")
 
 
 class StageFile(NamedTuple):
-    """One stage of a recipe: which one, and the recipe's own keys."""
+    """One stage of a recipe, and the recipe's own keys."""
 
     stage: Stage
     keys: dict[str, Any]
@@ -59,54 +59,40 @@ class StageFile(NamedTuple):
 
 @dataclass(frozen=True)
 class Recipe:
-    """One row of the comparison.
-
-    Attributes:
-        name: of its folder.
-        stages: in order; none where a model is only scored.
-        evaluation: the set's options with the recipe's own over them.
-    """
+    """One row of the comparison."""
 
     name: str
+    #: In order; none where a model is only scored.
     stages: tuple[StageFile, ...]
+    #: The set's options with the recipe's own over them.
     evaluation: dict[str, Any]
 
 
 @dataclass(frozen=True)
 class RecipeSet:
-    """What a folder holds.
-
-    Attributes:
-        folder: the folder.
-        shared: `all` or a stage -> keys.
-        recipes: in the order of their names.
-    """
+    """What a folder holds."""
 
     folder: Path
+    #: `all` or a stage -> keys.
     shared: dict[str, dict[str, Any]]
+    #: In the order of their names.
     recipes: tuple[Recipe, ...]
 
 
 @dataclass(frozen=True)
 class Run:
-    """One start of a command.
-
-    Attributes:
-        name: says what the run depends on; the same name is the same run.
-        command: of `llm2vec`.
-        arguments: of the command.
-        folder: what it writes.
-        parent: the run it starts from, which must have ended well.
-        num_steps: about how long it takes, beside other runs.
-        is_resumable: whether an interrupted run goes on from what lies in its folder.
-    """
+    """One start of a command; runs of the same name are the same run."""
 
     name: str
     command: str
     arguments: tuple[str, ...]
+    #: What it writes.
     folder: Path
+    #: The run it starts from, which must have ended well.
     parent: Run | None = None
+    #: About how long it takes, beside other runs.
     num_steps: int = 0
+    #: Whether an interrupted run goes on from what lies in its folder.
     is_resumable: bool = False
 
 
@@ -121,11 +107,8 @@ class Trial:
 
     @property
     def runs(self) -> tuple[Run, ...]:
-        """All of its runs, in order."""
+        """All, in order."""
         return (*self.training, self.evaluation)
-
-
-# --- from a folder to recipes ---
 
 
 def read_set(folder: Path) -> RecipeSet:
@@ -177,17 +160,14 @@ def _read_recipe(folder: Path, evaluation: Mapping[str, Any]) -> Recipe:
     if sorted(stages) != list(range(1, len(stages) + 1)):
         raise UserError(f"{folder}: the stages are numbered {sorted(stages)}; 1, 2, ... without a gap is needed.")
     options = {key: value for key, value in {**evaluation, **(own or {})}.items() if value is not None}
-    names_model = "base_model_name_or_path" in options
-    if names_model == bool(stages):
+    if ("base_model_name_or_path" in options) == bool(stages):
         raise UserError(
             f"{folder}: a recipe has stages (1_<stage>.json) or an {EVALUATION_FILE} with base_model_name_or_path, "
             f"not {'both' if stages else 'neither'}."
         )
-    for key in options:
-        if key not in (*EVALUATION_KEYS, "base_model_name_or_path"):
-            raise UserError(
-                f"{folder / EVALUATION_FILE}: unknown option {key!r}; allowed: {', '.join(EVALUATION_KEYS)}."
-            )
+    if unknown := [key for key in options if key not in (*EVALUATION_KEYS, "base_model_name_or_path")]:
+        allowed = ", ".join(EVALUATION_KEYS)
+        raise UserError(f"{folder / EVALUATION_FILE}: unknown option {unknown[0]!r}; allowed: {allowed}.")
     for key in ("base_model_name_or_path", "local_data_dir", "task_to_instructions_fp"):
         if not isinstance(options.get(key, ""), str):
             raise UserError(f"{folder / EVALUATION_FILE}: {key} is {options[key]!r}; a string is needed.")
@@ -207,26 +187,19 @@ def _refuse_decided(file: Path, keys: Iterable[str]) -> None:
         raise UserError(f"{file}: {decided[0]} follows from the set and cannot be given here.")
 
 
-# --- from recipes to runs ---
-
-
 @dataclass
 class Planner:
-    """Turns the recipes of a set into runs below one output folder, and writes the runs' configs.
-
-    Attributes:
-        recipes: the set.
-        output_dir: `configs/`, `runs/` and `evaluations/` lie below it.
-        num_processes: that share a step of training.
-        base: what first stages start from.
-        base_revision: what tells it from other models.
-    """
+    """Turns the recipes of a set into runs below one output folder, and writes the runs' configs."""
 
     recipes: RecipeSet
+    #: `configs/`, `runs/` and `evaluations/` lie below it.
     output_dir: Path
+    #: That share a step of training.
     num_processes: int = 1
+    #: What first stages start from.
     base: str = field(init=False)
     base_revision: str = field(init=False)
+    #: Of files, which many runs have in common.
     _hashes: dict[tuple[Path, ...], str] = field(init=False, default_factory=dict)
 
     def __post_init__(self) -> None:
@@ -250,23 +223,19 @@ class Planner:
             for seed in seeds if recipe.stages else [None]:
                 training: list[Run] = []
                 for stage in recipe.stages:
-                    assert seed is not None
                     training.append(self._training(stage, seed, training[-1] if training else None))
                 evaluation = self._evaluation(recipe, training[-1] if training else None)
                 planned.append(Trial(recipe.name, seed, tuple(training), evaluation))
         return planned
 
-    def _training(self, stage: StageFile, seed: int, parent: Run | None) -> Run:
+    def _training(self, stage: StageFile, seed: int | None, parent: Run | None) -> Run:
         shared = self.recipes.shared
         own = {**shared["all"], **shared.get(stage.stage, {}), **stage.keys, "seed": seed}
         keys = {**own, "model_name_or_path": str(parent.folder if parent else self.base)}
         config = self._checked(keys, stage)
-        decides: dict[str, Any] = {
-            "stage": stage.stage,
-            "keys": {key: value for key, value in own.items() if key != "model_name_or_path"},
-            "start": parent.name if parent else self.base_revision,
-            "data": self._data_hashes(config),
-        }
+        del own["model_name_or_path"]
+        start = parent.name if parent else self.base_revision
+        decides: dict[str, Any] = {"stage": stage.stage, "keys": own, "start": start, "data": self._data_hashes(config)}
         if self.num_processes > 1 and config.total_batch_size is None:
             decides["processes"] = self.num_processes  # a step has that many times the rows
         name = f"{stage.stage}-seed{seed}-{json_hash(decides)}"
@@ -304,7 +273,6 @@ class Planner:
         return [self._hash(path, files), self._hash(table.parent, [table])]
 
     def _hash(self, folder: Path, files: Sequence[Path]) -> str:
-        """Of files, which many runs have in common."""
         if tuple(files) not in self._hashes:
             self._hashes[tuple(files)] = files_hash(folder, sorted(files))
         return self._hashes[tuple(files)]

@@ -7,12 +7,11 @@ from __future__ import annotations
 
 import json
 import statistics
-from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Any
 
-from llm2vec.compare.runs import Recipe, Run, Trial
+from llm2vec.compare.runs import Recipe, Trial
 from llm2vec.files import write_json, write_text
 from llm2vec.reports.logs import read_log
 from llm2vec.reports.page import make_folder, write_page
@@ -33,75 +32,50 @@ _OWN_NOTE = "Keys that a recipe sets itself, stage after stage; all others are s
 
 @dataclass(frozen=True)
 class TrialOutcome:
-    """What one recipe came to with one seed.
-
-    Attributes:
-        recipe: its name.
-        seed: None without training.
-        scores: task -> main score x 100; empty after a failure.
-        tokens: of the training rows, over all stages; None where the logs do not say.
-        minutes: of training, over all stages; None where the logs do not say.
-        failure: why there is no score; None = there is.
-        runs: folders of its stages and of its scores.
-    """
+    """What one recipe came to with one seed."""
 
     recipe: str
+    #: None without training.
     seed: int | None
+    #: Task -> main score x 100; empty after a failure.
     scores: dict[str, float]
+    #: Of the training rows, over all stages, and the minutes of training; None where the logs do not say.
     tokens: float | None = None
     minutes: float | None = None
+    #: Why there is no score; None = there is.
     failure: str | None = None
+    #: Folders of its stages and of its scores.
     runs: tuple[str, ...] = ()
 
 
 def outcome_of(trial: Trial, failures: Mapping[str, str]) -> TrialOutcome:
-    """Read what a trial's runs left.
-
-    Args:
-        trial: all of whose runs are done or failed.
-        failures: name of a run -> why it failed.
-    """
+    """What a trial's runs left, all of which are done or failed (name of a run -> why)."""
     folders = tuple(str(run.folder) for run in trial.runs)
+    outcome = TrialOutcome(trial.recipe, trial.seed, {}, runs=folders)
     if reason := next((failures[run.name] for run in trial.runs if run.name in failures), None):
-        return TrialOutcome(trial.recipe, trial.seed, {}, failure=reason, runs=folders)
+        return replace(outcome, failure=reason)
     try:
         scores = read_results(trial.evaluation.folder).scores
     except UserError as error:
-        return TrialOutcome(trial.recipe, trial.seed, {}, failure=str(error), runs=folders)
-    logs = [log_of(run) for run in trial.training]
-    tokens = [tokens_in(log) for log in logs]
-    seconds = [logged(log, "train_runtime") for log in logs]
-    return TrialOutcome(
-        trial.recipe,
-        trial.seed,
-        scores,
-        sum(n for n in tokens if n is not None) if tokens and None not in tokens else None,
-        sum(s for s in seconds if s is not None) / 60 if seconds and None not in seconds else None,
-        runs=folders,
-    )
+        return replace(outcome, failure=str(error))
+    costs = [_costs(run.folder / LOG_FILE) for run in trial.training]
+    tokens, minutes = _all_of([cost[0] for cost in costs]), _all_of([cost[1] for cost in costs])
+    return replace(outcome, scores=scores, tokens=tokens, minutes=minutes)
 
 
-def log_of(run: Run) -> list[dict[str, float]]:
-    """The entries of a run's log; none where there is no log."""
-    file = run.folder / LOG_FILE
-    return read_log(file) if file.is_file() else []
-
-
-def logged(log: Sequence[Mapping[str, float]], key: str) -> float | None:
-    """The sum of a figure over a log; None where no entry has it."""
-    values = [entry[key] for entry in log if key in entry]
-    return sum(values) if values else None
-
-
-def tokens_in(log: Sequence[Mapping[str, float]]) -> float | None:
-    """Tokens of a run; None where its log does not say.
+def _costs(file: Path) -> tuple[float | None, float | None]:
+    """Tokens and minutes of a run; None where its log does not say.
 
     The steps behind the last multiple of `logging_steps` have no entry: they are taken to be like the others.
     """
-    tokens = logged(log, "tokens")
-    if tokens is None:
-        return None
-    return tokens * max(entry["step"] for entry in log) / max(entry["step"] for entry in log if "tokens" in entry)
+    log = read_log(file) if file.is_file() else []
+    with_tokens = [entry for entry in log if "tokens" in entry]
+    seconds = [entry["train_runtime"] for entry in log if "train_runtime" in entry]
+    tokens = None
+    if with_tokens:
+        steps = max(entry["step"] for entry in log), max(entry["step"] for entry in with_tokens)
+        tokens = sum(entry["tokens"] for entry in with_tokens) * steps[0] / steps[1]
+    return tokens, sum(seconds) / 60 if seconds else None
 
 
 def outcome_table(outcomes: Sequence[TrialOutcome]) -> Table:
@@ -125,58 +99,51 @@ def outcome_table(outcomes: Sequence[TrialOutcome]) -> Table:
         row += [_mean([outcome.scores.get(task) for outcome in scored]) for task in tasks]
         row += [_mean(means)] * with_mean
         row += [min(means), max(means)] if len(means) > 1 else [None, None]
-        row.append(f"{len(scored)} of {len(of_seeds)}: failed" if len(scored) < len(of_seeds) else _seeds(scored))
+        seeds = None if of_seeds[0].seed is None else str(len(scored))
+        row.append(f"{len(scored)} of {len(of_seeds)}: failed" if len(scored) < len(of_seeds) else seeds)
         tokens = _mean([outcome.tokens for outcome in scored])
         row += [None if tokens is None else tokens / 1e6, _mean([outcome.minutes for outcome in scored])]
         rows.append((statistics.fmean(means) if means else -float("inf"), row))
     return Table(header, [row for _, row in sorted(rows, key=lambda pair: -pair[0])], "Scores", _NOTE)
 
 
-def _seeds(scored: Sequence[TrialOutcome]) -> Cell:
-    return None if scored[0].seed is None else str(len(scored))
+def _all_of(values: Sequence[float | None], combine: Callable[[list[float]], float] = sum) -> float | None:
+    """Their sum, or what else they are combined to; None where one is missing, or all are."""
+    known = [value for value in values if value is not None]
+    return combine(known) if known and len(known) == len(values) else None
 
 
 def _mean(values: Sequence[float | None]) -> float | None:
-    known = [value for value in values if value is not None]
-    return statistics.fmean(known) if known and len(known) == len(values) else None
+    return _all_of(values, statistics.fmean)
 
 
 def failure_lines(outcomes: Sequence[TrialOutcome]) -> list[str]:
     """A line for each trial that failed."""
-    return [
-        f"{o.recipe}{'' if o.seed is None else f', seed {o.seed}'}: {o.failure}"
-        for o in outcomes
-        if o.failure is not None
-    ]
+    failed = [outcome for outcome in outcomes if outcome.failure is not None]
+    return [f"{o.recipe}{'' if o.seed is None else f', seed {o.seed}'}: {o.failure}" for o in failed]
 
 
 def own_keys_table(recipes: Sequence[Recipe]) -> Table:
     """What each recipe sets itself."""
     rows: list[list[Cell]] = []
     for recipe in recipes:
-        stages = [f"{s.stage}: {_listed(s.keys)}" if s.keys else s.stage for s in recipe.stages]
+        own = [(s.stage, ", ".join(f"{key} {json.dumps(v)}" for key, v in s.keys.items())) for s in recipe.stages]
+        stages = [f"{stage}: {keys}" if keys else stage for stage, keys in own]
         rows.append([recipe.name, "; then ".join(stages) or f"scores {recipe.evaluation['base_model_name_or_path']}"])
     title = "What each recipe sets itself"
     return Table(["Recipe", "Stages and own keys"], rows, title, _OWN_NOTE, num_names=2)
 
 
-def _listed(keys: Mapping[str, Any]) -> str:
-    return ", ".join(f"{key} {json.dumps(value)}" for key, value in keys.items())
-
-
 def write_comparison(
     folder: Path, outcomes: Sequence[TrialOutcome], recipes: Sequence[Recipe], facts: Mapping[str, str]
 ) -> Path:
-    """Write `comparison.md`, `comparison.json` and, last, `comparison.html`.
+    """Write `comparison.md`, `comparison.json` and, last, `comparison.html`, the path of which is returned.
 
     Args:
         folder: Where to write.
         outcomes: Of all trials.
         recipes: Their recipes.
         facts: What else a reader should know.
-
-    Returns:
-        The path of the page.
     """
     scores, own = outcome_table(outcomes), own_keys_table(recipes)
     failures = failure_lines(outcomes)

@@ -6,7 +6,6 @@ import json
 import shutil
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
 
 from peft import PeftModel, TaskType
 from torch import Tensor
@@ -24,19 +23,13 @@ from llm2vec.types import InstructedText, UserError, first_line
 def check_adapter(chain: Chain, base_id: str | None) -> str:
     """The hub name of an adapter's base, where the adapter alone is of use to others.
 
-    Args:
-        chain: the checkpoint.
-        base_id: hub name of its base, if it has one.
-
     Raises:
         UserError: there is no adapter, others are merged below it, or its base has no name on the hub.
     """
-    if len(chain.adapters) != 1:
-        reason = (
-            "the checkpoint is a full model"
-            if not chain.adapters
-            else f"its base has {len(chain.adapters) - 1} other adapter(s) merged into it, which nobody else has"
-        )
+    if not chain.adapters:
+        raise UserError("--adapter: the checkpoint is a full model; leave --adapter out.")
+    if others := len(chain.adapters) - 1:
+        reason = f"its base has {others} other adapter(s) merged into it, which nobody else has"
         raise UserError(f"--adapter: {reason}; leave --adapter out.")
     if base_id is None:
         raise UserError(
@@ -48,28 +41,28 @@ def check_adapter(chain: Chain, base_id: str | None) -> str:
 def write_adapter(
     folder: Path, model: LLM2Vec, form: StockForm, instructions: Mapping[str, str], base: str, base_id: str
 ) -> None:
-    """Write the adapter as a folder that sentence-transformers loads, for now over a stand-in for its base.
+    """Write the adapter of a model that is not merged yet as a folder that sentence-transformers loads.
 
-    Args:
-        folder: where to; the stand-in lies beside it until `prove_adapter` has compared.
-        model: the checkpoint, its adapter not merged.
-        form: how texts are rendered.
-        instructions: prompts to have by name.
-        base: the base, folder or hub name.
-        base_id: hub name of the base, with its revision.
+    Its base (`base`, a folder or hub name) has a stand-in beside it until `prove_adapter` has compared.
 
     Raises:
-        UserError: the hub's base would attend otherwise.
+        UserError: the hub's base (`base_id`, with its revision) would attend otherwise.
     """
     if model.settings.attention == "bidirectional":
         _check_bidirectional(base_id)
-    adapted = model.model
+    adapted, stand_in = model.model, folder.with_name("base")
     assert isinstance(adapted, PeftModel)
     adapted.save_pretrained(str(folder), save_embedding_layers=False)
     (folder / "README.md").unlink(missing_ok=True)
     write_form(folder, form, adapted.config.hidden_size, model.settings.attention, instructions)
-    _link_base(folder.with_name("base"), base, adapted.config)
-    _name_base(folder, str(folder.with_name("base")), None)
+    # The base's own files under the config that the base has, or shall have, on the hub.
+    stand_in.mkdir()
+    there = local_folder(base) or Path(find_file(base, "config.json") or "").parent
+    for file in there.iterdir():
+        if file.is_file() and file.name != "config.json":
+            (stand_in / file.name).symlink_to(file.resolve())
+    adapted.config.save_pretrained(stand_in)
+    _name_base(folder, str(stand_in), None)
 
 
 def prove_adapter(folder: Path, form: StockForm, texts: Sequence[InstructedText], exact: Tensor, base_id: str) -> None:
@@ -84,16 +77,6 @@ def prove_adapter(folder: Path, form: StockForm, texts: Sequence[InstructedText]
     _name_base(folder, name, revision or None)
 
 
-def _link_base(folder: Path, base: str, config: Any) -> None:
-    """The base's own files under the config that the base has, or shall have, on the hub."""
-    folder.mkdir()
-    there = local_folder(base) or Path(find_file(base, "config.json") or "").parent
-    for file in there.iterdir():
-        if file.is_file() and file.name != "config.json":
-            (folder / file.name).symlink_to(file.resolve())
-    config.save_pretrained(folder)
-
-
 def _name_base(folder: Path, base: str, revision: str | None) -> None:
     file = folder / "adapter_config.json"
     config = json.loads(file.read_text(encoding="utf-8"))
@@ -103,11 +86,7 @@ def _name_base(folder: Path, base: str, revision: str | None) -> None:
 
 
 def _check_bidirectional(base_id: str) -> None:
-    """Refuse a base that would be loaded causally: an adapter's folder cannot say how its base attends.
-
-    Raises:
-        UserError: the base's config is out of reach or says nothing of `is_causal: false`.
-    """
+    """Refuse a base that would be loaded causally: an adapter's folder cannot say how its base attends."""
     name, _, revision = base_id.partition("@")
     try:
         config = AutoConfig.from_pretrained(name, revision=revision or None, trust_remote_code=False)

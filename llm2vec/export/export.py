@@ -18,7 +18,7 @@ import gc
 import os
 import re
 import shutil
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -28,7 +28,6 @@ from huggingface_hub import HfApi
 from huggingface_hub.errors import HFValidationError
 from huggingface_hub.utils import validate_repo_id  # type: ignore[attr-defined]  # public, and not in its __all__
 from peft import PeftModel
-from torch import Tensor
 
 from llm2vec.choice import ModelChoice
 from llm2vec.export.adapter import check_adapter, prove_adapter, write_adapter
@@ -44,36 +43,33 @@ from llm2vec.model.settings import SETTINGS_FILE
 from llm2vec.model.stock_form import StockForm, probes, stock_model, write_form
 from llm2vec.reports.results import Results
 from llm2vec.text.tokenization import probe_ids
-from llm2vec.types import InstructedText, UserError, first_line
+from llm2vec.types import UserError, first_line
 
 
 @dataclass(frozen=True)
 class Export:
     """What to export, and how.
 
-    Attributes:
-        model: which model; the base of an adapter is given where it is not to be had under its recorded name.
-        dtype: of the stored weights: `bfloat16`, `float16`, `float32`.
-        doc_max_length: most tokens of a text, in place of the checkpoint's own limit.
-        adapter: write the adapter alone, too.
-        base_id: hub name of the base, `organisation/name` or `organisation/name@revision`.
-        instructions: prompts to have by name: name (such as a task's) -> instruction.
-        results: scores for the card.
-        license: for the card, as the hub spells it.
-        repository: hub name that the folder will have; None = the folder's own name.
-
     Example:
         >>> export(Export(ModelChoice("output/stage_II/anchor-1b"), license="llama3.2"), Path("exported/anchor-1b"))
     """
 
+    #: The base of an adapter is given where it is not to be had under its recorded name.
     model: ModelChoice
+    #: Of the stored weights: `bfloat16`, `float16`, `float32`.
     dtype: str = "bfloat16"
+    #: Most tokens of a text, in place of the checkpoint's own limit.
     doc_max_length: int | None = None
+    #: Write the adapter alone, too.
     adapter: bool = False
+    #: Hub name of the base, `organisation/name` or `organisation/name@revision`.
     base_id: str | None = None
+    #: Prompts to have by name: name (such as a task's) -> instruction.
     instructions: Mapping[str, str] = dataclasses.field(default_factory=dict)
+    #: Scores for the card, and the license as the hub spells it.
     results: Results | None = None
     license: str | None = None
+    #: Hub name that the folder will have; None = the folder's own name.
     repository: str | None = None
 
 
@@ -84,8 +80,13 @@ def export(what: Export, out: Path) -> Proof:
         UserError: something is missing or contradicts itself, the template or pooling cannot be said, the stock
             libraries give other tokens or vectors, or `out` cannot be written. Nothing is left in `out` then.
     """
-    _check_repository(what.repository)
-    _check_free(out)
+    try:
+        if what.repository is not None:  # a name that the hub would refuse, before anything is computed
+            validate_repo_id(what.repository)
+    except HFValidationError as error:
+        raise UserError(f"--push_to_hub: {first_line(error)}") from error
+    if os.path.lexists(out) and not (out.is_dir() and not any(out.iterdir())):
+        raise UserError(f"{out} is there already; remove it or name another folder.")
     chain = open_chain(what.model.base, what.model.adapters)
     base_id = _base_id(what, chain)
     with _written_aside(out) as folder:
@@ -97,8 +98,12 @@ def export(what: Export, out: Path) -> Proof:
             assert base_id is not None
             write_adapter(folder / "adapter", model, form, what.instructions, chain.base, base_id)
             prove_adapter(folder / "adapter", form, texts, exact, base_id)
-        _merge(model)
-        stored = _write_weights(folder, model, what.dtype, texts)
+        if isinstance(model.model, PeftModel):
+            model.model = model.model.merge_and_unload()
+        _round(model, DTYPES[what.dtype])
+        model.model.save_pretrained(str(folder))
+        _round(model, torch.float32)
+        stored = our_vectors(model, texts)
         config = model.model.config
         # The stock files ask for unit vectors, and the adapters are merged.
         settings = dataclasses.replace(model.settings, normalize=True, parent_adapters=None)
@@ -146,18 +151,9 @@ def push(folder: Path, repository: str) -> str:
     return str(address)
 
 
-def _check_free(out: Path) -> None:
-    if os.path.lexists(out) and not (out.is_dir() and not any(out.iterdir())):
-        raise UserError(f"{out} is there already; remove it or name another folder.")
-
-
 @contextmanager
 def _written_aside(out: Path) -> Iterator[Path]:
-    """A folder to write in, which becomes `out` at the end, or goes if anything fails.
-
-    Raises:
-        UserError: it cannot be written.
-    """
+    """A folder to write in, which becomes `out` at the end, or goes if anything fails."""
     target = out.resolve()
     folder = target.with_name(f".{target.name}.{os.getpid()}")
     try:
@@ -170,31 +166,9 @@ def _written_aside(out: Path) -> Iterator[Path]:
         shutil.rmtree(folder, ignore_errors=True)
 
 
-def _merge(model: LLM2Vec) -> None:
-    if isinstance(model.model, PeftModel):
-        model.model = model.model.merge_and_unload()
-
-
-def _write_weights(folder: Path, model: LLM2Vec, dtype: str, texts: Sequence[InstructedText]) -> Tensor:
-    """Write config and weights in a dtype; returns the vectors that the weights give as written, in float32."""
-    _round(model, DTYPES[dtype])
-    model.model.save_pretrained(str(folder))
-    _round(model, torch.float32)
-    return our_vectors(model, texts)
-
-
 def _round(model: LLM2Vec, dtype: torch.dtype) -> None:
     for parameter in model.model.parameters():  # not the buffers: frequencies of positions are never stored
         parameter.data = parameter.data.to(dtype)
-
-
-def _check_repository(name: str | None) -> None:
-    """Refuse a name that the hub would, before anything is computed."""
-    try:
-        if name is not None:
-            validate_repo_id(name)
-    except HFValidationError as error:
-        raise UserError(f"--push_to_hub: {first_line(error)}") from error
 
 
 def _base_id(what: Export, chain: Chain) -> str | None:
@@ -212,28 +186,21 @@ def _base_id(what: Export, chain: Chain) -> str | None:
 def _write_records(folder: Path, form: StockForm, facts: Facts) -> None:
     """Write probe ids, card, and `run.json` with all files' sizes, last."""
     texts = probes(form.rows)
-    write_json(
-        folder / "probe_ids.json",
-        [
-            {
-                "side": text.side,
-                "prompt": form.prompt(text.instruction, text.side),
-                "text": text.text.strip(),
-                "input_ids": row.ids,
-            }
-            for text, row in zip(texts, form.rows.rows(texts), strict=True)
-        ],
-    )
+    ids = [row.ids for row in form.rows.rows(texts)]
+    prompts = [form.prompt(text.instruction, text.side) for text in texts]
+    probed = [
+        {"side": text.side, "prompt": prompt, "text": text.text.strip(), "input_ids": input_ids}
+        for text, prompt, input_ids in zip(texts, prompts, ids, strict=True)
+    ]
+    write_json(folder / "probe_ids.json", probed)
     model_card(facts).save(folder / "README.md")
     files = sorted(f for f in folder.rglob("*") if f.is_file() and f.name != "README.md")
-    write_json(
-        folder / RUN_FILE,
-        {
-            "stages": [run.record for run in facts.runs],
-            "dtype": facts.dtype,
-            "difference": facts.difference,
-            "rounding": facts.rounding,
-            "probe_ids": probe_ids(form.rows),
-            "files": {f.relative_to(folder).as_posix(): f.stat().st_size for f in files},
-        },
-    )
+    record = {
+        "stages": [run.record for run in facts.runs],
+        "dtype": facts.dtype,
+        "difference": facts.difference,
+        "rounding": facts.rounding,
+        "probe_ids": probe_ids(form.rows),
+        "files": {f.relative_to(folder).as_posix(): f.stat().st_size for f in files},
+    }
+    write_json(folder / RUN_FILE, record)

@@ -39,38 +39,25 @@ _SERVER_POOLING: dict[PoolingMode, tuple[str, str]] = {
 
 @dataclass(frozen=True)
 class Facts:
-    """What the card says of a model.
+    """What the card says of a model; None where it is not known, or there is no such thing."""
 
-    Attributes:
-        name: what its users load it by.
-        form: the stock form.
-        settings: how it embeds.
-        architecture: class of the weights.
-        num_parameters: of the weights.
-        hidden_size: numbers of a vector.
-        dtype: of the stored weights.
-        adapter_base: hub name of the base that `adapter/` goes on; None = there is no such folder.
-        base_model: hub name of what it was trained from, if known.
-        license: as the hub spells it, if given.
-        runs: training runs, the earliest first.
-        results: scores of mteb tasks, if given.
-        difference: largest difference of a number of a unit vector between stock libraries and this project.
-        rounding: lowest cosine of a text's vector by the stored weights with the one by float32 weights.
-        stray_difference: as `difference`, of texts whose mean reads the blank before them; None = there are none.
-    """
-
+    #: What its users load it by.
     name: str
     form: StockForm
     settings: EncoderSettings
     architecture: str
     num_parameters: int
     hidden_size: int
+    #: Of the stored weights.
     dtype: str
+    #: Hub names: of the base that `adapter/` goes on, and of what the model was trained from.
     adapter_base: str | None
     base_model: str | None
     license: str | None
+    #: The earliest first.
     runs: Sequence[RecordedRun]
     results: Results | None
+    #: The three figures of a `Proof`.
     difference: float
     rounding: float
     stray_difference: float | None
@@ -88,8 +75,6 @@ def model_card(facts: Facts) -> ModelCard:
         facts=facts,
         form=form,
         settings=facts.settings,
-        size=_size(facts.num_parameters),
-        pooled=_pooled(form),
         prompts=prompts,
         strips_prompts=any(prompt != prompt.lstrip() for prompt in prompts.values()),
         bidirectional_since=BIDIRECTIONAL_SINCE,
@@ -99,7 +84,7 @@ def model_card(facts: Facts) -> ModelCard:
         documents=_DOCUMENTS,
         server_pooling=_SERVER_POOLING.get(form.pooling_mode) if served else None,
         runs=[(_heading(run, number), _tables(run)) for number, run in enumerate(facts.runs, 1)],
-        scores=_score_table(facts.results) if facts.results else None,
+        scores=facts.results and Table(["task", "main score x 100"], sorted(facts.results.scores.items())),
         repr=repr,
     )
 
@@ -108,6 +93,8 @@ def _front_matter(facts: Facts) -> ModelCardData:
     """The metadata that the hub reads."""
     hub_datasets = {run.record.get("config", {}).get("dataset_name") for run in facts.runs}
     results = facts.results
+    scores = sorted(results.scores.items()) if results else []
+    revisions = results.data_revisions if results else {}
     return ModelCardData(
         base_model=facts.base_model,
         license=facts.license,
@@ -122,31 +109,14 @@ def _front_matter(facts: Facts) -> ModelCardData:
                 task_name=f"MTEB {task}",
                 dataset_type=f"mteb/{task}",
                 dataset_name=f"MTEB {task}",
-                dataset_revision=_revision(results.data_revisions.get(task)),
+                dataset_revision=None if revisions.get(task) == "None" else revisions.get(task),
                 metric_type="main_score",
                 metric_value=round(score, 3),
             )
-            for task, score in sorted(results.scores.items())
+            for task, score in scores
         ]
-        if results
-        else None,
+        or None,
     )
-
-
-def _size(num_parameters: int) -> str:
-    if num_parameters > 1e8:
-        return f"{num_parameters / 1e9:.2f} billion"
-    return f"{num_parameters / 1e6:.1f} million"
-
-
-def _pooled(form: StockForm) -> str:
-    """What a vector is, in words."""
-    return {
-        "last": "the closing token's state",
-        "first": "the first token's state",
-        "mean": "the mean of " + ("all tokens' states" if form.include_prompt else "the text's tokens' states"),
-        "weighted_mean": "a mean of all tokens' states that weights later ones more",
-    }[form.pooling_mode]
 
 
 def _heading(run: RecordedRun, number: int) -> str:
@@ -181,11 +151,3 @@ def _settings(config: Mapping[str, Any]) -> list[list[str]]:
     shown = [name for name, key in KEYS.items() if key.on_card and name not in unread]
     written = [name for name in shown if not any(values.get(name) is value for value in off)]
     return [[f"`{name}`", f"`{json.dumps(values[name], ensure_ascii=False)}`"] for name in written]
-
-
-def _score_table(results: Results) -> Table:
-    return Table(["task", "main score x 100"], sorted(results.scores.items()))
-
-
-def _revision(revision: str | None) -> str | None:
-    return revision if revision and revision != "None" else None

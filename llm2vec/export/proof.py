@@ -21,16 +21,13 @@ TOLERANCE = 1e-5
 
 
 class Proof(NamedTuple):
-    """How far stock libraries are from this project, over the probe texts.
+    """How far stock libraries are from this project, over the probe texts."""
 
-    Attributes:
-        difference: largest difference of a number of a unit vector, in float32.
-        stray_difference: the same of texts whose mean reads the blank before them; None = there are none.
-        rounding: lowest cosine between vectors by the stored weights and by float32 weights.
-    """
-
+    #: Largest difference of a number of a unit vector, in float32.
     difference: float
+    #: The same of texts whose mean reads the blank before them; None = there are none.
     stray_difference: float | None
+    #: Lowest cosine between vectors by the stored weights and by float32 weights.
     rounding: float
 
 
@@ -50,9 +47,7 @@ def prove(
     if probe_ids(row_tokenizer(load_tokenizer(str(folder)), settings)) != probe_ids(form.rows):
         raise UserError("the exported tokenizer renders this project's own template to other tokens.")
     difference, stray = compare_vectors(load_stock(folder), form, texts, stored)
-    rounding = float((exact * stored).sum(dim=-1).min())
-    if torch.equal(exact, stored):
-        rounding = 1.0
+    rounding = 1.0 if torch.equal(exact, stored) else float((exact * stored).sum(dim=-1).min())
     return Proof(difference, stray, min(rounding, 1.0))
 
 
@@ -84,13 +79,10 @@ def compare_vectors(
 
 def our_vectors(model: LLM2Vec, texts: Sequence[InstructedText]) -> Tensor:
     """Unit vectors [N, D] of texts by `LLM2Vec.encode`."""
-    by_side = {
-        side: model.encode(
-            [[t.instruction, t.text] for t in texts if t.side == side], show_progress_bar=False, side=side
-        )
-        for side in dict.fromkeys(text.side for text in texts)
-    }
-    rows = {side: iter(torch.as_tensor(vectors)) for side, vectors in by_side.items()}
+    rows = {}
+    for side in dict.fromkeys(text.side for text in texts):
+        mine = [[text.instruction, text.text] for text in texts if text.side == side]
+        rows[side] = iter(torch.as_tensor(model.encode(mine, show_progress_bar=False, side=side)))
     return torch.nn.functional.normalize(torch.stack([next(rows[text.side]) for text in texts]), dim=-1)
 
 

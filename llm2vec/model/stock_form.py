@@ -77,22 +77,18 @@ STRAY_BLANK = (
 
 @dataclass(frozen=True)
 class StockForm:
-    """A template as ids before a text, prompts, and ids behind it.
+    """A template as ids before a text, prompts, and ids behind it."""
 
-    Attributes:
-        rows: renders the template; what the stock form must equal.
-        before: ids that the tokenizer writes first.
-        written: characters that `before` ends with, so that no prompt repeats them.
-        behind: ids that the tokenizer writes last.
-        pooling_mode: ours.
-        include_prompt: whether pooling reads what stands before the text.
-    """
-
+    #: Renders the template; what the stock form must equal.
     rows: RowTokenizer
+    #: Ids that the tokenizer writes first.
     before: tuple[int, ...]
+    #: Characters that `before` ends with, so that no prompt repeats them.
     written: str
+    #: Ids that the tokenizer writes last.
     behind: tuple[int, ...]
     pooling_mode: PoolingMode
+    #: Whether pooling reads what stands before the text.
     include_prompt: bool
 
     def prompt(self, instruction: str, side: TextSide = "query") -> str:
@@ -160,11 +156,7 @@ def stock_model(
 
 
 def check_expressible(rows: RowTokenizer, settings: EncoderSettings) -> None:
-    """Refuse what no tokenizer with prompts can say.
-
-    Raises:
-        UserError: names the reason.
-    """
+    """Refuse what no tokenizer with prompts can say, by a `UserError` that names the reason."""
     template, skips = rows.template, _skips_instruction(settings)
     forms = [segments_of(template, settings.pooling_mode, side) for side in get_args(TextSide)]
     if any(sum(segment.kind == "text" for segment in form) > 1 for form in forms):
@@ -176,7 +168,6 @@ def check_expressible(rows: RowTokenizer, settings: EncoderSettings) -> None:
             "pooling_mode is 'weighted_mean' without the instruction: sentence-transformers weights a token by its "
             "place in the whole row, this project by its place behind the instruction."
         )
-    behind = _behind(rows, "query")
     room = settings.max_length - min(_bare_row(rows, side).target.count(False) for side in get_args(TextSide))
     if settings.doc_max_length is not None and settings.doc_max_length < room:
         raise UserError(
@@ -185,6 +176,7 @@ def check_expressible(rows: RowTokenizer, settings: EncoderSettings) -> None:
         )
     if not skips:
         return
+    behind = _behind(rows, "query")
     tokens = rows.tokenizer.convert_ids_to_tokens(list(behind))
     if len(behind) > 1 or not set(behind) <= set(rows.tokenizer.added_tokens_decoder):
         raise UserError(
@@ -245,24 +237,20 @@ def write_form(
     if attention == "bidirectional":
         reason = "older versions ignore is_causal: false, attend causally and give other vectors"
         top["requirements"] = {"transformers": {"specifier": f">={BIDIRECTIONAL_SINCE}", "reason": reason}}
-    files: dict[str, Any] = {
-        "modules.json": [
-            {"idx": i, "name": str(i), "path": path, "type": f"sentence_transformers.models.{name}"}
-            for i, (path, name) in enumerate(_MODULES)
-        ],
-        "1_Pooling/config.json": {
-            "word_embedding_dimension": hidden_size,
-            "pooling_mode": pooling,
-            **{switch: mode == pooling for mode, switch in SWITCHES.items()},
-            "include_prompt": form.include_prompt,
-        },
-        "2_Normalize/config.json": {},
-        "sentence_bert_config.json": {"max_seq_length": form.rows.max_length, "do_lower_case": False},
-        "config_sentence_transformers.json": top,
-    }
-    for name, content in files.items():
-        (folder / name).parent.mkdir(exist_ok=True)
-        write_json(folder / name, content)
+    modules = [
+        {"idx": i, "name": str(i), "path": path, "type": f"sentence_transformers.models.{name}"}
+        for i, (path, name) in enumerate(_MODULES)
+    ]
+    switches = {switch: mode == pooling for mode, switch in SWITCHES.items()}
+    pools = {"word_embedding_dimension": hidden_size, "pooling_mode": pooling, **switches}
+    for path, _ in _MODULES[1:]:
+        (folder / path).mkdir(exist_ok=True)
+    write_json(folder / "modules.json", modules)
+    write_json(folder / "1_Pooling/config.json", {**pools, "include_prompt": form.include_prompt})
+    write_json(folder / "2_Normalize/config.json", {})
+    lengths = {"max_seq_length": form.rows.max_length, "do_lower_case": False}
+    write_json(folder / "sentence_bert_config.json", lengths)
+    write_json(folder / "config_sentence_transformers.json", top)
 
 
 def probes(rows: RowTokenizer) -> list[InstructedText]:
@@ -276,15 +264,12 @@ def probes(rows: RowTokenizer) -> list[InstructedText]:
 
 
 class TextComparison(NamedTuple):
-    """A text in the stock form, beside its row here.
+    """A text in the stock form, beside its row here."""
 
-    Attributes:
-        difference: what is rendered or pooled otherwise, in words; None = nothing.
-        stray_blank: whether the mean reads the blank before the text, which counts to the instruction here. A tokenizer
-            has the last word on it: it joins the blank with a word, and leaves it alone before a digit.
-    """
-
+    #: What is rendered or pooled otherwise, in words; None = nothing.
     difference: str | None
+    #: Whether the mean reads the blank before the text, which counts to the instruction here. A tokenizer has the last
+    #: word on it: it joins the blank with a word, and leaves it alone before a digit.
     stray_blank: bool = False
 
 

@@ -1,29 +1,145 @@
-"""Evaluated runs beside one another: which are compared, by how much one is ahead, and what makes that doubtful."""
+"""Evaluated runs beside the paper (verdicts with a stated tolerance) and beside one another (intervals).
+
+Everything is x 100. The interval comes from a paired bootstrap: what is drawn again, tasks or queries, is drawn for
+both runs alike, so that what makes a task hard for both cancels. It knows nothing of the spread between training runs
+of the same recipe, which only further seeds can show.
+"""
 
 from __future__ import annotations
 
+import math
 import statistics
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from typing import Any, Literal, NamedTuple
 
-from llm2vec.reports.intervals import MIN_UNITS, Interval, paired_interval
+import numpy as np
+from numpy.typing import NDArray
+
 from llm2vec.reports.paper import Paper
 from llm2vec.reports.results import Results
 from llm2vec.types import UserError
 
+Verdict = Literal["within", "near", "off", "not judged"]
+
+#: A score of one task may differ from the paper's by this much and be within; see `TOLERANCES`.
+TASK_TOLERANCE = 2.0
+TOLERANCES = (
+    f"Within: at most {TASK_TOLERANCE:g} / sqrt(n) points from the paper, n being the number of tasks averaged "
+    f"({TASK_TOLERANCE:.2f} for one task, {TASK_TOLERANCE / math.sqrt(15):.2f} for 15, "
+    f"{TASK_TOLERANCE / math.sqrt(56):.2f} for 56). Near: at most twice that. Off: further away. Why these: from one "
+    "of the paper's models to the next, the difference of Anchor and baseline on the same task varies by 2.0 points "
+    "(standard deviation, Tables 14 and 15); that is the only spread the paper shows, as it gives one run a row, and "
+    "independent deviations shrink with the root of their number. For the mean of 56, within is then just under a "
+    "quarter of the smallest gain the paper reports (1.12), and near just under half of it: a run that is near still "
+    "lies nearer to its own row than to the other."
+)
+
+NUM_RESAMPLES = 10_000
+LEVEL = 0.95
+#: With fewer tasks or queries a bootstrap interval is much too narrow, and none is given.
+MIN_UNITS = 10
+#: Resamples are drawn in batches of about this many numbers, so that 10,000 of many queries fit into memory.
+_BATCH = 2_000_000
+
+
+class Check(NamedTuple):
+    """A measured value beside the paper's; either may be missing."""
+
+    measured: float | None
+    printed: float | None
+    num_tasks: int
+    #: Why the paper's value is not held against a run; empty where it is.
+    doubt: str = ""
+
+    @property
+    def difference(self) -> float | None:
+        """Measured minus printed."""
+        return None if self.measured is None or self.printed is None else self.measured - self.printed
+
+    @property
+    def verdict(self) -> Verdict | None:
+        """How far off; None where either value is missing."""
+        if self.difference is None:
+            return None
+        if self.doubt:
+            return "not judged"
+        # The paper rounds to two decimals, and so is the difference: no verdict hangs on the digits behind.
+        tolerance, distance = TASK_TOLERANCE / math.sqrt(self.num_tasks), round(abs(self.difference), 2)
+        return "within" if distance <= tolerance else "near" if distance <= 2 * tolerance else "off"
+
+
+class Interval(NamedTuple):
+    """A difference of two runs and where it lies when the units (tasks or queries) are drawn again."""
+
+    difference: float
+    low: float
+    high: float
+    num_units: int
+    #: How many of the units the first run is ahead on.
+    num_ahead: int
+
+    def sentence(self, unit: str) -> str:
+        """The interval in words."""
+        return (
+            f"{self.difference:+.2f}, {LEVEL:.0%} interval {self.low:+.2f} to {self.high:+.2f} (paired bootstrap over "
+            f"{self.num_units:,} {unit}, {NUM_RESAMPLES:,} resamples); ahead on {self.num_ahead:,} of them"
+        )
+
+
+def paired_interval(*tasks: tuple[Mapping[str, float], Mapping[str, float]], seed: int = 0) -> Interval:
+    """Difference of two runs, a mean over tasks, with units drawn again within each task; the tasks are fixed.
+
+    Args:
+        tasks: A pair each: unit (query) -> score of the first run, and of the second. A single pair has no tasks to
+            keep apart: its units may be tasks, too.
+        seed: Seed of the resampling.
+
+    Returns:
+        The mean over tasks of the first run's mean less the second's, and its percentile interval.
+
+    Raises:
+        UserError: The units of a pair differ, there are fewer than `MIN_UNITS`, or scipy is not there.
+
+    Example:
+        >>> paired_interval((anchor, baseline)).sentence("tasks")   # NFCorpus -> 35.0, ...
+    """
+    try:
+        from scipy.stats import bootstrap  # comes with mteb
+    except ImportError as error:
+        raise UserError('An interval needs scipy: pip install -e ".[eval]".') from error
+    differences: list[NDArray[np.float64]] = []
+    for first, second in tasks:
+        if alone := sorted(first.keys() ^ second.keys()):
+            raise UserError(f"Only one of the two runs has {', '.join(alone[:5])} ({len(alone)} in all).")
+        if len(first) < MIN_UNITS:
+            raise UserError(f"An interval needs {MIN_UNITS} or more tasks or queries, here there are {len(first)}.")
+        differences.append(np.array([first[unit] - second[unit] for unit in sorted(first)], dtype=np.float64))
+    units = np.concatenate(differences)
+    found = bootstrap(
+        differences,
+        _mean_of_means,
+        n_resamples=NUM_RESAMPLES,
+        batch=max(1, _BATCH // len(units)),
+        confidence_level=LEVEL,
+        method="percentile",
+        rng=np.random.default_rng(seed),
+    ).confidence_interval
+    difference = float(_mean_of_means(*differences))
+    return Interval(difference, float(found.low), float(found.high), len(units), int((units > 0).sum()))
+
+
+def _mean_of_means(*groups: NDArray[np.float64], axis: int = -1) -> Any:
+    return np.mean([group.mean(axis=axis) for group in groups], axis=0)
+
 
 @dataclass(frozen=True)
 class EvaluatedRun:
-    """One set of results under the name the paper's tables know it by, or any other.
-
-    Attributes:
-        name: For instance `anchor`, `baseline` or `anchor@25`.
-        results: What was read.
-        query_scores: Task -> query -> score x 100, of tasks whose predictions were kept.
-    """
+    """One set of results under the name the paper's tables know it by (`anchor`, `anchor@25`), or any other."""
 
     name: str
     results: Results
+    #: Task -> query -> score x 100, of tasks whose predictions were kept.
     query_scores: Mapping[str, Mapping[str, float]] = field(default_factory=dict)
 
     @property
@@ -32,15 +148,8 @@ class EvaluatedRun:
         return self.results.scores
 
 
-@dataclass(frozen=True)
-class Comparison:
-    """A paired comparison of two runs.
-
-    Attributes:
-        label: which runs, on what.
-        unit: what was drawn again: "tasks", "queries".
-        interval: the difference, and where it lies.
-    """
+class Comparison(NamedTuple):
+    """A paired comparison of two runs: which, on what; what was drawn again (tasks, queries); the outcome."""
 
     label: str
     unit: str
@@ -66,30 +175,7 @@ def compare_runs(runs: Sequence[EvaluatedRun], paper: Paper) -> list[Comparison]
     return [comparison for pair in pairs(runs) for comparison in _compare(*pair, paper)]
 
 
-def comparison_sentences(
-    comparisons: Sequence[Comparison], runs: Sequence[EvaluatedRun], paper: Paper, model: str | None
-) -> list[str]:
-    """The comparisons in words, those that cannot be made, the paper's own, and runs scored on different data.
-
-    Args:
-        comparisons: of `compare_runs`.
-        runs: the runs that were compared.
-        paper: the paper's data.
-        model: which of the paper's models the runs are compared with; None = none.
-    """
-    sentences = [f"{c.label}: {c.interval.sentence(c.unit)}." for c in comparisons]
-    sentences += [sentence for pair in pairs(runs) for sentence in _too_few(*pair, paper)]
-    return sentences + _paper_interval(paper, model) + _different_data(runs)
-
-
-def _common_tasks(run: EvaluatedRun, other: EvaluatedRun, paper: Paper) -> list[str]:
-    """The tasks of the 56 that both have; any others if there is none of these."""
-    common = set(run.scores) & set(other.scores)
-    return sorted(common & set(paper.tasks) or common)
-
-
 def _compare(run: EvaluatedRun, other: EvaluatedRun, paper: Paper) -> list[Comparison]:
-    """Over the tasks that both have, and over the queries of tasks where both have scores of single queries."""
     tasks, label = _common_tasks(run, other, paper), f"{run.name} - {other.name}"
     found = []
     if len(tasks) >= MIN_UNITS:
@@ -109,31 +195,40 @@ def _compare(run: EvaluatedRun, other: EvaluatedRun, paper: Paper) -> list[Compa
     return found
 
 
-def _too_few(run: EvaluatedRun, other: EvaluatedRun, paper: Paper) -> list[str]:
-    tasks = _common_tasks(run, other, paper)
-    if len(tasks) >= MIN_UNITS:
-        return []
-    if not tasks:
-        return [f"{run.name} and {other.name} have no task in common."]
-    mean = statistics.fmean(run.scores[task] - other.scores[task] for task in tasks)
-    over = f"the {len(tasks)} tasks both have" if len(tasks) > 1 else f"{tasks[0]}, the one task both have"
-    return [f"{run.name} - {other.name}: {mean:+.2f} over {over}, too few for an interval."]
+def _common_tasks(run: EvaluatedRun, other: EvaluatedRun, paper: Paper) -> list[str]:
+    """The tasks of the 56 that both have; any others if there is none of these."""
+    common = set(run.scores) & set(other.scores)
+    return sorted(common & set(paper.tasks) or common)
 
 
-def _paper_interval(paper: Paper, model: str | None) -> list[str]:
-    """The same bootstrap over the paper's own scores, to judge a run's by."""
-    if model not in paper.expected:
-        return []
-    interval = paired_interval((paper.expected[model]["anchor"], paper.expected[model]["baseline"]))
-    return [f"The paper's own scores, anchor - baseline: {interval.sentence('tasks')}."]
+def comparison_sentences(
+    comparisons: Sequence[Comparison], runs: Sequence[EvaluatedRun], paper: Paper, model: str | None
+) -> list[str]:
+    """The comparisons in words, those that cannot be made, the paper's own, and runs scored on different data.
 
-
-def _different_data(runs: Sequence[EvaluatedRun]) -> list[str]:
-    """Differences mean little where two runs were scored on different data."""
-    sentences = []
+    Args:
+        comparisons: of `compare_runs`, for the same `runs`.
+        runs: what was compared.
+        paper: the paper's data.
+        model: which of the paper's models the runs are compared with; None = none.
+    """
+    sentences = [f"{c.label}: {c.interval.sentence(c.unit)}." for c in comparisons]
+    different = []
     for run, other in pairs(runs):
+        tasks = _common_tasks(run, other, paper)
+        if not tasks:
+            sentences.append(f"{run.name} and {other.name} have no task in common.")
+        elif len(tasks) < MIN_UNITS:
+            mean = statistics.fmean(run.scores[task] - other.scores[task] for task in tasks)
+            over = f"the {len(tasks)} tasks both have" if len(tasks) > 1 else f"{tasks[0]}, the one task both have"
+            sentences.append(f"{run.name} - {other.name}: {mean:+.2f} over {over}, too few for an interval.")
         mine, theirs = run.results.data_revisions, other.results.data_revisions
-        if tasks := [task for task in mine if task in theirs and mine[task] != theirs[task]]:
-            said = f"{run.name} and {other.name} were scored on different revisions of the data of {', '.join(tasks)}"
-            sentences.append(f"{said}: their differences there are not the model's alone.")
-    return sentences
+        if differing := [task for task in mine if task in theirs and mine[task] != theirs[task]]:
+            different.append(
+                f"{run.name} and {other.name} were scored on different revisions of the data of "
+                f"{', '.join(differing)}: their differences there are not the model's alone."
+            )
+    if model in paper.expected:  # the same bootstrap over the paper's own scores, to judge a run's by
+        interval = paired_interval((paper.expected[model]["anchor"], paper.expected[model]["baseline"]))
+        sentences.append(f"The paper's own scores, anchor - baseline: {interval.sentence('tasks')}.")
+    return sentences + different

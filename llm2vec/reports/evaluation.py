@@ -1,8 +1,7 @@
 """The report on evaluated runs: what is missing, who is ahead by how much, and the paper's tables beside the runs.
 
-From results that were read (`results.py`) and the paper's data (`paper.py`) to one report, and from there to a
-terminal, Markdown, JSON and a static HTML page with its figures: early Stage II (the paper's Figure 2), score by
-training stage (Figure 3) and loss curves (Figure 4). Whatever was measured is shown, whoever is ahead.
+From results and the paper's data to one report, and from there to a terminal, Markdown, JSON and a static HTML page
+with its figures. Whatever was measured is shown, whoever is ahead.
 """
 
 from __future__ import annotations
@@ -14,22 +13,23 @@ from pathlib import Path
 from typing import Any, cast, get_args
 
 from llm2vec.files import write_json, write_text
-from llm2vec.reports.comparisons import Comparison, EvaluatedRun, compare_runs, comparison_sentences
-from llm2vec.reports.figures import (
-    LOSSES_CAPTION,
-    Picture,
-    by_stage_figure,
-    early_stage_figure,
-    losses_figure,
-    space_pictures,
+from llm2vec.reports import figures
+from llm2vec.reports.comparisons import (
+    TOLERANCES,
+    Check,
+    Comparison,
+    EvaluatedRun,
+    Verdict,
+    compare_runs,
+    comparison_sentences,
 )
-from llm2vec.reports.intervals import TOLERANCES, Check, Verdict
+from llm2vec.reports.figures import Picture
 from llm2vec.reports.logs import read_log, read_spaces, space_table
 from llm2vec.reports.page import make_folder, write_page
 from llm2vec.reports.paper import SUBSET, Paper, mean_of
 from llm2vec.reports.paper_tables import paper_tables
 from llm2vec.reports.scores import Score, ScoredStage
-from llm2vec.table import Cell, Table, escape_markdown
+from llm2vec.table import Table, escape_markdown
 from llm2vec.types import UserError
 
 _TITLE = "Evaluation on MTEB"
@@ -39,36 +39,30 @@ _MTEB_CHANGED = (
     "ToxicConversations, seeded clustering, and in most retrieval tasks a document that equals its query now counts."
 )
 _FIGURE_STAGES = ("base", "stage_I", "baseline", "anchor")
-_FIGURE_TASK, _FIGURE_METRIC = "15-task subset", "mean main score"
 
 
 @dataclass(frozen=True)
 class EvaluationReport:
     """Everything that is shown, and the four forms it is shown in.
 
-    Attributes:
-        sentences: what is said first: coverage, differences, what is off.
-        comparisons: of runs with one another.
-        tables: the first stands before the pictures.
-        checks: title of a table -> what it compares with the paper, each comparison under a name.
-        pictures: figures with their captions.
-        facts: what goes below the tables: how the numbers came about.
-        runs: what was read.
-        paper_model: which of the paper's models the runs are compared with; None = with none.
-
     Example:
         >>> runs = [EvaluatedRun(name, read_results(Path("results", name))) for name in ("anchor", "baseline")]
         >>> print(build_report(runs, read_paper(), "LLaMA-3.2-1B-Instruct", losses={}).text())
     """
 
+    runs: tuple[EvaluatedRun, ...]
+    #: Which of the paper's models the runs are compared with; None = with none.
+    paper_model: str | None
+    #: What is said first: coverage, differences, what is off.
     sentences: list[str]
     comparisons: list[Comparison]
+    #: The first stands before the pictures.
     tables: list[Table]
+    #: Title of a table -> what it compares with the paper, each comparison under a name.
     checks: dict[str, dict[str, Check]]
     pictures: list[Picture]
+    #: How the numbers came about.
     facts: dict[str, str]
-    runs: tuple[EvaluatedRun, ...]
-    paper_model: str | None
 
     def write(self, folder: Path) -> Path:
         """Write `report.md`, `report.json`, the figures as PNG files and, last, `report.html` with the figures inside.
@@ -106,16 +100,8 @@ class EvaluationReport:
 
     def data(self) -> dict[str, Any]:
         """The report as plain data for JSON, scores x 100 and not rounded."""
-        runs = {
-            run.name: {
-                "model": run.results.model,
-                "revision": run.results.revision,
-                "mteb_versions": run.results.mteb_versions,
-                "scores": run.scores,
-                "problems": run.results.problems,
-            }
-            for run in self.runs
-        }
+        shown = ("model", "revision", "mteb_versions", "scores", "problems")
+        runs = {run.name: {name: getattr(run.results, name) for name in shown} for run in self.runs}
         checks = {
             title: {
                 name: {**check._asdict(), "difference": check.difference, "verdict": check.verdict}
@@ -167,22 +153,16 @@ def build_report(
     sentences = [sentence for run in runs for sentence in _describe(run, paper)]
     sentences += comparison_sentences(comparisons, runs, paper, paper_model)
     tables, checks = [table for table, _ in of_paper], {table.title: checks for table, checks in of_paper}
-    sentences += _far_off(checks)
+    for title, of_table in checks.items():
+        off = [f"{name} ({check.difference:+.2f})" for name, check in of_table.items() if check.verdict == "off"]
+        sentences += [f"Off the paper in {title}: {', '.join(off)}."] * bool(off)
     if (beside := _verdict_table(checks)).rows:
         tables.append(beside)
-    spaces = read_spaces(cast(Mapping[ScoredStage, Path], losses))
-    if spaces:
+    if spaces := read_spaces(cast(Mapping[ScoredStage, Path], losses)):
         tables.append(space_table(spaces, "Embedding space along training"))
-    return EvaluationReport(
-        sentences=sentences,
-        comparisons=comparisons,
-        tables=tables,
-        checks=checks,
-        pictures=_pictures(runs, paper, paper_model, losses) + space_pictures(spaces),
-        facts=_facts(runs, paper, paper_model),
-        runs=tuple(runs),
-        paper_model=paper_model,
-    )
+    pictures = _pictures(runs, paper, paper_model, losses) + figures.space_pictures(spaces)
+    facts = _facts(runs, paper, paper_model)
+    return EvaluationReport(tuple(runs), paper_model, sentences, comparisons, tables, checks, pictures, facts)
 
 
 def _describe(run: EvaluatedRun, paper: Paper) -> list[str]:
@@ -193,33 +173,22 @@ def _describe(run: EvaluatedRun, paper: Paper) -> list[str]:
     said += " of the subset" if whole == SUBSET else ""
     others = len(set(run.scores) - set(paper.tasks))
     said += f", {others} other task{'s' * (others > 1)}" * bool(others)
-    if not present:
-        sentences = [f"{said}."]
-    elif mean is not None:
-        sentences = [f"{said}, mean {mean:.2f}."]
-    else:
+    if mean is not None:
+        said += f", mean {mean:.2f}"
+    elif present:
         missing = [task for task in tasks if task not in run.scores]
         listed = ", ".join(missing) if len(missing) <= len(present) else f"all but {', '.join(present)}"
-        sentences = [f"{said}, so there is no mean of {len(tasks)}; missing: {listed}."]
-    return sentences + [f"{run.name}, {task}: {why}; counted as missing." for task, why in run.results.problems.items()]
-
-
-def _far_off(checks: Mapping[str, Mapping[str, Check]]) -> list[str]:
-    sentences = []
-    for title, of_table in checks.items():
-        off = [f"{name} ({check.difference:+.2f})" for name, check in of_table.items() if check.verdict == "off"]
-        sentences += [f"Off the paper in {title}: {', '.join(off)}."] * bool(off)
-    return sentences
+        said += f", so there is no mean of {len(tasks)}; missing: {listed}"
+    faults = run.results.problems.items()
+    return [f"{said}.", *(f"{run.name}, {task}: {why}; counted as missing." for task, why in faults)]
 
 
 def _verdict_table(checks: Mapping[str, Mapping[str, Check]]) -> Table:
     """How many comparisons of each table have which verdict."""
-    rows: list[list[Cell]] = []
-    for title, of_table in checks.items():
-        count = Counter(check.verdict for check in of_table.values())
-        if any(count[verdict] for verdict in get_args(Verdict)):
-            rows.append([title, *(str(count[verdict]) for verdict in get_args(Verdict))])
-    return Table(["Verdicts", *get_args(Verdict)], rows, "Beside the paper", TOLERANCES)
+    words = get_args(Verdict)
+    counts = {title: Counter(check.verdict for check in of_table.values()) for title, of_table in checks.items()}
+    rows = [[title, *(str(n[word]) for word in words)] for title, n in counts.items() if any(n[w] for w in words)]
+    return Table(["Verdicts", *words], rows, "Beside the paper", TOLERANCES)
 
 
 def _facts(runs: Sequence[EvaluatedRun], paper: Paper, model: str | None) -> dict[str, str]:
@@ -249,19 +218,17 @@ def _pictures(
         drawn = {score.stage for score in along}
         printed = _stage_scores("paper", paper.tables[9].get(model or "", {}))
         printed = [score for score in printed if score.stage in drawn]
-        caption = (
-            "Mean of Table 8's 15 tasks against Stage II step (the paper's Figure 2). One run a line, so no spread."
-        )
-        pictures.append(Picture("early_stage.png", early_stage_figure(along + printed), caption))
+        caption = "Mean of Table 8's 15 tasks against Stage II step (Figure 2 of the paper). One run a line: no spread."
+        pictures.append(Picture("early_stage.png", figures.early_stage_figure(along + printed), caption))
     stages = _stage_scores("measured", {name: mean for name, mean in means.items() if name in _FIGURE_STAGES})
     if len(stages) > 1:
         printed = _stage_scores("paper", paper.tables[10].get(model or "", {}))
-        caption = "Mean of Table 8's 15 tasks after each training stage (the paper's Figure 3)."
-        pictures.append(Picture("by_stage.png", by_stage_figure(stages + printed), caption))
+        caption = "Mean of Table 8's 15 tasks after each training stage (Figure 3 of the paper)."
+        pictures.append(Picture("by_stage.png", figures.by_stage_figure(stages + printed), caption))
     if losses:
         logs = {cast(ScoredStage, stage): read_log(path) for stage, path in losses.items()}
-        caption = f"{LOSSES_CAPTION} (The paper's Figure 4.)"
-        pictures.append(Picture("losses.png", losses_figure(logs), caption))
+        caption = f"{figures.LOSSES_CAPTION} (Figure 4 of the paper.)"
+        pictures.append(Picture("losses.png", figures.losses_figure(logs), caption))
     return pictures
 
 
@@ -271,6 +238,6 @@ def _stage_scores(model: str, means: Mapping[str, Any]) -> list[Score]:
     for name, mean in means.items():
         stage, _, step = name.partition("@")
         if stage in get_args(ScoredStage) and (step.isdecimal() or not step):
-            at = int(step) if step else None
-            scores.append(Score(model, stage, at, _FIGURE_TASK, _FIGURE_METRIC, mean / 100))  # type: ignore[arg-type]
+            run = (model, cast(ScoredStage, stage), int(step) if step else None)
+            scores.append(Score(*run, "15-task subset", "mean main score", mean / 100))
     return scores

@@ -1,7 +1,7 @@
-"""Figures of the reports: scores, losses, and the embedding space along training.
+"""Figures of the reports: scores, losses, and the embedding space along training. Needs matplotlib.
 
 Those of the paper are score against Stage II step (its Figure 2), score by training stage (Figure 3) and loss curves
-(Figure 4). Whatever was measured is drawn, whoever is ahead. Reads no file. Needs matplotlib.
+(Figure 4). Whatever was measured is drawn, whoever is ahead.
 """
 
 from __future__ import annotations
@@ -73,8 +73,7 @@ class Picture(NamedTuple):
 
 def early_stage_figure(curves: Sequence[Score]) -> Figure:
     """Score against Stage II step, one line a stage and model: mean over seeds, band from lowest to highest."""
-    figure = _new_figure(7.5, 4.4)
-    axes = figure.add_subplot()
+    figure, axes = _new_axes()
     curves = [score for score in curves if score.step is not None]
     means = run_means(curves)
     models = list(dict.fromkeys(model for model, _, _ in means))
@@ -88,7 +87,6 @@ def early_stage_figure(curves: Sequence[Score]) -> Figure:
         low, high = [min(values) for values in points.values()], [max(values) for values in points.values()]
         axes.fill_between(steps, low, high, color=STAGE_COLOURS[stage], alpha=0.15, linewidth=0)
     _finish(axes, "Early Stage II", "Stage II optimiser step", _score_label(curves))
-    _whole_steps(axes)
     axes.set_xlim(left=0)
     axes.legend(frameon=False)
     return figure
@@ -99,10 +97,8 @@ def by_stage_figure(scores: Sequence[Score]) -> Figure:
 
     Of several steps of one stage the last one counts.
     """
-    figure = _new_figure(7.5, 4.4)
-    axes = figure.add_subplot()
+    figure, axes = _new_axes()
     last = {(model, stage): values for (model, stage, _), values in run_means(scores).items()}
-    lexical = [values for (_, stage), values in last.items() if stage == "bm25"]
     bars = {key: values for key, values in last.items() if key[1] != "bm25"}
     models = list(dict.fromkeys(model for model, _ in bars))
     stages = [stage for stage in get_args(ScoredStage) if any(stage == key[1] for key in bars)]
@@ -113,8 +109,8 @@ def by_stage_figure(scores: Sequence[Score]) -> Figure:
         axes.annotate(f"{mean:.1f}", top, (0, 5), textcoords="offset points", ha="center")
         if len(values) > 1:
             axes.plot([position] * len(values), values, "o", color="black", markersize=3, alpha=0.6)
-    for values in lexical[:1]:
-        value = statistics.fmean(values)
+    if lexical := next((values for (_, stage), values in last.items() if stage == "bm25"), None):
+        value = statistics.fmean(lexical)
         axes.axhline(value, color=STAGE_COLOURS["bm25"], linestyle="--", linewidth=1, label=f"BM25: {value:.1f}")
     if len(models) > 1:  # a group a model; colours name the stages
         axes.set_xticks([i * (len(stages) + 1) + (len(stages) - 1) / 2 for i in range(len(models))], models)
@@ -142,7 +138,6 @@ def losses_figure(logs: Mapping[ScoredStage, Sequence[Mapping[str, float]]]) -> 
     _finish(left, "Stage I: reconstruction", "Stage I optimiser step", "cross-entropy, nats per token")
     _finish(right, "Stage II: contrastive", "Stage II optimiser step", "InfoNCE, nats per query")
     for axes in (left, right):
-        _whole_steps(axes)
         if axes.lines:
             axes.legend(frameon=False, fontsize=9)
         else:
@@ -163,11 +158,9 @@ def space_pictures(spaces: Mapping[ScoredStage, Space]) -> list[Picture]:
         lines = {name: [(one.step, one.all) for one in of_run] for name, of_run in ends.items()}
         pictures.append(Picture("similarities.png", similarities_figure(lines), _SIMILARITIES_CAPTION))
     for stage, shapes in drawn.items():
-        if shapes[-1].sources:
-            lines = {
-                name: [(one.step, one.sources.get(name, {})) for one in first_and_last(shapes)]
-                for name in shapes[-1].sources
-            }
+        if sources := shapes[-1].sources:
+            ends_of = first_and_last(shapes)
+            lines = {name: [(one.step, one.sources.get(name, {})) for one in ends_of] for name in sources}
             caption = f"{STAGE_NAMES[stage]}, by source; drawn as the figure of all sources above."
             pictures.append(Picture(f"similarities_{stage}.png", similarities_figure(lines), caption))
     return pictures
@@ -190,7 +183,6 @@ def paths_figure(spaces: Mapping[ScoredStage, Space]) -> Figure:
         _finish(axes, f"Dimensions in use, {name}", f"{name} optimiser step", "effective rank")
         if axes.lines:
             axes.set_ylim(0, 1.12 * max(1, axes.dataLim.y1))
-        _whole_steps(axes)
     if path.lines:
         path.legend(frameon=False, fontsize=9)
     return figure
@@ -213,11 +205,8 @@ def similarities_figure(lines: Mapping[str, Sequence[tuple[int, Histograms]]]) -
     grid[0, 0].set_xlim(*_occupied(everything))
     for axes in grid[-1]:
         axes.set_xlabel("cosine")
-    handles = [
-        Patch(facecolor=colour, alpha=0.6, label=label)
-        for kind, (label, colour) in _KINDS.items()
-        if any(kind in histograms for histograms in everything)
-    ]
+    drawn = [_KINDS[kind] for kind in _KINDS if any(kind in histograms for histograms in everything)]
+    handles = [Patch(facecolor=colour, alpha=0.6, label=label) for label, colour in drawn]
     figure.legend(handles=handles, loc="outside upper center", ncols=3, frameon=False)
     return figure
 
@@ -274,24 +263,26 @@ def _new_figure(width: float, height: float) -> Figure:
     return figure
 
 
+def _new_axes() -> tuple[Figure, Axes]:
+    figure = _new_figure(7.5, 4.4)
+    return figure, figure.add_subplot()
+
+
 def _finish(axes: Axes, title: str, x_label: str, y_label: str) -> None:
-    """Title, labels with units, a light grid behind, no box."""
+    """Title, labels with units, a light grid behind, no box, ticks at whole numbers of optimiser steps."""
     axes.set_title(title, loc="left", fontweight="bold")
     axes.set_xlabel(x_label)
     axes.set_ylabel(y_label)
     axes.grid(axis="y", color="#dddddd", linewidth=0.8)
     axes.set_axisbelow(True)
     axes.spines[["top", "right"]].set_visible(False)
-
-
-def _whole_steps(axes: Axes) -> None:
-    """Ticks at whole numbers of optimiser steps."""
-    axes.xaxis.set_major_locator(MaxNLocator(integer=True, steps=[1, 2, 2.5, 5, 10]))
+    if x_label.endswith("step"):
+        axes.xaxis.set_major_locator(MaxNLocator(integer=True, steps=[1, 2, 2.5, 5, 10]))
 
 
 def _occupied(histograms: Sequence[Histograms]) -> tuple[float, float]:
     """The range of cosines that any bin with a pair covers, a little wider."""
     counts = [np.array(of_kind) for one in histograms for of_kind in one.values() if sum(of_kind)]
-    lows = [-1 + 2 * np.flatnonzero(of_kind)[0] / len(of_kind) for of_kind in counts]
-    highs = [-1 + 2 * (np.flatnonzero(of_kind)[-1] + 1) / len(of_kind) for of_kind in counts]
-    return max(-1.0, min(lows, default=-1) - 0.02), min(1.0, max(highs, default=1) + 0.02)
+    lows = [np.flatnonzero(of_kind)[0] / len(of_kind) for of_kind in counts]
+    highs = [(np.flatnonzero(of_kind)[-1] + 1) / len(of_kind) for of_kind in counts]
+    return max(-1.0, 2 * min(lows, default=0) - 1.02), min(1.0, 2 * max(highs, default=1) - 0.98)

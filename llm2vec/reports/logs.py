@@ -1,7 +1,7 @@
 """What training runs logged, for the reports: losses, and the embedding space along training, read and as tables.
 
-Reads the figures from a run's `log.jsonl` and the histograms from the `diagnostics.jsonl` beside it (what they are is
-in `probes/diagnostics.py`). Runs that logged no diagnostics have no space. Knows no figure.
+From a run's `log.jsonl`, and the histograms in the `diagnostics.jsonl` beside it (`probes/diagnostics.py` says what
+they are). Runs that logged no diagnostics have no space.
 """
 
 from __future__ import annotations
@@ -135,14 +135,12 @@ def space_table(spaces: Mapping[ScoredStage, Space], title: str) -> Table:
     keys = [key for key in _COLUMNS if any(f"eval_{key}" in entry for s in spaces.values() for entry in s.log)]
     rows: list[list[Cell]] = []
     for stage, space in spaces.items():
-        last = space.log[-1]
+        last, name = space.log[-1], STAGE_NAMES[stage].partition(" (")[0].removesuffix(" only")
         sources = [key.partition("/")[2] for key in last if key.startswith("eval_alignment/")]
         lines = [(entry, "all", "") for entry in first_and_last(space.log)]
-        lines += [(last, source, f"/{source}") for source in sources]
-        for entry, source, suffix in lines:
+        for entry, source, suffix in [*lines, *((last, source, f"/{source}") for source in sources)]:
             values = [(entry.get(f"eval_{key}{suffix}"), _COLUMNS[key][1]) for key in keys]
             cells = [None if value is None else factor * value for value, factor in values]
-            name = STAGE_NAMES[stage].partition(" (")[0].removesuffix(" only")
             rows.append([name, shortened(source), f"{entry['step']:,.0f}", *cells])
     header = ["Trained with", "Source", "Step", *(_COLUMNS[key][0] for key in keys)]
     return Table(header, rows, title, _SPACE_NOTE)
@@ -150,7 +148,7 @@ def space_table(spaces: Mapping[ScoredStage, Space], title: str) -> Table:
 
 def first_and_last(entries: Sequence[Any]) -> list[Any]:
     """Both ends of a list, or its only entry."""
-    return list(entries) if len(entries) == 1 else [entries[0], entries[-1]]
+    return [*entries[:1], *entries[1:][-1:]]
 
 
 def shortened(name: str, most: int = 40) -> str:

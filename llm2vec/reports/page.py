@@ -32,18 +32,15 @@ def write_page(
     sentences: Sequence[str] = (),
     facts: Mapping[str, str] | None = None,
 ) -> Path:
-    """Write a page. All text in it is escaped.
+    """Write a page, its folder too if that is missing; returns `file`, which is written last. All text is escaped.
 
     Args:
-        file: The page. Its folder is made if it is missing.
+        file: The page.
         title: Its heading.
         blocks: Tables, each with its title and note, and figures, in this order.
         note: A remark below the heading.
         sentences: What the page says first, a paragraph each.
         facts: Name -> text: how the numbers came about, at the end.
-
-    Returns:
-        `file`, which is written last.
 
     Raises:
         UserError: The folder cannot be made.
@@ -56,9 +53,8 @@ def write_page(
             images[block.name] = base64.b64encode(content).decode()
             with whole(file.with_name(block.name)) as aside:
                 aside.write_bytes(content)
-    template = _TEMPLATES.get_template("page.html.jinja")
-    text = template.render(title=title, note=note, sentences=sentences, blocks=blocks, images=images, facts=facts or {})
-    write_text(file, text)
+    said = {"title": title, "note": note, "sentences": sentences, "facts": facts or {}}
+    write_text(file, _TEMPLATES.get_template("page.html.jinja").render(blocks=blocks, images=images, **said))
     return file
 
 

@@ -101,16 +101,9 @@ class Paper:
     def doubt(self, table: int, model: str | None, run: str, column: str) -> Inconsistency | None:
         """The contradiction that keeps a cell from being held against a run, if there is one."""
         runs = ("anchor", "baseline") if run == "delta" else (run,)
-        for found in self.inconsistencies:
-            cell = (found.table, found.model, found.column)
-            if cell == (table, model, column) and found.run in runs and not found.judged:
-                return found
-        return None
-
-    def run_names(self, model: str) -> tuple[str, ...]:
-        """The runs of a model that some table prints a score of."""
-        names = [run for models in self.tables.values() for run in models.get(model, {}) if run != "delta"]
-        return tuple(dict.fromkeys(names))
+        cells = [(table, model, one, column) for one in runs]
+        found = (one for one in self.inconsistencies if (one.table, one.model, one.run, one.column) in cells)
+        return next((one for one in found if not one.judged), None)
 
     def check_names(self, model: str, names: Sequence[str]) -> None:
         """Refuse a model that the paper does not have, and names of which it has none.
@@ -120,8 +113,8 @@ class Paper:
         """
         if model not in self.models:
             raise UserError(f"paper_model: the paper has no {model}; choose one of {', '.join(self.models)}.")
-        known = self.run_names(model)
-        if not set(names) & set(known):
+        known = {run: None for models in self.tables.values() for run in models.get(model, {}) if run != "delta"}
+        if not known.keys() & set(names):
             finished = ", ".join(name for name in known if "@" not in name)
             along = " (anchor@25 for a checkpoint after 25 steps)" if any("@" in name for name in known) else ""
             said = f"names: the paper has no {' or '.join(names)} of {model}"
@@ -130,9 +123,7 @@ class Paper:
 
 def mean_of(scores: Mapping[str, float], tasks: Sequence[str]) -> float | None:
     """Mean score over `tasks`; None unless every one of them is there, as a partial mean cannot be compared."""
-    if not all(task in scores for task in tasks):
-        return None
-    return statistics.fmean(scores[task] for task in tasks)
+    return statistics.fmean(scores[task] for task in tasks) if all(task in scores for task in tasks) else None
 
 
 def read_paper(folder: Path = PAPER_DATA) -> Paper:
@@ -144,23 +135,23 @@ def read_paper(folder: Path = PAPER_DATA) -> Paper:
     Raises:
         UserError: a file is missing or is not what it should be.
     """
-    paper = folder / "paper"
-    numbers = (1, 3, 4, 5, 9, 10, 11, 14, 15)
-    expected = [_read(path) for path in sorted((folder / "expected").glob("*.json"))]
-    doubts = _read(paper / "inconsistencies.json")
+
+    def read(path: Path) -> dict[str, Any]:
+        return read_object(path, f"The paper's data file {path}")
+
+    numbers = (1, 2, 3, 4, 5, 8, 9, 10, 11, 14, 15)
+    tables = {number: read(folder / "paper" / f"table_{number}.json") for number in numbers}
+    expected = [read(path) for path in sorted((folder / "expected").glob("*.json"))]
+    doubts = read(folder / "paper" / "inconsistencies.json")
     try:
         return Paper(
-            columns={name: tuple(tasks) for name, tasks in _read(paper / "categories.json")["columns"].items()},
-            subset=tuple(task for tasks in _read(paper / "table_8.json")["columns"].values() for task in tasks),
-            tables={number: _read(paper / f"table_{number}.json")["models"] for number in numbers},
-            comparators=_read(paper / "table_2.json")["models"],
+            columns={k: tuple(tasks) for k, tasks in read(folder / "paper" / "categories.json")["columns"].items()},
+            subset=tuple(task for tasks in tables.pop(8)["columns"].values() for task in tasks),
+            comparators=tables.pop(2)["models"],
+            tables={number: table["models"] for number, table in tables.items()},
             expected={file["model"]: {run: file[run] for run in ("baseline", "anchor")} for file in expected},
             inconsistencies=tuple(Inconsistency(**cell) for cell in doubts["cells"]),
             remarks=tuple(doubts["remarks"]),
         )
     except (KeyError, TypeError, AttributeError) as error:
         raise UserError(f"{folder}: the paper's data files are not as this project ships them ({error!r}).") from None
-
-
-def _read(path: Path) -> dict[str, Any]:
-    return read_object(path, f"The paper's data file {path}")

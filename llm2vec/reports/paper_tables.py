@@ -9,8 +9,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 
-from llm2vec.reports.comparisons import EvaluatedRun, pairs
-from llm2vec.reports.intervals import Check
+from llm2vec.reports.comparisons import Check, EvaluatedRun, pairs
 from llm2vec.reports.paper import BEIR, COLUMNS, SUBSET, Paper, mean_of
 from llm2vec.table import Cell, Table
 
@@ -95,7 +94,7 @@ def _column_table(
             rows.append([f"{line.label}, paper", *(_printed(check, line.sign) for check in row)])
             rows.append([f"{line.label}, difference", *(_shown(check.difference, "+") for check in row)])
             rows.append([f"{line.label}, verdict", *(check.verdict for check in row)])
-        checks.update({f"{line.label} {column}": check for column, check in zip(COLUMNS, row, strict=True)})
+        checks |= {f"{line.label} {column}": check for column, check in zip(COLUMNS, row, strict=True)}
     marks = [found.sentence() for found in paper.inconsistencies if (found.table, found.model) == (number, model)]
     note = "Scores x 100; Avg is the mean over the 56 tasks, not over the categories."
     return PaperTable(Table(["", *COLUMNS], rows, title, " ".join([note, *marks])), checks)
@@ -106,13 +105,20 @@ def _task_table(runs: Sequence[EvaluatedRun], paper: Paper, model: str | None) -
     scored = {task for run in runs for task in run.scores}
     if not scored:
         return None
-    number = next((n for n in (14, 15) if model in paper.tables[n]), None)
     expected = dict(paper.expected.get(model or "", {}))
     if expected:
         expected["delta"] = _differences(expected["anchor"], expected["baseline"])
     lines = [(line, expected.get(line.name)) for line in _lines(runs)]
     rows: list[list[Cell]] = []
     checks: dict[str, Check] = {}
+
+    def add_means(label: str, tasks: Sequence[str]) -> None:
+        row: list[Cell] = [label]
+        for line, printed in lines:
+            row.append(_whole(line.values, tasks, line.sign))
+            row += [] if printed is None else [_whole(printed, tasks, line.sign), ""]
+        rows.append(row)
+
     for column, tasks in {**paper.columns, "": tuple(sorted(scored - set(paper.tasks)))}.items():
         for task in (task for task in tasks if task in scored):
             row: list[Cell] = [task]
@@ -123,27 +129,16 @@ def _task_table(runs: Sequence[EvaluatedRun], paper: Paper, model: str | None) -
                 checks[f"{line.label} {task}"] = check
             rows.append(row)
         if column and scored.intersection(tasks):
-            rows.append(_means_row(f"Mean of {column} ({len(tasks)})", tasks, lines))
+            add_means(f"Mean of {column} ({len(tasks)})", tasks)
     if scored.intersection(paper.tasks):
-        rows.append(_means_row("Mean of 56", paper.tasks, lines))
-    header = ["Task"]
+        add_means("Mean of 56", paper.tasks)
+    header, note = ["Task"], "Main scores x 100."
     for line, printed in lines:
         header += [line.label] if printed is None else [line.label, "paper", "verdict"]
-    note = "Main scores x 100."
-    if any(printed is not None for _, printed in lines):
+    if len(header) > 1 + len(lines):
         note += " Means have their verdict in the table by category."
-    title = "MTEB by task" + (f" (Table {number})" if number else "")
-    return PaperTable(Table(header, rows, title, note), checks)
-
-
-def _means_row(
-    label: str, tasks: Sequence[str], lines: Sequence[tuple[_Line, Mapping[str, float] | None]]
-) -> list[Cell]:
-    row: list[Cell] = [label]
-    for line, printed in lines:
-        row.append(_whole(line.values, tasks, line.sign))
-        row += [] if printed is None else [_whole(printed, tasks, line.sign), ""]
-    return row
+    number = next((f" (Table {n})" for n in (14, 15) if model in paper.tables[n]), "")
+    return PaperTable(Table(header, rows, f"MTEB by task{number}", note), checks)
 
 
 def _means_table(
@@ -197,9 +192,8 @@ def _whole(values: Mapping[str, float], tasks: Sequence[str], sign: str) -> Cell
 
 def _printed(check: Check, sign: str) -> Cell:
     """The paper's value, with a star where it is in doubt."""
-    if check.printed is None or not check.doubt:
-        return _shown(check.printed, sign)
-    return f"{check.printed:{sign}.2f}*"
+    in_doubt = check.printed is not None and check.doubt
+    return f"{check.printed:{sign}.2f}*" if in_doubt else _shown(check.printed, sign)
 
 
 def _shown(value: float | None, sign: str) -> Cell:

@@ -7,9 +7,11 @@ with several splits or languages, those of MTEB(eng, v1) count: test (MSMARCO: d
 from __future__ import annotations
 
 import csv
+import io
 import math
 import statistics
 from collections.abc import Iterator, Mapping
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -18,20 +20,16 @@ from llm2vec.files import json_lines, read_object
 from llm2vec.types import UserError
 
 AGGREGATE = "CQADupstackRetrieval"
-_FORUMS = (
-    *("Android", "English", "Gaming", "Gis", "Mathematica", "Physics"),
-    *("Programmers", "Stats", "Tex", "Unix", "Webmasters", "Wordpress"),
-)
+_FORUMS = "Android English Gaming Gis Mathematica Physics Programmers Stats Tex Unix Webmasters Wordpress"
 #: The 12 tasks whose mean is CQADupstackRetrieval.
-PARTS = tuple(f"CQADupstack{forum}Retrieval" for forum in _FORUMS)
+PARTS = tuple(f"CQADupstack{forum}Retrieval" for forum in _FORUMS.split())
 
 #: Tasks of MTEB(eng, v1) that come in several languages, and the subset that counts.
 _ENGLISH = {
-    **dict.fromkeys(("AmazonCounterfactualClassification", "AmazonReviewsClassification", "STS22"), "en"),
-    **dict.fromkeys(("MTOPDomainClassification", "MTOPIntentClassification"), "en"),
-    **dict.fromkeys(("MassiveIntentClassification", "MassiveScenarioClassification"), "en"),
-    "STS17": "en-en",
-}
+    "AmazonCounterfactualClassification": "en", "AmazonReviewsClassification": "en", "MTOPDomainClassification": "en",
+    "MTOPIntentClassification": "en", "MassiveIntentClassification": "en", "MassiveScenarioClassification": "en",
+    "STS17": "en-en", "STS22": "en",
+}  # fmt: skip
 #: Tasks in which a document may be the query itself and is then not counted as retrieved.
 _IGNORE_IDENTICAL = frozenset({"ArguAna", "FEVER", "FiQA2018", "MSMARCO", "QuoraRetrieval"})
 #: How far the mean over queries may lie from the recorded score, which mteb rounds to five digits.
@@ -40,23 +38,18 @@ _ROUNDING = 0.002
 
 @dataclass(frozen=True)
 class Results:
-    """The scores of one revision of one model.
+    """The scores of one revision of one model."""
 
-    Attributes:
-        model: Its name, as mteb writes it.
-        revision: Name of the folder.
-        folder: Where the files lie.
-        scores: Task -> main score x 100; the parts of CQADupstackRetrieval count once, as their mean.
-        problems: Task -> why its file or files give no score; such a task is missing.
-        data_revisions: Task -> revision of the data it was scored on.
-        mteb_versions: Versions of mteb that wrote the files.
-    """
-
+    #: As mteb writes it.
     model: str
+    #: Name of `folder`, where the files lie.
     revision: str
     folder: Path
+    #: Task -> main score x 100; the parts of CQADupstackRetrieval count once, as their mean.
     scores: dict[str, float]
+    #: Task -> why its file or files give no score; such a task is missing.
     problems: dict[str, str]
+    #: Task -> revision of the data it was scored on.
     data_revisions: dict[str, str]
     mteb_versions: tuple[str, ...]
 
@@ -107,10 +100,7 @@ def read_query_scores(predictions: Path, task: str, qrels: Path, main_score: flo
     relevant = _read_qrels(qrels)
     predicted = _read_predictions(predictions / f"{task}_predictions.json", task)
     if task in _IGNORE_IDENTICAL:
-        predicted = {
-            query: {document: score for document, score in found.items() if document != query}
-            for query, found in predicted.items()
-        }
+        predicted = {query: {d: score for d, score in of.items() if d != query} for query, of in predicted.items()}
     scores = {query: 100 * score for query, score in ndcg_at_10(predicted, relevant).items()}
     mean = statistics.fmean(scores.values()) if scores else math.nan
     if not abs(mean - main_score) <= _ROUNDING:
@@ -172,10 +162,9 @@ def _holds_results(folder: Path) -> bool:
 
 def _read_json(path: Path) -> dict[str, Any]:
     """The object in a file; empty if the file is cut off or is no object."""
-    try:
+    with suppress(UserError):
         return read_object(path)
-    except UserError:
-        return {}
+    return {}
 
 
 def _main_score(task: str, content: Mapping[str, Any]) -> float:
@@ -257,14 +246,14 @@ def _rows_of(path: Path) -> Iterator[tuple[str, Mapping[str, Any]]]:
         yield from json_lines(path)
         return
     try:
-        with path.open(encoding="utf-8-sig", newline="") as lines:
-            rows = csv.DictReader(lines, delimiter="\t")
-            try:
-                yield from ((f"{path}, line {rows.line_num}", row) for row in rows)
-            except csv.Error as error:
-                where = f"{path}, line {rows.line_num + 1}"
-                raise UserError(f"{where}: expected columns with tabs between them ({error}).") from None
+        text = path.read_bytes().decode("utf-8-sig")
     except OSError as error:
         raise UserError(f"{path}: cannot be read ({error.strerror}).") from None
     except UnicodeDecodeError as error:
         raise UserError(f"{path}: the judgements are not UTF-8 ({error.reason}).") from None
+    rows = csv.DictReader(io.StringIO(text, newline=""), delimiter="\t")
+    try:
+        yield from ((f"{path}, line {rows.line_num}", row) for row in rows)
+    except csv.Error as error:
+        where = f"{path}, line {rows.line_num + 1}"
+        raise UserError(f"{where}: expected columns with tabs between them ({error}).") from None

@@ -8,7 +8,7 @@ from __future__ import annotations
 import statistics
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from typing import Literal, TypeAlias, get_args
+from typing import Any, Literal, TypeAlias, get_args
 
 from llm2vec.table import Cell, Table
 from llm2vec.types import UserError
@@ -35,24 +35,18 @@ _METRIC_NAMES = {"ndcg_at_10": "nDCG@10", "cosine_spearman": "Spearman"}
 class Score:
     """One score of one checkpoint. Scores of a run that differ in `seed` are repeats and are averaged.
 
-    Attributes:
-        model: name of the model.
-        stage: what was trained.
-        step: optimiser step of the stage; None where there is none, as for BM25 and the base model.
-        task: name of the task.
-        metric: mteb's name of the metric.
-        value: a fraction, -1 to 1; shown x 100.
-        seed: of the training; None where there is none.
-
     Example:
         >>> Score("Llama-3.2-1B", "anchor", 2000, "NFCorpus", "ndcg_at_10", 0.35, seed=42)
     """
 
     model: str
     stage: ScoredStage
+    #: Optimiser step of the stage; None where there is none, as for BM25 and the base model.
     step: int | None
     task: str
+    #: mteb's name of the metric.
     metric: str
+    #: A fraction, -1 to 1; shown x 100.
     value: float
     seed: int | None = None
 
@@ -72,12 +66,11 @@ def common_columns(scores: Iterable[Score]) -> list[tuple[str, str]]:
     Raises:
         UserError: No pair is common to all.
     """
-    found: dict[tuple[str, ScoredStage, int | None, int | None], set[tuple[str, str]]] = {}
-    order: dict[tuple[str, str], None] = {}
+    found: dict[Any, dict[tuple[str, str], None]] = {}
     for score in scores:
-        found.setdefault((score.model, score.stage, score.step, score.seed), set()).add((score.task, score.metric))
-        order[score.task, score.metric] = None
-    columns = [column for column in order if all(column in present for present in found.values())]
+        found.setdefault((score.model, score.stage, score.step, score.seed), {})[score.task, score.metric] = None
+    first, *others = found.values() or [{}]
+    columns = [column for column in first if all(column in of_run for of_run in others)]
     if not columns:
         raise UserError("There is no task that all checkpoints have a score of: evaluate them on the same tasks.")
     return columns
@@ -103,22 +96,20 @@ def score_table(scores: Sequence[Score], title: str = "", *, marks_best: bool = 
 
     Scores are x 100 and None where there is none.
     """
-    columns = list(dict.fromkeys((score.task, score.metric) for score in scores))
-    common = common_columns(scores)
-    values: dict[tuple[RunKey, tuple[str, str]], list[float]] = {}
+    common, means = common_columns(scores), run_means(scores)
+    values: dict[tuple[str, str], dict[RunKey, list[float]]] = {}
     for score in scores:
-        key = (score.model, score.stage, score.step), (score.task, score.metric)
-        values.setdefault(key, []).append(100 * score.value)
-    means = run_means(scores)
+        of_task = values.setdefault((score.task, score.metric), {})
+        of_task.setdefault((score.model, score.stage, score.step), []).append(100 * score.value)
     repeated = any(len(of_seeds) > 1 for of_seeds in means.values())
-    header = ["Model", "Trained with", "Step", *(f"{task} {metric_name(metric)}" for task, metric in columns)]
-    header += [f"Mean of {len(common)}"] * (len(columns) > 1) + ["Seeds", "Lowest", "Highest"] * repeated
+    header = ["Model", "Trained with", "Step", *(f"{task} {metric_name(metric)}" for task, metric in values)]
+    header += [f"Mean of {len(common)}"] * (len(values) > 1) + ["Seeds", "Lowest", "Highest"] * repeated
     rows: list[list[Cell]] = []
     for run, of_seeds in means.items():
         model, stage, step = run
         row: list[Cell] = [model, STAGE_NAMES[stage], "" if step is None else f"{step:,}"]
-        row += [statistics.fmean(values[run, column]) if (run, column) in values else None for column in columns]
-        row += [statistics.fmean(of_seeds)] * (len(columns) > 1)
+        row += [statistics.fmean(of_task[run]) if run in of_task else None for of_task in values.values()]
+        row += [statistics.fmean(of_seeds)] * (len(values) > 1)
         row += [str(len(of_seeds)), min(of_seeds), max(of_seeds)] * repeated
         rows.append(row)
     note = "Scores x 100; the highest of a column is bold." if marks_best else "Scores x 100."
@@ -134,13 +125,10 @@ def verdicts(scores: Sequence[Score]) -> list[str]:
         if anchor is None or stage not in ("baseline", "control"):
             continue
         mine, other = statistics.fmean(anchor), statistics.fmean(values)
-        ahead = "level" if mine == other else "ahead" if mine > other else "behind"
-        gap = f"{ahead} by {abs(mine - other):.2f}" if mine != other else ahead
-        runs = (
-            f"{len(anchor)} and {len(values)} runs" if len(anchor) + len(values) > 2 else "one run each, so no spread"
-        )
-        name = STAGE_NAMES[stage].partition(" (")[0].lower()
-        sentences.append(f"{model}: Anchor {mine:.2f}, {name} {other:.2f}: Anchor is {gap} ({runs}).")
+        gap = "level" if mine == other else f"{'ahead' if mine > other else 'behind'} by {abs(mine - other):.2f}"
+        is_single = len(anchor) == len(values) == 1
+        runs = "one run each, so no spread" if is_single else f"{len(anchor)} and {len(values)} runs"
+        sentences.append(f"{model}: Anchor {mine:.2f}, {stage} {other:.2f}: Anchor is {gap} ({runs}).")
     return sentences
 
 

@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 
-from llm2vec.reports.intervals import TASK_TOLERANCE, Check
+from llm2vec.reports.comparisons import TASK_TOLERANCE, Check
 from llm2vec.reports.paper import BEIR, COLUMNS, PAPER_DATA, SUBSET, mean_of, read_paper
 from llm2vec.types import UserError
 

@@ -8,7 +8,7 @@ from collections.abc import Iterable
 import numpy as np
 import pytest
 
-from llm2vec.reports.intervals import LEVEL, MIN_UNITS, NUM_RESAMPLES, Check, Interval, paired_interval
+from llm2vec.reports.comparisons import LEVEL, MIN_UNITS, NUM_RESAMPLES, Check, Interval, paired_interval
 from llm2vec.types import UserError
 
 
