@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from llm2vec.model.backbone import Backbone
 from llm2vec.model.packing import packed_hidden_states
 from llm2vec.model.pooling import pool_packed
 from llm2vec.model.settings import EncoderSettings
@@ -15,7 +15,7 @@ from llm2vec.types import Pass, TokenBatch
 
 
 def embed(
-    model: Backbone, settings: EncoderSettings, sides: Mapping[str, TokenBatch], embeddings: Tensor | None = None
+    model: Any, settings: EncoderSettings, sides: Mapping[str, TokenBatch], embeddings: Tensor | None = None
 ) -> dict[str, Tensor]:
     """Embeddings [texts, D] of each side's texts, in the model's dtype, not normalised; one pass for all sides.
 
