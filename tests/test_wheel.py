@@ -79,6 +79,8 @@ def test_its_commands_run_outside_any_clone(site: Path, tmp_path: Path) -> None:
         "alpha": 0.2,
         "per_device_train_batch_size": 4,
         "max_steps": 2,
+        "report_to": "none",
+        "use_cpu": True,
     }
     (tmp_path / "config.json").write_text(json.dumps(keys), encoding="utf-8")
     write_jsonl(tmp_path / "sets/MySet/corpus.jsonl", [{"_id": "a", "text": "she wrote it"}])
@@ -88,7 +90,8 @@ def test_its_commands_run_outside_any_clone(site: Path, tmp_path: Path) -> None:
     commands = [
         ["check-data", "data", "--sources", "nq"],
         ["plan", "config.json"],
-        ["export", "model", "exported"],
+        ["stage-1", "config.json"],
+        ["export", "out", "exported"],
         ["eval", *evaluation, "--dry_run"],
         ["eval", *evaluation, "--device", "cpu"],
         ["report", "results", "--names", "anchor", "--paper_model", "LLaMA-3.2-1B-Instruct"],
@@ -104,7 +107,7 @@ def test_its_commands_run_outside_any_clone(site: Path, tmp_path: Path) -> None:
         timeout=600,
     )
     assert done.returncode == 0, done.stderr
-    file, (_, plan, export, dry_run, scores, report) = json.loads(done.stdout)
+    file, (_, plan, _, export, dry_run, scores, report) = json.loads(done.stdout)
     assert Path(file).is_relative_to(site)
     assert "nq   " in done.stderr and (tmp_path / "data/hashes.json").is_file()
     assert "template llama3" in plan
