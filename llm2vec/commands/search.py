@@ -19,7 +19,6 @@ import argparse
 import io
 import json
 import logging
-import os
 import sys
 import textwrap
 from collections.abc import Iterator, Sequence
@@ -102,22 +101,13 @@ def _parse_args(argv: Sequence[str]) -> argparse.Namespace:
 
 
 def build_index(source: Path, folder: Path, choice: ModelChoice, batch_size: int = 32) -> int:
-    """Index a folder of text files or a JSONL file; an index that is there is replaced.
+    """Index a folder of text files or a JSONL file; an index that is there is replaced. Returns the number of passages.
 
     Vectors keep about as many bits as the model computes with: float32 for float32 weights, float16 (11 significant
     bits, where bfloat16 has 8) for the others.
 
-    Args:
-        source: what to read.
-        folder: where the index goes; new, empty or an index.
-        choice: the model.
-        batch_size: as in `LLM2Vec.encode`.
-
-    Returns:
-        Number of passages.
-
     Raises:
-        UserError: `folder` is something else or cannot be written, or source or model cannot be read.
+        UserError: `folder` holds anything but an index or cannot be written, or source or model cannot be read.
     """
     if folder.exists() and not (folder / VECTORS_FILE).is_file() and (not folder.is_dir() or any(folder.iterdir())):
         raise UserError(f"{folder} is there and is no index; give a folder that is not there yet.")
@@ -150,22 +140,14 @@ def build_index(source: Path, folder: Path, choice: ModelChoice, batch_size: int
 class TextIndex:
     """An index that `build_index` has written; the vectors stay on disk.
 
-    Example:
         index = TextIndex(Path("output/docs-index"))
         index.search(index.load_model(), ["which key is it when memory runs out"], k=3)
 
-    Attributes:
-        folder: where it lies.
-        model: the model that made it, as it was named then.
-        revision: that model's hash.
+    Raises:
+        UserError: there is none, or its files are cut short or of two indexes.
     """
 
     def __init__(self, folder: Path) -> None:
-        """Open an index.
-
-        Raises:
-            UserError: there is none, or its files are cut short or of two indexes.
-        """
         from safetensors import SafetensorError, safe_open
 
         if not (folder / VECTORS_FILE).is_file() or not (folder / TEXTS_FILE).is_file():
@@ -183,10 +165,7 @@ class TextIndex:
         self._lines = (folder / TEXTS_FILE).read_bytes().splitlines()
 
     def load_model(self, choice: ModelChoice | None = None) -> LLM2Vec:
-        """The model that made the index.
-
-        Args:
-            choice: where it lies now; None = where it lay then.
+        """The model that made the index, from where it lay then, or `choice`.
 
         Raises:
             UserError: it is another one, or was trained further since.
@@ -200,14 +179,7 @@ class TextIndex:
         return choice.load()
 
     def search(self, model: LLM2Vec, queries: Sequence[str], k: int, instruction: str = "") -> list[list[Hit]]:
-        """The best passages for each query, best first; among equal scores the earlier passage.
-
-        Args:
-            model: from `load_model`.
-            queries: texts.
-            k: how many passages a query; fewer where the index has fewer.
-            instruction: put before the queries; empty = none.
-        """
+        """The k best passages for each query, or all; among equal scores the earlier one of the index first."""
         import torch
         from safetensors import safe_open
 
@@ -240,8 +212,10 @@ def _unit_vectors(
 def _passages(source: Path, most: int) -> Iterator[dict[str, str]]:
     """`where`, `title` and `text` of each passage; `most` characters in one of a text file."""
     if source.is_dir():
-        for file in _text_files(source):
+        for file in sorted(file for file in source.rglob("*") if file.suffix in SUFFIXES):
             where = file.relative_to(source).as_posix()
+            if where.startswith(".") or "/." in where:  # .git, .venv
+                continue
             try:
                 content = file.read_text(encoding="utf-8-sig")
             except (UnicodeDecodeError, OSError):  # a link to nowhere, no permission
@@ -260,15 +234,6 @@ def _passages(source: Path, most: int) -> Iterator[dict[str, str]]:
             yield {"where": where, "title": title, "text": text}
     else:
         raise UserError(f"{source}: a folder of text files or a .jsonl file is needed.")
-
-
-def _text_files(folder: Path) -> list[Path]:
-    """Text files at any depth, but not below a folder whose name begins with a dot (.git, .venv)."""
-    files = []
-    for parent, folders, names in os.walk(folder):
-        folders[:] = [name for name in folders if not name.startswith(".")]
-        files += [Path(parent, name) for name in names if name.endswith(SUFFIXES)]
-    return sorted(files)
 
 
 def _cut(text: str, most: int) -> Iterator[tuple[int, str]]:

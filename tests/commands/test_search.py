@@ -124,10 +124,11 @@ def test_a_folder_is_read_in_order_without_what_is_hidden_or_no_text(tmp_path: P
 
 
 def test_a_link_to_nowhere_and_a_byte_order_mark_stop_nobody(tmp_path: Path, caplog: Any) -> None:
+    (tmp_path / "gone.md").symlink_to(tmp_path / "nowhere")
     (tmp_path / ".#notes.md").symlink_to(tmp_path / "somebody@somewhere.1234")  # as Emacs marks a file that it edits
     (tmp_path / "notes.md").write_bytes(b"\xef\xbb\xbfhello\n")
     assert [(p["where"], p["text"]) for p in _passages(tmp_path, 100)] == [("notes.md:1", "hello")]
-    assert caplog.messages == ["'.#notes.md' cannot be read or is not UTF-8, and is left out"]
+    assert caplog.messages == ["'gone.md' cannot be read or is not UTF-8, and is left out"]
 
 
 def test_a_file_name_that_is_not_utf8_can_be_indexed(tmp_path: Path, model_folder: Path, capsys: Any) -> None:
