@@ -22,6 +22,7 @@ import torch
 from transformers.utils import logging as transformers_logging
 
 from benchmarks import sections
+from benchmarks.growth import growth, growth_figure, growth_lines
 from benchmarks.measure import Line, lines_table, surroundings, worker_environment
 from benchmarks.processes import process_lines, speed_over_processes
 from benchmarks.sections import CPU, CUDA, LARGE, QUICK, Options
@@ -78,15 +79,15 @@ def main(argv: Sequence[str]) -> None:
     if "encode" in args.only:
         lines += sections.encode(options, plan)
     if "growth" in args.only:
-        points = sections.growth(options, plan)
-        lines += sections.growth_lines(points)
+        points = growth(options, plan)
+        lines += growth_lines(points)
     if "processes" in args.only:
         counts = [n for n in plan.processes if args.device == "cpu" or n <= torch.cuda.device_count()]
         on_cpu = args.device == "cpu"
         speeds = speed_over_processes(plan.shape, counts, rows=plan.growth_rows, rounds=options.rounds, on_cpu=on_cpu)
         lines += process_lines(speeds, plan.growth_rows)
     if args.plot is not None:
-        sections.growth_figure(points, speeds).savefig(args.plot)
+        growth_figure(points, speeds).savefig(args.plot)
     text = f"{where}\n\n{plan.describe(options.rounds)}\n\n{lines_table(lines)}\n"
     print(text, end="")
     if args.out is not None:

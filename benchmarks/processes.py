@@ -19,16 +19,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from benchmarks.inputs import DOCUMENT_LENGTH, INSTRUCTION, LONGEST_ROW, QUERY_LENGTH, Shape, random_pairs, write_model
 from benchmarks.measure import Line
-from benchmarks.variants import (
-    DOCUMENT_LENGTH,
-    INSTRUCTION,
-    LONGEST_ROW,
-    QUERY_LENGTH,
-    Shape,
-    random_pairs,
-    write_model,
-)
 from llm2vec.types import UserError
 
 SCRIPT = Path(__file__).parents[1] / "experiments/run_stage_I.py"

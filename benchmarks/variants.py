@@ -1,28 +1,34 @@
 """What the benchmark measures: each function here sets one variant up and hands back a step that is ready to run.
 
-All variants of a case get the same rows and the same random weights: packed training steps (the package's own), the
-release's and those of sentence-transformers (`reference.py`), encoding by both libraries, and plain matrix
-products, whose speed is the ceiling of all of them. Rows are random token ids with the lengths of real queries and
-documents; how fast a step is does not depend on what the tokens say.
+All variants of a case get the same rows and the same random weights (`inputs.py`): packed training steps (the package's
+own), the release's and those of sentence-transformers (`reference.py`), encoding by both libraries, and plain matrix
+products, whose speed is the ceiling of all of them.
 
 Run by `benchmarks/benchmark.py` through `measure.py`, each in a process of its own.
 """
 
 from __future__ import annotations
 
-import math
-import random
 from collections.abc import Callable, Sequence
-from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, replace
-from pathlib import Path
-from typing import Any, Literal, cast
+from typing import Any, Literal
 
 import torch
 from peft import LoraConfig
 from torch import Tensor
-from transformers import LlamaConfig, LlamaForCausalLM, LlamaModel
 
+from benchmarks.inputs import (
+    LORA_ALPHA,
+    LORA_R,
+    Case,
+    Shape,
+    batch_indices,
+    fill_lora,
+    packed_batch,
+    random_lora,
+    random_model,
+    random_rows,
+)
 from benchmarks.measure import Meter, Runnable
 from benchmarks.reference import (
     PaddedSide,
@@ -35,93 +41,16 @@ from benchmarks.reference import (
 )
 from llm2vec.llm2vec import LLM2Vec, as_instructed
 from llm2vec.llm2vec_q2d_d2q import BidirectionalReconstruction
-from llm2vec.model.backbone import LORA_MODULES, attach_lora, enable_checkpointing
+from llm2vec.model.backbone import LORA_MODULES, enable_checkpointing
 from llm2vec.model.settings import EncoderSettings
 from llm2vec.objectives.contrastive import ContrastiveLearning
-from llm2vec.quickstart.tiny import train_tokenizer
-from llm2vec.text.batches import pack_rows
 from llm2vec.text.tokenization import Row, render_instruction
 from llm2vec.train.step import backward_step, split_batch
-from llm2vec.types import Batch, TokenBatch
-
-#: Of the weights, and of what is computed with them; `autocast` is float32 weights computed with in bfloat16.
-Precision = Literal["float32", "bfloat16", "autocast"]
 
 ALPHA = 0.2
 LOSS_SCALE = 20.0
-LORA_R, LORA_ALPHA = 16, 32
 SETTINGS = EncoderSettings(pooling_mode="last", template="plain", attention="causal")
-#: A chat header such as Llama-3's: the same tokens in front of every text, and one behind it.
-HEADER, CLOSING = (1, 2, 3, 4, 5), 6
-LONGEST_ROW = 512
-QUERY_LENGTH = (24.0, 12.0)
-DOCUMENT_LENGTH = (170.0, 90.0)
-INSTRUCTION = "Given a web search query, retrieve relevant passages that answer the query"
 ENCODE_BATCH = 32
-
-
-@dataclass(frozen=True)
-class Shape:
-    """Sizes of a random Llama; the default is the one that docs/performance.md speaks of."""
-
-    layers: int = 8
-    hidden: int = 512
-    intermediate: int = 1408
-    heads: int = 8
-    kv_heads: int = 8
-    vocabulary: int = 32_000
-
-    @property
-    def projections(self) -> list[tuple[int, int]]:
-        """Input and output width of a layer's seven matrices."""
-        d, kv, m = self.hidden, self.hidden * self.kv_heads // self.heads, self.intermediate
-        return [(d, d), (d, kv), (d, kv), (d, d), (d, m), (d, m), (m, d)]
-
-    def config(self) -> LlamaConfig:
-        """The same for transformers; input and output embeddings are not tied."""
-        return LlamaConfig(
-            vocab_size=self.vocabulary,
-            hidden_size=self.hidden,
-            intermediate_size=self.intermediate,
-            num_hidden_layers=self.layers,
-            num_attention_heads=self.heads,
-            num_key_value_heads=self.kv_heads,
-            tie_word_embeddings=False,
-        )
-
-
-@dataclass(frozen=True)
-class Case:
-    """One thing to be measured, the same for all its variants.
-
-    Attributes:
-        shape: of the model.
-        rows: queries of a batch, each with a positive (and in Stage II a negative).
-        precision: of weights and computation.
-        device: `cpu` or `cuda`.
-        batches: how many different ones; round i runs number i.
-        document_length: mean and standard deviation, tokens of a row; deviation 0 makes all equally long.
-        max_tokens: tokens that the packed steps run at once; None = the whole batch.
-        folder: a model that `write_model` wrote, for what loads its model from a folder.
-    """
-
-    shape: Shape
-    rows: int = 8
-    precision: Precision = "float32"
-    device: str = "cpu"
-    batches: int = 1
-    document_length: tuple[float, float] = DOCUMENT_LENGTH
-    max_tokens: int | None = None
-    folder: str = ""
-
-    @property
-    def dtype(self) -> torch.dtype:
-        """Of the weights."""
-        return torch.bfloat16 if self.precision == "bfloat16" else torch.float32
-
-    def computing(self) -> AbstractContextManager[Any]:
-        """Within it, the forward pass runs in the case's precision."""
-        return torch.autocast(self.device, torch.bfloat16) if self.precision == "autocast" else nullcontext()
 
 
 @dataclass(frozen=True)
@@ -136,7 +65,7 @@ class EncodeCase:
 
 
 def _packed_step(case: Case, objective: Any, sides: Sequence[str]) -> Callable[[int], None]:
-    batches = [packed_batch(case, i, sides) for i in _indices(case)]
+    batches = [packed_batch(case, i, sides) for i in batch_indices(case)]
 
     def step(i: int) -> None:
         with case.computing():
@@ -171,7 +100,7 @@ def release_stage_I(case: Case) -> Runnable:
     model = random_model(case.shape, with_head=True, device=case.device, dtype=case.dtype)
     enable_checkpointing(model, {"use_reentrant": False})
     batches = []
-    for i in _indices(case):
+    for i in batch_indices(case):
         query, document = (random_rows(case, side, i) for side in ("query", "positive"))
         whole = [pad([row.ids for row in side], case.device, left=True) for side in (query, document)]
         texts = [pad([_target_ids(row) for row in side], case.device, left=True) for side in (query, document)]
@@ -223,7 +152,7 @@ def sentence_transformers_stage_II(case: Case) -> Runnable:
     model.add_adapter(
         LoraConfig(r=LORA_R, lora_alpha=LORA_ALPHA, lora_dropout=0.0, target_modules=list(LORA_MODULES), bias="none")
     )
-    _fill_lora(model, case)
+    fill_lora(model, case)
     model.train()
     loss_of = sentence_transformers_loss(model, LOSS_SCALE)
     batches = _padded_triples(case, left=False)
@@ -237,7 +166,7 @@ def _padded_triples(case: Case, *, left: bool) -> list[list[PaddedSide]]:
     def padded(side: str, index: int) -> PaddedSide:
         return pad([row.ids for row in random_rows(case, side, index)], case.device, left=left)
 
-    return [[padded(side, i) for side in _TRIPLE] for i in _indices(case)]
+    return [[padded(side, i) for side in _TRIPLE] for i in batch_indices(case)]
 
 
 def _stage_II_work(case: Case, step: Callable[[int], None], model: Any) -> Runnable:
@@ -288,27 +217,6 @@ def encode_sentence_transformers(case: EncodeCase) -> Runnable:
 def _encoding_work(case: EncodeCase, step: Callable[[int], Tensor], lengths: Sequence[int]) -> Runnable:
     forward = training_flops(case.shape, lengths) / 3  # of a training step's three thirds
     return Runnable(step, case.device, [forward], [sum(lengths)])
-
-
-def random_words() -> list[str]:
-    """3,000 words to make texts and a tokenizer of."""
-    generator = random.Random(0)
-    return ["".join(generator.choices("abcdefghijklmnopqrstuvwxyz", k=generator.randint(2, 9))) for _ in range(3000)]
-
-
-def random_pairs(number: int, length: tuple[float, float], instruction: str = "") -> tuple[tuple[str, str], ...]:
-    """[instruction, text] pairs; a word is nearly a token."""
-    generator = random.Random(number)
-    words = random_words()
-    lengths = [random_length(generator, length, 3, LONGEST_ROW - 32) for _ in range(number)]
-    return tuple((instruction, " ".join(generator.choices(words, k=of_text))) for of_text in lengths)
-
-
-def write_model(folder: Path, shape: Shape, *, with_head: bool = False) -> None:
-    """A random decoder, and a tokenizer, in a folder."""
-    random_model(shape, with_head=with_head).save_pretrained(folder)
-    words = [f" {word}" for word in random_words()]
-    train_tokenizer(words, min(8000, shape.vocabulary)).save_pretrained(folder)
 
 
 # --- The ceiling ---
@@ -364,76 +272,5 @@ def training_flops(shape: Shape, lengths: Sequence[int], *, num_targets: int = 0
     return per_token * sum(lengths) + head + 12.0 * shape.layers * shape.hidden * pairs
 
 
-# --- Models and rows ---
-
-
-def random_model(shape: Shape, *, with_head: bool, device: str = "cpu", dtype: torch.dtype = torch.float32) -> Any:
-    """A random Llama in training mode; the same weights every time."""
-    model_class: Any = LlamaForCausalLM if with_head else LlamaModel
-    with torch.random.fork_rng(devices=[]), torch.device(device):
-        torch.manual_seed(0)
-        return model_class(shape.config()).to(dtype).train()
-
-
-def random_lora(case: Case) -> Any:
-    """The decoder with a LoRA adapter on all projections that is not zero; adapter and base in one dtype."""
-    base = random_model(case.shape, with_head=False, device=case.device, dtype=case.dtype)
-    model = attach_lora(base, r=LORA_R, alpha=LORA_ALPHA, dropout=0.0)
-    _fill_lora(model, case)
-    return model.train()
-
-
-def _fill_lora(model: Any, case: Case) -> None:
-    generator = torch.Generator().manual_seed(1)
-    for name, parameter in model.named_parameters():
-        if "lora_" in name:
-            parameter.data = torch.empty(parameter.shape).normal_(std=0.02, generator=generator).to(parameter.device)
-    model.to(case.dtype)
-
-
-def random_length(generator: random.Random, length: tuple[float, float], lowest: int, highest: int) -> int:
-    """A lognormal length of that mean and standard deviation, cut to the bounds."""
-    mean, deviation = length
-    variance = math.log(1 + (deviation / mean) ** 2)
-    drawn = generator.lognormvariate(math.log(mean) - variance / 2, math.sqrt(variance))
-    return max(lowest, min(highest, round(drawn)))
-
-
-def random_rows(case: Case, side: str, index: int) -> list[Row]:
-    """Rows of one side of batch number `index`: header, random text, closing token. Number -1 is tiny."""
-    generator = random.Random(f"{side} {index}")
-    rows = []
-    words = list(range(CLOSING + 1, case.shape.vocabulary))  # no new numbers for each text: a pool's would be 30 MB
-    shortest = len(HEADER) + 2
-    length = QUERY_LENGTH if side == "query" else case.document_length
-    for _ in range(case.rows if index >= 0 else 2):
-        tokens = random_length(generator, length, shortest, LONGEST_ROW) if index >= 0 else shortest + 2
-        text = generator.choices(words, k=tokens - shortest + 1)
-        around = [False] * len(HEADER)
-        rows.append(
-            Row(
-                [*HEADER, *text, CLOSING],
-                [*around, *[True] * (len(text) + 1)],
-                [*around, *[True] * len(text), False],
-            )
-        )
-    return rows
-
-
 def _target_ids(row: Row) -> list[int]:
     return [token for token, wanted in zip(row.ids, row.target, strict=True) if wanted]
-
-
-def packed_batch(case: Case, index: int, sides: Sequence[str]) -> Batch:
-    """The sides of batch number `index`, each laid end to end."""
-    batch: Batch = {}
-    for side in sides:
-        packed = pack_rows(random_rows(case, side, index))
-        moved = {name: v.to(case.device) if isinstance(v, Tensor) else v for name, v in packed.items()}
-        batch[side] = cast(TokenBatch, moved)
-    return batch
-
-
-def _indices(case: Case) -> list[int]:
-    """Of all batches; the tiny one stands last, where -1 finds it."""
-    return [*range(case.batches), -1]

@@ -17,6 +17,8 @@ import torch
 from helpers import tiny_model
 from torch import Tensor, nn
 
+from benchmarks.growth import GrowthPoint, growth_figure, growth_lines
+from benchmarks.inputs import Case, Shape, random_model, random_pairs, random_rows, write_model
 from benchmarks.measure import (
     Line,
     Meter,
@@ -30,21 +32,15 @@ from benchmarks.measure import (
     take_turns,
 )
 from benchmarks.reference import pad, release_stage_I_loss, release_stage_II_loss
-from benchmarks.sections import QUICK, GrowthPoint, growth_figure, growth_lines, lowest_cosine, peaks
+from benchmarks.sections import QUICK, lowest_cosine, peaks
 from benchmarks.variants import (
     LOSS_SCALE,
-    Case,
-    Shape,
     packed_stage_I,
     packed_stage_II,
-    random_model,
-    random_pairs,
-    random_rows,
     release_stage_I,
     release_stage_II,
     sentence_transformers_stage_II,
     training_flops,
-    write_model,
 )
 from llm2vec.text.tokenization import Row
 

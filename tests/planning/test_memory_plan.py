@@ -24,7 +24,7 @@ from torch.utils._pytree import tree_map_only
 from torch.utils.weak import WeakIdKeyDictionary
 from transformers import AutoModelForCausalLM, LlamaConfig, TrainingArguments
 
-from benchmarks.variants import Shape
+from benchmarks.inputs import Shape
 from benchmarks.variants import training_flops as bench_flops
 from llm2vec.data.collation import CollateSides
 from llm2vec.llm2vec_q2d_d2q import BidirectionalReconstruction
