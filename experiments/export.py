@@ -6,7 +6,7 @@ r"""`llm2vec export`: turn a checkpoint into a plain folder for other libraries.
 """
 
 from llm2vec.cli import run_command
-from llm2vec.commands.export import main
+from llm2vec.commands.models.export import main
 
 if __name__ == "__main__":
     run_command(main)

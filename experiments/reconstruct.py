@@ -5,7 +5,7 @@ python experiments/reconstruct.py output/stage_I/... --score held_out.jsonl --in
 """
 
 from llm2vec.cli import run_command
-from llm2vec.commands.reconstruct import main
+from llm2vec.commands.models.reconstruct import main
 
 if __name__ == "__main__":
     run_command(main)

@@ -5,7 +5,7 @@ python experiments/verify.py output/exported http://localhost:8000 --dtype bfloa
 """
 
 from llm2vec.cli import run_command
-from llm2vec.commands.verify import main
+from llm2vec.commands.models.verify import main
 
 if __name__ == "__main__":
     run_command(main)

@@ -338,7 +338,9 @@ def test_help_of_every_command_is_there_at_once(tmp_path: Path) -> None:
 
 
 def test_every_module_of_commands_is_a_command() -> None:
-    modules = {file.stem for file in (ROOT / "llm2vec/commands").glob("*.py")} - {"__init__"}
+    folder = ROOT / "llm2vec/commands"
+    files = [file.relative_to(folder).with_suffix("") for file in folder.rglob("*.py") if file.stem != "__init__"]
+    modules = {".".join(file.parts) for file in files}
     assert modules == {command.module for command in COMMANDS.values()}
 
 

@@ -8,7 +8,6 @@ from __future__ import annotations
 import inspect
 import json
 import re
-import runpy
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -24,13 +23,14 @@ from torch import Tensor
 from transformers import AutoConfig, AutoModel, AutoTokenizer, PreTrainedModel
 
 from llm2vec import LLM2Vec
+from llm2vec.commands import train
 from llm2vec.model.backbone import attach_lora
 from llm2vec.model.pooling import pool
 from llm2vec.model.proofs import check_attention
 from llm2vec.model.settings import SETTINGS_FILE, EncoderSettings
 from llm2vec.objectives.losses import info_nce
 from llm2vec.train.config import Config, training_arguments
-from llm2vec.train.config_file import load_config
+from llm2vec.train.config.file import load_config
 from llm2vec.types import Stage, UserError
 
 PAGE = Path(__file__).parents[1] / "docs/migration.md"
@@ -517,9 +517,12 @@ def test_the_pages_defaults_are_the_configs() -> None:
 def test_supervised_training_says_that_its_loss_scale_is_not_upstreams(
     keys: dict[str, Any], said: bool, tmp_path: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    experiments = PAGE.parents[1] / "experiments"
-    monkeypatch.syspath_prepend(str(experiments))  # as where the script is started
-    (tmp_path / "supervised.json").write_text(json.dumps(keys), encoding="utf-8")
-    runpy.run_path(str(experiments / "run_supervised.py"))["say_loss_scale"](tmp_path / "supervised.json")
+    trained: list[Any] = []
+    monkeypatch.setattr(train, "_train", lambda *stage_and_path: trained.append(stage_and_path))
+    config = tmp_path / "supervised.json"
+    config.write_text(json.dumps(keys), encoding="utf-8")
+    caplog.set_level("WARNING", logger="llm2vec")
+    train.supervised([str(config)])
+    assert trained == [("stage_II", config)]
     words = f"loss_scale is left out and is {Config.loss_scale:g} here; upstream llm2vec's default is 50."
     assert (words in caplog.text) is said

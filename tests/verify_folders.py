@@ -14,7 +14,7 @@ import torch
 from helpers import family_tokenizer, tiny_model
 
 from llm2vec.choice import ModelChoice
-from llm2vec.commands.verify import main as verify_command
+from llm2vec.commands.models.verify import main as verify_command
 from llm2vec.export.export import Export, export
 from llm2vec.model.backbone import attach_lora, load_backbone
 from llm2vec.model.chain import open_chain

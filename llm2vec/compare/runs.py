@@ -28,7 +28,7 @@ from llm2vec.hub import find_file, without_waiting_for_the_hub
 from llm2vec.model.chain import RUN_FILE, revision_of
 from llm2vec.model.settings import SETTINGS_FILE
 from llm2vec.train.config import Config
-from llm2vec.train.config_file import SCHEMA_KEY, load_config
+from llm2vec.train.config.file import SCHEMA_KEY, load_config
 from llm2vec.types import Stage, UserError
 
 SHARED_FILE = "shared.json"

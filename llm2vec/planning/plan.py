@@ -40,7 +40,7 @@ from llm2vec.planning.gpus import Card
 from llm2vec.planning.memory import Memory, Step, memory_of
 from llm2vec.planning.work import Sample, assumed, counted, useful_flops
 from llm2vec.train.config import DATASET_NAMES, KEYS, Config, training_arguments
-from llm2vec.train.config_file import load_config
+from llm2vec.train.config.file import load_config
 from llm2vec.train.model import decoder_of, encoder_settings, open_tokenizer, with_adapter
 from llm2vec.train.rows import Rows, open_running_text, row_orders, sources_of
 from llm2vec.train.run import Schedule, rows_a_step, schedule_of, steps_an_epoch

@@ -23,7 +23,7 @@ from llm2vec.objectives.language_modelling import ContrastiveLanguageModelling, 
 from llm2vec.objectives.mntp import MaskedNextTokenPrediction, mask_tokens
 from llm2vec.objectives.stage_one import StageOneObjective, stage_one_objective
 from llm2vec.train.config import Config
-from llm2vec.train.config_file import load_config
+from llm2vec.train.config.file import load_config
 from llm2vec.train.model import decoder_of, load_model
 from llm2vec.train.resume import start_or_resume
 from llm2vec.train.rows import Rows, open_rows, open_running_text, open_texts

@@ -30,7 +30,7 @@ from llm2vec.objectives.contrastive import ContrastiveLearning, Negatives, RowFa
 from llm2vec.objectives.losses import distillation, info_nce, linear_cross_entropy, unit
 from llm2vec.processes import rank, world_size
 from llm2vec.text.tokenization import RowTokenizer
-from llm2vec.train.config_file import load_config
+from llm2vec.train.config.file import load_config
 from llm2vec.train.log import LOG_FILE
 from llm2vec.train.step import backward_step, loss_parts, split_batch
 from llm2vec.types import Example, InstructedText, TextFacts, UserError

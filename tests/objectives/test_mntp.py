@@ -38,7 +38,7 @@ from llm2vec.model.packing import checkpoint_contexts
 from llm2vec.model.settings import EncoderSettings, row_tokenizer
 from llm2vec.objectives.mntp import MaskedNextTokenPrediction, MaskTokens, add_mask_token, mask_token_id, mask_tokens
 from llm2vec.train.config import KEYS
-from llm2vec.train.config_file import load_config
+from llm2vec.train.config.file import load_config
 from llm2vec.train.log import LOG_FILE
 from llm2vec.train.step import backward_step, loss_parts, split_batch
 from llm2vec.types import InstructedText, UserError

@@ -26,7 +26,7 @@ from llm2vec.model.packing import checkpoint_contexts, packed_hidden_states
 from llm2vec.model.settings import SETTINGS_FILE, EncoderSettings, row_tokenizer
 from llm2vec.objectives.contrastive import ContrastiveLearning
 from llm2vec.train.config import Config
-from llm2vec.train.config_file import load_config
+from llm2vec.train.config.file import load_config
 from llm2vec.train.log import LOG_FILE
 from llm2vec.train.rows import open_texts
 from llm2vec.train.step import backward_step, seeded, split_batch

@@ -12,7 +12,7 @@ import pytest
 
 from llm2vec.corpus.queue import alone_in
 from llm2vec.quickstart.docstrings import TRAIN_FILE
-from llm2vec.train.config_file import load_config
+from llm2vec.train.config.file import load_config
 from llm2vec.types import UserError
 
 ROOT = Path(__file__).parents[2]

@@ -17,7 +17,7 @@ from llm2vec.model.pooling import pool
 from llm2vec.model.settings import EncoderSettings
 from llm2vec.text.templates import TEMPLATES, add_template_tokens, leaves_join_open
 from llm2vec.text.tokenization import EXAMPLE_PART, PROBE_TEXTS, Row, RowTokenizer, probe_ids
-from llm2vec.train.config_file import load_config
+from llm2vec.train.config.file import load_config
 from llm2vec.types import Demonstration, InstructedText, PoolingMode, TextSide, UserError
 
 #: Each method's template and the pooling it is used with.

@@ -22,7 +22,7 @@ from llm2vec.model.backbone import LORA_MODULES
 from llm2vec.text.templates import TEMPLATES
 from llm2vec.train import config as config_module
 from llm2vec.train.config import KEYS, LIBRARY_KEYS, LORA_STAGES, Config, training_arguments
-from llm2vec.train.config_file import REPLACED, WITHOUT_EFFECT, load_config
+from llm2vec.train.config.file import REPLACED, WITHOUT_EFFECT, load_config
 from llm2vec.types import POOLING_ALIASES, Stage, UserError
 
 ROOT = Path(__file__).parents[2]

@@ -35,7 +35,7 @@ from llm2vec.model.checkpoint import SUMS_FILE, check_sums
 from llm2vec.train import model as run_model
 from llm2vec.train import saving
 from llm2vec.train.config import Config
-from llm2vec.train.config_file import load_config
+from llm2vec.train.config.file import load_config
 from llm2vec.train.log import LOG_FILE
 from llm2vec.train.resume import (
     checkpoints_in,

@@ -1,6 +1,6 @@
 """Which keys of a run's config contradict each other. What one key may hold stands beside it, in `Config`.
 
-A rule is a condition and the sentence for it. `config_file` reports the first sentence. Nothing here looks at weights
+A rule is a condition and the sentence for it. `file` reports the first sentence. Nothing here looks at weights
 or data.
 """
 

@@ -1,7 +1,7 @@
 """A run's JSON file, read and checked: `load_config` makes a `Config` of it.
 
 An unknown key is an error that names the nearest known one. So is a wrong type, a value that is not allowed, or two
-keys that contradict each other (`config_rules`). All of that is found before any weights load.
+keys that contradict each other (`rules`). All of that is found before any weights load.
 
 A value is checked against the same piece of JSON Schema that `llm2vec schema` prints, so an editor that reads the
 schema says of a value what the loader will say.
@@ -26,7 +26,7 @@ from transformers import TrainingArguments
 
 from llm2vec.files import read_object
 from llm2vec.train.config import KEYS, LORA_STAGES, Config
-from llm2vec.train.config_rules import contradictions
+from llm2vec.train.config.rules import contradictions
 from llm2vec.types import Stage, UserError
 
 logger = logging.getLogger(__name__)
@@ -172,7 +172,7 @@ def _has_type(value: Any, schema: dict[str, Any]) -> bool:
 def key_schemas() -> dict[str, dict[str, Any]]:
     """The JSON Schema of every key's value."""
     hints = {**typing.get_type_hints(TrainingArguments), **typing.get_type_hints(Config)}
-    # What transformers annotates otherwise than we take it; of `fsdp`, `config_rules` says more.
+    # What transformers annotates otherwise than we take it; of `fsdp`, `rules` says more.
     hints |= {"fsdp": Any} | {name: dict | None for name in hints if name.endswith("_checkpointing_kwargs")}
     choices = {field.name: field.metadata.get("choices") for field in dataclasses.fields(TrainingArguments)}
     schemas = {}

@@ -5,7 +5,7 @@ default as Python writes them, what it means below it, and all else in a `Key` b
 read it, whether a run's result depends on it, whether a model card shows it. The loader, `resume`, the model card,
 `llm2vec schema` and the documentation take it from there.
 
-`config_file` reads a file; `config_rules` says which keys contradict each other.
+`file` reads a file; `rules` says which keys contradict each other.
 """
 
 from __future__ import annotations

@@ -1,0 +1,1 @@
+"""Commands over one model: fetch it, export it, verify it, read what its anchors tell."""
