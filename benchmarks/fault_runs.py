@@ -2,7 +2,7 @@
 
     bench = Bench(Path("output/faults"))
     config = bench.config("killed")
-    process = start("run_stage_I.py", config)
+    process = start_run("run_stage_I.py", config)
     wait_for_step(process, config, 10)
 
 Used by `faults.py`.
@@ -113,7 +113,7 @@ def write_inputs(folder: Path) -> None:
     save_file(weights, folder / "poisoned/model.safetensors", {"format": "pt"})
 
 
-def start(script: str, config: Path, processes: int = 1) -> subprocess.Popen[bytes]:
+def start_run(script: str, config: Path, processes: int = 1) -> subprocess.Popen[bytes]:
     """Start a script, what it says going to `<config>.log`."""
     command = [str(SCRIPTS / script), str(config)]
     if processes > 1:
@@ -135,7 +135,7 @@ def go_on(script: str, config: Path, processes: int = 1) -> None:
     Raises:
         UserError: it does not end well.
     """
-    if code := start(script, config, processes).wait(MOST_SECONDS):
+    if code := start_run(script, config, processes).wait(MOST_SECONDS):
         raise UserError(f"{script} {config} ended with exit code {code}; see {config.with_suffix('.log')}.")
 
 

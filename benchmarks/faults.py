@@ -38,7 +38,7 @@ from benchmarks.fault_runs import (
     kill,
     output_of,
     said,
-    start,
+    start_run,
     step_to_go_on_from,
     steps_lost,
     wait_for_step,
@@ -76,7 +76,7 @@ def kills(bench: Bench, number: int) -> Aftermath:
         output = output_of(config)
         while len(lost) < number:
             since, step = time.time(), step_to_go_on_from(output) + draw.randint(1, 7)
-            process = start(script, config)
+            process = start_run(script, config)
             wait_for_step(process, config, min(NUM_STEPS - 1, step), since)
             moment = time.monotonic() + draw.uniform(0.0, 0.3)
             in_save = len(lost) % 4 == 3
@@ -98,7 +98,7 @@ def stopped(bench: Bench, number: signal.Signals, processes: int) -> Aftermath:
     """A signal that asks the run to stop."""
     script = "run_stage_II.py"
     config = bench.config(f"{number.name}-{processes}")
-    process = start(script, config, processes)
+    process = start_run(script, config, processes)
     wait_for_step(process, config, 10)
     process.send_signal(number)
     code = process.wait(MOST_SECONDS)
@@ -119,7 +119,7 @@ def lost_process(bench: Bench, number: signal.Signals, timeout: int, what: str) 
     """One of two processes dies or freezes."""
     script = "run_stage_II.py"
     config = bench.config(f"lost-{number.name}", ddp_timeout=timeout)
-    process = start(script, config, 2)
+    process = start_run(script, config, 2)
     wait_for_step(process, config, 10)
     children = subprocess.run(["pgrep", "-P", str(process.pid)], capture_output=True, text=True, check=True).stdout
     os.kill(int(children.split()[-1]), number)
@@ -155,7 +155,7 @@ def full_disk(bench: Bench) -> Aftermath:
     with small_disk(output, int(1.6 * checkpoint)) as mounted:
         # Without the right to mount: no file may be as long as the optimiser's state once a checkpoint is there.
         limit = (checkpoint // 2, resource.RLIM_INFINITY)
-        process = start(script, config)
+        process = start_run(script, config)
         if not mounted:
             wait_for_step(process, config, SAVE_STEPS + 1)
             resource.prlimit(process.pid, resource.RLIMIT_FSIZE, limit)
@@ -179,7 +179,7 @@ def damaged(
     script = "run_stage_I.py"
     config = bench.config(f"{what} in the {place}".replace(" ", "-"))
     output = output_of(config)
-    process = start(script, config)
+    process = start_run(script, config)
     wait_for_step(process, config, 3 * SAVE_STEPS + 2)
     kill(process)
     if place == "cache":
@@ -196,7 +196,7 @@ def damaged(
     return Aftermath(f"{what} in the {place}", outcome, str(lost), is_equal(output, bench.whole(script, 1)))
 
 
-def cut(file: Path) -> None:
+def take_half(file: Path) -> None:
     """Take half of a file away."""
     os.truncate(file, file.stat().st_size // 2)
 
@@ -221,7 +221,7 @@ def nan_batch(bench: Bench) -> list[Aftermath]:
     weights = load_file(output_of(whole) / "adapter_model.safetensors")
     if not all(torch.isfinite(weight).all() for weight in weights.values()):
         raise UserError(f"{whole}: the weights are not finite.")
-    process = start(script, killed)
+    process = start_run(script, killed)
     wait_for_step(process, killed, min(NUM_STEPS - 4, skipped[0]["step"] + 2))
     kill(process)
     go_on(script, killed)
@@ -232,15 +232,15 @@ def nan_batch(bench: Bench) -> list[Aftermath]:
         )
     ]
     diverged = bench.config("diverged", learning_rate=1e30, max_grad_norm=0.0, lr_scheduler_type="constant")
-    code = start(script, diverged).wait(MOST_SECONDS)
+    code = start_run(script, diverged).wait(MOST_SECONDS)
     error = next(line for line in said(diverged).splitlines() if line.startswith("error: "))
     rows.append(
-        Aftermath("every loss is no number (learning rate 1e30)", f"exit code {code}: {shortened(error)}", "-", "-")
+        Aftermath("every loss is no number (learning rate 1e30)", f"exit code {code}: {without_paths(error)}", "-", "-")
     )
     return rows
 
 
-def shortened(error: str) -> str:
+def without_paths(error: str) -> str:
     """An error without the paths in it."""
     return " ".join(Path(word).name if "/" in word else word for word in error.removeprefix("error: ").split())
 
@@ -287,9 +287,9 @@ def main(argv: Sequence[str]) -> None:
         lambda: lost_process(bench, signal.SIGKILL, 1800, "one of two processes dies"),
         lambda: lost_process(bench, signal.SIGSTOP, 10, "one of two processes freezes, ddp_timeout 10"),
         lambda: full_disk(bench),
-        lambda: damaged(bench, "a truncated file", "newest checkpoint", cut),
+        lambda: damaged(bench, "a truncated file", "newest checkpoint", take_half),
         lambda: damaged(bench, "a flipped bit", "newest checkpoint", flip_a_bit),
-        lambda: damaged(bench, "a truncated table", "cache", cut),
+        lambda: damaged(bench, "a truncated table", "cache", take_half),
         lambda: nan_batch(bench),
     ]
     for fault in faults:

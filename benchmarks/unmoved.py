@@ -54,7 +54,7 @@ OF_LINES = {"sources_file": None, "dataset_file_path": "lines.txt"}
 OTHER = {"model_name_or_path": "other", "template": "plain"}
 MEAN = {"bidirectional": True, "pooling_mode": "mean"}
 #: Name -> script, and keys beside `SHARED`; what another starts from stands before it.
-STAGES: dict[str, tuple[str, dict[str, Any]]] = {
+RUNS: dict[str, tuple[str, dict[str, Any]]] = {
     "mntp": ("run_mntp", {**OF_LINES, "lora_r": 4, "mlm_probability": 0.4}),
     "stage_I": ("run_stage_I", {**HELD_OUT, "alpha": 0.3, "reconstruction_probe": True}),
     "stage_I_self": ("run_stage_I", {**OTHER, "target": "self", "reconstruct_instruction": True}),
@@ -91,7 +91,7 @@ def all_starts(root: Path) -> list[Start]:
     starts = [
         Start(f"{name}_x{processes}", script, SHARED | keys, processes=processes)
         for processes in (1, 2)
-        for name, (script, keys) in STAGES.items()
+        for name, (script, keys) in RUNS.items()
     ]
     trained = "out/stage_II_cached_x1"
     scored = ("--base_model_name_or_path", "base", "--peft_model_name_or_path", trained,
