@@ -650,7 +650,7 @@ def test_two_recipes_from_end_to_end(folder: Path) -> None:
     changed = compare(folder, *chosen)
     assert changed.returncode == 1
     assert changed.stdout.count("is there already") == 1, "Stage I"
-    log = re.search(r"one_stage, seed 42: run_stage_II\.py failed \((.+)\); see (\S+)", changed.stdout)
+    log = re.search(r"one_stage, seed 42: llm2vec stage-2 failed \((.+)\); see (\S+)", changed.stdout)
     assert log is not None and "<|im_start|>" in log[1]
     assert "<|im_start|>" in Path(log[2]).read_text(encoding="utf-8")
     assert re.search(r"^one_stage .* 0 of 1: failed", changed.stdout, re.MULTILINE)
