@@ -59,8 +59,9 @@ def main(argv: Sequence[str]) -> None:
     """Do the evaluation and print its table; a problem with a task is said after the others' scores."""
     args = _parse_args(argv)
     _check_paths(args)
+    from llm2vec.evaluation.jobs import Request
     from llm2vec.evaluation.models import EvaluatedModel  # with torch and mteb: seconds
-    from llm2vec.evaluation.run import Request, dry_run, evaluate_all, expand
+    from llm2vec.evaluation.run import dry_run, evaluate_all, expand
 
     model = EvaluatedModel(
         chosen_model(args),

@@ -11,7 +11,8 @@ import logging
 import math
 import os
 import shutil
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +23,8 @@ from llm2vec.corpus import search
 from llm2vec.corpus.queue import Job, JobQueue
 from llm2vec.evaluation.cost import MAX_TOKENS, num_documents, task_cost
 from llm2vec.evaluation.files import load_data, parts_of
-from llm2vec.evaluation.mteb_adapter import is_dense, result_file
+from llm2vec.evaluation.models import EvaluatedModel
+from llm2vec.evaluation.mteb_adapter import BENCHMARK, find_task, is_dense, result_file
 from llm2vec.evaluation.scores import evaluate, kept_score
 from llm2vec.evaluation.search import StreamingSearch
 from llm2vec.files import json_hash, whole
@@ -63,7 +65,7 @@ def jobs_of(task: Any, can_shard: bool, max_tokens: float = MAX_TOKENS) -> list[
         for i in range(num_shards)
     ]
     names = tuple(shard.name for shard in shards)
-    return [*shards, Job(name, size / num_shards, after=names, details={"task": name, "merge": "\n".join(names)})]
+    return [*shards, Job(name, size / num_shards, after=names, details={"task": name})]
 
 
 def prepare(folder: Path, jobs: Sequence[Job]) -> JobQueue:
@@ -74,26 +76,14 @@ def prepare(folder: Path, jobs: Sequence[Job]) -> JobQueue:
     return JobQueue.prepare(folder, jobs, shards)
 
 
-def work(
-    encoder: Any,
-    find: Callable[[str], Any],
-    queue: JobQueue,
-    output_dir: str,
-    *,
-    batch_size: int,
-    worker: int,
-    predictions: Path | None = None,
-) -> None:
+def work(request: Request, encoder: Any, queue: JobQueue, worker: int) -> None:
     """Do jobs until there are none left; a task that cannot be done is noted and does not stop the others.
 
     Args:
-        encoder: The model.
-        find: A task by its name.
+        request: The evaluation.
+        encoder: Its model, loaded.
         queue: The jobs.
-        output_dir: Where results go.
-        batch_size: Texts a forward pass.
         worker: Number of this worker; the first one shows its progress.
-        predictions: Where rankings and other predictions are kept; None = not kept.
     """
     task: Any = None
 
@@ -103,25 +93,21 @@ def work(
         logger.info("%s (%d of %d jobs done)", job.name, queue.num_done(), len(queue.jobs))
         if task is None or task.metadata.name != name:
             task = None  # its data go before the next task's come
-            task = find(name)
+            task = request.find(name)
         load_data(task)
-        if "shard" in job.details:
-            _search_shard(encoder, task, job, queue.folder, batch_size)
-        else:
-            _score(encoder, task, job, queue.folder, output_dir, batch_size, worker, predictions)
+        if "shard" not in job.details:
+            return _score(request, encoder, task, job, queue.folder, worker)
+        keys = search_shard(encoder, task, int(job.details["shard"]), int(job.details["of"]), request.batch_size)
+        file = _shard_file(queue.folder, job.name)
+        file.parent.mkdir(exist_ok=True)
+        with whole(file) as aside:
+            save_file(keys, aside)
 
     queue.work(do)
 
 
 def search_shard(encoder: Any, task: Any, shard: int, num_shards: int, batch_size: int) -> dict[str, torch.Tensor]:
-    """Search one shard of a retrieval task's corpus.
-
-    Args:
-        encoder: The model.
-        task: The task, data loaded.
-        shard: Which shard, from 0.
-        num_shards: How many shards.
-        batch_size: Texts a forward pass.
+    """Search one shard, from 0, of the corpus of a retrieval task whose data are loaded.
 
     Returns:
         The search's name -> keys of its hits, one row for each different query.
@@ -140,39 +126,23 @@ def search_shard(encoder: Any, task: Any, shard: int, num_shards: int, batch_siz
     return keys
 
 
-def _search_shard(encoder: Any, task: Any, job: Job, folder: Path, batch_size: int) -> None:
-    keys = search_shard(encoder, task, int(job.details["shard"]), int(job.details["of"]), batch_size)
-    file = _shard_file(folder, job.name)
-    file.parent.mkdir(exist_ok=True)
-    with whole(file) as aside:
-        save_file(keys, aside)
-
-
-def _score(
-    encoder: Any,
-    task: Any,
-    job: Job,
-    folder: Path,
-    output_dir: str,
-    batch_size: int,
-    worker: int,
-    predictions: Path | None,
-) -> None:
+def _score(request: Request, encoder: Any, task: Any, job: Job, folder: Path, worker: int) -> None:
     """Have mteb score a task in this worker's own cache, and move the result to where it belongs."""
     # A worker of an earlier start may still be at work under the same number.
     meta, own = encoder.mteb_model_meta, folder / f"worker-{worker}-{os.getpid()}"
-    target, made = result_file(meta, task, output_dir), result_file(meta, task, own)
+    target, made = result_file(meta, task, request.output_dir), result_file(meta, task, own)
     made.parent.mkdir(parents=True, exist_ok=True)
     made.unlink(missing_ok=True)
     if target.is_file():
         shutil.copy(target, made)  # splits and languages that it has are not made anew
-    shards = [_shard_file(folder, name) for name in str(job.details.get("merge", "")).split("\n") if name]
+    shards = [_shard_file(folder, name) for name in job.after]
     found = _merged([load_file(shard) for shard in shards]) if shards else None
+    predictions = Path(request.output_dir, "predictions", *folder.parts[-2:]) if request.save_predictions else None
     evaluate(
         encoder,
         [task],
         own,
-        batch_size=batch_size,
+        batch_size=request.batch_size,
         show_progress_bar=worker == 0,
         found=found,
         prediction_folder=predictions,
@@ -193,3 +163,28 @@ def _merged(shards: Sequence[Mapping[str, torch.Tensor]]) -> dict[str, torch.Ten
 
 def _shard_file(folder: Path, job: str) -> Path:
     return folder / "shards" / f"{job}.safetensors"
+
+
+@dataclass(frozen=True)
+class Request:
+    """One evaluation.
+
+    Attributes:
+        model: The model.
+        tasks: Task -> the benchmark that defines its splits and languages, from `expand`.
+        output_dir: Where results go.
+        local_data_dir: Where data sets are read from; None = the hub.
+        batch_size: Texts a forward pass.
+        save_predictions: Whether rankings are kept, under OUTPUT_DIR/predictions/MODEL/REVISION.
+    """
+
+    model: EvaluatedModel
+    tasks: Mapping[str, str]
+    output_dir: str
+    local_data_dir: str | None = None
+    batch_size: int = 32
+    save_predictions: bool = False
+
+    def find(self, name: str) -> Any:
+        """A task of this request, or a part of one; its data are not read."""
+        return find_task(name, self.local_data_dir, self.tasks.get(name, BENCHMARK))

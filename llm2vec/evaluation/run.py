@@ -14,7 +14,6 @@ import logging
 import os
 import shutil
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -25,15 +24,14 @@ from llm2vec.corpus.queue import JobQueue
 from llm2vec.corpus.workers import beside, take_gpu
 from llm2vec.evaluation.cost import MAX_TOKENS, measure_speed, table, task_cost
 from llm2vec.evaluation.files import parts_of
-from llm2vec.evaluation.jobs import jobs_of, leaves_of, plan, prepare, work
-from llm2vec.evaluation.models import EvaluatedModel, load_encoder
+from llm2vec.evaluation.jobs import Request, jobs_of, leaves_of, plan, prepare, work
+from llm2vec.evaluation.models import load_encoder
 from llm2vec.evaluation.mteb_adapter import (
     BENCHMARK,
     LLM2VecEncoder,
     benchmark_tasks,
     descriptions,
     encode_documents,
-    find_task,
     is_dense,
     result_file,
 )
@@ -49,31 +47,6 @@ SUBSET15 = (
     "MedrxivClusteringS2S", "TwentyNewsgroupsClustering", "SprintDuplicateQuestions", "Banking77Classification",
     "EmotionClassification", "MassiveIntentClassification", "STS17", "SICK-R", "STSBenchmark",
 )  # fmt: skip
-
-
-@dataclass(frozen=True)
-class Request:
-    """One evaluation.
-
-    Attributes:
-        model: The model.
-        tasks: Task -> the benchmark that defines its splits and languages, from `expand`.
-        output_dir: Where results go.
-        local_data_dir: Where data sets are read from; None = the hub.
-        batch_size: Texts a forward pass.
-        save_predictions: Whether rankings are kept, under OUTPUT_DIR/predictions/MODEL/REVISION.
-    """
-
-    model: EvaluatedModel
-    tasks: Mapping[str, str]
-    output_dir: str
-    local_data_dir: str | None = None
-    batch_size: int = 32
-    save_predictions: bool = False
-
-    def find(self, name: str) -> Any:
-        """A task of this request, or a part of one; its data are not read."""
-        return find_task(name, self.local_data_dir, self.tasks.get(name, BENCHMARK))
 
 
 class Outcome(NamedTuple):
@@ -142,7 +115,7 @@ def evaluate_all(request: Request, num_workers: int = 1) -> Outcome | None:
     queue = JobQueue(folder)
     num_workers = min(num_workers, len(queue.unfinished()))
     with beside(num_workers, folder, _worker, request, folder):
-        _work(request, encoder, queue, rank)
+        work(request, encoder, queue, rank)
         if rank != 0:
             return None
         queue.wait()
@@ -218,22 +191,7 @@ def _wait_for_all_ranks() -> None:
 def _worker(worker: int, request: Request, folder: Path) -> None:
     """What another process than the first does."""
     _prepare_process(worker, request.model.device)
-    _work(request, load_encoder(request.model), JobQueue(folder), worker)
-
-
-def _work(request: Request, encoder: Any, queue: JobQueue, worker: int) -> None:
-    predictions = (
-        Path(request.output_dir, "predictions", *queue.folder.parts[-2:]) if request.save_predictions else None
-    )
-    work(
-        encoder,
-        request.find,
-        queue,
-        request.output_dir,
-        batch_size=request.batch_size,
-        worker=worker,
-        predictions=predictions,
-    )
+    work(request, load_encoder(request.model), JobQueue(folder), worker)
 
 
 def _queue_folder(request: Request, meta: Any, tasks: Mapping[str, Any]) -> Path:

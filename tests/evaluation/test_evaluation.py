@@ -26,9 +26,9 @@ from llm2vec.corpus import search
 from llm2vec.corpus.queue import JobQueue
 from llm2vec.evaluation import jobs as eval_jobs
 from llm2vec.evaluation import run as evaluation
-from llm2vec.evaluation.jobs import jobs_of, work
+from llm2vec.evaluation.jobs import Request, jobs_of, work
 from llm2vec.evaluation.mteb_adapter import LLM2VecEncoder, benchmark_tasks, find_task
-from llm2vec.evaluation.run import SUBSET15, Outcome, Request, dry_run, evaluate_all, expand
+from llm2vec.evaluation.run import SUBSET15, Outcome, dry_run, evaluate_all, expand
 from llm2vec.evaluation.scores import evaluate, load_tasks
 from llm2vec.reports.results import read_query_scores
 from llm2vec.types import UserError
@@ -227,7 +227,7 @@ def test_a_task_without_data_does_not_stop_the_others(start: Any, data: Path) ->
 
 
 def test_an_unreachable_hub_is_told_with_the_way_out(start: Any, data: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(evaluation.Request, "find", lambda self, name: find_task(name))
+    monkeypatch.setattr(Request, "find", lambda self, name: find_task(name))
     outcome, _ = start("STS13")
     assert not outcome.scores and "<local_data_dir>/mteb/sts13-sts" in outcome.problems[0]
 
@@ -295,11 +295,11 @@ def test_two_workers_score_as_one(tmp_path: Path, data: Path, monkeypatch: pytes
     choice = evaluated(str(make_model(tmp_path / "model")), torch_dtype="float32", instructions_file=str(TABLE))
     workers: list[set[int]] = []
 
-    def work_beside_others(encoder: Any, find: Any, queue: JobQueue, output: str, **options: Any) -> None:
+    def work_beside_others(request: Request, encoder: Any, queue: JobQueue, worker: int) -> None:
         claims = queue.folder / "claims"
-        while output.endswith("two") and not list(claims.iterdir()):
+        while request.output_dir.endswith("two") and not list(claims.iterdir()):
             time.sleep(0.02)  # the other process takes longer to begin than this one to do everything
-        work(encoder, find, queue, output, **options)
+        work(request, encoder, queue, worker)
         queue.wait()
         workers.append({int(claim.read_text()) for claim in claims.iterdir()})
 
