@@ -11,7 +11,7 @@ from llm2vec.model.packing import packed_hidden_states
 from llm2vec.objectives.contrastive import ContrastiveLearning
 from llm2vec.objectives.losses import linear_cross_entropy
 from llm2vec.text.batches import starts_of
-from llm2vec.types import Batch, Objective, Output, Pass, TextFacts, TokenBatch
+from llm2vec.types import Attention, Batch, Objective, Output, Pass, TextFacts, TokenBatch
 
 
 class LanguageModelling(nn.Module, Objective):
@@ -19,30 +19,36 @@ class LanguageModelling(nn.Module, Objective):
 
     Args:
         model: decoder with its language-model head; all of it is trained.
+
+    Attributes:
+        name: of its loss part.
+        attention: of each text within itself.
     """
 
     model: PreTrainedModel
+    name = "lm"
+    attention: Attention = "causal"
 
     def __init__(self, model: PreTrainedModel) -> None:
         super().__init__()
         self.model = model
 
     def passes(self, batch: Batch) -> tuple[Pass, ...]:
-        """One, causal."""
+        """One, of the side `text`."""
         text = batch["text"]
-        return (Pass(tuple(text["lengths"]), "causal", targets=sum(text["num_targets"])),)
+        return (Pass(tuple(text["lengths"]), self.attention, targets=sum(text["num_targets"])),)
 
     def count(self, batch: Batch) -> dict[str, Tensor]:
         """Target tokens: every marked token but a text's first."""
-        return {"lm": num_predicted(batch["text"])}
+        return {self.name: num_predicted(batch["text"])}
 
     def forward(self, batch: Batch, totals: dict[str, Tensor]) -> Output:
-        """`loss` and detached `loss_lm` of the side `text`, as shares of the step's token mean."""
+        """`loss` and detached `loss_lm` (or its own name) of the side `text`, as shares of the step's token mean."""
         text = batch["text"]
         embeddings = self.model.get_input_embeddings()(text["input_ids"])
-        states_ND = packed_hidden_states(self.model.base_model, "causal", text["lengths"], embeddings)
-        loss = next_token_loss(states_ND, self.model.get_output_embeddings().weight, text, totals["lm"])
-        return Output({"loss": loss, "loss_lm": loss.detach()}, {})
+        states_ND = packed_hidden_states(self.model.base_model, self.attention, text["lengths"], embeddings)
+        loss = next_token_loss(states_ND, self.model.get_output_embeddings().weight, text, totals[self.name])
+        return Output({"loss": loss, f"loss_{self.name}": loss.detach()}, {})
 
 
 class ContrastiveLanguageModelling(nn.Module, Objective):

@@ -14,15 +14,13 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 from tokenizers import AddedToken
-from torch import Tensor, nn
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers import PreTrainedTokenizerBase
 
 from llm2vec.data.blocks import Block
-from llm2vec.model.packing import packed_hidden_states
-from llm2vec.objectives.language_modelling import next_token_loss, num_predicted
+from llm2vec.objectives.language_modelling import LanguageModelling
 from llm2vec.text.batches import pack_rows
 from llm2vec.text.tokenization import Row
-from llm2vec.types import Batch, MaskingScheme, MaskTokenType, Objective, Output, Pass, UserError
+from llm2vec.types import Batch, MaskingScheme, MaskTokenType, UserError
 
 #: What is written for a masked token, and the token that is added for it.
 BLANK = "_"
@@ -33,40 +31,15 @@ ADDED_MASK = "<mask>"
 SHARES: dict[MaskingScheme, tuple[float, float]] = {"default": (0.8, 0.1), "all_mask": (1.0, 0.0)}
 
 
-class MaskedNextTokenPrediction(nn.Module, Objective):
-    """The loss over blocks of text some of whose tokens are masked.
+class MaskedNextTokenPrediction(LanguageModelling):
+    """The loss over blocks of text some of whose tokens are masked; their `labels` are the tokens as they were.
 
     Args:
         model: decoder with its language-model head, usually with a LoRA adapter on the decoder and all else frozen.
     """
 
-    model: PreTrainedModel
-
-    def __init__(self, model: PreTrainedModel) -> None:
-        super().__init__()
-        self.model = model
-
-    def passes(self, batch: Batch) -> tuple[Pass, ...]:
-        """One, bidirectional."""
-        text = batch["text"]
-        return (Pass(tuple(text["lengths"]), "bidirectional", targets=sum(text["num_targets"])),)
-
-    def count(self, batch: Batch) -> dict[str, Tensor]:
-        """Masked tokens."""
-        return {"mntp": num_predicted(batch["text"])}
-
-    def forward(self, batch: Batch, totals: dict[str, Tensor]) -> Output:
-        """`loss` and detached `loss_mntp` of the side `text`, as shares of the step's mean over masked tokens.
-
-        Args:
-            batch: the side `text`, masked, with the tokens as they were as its `labels`.
-            totals: masked tokens in the whole optimiser step.
-        """
-        text = batch["text"]
-        embeddings = self.model.get_input_embeddings()(text["input_ids"])
-        states_ND = packed_hidden_states(self.model.base_model, "bidirectional", text["lengths"], embeddings)
-        loss = next_token_loss(states_ND, self.model.get_output_embeddings().weight, text, totals["mntp"])
-        return Output({"loss": loss, "loss_mntp": loss.detach()}, {})
+    name = "mntp"
+    attention = "bidirectional"
 
 
 @dataclass(frozen=True)

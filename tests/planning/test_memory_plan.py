@@ -90,7 +90,6 @@ def passes_run(objective: Any, batch: Batch, monkeypatch: pytest.MonkeyPatch) ->
         "model.embed",
         "llm2vec_q2d_d2q",
         "objectives.language_modelling",
-        "objectives.mntp",
         "objectives.token_set",
     ):
         monkeypatch.setattr(f"llm2vec.{module}.packed_hidden_states", noted)
