@@ -63,6 +63,6 @@ setup(
         "docs": ["mkdocs-material", "mkdocstrings[python]"],
         "bf16": ["torch-optimi"],
         "ray": ["ray[data]>=2.51"],
-        "dev": ["hypothesis", "mypy", "pre-commit", "pytest", "pytest-xdist", "ruff"],
+        "dev": ["hypothesis", "jsonschema", "mypy", "pre-commit", "pytest", "pytest-xdist", "ruff"],
     },
 )

@@ -179,6 +179,7 @@ def save_shares(folder: Path, optimizer: Optimizer, schedule: Any, with_schedule
 
 def load_shares(folder: Path, optimizer: Optimizer, schedule: Any) -> None:
     """Put back what `save_shares` wrote, into an optimiser over the same weights and as many processes."""
+    # A run's own files, whose SHA-256 were compared before; `weights_only` reads tensors and numbers and runs no code.
     state = torch.load(folder / file_of_rank(OPTIMIZER_NAME, rank()), map_location="cpu", weights_only=True)
     parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
     spread = {
