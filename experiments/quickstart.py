@@ -36,6 +36,7 @@ OUTPUT = Path("output/quickstart")
 CONFIGS = Path("train_configs/quickstart")
 CORPUS = Path("cache/docstrings")
 TASK = "DocstringRetrieval"
+WHAT = f"{TASK} nDCG@10"
 
 #: Chains of (stage, config name) that start from the base model; two chains run at a time, one core each.
 CHAINS: tuple[tuple[tuple[Stage, str], ...], ...] = (
@@ -160,7 +161,7 @@ def evaluate_and_report(started: float) -> None:
     }
 
     def score(stage: str, step: int | None, value: float) -> Score:
-        return Score("quickstart", stage, step, TASK, "ndcg_at_10", value)  # type: ignore[arg-type]
+        return Score(stage, step, 100 * value)  # type: ignore[arg-type]
 
     scores = [score("bm25", None, bm25), score("base", None, values[OUTPUT / "base"])]
     scores.append(score("stage_I", None, values[OUTPUT / "stage_I"]))
@@ -168,10 +169,10 @@ def evaluate_and_report(started: float) -> None:
     for run, start in STAGE_II.items():
         curves.append(score(run, 0, values[OUTPUT / start]))
         curves += [score(run, step, values[folder]) for step, folder in along[run].items()]
-        scores.append(score(run, max(along[run]), curves[-1].value))
+        scores.append(curves[-1])
     losses = {stage: OUTPUT / stage / "log.jsonl" for stage in ("stage_I", *STAGE_II)}
-    page = training_report().write(OUTPUT, scores, curves, losses)  # type: ignore[arg-type]
-    print(f"\n{score_table(scores).text()}\n")
+    page = write_report(scores, curves, losses)
+    print(f"\n{score_table(scores, WHAT).text()}\n")
     print(f"report: {page}    ({(time.monotonic() - started) / 60:.1f} minutes)")
 
 
@@ -193,21 +194,20 @@ def checkpoints_of(folder: Path) -> dict[int, Path]:
     return {**dict(sorted(along.items())), config["stop_after_n_steps"]: folder}
 
 
-def training_report() -> Any:
-    """What the report says beside the numbers."""
-    from llm2vec.reports.training import TrainingReport
+def write_report(scores: Sequence[Any], curves: Sequence[Any], losses: dict[Any, Path]) -> Path:
+    """Write the page, with what it says beside the numbers."""
+    from llm2vec.reports.training import write_training_report
 
     counts = json.loads((CORPUS / "manifest.json").read_text(encoding="utf-8"))["counts"]
-    config = load_config(CONFIGS / "stage_I.json", "stage_I")
-    return TrainingReport(
-        title="Anchor Embedding, small: held-out docstring retrieval",
-        seeds=(config.training["seed"],),
-        rows={"training pairs": counts["training_rows"], "held-out queries": counts["held_out"]},
-        facts={
-            "Control": "as many further language-modelling steps as Stage I had, then Stage II",
-            "Machine": f"{platform.machine()}, {os.cpu_count()} cores, Python {platform.python_version()}",
-        },
-    )
+    seed = load_config(CONFIGS / "stage_I.json", "stage_I").training["seed"]
+    rows = f"{counts['training_rows']:,} training pairs; {counts['held_out']:,} held-out queries"
+    title = "Anchor Embedding, small: held-out docstring retrieval"
+    facts = {
+        "Control": "as many further language-modelling steps as Stage I had, then Stage II",
+        "Machine": f"{platform.machine()}, {os.cpu_count()} cores, Python {platform.python_version()}",
+    }
+    said = f"Seed {seed}; {rows}."
+    return write_training_report(OUTPUT, title, WHAT, scores, curves, losses, said=said, facts=facts)
 
 
 if __name__ == "__main__":

@@ -26,18 +26,14 @@ if TYPE_CHECKING:
 class ModelChoice:
     """A model, before anything of it is loaded.
 
-        choice = ModelChoice("output/stage_I", ("output/stage_II",))
-        choice.revision()                   # a hash of all that decides its vectors
-        choice.load().encode(["a text"])
-
-    Attributes:
-        base: folder or hub name of a model, or of an adapter that records its base.
-        adapters: folders or hub names of adapters on it, innermost first.
-        torch_dtype: name of the weights' dtype; None = float32, and in an evaluation what suits the model.
+    choice = ModelChoice("output/stage_I", ("output/stage_II",))
+    choice.revision()                   # a hash of all that decides its vectors
+    choice.load().encode(["a text"])
     """
 
-    base: str
-    adapters: tuple[str, ...] = ()
+    base: str  #: folder or hub name of a model, or of an adapter that records its base
+    adapters: tuple[str, ...] = ()  #: folders or hub names of adapters on it, innermost first
+    #: name of the weights' dtype; None = float32, and in an evaluation what suits the model.
     torch_dtype: str | None = None
 
     @classmethod

@@ -62,10 +62,8 @@ class Recipe:
     """One row of the comparison."""
 
     name: str
-    #: In order; none where a model is only scored.
-    stages: tuple[StageFile, ...]
-    #: The set's options with the recipe's own over them.
-    evaluation: dict[str, Any]
+    stages: tuple[StageFile, ...]  #: In order; none where a model is only scored
+    evaluation: dict[str, Any]  #: The set's options with the recipe's own over them
 
 
 @dataclass(frozen=True)
@@ -73,10 +71,8 @@ class RecipeSet:
     """What a folder holds."""
 
     folder: Path
-    #: `all` or a stage -> keys.
-    shared: dict[str, dict[str, Any]]
-    #: In the order of their names.
-    recipes: tuple[Recipe, ...]
+    shared: dict[str, dict[str, Any]]  #: `all` or a stage -> keys
+    recipes: tuple[Recipe, ...]  #: In the order of their names
 
 
 @dataclass(frozen=True)
@@ -86,14 +82,10 @@ class Run:
     name: str
     command: str
     arguments: tuple[str, ...]
-    #: What it writes.
-    folder: Path
-    #: The run it starts from, which must have ended well.
-    parent: Run | None = None
-    #: About how long it takes, beside other runs.
-    num_steps: int = 0
-    #: Whether an interrupted run goes on from what lies in its folder.
-    is_resumable: bool = False
+    folder: Path  #: What it writes
+    parent: Run | None = None  #: The run it starts from, which must have ended well
+    num_steps: int = 0  #: About how long it takes, beside other runs
+    is_resumable: bool = False  #: Whether an interrupted run goes on from what lies in its folder
 
 
 @dataclass(frozen=True)
@@ -192,12 +184,9 @@ class Planner:
     """Turns the recipes of a set into runs below one output folder, and writes the runs' configs."""
 
     recipes: RecipeSet
-    #: `configs/`, `runs/` and `evaluations/` lie below it.
-    output_dir: Path
-    #: That share a step of training.
-    num_processes: int = 1
-    #: What first stages start from.
-    base: str = field(init=False)
+    output_dir: Path  #: `configs/`, `runs/` and `evaluations/` lie below it
+    num_processes: int = 1  #: That share a step of training
+    base: str = field(init=False)  #: What first stages start from
     base_revision: str = field(init=False)
     #: Of files, which many runs have in common.
     _hashes: dict[tuple[Path, ...], str] = field(init=False, default_factory=dict)

@@ -35,17 +35,13 @@ class TrialOutcome:
     """What one recipe came to with one seed."""
 
     recipe: str
-    #: None without training.
-    seed: int | None
-    #: Task -> main score x 100; empty after a failure.
-    scores: dict[str, float]
+    seed: int | None  #: None without training
+    scores: dict[str, float]  #: Task -> main score x 100; empty after a failure
     #: Of the training rows, over all stages, and the minutes of training; None where the logs do not say.
     tokens: float | None = None
     minutes: float | None = None
-    #: Why there is no score; None = there is.
-    failure: str | None = None
-    #: Folders of its stages and of its scores.
-    runs: tuple[str, ...] = ()
+    failure: str | None = None  #: Why there is no score; None = there is
+    runs: tuple[str, ...] = ()  #: Folders of its stages and of its scores
 
 
 def outcome_of(trial: Trial, failures: Mapping[str, str]) -> TrialOutcome:

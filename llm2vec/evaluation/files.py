@@ -10,14 +10,14 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NamedTuple, TypeAlias
 
-from datasets import get_dataset_config_names
-
 from llm2vec.files import check_unicode, data_revision, json_lines, read_object
 from llm2vec.types import UserError, first_line
 
 Task: TypeAlias = Any  #: an `AbsTask` of mteb
 
 RETRIEVAL_FILES = ("corpus.jsonl", "queries.jsonl", "qrels/test.jsonl")
+#: Largest grade of a judgement: trec_eval makes a list as long as the largest one, or crashes.
+LARGEST_GRADE = 1000
 
 
 class RetrievalSet(NamedTuple):
@@ -29,13 +29,7 @@ class RetrievalSet(NamedTuple):
 
 
 def load_instructions(path: str | Path) -> dict[str, str]:
-    """Read a table of instructions: one JSON object, task name -> instruction.
-
-    Args:
-        path: The file, for instance `test_configs/mteb/task_to_instructions.json`.
-
-    Returns:
-        The table.
+    """A table of instructions, as `test_configs/mteb/task_to_instructions.json`: task name -> instruction.
 
     Raises:
         UserError: The file is missing, is not JSON or holds anything else.
@@ -78,6 +72,8 @@ def use_local_data(task: Task, folder: Path) -> None:
     Raises:
         UserError: A copy is not there.
     """
+    from datasets import get_dataset_config_names  # seconds
+
     leaves = parts_of(task) or [task]
     copies = [folder / part.metadata.dataset["path"] for part in leaves]
     if missing := [str(path) for path in copies if not path.is_dir()]:
@@ -103,9 +99,7 @@ def retrieval_set_of(folder: Path) -> RetrievalSet:
     if missing := [name for name in RETRIEVAL_FILES if not (folder / name).is_file()]:
         raise UserError(f"The retrieval set {folder} lacks {', '.join(missing)}.")
     documents, queries, judgements = (folder / name for name in RETRIEVAL_FILES)
-    relevant: dict[str, dict[str, int]] = {}
-    for where, row in _read_jsonl(judgements, ("query-id", "corpus-id", "score")):
-        relevant.setdefault(str(row["query-id"]), {})[str(row["corpus-id"])] = _relevance(row["score"], where)
+    relevant = read_judgements(judgements)
     corpus = list(_read_texts(documents, ("title", "text")))
     judged = [row for row in _read_texts(queries, ("text",)) if row["id"] in relevant]
     if not corpus or not judged:
@@ -131,15 +125,21 @@ def _read_texts(path: Path, keys: tuple[str, ...]) -> Iterator[dict[str, str]]:
         yield text
 
 
-def _relevance(score: Any, where: str) -> int:
-    """A judgement as the whole number that the figures are made of."""
-    try:
-        whole = int(score)
-        if whole == float(score):
-            return whole
-    except (TypeError, ValueError, OverflowError):
-        pass
-    raise UserError(f"{where}: `score` must be a whole number, not {json.dumps(score)[:40]}.")
+def read_judgements(path: Path) -> dict[str, dict[str, int]]:
+    """Query -> document -> grade, of JSON lines with query-id, corpus-id and score.
+
+    Raises:
+        UserError: The file cannot be read, or a line is malformed.
+    """
+    relevant: dict[str, dict[str, int]] = {}
+    for where, row in _read_jsonl(path, ("query-id", "corpus-id", "score")):
+        query, document = (check_unicode(str(row[key]), key, where) for key in ("query-id", "corpus-id"))
+        score = row["score"]
+        if not isinstance(score, int | float) or score != score // 1 or abs(score) > LARGEST_GRADE:
+            allowed = f"a whole number, not above {LARGEST_GRADE:,}"
+            raise UserError(f"{where}: `score` must be {allowed}, not {json.dumps(score)[:40]}.")
+        relevant.setdefault(query, {})[document] = int(score)
+    return relevant
 
 
 def _read_jsonl(path: Path, keys: tuple[str, ...]) -> Iterator[tuple[str, dict[str, Any]]]:

@@ -167,22 +167,15 @@ def _shard_file(folder: Path, job: str) -> Path:
 
 @dataclass(frozen=True)
 class Request:
-    """One evaluation.
+    """One evaluation."""
 
-    Attributes:
-        model: The model.
-        tasks: Task -> the benchmark that defines its splits and languages, from `expand`.
-        output_dir: Where results go.
-        local_data_dir: Where data sets are read from; None = the hub.
-        batch_size: Texts a forward pass.
-        save_predictions: Whether rankings are kept, under OUTPUT_DIR/predictions/MODEL/REVISION.
-    """
-
-    model: EvaluatedModel
+    model: EvaluatedModel  #: The model
+    #: Task -> the benchmark that defines its splits and languages, from `expand`.
     tasks: Mapping[str, str]
-    output_dir: str
-    local_data_dir: str | None = None
-    batch_size: int = 32
+    output_dir: str  #: Where results go
+    local_data_dir: str | None = None  #: Where data sets are read from; None = the hub
+    batch_size: int = 32  #: Texts a forward pass
+    #: Whether rankings are kept, under OUTPUT_DIR/predictions/MODEL/REVISION.
     save_predictions: bool = False
 
     def find(self, name: str) -> Any:

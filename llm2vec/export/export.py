@@ -56,18 +56,15 @@ class Export:
 
     #: The base of an adapter is given where it is not to be had under its recorded name.
     model: ModelChoice
-    #: Of the stored weights: `bfloat16`, `float16`, `float32`.
-    dtype: str = "bfloat16"
+    dtype: str = "bfloat16"  #: Of the stored weights: `bfloat16`, `float16`, `float32`
     #: Most tokens of a text, in place of the checkpoint's own limit.
     doc_max_length: int | None = None
-    #: Write the adapter alone, too.
-    adapter: bool = False
+    adapter: bool = False  #: Write the adapter alone, too
     #: Hub name of the base, `organisation/name` or `organisation/name@revision`.
     base_id: str | None = None
     #: Prompts to have by name: name (such as a task's) -> instruction.
     instructions: Mapping[str, str] = dataclasses.field(default_factory=dict)
-    #: Scores for the card, and the license as the hub spells it.
-    results: Results | None = None
+    results: Results | None = None  #: Scores for the card, and the license as the hub spells it
     license: str | None = None
     #: Hub name that the folder will have; None = the folder's own name.
     repository: str | None = None

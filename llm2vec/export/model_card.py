@@ -41,24 +41,20 @@ _SERVER_POOLING: dict[PoolingMode, tuple[str, str]] = {
 class Facts:
     """What the card says of a model; None where it is not known, or there is no such thing."""
 
-    #: What its users load it by.
-    name: str
+    name: str  #: What its users load it by
     form: StockForm
     settings: EncoderSettings
     architecture: str
     num_parameters: int
     hidden_size: int
-    #: Of the stored weights.
-    dtype: str
+    dtype: str  #: Of the stored weights
     #: Hub names: of the base that `adapter/` goes on, and of what the model was trained from.
     adapter_base: str | None
     base_model: str | None
     license: str | None
-    #: The earliest first.
-    runs: Sequence[RecordedRun]
+    runs: Sequence[RecordedRun]  #: The earliest first
     results: Results | None
-    #: The three figures of a `Proof`.
-    difference: float
+    difference: float  #: The three figures of a `Proof`
     rounding: float
     stray_difference: float | None
 

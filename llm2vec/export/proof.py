@@ -23,12 +23,10 @@ TOLERANCE = 1e-5
 class Proof(NamedTuple):
     """How far stock libraries are from this project, over the probe texts."""
 
-    #: Largest difference of a number of a unit vector, in float32.
-    difference: float
+    difference: float  #: Largest difference of a number of a unit vector, in float32
     #: The same of texts whose mean reads the blank before them; None = there are none.
     stray_difference: float | None
-    #: Lowest cosine between vectors by the stored weights and by float32 weights.
-    rounding: float
+    rounding: float  #: Lowest cosine between vectors by the stored weights and by float32 weights
 
 
 def prove(

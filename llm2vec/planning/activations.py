@@ -32,17 +32,11 @@ PROJECTIONS = {
 
 @dataclass(frozen=True)
 class Numbers:
-    """What a run computes with.
+    """What a run computes with."""
 
-    Attributes:
-        stream: bytes of a number between the layers.
-        compute: bytes of a number that a matrix product gives.
-        device: `cpu` or `cuda`.
-    """
-
-    stream: int
-    compute: int
-    device: str
+    stream: int  #: bytes of a number between the layers
+    compute: int  #: bytes of a number that a matrix product gives
+    device: str  #: `cpu` or `cuda`
 
     @classmethod
     def of(cls, args: TrainingArguments, model: nn.Module, device: str) -> Numbers:
@@ -63,19 +57,13 @@ class Numbers:
 
 
 class Kept(NamedTuple):
-    """Bytes that a layer keeps for each token.
+    """Bytes that a layer keeps for each token."""
 
-    Attributes:
-        whole: where it runs at all tokens.
-        pair: further, for each pair of a token and one of its text.
-        narrow: in the last layer, where all but keys and values runs at the closing tokens alone.
-        recomputed: where it is recomputed: its input.
-    """
-
-    whole: float
-    pair: float
+    whole: float  #: where it runs at all tokens
+    pair: float  #: further, for each pair of a token and one of its text
+    #: in the last layer, where all but keys and values runs at the closing tokens alone.
     narrow: float
-    recomputed: float
+    recomputed: float  #: where it is recomputed: its input
 
 
 class _Attended(NamedTuple):

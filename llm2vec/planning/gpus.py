@@ -6,21 +6,14 @@ from typing import NamedTuple
 
 
 class Card(NamedTuple):
-    """A GPU.
+    """A GPU."""
 
-    Attributes:
-        name: as people call it.
-        memory_gb: in 10^9 bytes; cards have up to 7 % more, which CUDA itself and fragments take.
-        tflops: 10^12 operations a second in bfloat16; None = not known.
-        tflops_tf32: the same in TF32.
-        tflops_float32: the same in float32 without TF32.
-    """
-
-    name: str
+    name: str  #: as people call it
+    #: in 10^9 bytes; cards have up to 7 % more, which CUDA itself and fragments take.
     memory_gb: float
-    tflops: float | None = None
-    tflops_tf32: float | None = None
-    tflops_float32: float | None = None
+    tflops: float | None = None  #: 10^12 operations a second in bfloat16; None = not known
+    tflops_tf32: float | None = None  #: the same in TF32
+    tflops_float32: float | None = None  #: the same in float32 without TF32
 
 
 CARDS = {

@@ -35,20 +35,14 @@ _BLOCKS_JOINED = 4
 
 
 class Step(NamedTuple):
-    """What a process has in hand in an optimiser step.
+    """What a process has in hand in an optimiser step."""
 
-    Attributes:
-        passes: of a sample of rows.
-        scale: how many times the sample the largest micro-batch is.
-        num_recomputed: how many layers are recomputed, the first ones.
-        accumulates: whether there are several micro-batches, so that gradients of others are there already.
-        texts: that a contrastive loss compares: of this process, and documents of all processes; None = none.
-    """
-
-    passes: tuple[Pass, ...]
-    scale: float
-    num_recomputed: int
+    passes: tuple[Pass, ...]  #: of a sample of rows
+    scale: float  #: how many times the sample the largest micro-batch is
+    num_recomputed: int  #: how many layers are recomputed, the first ones
+    #: whether there are several micro-batches, so that gradients of others are there already.
     accumulates: bool
+    #: that a contrastive loss compares: of this process, and documents of all processes.
     texts: tuple[int, int] | None = None
 
 
@@ -61,15 +55,10 @@ class Part(NamedTuple):
 
 
 class Memory(NamedTuple):
-    """What a process holds.
+    """What a process holds."""
 
-    Attributes:
-        parts: one by one; not all of them at the same time.
-        most: bytes held at once.
-    """
-
-    parts: tuple[Part, ...]
-    most: float
+    parts: tuple[Part, ...]  #: one by one; not all of them at the same time
+    most: float  #: bytes held at once
 
 
 def memory_of(model: Any, args: TrainingArguments, numbers: Numbers, step: Step, num_processes: int) -> Memory:

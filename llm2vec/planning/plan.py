@@ -50,25 +50,17 @@ from llm2vec.types import Objective, Stage, UserError, first_line
 
 @dataclass(frozen=True)
 class Conditions:
-    """What a config does not say.
+    """What a config does not say."""
 
-    Attributes:
-        num_processes: that share the run.
-        card: GPU of each process; None = a CPU.
-        utilisation: share of the card's matrix peak that does useful work.
-        stage: whose script reads the config; None = as its keys tell.
-        base: model whose shape and tokenizer stand for those of a base that is not there yet.
-        tokens_query: of a row's query, template included, where rows or tokenizer are not at hand; None = they are.
-        tokens_document: of each of its documents, likewise.
-    """
-
-    num_processes: int = 1
-    card: Card | None = None
-    utilisation: float = 0.4
-    stage: Stage | None = None
+    num_processes: int = 1  #: that share the run
+    card: Card | None = None  #: GPU of each process; None = a CPU
+    utilisation: float = 0.4  #: share of the card's matrix peak that does useful work
+    stage: Stage | None = None  #: whose script reads the config; None = as its keys tell
+    #: model whose shape and tokenizer stand for those of a base that is not there yet.
     base: str | None = None
+    #: of a row's query, template included, where rows or tokenizer are not at hand.
     tokens_query: int | None = None
-    tokens_document: int | None = None
+    tokens_document: int | None = None  #: of each of its documents, likewise
 
     def __post_init__(self) -> None:
         for name in ("num_processes", "tokens_query", "tokens_document"):
@@ -83,45 +75,25 @@ class Conditions:
 
 @dataclass(frozen=True)
 class Plan:
-    """What is known of a run before it starts.
+    """What is known of a run before it starts."""
 
-    Attributes:
-        config: as written.
-        args: that follow from it.
-        conditions: what it does not say.
-        settings: how texts become vectors.
-        model: in shapes only.
-        objective: over it.
-        numbers: it computes with.
-        rows: training rows; None = not at hand.
-        collate: makes them into batches; None = lengths are assumed.
-        order: of the rows.
-        schedule: steps; None = only the rows would tell.
-        assumption: what is assumed, and why; empty = nothing.
-        absent: adapters below the run's own that are not there yet.
-        all_rows: a sample over all sources.
-        by_source: one of each source.
-        memory: of a process; None = the model's layers are of another kind.
-        recomputation: what is recomputed; empty = nothing.
-    """
-
-    config: Config
-    args: TrainingArguments
-    conditions: Conditions
-    settings: EncoderSettings
-    model: Any
-    objective: Objective
-    numbers: Numbers
-    rows: Rows | None
-    collate: Collate | None
-    order: OneSourceBlocks | None
-    schedule: Schedule | None
-    assumption: str
-    absent: tuple[str, ...]
-    all_rows: Sample
-    by_source: tuple[Sample, ...]
-    memory: Memory | None = None
-    recomputation: str = ""
+    config: Config  #: as written
+    args: TrainingArguments  #: that follow from it
+    conditions: Conditions  #: what it does not say
+    settings: EncoderSettings  #: how texts become vectors
+    model: Any  #: in shapes only
+    objective: Objective  #: over it
+    numbers: Numbers  #: it computes with
+    rows: Rows | None  #: training rows; None = not at hand
+    collate: Collate | None  #: makes them into batches; None = lengths are assumed
+    order: OneSourceBlocks | None  #: of the rows
+    schedule: Schedule | None  #: steps; None = only the rows would tell
+    assumption: str  #: what is assumed, and why; empty = nothing
+    absent: tuple[str, ...]  #: adapters below the run's own that are not there yet
+    all_rows: Sample  #: a sample over all sources
+    by_source: tuple[Sample, ...]  #: one of each source
+    memory: Memory | None = None  #: of a process; None = the model's layers are of another kind
+    recomputation: str = ""  #: what is recomputed; empty = nothing
 
     @property
     def steps(self) -> int | None:

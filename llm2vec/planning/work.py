@@ -27,15 +27,10 @@ DEVIATIONS = 2.0
 
 
 class Sample(NamedTuple):
-    """Some rows of a source.
+    """Some rows of a source."""
 
-    Attributes:
-        passes: of them all at once.
-        tokens_of_rows: of each row, all sides.
-    """
-
-    passes: tuple[Pass, ...]
-    tokens_of_rows: tuple[int, ...]
+    passes: tuple[Pass, ...]  #: of them all at once
+    tokens_of_rows: tuple[int, ...]  #: of each row, all sides
 
     @property
     def tokens(self) -> int:

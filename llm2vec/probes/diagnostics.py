@@ -51,17 +51,11 @@ ONE_POINT = 1e-12
 
 
 class RowTexts(NamedTuple):
-    """Which vectors are whose: places among the different texts' vectors.
+    """Which vectors are whose: places among the different texts' vectors."""
 
-    Attributes:
-        query_B: of each row's query.
-        positive_B: of each row's positive.
-        negative_BK: of each row's hard negatives; K may be 0.
-    """
-
-    query_B: Tensor
-    positive_B: Tensor
-    negative_BK: Tensor
+    query_B: Tensor  #: of each row's query
+    positive_B: Tensor  #: of each row's positive
+    negative_BK: Tensor  #: of each row's hard negatives; K may be 0
 
     def of(self, rows: slice) -> RowTexts:
         """Those of some rows."""

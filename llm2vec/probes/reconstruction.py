@@ -35,17 +35,12 @@ from llm2vec.types import InstructedText, TextSide, UserError, first_line
 
 
 class Sampling(NamedTuple):
-    """How tokens are drawn; from torch's generator, so its seed decides them.
+    """How tokens are drawn; from torch's generator, so its seed decides them."""
 
-    Attributes:
-        temperature: what the logits are divided by.
-        top_p: share of the probability that the likeliest tokens must hold together; the others are never drawn.
-        num: texts drawn from each anchor.
-    """
-
-    temperature: float = 1.0
+    temperature: float = 1.0  #: what the logits are divided by
+    #: share of the probability that the likeliest tokens hold together; no others are drawn.
     top_p: float = 0.95
-    num: int = 1
+    num: int = 1  #: texts drawn from each anchor
 
 
 class ScoredToken(NamedTuple):

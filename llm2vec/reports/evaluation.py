@@ -53,16 +53,13 @@ class EvaluationReport:
     runs: tuple[EvaluatedRun, ...]
     #: Which of the paper's models the runs are compared with; None = with none.
     paper_model: str | None
-    #: What is said first: coverage, differences, what is off.
-    sentences: list[str]
+    sentences: list[str]  #: What is said first: coverage, differences, what is off
     comparisons: list[Comparison]
-    #: The first stands before the pictures.
-    tables: list[Table]
+    tables: list[Table]  #: The first stands before the pictures
     #: Title of a table -> what it compares with the paper, each comparison under a name.
     checks: dict[str, dict[str, Check]]
     pictures: list[Picture]
-    #: How the numbers came about.
-    facts: dict[str, str]
+    facts: dict[str, str]  #: How the numbers came about
 
     def write(self, folder: Path) -> Path:
         """Write `report.md`, `report.json`, the figures as PNG files and, last, `report.html` with the figures inside.
@@ -213,18 +210,19 @@ def _pictures(
 ) -> list[Picture]:
     """The paper's Figures 2, 3 and 4, as far as the runs and logs go; the paper's own points beside them."""
     means = {run.name: mean for run in runs if (mean := mean_of(run.scores, paper.subset)) is not None}
+    what = "15-task subset, mean main score"
     pictures: list[Picture] = []
     if along := _stage_scores("measured", {name: mean for name, mean in means.items() if "@" in name}):
         drawn = {score.stage for score in along}
         printed = _stage_scores("paper", paper.tables[9].get(model or "", {}))
         printed = [score for score in printed if score.stage in drawn]
         caption = "Mean of Table 8's 15 tasks against Stage II step (Figure 2 of the paper). One run a line: no spread."
-        pictures.append(Picture("early_stage.png", figures.early_stage_figure(along + printed), caption))
+        pictures.append(Picture("early_stage.png", figures.early_stage_figure(along + printed, what), caption))
     stages = _stage_scores("measured", {name: mean for name, mean in means.items() if name in _FIGURE_STAGES})
     if len(stages) > 1:
         printed = _stage_scores("paper", paper.tables[10].get(model or "", {}))
         caption = "Mean of Table 8's 15 tasks after each training stage (Figure 3 of the paper)."
-        pictures.append(Picture("by_stage.png", figures.by_stage_figure(stages + printed), caption))
+        pictures.append(Picture("by_stage.png", figures.by_stage_figure(stages + printed, what), caption))
     if losses:
         logs = {cast(ScoredStage, stage): read_log(path) for stage, path in losses.items()}
         caption = f"{figures.LOSSES_CAPTION} (Figure 4 of the paper.)"
@@ -232,12 +230,11 @@ def _pictures(
     return pictures
 
 
-def _stage_scores(model: str, means: Mapping[str, Any]) -> list[Score]:
+def _stage_scores(series: str, means: Mapping[str, Any]) -> list[Score]:
     """Points of a figure from means by run name, `anchor@25` being Anchor after 25 steps."""
-    scores = []
-    for name, mean in means.items():
-        stage, _, step = name.partition("@")
-        if stage in get_args(ScoredStage) and (step.isdecimal() or not step):
-            run = (model, cast(ScoredStage, stage), int(step) if step else None)
-            scores.append(Score(*run, "15-task subset", "mean main score", mean / 100))
-    return scores
+    names = {name: name.partition("@") for name in means}
+    return [
+        Score(cast(ScoredStage, stage), int(step) if step else None, means[name], series)
+        for name, (stage, _, step) in names.items()
+        if stage in get_args(ScoredStage) and (step.isdecimal() or not step)
+    ]

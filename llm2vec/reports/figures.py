@@ -7,7 +7,6 @@ Those of the paper are score against Stage II step (its Figure 2), score by trai
 from __future__ import annotations
 
 import io
-import statistics
 from collections.abc import Mapping, Sequence
 from typing import NamedTuple, get_args
 
@@ -20,7 +19,7 @@ from matplotlib.patches import Patch
 from matplotlib.ticker import MaxNLocator
 
 from llm2vec.reports.logs import Histograms, Space, curve, first_and_last, shortened
-from llm2vec.reports.scores import STAGE_NAMES, Score, ScoredStage, common_columns, metric_name, run_means
+from llm2vec.reports.scores import STAGE_NAMES, Score, ScoredStage, in_order
 
 #: Okabe and Ito's palette, which colour-blind readers can tell apart.
 STAGE_COLOURS: dict[ScoredStage, str] = {
@@ -71,54 +70,43 @@ class Picture(NamedTuple):
         return stream.getvalue()
 
 
-def early_stage_figure(curves: Sequence[Score]) -> Figure:
-    """Score against Stage II step, one line a stage and model: mean over seeds, band from lowest to highest."""
+def early_stage_figure(curves: Sequence[Score], what: str) -> Figure:
+    """Score (`what` it is of names the axis) against Stage II step, a line for each stage and series."""
     figure, axes = _new_axes()
-    curves = [score for score in curves if score.step is not None]
-    means = run_means(curves)
-    models = list(dict.fromkeys(model for model, _, _ in means))
-    for model, stage in dict.fromkeys((model, stage) for model, stage, _ in means):
-        points = {step: values for (m, s, step), values in means.items() if (m, s) == (model, stage)}
-        steps = [step for step in points if step is not None]
-        label = STAGE_NAMES[stage] if len(models) == 1 else f"{model}, {STAGE_NAMES[stage]}"
-        style = _LINE_STYLES[models.index(model) % len(_LINE_STYLES)]
-        line = [statistics.fmean(values) for values in points.values()]
-        axes.plot(steps, line, style, color=STAGE_COLOURS[stage], marker="o", markersize=4, label=label)
-        low, high = [min(values) for values in points.values()], [max(values) for values in points.values()]
-        axes.fill_between(steps, low, high, color=STAGE_COLOURS[stage], alpha=0.15, linewidth=0)
-    _finish(axes, "Early Stage II", "Stage II optimiser step", _score_label(curves))
+    curves = in_order(score for score in curves if score.step is not None)
+    series = list(dict.fromkeys(score.series for score in curves))
+    for name, stage in dict.fromkeys((score.series, score.stage) for score in curves):
+        points = [(s.step, s.value) for s in curves if (s.series, s.stage) == (name, stage)]
+        label = STAGE_NAMES[stage] if len(series) == 1 else f"{name}, {STAGE_NAMES[stage]}"
+        style = _LINE_STYLES[series.index(name) % len(_LINE_STYLES)]
+        axes.plot(*zip(*points, strict=True), style, color=STAGE_COLOURS[stage], marker="o", markersize=4, label=label)
+    _finish(axes, "Early Stage II", "Stage II optimiser step", f"{what} x 100")
     axes.set_xlim(left=0)
     axes.legend(frameon=False)
     return figure
 
 
-def by_stage_figure(scores: Sequence[Score]) -> Figure:
-    """Bars by training stage, grouped by model; dots are the single seeds, a dashed line is BM25.
-
-    Of several steps of one stage the last one counts.
-    """
+def by_stage_figure(scores: Sequence[Score], what: str) -> Figure:
+    """Bars by training stage, grouped by series; a dashed line is BM25. Of several steps of a stage the last counts."""
     figure, axes = _new_axes()
-    last = {(model, stage): values for (model, stage, _), values in run_means(scores).items()}
-    bars = {key: values for key, values in last.items() if key[1] != "bm25"}
-    models = list(dict.fromkeys(model for model, _ in bars))
+    last = {(score.series, score.stage): score.value for score in in_order(scores)}
+    bars = {key: value for key, value in last.items() if key[1] != "bm25"}
+    series = list(dict.fromkeys(name for name, _ in bars))
     stages = [stage for stage in get_args(ScoredStage) if any(stage == key[1] for key in bars)]
-    for (model, stage), values in bars.items():
-        position, mean = models.index(model) * (len(stages) + 1) + stages.index(stage), statistics.fmean(values)
-        axes.bar(position, mean, width=0.8, color=STAGE_COLOURS[stage])
-        top = (position, max(mean, *values, 0))
-        axes.annotate(f"{mean:.1f}", top, (0, 5), textcoords="offset points", ha="center")
-        if len(values) > 1:
-            axes.plot([position] * len(values), values, "o", color="black", markersize=3, alpha=0.6)
-    if lexical := next((values for (_, stage), values in last.items() if stage == "bm25"), None):
-        value = statistics.fmean(lexical)
+    for (name, stage), value in bars.items():
+        position = series.index(name) * (len(stages) + 1) + stages.index(stage)
+        axes.bar(position, value, width=0.8, color=STAGE_COLOURS[stage])
+        top = (position, max(value, 0))
+        axes.annotate(f"{value:.1f}", top, (0, 5), textcoords="offset points", ha="center")
+    for value in [value for (_, stage), value in last.items() if stage == "bm25"][:1]:
         axes.axhline(value, color=STAGE_COLOURS["bm25"], linestyle="--", linewidth=1, label=f"BM25: {value:.1f}")
-    if len(models) > 1:  # a group a model; colours name the stages
-        axes.set_xticks([i * (len(stages) + 1) + (len(stages) - 1) / 2 for i in range(len(models))], models)
+    if len(series) > 1:  # a group a series; colours name the stages
+        axes.set_xticks([i * (len(stages) + 1) + (len(stages) - 1) / 2 for i in range(len(series))], series)
         for stage in stages:
             axes.bar(0, 0, color=STAGE_COLOURS[stage], label=STAGE_NAMES[stage])
     else:
         axes.set_xticks(range(len(stages)), [STAGE_NAMES[stage].replace(" (", "\n(") for stage in stages])
-    _finish(axes, "After each training stage", "", _score_label(scores))
+    _finish(axes, "After each training stage", "", f"{what} x 100")
     if axes.get_legend_handles_labels()[0]:
         figure.legend(loc="outside lower center", ncols=3, frameon=False)
     return figure
@@ -234,13 +222,6 @@ def _plot_path(axes: Axes, log: Sequence[Mapping[str, float]], x_key: str, y_key
     axes.plot(x, y, "-", color=colour, marker=".", markersize=4, linewidth=1.4, label=STAGE_NAMES[stage])
     axes.plot(x[:1], y[:1], "o", color=colour, markerfacecolor="white", markersize=8)
     axes.plot(x[-1:], y[-1:], "o", color=colour, markersize=8)
-
-
-def _score_label(scores: Sequence[Score]) -> str:
-    """What a figure's score axis shows."""
-    columns = common_columns(scores)
-    task, metric = columns[0]
-    return f"{task}, {metric_name(metric)} x 100" if len(columns) == 1 else f"mean of {len(columns)} tasks x 100"
 
 
 def _plot_smoothed(

@@ -41,8 +41,7 @@ class Inconsistency:
     run: str | None
     column: str
     printed: float
-    #: What contradicts it, and what that gives.
-    against: str
+    against: str  #: What contradicts it, and what that gives
     computed: float
     #: Whether a run is judged by the cell all the same, because the fault is known to lie elsewhere.
     judged: bool
@@ -57,25 +56,18 @@ class Inconsistency:
 
 @dataclass(frozen=True)
 class Paper:
-    """Everything read from the data files.
+    """Everything read from the data files."""
 
-    Attributes:
-        columns: column -> its tasks, in the order of the tables; no Avg.
-        subset: the 15 tasks of Table 8.
-        tables: table number -> model -> run -> row of scores or one score; Table 2 has no runs.
-        comparators: the rows of Table 2.
-        expected: model -> run -> task -> score, of Tables 14 and 15.
-        inconsistencies: cells of the paper that its other cells contradict.
-        remarks: oddities that contradict nothing.
-    """
-
-    columns: dict[str, tuple[str, ...]]
-    subset: tuple[str, ...]
+    columns: dict[str, tuple[str, ...]]  #: column -> its tasks, in the order of the tables; no Avg
+    subset: tuple[str, ...]  #: the 15 tasks of Table 8
+    #: table number -> model -> run -> row of scores or one score; Table 2 has no runs.
     tables: dict[int, dict[str, dict[str, Printed]]]
-    comparators: dict[str, dict[str, float]]
+    comparators: dict[str, dict[str, float]]  #: the rows of Table 2
+    #: model -> run -> task -> score, of Tables 14 and 15.
     expected: dict[str, dict[str, dict[str, float]]]
+    #: cells of the paper that its other cells contradict.
     inconsistencies: tuple[Inconsistency, ...]
-    remarks: tuple[str, ...]
+    remarks: tuple[str, ...]  #: oddities that contradict nothing
 
     @cached_property
     def tasks(self) -> tuple[str, ...]:

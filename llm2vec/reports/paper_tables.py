@@ -33,12 +33,10 @@ class _Line(NamedTuple):
     """What a row of Table 1 or a column of Table 14 shows: a run, or the difference of two."""
 
     label: str
-    #: Task -> score x 100, or task -> difference.
-    values: Mapping[str, float]
+    values: Mapping[str, float]  #: Task -> score x 100, or task -> difference
     #: What the paper calls it: a run's name, or delta; empty where the paper has no such difference.
     name: str
-    #: Format of a number, "+" for differences.
-    sign: str = ""
+    sign: str = ""  #: Format of a number, "+" for differences
 
 
 def paper_tables(runs: Sequence[EvaluatedRun], paper: Paper, model: str | None) -> list[PaperTable]:

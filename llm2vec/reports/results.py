@@ -6,17 +6,16 @@ with several splits or languages, those of MTEB(eng, v1) count: test (MSMARCO: d
 
 from __future__ import annotations
 
-import csv
-import io
 import math
 import statistics
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from llm2vec.files import json_lines, read_object
+from llm2vec.evaluation.files import read_judgements
+from llm2vec.files import read_object
 from llm2vec.types import UserError
 
 AGGREGATE = "CQADupstackRetrieval"
@@ -40,17 +39,13 @@ _ROUNDING = 0.002
 class Results:
     """The scores of one revision of one model."""
 
-    #: As mteb writes it.
-    model: str
-    #: Name of `folder`, where the files lie.
-    revision: str
+    model: str  #: As mteb writes it
+    revision: str  #: Name of `folder`, where the files lie
     folder: Path
     #: Task -> main score x 100; the parts of CQADupstackRetrieval count once, as their mean.
     scores: dict[str, float]
-    #: Task -> why its file or files give no score; such a task is missing.
-    problems: dict[str, str]
-    #: Task -> revision of the data it was scored on.
-    data_revisions: dict[str, str]
+    problems: dict[str, str]  #: Task -> why its file or files give no score; such a task is missing
+    data_revisions: dict[str, str]  #: Task -> revision of the data it was scored on
     mteb_versions: tuple[str, ...]
 
 
@@ -90,14 +85,15 @@ def read_query_scores(predictions: Path, task: str, qrels: Path, main_score: flo
     Args:
         predictions: The `prediction_folder` of the evaluation, with `<task>_predictions.json`.
         task: Name of the task.
-        qrels: Judgements, JSON lines or tab-separated with a header: query-id, corpus-id, score.
+        qrels: Judgements, JSON lines of query-id, corpus-id, score.
         main_score: The recorded score x 100, which the mean must reproduce.
 
     Raises:
         UserError: A file is missing or malformed, or the mean over queries is not the recorded score, so that
             predictions, judgements and results do not belong together.
     """
-    relevant = _read_qrels(qrels)
+    judged = read_judgements(qrels)
+    relevant = {query: grades for query, grades in judged.items() if any(grade > 0 for grade in grades.values())}
     predicted = _read_predictions(predictions / f"{task}_predictions.json", task)
     if task in _IGNORE_IDENTICAL:
         predicted = {query: {d: score for d, score in of.items() if d != query} for query, of in predicted.items()}
@@ -223,37 +219,3 @@ def _read_predictions(path: Path, task: str) -> dict[str, dict[str, float]]:
         if not isinstance(ranking, dict) or not all(isinstance(score, int | float) for score in ranking.values()):
             raise UserError(f"{path}: expected a score for each document of the query {query!r}.")
     return found[0]
-
-
-def _read_qrels(path: Path) -> dict[str, dict[str, int]]:
-    """Query -> document -> grade, of queries with a document that is relevant at all."""
-    relevant: dict[str, dict[str, int]] = {}
-    for where, row in _rows_of(path):
-        try:
-            query, document, grade = str(row["query-id"]), str(row["corpus-id"]), float(row["score"])
-            relevant.setdefault(query, {})[document] = int(grade)
-            if not grade.is_integer():
-                raise ValueError(f"the score {grade} is no whole number")
-        except (ValueError, TypeError, KeyError, OverflowError) as error:
-            reason = f"no {error}" if isinstance(error, KeyError) else str(error)
-            raise UserError(f"{where}: expected query-id, corpus-id and score ({reason}).") from None
-    return {query: grades for query, grades in relevant.items() if any(grade > 0 for grade in grades.values())}
-
-
-def _rows_of(path: Path) -> Iterator[tuple[str, Mapping[str, Any]]]:
-    """Place and row of a JSON-lines file, or of a tab-separated one with a header."""
-    if path.suffix == ".jsonl":
-        yield from json_lines(path)
-        return
-    try:
-        text = path.read_bytes().decode("utf-8-sig")
-    except OSError as error:
-        raise UserError(f"{path}: cannot be read ({error.strerror}).") from None
-    except UnicodeDecodeError as error:
-        raise UserError(f"{path}: the judgements are not UTF-8 ({error.reason}).") from None
-    rows = csv.DictReader(io.StringIO(text, newline=""), delimiter="\t")
-    try:
-        yield from ((f"{path}, line {rows.line_num}", row) for row in rows)
-    except csv.Error as error:
-        where = f"{path}, line {rows.line_num + 1}"
-        raise UserError(f"{where}: expected columns with tabs between them ({error}).") from None

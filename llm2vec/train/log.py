@@ -27,17 +27,11 @@ LOG_FILE = "log.jsonl"
 
 
 class StepFindings(NamedTuple):
-    """What the processes know together of a step whose gradient is complete.
+    """What the processes know together of a step whose gradient is complete."""
 
-    Attributes:
-        bad_loss: the loss of some process is not finite.
-        bad_gradient: the gradient's norm is not finite.
-        stop: some process was asked to stop.
-    """
-
-    bad_loss: bool
-    bad_gradient: bool
-    stop: bool
+    bad_loss: bool  #: the loss of some process is not finite
+    bad_gradient: bool  #: the gradient's norm is not finite
+    stop: bool  #: some process was asked to stop
 
 
 class StepFigures:

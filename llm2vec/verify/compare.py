@@ -93,21 +93,14 @@ def _text_of(entry: dict[str, Any], where: str) -> InstructedText:
 
 @dataclass(frozen=True)
 class Answer:
-    """What a way makes of the texts.
+    """What a way makes of the texts."""
 
-    Attributes:
-        choice: the way.
-        ids: of each text, its token ids; None = not shown.
-        vectors: [N, D]; rows of NaN where the way refuses a text.
-        refused: index of a text -> why the way refuses it.
-        way: what was loaded; None = a server.
-    """
-
-    choice: Choice
-    ids: Sequence[list[int] | None]
-    vectors: Tensor
+    choice: Choice  #: the way
+    ids: Sequence[list[int] | None]  #: of each text, its token ids; None = not shown
+    vectors: Tensor  #: [N, D]; rows of NaN where the way refuses a text
+    #: index of a text -> why the way refuses it.
     refused: dict[int, str] = field(default_factory=dict)
-    way: LocalWay | None = None
+    way: LocalWay | None = None  #: what was loaded; None = a server
 
     @property
     def name(self) -> str:
@@ -159,29 +152,17 @@ def ask_server(choice: Choice, texts: Sequence[InstructedText], rendering: Rende
 
 @dataclass(frozen=True)
 class Parity:
-    """How close an answer is to the reference's.
+    """How close an answer is to the reference's."""
 
-    Attributes:
-        answer: what was compared.
-        compared: indices of the texts that neither way refuses.
-        compared_ids: how many of these texts' token ids both ways show.
-        differing_ids: indices of texts whose token ids differ.
-        cosines: of the compared texts' vectors; zeros where they have other sizes.
-        largest: the largest difference of a number, of unit vectors.
-        lengths: the shortest and the longest vector.
-        same_lengths: whether the vectors have unit length, or the reference's, or may have any.
-        threshold: least cosine.
-    """
-
-    answer: Answer
-    compared: list[int]
-    compared_ids: int
-    differing_ids: list[int]
-    cosines: Tensor
-    largest: float
-    lengths: tuple[float, float]
-    same_lengths: bool
-    threshold: float
+    answer: Answer  #: what was compared
+    compared: list[int]  #: indices of the texts that neither way refuses
+    compared_ids: int  #: how many of these texts' token ids both ways show
+    differing_ids: list[int]  #: indices of texts whose token ids differ
+    cosines: Tensor  #: of the compared texts' vectors; zeros where they have other sizes
+    largest: float  #: the largest difference of a number, of unit vectors
+    lengths: tuple[float, float]  #: the shortest and the longest vector
+    same_lengths: bool  #: whether the vectors have unit length, or the reference's, or may have any
+    threshold: float  #: least cosine
 
     @property
     def passes(self) -> bool:

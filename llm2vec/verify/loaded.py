@@ -41,30 +41,19 @@ _MODES = {name: mode for mode, name in POOLING.items()}
 
 @dataclass(frozen=True)
 class LocalWay:
-    """A loaded embedder whose parts can be exchanged.
+    """A loaded embedder whose parts can be exchanged."""
 
-    Attributes:
-        choice: what was asked for.
-        model: decoder without head, plain or with an adapter.
-        tokenizer: its tokenizer.
-        encode: vectors of texts as this way computes them, [N, D], on the CPU in float32.
-        rows: texts as token rows.
-        attention: as its settings or its config say.
-        pooling_mode: how it pools.
-        max_length: most tokens of a row.
-        is_half: whether its weights are, or were stored, in half precision.
-        any_length: whether its settings leave its vectors' lengths to whoever compares them.
-    """
-
-    choice: Choice
-    model: Any
-    tokenizer: PreTrainedTokenizerBase
+    choice: Choice  #: what was asked for
+    model: Any  #: decoder without head, plain or with an adapter
+    tokenizer: PreTrainedTokenizerBase  #: its tokenizer
+    #: vectors of texts as this way computes them, [N, D], on the CPU in float32.
     encode: Callable[[Sequence[InstructedText]], Tensor]
-    rows: Callable[[Sequence[InstructedText]], list[Row]]
-    attention: Attention
-    pooling_mode: PoolingMode
-    max_length: int
-    is_half: bool
+    rows: Callable[[Sequence[InstructedText]], list[Row]]  #: texts as token rows
+    attention: Attention  #: as its settings or its config say
+    pooling_mode: PoolingMode  #: how it pools
+    max_length: int  #: most tokens of a row
+    is_half: bool  #: whether its weights are, or were stored, in half precision
+    #: whether its settings leave its vectors' lengths to whoever compares them.
     any_length: bool = False
 
 

@@ -40,15 +40,10 @@ LABELS = {
 
 
 class Choice(NamedTuple):
-    """One way to load, before anything is loaded.
+    """One way to load, before anything is loaded."""
 
-    Attributes:
-        kind: a key of `LABELS`.
-        model: what is loaded; of a server, the base is its URL.
-    """
-
-    kind: LocalKind | Literal["server"]
-    model: ModelChoice
+    kind: LocalKind | Literal["server"]  #: a key of `LABELS`
+    model: ModelChoice  #: what is loaded; of a server, the base is its URL
 
     @property
     def name(self) -> str:
@@ -98,14 +93,11 @@ def choices_of(argument: str) -> tuple[list[Choice], list[str]]:
 
 
 class Rendering(NamedTuple):
-    """How every way's texts are to be written.
+    """How every way's texts are to be written."""
 
-    Attributes:
-        rows: renders the template.
-        written: characters that a tokenizer of the stock form writes before a text by itself, so that no prompt does.
-    """
-
-    rows: RowTokenizer
+    rows: RowTokenizer  #: renders the template
+    #: characters that a tokenizer of the stock form writes before a text by itself, so that no
+    #: prompt does.
     written: str
 
 

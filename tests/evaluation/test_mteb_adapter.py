@@ -427,9 +427,11 @@ def bad_sets() -> Iterator[tuple[str, str, str]]:
     yield "corpus.jsonl", '{"_id": 1, "text": "a", "title": 5}\n', r"corpus\.jsonl, line 1: `title` must be text, not 5"
     yield "corpus.jsonl", '{"_id": 1, "text": "a"}\n{"_id": "1", "text": "b"}\n', r"line 2: the _id '1' is there twice"
     yield "queries.jsonl", '{"_id": "q1", "text": ["a"]}\n', r'queries\.jsonl, line 1: `text` must be text, not \["a"\]'
-    for score in ("0.5", '"high"', "null", "NaN", "1e999"):
+    for score in ("0.5", '"high"', "null", "NaN", "1e999", "2147483648", "-1e19"):  # of the last, trec_eval dies
         line = f'{{"query-id": "q1", "corpus-id": "1", "score": {score}}}\n'
         yield "qrels/test.jsonl", line, r"qrels/test\.jsonl, line 1: `score` must be a whole number, not "
+    line = '{"query-id": "\\ud800", "corpus-id": "1", "score": 1}\n'
+    yield "qrels/test.jsonl", line, "line 1: `query-id` holds half a surrogate pair"
     line = '{"query-id": "q1", "corpus-id": "1", "score": 0}\n'
     yield "qrels/test.jsonl", line, "no query with a relevant document: no score is above 0"
 

@@ -332,7 +332,7 @@ def test_the_script_from_folders_to_page(tmp_path: Path, capsys: pytest.CaptureF
         "a": {f"q{i}": {"x": 2.0, "y": 1.0} for i in range(12)},
         "b": {f"q{i}": {"x": 1.0, "y": 2.0} for i in range(12)},
     }
-    qrels = write_qrels(tmp_path / "qrels.tsv", [(f"q{i}", "x", 1) for i in range(12)])
+    qrels = write_qrels(tmp_path / "qrels.jsonl", [(f"q{i}", "x", 1) for i in range(12)])
     for name, score in (("a", 100.0), ("b", 63.093)):
         write_results(tmp_path / name, {"Docs": score})
         (tmp_path / f"{name}-kept").mkdir()

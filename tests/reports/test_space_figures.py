@@ -20,7 +20,7 @@ from llm2vec.reports.logs import Shapes, read_shapes, read_spaces, space_table
 from llm2vec.reports.paper import read_paper
 from llm2vec.reports.results import read_results
 from llm2vec.reports.scores import Score, ScoredStage
-from llm2vec.reports.training import TrainingReport
+from llm2vec.reports.training import write_training_report
 from llm2vec.train.log import drop_entries_after
 from llm2vec.types import UserError
 from tests.reports.test_results import write_results
@@ -68,6 +68,10 @@ def write_run(folder: Path, sources: Sequence[str] = (), steps: Sequence[int] = 
     (folder / "log.jsonl").write_text("".join(json.dumps(entry) + "\n" for entry in log), encoding="utf-8")
     (folder / "diagnostics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines), encoding="utf-8")
     return folder / "log.jsonl"
+
+
+def write_report(folder: Path, scores: list[Score], losses: dict[ScoredStage, Path]) -> Path:
+    return write_training_report(folder, "Title", "Docs", scores, [], losses, said="Seed 1.", facts={})
 
 
 def stairs(axes: Axes) -> dict[str, np.ndarray[Any, Any]]:
@@ -210,8 +214,8 @@ def test_the_table_has_both_ends_of_all_and_the_last_of_each_source(tmp_path: Pa
 
 def test_the_page_escapes_what_comes_from_data(tmp_path: Path) -> None:
     runs: dict[ScoredStage, Path] = {"anchor": write_run(tmp_path / "anchor", ("a", EVIL))}
-    scores = [Score("tiny", "anchor", 40, "Docs", "ndcg_at_10", 0.4)]
-    page = TrainingReport("Title", (1,), {"rows": 3}).write(tmp_path / "out", scores, [], runs)
+    scores = [Score("anchor", 40, 40.0)]
+    page = write_report(tmp_path / "out", scores, runs)
     html = page.read_text(encoding="utf-8")
     assert "<script" not in html and "&lt;script&gt;alert(&#x27;$x$&#x27;)&lt;/script&gt;" in html
     assert "<h2>Embedding space</h2>" in html and html.count("<img") == 5
@@ -234,8 +238,8 @@ def test_the_evaluation_report_shows_it_too(tmp_path: Path) -> None:
 
 def test_a_page_without_diagnostics_says_nothing_of_them(tmp_path: Path) -> None:
     (tmp_path / "log.jsonl").write_text('{"step": 1, "loss_contrastive": 2}\n', encoding="utf-8")
-    scores = [Score("tiny", "anchor", 40, "Docs", "ndcg_at_10", 0.4)]
-    page = TrainingReport("Title", (1,), {}).write(tmp_path / "out", scores, [], {"anchor": tmp_path / "log.jsonl"})
+    scores = [Score("anchor", 40, 40.0)]
+    page = write_report(tmp_path / "out", scores, {"anchor": tmp_path / "log.jsonl"})
     assert "Embedding space" not in page.read_text(encoding="utf-8")
     assert not list(page.parent.glob("similarities*"))
 
