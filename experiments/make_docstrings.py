@@ -11,22 +11,16 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from llm2vec.cli import run_command
-from llm2vec.quickstart.docstrings import Settings, installed_roots, write_corpus
+from llm2vec.quickstart.docstrings import installed_roots, write_corpus
 
 
 def main(argv: Sequence[str]) -> None:
     """Read the flags, write the corpus, say what came out."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--output_dir", type=Path, default=Path("cache/docstrings"), help="folder to write")
-    parser.add_argument("--max_body_characters", type=int, default=Settings.max_body_characters)
-    parser.add_argument("--held_out_per_mille", type=int, default=Settings.held_out_per_mille)
     flags = parser.parse_args(argv)
     started = time.perf_counter()
-    settings = Settings(
-        max_body_characters=flags.max_body_characters,
-        held_out_per_mille=flags.held_out_per_mille,
-    )
-    manifest = write_corpus(flags.output_dir, installed_roots(), settings)
+    manifest = write_corpus(flags.output_dir, installed_roots())
     for name, count in manifest["counts"].items():
         print(f"{name:>20} {count:>8,}")
     print(f"{flags.output_dir} is ready ({time.perf_counter() - started:.0f} s)")

@@ -11,7 +11,7 @@ import shutil
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
-from llm2vec.cli import run_command
+from llm2vec.cli import positive, run_command
 from llm2vec.files import json_lines
 from llm2vec.quickstart.tiny import tiny_llama, train_tokenizer
 from llm2vec.types import UserError
@@ -22,12 +22,12 @@ def main(argv: Sequence[str]) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--train_file", type=Path, default=Path("cache/docstrings/train/docstrings.jsonl"))
     parser.add_argument("--output_dir", type=Path, default=Path("output/quickstart/init"))
-    parser.add_argument("--vocab_size", type=int, default=4096)
-    parser.add_argument("--hidden_size", type=int, default=96)
-    parser.add_argument("--num_layers", type=int, default=3)
-    parser.add_argument("--num_heads", type=int, default=4)
-    parser.add_argument("--intermediate_size", type=int, default=256)
-    parser.add_argument("--max_positions", type=int, default=512)
+    parser.add_argument("--vocab_size", type=positive, default=4096)
+    parser.add_argument("--hidden_size", type=positive, default=96)
+    parser.add_argument("--num_layers", type=positive, default=3)
+    parser.add_argument("--num_heads", type=positive, default=4)
+    parser.add_argument("--intermediate_size", type=positive, default=256)
+    parser.add_argument("--max_positions", type=positive, default=512)
     parser.add_argument("--seed", type=int, default=42)
     flags = parser.parse_args(argv)
     if not flags.train_file.is_file():

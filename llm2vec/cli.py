@@ -161,3 +161,8 @@ def positive_float(text: str) -> float:
     if not 0 < number < math.inf:
         raise argparse.ArgumentTypeError(f"is {number:g}; give a number above 0.")
     return number
+
+
+def plain(text: str) -> str:
+    """Text without the control characters that a terminal would obey; line breaks stay."""
+    return "".join(c if c.isprintable() or c == "\n" else "\N{REPLACEMENT CHARACTER}" for c in text)

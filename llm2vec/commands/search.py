@@ -22,6 +22,7 @@ import logging
 import sys
 import textwrap
 from collections.abc import Iterator, Sequence
+from contextlib import suppress
 from dataclasses import asdict, replace
 from itertools import groupby
 from pathlib import Path
@@ -67,14 +68,20 @@ def main(argv: Sequence[str]) -> None:
     if args.command == "index":
         print(f"{args.index}: {build_index(args.source, args.index, chosen_model(args), args.batch_size):,} passages")
         return
-    if args.text is not None and not check_unicode(args.text, "TEXT", "command line").strip():
-        raise UserError("The query is empty.")
     if args.command == "demo":
         args.index, args.model = _demo_index(), None
         args.instruction = json.loads(DEMO_SOURCES.read_text(encoding="utf-8"))["docstrings"]["instruction"]
     index = TextIndex(args.index)
     moved = None if args.model is None else replace(chosen_model(args), torch_dtype=index.model.torch_dtype)
-    _answer(index, index.load_model(moved), args)
+    model = index.load_model(moved)
+    for query in [args.text] if args.text is not None else _queries():
+        (hits,) = index.search(model, [query], args.top_k, args.instruction)
+        width = max(len(hit.where) for hit in hits)
+        lines = [f"\n{query}"] if args.text is None else []
+        for hit in hits:
+            first = (hit.title or hit.text).strip().partition("\n")[0].expandtabs()[:100]
+            lines.append(f"{hit.score:7.4f}  {hit.where:<{width}}  {first}")
+        print(cli.plain("\n".join(lines)))
 
 
 def _parse_args(argv: Sequence[str]) -> argparse.Namespace:
@@ -93,6 +100,12 @@ def _parse_args(argv: Sequence[str]) -> argparse.Namespace:
         command.add_argument("text", nargs="?", help="default: a query a line from standard input")
         command.add_argument("--top_k", type=cli.positive, default=10, help="passages a query (10)")
     args = parser.parse_args(argv)
+    if (
+        args.command != "index"
+        and args.text is not None
+        and not check_unicode(args.text, "TEXT", "command line").strip()
+    ):
+        raise UserError("The query is empty.")
     if args.command == "query":
         check_unicode(args.instruction, "--instruction", "command line")
         if args.peft and args.model is None:
@@ -185,7 +198,7 @@ class TextIndex:
 
         from llm2vec.corpus.search import blocks, from_keys, top_k
 
-        vectors_QD = _unit_vectors(model, [[instruction, q] for q in queries] if instruction else queries, "query")
+        vectors_QD = _unit_vectors(model, [[instruction, query] for query in queries], "query")
         vectors_QD = vectors_QD.cuda() if torch.cuda.is_available() else vectors_QD
         k, num_passages = min(k, len(self._lines)), len(self._lines)
         with safe_open(self.folder / VECTORS_FILE, framework="pt") as file:
@@ -199,41 +212,44 @@ class TextIndex:
         ]
 
 
-def _unit_vectors(
-    model: LLM2Vec, entries: Sequence[str] | list[list[str]], side: TextSide, batch_size: int = 32
-) -> Tensor:
-    import torch
+def _unit_vectors(model: LLM2Vec, entries: list[str] | list[list[str]], side: TextSide, batch_size: int = 32) -> Tensor:
+    from torch.nn.functional import normalize
 
     progress = side == "document"
     vectors_ND = model.encode(entries, batch_size, show_progress_bar=progress, convert_to_tensor=True, side=side)
-    return torch.nn.functional.normalize(cast("Tensor", vectors_ND), dim=-1)
+    return normalize(cast("Tensor", vectors_ND), dim=-1)
 
 
 def _passages(source: Path, most: int) -> Iterator[dict[str, str]]:
     """`where`, `title` and `text` of each passage; `most` characters in one of a text file."""
-    if source.is_dir():
-        for file in sorted(file for file in source.rglob("*") if file.suffix in SUFFIXES):
-            where = file.relative_to(source).as_posix()
-            if where.startswith(".") or "/." in where:  # .git, .venv
-                continue
-            try:
-                content = file.read_text(encoding="utf-8-sig")
-            except (UnicodeDecodeError, OSError):  # a link to nowhere, no permission
-                logger.warning("%r cannot be read or is not UTF-8, and is left out", where)
-                continue
-            yield from ({"where": f"{where}:{line}", "title": "", "text": part} for line, part in _cut(content, most))
-    elif source.is_file() and source.suffix == ".jsonl":
-        for number, (line, row) in enumerate(json_lines(source), start=1):
-            name, title, text = row.get("id", row.get("_id")), row.get("title") or "", row.get("text")
-            if not isinstance(text, str) or not isinstance(title, str):
-                raise UserError(f"{line}: `text` must be a string, and `title` too where there is one.")
-            if not isinstance(name, str | int | None) or isinstance(name, bool):
-                raise UserError(f"{line}: `id` must be a string or a whole number, not {name!r}.")
-            where = f"{source.name}:{number}" if name is None else str(name)
-            check_unicode(where + title + text, "text", line)
-            yield {"where": where, "title": title, "text": text}
-    else:
+    if source.is_file() and source.suffix == ".jsonl":
+        yield from _rows(source)
+        return
+    if not source.is_dir():
         raise UserError(f"{source}: a folder of text files or a .jsonl file is needed.")
+    for file in sorted(file for file in source.rglob("*") if file.suffix in SUFFIXES):
+        where = file.relative_to(source).as_posix()
+        if where.startswith(".") or "/." in where:  # .git, .venv
+            continue
+        try:
+            content = file.read_text(encoding="utf-8-sig")
+        except (UnicodeDecodeError, OSError):  # a link to nowhere, no permission
+            logger.warning("%r cannot be read or is not UTF-8, and is left out", where)
+            continue
+        yield from ({"where": f"{where}:{line}", "title": "", "text": part} for line, part in _cut(content, most))
+
+
+def _rows(file: Path) -> Iterator[dict[str, str]]:
+    """The same of a JSONL file's objects."""
+    for number, (line, row) in enumerate(json_lines(file), start=1):
+        name, title, text = row.get("id", row.get("_id")), row.get("title") or "", row.get("text")
+        if not isinstance(text, str) or not isinstance(title, str):
+            raise UserError(f"{line}: `text` must be a string, and `title` too where there is one.")
+        if not isinstance(name, str | int | None) or isinstance(name, bool):
+            raise UserError(f"{line}: `id` must be a string or a whole number, not {name!r}.")
+        where = f"{file.name}:{number}" if name is None else str(name)
+        check_unicode(where + title + text, "text", line)
+        yield {"where": where, "title": title, "text": text}
 
 
 def _cut(text: str, most: int) -> Iterator[tuple[int, str]]:
@@ -255,32 +271,17 @@ def _cut(text: str, most: int) -> Iterator[tuple[int, str]]:
         yield begins, held
 
 
-def _answer(index: TextIndex, model: LLM2Vec, args: argparse.Namespace) -> None:
-    """Print what is found for one query, or for each line of standard input."""
-    if args.text is not None:
-        return _show(index.search(model, [args.text], args.top_k, args.instruction)[0])
+def _queries() -> Iterator[str]:
+    """The lines of standard input that are not blank."""
     if isinstance(sys.stdin, io.TextIOWrapper):
         sys.stdin.reconfigure(errors="surrogateescape")  # which `check_unicode` names; in some locales Python does not
-    answered = 0
+    found = False
     for number, line in enumerate(sys.stdin, start=1):
         if query := check_unicode(line.strip(), "query", f"standard input, line {number}"):
-            print(f"\n{_visible(query)}")
-            _show(index.search(model, [query], args.top_k, args.instruction)[0])
-            answered += 1
-    if not answered:
+            found = True
+            yield query
+    if not found:
         raise UserError("There is no query: none is given, and standard input is empty.")
-
-
-def _show(hits: Sequence[Hit]) -> None:
-    width = max(len(hit.where) for hit in hits)
-    for hit in hits:
-        first = (hit.title or hit.text).strip().partition("\n")[0].expandtabs()[:100]
-        print(_visible(f"{hit.score:7.4f}  {hit.where:<{width}}  {first}"))
-
-
-def _visible(text: str) -> str:
-    """Text without the control characters that a terminal would obey."""
-    return "".join(character if character.isprintable() else "\N{REPLACEMENT CHARACTER}" for character in text)
 
 
 def _demo_index() -> Path:
@@ -288,10 +289,8 @@ def _demo_index() -> Path:
     if not DEMO_MODEL.is_dir():
         raise UserError(f"There is no model {DEMO_MODEL}; run `make quickstart` first.")
     choice = ModelChoice(str(DEMO_MODEL))
-    try:
-        is_made = TextIndex(DEMO_INDEX).revision == choice.revision()
-    except UserError:  # not there yet, or cut short
-        is_made = False
-    if not is_made:
-        build_index(DEMO_TEXTS, DEMO_INDEX, choice)
+    with suppress(UserError):  # not there yet, or cut short
+        if TextIndex(DEMO_INDEX).revision == choice.revision():
+            return DEMO_INDEX
+    build_index(DEMO_TEXTS, DEMO_INDEX, choice)
     return DEMO_INDEX

@@ -194,8 +194,3 @@ def score_targets(
     states_ND = objective.decode(anchor_BD, embedding_ND, [len(ids) for ids in targets])
     head_VD: Tensor = objective.model.get_output_embeddings().weight
     return linear_cross_entropy(states_ND, head_VD, target_N, torch.ones_like(target_N, dtype=torch.float32))
-
-
-def plain(text: str) -> str:
-    """Text without the control characters that a terminal would obey; line breaks stay."""
-    return "".join(c if c.isprintable() or c == "\n" else "\N{REPLACEMENT CHARACTER}" for c in text)

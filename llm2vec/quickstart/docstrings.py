@@ -21,9 +21,7 @@ import re
 import sysconfig
 import warnings
 from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping
-from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from importlib.metadata import distributions
 from itertools import groupby, takewhile
 from pathlib import Path
@@ -74,25 +72,14 @@ _LEGAL = re.compile(r"copyright|licen[cs]e[ds]? under|all rights reserved|spdx-"
 _WORD = re.compile(r"\w+")
 
 
-@dataclass(frozen=True)
-class Settings:
-    """What is kept and how it is split. Lengths of queries and of the shortest body count words between blanks."""
-
-    min_query_words: int = 4
-    max_query_words: int = 40
-    min_body_words: int = 15
-    max_body_characters: int = 700
-    #: Of two bodies that agree in this many characters from the start, the later one is dropped.
-    prefix_characters: int = 100
-    held_out_per_mille: int = 25  #: Files held out, in thousands of all files
-
-    def __post_init__(self) -> None:
-        """Refuse numbers no corpus can be made with."""
-        if not 0 < self.held_out_per_mille < 1000:
-            raise UserError(f"held_out_per_mille is {self.held_out_per_mille}: choose a number from 1 to 999.")
-        for name in ("min_query_words", "max_query_words", "min_body_words", "max_body_characters"):
-            if getattr(self, name) < 1:
-                raise UserError(f"{name} is {getattr(self, name)}: choose a number above 0.")
+#: Words of a query, and of the shortest body, between blanks; most characters of a body.
+QUERY_WORDS = range(4, 41)
+LEAST_BODY_WORDS = 15
+MOST_BODY_CHARACTERS = 700
+#: Of two bodies that agree in this many characters from the start, the later one is dropped.
+PREFIX_CHARACTERS = 100
+#: Files held out, in thousands of all files.
+HELD_OUT_PER_MILLE = 25
 
 
 class Passage(NamedTuple):
@@ -106,11 +93,8 @@ class Passage(NamedTuple):
 
 def installed_roots() -> dict[str, Path]:
     """Label and folder of the standard library and of the installed packages."""
-    paths = sysconfig.get_paths()
-    roots = {"stdlib": Path(paths["stdlib"]), "purelib": Path(paths["purelib"])}
-    if paths["platlib"] != paths["purelib"]:
-        roots["platlib"] = Path(paths["platlib"])
-    return roots
+    paths = {label: Path(sysconfig.get_paths()[label]) for label in ("stdlib", "purelib", "platlib")}
+    return {label: path for label, path in paths.items() if label != "platlib" or path != paths["purelib"]}
 
 
 def source_files(roots: Mapping[str, Path]) -> list[tuple[str, Path]]:
@@ -125,17 +109,11 @@ def source_files(roots: Mapping[str, Path]) -> list[tuple[str, Path]]:
 
 
 def read_docstrings(path: Path) -> list[tuple[int, str]]:
-    """Docstrings of a file's module, classes, functions and methods, in order, without running any of it.
-
-    Args:
-        path: A Python file; its encoding is what the file itself declares.
-
-    Returns:
-        (line number, docstring with its indentation removed) of each definition that has one.
+    """Line and docstring of a file's module, classes, functions and methods, in order, without running any of it.
 
     Raises:
         SyntaxError: The file is not valid for the running Python.
-        ValueError: The file holds null bytes or does not decode.
+        ValueError: The file holds null bytes, or does not decode as it declares itself.
     """
     source = path.read_bytes()
     if b'"""' not in source and b"'''" not in source:  # a docstring worth a pair spans lines; saves the parsing
@@ -144,18 +122,6 @@ def read_docstrings(path: Path) -> list[tuple[int, str]]:
         warnings.simplefilter("ignore")  # other people's invalid escapes
         module = ast.parse(source)
     return list(_docstrings_below(module, line=1))
-
-
-@contextmanager
-def _without_garbage_collection() -> Iterator[None]:
-    """Syntax trees are millions of short-lived objects without cycles: searching them for cycles doubles the time."""
-    was_enabled = gc.isenabled()
-    gc.disable()
-    try:
-        yield
-    finally:
-        if was_enabled:
-            gc.enable()
 
 
 def _docstrings_below(node: ast.Module | ast.ClassDef, line: int) -> Iterator[tuple[int, str]]:
@@ -169,25 +135,21 @@ def _docstrings_below(node: ast.Module | ast.ClassDef, line: int) -> Iterator[tu
             yield child.lineno, docstring
 
 
-def split_docstring(docstring: str, settings: Settings) -> tuple[str, str] | None:
+def split_docstring(docstring: str) -> tuple[str, str] | None:
     """Summary sentence and rest of a docstring: blanks collapsed, code examples left out, capped at a word's end.
 
-    Args:
-        docstring: Text without its indentation.
-        settings: Thresholds.
-
-    Returns:
-        (query, body), or None where they make no pair: too short, too long or no summary, a legal notice, or a body
-        that repeats the summary and so would be found by string search alone.
+    None where they make no pair: too short, too long or no summary, a legal notice, or a body that repeats the
+    summary and so would be found by string search alone.
     """
     prose = _prose(docstring)
     summary, _, rest = prose.partition("\n\n")
     query, *more = _SENTENCE_END.split(" ".join(summary.split()), maxsplit=1)
     body = _EXAMPLE_HEADING.sub("", " ".join([*more, *rest.split()]))
-    body = _cap(body, settings.max_body_characters)
-    if not settings.min_query_words <= len(query.split()) <= settings.max_query_words:
+    if len(body) > MOST_BODY_CHARACTERS:
+        body = body[: MOST_BODY_CHARACTERS + 1].rpartition(" ")[0] or body[:MOST_BODY_CHARACTERS]
+    if len(query.split()) not in QUERY_WORDS or len(body.split()) < LEAST_BODY_WORDS:
         return None
-    if len(body.split()) < settings.min_body_words or _FIELD_LIST.match(query) or _LEGAL.search(docstring):
+    if _FIELD_LIST.match(query) or _LEGAL.search(docstring):
         return None
     return None if normalised(query) in normalised(body) else (query, body)
 
@@ -200,28 +162,13 @@ def _prose(docstring: str) -> str:
     return "\n".join(takewhile(lambda line: not _EXAMPLE_LINE.match(line), lines)).strip()
 
 
-def _cap(text: str, max_characters: int) -> str:
-    """The text's beginning, cut before the first word that does not fit."""
-    if len(text) <= max_characters:
-        return text
-    return text[: max_characters + 1].rpartition(" ")[0] or text[:max_characters]
-
-
 def normalised(text: str) -> str:
     """The words alone, lower case, one blank apart: what counts as the same text."""
     return " ".join(_WORD.findall(text.casefold()))
 
 
-def read_passages(files: Iterable[tuple[str, Path]], settings: Settings) -> tuple[list[Passage], Counter[str]]:
-    """Read files into passages, in order.
-
-    Args:
-        files: (name, path) as `source_files` gives them.
-        settings: Thresholds.
-
-    Returns:
-        The passages, and counts: `files`, `unreadable_files`, `docstrings`, `passages`.
-    """
+def read_passages(files: Iterable[tuple[str, Path]]) -> tuple[list[Passage], Counter[str]]:
+    """Passages of `source_files`, in order, and counts: `files`, `unreadable_files`, `docstrings`, `passages`."""
     passages: list[Passage] = []
     counts: Counter[str] = Counter()
     for name, path in tqdm(list(files), desc="reading docstrings", unit="file", disable=None):
@@ -233,13 +180,13 @@ def read_passages(files: Iterable[tuple[str, Path]], settings: Settings) -> tupl
             counts["unreadable_files"] += 1
             continue
         counts["docstrings"] += len(docstrings)
-        pairs = [(line, split_docstring(docstring, settings)) for line, docstring in docstrings]
+        pairs = [(line, split_docstring(docstring)) for line, docstring in docstrings]
         passages += [Passage(name, line, *pair) for line, pair in pairs if pair is not None]
     counts["passages"] = len(passages)
     return passages, counts
 
 
-def without_duplicates(passages: Iterable[Passage], settings: Settings) -> list[Passage]:
+def without_duplicates(passages: Iterable[Passage]) -> list[Passage]:
     """Keep the first of all passages that share a query or a body's beginning, over both splits together.
 
     A copy in the held-out files of something trained on would be a leak, two documents that answer one query would
@@ -249,7 +196,7 @@ def without_duplicates(passages: Iterable[Passage], settings: Settings) -> list[
     bodies: set[str] = set()
     kept: list[Passage] = []
     for passage in passages:
-        query, body = normalised(passage.query), normalised(passage.body)[: settings.prefix_characters]
+        query, body = normalised(passage.query), normalised(passage.body)[:PREFIX_CHARACTERS]
         if query not in queries and body not in bodies:
             kept.append(passage)
         queries.add(query)  # of dropped ones too, or a third copy could pass by its other half
@@ -257,16 +204,15 @@ def without_duplicates(passages: Iterable[Passage], settings: Settings) -> list[
     return kept
 
 
-def is_held_out(file: str, settings: Settings) -> bool:
+def is_held_out(file: str) -> bool:
     """Whether a file belongs to the held-out split; a pure function of its name."""
-    return int.from_bytes(hashlib.sha256(file.encode()).digest()[:8], "big") % 1000 < settings.held_out_per_mille
+    return int.from_bytes(hashlib.sha256(file.encode()).digest()[:8], "big") % 1000 < HELD_OUT_PER_MILLE
 
 
 def training_rows(passages: Iterable[Passage]) -> list[dict[str, str]]:
-    """Rows `query`, `positive`, `negative`; the negative is the body that follows in the same file, round about.
+    """Rows of passages sorted by file; the negative is the body that follows in the same file, round about.
 
-    Args:
-        passages: Sorted by file. A file's only passage has no neighbour and gives no row.
+    A file's only passage has no neighbour and gives no row.
     """
     rows: list[dict[str, str]] = []
     for _, group in groupby(passages, key=lambda passage: passage.file):
@@ -278,25 +224,18 @@ def training_rows(passages: Iterable[Passage]) -> list[dict[str, str]]:
     return rows
 
 
-def retrieval_files(passages: Iterable[Passage]) -> dict[str, str]:
+def retrieval_files(passages: Sequence[Passage]) -> dict[str, str]:
     """The held-out passages in the hub's retrieval layout: relative path -> content."""
-    corpus: list[dict[str, Any]] = []
-    queries: list[dict[str, Any]] = []
-    judgements: list[dict[str, Any]] = []
-    for passage in passages:
-        name = f"{passage.file}:{passage.line}"
-        corpus.append({"_id": f"d/{name}", "title": "", "text": passage.body})
-        queries.append({"_id": f"q/{name}", "text": passage.query})
-        judgements.append({"query-id": f"q/{name}", "corpus-id": f"d/{name}", "score": 1})
+    names = {f"{passage.file}:{passage.line}": passage for passage in passages}
     return {
-        "corpus.jsonl": _json_lines(corpus),
-        "queries.jsonl": _json_lines(queries),
-        "qrels/test.jsonl": _json_lines(judgements),
+        "corpus.jsonl": _json_lines({"_id": f"d/{n}", "title": "", "text": p.body} for n, p in names.items()),
+        "queries.jsonl": _json_lines({"_id": f"q/{n}", "text": p.query} for n, p in names.items()),
+        "qrels/test.jsonl": _json_lines({"query-id": f"q/{n}", "corpus-id": f"d/{n}", "score": 1} for n in names),
         "README.md": _DATASET_CARD,
     }
 
 
-def write_corpus(output_dir: Path, roots: Mapping[str, Path], settings: Settings) -> dict[str, Any]:
+def write_corpus(output_dir: Path, roots: Mapping[str, Path]) -> dict[str, Any]:
     """Write training rows, held-out retrieval task and manifest, or reuse them where nothing they depend on changed.
 
     Files below `output_dir`: `train/docstrings.jsonl`, `eval/DocstringRetrieval/{corpus,queries}.jsonl`,
@@ -305,10 +244,9 @@ def write_corpus(output_dir: Path, roots: Mapping[str, Path], settings: Settings
     Args:
         output_dir: Folder to write; made if missing.
         roots: Label and folder of each source tree, see `installed_roots`.
-        settings: Thresholds and split.
 
     Returns:
-        The manifest: `made_from` (settings, a hash of this file, whose rules they are, Python version, versions of the
+        The manifest: `made_from` (a hash of this file, whose rules they are, Python version, versions of the
         distributions), `counts`, `sha256`.
 
     Raises:
@@ -318,15 +256,18 @@ def write_corpus(output_dir: Path, roots: Mapping[str, Path], settings: Settings
         output_dir.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise UserError(f"{output_dir} cannot be made ({error.strerror}).") from error
-    made_from = _made_from(roots, settings)
+    made_from = _made_from(roots)
     if (manifest := _reusable(output_dir, made_from)) is not None:
         logger.info("%s is up to date and is reused", output_dir)
         return manifest
-    with _without_garbage_collection():
-        read, counts = read_passages(source_files(roots), settings)
-    passages = without_duplicates(read, settings)
-    held_out = [passage for passage in passages if is_held_out(passage.file, settings)]
-    rows = training_rows(passage for passage in passages if not is_held_out(passage.file, settings))
+    gc.disable()  # syntax trees are millions of objects without cycles: searching them doubles the time
+    try:
+        read, counts = read_passages(source_files(roots))
+    finally:
+        gc.enable()
+    passages = without_duplicates(read)
+    held_out = [passage for passage in passages if is_held_out(passage.file)]
+    rows = training_rows(passage for passage in passages if not is_held_out(passage.file))
     if not rows or not held_out:
         found = f"{len(rows)} training and {len(held_out)} held-out rows"
         raise UserError(f"{found} from {list(roots)}: install packages with more docstrings.")
@@ -345,12 +286,11 @@ def write_corpus(output_dir: Path, roots: Mapping[str, Path], settings: Settings
     return manifest
 
 
-def _made_from(roots: Mapping[str, Path], settings: Settings) -> dict[str, Any]:
+def _made_from(roots: Mapping[str, Path]) -> dict[str, Any]:
     """Everything the corpus depends on, as JSON values."""
     found = distributions(path=[str(root) for root in roots.values()])
     named = {(one.metadata["Name"], one.version) for one in found if one.metadata["Name"]}  # a broken one has no name
     return {
-        "settings": asdict(settings),
         "rules": sha256(Path(__file__)),
         "python": platform.python_version(),
         "distributions": dict(sorted(named)),
@@ -359,16 +299,12 @@ def _made_from(roots: Mapping[str, Path], settings: Settings) -> dict[str, Any]:
 
 def _reusable(output_dir: Path, made_from: dict[str, Any]) -> dict[str, Any] | None:
     """The manifest of a corpus made from the same things whose files are all there and unchanged, else None."""
-    path = output_dir / RECORD_FILE
-    if not path.is_file():
+    if not (output_dir / RECORD_FILE).is_file():
         return None
-    manifest: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
-    if manifest["made_from"] != made_from:
-        return None
-    for name, expected in manifest["sha256"].items():
-        if not (output_dir / name).is_file() or sha256(output_dir / name) != expected:
-            return None
-    return manifest
+    manifest: dict[str, Any] = json.loads((output_dir / RECORD_FILE).read_text(encoding="utf-8"))
+    files = {output_dir / name: expected for name, expected in manifest["sha256"].items()}
+    unchanged = all(file.is_file() and sha256(file) == expected for file, expected in files.items())
+    return manifest if manifest["made_from"] == made_from and unchanged else None
 
 
 def _json_lines(rows: Iterable[Mapping[str, Any]]) -> str:

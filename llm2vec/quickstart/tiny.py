@@ -21,17 +21,11 @@ SPECIAL_TOKENS = (BOS, "<|end_of_text|>", "<|start_header_id|>", "<|end_header_i
 
 
 def train_tokenizer(texts: Iterable[str], vocab_size: int) -> PreTrainedTokenizerFast:
-    """Learn a byte-level BPE vocabulary with the Llama-3 family's special tokens.
+    """Learn a byte-level BPE vocabulary with the Llama-3 family's special tokens; it puts `<|begin_of_text|>` first.
 
     Words keep the blank before them and numbers are cut in runs of three digits, as Llama 3 does. Every text can
-    be encoded and comes back unchanged, because all 256 bytes are in the vocabulary.
-
-    Args:
-        texts: What to learn the merges from.
-        vocab_size: Number of tokens, special ones included; fewer come out if the texts hold too few pairs.
-
-    Returns:
-        A tokenizer that puts `<|begin_of_text|>` first, with `<|eot_id|>` as eos and a separate pad token.
+    be encoded and comes back unchanged, because all 256 bytes are in the vocabulary. `vocab_size` counts special
+    tokens; fewer come out if the texts hold too few pairs.
 
     Raises:
         UserError: `vocab_size` leaves no room for the 256 bytes and the special tokens.
@@ -74,28 +68,11 @@ def tiny_llama(
     max_positions: int,
     seed: int,
 ) -> LlamaForCausalLM:
-    """A randomly initialised Llama with tied embeddings; the process's own random state is left as it was.
-
-    Args:
-        tokenizer: Gives the vocabulary size and the special ids.
-        hidden_size: Width D; a multiple of twice `num_heads`.
-        num_layers: Decoder layers.
-        num_heads: Attention heads, as many for keys and values.
-        intermediate_size: Width of the feed-forward layers.
-        max_positions: Longest sequence in tokens.
-        seed: Of the initial weights.
-
-    Returns:
-        The model in float32 on the CPU.
+    """A random Llama with tied embeddings, float32 on the CPU; the process's own random state is left as it was.
 
     Raises:
-        UserError: A size is below 1, or the hidden size does not divide into heads of even width.
+        UserError: The hidden size does not divide into heads of even width.
     """
-    sizes = {"hidden_size": hidden_size, "num_layers": num_layers, "num_heads": num_heads}
-    sizes |= {"intermediate_size": intermediate_size, "max_positions": max_positions}
-    for name, size in sizes.items():
-        if size < 1:
-            raise UserError(f"{name} is {size}: choose a number above 0.")
     if hidden_size % (2 * num_heads):
         raise UserError(f"hidden_size is {hidden_size}: choose a multiple of 2 * num_heads = {2 * num_heads}.")
     config = LlamaConfig(

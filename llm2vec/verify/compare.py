@@ -12,6 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from llm2vec.data.lines import parse_line
 from llm2vec.files import check_unicode, json_lines
 from llm2vec.types import InstructedText, UserError, first_line
 from llm2vec.verify.loaded import LocalWay
@@ -61,17 +62,13 @@ def read_own_texts(file: Path) -> dict[str, InstructedText]:
     """
     if not file.is_file():
         raise UserError(f"--texts: {file} is not there.")
-    texts = {}
     if file.suffix == ".jsonl":
         texts = {where.removeprefix(f"{file}, "): _text_of(entry, where) for where, entry in json_lines(file)}
     else:
         with file.open("rb") as lines:  # which end at line feeds alone; Unicode breaks lines in more places
-            for number, line in enumerate(lines, 1):
-                try:
-                    text = line.decode("utf-8-sig").strip()
-                except UnicodeDecodeError as error:
-                    raise UserError(f"{file}, line {number}: not UTF-8 ({error.reason}).") from error
-                texts[f"line {number}"] = InstructedText("", text, "document")
+            places = {f"line {number}": line for number, line in enumerate(lines, 1)}
+        read = {place: parse_line(line, f"{file}, {place}") for place, line in places.items()}
+        texts = {place: InstructedText("", text, "document") for place, text in read.items()}
     if not texts:
         raise UserError(f"--texts: {file} is empty.")
     return texts
@@ -98,8 +95,7 @@ class Answer:
     choice: Choice  #: the way
     ids: Sequence[list[int] | None]  #: of each text, its token ids; None = not shown
     vectors: Tensor  #: [N, D]; rows of NaN where the way refuses a text
-    #: index of a text -> why the way refuses it.
-    refused: dict[int, str] = field(default_factory=dict)
+    refused: dict[int, str] = field(default_factory=dict)  #: index of a text -> why
     way: LocalWay | None = None  #: what was loaded; None = a server
 
     @property
@@ -126,13 +122,7 @@ def ask_way(way: LocalWay, texts: Sequence[InstructedText]) -> Answer:
 
 
 def ask_server(choice: Choice, texts: Sequence[InstructedText], rendering: Rendering | None) -> Answer:
-    """Send the texts to a server.
-
-    Args:
-        choice: of kind `server`.
-        texts: what to embed.
-        rendering: says what stands before a text, and which texts are cut. Of those the server's token ids say
-            nothing, as its `/tokenize` does not cut.
+    """Send the texts to a server; of texts that are cut its token ids say nothing, as its `/tokenize` does not cut.
 
     Raises:
         UserError: it does not answer as an embedding server does, or refuses every text.
@@ -173,10 +163,7 @@ class Parity:
 def compare_answers(reference: Answer, answer: Answer, threshold: float | None = None) -> Parity:
     """Compare an answer with the reference's, text by text.
 
-    Args:
-        reference: of the first way.
-        answer: of another way, to the same texts.
-        threshold: least cosine; None = `LEAST_COSINE`, or `LEAST_COSINE_HALF` with half precision on either side.
+    The threshold is by default `LEAST_COSINE`, or `LEAST_COSINE_HALF` with half precision on either side.
 
     Raises:
         UserError: there is no text that both take.

@@ -5,16 +5,14 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
-import torch
-
 from llm2vec.model.backbone import DTYPES
 from llm2vec.model.settings import EncoderSettings
 from llm2vec.table import Table
-from llm2vec.types import InstructedText, UserError
+from llm2vec.types import UserError
 from llm2vec.verify.causes import find_cause, first_differing_token
 from llm2vec.verify.compare import Answer, Parity, ask_server, ask_way, bundled_texts, compare_answers, read_own_texts
 from llm2vec.verify.loaded import open_way
-from llm2vec.verify.ways import LABELS, Choice, Rendering, choices_of, rendering_of
+from llm2vec.verify.ways import LABELS, Choice, choices_of, rendering_of
 
 _HEADER = ["Way", "Of", "Texts", "Token ids", "Least cosine", "Mean", "Needed", "Largest diff.", "Lengths", ""]
 
@@ -22,17 +20,9 @@ _HEADER = ["Way", "Of", "Texts", "Token ids", "Least cosine", "Mean", "Needed", 
 def compare_ways(
     ways: Sequence[str], texts_file: Path | None, dtype: str, threshold: float | None, say: Callable[[str], object]
 ) -> int:
-    """Ask the reference, then every other way, and say how they compare.
+    """Ask the reference, which is the first, then every other way, and `say` how they compare.
 
-    Args:
-        ways: as the user names them; the first is the reference.
-        texts_file: what to embed; None = `bundled_texts`.
-        dtype: of what is loaded here.
-        threshold: least cosine; None = that of the dtypes.
-        say: what is done with a piece of the answer.
-
-    Returns:
-        The exit code: 1 if a way differs, else 2 if one could not be asked, else 0.
+    Arguments as on the command line. The exit code: 1 if a way differs, else 2 if one could not be asked, else 0.
 
     Raises:
         UserError: there is one way only, or the reference cannot be asked.
@@ -49,48 +39,35 @@ def compare_ways(
     first = None if choices[0].kind == "server" else open_way(choices[0], DTYPES[dtype], rendering)
     limit = first or (rendering.rows if rendering else EncoderSettings())
     texts = read_own_texts(texts_file) if texts_file else bundled_texts(limit.max_length)
-    asked = list(texts.values())
+    names, asked = list(texts), list(texts.values())
     reference = ask_way(first, asked) if first else ask_server(choices[0], asked, rendering)
     say(f"reference: {reference.name}, {dtype}, {len(texts)} texts")
     rows: list[list[str]] = []
-    lines = _refusals(reference, texts)
+    lines = _refusals(reference, names)
     unanswered: list[str] = []
     for choice in choices[1:]:
         try:
-            row, beside = _compare_way(reference, choice, texts, DTYPES[dtype], rendering, threshold)
+            if choice.kind == "server":
+                answer = ask_server(choice, asked, rendering)
+            else:
+                answer = ask_way(open_way(choice, DTYPES[dtype], rendering), asked)
+            parity = compare_answers(reference, answer, threshold)
         except UserError as error:
             unanswered.append(f"not compared: {error}")
             continue
-        rows.append(row)
-        lines += beside
+        rows.append(_row_of(parity))
+        lines += _refusals(answer, names)
+        if differing := first_differing_token(reference, parity, names):
+            lines.append(f"token ids: {differing}")
+        if not parity.passes:
+            lines.append(f"FAIL: {answer.name}: {find_cause(reference, parity, asked)}")
+        del answer, parity  # what is loaded is let go before the next way is
     say("\n".join([Table(_HEADER, rows, num_names=2).text(), *lines, *unanswered]))
     return 1 if any(row[-1] == "FAIL" for row in rows) else 2 if unanswered else 0
 
 
-def _compare_way(
-    reference: Answer,
-    choice: Choice,
-    texts: dict[str, InstructedText],
-    dtype: torch.dtype,
-    rendering: Rendering | None,
-    threshold: float | None,
-) -> tuple[list[str], list[str]]:
-    """A way's row of the table, and lines on what it refuses and why it differs. What it loads is let go at the end."""
-    asked = list(texts.values())
-    is_server = choice.kind == "server"
-    answer = ask_server(choice, asked, rendering) if is_server else ask_way(open_way(choice, dtype, rendering), asked)
-    parity = compare_answers(reference, answer, threshold)
-    lines = _refusals(answer, texts)
-    if differing := first_differing_token(reference, parity, list(texts)):
-        lines.append(f"token ids: {differing}")
-    if not parity.passes:
-        lines.append(f"FAIL: {answer.name}: {find_cause(reference, parity, asked)}")
-    return _row_of(parity), lines
-
-
-def _refusals(answer: Answer, texts: dict[str, InstructedText]) -> list[str]:
+def _refusals(answer: Answer, names: Sequence[str]) -> list[str]:
     """A line for each text that a server does not take."""
-    names = list(texts)
     return [f"note: {answer.name} refuses the text {names[i]!r}: {why}" for i, why in answer.refused.items()]
 
 

@@ -52,10 +52,7 @@ class Choice(NamedTuple):
 
 
 def choices_of(argument: str) -> tuple[list[Choice], list[str]]:
-    """The ways that an argument stands for.
-
-    Returns:
-        The ways, and a line for each that does not apply to such a folder.
+    """The ways that an argument stands for, and a line for each that does not apply to such a folder.
 
     Raises:
         UserError: there is no such folder or file in it.

@@ -18,7 +18,6 @@ from llm2vec.quickstart.docstrings import (
     RECORD_FILE,
     TRAIN_FILE,
     Passage,
-    Settings,
     is_held_out,
     read_docstrings,
     read_passages,
@@ -31,8 +30,13 @@ from llm2vec.quickstart.docstrings import (
 from llm2vec.quickstart.tiny import SPECIAL_TOKENS, tiny_llama, train_tokenizer
 from llm2vec.types import UserError
 
-SETTINGS = Settings(held_out_per_mille=300)
 FILLER = "is told at enough length here that the thresholds on the number of words let it pass without any doubt"
+
+
+@pytest.fixture(autouse=True)
+def hold_out_more(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Enough files for a handful of them."""
+    monkeypatch.setattr(docstrings, "HELD_OUT_PER_MILLE", 300)
 
 
 def docstring(topic: str) -> str:
@@ -90,7 +94,7 @@ def f():
     ],
 )
 def test_split_docstring(text: str, query: str) -> None:
-    assert split_docstring(text, SETTINGS) == (query, f"It {FILLER}.")
+    assert split_docstring(text) == (query, f"It {FILLER}.")
 
 
 @pytest.mark.parametrize(
@@ -109,16 +113,16 @@ def test_split_docstring(text: str, query: str) -> None:
     ],
 )
 def test_split_docstring_refuses(text: str) -> None:
-    assert split_docstring(text, SETTINGS) is None
+    assert split_docstring(text) is None
 
 
 def test_body_ends_at_a_word_before_the_cap_and_before_code_examples() -> None:
     words = " ".join(f"word{i}" for i in range(200))
-    pair = split_docstring(f"A summary of enough words.\n\n{words}", SETTINGS)
+    pair = split_docstring(f"A summary of enough words.\n\n{words}")
     assert pair is not None
-    assert len(pair[1]) <= SETTINGS.max_body_characters < len(pair[1]) + len(" word100")
+    assert len(pair[1]) <= docstrings.MOST_BODY_CHARACTERS < len(pair[1]) + len(" word100")
     assert words.startswith(pair[1] + " ")
-    pair = split_docstring(f"A summary of enough words.\n\nIt {FILLER}.\n\nExamples\n--------\n>>> 1\n1\n", SETTINGS)
+    pair = split_docstring(f"A summary of enough words.\n\nIt {FILLER}.\n\nExamples\n--------\n>>> 1\n1\n")
     assert pair == ("A summary of enough words.", f"It {FILLER}")
 
 
@@ -134,7 +138,7 @@ def test_source_files_skip_tests_and_come_sorted(tmp_path: Path) -> None:
 def test_bad_files_are_skipped_and_counted(tmp_path: Path) -> None:
     quoted = b'"""Not closed'
     files = {"broken.py": quoted, "null.py": b'"""a"""\0', "latin.py": b'"""\xe9\xff"""', "good.py": module("apple")}
-    passages, counts = read_passages(source_files({"r": write_tree(tmp_path, files)}), SETTINGS)
+    passages, counts = read_passages(source_files({"r": write_tree(tmp_path, files)}))
     assert counts == {"files": 4, "unreadable_files": 3, "docstrings": 1, "passages": 1}
     assert [passage.file for passage in passages] == ["r/good.py"]
 
@@ -153,7 +157,7 @@ def test_duplicates_of_query_or_of_body_start_are_dropped_after_normalisation() 
         Passage("d", 1, "Third query", "Another, body!"),  # body of a dropped one
         Passage("e", 1, "Fourth query", "a body of its own"),
     ]
-    assert [passage.file for passage in without_duplicates(passages, SETTINGS)] == ["a", "e"]
+    assert [passage.file for passage in without_duplicates(passages)] == ["a", "e"]
 
 
 def test_negative_is_the_next_body_of_the_same_file() -> None:
@@ -164,7 +168,7 @@ def test_negative_is_the_next_body_of_the_same_file() -> None:
 
 def test_write_corpus_layout_split_and_hashes(tmp_path: Path) -> None:
     root = write_tree(tmp_path / "src", many_modules())
-    manifest = write_corpus(tmp_path / "out", {"r": root}, SETTINGS)
+    manifest = write_corpus(tmp_path / "out", {"r": root})
     rows = read_lines(tmp_path / "out" / TRAIN_FILE)
     folder = tmp_path / "out" / EVAL_FOLDER
     corpus, queries = read_lines(folder / "corpus.jsonl"), read_lines(folder / "queries.jsonl")
@@ -182,7 +186,7 @@ def test_write_corpus_layout_split_and_hashes(tmp_path: Path) -> None:
     # nothing of a held-out file is trained on, and the split follows the file's name
     trained = {row[key] for row in rows for key in row}
     assert not trained & set(text.values())
-    assert all(is_held_out(name[2:].rpartition(":")[0], SETTINGS) for name in text)
+    assert all(is_held_out(name[2:].rpartition(":")[0]) for name in text)
     assert "config_name: corpus" in (folder / "README.md").read_text()
     assert len(manifest["sha256"]) == 5
     for name, expected in manifest["sha256"].items():
@@ -191,55 +195,50 @@ def test_write_corpus_layout_split_and_hashes(tmp_path: Path) -> None:
 
 def test_corpus_depends_on_neither_place_nor_order_of_creation(tmp_path: Path) -> None:
     files = many_modules()
-    first = write_corpus(tmp_path / "1", {"r": write_tree(tmp_path / "here", files)}, SETTINGS)
+    first = write_corpus(tmp_path / "1", {"r": write_tree(tmp_path / "here", files)})
     elsewhere = write_tree(tmp_path / "there" / "deeper", dict(reversed(files.items())))
-    assert write_corpus(tmp_path / "2", {"r": elsewhere}, SETTINGS) == first
+    assert write_corpus(tmp_path / "2", {"r": elsewhere}) == first
 
 
-def test_corpus_is_reused_until_settings_rules_packages_or_files_change(
+def test_corpus_is_reused_until_rules_packages_or_files_change(
     tmp_path: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     caplog.set_level("INFO", logger="llm2vec.quickstart.docstrings")
     root, out = write_tree(tmp_path / "src", many_modules()), tmp_path / "out"
-    first = write_corpus(out, {"r": root}, SETTINGS)
+    first = write_corpus(out, {"r": root})
     assert "reused" not in caplog.text
-    assert write_corpus(out, {"r": root}, SETTINGS) == first and "reused" in caplog.text
+    assert write_corpus(out, {"r": root}) == first and "reused" in caplog.text
 
-    def is_made_again(settings: Settings) -> bool:
+    def is_made_again() -> bool:
         caplog.clear()
-        write_corpus(out, {"r": root}, settings)
+        write_corpus(out, {"r": root})
         return "reused" not in caplog.text
 
     (out / TRAIN_FILE).write_text("damaged")
-    assert is_made_again(SETTINGS) and not is_made_again(SETTINGS)
+    assert is_made_again() and not is_made_again()
     write_tree(root, {"some-1.0.dist-info/METADATA": "Metadata-Version: 2.1\nName: some\nVersion: 1.0\n"})
-    assert is_made_again(SETTINGS) and not is_made_again(SETTINGS)
+    assert is_made_again() and not is_made_again()
     changed_rules = tmp_path / "docstrings.py"
     changed_rules.write_text("# another version")
     with monkeypatch.context() as patched:
         patched.setattr(docstrings, "__file__", str(changed_rules))
-        assert is_made_again(SETTINGS) and not is_made_again(SETTINGS)
-    assert is_made_again(Settings(held_out_per_mille=301))
+        assert is_made_again() and not is_made_again()
     assert not list(out.rglob(".*")) and (out / RECORD_FILE).is_file()
 
 
 def test_a_broken_installation_has_no_name_and_stops_nobody(tmp_path: Path) -> None:
     root = write_tree(tmp_path / "src", many_modules())
     write_tree(root, {"some-1.0.dist-info/METADATA": "Name: some\nVersion: 1.0\n", "~roken-1.0.dist-info/RECORD": ""})
-    manifest = write_corpus(tmp_path / "out", {"r": root}, SETTINGS)
+    manifest = write_corpus(tmp_path / "out", {"r": root})
     assert manifest["made_from"]["distributions"] == {"some": "1.0"}
 
 
 def test_users_mistakes_are_told(tmp_path: Path) -> None:
-    with pytest.raises(UserError, match="held_out_per_mille is 1000"):
-        Settings(held_out_per_mille=1000)
-    with pytest.raises(UserError, match="min_query_words is 0"):
-        Settings(min_query_words=0)
     with pytest.raises(UserError, match="0 training and 0 held-out rows"):
-        write_corpus(tmp_path / "out", {"r": tmp_path}, SETTINGS)
+        write_corpus(tmp_path / "out", {"r": tmp_path})
     (tmp_path / "file").touch()
     with pytest.raises(UserError, match=r"file cannot be made \(File exists\)"):
-        write_corpus(tmp_path / "file", {"r": tmp_path}, SETTINGS)
+        write_corpus(tmp_path / "file", {"r": tmp_path})
     with pytest.raises(UserError, match="vocab_size is 100"):
         train_tokenizer(["text"], vocab_size=100)
 
@@ -291,13 +290,6 @@ def test_tiny_llama_is_seeded_tied_and_leaves_the_random_state(tmp_path: Path) -
         )
 
 
-@pytest.mark.parametrize("wrong", ["hidden_size", "num_layers", "num_heads", "intermediate_size", "max_positions"])
-def test_a_size_below_one_is_refused(wrong: str) -> None:
-    sizes = {"hidden_size": 16, "num_layers": 1, "num_heads": 2, "intermediate_size": 24, "max_positions": 32}
-    with pytest.raises(UserError, match=f"{wrong} is 0: choose a number above 0"):
-        tiny_llama(train_tokenizer(["a"], vocab_size=262), **{**sizes, wrong: 0}, seed=0)
-
-
 @pytest.mark.parametrize(
     ("line", "said"),
     [
@@ -332,6 +324,11 @@ def test_make_tiny_model_script(
     runpy.run_path(script, run_name="__main__")
     assert "300 tokens" in capsys.readouterr().out and (tmp_path / "deep/init/model.safetensors").is_file()
     assert [path.name for path in (tmp_path / "deep").iterdir()] == ["init"]
+    monkeypatch.setattr(sys, "argv", [script, *flags, "--num_layers", "0"])
+    with pytest.raises(SystemExit) as exit_:
+        runpy.run_path(script, run_name="__main__")
+    assert exit_.value.code == 2 and "--num_layers: is 0; give a number above 0." in capsys.readouterr().err
+    monkeypatch.setattr(sys, "argv", [script, *flags])
     with pytest.raises(SystemExit) as exit_:  # a finished folder is never written over
         runpy.run_path(script, run_name="__main__")
     assert exit_.value.code == 2 and capsys.readouterr().err.startswith("error: ")

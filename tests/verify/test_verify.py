@@ -428,7 +428,7 @@ def test_ids_take_over_the_pooled_positions_before_they_part() -> None:
 @pytest.mark.parametrize(
     ("name", "content", "said"),
     [
-        ("a.txt", b"red\n\xff\n", r"a\.txt, line 2: not UTF-8"),
+        ("a.txt", b"red\n\xff\n", r"a\.txt, line 2: not valid UTF-8"),
         ("a.jsonl", b'{"text": "\\ud800"}\n', r"a\.jsonl, line 1: `text` holds half a surrogate pair"),
         ("b.jsonl", b"\xff\n", r"b\.jsonl, line 1: not valid JSON"),
     ],

@@ -89,20 +89,20 @@ def main(argv: Sequence[str]) -> None:
 
 def _write_text(args: argparse.Namespace, reconstructor: Reconstructor) -> None:
     """Print what stands behind a text's anchor, and how well each token of the true counterpart is predicted there."""
-    from llm2vec.probes.reconstruction import Sampling, plain, text_of_side
+    from llm2vec.probes.reconstruction import Sampling, text_of_side
 
     side: TextSide = getattr(args, "from") or "query"
     instruction = args.instruction or ""
     text = text_of_side(side, args.text, instruction)
     sampling = Sampling(args.temperature or 1.0, args.top_p or 0.95, args.num or 1) if args.sample else None
     for generated in reconstructor.generate([text], args.max_new_tokens or 32, sampling)[0]:
-        print(plain(generated))
+        print(cli.plain(generated))
     if args.target is None:
         return
     other: TextSide = "document" if side == "query" else "query"
     goal = side if reconstructor.objective.directions[0].goal == "query" else other  # target `self`: the text itself
     tokens = reconstructor.score(text, text_of_side(goal, args.target, instruction))
-    print("\n" + " ".join(f"{plain(token.text.strip())}[{token.loss:.2f}]" for token in tokens))
+    print("\n" + " ".join(f"{cli.plain(token.text.strip())}[{token.loss:.2f}]" for token in tokens))
     loss = sum(token.loss for token in tokens) / len(tokens)
     print(f"mean loss {loss:.3f} nats over {len(tokens)} tokens of the target")
 
