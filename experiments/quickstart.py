@@ -27,7 +27,7 @@ from tqdm import tqdm
 
 from llm2vec.cli import run_command
 from llm2vec.compare.runs import STAGE_COMMANDS
-from llm2vec.corpus.queue import alone_in
+from llm2vec.files import alone_in
 from llm2vec.quickstart.docstrings import TRAIN_FILE
 from llm2vec.train.config.file import load_config
 from llm2vec.types import Stage, UserError

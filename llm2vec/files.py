@@ -1,4 +1,4 @@
-"""Files: JSON and JSONL read with one sentence for what is wrong, files written aside and renamed, sums.
+"""Files: JSON and JSONL read with one sentence for what is wrong, files written aside and renamed, sums, locks.
 
 The standard library's JSON takes the last of two equal keys without a word, and gives up on deep nesting with an error
 that no caller expects. Both are refused here.
@@ -6,15 +6,21 @@ that no caller expects. Both are refused here.
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import json
+import logging
 import os
 from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
+from filelock import lock_descriptor
+
 from llm2vec.types import UserError
+
+logger = logging.getLogger(__name__)
 
 #: Measures of the embedding space along training, which the probes write into a run's folder and reports read.
 DIAGNOSTICS_FILE = "diagnostics.jsonl"
@@ -166,3 +172,82 @@ def check_unicode(text: str, field: str, where: str) -> str:
             near = text[max(0, error.start - 20) : error.start + 20]
             raise UserError(f"{where}: `{field}` holds half a surrogate pair, or is not UTF-8: {near!r}.") from error
     return text
+
+
+# --- who writes to a folder ---
+
+#: In a folder, while a process writes to it.
+LOCK_FILE = ".lock"
+
+#: What a disk answers that keeps no locks, as Lustre does that was mounted without `flock`.
+_NO_LOCKS = (errno.ENOSYS, errno.ENOLCK, errno.EOPNOTSUPP)
+
+
+@contextmanager
+def alone_in(folder: Path, work: str) -> Iterator[int]:
+    """Hold a folder that two starts at a time would write over each other's files in; it is made if missing.
+
+    The lock is `flock`'s: it dies with its process, and machines that share the folder see each other's where their
+    file system passes locks on. NFS and Lustre do, unless mounted with `local_lock` or `localflock`. Of a run of
+    several processes, one holds it for all.
+
+    Args:
+        folder: where the files go.
+        work: what is done there, for the message.
+
+    Yields:
+        The lock's file descriptor. A program that is started with it (`pass_fds`) holds the folder, too, and goes on
+        doing so when this process is killed.
+
+    Raises:
+        UserError: another process holds it, or it cannot be made.
+    """
+    is_new, file = not folder.exists(), folder / LOCK_FILE
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        lock = try_lock(file)
+    except OSError as error:
+        if error.errno not in _NO_LOCKS:
+            raise UserError(f"{folder} cannot be made or written to ({error.strerror}).") from error
+        logger.warning("%s: this disk keeps no locks, so nothing stops a second %s here", folder, work)
+        lock = os.open(file, os.O_RDWR)
+    if lock is None:
+        raise UserError(f"{folder}: another {work} is at work here; wait, or give another output folder.")
+    try:
+        yield lock
+    finally:
+        os.close(lock)
+        with suppress(OSError):
+            if (last := try_lock(file)) is not None:  # else a program that was given it goes on
+                file.unlink()
+                os.close(last)
+            if is_new:
+                folder.rmdir()  # where nothing was written
+
+
+def try_lock(file: Path) -> int | None:
+    """Lock a file until the descriptor is closed or its last process ends; None if another process has locked it."""
+    while True:
+        descriptor = os.open(file, os.O_CREAT | os.O_RDWR, 0o666)
+        try:
+            if not lock_descriptor(descriptor, blocking=False):
+                os.close(descriptor)
+                return None
+            if os.path.samestat(os.fstat(descriptor), file.stat()):
+                return descriptor
+        except FileNotFoundError:
+            pass
+        except OSError:
+            os.close(descriptor)
+            raise
+        os.close(descriptor)  # who held it before has taken it away
+
+
+def is_locked(file: Path) -> bool:
+    """Whether a process has locked a file."""
+    if not file.is_file():
+        return False
+    lock = try_lock(file)
+    if lock is not None:
+        os.close(lock)
+    return lock is None

@@ -20,6 +20,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from llm2vec import cli
+from llm2vec.files import alone_in
 from llm2vec.types import UserError
 
 if TYPE_CHECKING:
@@ -46,7 +47,8 @@ def main(argv: Sequence[str]) -> None:
 
     losses = _assignments(args.losses, "--losses")
     report = build_report(_read_runs(args), read_paper(), args.paper_model, losses)
-    page = report.write(args.output_dir)
+    with alone_in(args.output_dir, "report"):
+        page = report.write(args.output_dir)
     print(f"{report.text()}\n\nreport: {page}")
 
 

@@ -30,7 +30,7 @@ from typing import TYPE_CHECKING, NamedTuple, cast
 
 from llm2vec import cli
 from llm2vec.choice import ModelChoice, add_model_flags, chosen_model
-from llm2vec.files import check_unicode, json_lines, sha256, whole, write_text
+from llm2vec.files import alone_in, check_unicode, json_lines, sha256, whole, write_text
 from llm2vec.types import TextSide, UserError
 
 if TYPE_CHECKING:
@@ -122,8 +122,20 @@ def build_index(source: Path, folder: Path, choice: ModelChoice, batch_size: int
     Raises:
         UserError: `folder` holds anything but an index or cannot be written, or source or model cannot be read.
     """
-    if folder.exists() and not (folder / VECTORS_FILE).is_file() and (not folder.is_dir() or any(folder.iterdir())):
+    if folder.exists() and not _may_be_index(folder):
         raise UserError(f"{folder} is there and is no index; give a folder that is not there yet.")
+    with alone_in(folder, "indexing"):
+        return _build_index(source, folder, choice, batch_size)
+
+
+def _may_be_index(folder: Path) -> bool:
+    """Whether a folder is an index, or empty, whatever hidden files a killed start has left."""
+    if not folder.is_dir():
+        return False
+    return (folder / VECTORS_FILE).is_file() or all(file.name.startswith(".") for file in folder.iterdir())
+
+
+def _build_index(source: Path, folder: Path, choice: ModelChoice, batch_size: int) -> int:
     from llm2vec.model.settings import EncoderSettings  # with torch: seconds
 
     settings = EncoderSettings(**choice.opened().settings)

@@ -30,10 +30,10 @@ import pyarrow.parquet as pq
 import torch
 
 from llm2vec.choice import ModelChoice
-from llm2vec.corpus.queue import LOCK_FILE, Job, JobQueue, alone_in
+from llm2vec.corpus.queue import Job, JobQueue
 from llm2vec.corpus.rows import Corpus, cut_into_shards
 from llm2vec.corpus.workers import beside, take_gpu
-from llm2vec.files import read_object, write_json
+from llm2vec.files import LOCK_FILE, alone_in, read_object, write_json
 from llm2vec.types import TextSide, UserError, VectorDtype
 
 logger = logging.getLogger(__name__)

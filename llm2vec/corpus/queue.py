@@ -10,8 +10,7 @@ One process calls `prepare`, then every process calls `work`. A lock dies with i
 that is begun, not ended and not locked has lost its process. It is not handed out again in this start, as it may well
 kill the next process too. The next `prepare` frees it.
 
-Locks are those of `flock` (by filelock). Machines that share the folder see each other's where their file system passes
-locks on: NFS and Lustre do, unless they are mounted with `local_lock` or `localflock`. Without that, a start takes up
+Where machines share a folder on a file system that passes no locks on (`files.alone_in` says which), a start takes up
 jobs that another machine is still at. Such a job is done twice, which costs time and changes nothing.
 """
 
@@ -22,20 +21,18 @@ import json
 import logging
 import multiprocessing
 import os
+import shutil
 import time
-from collections.abc import Callable, Collection, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from filelock import lock_descriptor
-
-from llm2vec.files import write_json
+from llm2vec.files import LOCK_FILE, is_locked, try_lock, write_json
 from llm2vec.types import UserError
 
 logger = logging.getLogger(__name__)
 
-LOCK_FILE, JOBS_FILE = ".lock", "jobs.json"
+JOBS_FILE = "jobs.json"
 
 
 @dataclass(frozen=True)
@@ -89,7 +86,7 @@ class JobQueue:
             marker.unlink(missing_ok=True)
         kept = {job.name for job in jobs} - set(done)
         for claim in (folder / "claims").iterdir():
-            if not (claim.name in kept and _is_locked(folder / "locks" / claim.name)):
+            if not (claim.name in kept and is_locked(folder / "locks" / claim.name)):
                 claim.unlink(missing_ok=True)
         for name in done:
             (folder / "done" / name).touch()
@@ -122,7 +119,7 @@ class JobQueue:
             if name in taken or not set(job.after) & self.jobs.keys() <= done:
                 continue
             try:
-                lock = _lock(self.folder / "locks" / name)
+                lock = try_lock(self.folder / "locks" / name)
             except FileNotFoundError:  # all is done and the folder is gone
                 return None
             if lock is None:
@@ -180,6 +177,14 @@ class JobQueue:
         ended = self._names("done") | self._names("failed")
         return [name for name in self.jobs if name not in ended]
 
+    def clear(self) -> None:
+        """Remove all that lies in the folder but its lock: every job is done."""
+        for path in self.folder.iterdir():
+            if path.is_dir():
+                shutil.rmtree(path)
+            elif path.name != LOCK_FILE:
+                path.unlink()
+
     def num_done(self) -> int:
         """How many jobs are done."""
         return len(self.jobs.keys() & self._names("done"))
@@ -191,54 +196,8 @@ class JobQueue:
     def _is_any_held(self) -> bool:
         """Whether another process is at a job."""
         open_jobs = self._names("claims") - self._names("done") - self._names("failed") - self._locks.keys()
-        return any(_is_locked(self.folder / "locks" / name) for name in open_jobs)
+        return any(is_locked(self.folder / "locks" / name) for name in open_jobs)
 
     def _let_go(self, job: Job) -> None:
         if (lock := self._locks.pop(job.name, None)) is not None:
             os.close(lock)
-
-
-@contextmanager
-def alone_in(folder: Path, work: str) -> Iterator[int]:
-    """Hold a folder that two starts at a time would write over each other's files in; it is made if missing.
-
-    Args:
-        folder: where the files go.
-        work: what is done there, for the message.
-
-    Yields:
-        The lock's file descriptor. A program that is started with it (`pass_fds`) holds the folder, too, and goes on
-        doing so when this process is killed.
-
-    Raises:
-        UserError: another process holds it, or it cannot be made.
-    """
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        lock = _lock(folder / LOCK_FILE)
-    except OSError as error:
-        raise UserError(f"{folder} cannot be made or written to ({error.strerror}).") from error
-    if lock is None:
-        raise UserError(f"{folder}: another {work} is at work here; wait, or give another output folder.")
-    try:
-        yield lock
-    finally:
-        os.close(lock)
-
-
-def _lock(file: Path) -> int | None:
-    """Lock a file until the descriptor is closed or its last process ends; None if another process has locked it."""
-    descriptor = os.open(file, os.O_CREAT | os.O_RDWR, 0o666)
-    if lock_descriptor(descriptor, blocking=False):
-        return descriptor
-    os.close(descriptor)
-    return None
-
-
-def _is_locked(file: Path) -> bool:
-    if not file.is_file():
-        return False
-    lock = _lock(file)
-    if lock is not None:
-        os.close(lock)
-    return lock is None

@@ -39,6 +39,7 @@ class SourceTexts(NamedTuple):
         file: what it was read from.
         table: a `datasets.Dataset`.
         columns: which of its columns a text is made of, joined by a blank line.
+        stamp: the file's, taken before it was read; empty where it is no file of the user's.
         held_out: another table of the same columns that is never trained on, if the source brings one.
     """
 
@@ -46,6 +47,7 @@ class SourceTexts(NamedTuple):
     file: Path
     table: Any
     columns: tuple[str, ...]
+    stamp: str = ""
     held_out: Any = None
 
 
@@ -69,7 +71,7 @@ def texts_of_file(file: Path) -> SourceTexts:
         raise UserError(f"dataset_file_path: {file} is not there.")
     arguments = {"file": str(file.resolve()), "stamp": stamp_of(file), "version": ROWS_VERSION}
     table = cached_table(_generate_texts, Features({"text": Value("string")}), arguments)
-    return SourceTexts(file.stem, file, table, ("text",))
+    return SourceTexts(file.stem, file, table, ("text",), str(arguments["stamp"]))
 
 
 def texts_of_sources(folder: Path, sources: Sequence[Source]) -> list[SourceTexts]:
@@ -79,9 +81,10 @@ def texts_of_sources(folder: Path, sources: Sequence[Source]) -> list[SourceText
         UserError: a file is missing, or a line is no valid row.
     """
     files = find_files(folder, sources)
+    stamps = [stamp_of(file) for file in files]
     return [
-        SourceTexts(source.name, file, read_rows(file, 0), ("query", "positive"))
-        for source, file in zip(sources, files, strict=True)
+        SourceTexts(source.name, file, read_rows(file, 0), ("query", "positive"), stamp)
+        for source, file, stamp in zip(sources, files, stamps, strict=True)
     ]
 
 
@@ -109,7 +112,7 @@ def texts_of_hub(name: str, configuration: str | None) -> SourceTexts:
         Path(files[0]["filename"]) if files else Path(name),
         table,
         ("text",),
-        splits.get("validation"),
+        held_out=splits.get("validation"),
     )
 
 
@@ -127,6 +130,7 @@ class TextBlocks(Dataset[Block]):
     ) -> None:
         self.drawn_anew = True
         self.files = [source.file for source in texts]
+        self.stamps = [source.stamp for source in texts]
         self.sources = [Source(source.name, source.file.name, ()) for source in texts]
         self.sizes = [len(table) for table in tables]
         self._texts = texts

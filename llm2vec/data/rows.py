@@ -58,6 +58,7 @@ class TrainingRows(Dataset[Example]):
     ) -> None:
         self.drawn_anew = False
         self.files = find_files(folder, sources)
+        self.stamps = [stamp_of(file) for file in self.files]
         self.sources = list(sources)
         self.symmetric_instructions = symmetric_instructions
         self._tables = [read_rows(file, num_negatives, with_scores, texts_alone) for file in self.files]

@@ -143,12 +143,32 @@ def content_hash(file: Path) -> str:
     name = hashlib.sha256(f"{file.resolve()}\n{stamp}".encode()).hexdigest()
     kept = Path(config.HF_DATASETS_CACHE) / HASHES_FOLDER / name
     if kept.is_file():
-        return kept.read_text(encoding="ascii")
+        said = kept.read_bytes()[:64].decode("ascii", "replace")
+        if kept.read_bytes() == _sealed(name, said):
+            return said
+        logger.warning("%s, a file's kept SHA-256, is damaged: it is taken anew", kept)
     found = sha256(file)
     check_unchanged(file, stamp)
     try:
         kept.parent.mkdir(parents=True, exist_ok=True)
-        write_text(kept, found)
+        write_text(kept, _sealed(name, found).decode())
     except OSError as error:
         raise UserError(f"HF_DATASETS_CACHE: {kept.parent} cannot be written ({error.strerror}).") from error
     return found
+
+
+def hash_of_read(file: Path, stamp: str) -> str:
+    """The same of a file that was read, given its stamp from before (may be empty: nothing is known of it).
+
+    Raises:
+        UserError: as `content_hash`, or the file is not what was read.
+    """
+    found = content_hash(file)
+    if stamp:
+        check_unchanged(file, stamp)
+    return found
+
+
+def _sealed(name: str, found: str) -> bytes:
+    """What is kept of a hash: its digits, and their own hash."""
+    return f"{found} {hashlib.sha256(f'{name} {found}'.encode()).hexdigest()}".encode()

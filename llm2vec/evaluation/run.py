@@ -12,7 +12,6 @@ import contextlib
 import json
 import logging
 import os
-import shutil
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -36,7 +35,7 @@ from llm2vec.evaluation.mteb_adapter import (
     result_file,
 )
 from llm2vec.evaluation.scores import TaskScore, kept_score, score_aggregate
-from llm2vec.files import write_text
+from llm2vec.files import alone_in, write_text
 from llm2vec.types import UserError
 
 logger = logging.getLogger(__name__)
@@ -107,19 +106,24 @@ def evaluate_all(request: Request, num_workers: int = 1) -> Outcome | None:
     encoder = load_encoder(request.model)
     meta = encoder.mteb_model_meta
     folder = _queue_folder(request, meta, tasks)
-    if rank == 0:
-        _say_where(request, encoder, tasks)
-        prepare(folder, plan(encoder, tasks, request.output_dir))
-    if num_ranks > 1:
-        _wait_for_all_ranks()
-    queue = JobQueue(folder)
-    num_workers = min(num_workers, len(queue.unfinished()))
-    with beside(num_workers, folder, _worker, request, folder):
-        work(request, encoder, queue, rank)
-        if rank != 0:
-            return None
-        queue.wait()
-    return collect(meta, tasks, request.output_dir, queue)
+    with alone_in(folder, "evaluation of this model") if rank == 0 else contextlib.nullcontext():
+        if rank == 0:
+            _say_where(request, encoder, tasks)
+            prepare(folder, plan(encoder, tasks, request.output_dir))
+        if num_ranks > 1:
+            _wait_for_all_ranks()
+        queue = JobQueue(folder)
+        num_workers = min(num_workers, len(queue.unfinished()))
+        with beside(num_workers, folder, _worker, request, folder):
+            work(request, encoder, queue, rank)
+            if rank != 0:
+                return None
+            queue.wait()
+        outcome = collect(meta, tasks, request.output_dir, queue)
+    for done in (folder, folder.parent, folder.parent.parent):
+        with contextlib.suppress(OSError):  # jobs are left; or another model's or revision's queue lies there
+            done.rmdir()
+    return outcome
 
 
 def dry_run(request: Request, num_workers: int) -> list[str]:
@@ -140,7 +144,7 @@ def dry_run(request: Request, num_workers: int) -> list[str]:
 
 
 def collect(meta: Any, tasks: Mapping[str, Any], output_dir: str, queue: JobQueue) -> Outcome:
-    """Aggregates from their parts, the scores of all tasks, and what is missing; an empty queue is removed."""
+    """Aggregates from their parts, the scores of all tasks, and what is missing; an empty queue is cleared."""
     _merge_run_settings(meta, tasks, output_dir, queue.folder)
     scores: dict[str, TaskScore] = {}
     for name, task in tasks.items():
@@ -156,10 +160,7 @@ def collect(meta: Any, tasks: Mapping[str, Any], output_dir: str, queue: JobQueu
             f"{', '.join(unfinished[:5])}{' ...' * (len(unfinished) > 5)}; start again to go on."
         )
     if not problems:
-        shutil.rmtree(queue.folder)
-        with contextlib.suppress(OSError):  # another model's or revision's queue lies there
-            queue.folder.parent.rmdir()
-            queue.folder.parent.parent.rmdir()
+        queue.clear()
     return Outcome(scores, problems)
 
 

@@ -19,7 +19,7 @@ import os
 import re
 import shutil
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -34,7 +34,7 @@ from llm2vec.export.adapter import check_adapter, prove_adapter, write_adapter
 from llm2vec.export.model_card import Facts, model_card
 from llm2vec.export.proof import Proof, our_vectors, prove
 from llm2vec.export.provenance import recorded_runs, trained_from
-from llm2vec.files import write_json
+from llm2vec.files import alone_in, write_json
 from llm2vec.hub import local_folder
 from llm2vec.llm2vec import LLM2Vec
 from llm2vec.model.backbone import DTYPES
@@ -152,15 +152,28 @@ def push(folder: Path, repository: str) -> str:
 def _written_aside(out: Path) -> Iterator[Path]:
     """A folder to write in, which becomes `out` at the end, or goes if anything fails."""
     target = out.resolve()
-    folder = target.with_name(f".{target.name}.{os.getpid()}")
+    aside = target.with_name(f".{target.name}.writing")
     try:
-        folder.mkdir(parents=True)
-        yield folder
-        folder.rename(target)  # over an empty folder, too
+        aside.mkdir(parents=True, exist_ok=True)
+        with alone_in(aside, "export"):
+            _remove_folders_in(aside)  # of an export that was killed
+            try:
+                (aside / target.name).mkdir()
+                yield aside / target.name
+                (aside / target.name).rename(target)  # over an empty folder, too
+            finally:
+                _remove_folders_in(aside)
     except OSError as error:
         raise UserError(f"{out} could not be written ({error.strerror or first_line(error)}).") from error
     finally:
-        shutil.rmtree(folder, ignore_errors=True)
+        with suppress(OSError):  # another export is at work there
+            aside.rmdir()
+
+
+def _remove_folders_in(folder: Path) -> None:
+    for path in folder.iterdir():
+        if path.is_dir():
+            shutil.rmtree(path, ignore_errors=True)
 
 
 def _round(model: LLM2Vec, dtype: torch.dtype) -> None:

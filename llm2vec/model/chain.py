@@ -44,8 +44,10 @@ RUN_TYPES = {
 TAIL_BYTES = 1 << 20
 #: Hexadecimal digits of a folder's mark; a commit on the hub has 40.
 DIGITS_OF_A_MARK = 16
+#: Files of tokenizers of other kinds than `tokenizer.json`, or that older libraries wrote beside it.
+_OTHER_TOKENIZER_FILES = ("special_tokens_map.json", "added_tokens.json", "vocab*", "merges.txt", "*.model")
 #: What decides a checkpoint's vectors, besides the settings. Not run.json: its dates would change the hash.
-CHECKPOINT_FILES = ("*.safetensors", "*config.json", "tokenizer*")
+CHECKPOINT_FILES = ("*.safetensors", "*config.json", "tokenizer*", *_OTHER_TOKENIZER_FILES)
 #: The same for a sentence-transformers folder, at any depth (`1_Pooling/config.json`, `vocab.txt`).
 MODULE_FILES = ("*.safetensors", "*.bin", "*.json", "*.txt", "*.model")
 
@@ -268,7 +270,7 @@ def mark_of(path: str) -> str:
     folder = local_folder(path)
     if folder is None:
         return _cached_commit(path) or ""
-    patterns = ("*config.json", "tokenizer*.json", "*.safetensors")
+    patterns = ("*config.json", "tokenizer*.json", "*.safetensors", *_OTHER_TOKENIZER_FILES)
     files = [file for pattern in patterns for file in sorted(folder.glob(pattern))]
     return files_hash(folder, files, TAIL_BYTES)
 

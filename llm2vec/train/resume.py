@@ -24,7 +24,8 @@ import shlex
 import shutil
 import sys
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
@@ -34,10 +35,12 @@ from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
 from llm2vec.data.tables import content_hash
 from llm2vec.distributed import join_on_cpu, max_over_ranks
+from llm2vec.files import alone_in
 from llm2vec.model.chain import mark_of, open_folder, read_run
 from llm2vec.model.checkpoint import SUMS_FILE, check_sums, environment
 from llm2vec.processes import rank, world_size
 from llm2vec.train.config import KEYS, Config, training_arguments
+from llm2vec.train.rows import sources_of, text_file_of
 from llm2vec.types import RunEnds, UserError
 
 logger = logging.getLogger(__name__)
@@ -49,11 +52,15 @@ STATE_FILES = ("trainer_state.json", "scheduler.pt")
 FIGURES_FILE = "figures.json"
 
 
-def start_or_resume(config: Config) -> TrainingArguments:
+def start_or_resume(config: Config, held: ExitStack) -> TrainingArguments:
     """A run's training arguments; `resume_from_checkpoint` in them names the checkpoint that it goes on from, if any.
 
+    Args:
+        config: of the run.
+        held: holds the run's output folder, so that no second run writes there.
+
     Raises:
-        UserError: the arguments are wrong, or the checkpoint is another run's.
+        UserError: the arguments are wrong, another run is at work there, or the checkpoint is another run's.
         RunEnds: the run has finished.
     """
     if config.training.get("use_cpu", not torch.accelerator.is_available()):
@@ -64,21 +71,23 @@ def start_or_resume(config: Config) -> TrainingArguments:
     end: UserError | RunEnds | None = None
     if rank() == 0:  # files are read once, and all processes start from the same step
         try:
-            start = find_start(config)
             check_writable(config.output_dir)
+            held.enter_context(alone_in(config.output_dir, "run"))
+            start = find_start(config)
         except (UserError, RunEnds) as caught:
             end = caught
     # The first process alone says why.
     if ended := max_over_ranks(0 if end is None else 1 if isinstance(end, RunEnds) else 2):
         raise end or (RunEnds("", code=0) if ended == 1 else UserError(""))
-    step = max_over_ranks(0 if start is None else step_of(start))
-    if step:
-        folder = checkpoint_folder(config.output_dir, step) if config.resume == "auto" else Path(config.resume)
+    # The folder that was looked at, by the number in its name: a copy may name another step than its own.
+    number = max_over_ranks(-1 if start is None else _number_of(start) if config.resume == "auto" else 0)
+    if number >= 0:
+        folder = checkpoint_folder(config.output_dir, number) if config.resume == "auto" else Path(config.resume)
         if max_over_ranks(int(not folder.is_dir())):
             raise UserError(f"resume: {folder} is not on every machine; copy it, or share the output folder.")
         args.resume_from_checkpoint = str(folder)
         args.eval_on_start = False  # has been done
-        logger.info("resume      from step %s, %s", f"{step:,}", folder)
+        logger.info("resume      from step %s, %s", f"{step_of(folder):,}", folder)
     return args
 
 
@@ -201,6 +210,7 @@ def differences(recorded: dict[str, Any], config: Config) -> list[str]:
     ]
     if recorded.get("num_processes", world_size()) != world_size():
         found.append(f"it ran in {recorded['num_processes']} process(es), not {world_size()}")
+    found += _differing_sources(recorded.get("data", ()), config)
     for data in recorded.get("data", ()):
         file = Path(data["file"])
         if data["sha256"] is not None and (not file.is_file() or content_hash(file) != data["sha256"]):
@@ -209,6 +219,24 @@ def differences(recorded: dict[str, Any], config: Config) -> list[str]:
         if mark != mark_of(path):
             found.append(f"{path} is not what it was")
     return found
+
+
+def _differing_sources(recorded: Sequence[dict[str, Any]], config: Config) -> Iterator[str]:
+    """What a table of sources says otherwise than when the rows were read: which sources, their files, instructions."""
+    if config.hub_dataset is not None or text_file_of(config) is not None:
+        return
+    folder, sources = sources_of(config)
+    before, today = [data["source"] for data in recorded], [source.name for source in sources]
+    if before != today:
+        yield f"the sources are {', '.join(before)} there and {', '.join(today)} here"
+        return
+    for data, source in zip(recorded, sources, strict=True):
+        if data["file"] != str(folder / source.file):
+            yield f"source {source.name} is {data['file']} there and {folder / source.file} here"
+        # Older records have no instructions; rows of texts alone have none of the table's.
+        instructions = [list(instruction) for instruction in source.instructions]
+        if config.stage not in ("simcse", "mntp") and data.get("instructions", instructions) != instructions:
+            yield f"source {source.name} has another instruction, or puts it on other texts, than there"
 
 
 def _differing_keys(recorded: dict[str, Any], config: Config, influence: str) -> Iterator[tuple[str, Any, Any]]:
@@ -248,9 +276,14 @@ def step_of(folder: Path) -> int:
 
 def checkpoints_in(output_dir: Path, *, after: int = -1, up_to: float = math.inf) -> list[Path]:
     """A run's checkpoints, whole or not, by their steps, which are above `after` and at most `up_to`."""
-    numbered = {path: path.name.rpartition("-")[2] for path in output_dir.glob(f"{PREFIX_CHECKPOINT_DIR}-*")}
-    steps = {path: int(number) for path, number in numbered.items() if number.isdecimal()}
-    return sorted((path for path, step in steps.items() if after < step <= up_to), key=steps.__getitem__)
+    found = [path for path in output_dir.glob(f"{PREFIX_CHECKPOINT_DIR}-*") if after < _number_of(path) <= up_to]
+    return sorted(found, key=_number_of)
+
+
+def _number_of(folder: Path) -> int:
+    """The step in a checkpoint's name; -1 where there is none, which is no checkpoint's."""
+    number = folder.name.removeprefix(f"{PREFIX_CHECKPOINT_DIR}-")
+    return int(number) if number.isdecimal() and number.isascii() and len(number) < 19 else -1
 
 
 def last_checkpoint(output_dir: Path, step: int) -> str:
@@ -268,7 +301,7 @@ def remove_checkpoints(output_dir: Path) -> None:
 
 def remove_checkpoint(folder: Path) -> None:
     """Remove a checkpoint; of one that was moved elsewhere and linked here, the link only."""
-    if folder.is_symlink():
+    if folder.is_symlink() or not folder.is_dir():
         folder.unlink()
     else:
         shutil.rmtree(folder)

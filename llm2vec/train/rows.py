@@ -46,8 +46,7 @@ def open_rows(config: Config, num_negatives: int) -> TrainingRows:
 
 def open_texts(config: Config) -> TrainingRows:
     """Texts without instruction, each its own positive: a text file's lines, or the documents of a config's rows."""
-    file = Path(config.dataset_file_path or "")
-    if file.suffix == ".txt":
+    if (file := text_file_of(config)) is not None:
         if not file.is_file():
             raise UserError(f"dataset_file_path: {file} is not there; {WIKI1M_HINT}.")
         folder, sources = file.parent, [Source(file.stem, file.name, ())]
@@ -68,9 +67,16 @@ def open_running_text(config: Config) -> list[SourceTexts]:
     """The texts that a config wants cut into blocks: a text file's, a hub dataset's, or those of its rows."""
     if config.hub_dataset is not None:
         return [texts_of_hub(config.hub_dataset, config.dataset_config_name)]
-    if config.sources_file is None and Path(config.dataset_file_path or "").suffix in TEXT_SUFFIXES:
-        return [texts_of_file(Path(config.dataset_file_path or ""))]
+    if (file := text_file_of(config)) is not None:
+        return [texts_of_file(file)]
     return texts_of_sources(*sources_of(config))
+
+
+def text_file_of(config: Config) -> Path | None:
+    """The file of texts that a config names in the place of a table of sources, if it does."""
+    file = Path(config.dataset_file_path or "")
+    suffixes = {"simcse": (".txt",), "mntp": TEXT_SUFFIXES}.get(config.stage or "", ())
+    return file if config.sources_file is None and file.suffix in suffixes else None
 
 
 def sources_of(config: Config) -> tuple[Path, list[Source]]:

@@ -21,11 +21,11 @@ from transformers import PreTrainedTokenizerBase, TrainingArguments
 
 from llm2vec.data.collation import Collate, CollateSides, check_examples
 from llm2vec.data.rows import TrainingRows
-from llm2vec.data.tables import content_hash
+from llm2vec.data.tables import hash_of_read
 from llm2vec.files import DIAGNOSTICS_FILE
 from llm2vec.llm2vec import LLM2Vec
 from llm2vec.llm2vec_q2d_d2q import BidirectionalReconstruction
-from llm2vec.model.chain import mark_of
+from llm2vec.model.chain import mark_of, read_run
 from llm2vec.model.checkpoint import read_weights, save_checkpoint
 from llm2vec.model.recomputation import fit_activations
 from llm2vec.model.settings import EncoderSettings, row_tokenizer
@@ -36,7 +36,14 @@ from llm2vec.text.tokenization import probe_ids
 from llm2vec.train.config import Config
 from llm2vec.train.log import drop_entries_after
 from llm2vec.train.model import autocast, decoder_of, part_to_save, plan_sharding
-from llm2vec.train.resume import checkpoint_folder, checkpoints_in, command_to_resume, remove_checkpoints, step_of
+from llm2vec.train.resume import (
+    checkpoint_folder,
+    checkpoints_in,
+    command_to_resume,
+    differences,
+    remove_checkpoints,
+    step_of,
+)
 from llm2vec.train.rows import Rows, row_orders, sample_of
 from llm2vec.train.saving import model_weights
 from llm2vec.train.trainer import EmbedderTrainer
@@ -86,6 +93,9 @@ def train(
     # Gathered now, so that run.json tells what the run began with, whatever becomes of the files meanwhile.
     ids = probe_ids(row_tokenizer(tokenizer, settings))
     run = provenance(config, args, rows, ids) if args.should_save else None
+    start = args.resume_from_checkpoint
+    if run is not None and start is not None and (found := differences(read_run(Path(start)), config)):
+        raise UserError(f"{start} was this run's, and something changed while it began: {'; '.join(found)}.")
 
     def save_to(folder: Path, weights: dict[str, Tensor] | None) -> None:
         state = None if weights is None else model_weights(weights, objective.model)  # type: ignore[arg-type]
@@ -174,8 +184,14 @@ def provenance(config: Config, args: TrainingArguments, rows: Rows, ids: list[li
             "marks": {path: mark_of(path) for path in (config.model_name_or_path, *config.adapters)},
         },
         "data": [
-            {"source": s.name, "rows": n, "file": str(f), "sha256": content_hash(f) if f.is_file() else None}
-            for s, n, f in zip(rows.sources, rows.sizes, rows.files, strict=True)
+            {
+                "source": source.name,
+                "instructions": source.instructions,
+                "rows": size,
+                "file": str(file),
+                "sha256": hash_of_read(file, stamp) if file.is_file() else None,
+            }
+            for source, size, file, stamp in zip(rows.sources, rows.sizes, rows.files, rows.stamps, strict=True)
         ],
         "probe_ids": ids,
     }

@@ -53,7 +53,7 @@ class CheckpointWriter:
     def remove_unfinished(self) -> None:
         """Remove what a killed run left half written."""
         for folder in self.output_dir.glob(".checkpoint-*") if rank() == 0 else ():
-            shutil.rmtree(folder)
+            remove_checkpoint(folder)
 
     def write(self, state: TrainerState, optimizer: Any, write_files: Callable[[Path], None]) -> None:
         """Write the checkpoint of the step that was just done.

@@ -8,6 +8,7 @@ from __future__ import annotations
 import dataclasses
 import inspect
 from collections.abc import Callable
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
@@ -58,15 +59,16 @@ def train_stage(stage: Stage, path: Path) -> None:
         RunEnds: there is nothing left to do, or the run was asked to stop, could not write, or diverged.
     """
     config = load_config(path, stage)
-    args = start_or_resume(config)
-    parts = stage_parts(config)
-    opened = open_data(config)
-    with_lm_head = parts.kind(config).needs_head
-    model, tokenizer, settings = load_model(config, args.device, with_lm_head=with_lm_head)
-    rows = cut(config, opened, tokenizer)
-    collate = parts.collate(config, tokenizer, settings, args.seed)
-    objective = parts.objective(config, model, settings)
-    train(config, args, objective, rows, collate, tokenizer, saved_settings(config, settings))
+    with ExitStack() as held:
+        args = start_or_resume(config, held)
+        parts = stage_parts(config)
+        opened = open_data(config)
+        with_lm_head = parts.kind(config).needs_head
+        model, tokenizer, settings = load_model(config, args.device, with_lm_head=with_lm_head)
+        rows = cut(config, opened, tokenizer)
+        collate = parts.collate(config, tokenizer, settings, args.seed)
+        objective = parts.objective(config, model, settings)
+        train(config, args, objective, rows, collate, tokenizer, saved_settings(config, settings))
 
 
 def stage_parts(config: Config) -> StageParts:

@@ -19,6 +19,7 @@ from safetensors.torch import load_file, save_file
 from llm2vec.choice import ModelChoice
 from llm2vec.commands.search import TEXTS_FILE, VECTORS_FILE, TextIndex, _cut, _passages, build_index, main
 from llm2vec.corpus import search
+from llm2vec.files import alone_in
 from llm2vec.llm2vec import LLM2Vec
 from llm2vec.types import UserError
 
@@ -371,6 +372,17 @@ def test_an_index_is_replaced_and_nothing_is_left_behind(
     assert build_index(file, index.folder, ModelChoice(str(model_folder))) == 1
     assert len(TextIndex(index.folder).search(index.load_model(), ["red"], 5)[0]) == 1
     assert {path.name for path in index.folder.iterdir()} == {VECTORS_FILE, TEXTS_FILE}
+
+
+def test_a_second_start_is_refused_and_a_killed_one_is_no_hindrance(
+    texts_file: Path, model_folder: Path, tmp_path: Path
+) -> None:
+    folder = tmp_path / "held"
+    with alone_in(folder, "indexing"):
+        with pytest.raises(UserError, match="another indexing is at work here"):
+            build_index(texts_file, folder, ModelChoice(str(model_folder)))
+        (folder / f".{VECTORS_FILE}.123").touch()  # as a kill leaves it, beside the lock
+    assert build_index(texts_file, folder, ModelChoice(str(model_folder))) > 0
 
 
 # --- the command ---

@@ -15,7 +15,8 @@ from typing import Any
 
 import pytest
 
-from llm2vec.corpus.queue import Job, JobQueue, alone_in
+from llm2vec.corpus.queue import Job, JobQueue
+from llm2vec.files import alone_in
 from llm2vec.types import UserError
 
 

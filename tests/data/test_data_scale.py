@@ -213,6 +213,18 @@ def test_a_hash_is_of_the_content_and_is_kept(tmp_path: Path, cache: Path, monke
     assert len(list((cache / HASHES_FOLDER).iterdir())) == 2
 
 
+@pytest.mark.parametrize("damage", ["", "cut", "digit", "letter"])
+def test_a_damaged_kept_hash_is_taken_anew(damage: str, tmp_path: Path, cache: Path) -> None:
+    """Else a run would be refused whose data have not changed, and another would record a wrong sum."""
+    file = write_rows(tmp_path / "a.jsonl", 3)
+    true = content_hash(file)
+    (kept,) = (cache / HASHES_FOLDER).iterdir()
+    whole = kept.read_bytes()
+    other = b"0" if whole[:1] != b"0" else b"1"
+    kept.write_bytes({"": b"", "cut": whole[:30], "digit": other + whole[1:], "letter": b"\xff" + whole[1:]}[damage])
+    assert content_hash(file) == true and kept.read_bytes() == whole
+
+
 def test_a_hash_that_cannot_be_kept_is_one_sentence(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     file = write_rows(tmp_path / "a.jsonl", 3)
     monkeypatch.setattr("datasets.config.HF_DATASETS_CACHE", file)  # no folder can be made in a file

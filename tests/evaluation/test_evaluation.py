@@ -30,6 +30,7 @@ from llm2vec.evaluation.jobs import Request, jobs_of, work
 from llm2vec.evaluation.mteb_adapter import LLM2VecEncoder, benchmark_tasks, find_task
 from llm2vec.evaluation.run import SUBSET15, Outcome, dry_run, evaluate_all, expand
 from llm2vec.evaluation.scores import evaluate, load_tasks
+from llm2vec.files import alone_in
 from llm2vec.reports.results import read_query_scores
 from llm2vec.types import UserError
 
@@ -116,6 +117,20 @@ def scores_in(folder: Path) -> dict[str, Any]:
     """All numbers of all result files, by file, without times and dates."""
     files = [file for file in (folder / "results").rglob("*.json") if file.name != "model_meta.json"]
     return {file.name: json.loads(file.read_text())["scores"] for file in files}
+
+
+def test_a_second_evaluation_of_a_model_is_refused(start: Any, tmp_path: Path) -> None:
+    """While the first one is at work, as it would take its queue away; afterwards no queue is left."""
+    with pytest.raises(Died):
+        start("MySet", dies_at=0)
+    (queue,) = (file.parent for file in (tmp_path / "out/queue").rglob("jobs.json"))
+    with alone_in(queue, "evaluation"):
+        before = (queue / "jobs.json").read_bytes()
+        with pytest.raises(UserError, match="another evaluation of this model is at work here"):
+            start("STS12")
+        assert (queue / "jobs.json").read_bytes() == before
+    start("MySet")
+    assert not (tmp_path / "out/queue").exists()
 
 
 # --- sets of tasks ---

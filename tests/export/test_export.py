@@ -28,6 +28,7 @@ from llm2vec.export import proof as proof_module
 from llm2vec.export.export import Export, export, push
 from llm2vec.export.proof import Proof
 from llm2vec.export.provenance import without_local_paths
+from llm2vec.files import alone_in
 from llm2vec.model.backbone import attach_lora
 from llm2vec.model.chain import mark_of
 from llm2vec.model.checkpoint import save_checkpoint
@@ -541,6 +542,17 @@ def test_leaves_nothing_where_the_proof_fails(
 
     monkeypatch.setattr(proof_module, broken, wrong)
     assert_refused(asked(adapter), tmp_path / "out", reason)
+
+
+def test_a_second_export_to_a_folder_is_refused_while_the_first_is_at_work(adapter: str, tmp_path: Path) -> None:
+    """And what a killed one has left is no hindrance."""
+    aside = tmp_path / ".out.writing"
+    (aside / "out/adapter").mkdir(parents=True)
+    with alone_in(aside, "export"), pytest.raises(UserError, match="another export is at work here"):
+        export(asked(adapter), tmp_path / "out")
+    export(asked(adapter), tmp_path / "out")
+    assert (tmp_path / "out/modules.json").is_file() and not (tmp_path / "out/.lock").exists()
+    assert not aside.exists()
 
 
 def test_leaves_nothing_where_the_written_tokenizer_is_wrong(

@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 
-from llm2vec.corpus.queue import alone_in
+from llm2vec.files import alone_in
 from llm2vec.quickstart.docstrings import TRAIN_FILE
 from llm2vec.train.config.file import load_config
 from llm2vec.types import UserError

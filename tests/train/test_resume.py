@@ -29,8 +29,9 @@ from helpers import write_jsonl
 from transformers import LlamaForCausalLM
 
 from llm2vec import LLM2Vec, cli
+from llm2vec.files import LOCK_FILE, alone_in
 from llm2vec.model import checkpoint as checkpoint_module
-from llm2vec.model.chain import RUN_FILE, mark_of
+from llm2vec.model.chain import RUN_FILE, mark_of, revision_of
 from llm2vec.model.checkpoint import SUMS_FILE, check_sums
 from llm2vec.train import model as run_model
 from llm2vec.train import saving
@@ -671,3 +672,94 @@ def test_the_command_that_goes_on(
     if processes is not None:
         monkeypatch.setenv("LOCAL_WORLD_SIZE", processes)
     assert command_to_resume() == command
+
+
+# --- two runs, and what changes under a run ---
+
+
+def test_a_second_run_into_a_folder_is_refused(folder: Path, keys: dict[str, Any]) -> None:
+    """While the first one lives, whatever the second one's config says; both processes end. The first one goes on."""
+    output = folder / "twice"
+    with alone_in(output, "run"):
+        for processes in (1, 2):
+            assert run("run_stage_I.py", output, keys | {"alpha": 0.5}, processes) == [2] * processes
+            assert f"{output}: another run is at work here" in said(output)
+    assert run("run_stage_I.py", output, keys | {"max_steps": 1}) == [0]
+    assert not (output / LOCK_FILE).exists()
+
+
+def test_the_folder_that_is_used_is_the_one_that_was_looked_at(
+    cut: Path, keys: dict[str, Any], undisturbed: Path
+) -> None:
+    """A whole copy under the name of another step, beside a damaged checkpoint under the right one."""
+    shutil.copytree(cut / "checkpoint-4", cut / "checkpoint-99")
+    flip_a_bit(cut / "checkpoint-4" / "model.safetensors")
+    assert run("run_stage_I.py", cut, keys) == [0]
+    assert f"from step 4, {cut / 'checkpoint-99'}" in said(cut)
+    assert_same_to_the_bit(cut, undisturbed)
+
+
+@pytest.mark.parametrize(
+    ("table", "difference"),
+    [
+        ({"words": {"file": "words.jsonl", "instruction": "find an answer"}}, "words has another instruction"),
+        (
+            {"words": {"file": "words.jsonl", "instruction": "find the answer", "symmetric": True}},
+            "words has another instruction, or puts it on other texts",
+        ),
+        ({"words": {"file": "copy.jsonl", "instruction": "find the answer"}}, r"source words is .*words\.jsonl there"),
+        ({"other": {"file": "words.jsonl"}}, "the sources are words there and other here"),
+        ({"words": {"file": "words.jsonl"}, "more": {"file": "copy.jsonl"}}, "words there and words, more here"),
+    ],
+    ids=str,
+)
+def test_a_changed_table_of_sources_is_refused(
+    table: dict[str, Any], difference: str, cut: Path, undisturbed: Path, keys: dict[str, Any]
+) -> None:
+    """By a run that was cut short and by one that has finished."""
+    file = Path(keys["sources_file"])
+    before = file.read_text(encoding="utf-8")
+    shutil.copy(file.with_name("words.jsonl"), file.with_name("copy.jsonl"))
+    try:
+        file.write_text(json.dumps(table), encoding="utf-8")
+        for output in (cut, undisturbed):
+            with pytest.raises(UserError, match=difference):
+                find_start(config_of(output, keys))
+    finally:
+        file.write_text(before, encoding="utf-8")
+
+
+def test_rows_that_were_replaced_while_the_model_loaded_are_noticed(folder: Path, keys: dict[str, Any]) -> None:
+    """Else `run.json` would name the new file for the old one's rows."""
+    output, words = folder / "replaced", folder / "words.jsonl"
+    before = words.read_text(encoding="utf-8")
+
+    def replace_rows(rank: int) -> None:
+        load = run_model.load_backbone
+
+        def late(*arguments: Any, **keywords: Any) -> Any:
+            words.write_text(before.replace("a", "e"), encoding="utf-8")
+            return load(*arguments, **keywords)
+
+        run_model.load_backbone = late
+
+    try:
+        assert run("run_stage_I.py", output, keys, setup=replace_rows) == [2]
+        assert "words.jsonl changed while it was read; start again" in said(output)
+    finally:
+        words.write_text(before, encoding="utf-8")
+
+
+@pytest.mark.parametrize("name", ["special_tokens_map.json", "vocab.json", "merges.txt", "tokenizer.model"])
+def test_every_file_of_a_tokenizer_makes_another_model(name: str, folder: Path) -> None:
+    copy = folder / f"with-{name}"
+    shutil.copytree(folder / "base", copy)
+    before = mark_of(str(copy)), revision_of(str(copy))
+    (copy / name).write_text("{}", encoding="utf-8")
+    after = mark_of(str(copy)), revision_of(str(copy))
+    assert before[0] != after[0] and before[1] != after[1]
+
+
+def test_rows_are_not_seen_twice(folder: Path, keys: dict[str, Any]) -> None:
+    with pytest.raises(UserError, match="ignore_data_skip is not supported: a run that goes on would train on rows"):
+        config_of(folder / "skipping", keys | {"ignore_data_skip": True})

@@ -292,6 +292,7 @@ LIBRARY_KEYS: dict[str, Key] = {
     "accelerator_config": Key(refused="it would share rows out otherwise than in one-source blocks"),
     "deepspeed": Key(refused="`fsdp` shares the weights out"),
     "parallelism_config": Key(refused="`fsdp` shares the weights out"),
+    "ignore_data_skip": Key(refused="a run that goes on would train on rows that it has seen"),
     "push_to_hub": Key(refused="experiments/export.py uploads what was trained"),
     "enable_jit_checkpoint": Key(
         influence="nothing", refused="SIGTERM saves and ends every run already, with all processes at one step"
