@@ -25,7 +25,7 @@ from transformers import PreTrainedModel
 from llm2vec.model.embed import embed, embedding_pass
 from llm2vec.model.packing import packed_hidden_states
 from llm2vec.model.settings import EncoderSettings
-from llm2vec.objectives.losses import linear_cross_entropy
+from llm2vec.objectives.head import language_head
 from llm2vec.objectives.stage_one import StageOneObjective
 from llm2vec.text.batches import starts_of
 from llm2vec.types import Batch, Output, Pass, ReconstructionTarget
@@ -108,8 +108,7 @@ class BidirectionalReconstruction(nn.Module, StageOneObjective):
         weight_N = torch.cat(
             [(w * share).expand(size) for w, share, size in zip(directions.values(), shares, sizes, strict=True)]
         )
-        head: Tensor = self.model.get_output_embeddings().weight
-        loss, terms_N, _ = linear_cross_entropy(states_ND, head, target_N, weight_N)
+        loss, terms_N, _ = language_head(self.model).cross_entropy(states_ND, target_N, weight_N)
         sums = [terms.sum() for terms in terms_N.split(sizes)]
         parts = {f"loss_{d.name}": total * s for d, total, s in zip(directions, sums, shares, strict=True)}
         return Output({"loss": loss, **parts}, {})

@@ -40,9 +40,9 @@ def check_attention(model: Backbone, attention: Attention) -> None:
             f"attention: bidirectional was asked for, but {type(model).__name__} has layers ({min(forward_only)}) that "
             "read from left to right only; it can embed with causal attention."
         )
-    rows = _tokens(model, 4).repeat(4, 1)
-    rows[:, -1] = _tokens(model, 8)[4:]
-    with _probing(model) as exact:
+    rows = probe_tokens(model, 4).repeat(4, 1)
+    rows[:, -1] = probe_tokens(model, 8)[4:]
+    with probing(model) as exact:
         state_BTD = hidden_states(model, attention, torch.ones_like(rows), input_ids=rows).float()
     moved = (state_BTD[1:, 0] - state_BTD[:1, 0]).norm(dim=-1).max()
     own = (state_BTD[1:, -1] - state_BTD[:1, -1]).norm(dim=-1).max()
@@ -62,8 +62,8 @@ def check_packing(model: Backbone, attention: Attention) -> None:
     Raises:
         UserError: it has not.
     """
-    own, other = _tokens(model, 9).split([5, 4])
-    with _probing(model) as exact:
+    own, other = probe_tokens(model, 9).split([5, 4])
+    with probing(model) as exact:
         alone = [
             hidden_states(model, attention, torch.ones_like(ids)[None], input_ids=ids[None])[0] for ids in (own, other)
         ]
@@ -79,7 +79,7 @@ def check_packing(model: Backbone, attention: Attention) -> None:
 
 
 @contextmanager
-def _probing(model: Backbone) -> Iterator[bool]:
+def probing(model: Backbone) -> Iterator[bool]:
     """For a short pass that proves something: no dropout, no graph. Yields whether it computes in float32 or better."""
     was_training = model.training
     model.eval()
@@ -94,7 +94,7 @@ def _probing(model: Backbone) -> Iterator[bool]:
         model.train(was_training)
 
 
-def _tokens(model: Backbone, number: int) -> Tensor:
+def probe_tokens(model: Backbone, number: int) -> Tensor:
     """So many tokens [T], no two alike, on the model's device."""
     embedding: Tensor = model.get_input_embeddings().weight  # type: ignore[assignment]
     vocabulary, device = embedding.shape[0], embedding.device

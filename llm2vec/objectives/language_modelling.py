@@ -9,7 +9,7 @@ from transformers import PreTrainedModel
 
 from llm2vec.model.packing import packed_hidden_states
 from llm2vec.objectives.contrastive import ContrastiveLearning
-from llm2vec.objectives.losses import linear_cross_entropy
+from llm2vec.objectives.head import Head, language_head
 from llm2vec.text.batches import starts_of
 from llm2vec.types import Attention, Batch, Objective, Output, Pass, TextFacts, TokenBatch
 
@@ -47,7 +47,7 @@ class LanguageModelling(nn.Module, Objective):
         text = batch["text"]
         embeddings = self.model.get_input_embeddings()(text["input_ids"])
         states_ND = packed_hidden_states(self.model.base_model, self.attention, text["lengths"], embeddings)
-        loss = next_token_loss(states_ND, self.model.get_output_embeddings().weight, text, totals[self.name])
+        loss = next_token_loss(states_ND, language_head(self.model), text, totals[self.name])
         return Output({"loss": loss, f"loss_{self.name}": loss.detach()}, {})
 
 
@@ -103,12 +103,12 @@ class ContrastiveLanguageModelling(nn.Module, Objective):
         return contrastive.contrast(vectors, facts, totals)
 
 
-def next_token_loss(states_ND: Tensor, head_VD: Tensor, text: TokenBatch, total: Tensor) -> Tensor:
+def next_token_loss(states_ND: Tensor, head: Head, text: TokenBatch, total: Tensor) -> Tensor:
     """Sum over the target tokens of -log p given the state before each, divided by `total`.
 
     Args:
         states_ND: of all of the side's tokens, after the final norm.
-        head_VD: the vocabulary projection.
+        head: over the states.
         text: the side; what a target token is to be predicted as is its `labels`, or else the token itself.
         total: target tokens of the whole optimiser step.
     """
@@ -118,7 +118,7 @@ def next_token_loss(states_ND: Tensor, head_VD: Tensor, text: TokenBatch, total:
     label_N = text.get("labels", text["input_ids"])[target_N]
     exact = torch.promote_types(states_ND.dtype, torch.float32)
     weight_N = (1 / total.to(target_N.device, exact)).expand(len(target_N))
-    return linear_cross_entropy(states_ND[target_N - 1], head_VD, label_N, weight_N).loss
+    return head.cross_entropy(states_ND[target_N - 1], label_N, weight_N).loss
 
 
 def num_predicted(text: TokenBatch) -> Tensor:

@@ -41,8 +41,10 @@ def linear_cross_entropy(
     term_weight_N: Tensor,
     block_rows: int | None = None,
     left_out: Callable[[slice], Tensor] | None = None,
+    bias_V: Tensor | None = None,
+    softcap: float | None = None,
 ) -> CrossEntropy:
-    """Sum over N of term_weight * -log softmax(hidden @ weight.T)[target], without ever holding [N, V].
+    """Sum over N of term_weight * -log softmax(hidden @ weight.T + bias)[target], without ever holding [N, V].
 
     Memory is one block of logits and the gradients of `hidden` and `weight`, whatever N times V is. The gradients are
     made with the loss, so nothing is computed twice. The softmax runs in float32 at least, and the gradient of `weight`
@@ -55,13 +57,16 @@ def linear_cross_entropy(
         term_weight_N: weight of each row's term; no gradient flows to it.
         block_rows: rows a block; None = as many as make a block of moderate size.
         left_out: which columns, [rows, V], are missing from some rows' softmax; never a row's target. None = none are.
+        bias_V: added to the product.
+        softcap: bound that the logits x, bias included, are bent under, softcap * tanh(x / softcap); None = no bound.
     """
     # The products below that write into a given tensor do not heed autocast by themselves.
     if torch.is_autocast_enabled(hidden_ND.device.type):
         hidden_ND = hidden_ND.to(torch.get_autocast_dtype(hidden_ND.device.type))
     if block_rows is None:
         block_rows = rows_of_a_block(len(weight_VD), hidden_ND.device.type)
-    return CrossEntropy(*_LinearCrossEntropy.apply(hidden_ND, weight_VD, target_N, term_weight_N, block_rows, left_out))
+    arguments = (hidden_ND, weight_VD, target_N, term_weight_N, block_rows, left_out, bias_V, softcap)
+    return CrossEntropy(*_LinearCrossEntropy.apply(*arguments))
 
 
 def rows_of_a_block(num_columns: int, device: str) -> int:
@@ -70,7 +75,7 @@ def rows_of_a_block(num_columns: int, device: str) -> int:
 
 
 class _LinearCrossEntropy(torch.autograd.Function):
-    """Loss and both gradients, one block of rows at a time."""
+    """Loss and its gradients, one block of rows at a time."""
 
     @staticmethod
     def forward(
@@ -81,6 +86,8 @@ class _LinearCrossEntropy(torch.autograd.Function):
         term_weight_N: Tensor,
         block_rows: int,
         left_out: Callable[[slice], Tensor] | None,
+        bias_V: Tensor | None,
+        softcap: float | None,
     ) -> tuple[Tensor, Tensor, Tensor]:
         # Products run in the states' dtype, which is fast; softmax and sums in `exact`, as half precision is coarse.
         exact = torch.promote_types(hidden_ND.dtype, torch.float32)
@@ -90,6 +97,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
         # Each row's gradient is final once its block is done; the weight's is a sum over all blocks, so it begins at 0.
         into_hidden_ND = torch.empty_like(hidden_ND) if ctx.needs_input_grad[0] else None
         into_weight_VD = torch.zeros_like(weight_VD, dtype=exact) if ctx.needs_input_grad[1] else None
+        into_bias_V = torch.zeros_like(bias_V, dtype=exact) if bias_V is not None and ctx.needs_input_grad[6] else None
         # Weights of 1 / (tokens of a step) would leave half precision's range in the products below. So they are
         # divided by the largest of them here, and `backward` multiplies by it. The floor is for weights of 0, and for
         # no rows at all.
@@ -102,7 +110,13 @@ class _LinearCrossEntropy(torch.autograd.Function):
             gradients = []
             for first in range(start, min(start + at_once, len(hidden_ND)), block_rows):
                 rows = slice(first, min(first + block_rows, start + at_once))
-                logits = (hidden_ND[rows] @ product_weight_VD.T).to(exact)
+                logits, slope = (hidden_ND[rows] @ product_weight_VD.T).to(exact), None
+                if bias_V is not None:
+                    logits.add_(bias_V)
+                if softcap is not None:
+                    share = logits.div_(softcap).tanh_()
+                    logits = share * softcap
+                    slope = share.square_().neg_().add_(1)  # the derivative of the bend, 1 - tanh^2
                 if left_out is not None:
                     logits.masked_fill_(left_out(rows), -torch.inf)
                 terms_N[rows], hits_N[rows], total = _softmax_terms(logits, target_N[rows])
@@ -110,6 +124,10 @@ class _LinearCrossEntropy(torch.autograd.Function):
                     # d loss / d logit = weight * (softmax - 1 at the target). The logits, no longer needed, become it.
                     into_logits = logits.mul_((relative_N[rows] / total).unsqueeze(1))
                     into_logits.scatter_add_(1, target_N[rows].unsqueeze(1), -relative_N[rows].unsqueeze(1))
+                    if slope is not None:
+                        into_logits.mul_(slope)
+                    if into_bias_V is not None:
+                        into_bias_V += into_logits.sum(dim=0)
                     gradients.append(into_logits.to(hidden_ND.dtype))
             if not gradients:
                 continue
@@ -120,19 +138,21 @@ class _LinearCrossEntropy(torch.autograd.Function):
                 torch.mm(into_logits, product_weight_VD, out=into_hidden_ND[rows])
             if into_weight_VD is not None:
                 _add_product(into_weight_VD, into_logits.T, hidden_ND[rows])
-        ctx.save_for_backward(into_hidden_ND, into_weight_VD, largest_weight)
+        ctx.save_for_backward(into_hidden_ND, into_weight_VD, into_bias_V, largest_weight)
         ctx.weight_dtype = weight_VD.dtype
+        ctx.bias_dtype = None if bias_V is None else bias_V.dtype
         ctx.mark_non_differentiable(terms_N, hits_N)
         return (terms_N * term_weight_N).sum(), terms_N, hits_N
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
-        # `forward` made both gradients. Missing are the factor it took out and the gradient of the loss itself.
-        into_hidden_ND, into_weight_VD, largest_weight = ctx.saved_tensors
+        # `forward` made the gradients. Missing are the factor it took out and the gradient of the loss itself.
+        into_hidden_ND, into_weight_VD, into_bias_V, largest_weight = ctx.saved_tensors
         scale = gradients[0] * largest_weight
         into_hidden = None if into_hidden_ND is None else into_hidden_ND * scale
         into_weight = None if into_weight_VD is None else into_weight_VD.mul_(scale).to(ctx.weight_dtype)
-        return into_hidden, into_weight, None, None, None, None
+        into_bias = None if into_bias_V is None else (into_bias_V * scale).to(ctx.bias_dtype)
+        return into_hidden, into_weight, None, None, None, None, into_bias, None
 
 
 def _softmax_terms(logits: Tensor, target: Tensor) -> tuple[Tensor, Tensor, Tensor]:

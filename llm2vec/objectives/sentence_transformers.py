@@ -13,15 +13,17 @@ break: a blank at its end joins the text's first word, which would then be no ta
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Iterable
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn.utils.rnn import pad_sequence
+from transformers import AutoModelForCausalLM
 
 from llm2vec.model.backbone import hidden_states
-from llm2vec.objectives.losses import linear_cross_entropy
+from llm2vec.objectives.head import check_head, head_of
 from llm2vec.types import UserError
 
 if TYPE_CHECKING:
@@ -33,14 +35,15 @@ class BidirectionalReconstructionLoss(nn.Module):
 
     Args:
         model: a decoder and its pooling; all of it that requires gradients is trained.
-        lm_head: the decoder's language-model head, [hidden size -> vocabulary] without bias; None = the embedding
-            table, for decoders that share it. A head is trained too unless it is frozen, and is not saved with the
-            model; the trainer does not average its gradient over processes, so freeze it where there are several.
+        lm_head: the decoder's language-model head, [hidden size -> vocabulary]; None = the embedding table, for
+            decoders that share it. Its family's scale or cap of logits is read from the decoder's config. A head is
+            trained too unless it is frozen, and is not saved with the model; the trainer does not average its gradient
+            over processes, so freeze it where there are several.
         alpha: weight of the direction that starts at the query; with 0 or 1 the other one is not run.
 
     Raises:
-        UserError: the model has modules behind its pooling, or a head of its own that was not given; the head has a
-            bias; or `alpha` is no share.
+        UserError: the model has modules behind its pooling, or a head of its own that was not given; its family makes
+            its logits in a way that is not known here; or `alpha` is no share.
     """
 
     def __init__(self, model: SentenceTransformer, lm_head: nn.Linear | None = None, alpha: float = 0.2) -> None:
@@ -59,8 +62,7 @@ class BidirectionalReconstructionLoss(nn.Module):
                 "lm_head: this decoder's head is not its embedding table; give the head, as in "
                 "AutoModelForCausalLM.from_pretrained(...).lm_head."
             )
-        if lm_head is not None and lm_head.bias is not None:
-            raise UserError("lm_head has a bias, which this loss would leave out; it serves heads without one.")
+        _check_family(decoder, lm_head)
         self.model = model
         self.decoder = decoder
         self.lm_head = lm_head
@@ -96,10 +98,10 @@ class BidirectionalReconstructionLoss(nn.Module):
         inputs_BTD = pad_sequence(inputs, batch_first=True)
         mask_BT = torch.arange(inputs_BTD.shape[1], device=target_N.device) < length_B.unsqueeze(1)
         states_BTD = hidden_states(self.decoder, "causal", mask_BT.long(), inputs_embeds=inputs_BTD)
-        head = embedding.weight if self.lm_head is None else self.lm_head.weight
+        head = head_of(embedding if self.lm_head is None else self.lm_head, self.decoder.config)
         exact = torch.promote_types(states_BTD.dtype, torch.float32)
         share_N = states_BTD.new_full(target_N.shape, 1 / len(target_N), dtype=exact)
-        return linear_cross_entropy(states_BTD[mask_BT], head, target_N, share_N).loss
+        return head.cross_entropy(states_BTD[mask_BT], target_N, share_N).loss
 
     def target_mask(self, goal: dict[str, Any]) -> Tensor:
         """Which tokens [B, T] are reconstructed: neither padding nor special nor the trainer's prompt.
@@ -113,3 +115,23 @@ class BidirectionalReconstructionLoss(nn.Module):
         prompt = torch.as_tensor(goal.get("prompt_length", 0), device=mask_BT.device).flatten()[0]
         is_special_BT = torch.isin(goal["input_ids"], self.special_ids.to(mask_BT.device))
         return mask_BT & (mask_BT.cumsum(dim=1) > prompt) & ~is_special_BT
+
+
+def _check_family(decoder: Any, lm_head: nn.Linear | None) -> None:
+    """Prove the head by the whole model of the decoder's family, which is put together around the two for that.
+
+    Raises:
+        UserError: the family has no such model, or other logits.
+    """
+    table = decoder.get_input_embeddings().weight
+    try:
+        with torch.device("meta"):
+            whole: Any = AutoModelForCausalLM.from_config(decoder.config, trust_remote_code=False)
+            head = nn.Linear(table.shape[1], table.shape[0], bias=False)
+    except ValueError as error:
+        raise UserError(f"model: {type(decoder).__name__} is no decoder of a causal language model.") from error
+    head.weight = table
+    # A head of the user's may stand elsewhere yet, or be of another precision.
+    whole.set_output_embeddings(head if lm_head is None else copy.deepcopy(lm_head).to(table))
+    setattr(whole, whole.base_model_prefix, decoder)
+    check_head(whole)

@@ -24,6 +24,7 @@ from torch.utils.checkpoint import checkpoint
 from transformers import PreTrainedModel
 
 from llm2vec.model.packing import packed_hidden_states
+from llm2vec.objectives.head import Head, language_head
 from llm2vec.objectives.language_modelling import next_token_loss, num_predicted
 from llm2vec.objectives.losses import BLOCK_ENTRIES, BLOCK_ENTRIES_CUDA
 from llm2vec.objectives.stage_one import StageOneObjective
@@ -89,7 +90,7 @@ class TokenSetPrediction(nn.Module, StageOneObjective):
         states_ND = packed_hidden_states(self.model.base_model, "causal", lengths, embeddings)
         of_sides = states_ND.split([sum(side["lengths"]) for side in batch.values()])
         states = dict(zip(batch, of_sides, strict=True))
-        head: Tensor = self.model.get_output_embeddings().weight
+        head = language_head(self.model)
         losses = {
             "lm": torch.stack([next_token_loss(states[s], head, batch[s], totals["lm"]) for s in _MODELLED]).sum()
         }
@@ -103,7 +104,7 @@ class TokenSetPrediction(nn.Module, StageOneObjective):
 
 
 def token_set_loss(
-    block_RKD: Tensor, head_VD: Tensor, targets: Sequence[Tensor], total: Tensor, block_rows: int | None = None
+    block_RKD: Tensor, head: Head, targets: Sequence[Tensor], total: Tensor, block_rows: int | None = None
 ) -> Tensor:
     """Sum over R rows of a block's loss on its target, divided by `total`; rows without a target count nothing.
 
@@ -112,20 +113,20 @@ def token_set_loss(
 
     Args:
         block_RKD: states of the rows' blocks, K positions each.
-        head_VD: the vocabulary projection.
+        head: over the states.
         targets: for each row, the different tokens of its target.
         total: rows with a target in the whole optimiser step.
         block_rows: rows whose scores [rows, K, V] are held at once; None = as many as make a block of moderate size.
     """
     if block_rows is None:
         entries = BLOCK_ENTRIES_CUDA if block_RKD.device.type == "cuda" else BLOCK_ENTRIES
-        block_rows = max(1, entries // (block_RKD.shape[1] * len(head_VD)))
+        block_rows = max(1, entries // (block_RKD.shape[1] * len(head.weight_VD)))
     share = 1 / total.to(block_RKD.device, torch.promote_types(block_RKD.dtype, torch.float32))
     losses = [
         checkpoint(
             _loss_of_rows,
             block_RKD[start : start + block_rows],
-            head_VD,
+            head,
             targets[start : start + block_rows],
             use_reentrant=False,
             preserve_rng_state=False,
@@ -135,9 +136,9 @@ def token_set_loss(
     return torch.stack(losses).sum() * share
 
 
-def _loss_of_rows(block_RKD: Tensor, head_VD: Tensor, targets: Sequence[Tensor]) -> Tensor:
+def _loss_of_rows(block_RKD: Tensor, head: Head, targets: Sequence[Tensor]) -> Tensor:
     """The sum of some rows' losses; the softmax is taken in float32 at least."""
-    score_RV = (block_RKD @ head_VD.T).max(dim=1).values
+    score_RV = head.logits(block_RKD).max(dim=1).values
     log_share_RV = score_RV.to(torch.promote_types(score_RV.dtype, torch.float32)).log_softmax(dim=1)
     terms = [-log_share_RV[row, target].mean() for row, target in enumerate(targets) if len(target)]
     return torch.stack(terms).sum() if terms else log_share_RV.sum() * 0

@@ -18,6 +18,7 @@ from transformers import TrainingArguments
 from transformers.training_args import OptimizerNames
 
 from llm2vec.model.packing import inner_decoder
+from llm2vec.objectives.head import language_head
 from llm2vec.objectives.losses import rows_of_a_block
 from llm2vec.planning.activations import Numbers, kept_by_a_layer, kept_by_pass, working
 from llm2vec.types import Pass
@@ -159,10 +160,10 @@ def _loss(model: Any, numbers: Numbers, step: Step) -> Part:
     targets = math.ceil(step.scale * _targets(step))
     if not targets:
         return Part("logits", 0.0)
-    head = model.get_output_embeddings().weight
+    head, capped = model.get_output_embeddings().weight, language_head(model).softcap is not None
     rows = rows_of_a_block(len(head), numbers.device)
     entries, blocks = min(rows, targets) * len(head), min(_BLOCKS_JOINED, math.ceil(targets / rows))
-    size = 4.0 * entries + (4 * head.numel() if head.requires_grad else 0)
+    size = 4.0 * entries * (1 + capped) + (4 * head.numel() if head.requires_grad else 0)
     if numbers.compute == 2:
         size += 2 * entries * blocks * (2 if blocks > 1 else 1) + 2 * head.numel() * (
             numbers.casts + head.requires_grad

@@ -28,7 +28,8 @@ from llm2vec.model.chain import open_chain
 from llm2vec.model.embed import embed
 from llm2vec.model.proofs import check_attention, check_decoder
 from llm2vec.model.settings import SETTINGS_FILE, EncoderSettings, check_rendering, row_tokenizer, with_template
-from llm2vec.objectives.losses import CrossEntropy, linear_cross_entropy
+from llm2vec.objectives.head import check_head, language_head
+from llm2vec.objectives.losses import CrossEntropy
 from llm2vec.text.batches import pack_rows
 from llm2vec.text.tokenization import Row, RowTokenizer
 from llm2vec.types import InstructedText, TextSide, UserError, first_line
@@ -159,6 +160,7 @@ def load_reconstructor(model: ModelChoice, device: str | torch.device | None = N
     objective = BidirectionalReconstruction(loaded, settings, target=trained.get("target", "counterpart"))
     check_decoder(objective.decoder, settings.attention)
     check_attention(objective.decoder, "causal")  # of the pass that decodes
+    check_head(loaded)
     return Reconstructor(objective, rows)
 
 
@@ -192,5 +194,5 @@ def score_targets(
     target_N = torch.tensor([token for ids in targets for token in ids], device=anchor_BD.device)
     embedding_ND = objective.model.get_input_embeddings()(target_N)
     states_ND = objective.decode(anchor_BD, embedding_ND, [len(ids) for ids in targets])
-    head_VD: Tensor = objective.model.get_output_embeddings().weight
-    return linear_cross_entropy(states_ND, head_VD, target_N, torch.ones_like(target_N, dtype=torch.float32))
+    ones_N = torch.ones_like(target_N, dtype=torch.float32)
+    return language_head(objective.model).cross_entropy(states_ND, target_N, ones_N)

@@ -27,6 +27,7 @@ from llm2vec.model.chain import Chain, open_chain
 from llm2vec.model.packing import checkpoint_contexts, compile_layers
 from llm2vec.model.proofs import check_decoder
 from llm2vec.model.settings import EncoderSettings, row_tokenizer, with_template
+from llm2vec.objectives.head import check_head
 from llm2vec.objectives.mntp import add_mask_token
 from llm2vec.text.templates import add_template_tokens, leaves_join_open
 from llm2vec.train.config import Config
@@ -61,6 +62,8 @@ def load_model(
         logger.info("added tokens: %s; they start at the mean of the other tokens' embeddings", names)
     model.to(device)  # type: ignore[arg-type]  # FlashAttention cannot be probed on the CPU
     check_decoder(decoder_of(model), settings.attention)
+    if with_lm_head:
+        check_head(model)
     if config.checkpointing is not None:
         contexts = partial(checkpoint_contexts, decoder_of(model))
         enable_checkpointing(model, {**config.checkpointing, "context_fn": contexts})

@@ -74,6 +74,43 @@ def gradients(p: Problem, loss: Callable[[Problem], Tensor]) -> tuple[Tensor, Te
     return value.detach(), *into
 
 
+@pytest.mark.parametrize("block_rows", [1, 5, 13, None])
+@pytest.mark.parametrize("softcap", [None, 1.5])
+@pytest.mark.parametrize("biased", [False, True])
+def test_bias_and_softcap_equal_the_plain_formula(biased: bool, softcap: float | None, block_rows: int | None) -> None:
+    """Value, terms, hits and all gradients, also where no gradient of the bias is asked for."""
+    p = problem()
+    bias_V = torch.randn(29, dtype=torch.float64, requires_grad=biased)
+    leaves = [p.hidden_ND, p.weight_VD, *[bias_V] * biased]
+
+    logits_NV = p.hidden_ND @ p.weight_VD.T + bias_V
+    if softcap is not None:
+        logits_NV = softcap * torch.tanh(logits_NV / softcap)
+    terms_N = F.cross_entropy(logits_NV, p.target_N, reduction="none")
+    expected = torch.autograd.grad(3 * (terms_N * p.term_weight_N).sum(), leaves)
+    found = linear_cross_entropy(*p, block_rows=block_rows, bias_V=bias_V, softcap=softcap)
+    torch.testing.assert_close(found.terms, terms_N.detach(), rtol=1e-11, atol=0)
+    assert found.hits.tolist() == (logits_NV.argmax(dim=1) == p.target_N).tolist()
+    for actual, wanted in zip(torch.autograd.grad(3 * found.loss, leaves), expected, strict=True):
+        torch.testing.assert_close(actual, wanted, rtol=1e-11, atol=1e-15)
+
+
+def test_bias_and_softcap_in_half_precision_are_near() -> None:
+    """Softmax, bend and the bias's gradient are taken in float32; the bias's gradient has the bias's dtype."""
+    p = problem()
+    bias_V = torch.randn(29, dtype=torch.float64)
+    results = []
+    for dtype in (torch.float64, torch.bfloat16):
+        leaves = [t.detach().to(torch.bfloat16).to(dtype).requires_grad_() for t in (*p[:2], bias_V)]
+        found = linear_cross_entropy(
+            *leaves[:2], p.target_N, p.term_weight_N.to(leaves[0]), bias_V=leaves[2], softcap=2.0
+        )
+        results.append((found.loss, *torch.autograd.grad(found.loss, leaves)))
+    assert [t.dtype for t in results[1]] == [torch.float32, *[torch.bfloat16] * 3]
+    for exact, half in zip(*results, strict=True):
+        assert (exact - half).abs().max() < 0.02 * exact.abs().max()
+
+
 def blocked(block_rows: int | None) -> Callable[[Problem], Tensor]:
     return lambda p: linear_cross_entropy(*p, block_rows=block_rows).loss
 

@@ -18,6 +18,7 @@ from llm2vec import LLM2Vec
 from llm2vec.data.collation import CollateSides
 from llm2vec.model.settings import EncoderSettings, row_tokenizer
 from llm2vec.objectives import token_set as llm2vec_token_set
+from llm2vec.objectives.head import Head
 from llm2vec.objectives.token_set import TokenSetPrediction, token_set_loss
 from llm2vec.text.batches import pack_rows
 from llm2vec.text.templates import add_template_tokens
@@ -172,7 +173,7 @@ def test_how_many_rows_are_held_at_once_does_not_matter(block_rows: int | None) 
     whole = (blocks @ head.T).max(dim=1).values.log_softmax(dim=1)
     expected = sum(-whole[row, target].mean() for row, target in enumerate(targets)) / 7
     by_hand = torch.autograd.grad(expected, (blocks, head))
-    loss = token_set_loss(blocks, head, targets, total, block_rows)
+    loss = token_set_loss(blocks, Head(head), targets, total, block_rows)
     torch.testing.assert_close(loss, expected, rtol=1e-12, atol=0)
     for found, gradient in zip(torch.autograd.grad(loss, (blocks, head)), by_hand, strict=True):
         torch.testing.assert_close(found, gradient, rtol=1e-10, atol=1e-14)
@@ -197,7 +198,7 @@ def test_scores_of_all_rows_are_never_held(monkeypatch: pytest.MonkeyPatch) -> N
         return tensor
 
     with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
-        loss = token_set_loss(blocks, head, [t[:40] for t in targets], torch.tensor(12.0))
+        loss = token_set_loss(blocks, Head(head), [t[:40] for t in targets], torch.tensor(12.0))
     assert max(kept, default=0) <= max(blocks.numel(), head.numel())
     loss.backward()
     assert seen == [3] * 8  # four blocks, forward and again backward
@@ -207,8 +208,8 @@ def test_rows_without_a_target_count_nothing() -> None:
     blocks, head, targets = random_blocks()
     total = torch.tensor(4.0)
     nothing = torch.tensor([], dtype=torch.long)
-    loss = token_set_loss(blocks, head, [*targets[:2], nothing, *targets[3:]], total, 1)
-    apart = token_set_loss(blocks[[0, 1, 3, 4]], head, [*targets[:2], *targets[3:]], total)
+    loss = token_set_loss(blocks, Head(head), [*targets[:2], nothing, *targets[3:]], total, 1)
+    apart = token_set_loss(blocks[[0, 1, 3, 4]], Head(head), [*targets[:2], *targets[3:]], total)
     torch.testing.assert_close(loss, apart, rtol=1e-12, atol=0)
     torch.autograd.backward(loss)
     assert not blocks.grad[2].any() and blocks.grad[1].any()

@@ -112,16 +112,15 @@ def states_scored(objective: Any, batch: Batch, monkeypatch: pytest.MonkeyPatch)
     """How many states an objective multiplies with the vocabulary, or hands to the loss that does."""
     scored: list[int] = []
 
-    def counted(states_ND: Tensor, *arguments: Any) -> Any:
+    def counted(states_ND: Tensor, *arguments: Any, **more: Any) -> Any:
         scored.append(len(states_ND))
-        return linear_cross_entropy(states_ND, *arguments)
+        return linear_cross_entropy(states_ND, *arguments, **more)
 
     def of_blocks(block_RKD: Tensor, *arguments: Any) -> Tensor:
         scored.append(block_RKD.shape[0] * block_RKD.shape[1])
         return token_set_loss(block_RKD, *arguments)
 
-    for module in ("llm2vec_q2d_d2q", "objectives.language_modelling"):
-        monkeypatch.setattr(f"llm2vec.{module}.linear_cross_entropy", counted)
+    monkeypatch.setattr("llm2vec.objectives.head.linear_cross_entropy", counted)
     monkeypatch.setattr("llm2vec.objectives.token_set.token_set_loss", of_blocks)
     objective(batch, objective.count(batch))
     return sum(scored)
