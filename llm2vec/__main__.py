@@ -44,6 +44,7 @@ COMMANDS = {
     "compare": Command("compare", "a set of recipes on the same data: train, evaluate, one table"),
     "reconstruct": Command("models.reconstruct", "write the other side's text from an anchor, or score what it tells"),
     "check-data": Command("check_data", "look at training data before training on it"),
+    "hold-out": Command("hold_out", "split training data into rows to train on and queries to evaluate on"),
     "schema": Command("schema", "print the JSON Schema of training configs, for editors"),
 }
 

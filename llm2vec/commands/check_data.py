@@ -26,9 +26,9 @@ from llm2vec.data.check import (
     language_of,
     record_hashes,
 )
-from llm2vec.data.sources import Source, archive_hint, e5_sources, read_sources_file, select_sources
+from llm2vec.data.sources import sources_there
 from llm2vec.table import Table
-from llm2vec.types import CHARACTERS_A_TOKEN, UserError
+from llm2vec.types import CHARACTERS_A_TOKEN
 
 logger = logging.getLogger(__name__)
 
@@ -47,8 +47,9 @@ def _parse_args(argv: Sequence[str]) -> argparse.Namespace:
 def main(argv: Sequence[str]) -> int:
     """Check and print; returns the exit code."""
     args = _parse_args(argv)
-    table = e5_sources() if args.sources_file is None else read_sources_file(args.sources_file)
-    sources = _present(args.folder, select_sources(table, args.sources), args.sources)
+    sources, missing = sources_there(args.folder, args.sources_file, args.sources)
+    if missing:
+        logger.info("not there: %s", ", ".join(missing))
     count_tokens = _token_counter(args.tokenizer)
     test_texts = TestTexts(args.test_sets) if args.test_sets else None
     reports = []
@@ -66,17 +67,6 @@ def main(argv: Sequence[str]) -> int:
     for problem in problems:
         logger.info("%s", problem)
     return 1 if problems else 0
-
-
-def _present(folder: Path, sources: Sequence[Source], named: Sequence[str] | None) -> list[Source]:
-    """The sources whose files are there; which are not is said, and refused where they were asked for by name."""
-    there = [source for source in sources if (folder / source.file).is_file()]
-    missing = ", ".join(source.file for source in sources if source not in there)
-    if missing and (named or not there):
-        raise UserError(f"{folder} lacks {missing}{archive_hint(sources)}.")
-    if missing:
-        logger.info("not there: %s", missing)
-    return there
 
 
 def _token_counter(name: str | None) -> CountTokens:

@@ -21,7 +21,7 @@ import re
 import sysconfig
 import warnings
 from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping
 from importlib.metadata import distributions
 from itertools import groupby, takewhile
 from pathlib import Path
@@ -29,6 +29,7 @@ from typing import Any, NamedTuple
 
 from tqdm import tqdm
 
+from llm2vec.data.held_out import json_lines_of, retrieval_files
 from llm2vec.files import sha256, write_json, write_text
 from llm2vec.types import UserError
 
@@ -44,23 +45,6 @@ SKIPPED_FOLDERS = frozenset(
     {"test", "tests", "testing", "_testing", "_vendor", "vendor", "idlelib", "turtledemo", "site-packages"}
     | {"dist-packages", "__pycache__"}
 )
-
-_DATASET_CARD = """---
-configs:
-- config_name: default
-  data_files:
-  - split: test
-    path: qrels/test.jsonl
-- config_name: corpus
-  data_files:
-  - split: corpus
-    path: corpus.jsonl
-- config_name: queries
-  data_files:
-  - split: queries
-    path: queries.jsonl
----
-"""
 
 _SENTENCE_END = re.compile(r"(?<=[.!?])\s+(?=[A-Z`\"'(:])")
 _RULE_LINE = re.compile(r"\s*[^\w\s]{3,}\s*")  # a heading's underline, a table's border
@@ -224,15 +208,12 @@ def training_rows(passages: Iterable[Passage]) -> list[dict[str, str]]:
     return rows
 
 
-def retrieval_files(passages: Sequence[Passage]) -> dict[str, str]:
-    """The held-out passages in the hub's retrieval layout: relative path -> content."""
-    names = {f"{passage.file}:{passage.line}": passage for passage in passages}
-    return {
-        "corpus.jsonl": _json_lines({"_id": f"d/{n}", "title": "", "text": p.body} for n, p in names.items()),
-        "queries.jsonl": _json_lines({"_id": f"q/{n}", "text": p.query} for n, p in names.items()),
-        "qrels/test.jsonl": _json_lines({"query-id": f"q/{n}", "corpus-id": f"d/{n}", "score": 1} for n in names),
-        "README.md": _DATASET_CARD,
-    }
+def held_out_files(passages: Iterable[Passage]) -> dict[str, str]:
+    """The held-out passages as a retrieval set: relative path -> content."""
+    named = {f"{passage.file}:{passage.line}": passage for passage in passages}
+    corpus = {f"d/{name}": passage.body for name, passage in named.items()}
+    queries = {f"q/{name}": passage.query for name, passage in named.items()}
+    return retrieval_files(corpus, queries, [(f"q/{name}", f"d/{name}") for name in named])
 
 
 def write_corpus(output_dir: Path, roots: Mapping[str, Path]) -> dict[str, Any]:
@@ -271,8 +252,8 @@ def write_corpus(output_dir: Path, roots: Mapping[str, Path]) -> dict[str, Any]:
     if not rows or not held_out:
         found = f"{len(rows)} training and {len(held_out)} held-out rows"
         raise UserError(f"{found} from {list(roots)}: install packages with more docstrings.")
-    files = {TRAIN_FILE: _json_lines(rows)}
-    files |= {f"{EVAL_FOLDER}/{name}": content for name, content in retrieval_files(held_out).items()}
+    files = {TRAIN_FILE: json_lines_of(rows)}
+    files |= {f"{EVAL_FOLDER}/{name}": content for name, content in held_out_files(held_out).items()}
     manifest = {
         "made_from": made_from,
         "counts": {**counts, "distinct_passages": len(passages), "training_rows": len(rows), "held_out": len(held_out)},
@@ -305,7 +286,3 @@ def _reusable(output_dir: Path, made_from: dict[str, Any]) -> dict[str, Any] | N
     files = {output_dir / name: expected for name, expected in manifest["sha256"].items()}
     unchanged = all(file.is_file() and sha256(file) == expected for file, expected in files.items())
     return manifest if manifest["made_from"] == made_from and unchanged else None
-
-
-def _json_lines(rows: Iterable[Mapping[str, Any]]) -> str:
-    return "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
