@@ -38,7 +38,7 @@ def is_finished(run: Run) -> bool:
 
 
 def clear(run: Run) -> None:
-    """Make way for a run that is not finished; what an interrupted evaluation has scored is kept."""
+    """Make way for a run that is not finished; scores and checkpoints of an interrupted one are kept."""
     if not run.is_resumable or (run.folder / FINISHED_FILE).is_file():
         shutil.rmtree(run.folder, ignore_errors=True)
     run.folder.mkdir(parents=True, exist_ok=True)

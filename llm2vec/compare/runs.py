@@ -231,7 +231,8 @@ class Planner:
         folder, file = self.output_dir / "runs" / name, self.output_dir / "configs" / f"{name}.json"
         write_json(file, {**keys, "output_dir": str(folder)})
         num_steps = config.stop_after_n_steps or max(1, int(config.training.get("max_steps", 1)))
-        return Run(name, STAGE_COMMANDS[stage.stage], (str(file),), folder, parent, num_steps)
+        saves = config.training.get("save_strategy", "steps") != "no" and config.resume == "auto"
+        return Run(name, STAGE_COMMANDS[stage.stage], (str(file),), folder, parent, num_steps, is_resumable=saves)
 
     def _checked(self, keys: dict[str, Any], stage: StageFile) -> Config:
         """The config that a run's keys make, read as the command will read it."""
