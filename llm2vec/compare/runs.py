@@ -3,7 +3,8 @@
     FOLDER/shared.json                      what all recipes share: the keys of `all` stages (base model, data, batch)
                                             and those of single ones (`stage_I`, `stage_II`, ...); `recipes`: a folder
                                             with further recipes, which other sets may use, too
-    FOLDER/evaluation.json                  options of `llm2vec eval`: tasks, data, ...
+    FOLDER/evaluation.json                  options of `llm2vec eval`: tasks, data, ...; `along`: those of its tasks that
+                                            checkpoints of the last stage are scored on too
     FOLDER/<recipe>/<n>_<stage>.json        the recipe's own keys, which go over the shared ones; stage after stage
     FOLDER/<recipe>/evaluation.json         options over the set's; alone, it names a model to be scored as it is
 
@@ -29,6 +30,7 @@ from llm2vec.model.chain import RUN_FILE, revision_of
 from llm2vec.model.settings import SETTINGS_FILE
 from llm2vec.train.config import Config
 from llm2vec.train.config.file import SCHEMA_KEY, load_config
+from llm2vec.train.resume import checkpoint_folder
 from llm2vec.types import Stage, UserError
 
 SHARED_FILE = "shared.json"
@@ -41,8 +43,10 @@ EVALUATION_COMMAND = "eval"
 #: Options of the evaluation; the model and where results go are decided here, unless a recipe only names a model.
 EVALUATION_KEYS = (
     "tasks", "local_data_dir", "task_to_instructions_fp", "batch_size", "max_length", "torch_dtype",
-    "attn_implementation", "device",
+    "attn_implementation", "device", "save_predictions",
 )  # fmt: skip
+#: Of the set alone: the tasks that a last stage's checkpoints are scored on too, and the model that it starts from.
+ALONG_KEY = "along"
 #: Keys of a run that follow from its place in the set.
 DECIDED_KEYS = ("model_name_or_path", "peft_model_name_or_path", "output_dir", "experiment_id", "seed")
 
@@ -73,6 +77,7 @@ class RecipeSet:
     folder: Path
     shared: dict[str, dict[str, Any]]  #: `all` or a stage -> keys
     recipes: tuple[Recipe, ...]  #: In the order of their names
+    along: tuple[str, ...]  #: Tasks that are scored along the last stage, too
 
 
 @dataclass(frozen=True)
@@ -86,6 +91,7 @@ class Run:
     parent: Run | None = None  #: The run it starts from, which must have ended well
     num_steps: int = 0  #: About how long it takes, beside other runs
     is_resumable: bool = False  #: Whether an interrupted run goes on from what lies in its folder
+    save_steps: int = 0  #: Steps between a training run's checkpoints; 0 = it keeps none, or not all of them
 
 
 @dataclass(frozen=True)
@@ -96,11 +102,13 @@ class Trial:
     seed: int | None
     training: tuple[Run, ...]
     evaluation: Run
+    #: Step of the last stage -> evaluation of the model at that step, the last step left out.
+    along: Mapping[int, Run] = field(default_factory=dict)
 
     @property
     def runs(self) -> tuple[Run, ...]:
         """All, in order."""
-        return (*self.training, self.evaluation)
+        return (*self.training, self.evaluation, *self.along.values())
 
 
 def read_set(folder: Path) -> RecipeSet:
@@ -123,6 +131,9 @@ def read_set(folder: Path) -> RecipeSet:
     if not content.get("all", {}).get("model_name_or_path"):
         raise UserError(f"{folder / SHARED_FILE}: all.model_name_or_path must name the base model.")
     evaluation = read_object(folder / EVALUATION_FILE)
+    along = evaluation.pop(ALONG_KEY, [])
+    if not isinstance(along, list) or not set(along) <= set(evaluation.get("tasks", ())):
+        raise UserError(f"{folder / EVALUATION_FILE}: {ALONG_KEY} must list some of the tasks.")
     found: dict[str, Path] = {}
     for parent in [folder / library, folder] if library is not None else [folder]:
         if not parent.is_dir():
@@ -131,7 +142,7 @@ def read_set(folder: Path) -> RecipeSet:
     recipes = tuple(_read_recipe(found[name], evaluation) for name in sorted(found))
     if not recipes:
         raise UserError(f"{folder} holds no recipes; each is a folder of files such as 1_stage_II.json.")
-    return RecipeSet(folder, content, recipes)
+    return RecipeSet(folder, content, recipes, tuple(along))
 
 
 def _read_recipe(folder: Path, evaluation: Mapping[str, Any]) -> Recipe:
@@ -213,9 +224,19 @@ class Planner:
                 training: list[Run] = []
                 for stage in recipe.stages:
                     training.append(self._training(stage, seed, training[-1] if training else None))
-                evaluation = self._evaluation(recipe, training[-1] if training else None)
-                planned.append(Trial(recipe.name, seed, tuple(training), evaluation))
+                evaluation = self._evaluation(recipe.evaluation, training[-1] if training else None)
+                planned.append(Trial(recipe.name, seed, tuple(training), evaluation, self._along(recipe, training)))
         return planned
+
+    def _along(self, recipe: Recipe, training: Sequence[Run]) -> dict[int, Run]:
+        """Evaluations at the last stage's start and at its checkpoints."""
+        if not training or not training[-1].save_steps or not self.recipes.along:
+            return {}
+        last, options = training[-1], {**recipe.evaluation, "tasks": list(self.recipes.along)}
+        start = options if last.parent else {**options, "base_model_name_or_path": self.base}
+        saved = range(last.save_steps, last.num_steps, last.save_steps)
+        checkpoints = {step: self._evaluation(options, last, checkpoint_folder(last.folder, step)) for step in saved}
+        return {0: self._evaluation(start, last.parent), **checkpoints}
 
     def _training(self, stage: StageFile, seed: int | None, parent: Run | None) -> Run:
         shared = self.recipes.shared
@@ -231,8 +252,18 @@ class Planner:
         folder, file = self.output_dir / "runs" / name, self.output_dir / "configs" / f"{name}.json"
         write_json(file, {**keys, "output_dir": str(folder)})
         num_steps = config.stop_after_n_steps or max(1, int(config.training.get("max_steps", 1)))
-        saves = config.training.get("save_strategy", "steps") != "no" and config.resume == "auto"
-        return Run(name, STAGE_COMMANDS[stage.stage], (str(file),), folder, parent, num_steps, is_resumable=saves)
+        saves = config.training.get("save_strategy", "steps") == "steps"
+        keeps_all = saves and "save_total_limit" not in config.training
+        return Run(
+            name,
+            STAGE_COMMANDS[stage.stage],
+            (str(file),),
+            folder,
+            parent,
+            num_steps,
+            is_resumable=saves and config.resume == "auto",
+            save_steps=config.training.get("save_steps", 500) if keeps_all else 0,
+        )
 
     def _checked(self, keys: dict[str, Any], stage: StageFile) -> Config:
         """The config that a run's keys make, read as the command will read it."""
@@ -267,19 +298,22 @@ class Planner:
             self._hashes[tuple(files)] = files_hash(folder, sorted(files))
         return self._hashes[tuple(files)]
 
-    def _evaluation(self, recipe: Recipe, model: Run | None) -> Run:
-        options = dict(recipe.evaluation)
-        base = str(model.folder if model else options.pop("base_model_name_or_path"))
-        decides = {"model": model.name if model else base, "options": options, "files": _content_of(options)}
+    def _evaluation(self, options: Mapping[str, Any], model: Run | None, checkpoint: Path | None = None) -> Run:
+        """Of a training run, or of one of its checkpoints, or of the model that the options name."""
+        options = dict(options)
+        base = str(checkpoint or (model.folder if model else options.pop("base_model_name_or_path")))
+        name = f"{model.name}{f' {checkpoint.name}' if checkpoint else ''}" if model else base
+        decides = {"model": name, "options": options, "files": _content_of(options)}
         if model is None and _is_local(base):
             if not Path(base).is_dir():
-                raise UserError(f"{recipe.name}: there is no model {base}.")
+                raise UserError(f"there is no model {base} to be scored.")
             decides["model"] = revision_of(base)
         name = f"evaluation-{json_hash(decides)}"
         folder = self.output_dir / "evaluations" / name
         arguments = ["--base_model_name_or_path", base, "--output_dir", str(folder)]
         for option, value in options.items():
-            arguments += [f"--{option}", *map(str, value if isinstance(value, list) else [value])]
+            values = value if isinstance(value, list) else [] if value is True else [value]
+            arguments += [] if value is False else [f"--{option}", *map(str, values)]
         return Run(name, EVALUATION_COMMAND, tuple(arguments), folder, model, is_resumable=True)
 
 
