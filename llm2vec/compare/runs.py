@@ -3,7 +3,7 @@
     FOLDER/shared.json                      what all recipes share: the keys of `all` stages (base model, data, batch)
                                             and those of single ones (`stage_I`, `stage_II`, ...); `recipes`: a folder
                                             with further recipes, which other sets may use, too
-    FOLDER/evaluation.json                  options of `llm2vec eval`: tasks, data, ...; `along`: those of its tasks that
+    FOLDER/evaluation.json                  options of `llm2vec eval`: tasks, data, ...; `along`: the tasks that
                                             checkpoints of the last stage are scored on too
     FOLDER/<recipe>/<n>_<stage>.json        the recipe's own keys, which go over the shared ones; stage after stage
     FOLDER/<recipe>/evaluation.json         options over the set's; alone, it names a model to be scored as it is
