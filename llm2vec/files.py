@@ -25,6 +25,9 @@ logger = logging.getLogger(__name__)
 #: Measures of the embedding space along training, which the probes write into a run's folder and reports read.
 DIAGNOSTICS_FILE = "diagnostics.jsonl"
 
+#: In the folder of a comparison's record: what all its trials have in common.
+COMPARISON_RECORD = "record.json"
+
 
 def parse_json(text: bytes | str, where: str) -> Any:
     """What a piece of JSON says; a byte order mark in front of bytes does not count.

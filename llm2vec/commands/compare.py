@@ -10,6 +10,7 @@ A run that fails stops its own recipe only, and the exit code is then 1. Everyth
     runs/, evaluations/     checkpoints and scores, a folder a run
     configs/, logs/         the whole config and the output of each run
     comparison.html, .md, .json
+    record/                 all that these are made of, as text: llm2vec report RECORD makes them again
 """
 
 from __future__ import annotations
@@ -59,8 +60,9 @@ def _compare(args: argparse.Namespace, started: float, lock: int) -> int:
     import torch  # seconds, and what follows needs it
 
     from llm2vec.compare.execution import Runner, do_all, num_cores
+    from llm2vec.compare.record import write_record
     from llm2vec.compare.runs import unique_runs
-    from llm2vec.compare.table import failure_lines, outcome_of, outcome_table, write_comparison
+    from llm2vec.compare.table import failure_lines, outcome_table, own_keys, write_comparison
 
     workers = args.workers or max(1, (torch.cuda.device_count() or num_cores()) // args.processes)
     planner, trials = _plan(args)
@@ -71,7 +73,6 @@ def _compare(args: argparse.Namespace, started: float, lock: int) -> int:
         trials, args.output_dir, workers=workers, processes=args.processes, lock=lock, say=partial(print, flush=True)
     )
     failures = do_all(runs, runner.do, workers)
-    outcomes = [outcome_of(trial, failures) for trial in trials]
     facts = {
         "Base model": planner.recipes.shared["all"]["model_name_or_path"],
         "Seeds": ", ".join(map(str, args.seeds)),
@@ -80,7 +81,9 @@ def _compare(args: argparse.Namespace, started: float, lock: int) -> int:
         "Machine": f"{platform.machine()}, {os.cpu_count()} cores, {torch.cuda.device_count()} GPUs",
     }
     chosen = [recipe for recipe in planner.recipes.recipes if recipe.name in {t.recipe for t in trials}]
-    report = write_comparison(args.output_dir, outcomes, chosen, facts)
+    own = own_keys(chosen)
+    outcomes = write_record(args.output_dir / "record", trials, failures, own, facts)
+    report = write_comparison(args.output_dir, outcomes, own, facts)
     print("", outcome_table(outcomes).text(), "", *failure_lines(outcomes), sep="\n")
     print(f"report: {report}    ({(time.monotonic() - started) / 60:.1f} minutes)")
     return 1 if failure_lines(outcomes) else 0

@@ -8,6 +8,8 @@ as in the paper's tables are compared with them: anchor, baseline, base (untrain
 alpha_0.5, alpha_0.8, baseline_3000_steps, and anchor@25 for a checkpoint after 25 steps of Stage II. Differences are
 taken from the run named baseline or, if there is none, from the last one.
 
+The record of a comparison (`llm2vec compare`), given alone, is made into its tables again.
+
 --losses anchor=LOG.jsonl adds loss curves. --predictions, a folder a run, with --qrels NFCorpus=qrels/test.jsonl
 compares runs query by query where mteb kept the rankings. Writes report.html, report.md, report.json and PNG figures.
 """
@@ -20,7 +22,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from llm2vec import cli
-from llm2vec.files import alone_in
+from llm2vec.files import COMPARISON_RECORD, alone_in
 from llm2vec.types import UserError
 
 if TYPE_CHECKING:
@@ -42,6 +44,8 @@ def _parse_args(argv: Sequence[str]) -> argparse.Namespace:
 def main(argv: Sequence[str]) -> None:
     """Read, compare, print and write."""
     args = _parse_args(argv)
+    if len(args.results) == 1 and (args.results[0] / COMPARISON_RECORD).is_file():
+        return _rebuild(args.results[0], args.output_dir)
     from llm2vec.reports.evaluation import build_report  # with matplotlib: seconds
     from llm2vec.reports.paper import read_paper
 
@@ -50,6 +54,16 @@ def main(argv: Sequence[str]) -> None:
     with alone_in(args.output_dir, "report"):
         page = report.write(args.output_dir)
     print(f"{report.text()}\n\nreport: {page}")
+
+
+def _rebuild(record: Path, output_dir: Path) -> None:
+    """The tables of a comparison, from its record."""
+    from llm2vec.compare.record import read_record
+    from llm2vec.compare.table import outcome_table, write_comparison
+
+    outcomes, own, facts = read_record(record)
+    page = write_comparison(output_dir, outcomes, own, facts)
+    print(f"{outcome_table(outcomes).text()}\n\nreport: {page}")
 
 
 def _assignments(values: Sequence[str], option: str) -> dict[str, Path]:

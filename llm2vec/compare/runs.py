@@ -104,6 +104,8 @@ class Trial:
     evaluation: Run
     #: Step of the last stage -> evaluation of the model at that step, the last step left out.
     along: Mapping[int, Run] = field(default_factory=dict)
+    #: Task -> file of judgements, of those tasks whose rankings are kept and that lie in a folder of their own.
+    judgements: Mapping[str, Path] = field(default_factory=dict)
 
     @property
     def runs(self) -> tuple[Run, ...]:
@@ -225,7 +227,8 @@ class Planner:
                 for stage in recipe.stages:
                     training.append(self._training(stage, seed, training[-1] if training else None))
                 evaluation = self._evaluation(recipe.evaluation, training[-1] if training else None)
-                planned.append(Trial(recipe.name, seed, tuple(training), evaluation, self._along(recipe, training)))
+                along, judged = self._along(recipe, training), _judgements(recipe.evaluation)
+                planned.append(Trial(recipe.name, seed, tuple(training), evaluation, along, judged))
         return planned
 
     def _along(self, recipe: Recipe, training: Sequence[Run]) -> dict[int, Run]:
@@ -350,6 +353,13 @@ def _content_of(options: Mapping[str, Any]) -> dict[str, str]:
         own = [Path(data, task) for task in options["tasks"] if Path(data, task).is_dir()]
         content |= {folder.name: data_revision(folder) for folder in own}
     return content
+
+
+def _judgements(options: Mapping[str, Any]) -> dict[str, Path]:
+    """Of retrieval sets below `local_data_dir`, where rankings are kept."""
+    folder = options.get("local_data_dir") if options.get("save_predictions") else None
+    files = {task: Path(folder, task, "qrels/test.jsonl") for task in options["tasks"]} if folder else {}
+    return {task: file for task, file in files.items() if file.is_file()}
 
 
 def unique_runs(trials: Sequence[Trial]) -> list[Run]:

@@ -1,4 +1,4 @@
-"""What compared recipes came to: their scores and what training cost, as one table, beside a page, Markdown and JSON.
+"""What compared recipes came to: their scores and what training cost, as tables and a figure, on one page.
 
 Whatever was measured is shown, whoever is ahead; a recipe that failed is in the table, too.
 """
@@ -7,18 +7,17 @@ from __future__ import annotations
 
 import json
 import statistics
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict
 from pathlib import Path
 
-from llm2vec.compare.runs import Recipe, Trial
+from llm2vec.compare.record import TrialOutcome
+from llm2vec.compare.runs import Recipe
 from llm2vec.files import write_json, write_text
-from llm2vec.reports.logs import read_log
+from llm2vec.reports.comparisons import MIN_UNITS, paired_interval
+from llm2vec.reports.figures import Picture, along_figure
 from llm2vec.reports.page import make_folder, write_page
-from llm2vec.reports.results import read_results
 from llm2vec.table import Cell, Table
-from llm2vec.train.log import LOG_FILE
-from llm2vec.types import UserError
 
 _TITLE = "Recipes on the same data"
 _NOTE = (
@@ -28,50 +27,17 @@ _NOTE = (
     "common counts for each."
 )
 _OWN_NOTE = "Keys that a recipe sets itself, stage after stage; all others are shared."
-
-
-@dataclass(frozen=True)
-class TrialOutcome:
-    """What one recipe came to with one seed."""
-
-    recipe: str
-    seed: int | None  #: None without training
-    scores: dict[str, float]  #: Task -> main score x 100; empty after a failure
-    #: Of the training rows, over all stages, and the minutes of training; None where the logs do not say.
-    tokens: float | None = None
-    minutes: float | None = None
-    failure: str | None = None  #: Why there is no score; None = there is
-    runs: tuple[str, ...] = ()  #: Folders of its stages and of its scores
-
-
-def outcome_of(trial: Trial, failures: Mapping[str, str]) -> TrialOutcome:
-    """What a trial's runs left, all of which are done or failed (name of a run -> why)."""
-    folders = tuple(str(run.folder) for run in trial.runs)
-    outcome = TrialOutcome(trial.recipe, trial.seed, {}, runs=folders)
-    if reason := next((failures[run.name] for run in trial.runs if run.name in failures), None):
-        return replace(outcome, failure=reason)
-    try:
-        scores = read_results(trial.evaluation.folder).scores
-    except UserError as error:
-        return replace(outcome, failure=str(error))
-    costs = [_costs(run.folder / LOG_FILE) for run in trial.training]
-    tokens, minutes = _all_of([cost[0] for cost in costs]), _all_of([cost[1] for cost in costs])
-    return replace(outcome, scores=scores, tokens=tokens, minutes=minutes)
-
-
-def _costs(file: Path) -> tuple[float | None, float | None]:
-    """Tokens and minutes of a run; None where its log does not say.
-
-    The steps behind the last multiple of `logging_steps` have no entry: they are taken to be like the others.
-    """
-    log = read_log(file) if file.is_file() else []
-    with_tokens = [entry for entry in log if "tokens" in entry]
-    seconds = [entry["train_runtime"] for entry in log if "train_runtime" in entry]
-    tokens = None
-    if with_tokens:
-        steps = max(entry["step"] for entry in log), max(entry["step"] for entry in with_tokens)
-        tokens = sum(entry["tokens"] for entry in with_tokens) * steps[0] / steps[1]
-    return tokens, sum(seconds) / 60 if seconds else None
+#: The recipe that others are compared with.
+REFERENCE = "baseline"
+_DIFFERENCE_NOTE = (
+    "Tasks: mean over the tasks that both have and the seeds that both were trained with, and twice its standard error "
+    "over these seeds. Queries: mean nDCG@10 of the retrieval sets whose rankings were kept, each query's mean over "
+    "the seeds, with its 95 % interval (paired bootstrap over queries, sets fixed). The interval knows nothing of the "
+    "spread between seeds, and the standard error nothing of that between tasks."
+)
+_ALONG_CAPTION = (
+    "Score against the step of the last stage, mean of {tasks}. Lines: mean over seeds; bands: lowest to highest seed."
+)
 
 
 def outcome_table(outcomes: Sequence[TrialOutcome]) -> Table:
@@ -103,14 +69,66 @@ def outcome_table(outcomes: Sequence[TrialOutcome]) -> Table:
     return Table(header, [row for _, row in sorted(rows, key=lambda pair: -pair[0])], "Scores", _NOTE)
 
 
-def _all_of(values: Sequence[float | None], combine: Callable[[list[float]], float] = sum) -> float | None:
-    """Their sum, or what else they are combined to; None where one is missing, or all are."""
-    known = [value for value in values if value is not None]
-    return combine(known) if known and len(known) == len(values) else None
-
-
 def _mean(values: Sequence[float | None]) -> float | None:
-    return _all_of(values, statistics.fmean)
+    """None where one is missing, or all are."""
+    known = [value for value in values if value is not None]
+    return statistics.fmean(known) if known and len(known) == len(values) else None
+
+
+def difference_table(outcomes: Sequence[TrialOutcome]) -> Table | None:
+    """Each recipe less the baseline, trained with the same seeds; None where there is nothing to compare with."""
+    scored: dict[str, dict[int | None, TrialOutcome]] = {}
+    for outcome in outcomes:
+        if outcome.failure is None:
+            scored.setdefault(outcome.recipe, {})[outcome.seed] = outcome
+    reference = scored.pop(REFERENCE, {})
+    rows = [row for recipe, own in scored.items() if (row := _difference(recipe, own, reference)) is not None]
+    header = [f"Less {REFERENCE}", "Seeds", "Tasks", "2 SE", "Queries", "Lowest", "Highest"]
+    return Table(header, rows, "Differences", _DIFFERENCE_NOTE) if rows else None
+
+
+def _difference(
+    recipe: str, own: Mapping[int | None, TrialOutcome], reference: Mapping[int | None, TrialOutcome]
+) -> list[Cell] | None:
+    # What was not trained has no seed, and is held against every one.
+    pairs = [(own.get(seed, own.get(None)), other) for seed, other in reference.items()]
+    both = [(mine, other) for mine, other in pairs if mine is not None]
+    shown = [outcome for pair in both for outcome in pair]
+    tasks = [task for task in shown[0].scores if all(task in outcome.scores for outcome in shown)] if shown else []
+    if not tasks:
+        return None
+    of_seeds = [statistics.fmean(mine.scores[task] - other.scores[task] for task in tasks) for mine, other in both]
+    error = 2 * statistics.stdev(of_seeds) / len(both) ** 0.5 if len(both) > 1 else None
+    row: list[Cell] = [recipe, str(len(both)), statistics.fmean(of_seeds), error]
+    sets = [task for task in shown[0].queries if all(task in outcome.queries for outcome in shown)]
+    queries = [
+        (_over_seeds([mine.queries[task] for mine, _ in both]), _over_seeds([other.queries[task] for _, other in both]))
+        for task in sets
+    ]
+    if not queries or min(len(mine) for mine, _ in queries) < MIN_UNITS:
+        return [*row, None, None, None]
+    found = paired_interval(*queries)
+    return [*row, found.difference, found.low, found.high]
+
+
+def _over_seeds(of_seeds: Sequence[Mapping[str, float]]) -> dict[str, float]:
+    return {query: statistics.fmean(scores[query] for scores in of_seeds) for query in of_seeds[0]}
+
+
+def along_picture(outcomes: Sequence[TrialOutcome]) -> Picture | None:
+    """Scores along the last stage, its end included; None where there are none."""
+    with_steps = [outcome for outcome in outcomes if outcome.along]
+    if not with_steps:
+        return None
+    tasks = list(next(iter(with_steps[0].along.values())))
+    lines: dict[str, dict[int, list[float]]] = {}
+    for outcome in with_steps:
+        line = lines.setdefault(outcome.recipe, {})
+        last = 2 * max(outcome.along) - sorted(outcome.along)[-2]  # checkpoints are equally far apart
+        for step, scores in {**outcome.along, last: outcome.scores}.items():
+            line.setdefault(step, []).append(statistics.fmean(scores[task] for task in tasks))
+    caption = _ALONG_CAPTION.format(tasks=", ".join(tasks))
+    return Picture("along.png", along_figure(lines, f"mean of {len(tasks)} tasks x 100"), caption)
 
 
 def failure_lines(outcomes: Sequence[TrialOutcome]) -> list[str]:
@@ -119,35 +137,37 @@ def failure_lines(outcomes: Sequence[TrialOutcome]) -> list[str]:
     return [f"{o.recipe}{'' if o.seed is None else f', seed {o.seed}'}: {o.failure}" for o in failed]
 
 
-def own_keys_table(recipes: Sequence[Recipe]) -> Table:
-    """What each recipe sets itself."""
-    rows: list[list[Cell]] = []
+def own_keys(recipes: Sequence[Recipe]) -> dict[str, str]:
+    """Recipe -> what it sets itself, in words."""
+    said = {}
     for recipe in recipes:
         own = [(s.stage, ", ".join(f"{key} {json.dumps(v)}" for key, v in s.keys.items())) for s in recipe.stages]
         stages = [f"{stage}: {keys}" if keys else stage for stage, keys in own]
-        rows.append([recipe.name, "; then ".join(stages) or f"scores {recipe.evaluation['base_model_name_or_path']}"])
-    title = "What each recipe sets itself"
-    return Table(["Recipe", "Stages and own keys"], rows, title, _OWN_NOTE, num_names=2)
+        said[recipe.name] = "; then ".join(stages) or f"scores {recipe.evaluation['base_model_name_or_path']}"
+    return said
 
 
 def write_comparison(
-    folder: Path, outcomes: Sequence[TrialOutcome], recipes: Sequence[Recipe], facts: Mapping[str, str]
+    folder: Path, outcomes: Sequence[TrialOutcome], own: Mapping[str, str], facts: Mapping[str, str]
 ) -> Path:
     """Write `comparison.md`, `comparison.json` and, last, `comparison.html`, the path of which is returned.
 
     Args:
-        folder: Where to write.
+        folder: Where to write; `along.png` too, where checkpoints were scored.
         outcomes: Of all trials.
-        recipes: Their recipes.
+        own: Recipe -> what it sets itself, see `own_keys`.
         facts: What else a reader should know.
     """
-    scores, own = outcome_table(outcomes), own_keys_table(recipes)
-    failures = failure_lines(outcomes)
+    differences, picture, failures = difference_table(outcomes), along_picture(outcomes), failure_lines(outcomes)
+    keys = Table(["Recipe", "Stages and own keys"], list(own.items()), "What each recipe sets itself", _OWN_NOTE, 2)
+    scores = outcome_table(outcomes)
     make_folder(folder)
-    content = {"facts": dict(facts), "trials": [asdict(outcome) for outcome in outcomes]}
-    write_json(folder / "comparison.json", content)
+    write_json(folder / "comparison.json", {"facts": dict(facts), "trials": [asdict(outcome) for outcome in outcomes]})
     blocks = [f"# {_TITLE}", scores.markdown(), scores.note, *(f"- {line}" for line in failures)]
-    blocks += [f"## {own.title}", own.markdown(), own.note]
+    for table in (differences, keys):
+        blocks += [f"## {table.title}", table.markdown(), table.note] if table else []
+    blocks += [f"![Along the last stage]({picture.name})", picture.caption] if picture else []
     blocks.append("\n".join(f"- {name}: {text}" for name, text in facts.items()))
     write_text(folder / "comparison.md", "\n\n".join(blocks) + "\n")
-    return write_page(folder / "comparison.html", _TITLE, [scores, own], sentences=failures, facts=facts)
+    shown = [block for block in (scores, differences, picture, keys) if block is not None]
+    return write_page(folder / "comparison.html", _TITLE, shown, sentences=failures, facts=facts)

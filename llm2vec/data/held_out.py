@@ -41,7 +41,7 @@ configs:
 """
 
 
-class Split(NamedTuple):
+class SourceSplit(NamedTuple):
     """What became of a source's rows.
 
     Attributes:
@@ -59,8 +59,8 @@ class Split(NamedTuple):
     documents: int
 
 
-def hold_out(folder: Path, sources: Sequence[Source], out: Path, num_queries: int, seed: int) -> list[Split]:
-    """Split the sources' files below `folder`; see above for what is written.
+def hold_out(folder: Path, sources: Sequence[Source], out: Path, num_queries: int, seed: int) -> list[SourceSplit]:
+    """SourceSplit the sources' files below `folder`; see above for what is written.
 
     Args:
         folder: where the files lie.
@@ -93,7 +93,7 @@ def hold_out(folder: Path, sources: Sequence[Source], out: Path, num_queries: in
         if held[source]:
             _write_set(out / "eval" / set_name(source), held[source], documents)
         dropped = len(rows[source]) - len(kept)
-        splits.append(Split(source.name, len(kept), dropped, len(chosen[source]), len(documents)))
+        splits.append(SourceSplit(source.name, len(kept), dropped, len(chosen[source]), len(documents)))
     instructions = {set_name(source): source.instructions[0].text for source in sources if held[source]}
     write_json(out / "eval" / "instructions.json", instructions)
     return splits

@@ -34,6 +34,7 @@ STAGE_COLOURS: dict[ScoredStage, str] = {
 }
 _DIRECTIONS = {"loss_q2d": ("EBQ2D: query to document", "#CC79A7"), "loss_d2q": ("EBD2Q: document to query", "#56B4E9")}
 _LINE_STYLES = ("-", "--", ":", "-.")
+_LINE_COLOURS = tuple(dict.fromkeys(STAGE_COLOURS.values()))[2:]
 LOSSES_CAPTION = (
     "Training loss. Faint: as logged; strong: moving average over a twenty-fifth of the log. Losses compare only "
     "between runs of the same batch size and temperature. One log a stage, so one seed."
@@ -81,6 +82,29 @@ def early_stage_figure(curves: Sequence[Score], what: str) -> Figure:
         style = _LINE_STYLES[series.index(name) % len(_LINE_STYLES)]
         axes.plot(*zip(*points, strict=True), style, color=STAGE_COLOURS[stage], marker="o", markersize=4, label=label)
     _finish(axes, "Early Stage II", "Stage II optimiser step", f"{what} x 100")
+    axes.set_xlim(left=0)
+    axes.legend(frameon=False)
+    return figure
+
+
+def along_figure(lines: Mapping[str, Mapping[int, Sequence[float]]], label: str) -> Figure:
+    """Score against step, one line a recipe: mean over seeds, band from lowest to highest.
+
+    Args:
+        lines: recipe -> step -> score with each seed.
+        label: of the score's axis.
+    """
+    figure, axes = _new_axes()
+    for index, (recipe, points) in enumerate(lines.items()):
+        steps = sorted(points)
+        of_steps = [points[step] for step in steps]
+        colour = _LINE_COLOURS[index % len(_LINE_COLOURS)]
+        style = _LINE_STYLES[index // len(_LINE_COLOURS) % len(_LINE_STYLES)]
+        line = [float(np.mean(values)) for values in of_steps]
+        axes.plot(steps, line, style, color=colour, marker="o", markersize=4, label=recipe)
+        low, high = [min(values) for values in of_steps], [max(values) for values in of_steps]
+        axes.fill_between(steps, low, high, color=colour, alpha=0.15, linewidth=0)
+    _finish(axes, "Along the last stage", "optimiser step", label)
     axes.set_xlim(left=0)
     axes.legend(frameon=False)
     return figure

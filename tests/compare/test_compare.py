@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import fcntl
 import json
+import math
 import os
 import re
 import runpy
 import signal
+import statistics
 import subprocess
 import sys
 import threading
@@ -23,17 +25,12 @@ from helpers import family_tokenizer, tiny_model, write_jsonl
 from llm2vec.__main__ import COMMANDS
 from llm2vec.compare import runs as compare_runs
 from llm2vec.compare.execution import FINISHED_FILE, clear, do_all, is_finished
+from llm2vec.compare.record import TrialOutcome, read_record, write_record
 from llm2vec.compare.runs import Planner, Run, Trial, read_set, unique_runs
-from llm2vec.compare.table import (
-    TrialOutcome,
-    failure_lines,
-    outcome_of,
-    outcome_table,
-    own_keys_table,
-    write_comparison,
-)
+from llm2vec.compare.table import difference_table, failure_lines, outcome_table, own_keys, write_comparison
 from llm2vec.model.chain import INCOMPLETE_MARKER
 from llm2vec.model.settings import SETTINGS_FILE
+from llm2vec.reports.results import ndcg_at_10
 from llm2vec.types import UserError
 
 ROOT = Path(__file__).parents[2]
@@ -45,6 +42,8 @@ IDEAS = {
     "template", "bidirectional", "pooling_mode", "target", "alpha", "objective", "lm_weight", "examples_per_query",
     "loss_scale", "doc_max_length",
 }  # fmt: skip
+#: And those that match recipes by the tokens that their pre-stages run, in a set of its own recipes.
+BUDGET = {"max_steps", "warmup_steps"}
 
 
 def write(file: Path, content: Any) -> Path:
@@ -409,14 +408,23 @@ def test_an_outcome_is_read_from_what_the_runs_left(tmp_path: Path) -> None:
         write_jsonl(run.folder / "log.jsonl", entries)
     write_scores(evaluation, {"NFCorpus": 30.0, "SciFact": 60.0})
     trial = Trial("mine", 42, (first, second), evaluation)
+
+    def outcome_of(trial: Trial, failures: dict[str, str]) -> TrialOutcome:
+        return write_record(tmp_path / "record", [trial], failures, {"mine": "stage_II"}, {"Seeds": "42"})[0]
+
+    for run in (first, second):
+        write(run.folder / "run.json", {})
     outcome = outcome_of(trial, {})
     assert outcome.scores == {"NFCorpus": pytest.approx(30), "SciFact": pytest.approx(60)}
     assert outcome.minutes == pytest.approx(1.5)
     assert outcome.tokens is None, "one log does not say"
+    assert read_record(tmp_path / "record") == ([outcome], {"mine": "stage_II"}, {"Seeds": "42"})
     write_jsonl(second.folder / "log.jsonl", [{"step": 4, "tokens": 8.0}, {"step": 6, "train_runtime": 30.0}])
     assert outcome_of(trial, {}).tokens == 150 + 8 * 6 / 4, "the last two steps have no entry"
     assert outcome_of(trial, {"run1": "no luck", "e": "no luck"}).failure == "no luck"
     assert "holds no results" in str(outcome_of(Trial("mine", 42, (), first), {}).failure)
+    with pytest.raises(UserError, match="holds no trials"):
+        read_record(tmp_path / "record")
 
 
 OUTCOMES = [
@@ -427,6 +435,43 @@ OUTCOMES = [
     TrialOutcome("c", 42, {}, failure="no luck; see c.log"),
     TrialOutcome("d", None, {"X": 90.0, "Y": 50.0}),
 ]
+
+
+def test_a_record_keeps_scores_along_the_last_stage_and_of_queries(tmp_path: Path) -> None:
+    """And what is made of it is made of nothing else."""
+    trials = []
+    for recipe, lead in (("baseline", 0), ("mine", 1)):
+        for seed in (1, 2):
+            (run,) = chain(tmp_path / f"{recipe}{seed}", 8)
+            write(run.folder / "run.json", {})
+            write_jsonl(run.folder / "log.jsonl", [{"step": 8, "tokens": 1.0}, {"step": 8, "train_runtime": 6.0}])
+            end = Run("e", "eval", (), tmp_path / f"{recipe}{seed}/e", run)
+            early = Run("f", "eval", (), tmp_path / f"{recipe}{seed}/f", run)
+            hits = {f"q{i}": {"d0": 1.0, "d1": 2.0 if i > 5 + lead * seed else 0.0} for i in range(12)}
+            judged = {f"q{i}": {"d0": 1} for i in range(12)}
+            value = statistics.fmean(ndcg_at_10(hits, judged).values())
+            write_scores(end, {"MySet": 100 * value, "STS16": 10.0 + lead})
+            write_scores(early, {"STS16": 9.0})
+            write(end.folder / "predictions/model/revision/MySet_predictions.json", {"default": {"test": hits}})
+            lines = [{"query-id": query, "corpus-id": "d0", "score": 1} for query in hits]
+            write_jsonl(tmp_path / "qrels.jsonl", lines)
+            trials.append(Trial(recipe, seed, (run,), end, {0: early, 4: early}, {"MySet": tmp_path / "qrels.jsonl"}))
+    outcomes = write_record(tmp_path / "record", trials, {}, {}, {})
+    assert [outcome.failure for outcome in outcomes] == [None] * 4
+    assert outcomes[0].along == {0: {"STS16": 9.0}, 4: {"STS16": 9.0}} and len(outcomes[0].queries["MySet"]) == 12
+    table = difference_table(outcomes)
+    assert table is not None
+    (row,) = table.rows
+    step = 100 * (1 - 1 / math.log2(3)) / 12  # one query more has its document first and not second
+    assert row[:2] == ["mine", "2"] and row[2] == pytest.approx((1 + 1.5 * step) / 2, abs=1e-2)
+    assert row[3] == pytest.approx(2 * (step / 2) / 2**0.5 / 2**0.5, abs=1e-2), "the two seeds differ by one query"
+    assert row[4] == pytest.approx(1.5 * step, abs=1e-2) and row[5] < row[4] < row[6]  # type: ignore[operator]
+    for name in ("first", "again"):
+        write_comparison(tmp_path / name, *read_record(tmp_path / "record"))
+    files = sorted(file.name for file in (tmp_path / "first").iterdir())
+    assert files == ["along.png", "comparison.html", "comparison.json", "comparison.md"]
+    for file in files:
+        assert (tmp_path / "first" / file).read_bytes() == (tmp_path / "again" / file).read_bytes()
 
 
 def test_the_table_by_hand() -> None:
@@ -460,7 +505,7 @@ def test_nothing_but_failures_is_a_table_too() -> None:
 
 def test_page_markdown_and_json(folder: Path) -> None:
     recipes = read_set(folder / "set").recipes
-    page = write_comparison(folder / "out", OUTCOMES, recipes, {"Base model": "tiny | small"})
+    page = write_comparison(folder / "out", OUTCOMES, own_keys(recipes), {"Base model": "tiny | small"})
     assert {file.name for file in (folder / "out").iterdir()} == {f"comparison.{e}" for e in ("html", "md", "json")}
     html, text = page.read_text(encoding="utf-8"), (folder / "out/comparison.md").read_text(encoding="utf-8")
     for said in ("no luck; see b.log", "two_stages_cold", "stage_I: alpha 0.5; then stage_II: loss_scale 50"):
@@ -487,6 +532,9 @@ def shipped(request: pytest.FixtureRequest, tmp_path: Path, monkeypatch: pytest.
 
     for source in e5_sources():
         write(tmp_path / "cache/echo-data" / source.file, "")
+        write(tmp_path / "cache/echo-split/train" / source.file, "")
+    (tmp_path / "cache/echo-split/eval").mkdir()
+    write(tmp_path / "output/smollm2/model.safetensors", "")
     return Planner(read_set(Path("train_configs/comparison", request.param)), tmp_path / "out")
 
 
@@ -497,9 +545,12 @@ def test_every_shipped_recipe_can_be_read(shipped: Planner) -> None:
 
 
 def test_shipped_recipes_differ_by_their_ideas_only(shipped: Planner) -> None:
+    is_matched = "recipes" not in json.loads((shipped.recipes.folder / "shared.json").read_text(encoding="utf-8"))
     for recipe in shipped.recipes.recipes:
         for stage in recipe.stages:
-            assert set(stage.keys) <= IDEAS, f"{stage.file}: everything else is shared"
+            assert set(stage.keys) <= IDEAS | (BUDGET if is_matched else set()), (
+                f"{stage.file}: everything else is shared"
+            )
             if "doc_max_length" in stage.keys:
                 assert recipe.name == "echo_mean_same_tokens", "the one recipe that is about fewer tokens"
                 assert stage.keys["doc_max_length"] == shipped.recipes.shared["all"]["doc_max_length"] // 2
@@ -524,13 +575,13 @@ def test_all_sets_compare_the_same_recipes() -> None:
     trained = [
         {recipe.name for recipe in read_set(path.parent).recipes if recipe.stages}
         for path in SETS.glob("*/shared.json")
+        if "recipes" in json.loads(path.read_text(encoding="utf-8"))
     ]
     assert len(trained) == 3 and all(names == trained[0] for names in trained)
 
 
 def test_own_keys_are_listed() -> None:
-    rows = own_keys_table(read_set(SETS / "quickstart").recipes).rows
-    listed = {str(name): str(keys) for name, keys in rows}
+    listed = own_keys(read_set(SETS / "quickstart").recipes)
     assert listed["baseline"] == "stage_II"
     assert listed["bm25"] == "scores mteb/baseline-bm25s"
     assert listed["llm2vec"] == 'mntp; then stage_II: bidirectional true, pooling_mode "mean"'

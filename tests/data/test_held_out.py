@@ -1,0 +1,85 @@
+"""Queries held out of training data: nothing of them is trained on, and what they make is a retrieval set."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+from helpers import write_jsonl
+
+from llm2vec.commands.hold_out import main
+from llm2vec.data.held_out import hold_out
+from llm2vec.data.sources import Instruction, Source
+from llm2vec.types import UserError
+
+BIG, SMALL = (
+    Source(name, f"{name}.jsonl", (Instruction(f"find a {name}"), Instruction("or this"))) for name in ("big", "small")
+)
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    """60 rows over 30 queries; a row's negative is the positive of the query after it; a source of 4 rows."""
+    rows = [{"query": f"q{i // 2}", "positive": f"d{i}", "negative": [f"d{(i + 2) % 60}", f"n{i}"]} for i in range(60)]
+    write_jsonl(tmp_path / "data/big.jsonl", rows)
+    write_jsonl(tmp_path / "data/small.jsonl", [{"query": f"s{i}", "positive": f"d{i}"} for i in range(4)])
+    return tmp_path
+
+
+def lines(file: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in file.read_text(encoding="utf-8").splitlines()]
+
+
+def test_no_row_that_remains_shows_a_held_out_text(folder: Path) -> None:
+    found = hold_out(folder / "data", [BIG, SMALL], folder / "out", num_queries=5, seed=1)
+    task = folder / "out/eval/HeldOut-big"
+    queries, corpus = (
+        {line["_id"]: line["text"] for line in lines(task / f"{n}.jsonl")} for n in ("queries", "corpus")
+    )
+    judged = {(queries[line["query-id"]], corpus[line["corpus-id"]]) for line in lines(task / "qrels/test.jsonl")}
+    assert len(queries) == 5 and judged == {(q, f"d{2 * int(q[1:]) + i}") for q in queries.values() for i in (0, 1)}
+    secret = {text for pair in judged for text in pair}
+    kept = [*lines(folder / "out/train/big.jsonl"), *lines(folder / "out/train/small.jsonl")]
+    assert kept and not any(secret & {row["query"], row["positive"], *row["negative"]} for row in kept)
+    assert {row["query"] for row in lines(folder / "data/big.jsonl")} - set(queries.values()) >= {
+        row["query"] for row in kept if row["query"].startswith("q")
+    }
+    dropped = 60 + 4 - len(kept)
+    assert sum(one.dropped for one in found) == dropped >= 10
+    assert [(one.source, one.queries) for one in found] == [("big", 5), ("small", 0)], "one is too small"
+    assert len(corpus) == found[0].documents == len(set(corpus.values()))
+    instructions = json.loads((folder / "out/eval/instructions.json").read_text(encoding="utf-8"))
+    assert instructions == {"HeldOut-big": "find a big"}
+
+
+def test_the_draw_depends_on_the_seed_alone(folder: Path) -> None:
+    drawn = []
+    for i, seed in enumerate((1, 1, 2)):
+        hold_out(folder / "data", [BIG], folder / f"out{i}", num_queries=5, seed=seed)
+        drawn.append((folder / f"out{i}/eval/HeldOut-big/queries.jsonl").read_text(encoding="utf-8"))
+    assert drawn[0] == drawn[1] != drawn[2]
+
+
+def test_a_mistake_is_one_sentence_and_nothing_is_written(folder: Path) -> None:
+    with pytest.raises(UserError, match=r"no source in .* has the 75 different queries that holding out 15 takes"):
+        hold_out(folder / "data", [BIG, SMALL], folder / "out", num_queries=15, seed=1)
+    with (folder / "data/small.jsonl").open("a") as file:
+        file.write('{"query": "x"}\n')
+    with pytest.raises(UserError, match=r"small\.jsonl, line 5: the field `positive` is missing"):
+        hold_out(folder / "data", [BIG, SMALL], folder / "out", num_queries=5, seed=1)
+    assert not (folder / "out").exists()
+    with pytest.raises(UserError, match="is not empty; name a new folder"):
+        hold_out(folder / "data", [BIG], folder, num_queries=5, seed=1)
+
+
+def test_the_command_says_what_became_of_each_source(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    table = {source.name: {"file": source.file} for source in (BIG, SMALL)}
+    table["absent"] = {"file": "absent.jsonl"}
+    (folder / "table.json").write_text(json.dumps(table))
+    options = ["--sources_file", str(folder / "table.json"), "--queries", "5"]
+    main([str(folder / "data"), str(folder / "out"), *options])
+    said = capsys.readouterr().out
+    assert "not there: absent.jsonl" in said and "nothing held out of small: fewer than 25 different queries" in said
+    assert said.count("big ") == 1
