@@ -80,7 +80,7 @@ def hold_out(folder: Path, sources: Sequence[Source], out: Path, num_queries: in
     if not any(chosen.values()):
         fewest = num_queries * (1 + TRAINED_FOR_ONE_HELD_OUT)
         raise UserError(
-            f"no source in {folder} has {fewest} different queries, of which {num_queries} can be held out."
+            f"no source in {folder} has the {fewest} different queries that holding out {num_queries} takes."
         )
     held = {source: [row for row in rows[source] if row["query"] in chosen[source]] for source in sources}
     secret = {row[side] for of_source in held.values() for row in of_source for side in ("query", "positive")}
