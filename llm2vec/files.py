@@ -14,13 +14,21 @@ import os
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeAlias
 
 from filelock import lock_descriptor
 
 from llm2vec.types import UserError
 
 logger = logging.getLogger(__name__)
+
+#: What `checked` compares JSON with.
+Shape: TypeAlias = Any
+
+_NAMES: dict[Any, str] = {
+    int: "a whole number", float: "a number", str: "a string", bool: "true or false", dict: "an object", list: "a list",
+    None: "null",
+}  # fmt: skip
 
 #: Measures of the embedding space along training, which the probes write into a run's folder and reports read.
 DIAGNOSTICS_FILE = "diagnostics.jsonl"
@@ -48,8 +56,8 @@ def parse_json(text: bytes | str, where: str) -> Any:
         raise UserError(f"{where}: not valid JSON ({error}).") from error
 
 
-def parse_object(text: bytes | str, where: str) -> dict[str, Any]:
-    """The same for a JSON object.
+def parse_object(text: bytes | str, where: str, shape: Shape = None) -> dict[str, Any]:
+    """The same for a JSON object, of the shape that `checked` takes, if one is given.
 
     Raises:
         UserError: as `parse_json`, or it is something else.
@@ -57,10 +65,12 @@ def parse_object(text: bytes | str, where: str) -> dict[str, Any]:
     content = parse_json(text, where)
     if not isinstance(content, dict):
         raise UserError(f"{where}: a JSON object is needed, not a {type(content).__name__}.")
+    if shape is not None:
+        checked(content, shape, where)
     return content
 
 
-def read_object(file: Path, where: str | None = None) -> dict[str, Any]:
+def read_object(file: Path, where: str | None = None, shape: Shape = None) -> dict[str, Any]:
     """The object in a file; `where` begins a message in place of the file's name.
 
     Raises:
@@ -68,10 +78,62 @@ def read_object(file: Path, where: str | None = None) -> dict[str, Any]:
     """
     where = str(file) if where is None else where
     try:
+        if file.is_char_device() or file.is_block_device():  # /dev/zero has no end
+            raise UserError(f"{where}: cannot be read (it is a device).")
         content = file.read_bytes()
     except OSError as error:
         raise UserError(f"{where}: cannot be read ({error.strerror}).") from error
-    return parse_object(content, where)
+    return parse_object(content, where, shape)
+
+
+def checked(content: Any, shape: Shape, where: str) -> Any:
+    """What a file of our own says, if it has the shape that its writer gives it; the shape stands beside the writer.
+
+    Args:
+        content: JSON, parsed.
+        shape: `int`, `float` (whole numbers too), `str`, `bool`, `dict`, `list`, `object` (anything); `None` for null;
+            a tuple of shapes, one of which must fit; `[shape]`, a list of such; `{str: shape}`, an object whose values
+            are such; `{"a": shape, "b?": shape}`, an object with `a` and perhaps `b`, whatever else is in it.
+        where: a message begins with it.
+
+    Raises:
+        UserError: it has not, so it was not written by this project, or was changed since.
+    """
+    if (wrong := _misfit(content, shape, "")) is not None:
+        raise UserError(f"{where}: {wrong}")
+    return content
+
+
+def _misfit(content: Any, shape: Shape, key: str) -> str | None:
+    """What does not fit, in words that end a message."""
+    options = shape if isinstance(shape, tuple) else (shape,)
+    kinds = [type(one) if isinstance(one, dict | list) else one for one in options]
+    found = next((one for one, kind in zip(options, kinds, strict=True) if _is_a(content, kind)), options)
+    if found is options:
+        said = repr(content)
+        said = said if len(said) <= 60 else f"{said[:57]}..."
+        return f"{key or 'it'} is {said}; {' or '.join(_NAMES[kind] for kind in kinds)} is needed."
+    inside: dict[str, tuple[Any, Shape]] = {}
+    if isinstance(found, list):
+        inside = {f"{key}[{i}]": (value, found[0]) for i, value in enumerate(content)}
+    elif isinstance(found, dict) and str in found:
+        inside = {f"{key}.{name}": (value, found[str]) for name, value in content.items()}
+    elif isinstance(found, dict):
+        missing = [name for name in found if not name.endswith("?") and name not in content]
+        if missing:
+            return f"{f'{key}.{missing[0]}'.lstrip('.')} is missing."
+        named = {name.removesuffix("?"): one for name, one in found.items()}
+        inside = {f"{key}.{name}": (content[name], one) for name, one in named.items() if name in content}
+    misfits = (_misfit(value, one, name.lstrip(".")) for name, (value, one) in inside.items())
+    return next((wrong for wrong in misfits if wrong is not None), None)
+
+
+def _is_a(content: Any, kind: Any) -> bool:
+    if kind is None or content is None:
+        return kind in (None, object) and content is None
+    if isinstance(content, bool):
+        return kind in (bool, object)
+    return isinstance(content, (int, float) if kind is float else kind)
 
 
 def _without_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
@@ -140,22 +202,25 @@ def write_json(file: Path, content: Any) -> None:
     write_text(file, json.dumps(content, indent=2, ensure_ascii=False) + "\n")
 
 
-def json_lines(file: Path, *, skip_blank: bool = True) -> Iterator[tuple[str, dict[str, Any]]]:
+def json_lines(file: Path, *, skip_blank: bool = True, shape: Shape = None) -> Iterator[tuple[str, dict[str, Any]]]:
     """The objects of a JSONL file, each with its place (`FILE, line 3`) to begin a message with.
 
     Args:
         file: what to read.
         skip_blank: whether lines without any character but blanks are passed over, or refused.
+        shape: of each object, as `checked` takes it; None = any.
 
     Raises:
         UserError: the file cannot be read, or a line is no JSON object.
     """
     try:
+        if file.is_char_device() or file.is_block_device():
+            raise UserError(f"{file}: cannot be read (it is a device).")
         with file.open("rb") as lines:
             for number, line in enumerate(lines, start=1):
                 if line.strip() or not skip_blank:
                     where = f"{file}, line {number}"
-                    yield where, parse_object(line, where)
+                    yield where, parse_object(line, where, shape)
     except OSError as error:
         raise UserError(f"{file}: cannot be read ({error.strerror}).") from error
 

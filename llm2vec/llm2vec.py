@@ -20,7 +20,7 @@ from transformers import PretrainedConfig, PreTrainedTokenizerBase
 from llm2vec.model.backbone import Backbone, hidden_states, load_backbone, load_tokenizer
 from llm2vec.model.chain import Chain, open_chain
 from llm2vec.model.checkpoint import save_checkpoint
-from llm2vec.model.embed import embed
+from llm2vec.model.embed import check_finite, embed
 from llm2vec.model.pooling import pool
 from llm2vec.model.proofs import check_decoder
 from llm2vec.model.settings import EncoderSettings, check_rendering, row_tokenizer, with_template
@@ -259,7 +259,7 @@ class LLM2Vec(nn.Module):
 
         Raises:
             UserError: an entry is neither a string nor an [instruction, text] pair, there is no such side,
-                `batch_size` is below 1, or `truncate_dim` is not between 1 and the hidden size.
+                `batch_size` is below 1, `truncate_dim` is not between 1 and the hidden size, or a vector is not finite.
         """
         hidden_size: int = self.model.config.hidden_size
         if batch_size < 1:
@@ -268,13 +268,14 @@ class LLM2Vec(nn.Module):
             raise UserError(f"truncate_dim is {truncate_dim}; it must lie between 1 and the hidden size {hidden_size}.")
         texts = as_instructed(sentences, side)
         place = {text: i for i, text in enumerate(dict.fromkeys(texts))}  # each different text is computed once
-        target = self._place(device)
+        different, target = list(place), self._place(device)
         self.eval()
         vectors = torch.zeros(len(place), truncate_dim or hidden_size)
         with tqdm(total=len(place), desc="Texts", disable=not show_progress_bar) as progress:
-            for chosen, rows in self._tokenize_ahead(list(place), batch_size * ROWS_AHEAD):
+            for chosen, rows in self._tokenize_ahead(different, batch_size * ROWS_AHEAD):
                 for batch in token_batches([len(row.ids) for row in rows], batch_size * TOKENS_PER_ROW):
                     embedded = self._embed_rows([rows[i] for i in batch], target)
+                    check_finite(embedded, [different[chosen[i]].text for i in batch])
                     vectors[[chosen[i] for i in batch]] = embedded[:, :truncate_dim]
                     progress.update(len(batch))
         if self.settings.normalize:

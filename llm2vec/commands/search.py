@@ -16,6 +16,7 @@ An index is two files: `texts.jsonl`, and `vectors.safetensors`, whose header na
 from __future__ import annotations
 
 import argparse
+import hashlib
 import io
 import json
 import logging
@@ -30,7 +31,7 @@ from typing import TYPE_CHECKING, NamedTuple, cast
 
 from llm2vec import cli
 from llm2vec.choice import ModelChoice, add_model_flags, chosen_model
-from llm2vec.files import alone_in, check_unicode, json_lines, sha256, whole, write_text
+from llm2vec.files import alone_in, check_unicode, json_lines, parse_object, sha256, whole, write_text
 from llm2vec.types import TextSide, UserError
 
 if TYPE_CHECKING:
@@ -41,6 +42,11 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 VECTORS_FILE, TEXTS_FILE = "vectors.safetensors", "texts.jsonl"
+#: What the header of the vectors says: sums of the texts and of the vectors, and the model, as JSON, and its revision.
+ABOUT = {"texts", "vectors", "revision", "model"}
+MADE_BY = {"base": str, "adapters": [str], "torch_dtype": str}
+#: A line of the texts.
+PASSAGE = {"where": str, "title": str, "text": str}
 #: What the name of a text file ends in.
 SUFFIXES = (".md", ".py", ".rst", ".txt")
 #: A passage is at most so long. Much longer ones are about several things, which one vector tells apart badly.
@@ -130,9 +136,8 @@ def build_index(source: Path, folder: Path, choice: ModelChoice, batch_size: int
 
 def _may_be_index(folder: Path) -> bool:
     """Whether a folder is an index, or empty, whatever hidden files a killed start has left."""
-    if not folder.is_dir():
-        return False
-    return (folder / VECTORS_FILE).is_file() or all(file.name.startswith(".") for file in folder.iterdir())
+    names = [file.name for file in folder.iterdir()] if folder.is_dir() else ["it is a file"]
+    return any(name.lstrip(".").startswith(VECTORS_FILE) for name in names) or all(n.startswith(".") for n in names)
 
 
 def _build_index(source: Path, folder: Path, choice: ModelChoice, batch_size: int) -> int:
@@ -145,18 +150,23 @@ def _build_index(source: Path, folder: Path, choice: ModelChoice, batch_size: in
     if not rows:
         raise UserError(f"{source} has no text: no line, or no text file ({', '.join(SUFFIXES)}) that holds any.")
     logger.info("%d passages of %s", len(rows), source)
-    about = {"revision": choice.revision(), "model": json.dumps(asdict(choice))}
+    lines = "".join(json.dumps(row) + "\n" for row in rows)
+    about = {
+        "revision": choice.revision(),
+        "model": json.dumps(asdict(choice)),
+        "texts": hashlib.sha256(lines.encode()).hexdigest(),  # so that the files of two indexes never pass for one
+    }
     texts = [f"{row['title']} {row['text']}".strip() for row in rows]  # as in an evaluation
-    vectors_ND = _unit_vectors(choice.load(), texts, "document", batch_size)
+    vectors_ND = _unit_vectors(choice.load(), texts, "document", batch_size).cpu().contiguous()
+    stored_ND = vectors_ND if choice.torch_dtype == "float32" else vectors_ND.half()
     from safetensors.torch import save_file
 
     try:
-        folder.mkdir(parents=True, exist_ok=True)
-        write_text(folder / TEXTS_FILE, "".join(json.dumps(row) + "\n" for row in rows))
-        about["texts"] = sha256(folder / TEXTS_FILE)  # so that the files of two indexes are never taken for one
+        for aside in (*folder.glob(f".{VECTORS_FILE}.*"), *folder.glob(f".{TEXTS_FILE}.*")):  # a killed start's
+            aside.unlink()
         with whole(folder / VECTORS_FILE) as aside:
-            stored_ND = vectors_ND if choice.torch_dtype == "float32" else vectors_ND.half()
-            save_file({"vectors": stored_ND.cpu().contiguous()}, aside, metadata=about)
+            save_file({"vectors": stored_ND}, aside, metadata={**about, "vectors": _sum_of(stored_ND)})
+            write_text(folder / TEXTS_FILE, lines)
     except OSError as error:
         raise UserError(f"{folder} cannot be written to ({error.strerror}).") from error
     return len(rows)
@@ -177,17 +187,23 @@ class TextIndex:
 
         if not (folder / VECTORS_FILE).is_file() or not (folder / TEXTS_FILE).is_file():
             raise UserError(f"{folder} is no index: it does not hold both {VECTORS_FILE} and {TEXTS_FILE}.")
+        where = f"{folder / VECTORS_FILE}"
         try:
             with safe_open(folder / VECTORS_FILE, framework="pt") as vectors:
                 about = vectors.metadata() or {}
+                if not about.keys() >= ABOUT:
+                    raise UserError(f"{where} is of another program or version; make the index again.")
+                vectors_ND = vectors.get_tensor("vectors")
         except SafetensorError as error:
-            raise UserError(f"{folder / VECTORS_FILE} cannot be read ({error}); make the index again.") from error
-        if about.get("texts") != sha256(folder / TEXTS_FILE):
+            raise UserError(f"{where} cannot be read ({error}); make the index again.") from error
+        if about["texts"] != sha256(folder / TEXTS_FILE):
             raise UserError(f"{folder}: the vectors are not of this {TEXTS_FILE}; make the index again.")
-        made_by = json.loads(about["model"])
+        self._lines = (folder / TEXTS_FILE).read_bytes().splitlines()
+        if about["vectors"] != _sum_of(vectors_ND) or vectors_ND.shape[:-1] != (len(self._lines),):
+            raise UserError(f"{where} is not what was written; make the index again.")
+        made_by = parse_object(about["model"], where, MADE_BY)
         self.model = ModelChoice(made_by["base"], tuple(made_by["adapters"]), made_by["torch_dtype"])
         self.folder, self.revision = folder, about["revision"]
-        self._lines = (folder / TEXTS_FILE).read_bytes().splitlines()
 
     def load_model(self, choice: ModelChoice | None = None) -> LLM2Vec:
         """The model that made the index, from where it lay then, or `choice`.
@@ -219,9 +235,20 @@ class TextIndex:
             keys = top_k(vectors_QD, documents, lambda q_QD, d_ND: q_QD @ d_ND.float().T, k).cpu()
         scores, numbers = (part.tolist() for part in from_keys(keys))
         return [
-            [Hit(score, **json.loads(self._lines[number])) for score, number in zip(*row, strict=True)]
+            [Hit(score, **self._passage(number)) for score, number in zip(*row, strict=True)]
             for row in zip(scores, numbers, strict=True)
         ]
+
+    def _passage(self, number: int) -> dict[str, str]:
+        passage = parse_object(self._lines[number], f"{self.folder / TEXTS_FILE}, line {number + 1}", PASSAGE)
+        return {key: passage[key] for key in PASSAGE}
+
+
+def _sum_of(vectors_ND: Tensor) -> str:
+    """SHA-256 of all numbers."""
+    import torch
+
+    return hashlib.sha256(vectors_ND.flatten().view(torch.uint8).numpy().data).hexdigest()
 
 
 def _unit_vectors(model: LLM2Vec, entries: list[str] | list[list[str]], side: TextSide, batch_size: int = 32) -> Tensor:
@@ -244,8 +271,10 @@ def _passages(source: Path, most: int) -> Iterator[dict[str, str]]:
         if where.startswith(".") or "/." in where:  # .git, .venv
             continue
         try:
-            content = file.read_text(encoding="utf-8-sig")
-        except (UnicodeDecodeError, OSError):  # a link to nowhere, no permission
+            content = file.read_text(encoding="utf-8-sig") if file.is_file() else None
+        except (UnicodeDecodeError, OSError):  # no permission
+            content = None
+        if content is None:  # a link to nowhere, a pipe, a device
             logger.warning("%r cannot be read or is not UTF-8, and is left out", where)
             continue
         yield from ({"where": f"{where}:{line}", "title": "", "text": part} for line, part in _cut(content, most))

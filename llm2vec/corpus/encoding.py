@@ -3,6 +3,7 @@
     OUTPUT/part-00000.parquet   columns `id` (string) and `vector` (fixed-size list), rows in the input's order
     OUTPUT/_manifest.json       settings, model, input files and their hashes, shards and their rows, `complete`
     OUTPUT/.input/              while there are shards to encode: their ids and texts
+    OUTPUT/.sums/               meanwhile: the SHA-256 of each finished part, which the manifest has in the end
     OUTPUT/.queue/              while local processes work: who does which shard, and what they say
 
 A shard is one call of `LLM2Vec.encode`, which sorts its texts by length. Its file is written aside and renamed, and
@@ -19,7 +20,8 @@ import logging
 import shutil
 import time
 import uuid
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -33,14 +35,21 @@ from llm2vec.choice import ModelChoice
 from llm2vec.corpus.queue import Job, JobQueue
 from llm2vec.corpus.rows import Corpus, cut_into_shards
 from llm2vec.corpus.workers import beside, take_gpu
-from llm2vec.files import LOCK_FILE, alone_in, read_object, write_json
+from llm2vec.files import LOCK_FILE, alone_in, read_object, sha256, write_json, write_text
 from llm2vec.types import TextSide, UserError, VectorDtype
 
 logger = logging.getLogger(__name__)
 
 
 MANIFEST_FILE = "_manifest.json"
-INPUT_FOLDER, QUEUE_FOLDER = ".input", ".queue"
+INPUT_FOLDER, QUEUE_FOLDER, SUMS_FOLDER = ".input", ".queue", ".sums"
+#: What the manifest says, as far as it is read again. `texts` is the sum of a shard's texts, `sha256` of its vectors.
+MANIFEST = {
+    "settings": dict,
+    "encoder": dict,
+    "shards": [{"file": str, "rows": int, "texts": str, "sha256?": str}],
+    "complete": bool,
+}
 
 
 @dataclass(frozen=True)
@@ -177,18 +186,23 @@ def _open_output(encoding: CorpusEncoding) -> tuple[list[int], list[int]]:
     """Rows of each shard and the shards that are missing, whose texts are then in the input folder."""
     manifest, identity = _read_manifest(encoding.output), encoding.identity()
     missing: list[int] | None = None
+    folder, texts, sums = encoding.output / INPUT_FOLDER, {}, []
     if manifest is not None:
         _check_identity(encoding.output, manifest["settings"], identity)
-        missing = _missing(encoding.output, manifest)
-    folder = encoding.output / INPUT_FOLDER
-    if manifest is None or not all((folder / part_name(shard)).is_file() for shard in missing or ()):
-        shutil.rmtree(folder, ignore_errors=True)  # nothing vouches for it, or some of it was removed
+        sums = _sums_of_parts(encoding.output, manifest)
+        whole = _have_sums({encoding.output / part_name(shard): sum_ for shard, sum_ in enumerate(sums)})
+        missing = [shard for shard, is_whole in enumerate(whole) if not is_whole]
+        texts = {folder / part_name(shard): manifest["shards"][shard]["texts"] for shard in missing}
+    if manifest is None or not all(_have_sums(texts)):
+        shutil.rmtree(folder, ignore_errors=True)  # nothing vouches for it, or some of it was removed or changed
         sizes = cut_into_shards(encoding.corpus.rows(), folder, encoding.shard_rows, part_name)
-        manifest = {
-            "settings": identity,
-            "encoder": dataclasses.asdict(encoding.encoder),
-            "shards": [{"file": part_name(shard), "rows": rows} for shard, rows in enumerate(sizes)],
-        }
+        shards = [
+            {"file": part_name(shard), "rows": rows, "texts": sha256(folder / part_name(shard))}
+            for shard, rows in enumerate(sizes)
+        ]
+        for shard, sum_ in zip(shards, sums, strict=False):
+            shard["sha256"] = sum_
+        manifest = {"settings": identity, "encoder": dataclasses.asdict(encoding.encoder), "shards": shards}
         write_json(encoding.output / MANIFEST_FILE, {**manifest, "complete": False})
     sizes = [shard["rows"] for shard in manifest["shards"]]
     return sizes, list(range(len(sizes))) if missing is None else missing
@@ -199,16 +213,19 @@ def _close_output(encoding: CorpusEncoding) -> None:
     manifest = _read_manifest(encoding.output)
     assert manifest is not None
     vectors = pq.read_schema(encoding.output / part_name(0)).field("vector").type
-    write_json(encoding.output / MANIFEST_FILE, {**manifest, "complete": True, "dimension": vectors.list_size})
-    for folder in (INPUT_FOLDER, QUEUE_FOLDER):
+    sums = _sums_of_parts(encoding.output, manifest)
+    shards = [{**shard, "sha256": sum_} for shard, sum_ in zip(manifest["shards"], sums, strict=True)]
+    closed = {**manifest, "shards": shards, "complete": True, "dimension": vectors.list_size}
+    write_json(encoding.output / MANIFEST_FILE, closed)
+    for folder in (INPUT_FOLDER, QUEUE_FOLDER, SUMS_FOLDER):
         shutil.rmtree(encoding.output / folder, ignore_errors=True)
-    for aside in encoding.output.glob(".part-*"):  # of processes that were killed
-        aside.unlink(missing_ok=True)
+    for aside in (*encoding.output.glob(".part-*"), *encoding.output.glob(f".{MANIFEST_FILE}.*")):
+        aside.unlink(missing_ok=True)  # of processes that were killed
 
 
 def _read_manifest(output: Path) -> dict[str, Any] | None:
     file = output / MANIFEST_FILE
-    return read_object(file) if file.is_file() else None
+    return read_object(file, shape=MANIFEST) if file.is_file() else None
 
 
 def _check_identity(output: Path, before: dict[str, Any], now: dict[str, Any]) -> None:
@@ -229,27 +246,30 @@ def _check_is_ours(output: Path) -> None:
     if not output.is_dir() or (output / MANIFEST_FILE).is_file():
         return
     ours = (INPUT_FOLDER, f"{INPUT_FOLDER}.writing", LOCK_FILE)
-    if other := sorted(path.name for path in output.iterdir() if path.name not in ours):
+    names = sorted(path.name for path in output.iterdir())
+    if other := [name for name in names if name not in ours and not name.startswith(f".{MANIFEST_FILE}.")]:
         raise UserError(f"{output} holds {other[0]!r} and no {MANIFEST_FILE}; give a folder that is new or empty.")
 
 
-def _missing(output: Path, manifest: dict[str, Any]) -> list[int]:
-    """Numbers of the shards whose file is not there or cut short."""
-    shards = enumerate(manifest["shards"])
-    return [number for number, shard in shards if not _is_whole(output / shard["file"], shard["rows"])]
+def _sums_of_parts(output: Path, manifest: dict[str, Any]) -> list[str]:
+    """The recorded sum of each shard's file; empty where it was never finished."""
+    beside = [output / SUMS_FOLDER / part_name(shard) for shard in range(len(manifest["shards"]))]
+    noted = [file.read_text(encoding="ascii", errors="replace") if file.is_file() else "" for file in beside]
+    # A note is newer than the manifest, where a part was made anew.
+    return [note or shard.get("sha256", "") for note, shard in zip(noted, manifest["shards"], strict=True)]
 
 
-def _is_whole(part: Path, rows: int) -> bool:
-    """Whether a shard's file is there, with all its rows."""
-    if not part.is_file():
-        return False
-    try:
-        whole = pq.read_metadata(part).num_rows == rows
-    except pa.ArrowInvalid:
-        whole = False
-    if not whole:
-        logger.warning("%s is cut short; it is made anew", part)
-    return whole
+def _have_sums(expected: Mapping[Path, str]) -> list[bool]:
+    """Whether each file has the sum that it should have; one that is there and has another is said."""
+
+    def has_sum(file: Path) -> bool:
+        is_whole = file.is_file() and sha256(file) == expected[file]
+        if file.is_file() and not is_whole:
+            logger.warning("%s is cut short or changed; it is made anew", file)
+        return is_whole
+
+    with ThreadPoolExecutor() as pool:  # a sum is taken outside the interpreter's lock
+        return list(pool.map(has_sum, expected))
 
 
 def _write_part(file: Path, ids: Any, vectors_ND: np.ndarray[Any, Any], dtype: VectorDtype) -> None:
@@ -265,7 +285,10 @@ def _write_part(file: Path, ids: Any, vectors_ND: np.ndarray[Any, Any], dtype: V
     aside = file.with_name(f".{file.name}.{uuid.uuid4().hex}")
     # Hardly two numbers are alike, so a dictionary of them only makes the file larger.
     pq.write_table(pa.table({"id": ids, "vector": vectors}), aside, compression="zstd", use_dictionary=False)
+    sum_ = sha256(aside)
     aside.replace(file)
+    (file.parent / SUMS_FOLDER).mkdir(exist_ok=True)
+    write_text(file.parent / SUMS_FOLDER / file.name, sum_)
 
 
 def _work(worker: int, encoding: CorpusEncoding, num_workers: int) -> None:

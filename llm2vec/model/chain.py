@@ -34,18 +34,26 @@ RUN_FILE = "run.json"
 INCOMPLETE_MARKER = ".incomplete"
 #: Found in a sentence-transformers model's repository, and in no other.
 MODULES_FILE = "modules.json"
-#: Keys of `run.json` that are read again, and what each holds.
-RUN_TYPES = {
-    "config": dict, "parent": dict, "files": dict, "data": list, "parent_weights": list, "probe_ids": list,
-    "stages": list,
+#: What `run.json` says of a run, as far as it is read again; `save_checkpoint` and `provenance` write it.
+_RECORD = {
+    "config?": {
+        "training?": dict, "stage?": (str, None), "use_peft?": (bool, None), "dataset_name?": (str, None),
+        "stop_after_n_steps?": (int, None),
+    },
+    "parent?": {"model_name_or_path?": str, "marks?": {str: str}},
+    "data?": [{"source": str, "rows": int, "file": str, "sha256?": (str, None), "instructions?": list}],
+    "num_processes?": int, "step?": int, "versions?": {str: str}, "files?": {str: int}, "probe_ids?": [[int]],
+    "parent_weights?": [(str, None)],
 }  # fmt: skip
+#: An export lists the runs behind it.
+_RUN = {**_RECORD, "stages?": [_RECORD]}
 
 #: Bytes at the end of a weights file that tell it from others of its size.
 TAIL_BYTES = 1 << 20
 #: Hexadecimal digits of a folder's mark; a commit on the hub has 40.
 DIGITS_OF_A_MARK = 16
 #: Files of tokenizers of other kinds than `tokenizer.json`, or that older libraries wrote beside it.
-_OTHER_TOKENIZER_FILES = ("special_tokens_map.json", "added_tokens.json", "vocab*", "merges.txt", "*.model")
+_OTHER_TOKENIZER_FILES = ("special_tokens_map.json", "added_tokens.json", "vocab.json", "merges.txt", "*.model")
 #: What decides a checkpoint's vectors, besides the settings. Not run.json: its dates would change the hash.
 CHECKPOINT_FILES = ("*.safetensors", "*config.json", "tokenizer*", *_OTHER_TOKENIZER_FILES)
 #: The same for a sentence-transformers folder, at any depth (`1_Pooling/config.json`, `vocab.txt`).
@@ -121,12 +129,7 @@ def read_run(folder: Path) -> dict[str, Any]:
     """
     if not (folder / RUN_FILE).is_file():
         return {}
-    run = read_object(folder / RUN_FILE)
-    for key, kind in RUN_TYPES.items():
-        if not isinstance(run.get(key, kind()), kind):
-            needed = "an object" if kind is dict else "a list"
-            raise UserError(f"{folder / RUN_FILE}: {key} is {run[key]!r}; {needed} is needed.")
-    return run
+    return read_object(folder / RUN_FILE, shape=_RUN)
 
 
 # --- a chain of them ---

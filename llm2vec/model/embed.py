@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from llm2vec.model.packing import packed_hidden_states
 from llm2vec.model.pooling import pool_packed
 from llm2vec.model.settings import EncoderSettings
-from llm2vec.types import Pass, TokenBatch
+from llm2vec.types import Pass, TokenBatch, UserError
 
 
 def embed(
@@ -51,6 +51,21 @@ def embedding_pass(model: nn.Module, settings: EncoderSettings, sides: Mapping[s
         shared,
         settings.pooling_mode == "last" and all(side["closed"] for side in sides.values()),
     )
+
+
+def check_finite(vectors_BD: Tensor, texts: Sequence[str]) -> None:
+    """Refuse vectors that nothing can be compared with.
+
+    Raises:
+        UserError: a number is not finite; names the first such vector's text.
+    """
+    finite_B = torch.isfinite(vectors_BD).all(dim=1)
+    if not finite_B.all():
+        text = texts[int(finite_B.int().argmin())]
+        raise UserError(
+            f"The vector of {text[:40]!r} has a number that is not finite: the model's weights are damaged, or their "
+            "dtype is too narrow for what it computes."
+        )
 
 
 def drops_out(model: nn.Module) -> bool:

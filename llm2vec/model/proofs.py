@@ -31,8 +31,8 @@ def check_attention(model: Backbone, attention: Attention) -> None:
     """Prove that the model attends as asked: change the last of four tokens and look at the first one's state.
 
     Raises:
-        UserError: the first state moves under causal attention, or stays under bidirectional attention; or the latter
-            was asked of a model some of whose layers only ever read forwards.
+        UserError: a state is not finite; the first state moves under causal attention, or stays under bidirectional
+            attention; or the latter was asked of a model some of whose layers only ever read forwards.
     """
     forward_only = set(getattr(model.config, "layer_types", None) or ()) - ATTENTION_LAYERS
     if attention == "bidirectional" and forward_only:
@@ -46,6 +46,8 @@ def check_attention(model: Backbone, attention: Attention) -> None:
         state_BTD = hidden_states(model, attention, torch.ones_like(rows), input_ids=rows).float()
     moved = (state_BTD[1:, 0] - state_BTD[:1, 0]).norm(dim=-1).max()
     own = (state_BTD[1:, -1] - state_BTD[:1, -1]).norm(dim=-1).max()
+    if not state_BTD.isfinite().all():
+        raise UserError(f"{type(model).__name__} gives states that are not finite: its weights are damaged.")
     # Under causal attention the rows' first states are the same sums; half precision gets some room for kernels
     # that differ by row.
     tolerance = 1e-5 if exact else 5e-3

@@ -385,6 +385,44 @@ def test_a_second_start_is_refused_and_a_killed_one_is_no_hindrance(
     assert build_index(texts_file, folder, ModelChoice(str(model_folder))) > 0
 
 
+def test_a_flipped_bit_of_a_vector_is_noticed(index: TextIndex) -> None:
+    file = index.folder / VECTORS_FILE
+    content = bytearray(file.read_bytes())
+    content[-5] ^= 1
+    file.write_bytes(content)
+    with pytest.raises(UserError, match="is not what was written; make the index again"):
+        TextIndex(index.folder)
+
+
+def test_a_kill_between_the_two_files_is_no_hindrance(texts_file: Path, model_folder: Path, tmp_path: Path) -> None:
+    folder = tmp_path / "begun"
+    folder.mkdir()
+    (folder / f".{VECTORS_FILE}.77").touch()
+    (folder / TEXTS_FILE).touch()
+    assert build_index(texts_file, folder, ModelChoice(str(model_folder))) == len(TEXTS)
+    assert {path.name for path in folder.iterdir()} == {VECTORS_FILE, TEXTS_FILE}
+
+
+def test_a_pipe_or_a_device_among_the_texts_is_passed_over(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "pipe.txt")
+    (tmp_path / "zero.txt").symlink_to("/dev/zero")
+    (tmp_path / "a.txt").write_text("hello", encoding="utf-8")
+    assert [passage["text"] for passage in _passages(tmp_path, 100)] == ["hello"]
+
+
+def test_a_model_of_weights_that_are_no_numbers_is_refused(
+    texts_file: Path, model_folder: Path, tmp_path: Path
+) -> None:
+    damaged = shutil.copytree(model_folder, tmp_path / "damaged")
+    weights = load_file(damaged / "model.safetensors")
+    read = family_tokenizer("llama")(embedded()[0], add_special_tokens=False)["input_ids"]
+    weights["embed_tokens.weight"][read[-1]] = torch.nan
+    save_file(weights, damaged / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(UserError, match=r"The vector of '.*' has a number that is not finite"):
+        build_index(texts_file, tmp_path / "none", ModelChoice(str(damaged)))
+    assert not (tmp_path / "none").exists()
+
+
 # --- the command ---
 
 

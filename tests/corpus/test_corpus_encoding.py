@@ -34,7 +34,7 @@ from llm2vec.corpus.encoding import (
     part_name,
 )
 from llm2vec.corpus.rows import cut_into_shards, open_corpus
-from llm2vec.files import write_json
+from llm2vec.files import sha256, write_json
 from llm2vec.llm2vec import LLM2Vec
 from llm2vec.types import UserError
 
@@ -115,15 +115,16 @@ def test_every_row_has_the_vector_of_its_text(encoding: CorpusEncoding, model: L
     parts = sorted(encoding.output.glob("part-*"))
     assert [pq.read_metadata(part).num_rows for part in parts] == [10, 10, 3]
     assert pq.read_schema(parts[0]) == pa.schema([("id", pa.string()), ("vector", pa.list_(pa.float32(), 32))])
-    assert {path.name for path in encoding.output.iterdir()} == {*(p.name for p in parts), MANIFEST_FILE, ".lock"}
+    assert {path.name for path in encoding.output.iterdir()} == {*(p.name for p in parts), MANIFEST_FILE}
 
 
 def test_the_manifest_says_what_was_encoded_and_how(encoding: CorpusEncoding, folder: Path) -> None:
     encode_corpus(encoding, encode_locally)
     manifest = json.loads((encoding.output / MANIFEST_FILE).read_text(encoding="utf-8"))
-    assert manifest["shards"] == [
-        {"file": f"part-0000{number}.parquet", "rows": rows} for number, rows in enumerate((10, 10, 3))
-    ]
+    for number, (rows, shard) in enumerate(zip((10, 10, 3), manifest["shards"], strict=True)):
+        assert shard.pop("sha256") == sha256(encoding.output / f"part-0000{number}.parquet")
+        assert len(shard.pop("texts")) == 64
+        assert shard == {"file": f"part-0000{number}.parquet", "rows": rows}
     assert manifest["complete"] is True and manifest["dimension"] == 32
     settings = manifest["settings"]
     assert settings["model"] == encoding.encoder.revision() and settings["side"] == "document"
@@ -267,6 +268,68 @@ def test_a_part_that_is_cut_short_or_lost_is_made_anew(encoding: CorpusEncoding,
     encoded.clear()
     assert encode_corpus(encoding, encode_locally) == 13
     assert sorted(encoded) == [0, 2] and content(encoding.output) == before
+
+
+@pytest.mark.parametrize("place", [".", ".input"])
+@pytest.mark.parametrize("damage", ["a bit", "zeros", "swapped"])
+def test_a_damaged_part_is_made_anew(
+    place: str, damage: str, encoding: CorpusEncoding, tmp_path: Path, encoded: list[int], monkeypatch: Any
+) -> None:
+    """Of the vectors that are done, or of the texts that are not; readable or not. All is as if nothing had been."""
+    whole = dataclasses.replace(encoding, output=tmp_path / "whole")
+    encode_corpus(whole, encode_locally)
+    go_on = stop_after(monkeypatch, 2 if place == "." else 0)
+    with pytest.raises(Killed):
+        encode_corpus(encoding, encode_locally)
+    go_on()
+    one, other, *_ = sorted((encoding.output / place).glob("part-*"))
+    before = bytearray(one.read_bytes())
+    if damage == "swapped":
+        one.write_bytes(other.read_bytes())
+        other.write_bytes(before)
+    else:
+        middle = len(before) // 2
+        before[middle : middle + (1 if damage == "a bit" else 50)] = (
+            bytes([before[middle] ^ 1]) if damage == "a bit" else bytes(50)
+        )
+        one.write_bytes(before)
+    encode_corpus(encoding, encode_locally)
+    assert content(encoding.output) == content(whole.output)
+
+
+def test_a_kill_while_the_manifest_is_written_is_no_hindrance(
+    encoding: CorpusEncoding, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its text, under a hidden name, and no manifest: all begins again, and nothing is left of it."""
+
+    def die(*_: Any) -> None:
+        (encoding.output / f".{MANIFEST_FILE}.1").write_text("{", encoding="utf-8")
+        raise Killed
+
+    with monkeypatch.context() as patch:
+        patch.setattr(corpus_encoding, "write_json", die)
+        with pytest.raises(Killed):
+            encode_corpus(encoding, encode_locally)
+    assert encode_corpus(encoding, encode_locally) == NUM_ROWS
+    assert all(name.startswith(("part-", "_manifest")) for name in content(encoding.output))
+
+
+@pytest.mark.parametrize(
+    ("changed", "said"),
+    [
+        ({"settings": []}, "settings is []; an object is needed"),
+        ({"shards": [{"file": "part-00000.parquet", "rows": "10"}]}, r"shards[0].texts is missing"),
+        ({"shards": 3}, "shards is 3; a list is needed"),
+        ({"complete": None}, "complete is None; true or false is needed"),
+    ],
+)
+def test_a_manifest_of_another_form_is_named(encoding: CorpusEncoding, changed: dict[str, Any], said: str) -> None:
+    encode_corpus(encoding, encode_locally)
+    file = encoding.output / MANIFEST_FILE
+    write_json(file, json.loads(file.read_text(encoding="utf-8")) | changed)
+    with pytest.raises(UserError) as error:
+        encode_corpus(encoding, encode_locally)
+    assert str(error.value).startswith(f"{file}: ") and said in str(error.value)
 
 
 def test_texts_that_were_removed_in_part_are_cut_anew(encoding: CorpusEncoding, encoded: list[int]) -> None:
