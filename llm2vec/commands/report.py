@@ -52,7 +52,7 @@ def main(argv: Sequence[str]) -> None:
     losses = _assignments(args.losses, "--losses")
     report = build_report(_read_runs(args), read_paper(), args.paper_model, losses)
     with alone_in(args.output_dir, "report"):
-        page = report.write(args.output_dir)
+        page = report.write(args.output_dir / "report.html")
     print(f"{report.text()}\n\nreport: {page}")
 
 

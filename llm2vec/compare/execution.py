@@ -106,15 +106,9 @@ class Runner:
     """
 
     def __init__(
-        self,
-        trials: Sequence[Trial],
-        output_dir: Path,
-        *,
-        workers: int,
-        processes: int,
-        lock: int,
+        self, trials: Sequence[Trial], output_dir: Path, *, workers: int, processes: int, lock: int,
         say: Callable[[str], None],
-    ) -> None:
+    ) -> None:  # fmt: skip
         self.workers, self.processes, self.lock, self.say = workers, processes, lock, say
         runs = unique_runs(trials)
         self.num_runs, self.num_ended = len(runs), 0

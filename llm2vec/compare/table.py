@@ -13,10 +13,9 @@ from pathlib import Path
 
 from llm2vec.compare.record import TrialOutcome
 from llm2vec.compare.runs import Recipe
-from llm2vec.files import write_json, write_text
 from llm2vec.reports.comparisons import MIN_UNITS, paired_interval
 from llm2vec.reports.figures import Picture, along_figure
-from llm2vec.reports.page import make_folder, write_page
+from llm2vec.reports.page import Page
 from llm2vec.table import Cell, Table
 
 _TITLE = "Recipes on the same data"
@@ -158,16 +157,8 @@ def write_comparison(
         own: Recipe -> what it sets itself, see `own_keys`.
         facts: What else a reader should know.
     """
-    differences, picture, failures = difference_table(outcomes), along_picture(outcomes), failure_lines(outcomes)
     keys = Table(["Recipe", "Stages and own keys"], list(own.items()), "What each recipe sets itself", _OWN_NOTE, 2)
-    scores = outcome_table(outcomes)
-    make_folder(folder)
-    write_json(folder / "comparison.json", {"facts": dict(facts), "trials": [asdict(outcome) for outcome in outcomes]})
-    blocks = [f"# {_TITLE}", scores.markdown(), scores.note, *(f"- {line}" for line in failures)]
-    for table in (differences, keys):
-        blocks += [f"## {table.title}", table.markdown(), table.note] if table else []
-    blocks += [f"![Along the last stage]({picture.name})", picture.caption] if picture else []
-    blocks.append("\n".join(f"- {name}: {text}" for name, text in facts.items()))
-    write_text(folder / "comparison.md", "\n\n".join(blocks) + "\n")
-    shown = [block for block in (scores, differences, picture, keys) if block is not None]
-    return write_page(folder / "comparison.html", _TITLE, shown, sentences=failures, facts=facts)
+    shown = [outcome_table(outcomes), difference_table(outcomes), along_picture(outcomes), keys]
+    blocks: list[Table | Picture] = [block for block in shown if block is not None]
+    data = {"facts": dict(facts), "trials": [asdict(outcome) for outcome in outcomes]}
+    return Page(_TITLE, blocks, "", failure_lines(outcomes), facts, data).write(folder / "comparison.html")

@@ -48,35 +48,23 @@ CountTokens = Callable[[Sequence[str]], list[int]]
 
 @dataclass
 class SourceReport:
-    """What a source's file holds.
+    """What a source's file holds."""
 
-    Attributes:
-        name: of the source.
-        sha256, num_bytes: of its file.
-        rows: lines that training would take.
-        bad: other lines; `errors` quotes the first of them.
-        duplicates: rows whose query and positive an earlier row has.
-        repeated_queries: rows whose query an earlier row has.
-        query_is_positive, positive_is_negative: rows in which those two texts are the same.
-        without_negative: rows without a hard negative, with which `num_hard_negatives: 1` cannot train.
-        tokens: of the sampled texts, by field.
-        languages: of the sampled texts, by field; empty without the language identifier.
-        overlap: rows that share a text with a test set, by test set; a row counts once for each.
-    """
-
-    name: str
-    sha256: str = ""
+    name: str  #: of the source
+    sha256: str = ""  #: of its file
     num_bytes: int = 0
-    rows: int = 0
-    bad: int = 0
-    errors: list[str] = field(default_factory=list)
-    duplicates: int = 0
-    repeated_queries: int = 0
-    query_is_positive: int = 0
-    positive_is_negative: int = 0
-    without_negative: int = 0
-    tokens: dict[str, list[int]] = field(default_factory=dict)
+    rows: int = 0  #: lines that training would take
+    bad: int = 0  #: other lines
+    errors: list[str] = field(default_factory=list)  #: the first of them
+    duplicates: int = 0  #: rows whose query and positive an earlier row has
+    repeated_queries: int = 0  #: rows whose query an earlier row has
+    query_is_positive: int = 0  #: rows in which the two texts are the same
+    positive_is_negative: int = 0  #: the same of the positive and a negative
+    without_negative: int = 0  #: rows with which `num_hard_negatives: 1` cannot train
+    tokens: dict[str, list[int]] = field(default_factory=dict)  #: of the sampled texts, by field
+    #: Of the sampled texts, by field; empty without the language identifier.
     languages: dict[str, Counter[str]] = field(default_factory=dict)
+    #: Rows that share a text with a test set, by test set; a row counts once for each.
     overlap: Counter[str] = field(default_factory=Counter)
 
 
@@ -131,13 +119,7 @@ class TestTexts:
 def check_source(
     source: Source, folder: Path, count_tokens: CountTokens, test_texts: TestTexts | None = None
 ) -> SourceReport:
-    """Read one source's file to its end.
-
-    Args:
-        source: what to read.
-        folder: where its file lies.
-        count_tokens: tokens of each of some texts.
-        test_texts: what to look for in queries, positives and negatives.
+    """Read one source's file below a folder to its end, and look for test sets' texts in it.
 
     Raises:
         UserError: it cannot be read.
@@ -146,9 +128,15 @@ def check_source(
     digest = hashlib.sha256()
     pairs, queries = array("q"), array("q")  # hashes, 8 bytes each: a set of so many takes nine times that
     path = folder / source.file
-    every = max(1, count_lines(path) // SAMPLE)
     sample: dict[str, list[str]] = {"query": [], "positive": [], "negative": []}
-    with path.open("rb") as lines:
+    try:
+        lines = path.open("rb")
+    except OSError as error:
+        raise UserError(f"{path} cannot be read ({error.strerror}).") from error
+    with lines:
+        num_lines = sum(block.count(b"\n") for block in iter(lambda: lines.read(1 << 20), b""))
+        every = max(1, num_lines // SAMPLE)
+        lines.seek(0)
         for number, line in enumerate(lines, start=1):
             digest.update(line)
             report.num_bytes += len(line)
@@ -180,29 +168,11 @@ def check_source(
     return report
 
 
-def count_lines(file: Path) -> int:
-    """Lines of a file, read in blocks.
-
-    Raises:
-        UserError: it cannot be read.
-    """
-    try:
-        with file.open("rb") as content:
-            return sum(block.count(b"\n") for block in iter(lambda: content.read(1 << 20), b""))
-    except OSError as error:
-        raise UserError(f"{file} cannot be read ({error.strerror}).") from error
-
-
 def record_hashes(reports: Sequence[SourceReport], record: Path) -> list[str]:
-    """Compare the files' hashes with those recorded, and record the files that are new.
+    """Compare the files' hashes with a record, source -> {sha256, bytes, rows}, and add the files that are new to it.
 
-    Args:
-        reports: of the files.
-        record: a JSON object, source -> {"sha256", "bytes", "rows"}; made at the first use.
-
-    Returns:
-        What differs from the record, a sentence a file; the record of such a file is left as it is. Where none can be
-        written, as beside data that is shared and read-only, that is said and no more.
+    Returns what differs, a sentence a file; the record of such a file is left as it is. Where none can be written, as
+    beside data that is shared and read-only, that is said and no more.
 
     Raises:
         UserError: the record is no such object.
@@ -212,24 +182,18 @@ def record_hashes(reports: Sequence[SourceReport], record: Path) -> list[str]:
         known = read_object(record)
         if not all(isinstance(v, dict) and "sha256" in v for v in known.values()):
             raise UserError(f"{record}: an object source -> {{sha256, bytes, rows}} is needed.")
-    differing = []
-    new = {}
-    for report in reports:
-        entry = {"sha256": report.sha256, "bytes": report.num_bytes, "rows": report.rows}
-        before = known.get(report.name)
-        if before is None:
-            new[report.name] = entry
-        elif before["sha256"] != report.sha256:
-            differing.append(
-                f"{report.name}: changed since it was first checked ({before.get('rows')} rows of "
-                f"{before.get('bytes')} bytes then, {report.rows} of {report.num_bytes} now)."
-            )
-    if new:
+    found = {r.name: {"sha256": r.sha256, "bytes": r.num_bytes, "rows": r.rows} for r in reports}
+    if found.keys() - known.keys():
         try:
-            write_json(record, {**known, **new})
+            write_json(record, {**known, **found, **known})  # what is known stays, and stays first
         except OSError as error:
             logger.warning("%s cannot be written (%s): later changes will not be seen", record, error.strerror)
-    return differing
+    return [
+        f"{name}: changed since it was first checked ({known[name].get('rows')} rows of "
+        f"{known[name].get('bytes')} bytes then, {now['rows']} of {now['bytes']} now)."
+        for name, now in found.items()
+        if name in known and known[name]["sha256"] != now["sha256"]
+    ]
 
 
 @cache

@@ -34,9 +34,7 @@ class Cost(NamedTuple):
 def task_cost(task: Any, max_tokens: float = MAX_TOKENS) -> Cost | None:
     """Cost of one of mteb's tasks (not of an aggregate); None where mteb has no statistics of it, or of no texts.
 
-    Args:
-        task: The task; its data need not be loaded.
-        max_tokens: What the model cuts a text to.
+    Its data need not be loaded. A model cuts a text to `max_tokens`.
     """
     if task.metadata.descriptive_stats is None:
         return None
@@ -74,11 +72,7 @@ def num_documents(task: Any) -> int:
 def measure_speed(encode: Callable[[list[str]], object], english: str, max_tokens: float, batch_size: int) -> float:
     """Tokens a second of a model, at `CHARACTERS_A_TOKEN`, on four batches of texts of mixed lengths.
 
-    Args:
-        encode: The model; texts carry no instruction.
-        english: Some thousand characters to cut the texts from.
-        max_tokens: What the model cuts a text to.
-        batch_size: Texts a forward pass.
+    The texts carry no instruction and are cut from `english`, some thousand characters.
     """
     lengths = [200 + 150 * (number % 9) for number in range(4 * batch_size)]
     starts = [97 * number % max(1, len(english) - length) for number, length in enumerate(lengths)]
@@ -99,13 +93,9 @@ def longest(sizes: Sequence[float], num_workers: int) -> float:
 
 
 def table(costs: Mapping[str, Cost | None], speed: float, jobs: Sequence[float], num_workers: int) -> Iterator[str]:
-    """Lines of a table of tasks with their texts, tokens and hours.
+    """Lines of a table of tasks with their texts, tokens and hours, at `speed` tokens a second of one worker.
 
-    Args:
-        costs: Task -> its cost, if known.
-        speed: Tokens a second of one worker.
-        jobs: Tokens of each job that workers can take.
-        num_workers: How many workers.
+    `jobs` are the tokens of each job that workers can take.
     """
     known = [cost for cost in costs.values() if cost is not None]
     whole = Cost(sum(cost.texts for cost in known), math.fsum(cost.tokens for cost in known))

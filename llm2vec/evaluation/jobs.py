@@ -79,11 +79,7 @@ def prepare(folder: Path, jobs: Sequence[Job]) -> JobQueue:
 def work(request: Request, encoder: Any, queue: JobQueue, worker: int) -> None:
     """Do jobs until there are none left; a task that cannot be done is noted and does not stop the others.
 
-    Args:
-        request: The evaluation.
-        encoder: Its model, loaded.
-        queue: The jobs.
-        worker: Number of this worker; the first one shows its progress.
+    The first worker, 0, shows its progress.
     """
     task: Any = None
 
@@ -107,11 +103,7 @@ def work(request: Request, encoder: Any, queue: JobQueue, worker: int) -> None:
 
 
 def search_shard(encoder: Any, task: Any, shard: int, num_shards: int, batch_size: int) -> dict[str, torch.Tensor]:
-    """Search one shard, from 0, of the corpus of a retrieval task whose data are loaded.
-
-    Returns:
-        The search's name -> keys of its hits, one row for each different query.
-    """
+    """Search one shard, from 0, of a retrieval task whose data are loaded: search -> keys of hits, a row a query."""
     task.convert_v1_dataset_format_to_v2(None)
     searcher, keys = StreamingSearch(encoder), {}
     encode_kwargs: Any = {"batch_size": batch_size, "show_progress_bar": False}
@@ -139,14 +131,9 @@ def _score(request: Request, encoder: Any, task: Any, job: Job, folder: Path, wo
     found = _merged([load_file(shard) for shard in shards]) if shards else None
     predictions = Path(request.output_dir, "predictions", *folder.parts[-2:]) if request.save_predictions else None
     evaluate(
-        encoder,
-        [task],
-        own,
-        batch_size=request.batch_size,
-        show_progress_bar=worker == 0,
-        found=found,
-        prediction_folder=predictions,
-    )
+        encoder, [task], own, batch_size=request.batch_size, show_progress_bar=worker == 0,
+        found=found, prediction_folder=predictions,
+    )  # fmt: skip
     target.parent.mkdir(parents=True, exist_ok=True)
     for file in (made, made.with_name("model_meta.json")):
         with whole(target.with_name(file.name)) as aside:

@@ -39,11 +39,7 @@ class TaskScore(TypedDict):
 
 
 def load_tasks(task_names: Sequence[str], local_data_dir: str | Path | None = None) -> list[Task]:
-    """Find tasks by name and read their data; arguments and errors as in `find_task` and `load_data`.
-
-    Returns:
-        The tasks in the same order, data loaded; `evaluate` takes them again and again.
-    """
+    """Find tasks by name and read their data, for `evaluate`; errors as in `find_task` and `load_data`."""
     tasks = [find_task(name, local_data_dir) for name in task_names]
     for task in tasks:
         load_data(task)
@@ -70,9 +66,6 @@ def evaluate(
         show_progress_bar: Whether progress is shown.
         found: Merged hits from `jobs.search_shard` of the only task in `tasks`; default: the search is made here.
         prediction_folder: Where mteb keeps rankings and other predictions of tasks it scores; None = not kept.
-
-    Returns:
-        Task name -> metric, mean main score, main score of each split and subset, and the result file.
 
     Note:
         mteb seeds the process's generators (`random`, numpy, torch) whenever it makes a task or scores one.

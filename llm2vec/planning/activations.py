@@ -67,13 +67,12 @@ class Kept(NamedTuple):
 
 
 class _Attended(NamedTuple):
-    """Bytes that attention keeps for each token: of its query and output, of its key and value, and for each pair; and
-    whether its output is copied for the projection behind it."""
+    """Bytes that attention keeps for each token."""
 
-    query: float
-    key: float
-    pair: float = 0.0
-    copied: bool = True
+    query: float  #: of its query and output
+    key: float  #: of its key and value
+    pair: float = 0.0  #: further, for each pair
+    copied: bool = True  #: whether its output is copied for the projection behind it
 
 
 def is_known(model: Any) -> bool:
@@ -122,12 +121,16 @@ def kept_by_layer(model: Any, numbers: Numbers, p: Pass) -> Kept:
     modules = _modules(model)
     hidden: int = model.config.hidden_size
     projections = {name: modules[name] for name in PROJECTIONS}
-    widths = {"q_norm": _width(modules["q_proj"]), "k_norm": _width(modules["k_proj"])}
-    norms = {name: _norm(m, widths.get(name, hidden), numbers) for name, m in modules.items() if _is_norm(m)}
+    widths = {"q_norm": modules["q_proj"].out_features, "k_norm": modules["k_proj"].out_features}
+    norms = {
+        name: _norm(module, widths.get(name, hidden), numbers)
+        for name, module in modules.items()
+        if "Norm" in type(module).__name__ and getattr(module, "weight", None) is not None
+    }
     attended = _attention(model, numbers, p)
     whole = sum(norms.values()) + attended.query + attended.key
     whole += _inputs(numbers, projections, attended.copied)
-    whole += 3 * _width(modules["gate_proj"]) * numbers.compute  # gate, what its activation makes of it, and up
+    whole += 3 * modules["gate_proj"].out_features * numbers.compute  # gate, what its activation makes of it, and up
     keys_and_values = {name: projections[name] for name in ("k_proj", "v_proj")}
     narrow = norms["input_layernorm"] + norms.get("k_norm", 0) + attended.key
     narrow += _inputs(numbers, keys_and_values, attended.copied)
@@ -159,17 +162,6 @@ def _modules(model: Any) -> dict[str, Any]:
     return modules
 
 
-def _width(projection: Any) -> int:
-    """How many numbers a projection gives."""
-    width: int = projection.out_features
-    return width
-
-
-def _is_norm(module: nn.Module) -> bool:
-    weight = getattr(module, "weight", None)
-    return "Norm" in type(module).__name__ and weight is not None
-
-
 def _norm(module: Any, width: int, numbers: Numbers) -> float:
     """A norm keeps its input in float32 and, where it is trained, what its weight is multiplied with."""
     return width * (4 + (numbers.stream if module.weight.requires_grad else 0)) + 4
@@ -178,7 +170,7 @@ def _norm(module: Any, width: int, numbers: Numbers) -> float:
 def _attention(model: Any, numbers: Numbers, p: Pass) -> _Attended:
     """As `packed_attention.attend` computes it."""
     modules = _modules(model)
-    queries, keys = _width(modules["q_proj"]), _width(modules["k_proj"])
+    queries, keys = modules["q_proj"].out_features, modules["k_proj"].out_features
     heads: int = model.config.num_attention_heads
     dropout = attention_dropout(model) > 0
     if numbers.device == "cuda" and numbers.compute == 2 and not dropout:
@@ -194,10 +186,7 @@ def _attention(model: Any, numbers: Numbers, p: Pass) -> _Attended:
 def _inputs(numbers: Numbers, projections: Mapping[str, Any], copied: bool) -> float:
     """What projections keep of what they read: it itself, once for those that read the same, or copies of their own.
 
-    Args:
-        numbers: computed with.
-        projections: by name.
-        copied: whether attention's output is copied for `o_proj`, which else reads what is counted there.
+    `copied`: whether attention's output is copied for `o_proj`, which else reads what is counted there.
     """
     once: dict[str, int] = {}
     total = 0
@@ -219,11 +208,9 @@ def _adapter_input(projection: Any, numbers: Numbers) -> int:
     """A LoRA adapter's copies: its input cast, a dropout's noise (a byte on CUDA) and result; and its inner numbers."""
     (inner,) = projection.lora_A.values()
     size = numbers.compute if numbers.casts else inner.weight.dtype.itemsize
-    width: int = projection.in_features
-    copies = inner.out_features * size
-    if _drops(projection):
-        return copies + width * size + _noise(projection, numbers)
-    return copies + (width * size if numbers.casts or numbers.stream == 2 else 0)
+    noise = _noise(projection, numbers) if _drops(projection) else 0
+    is_cast = noise or numbers.casts or numbers.stream == 2
+    return int(size * (inner.out_features + (projection.in_features if is_cast else 0)) + noise)
 
 
 def _below_the_first_adapter(model: Any, numbers: Numbers) -> float:
@@ -236,8 +223,7 @@ def _below_the_first_adapter(model: Any, numbers: Numbers) -> float:
 
 def _noise(projection: Any, numbers: Numbers) -> int:
     """What a dropout draws for an adapter's input."""
-    width: int = projection.in_features
-    return width * (1 if numbers.device == "cuda" else 4)
+    return int(projection.in_features * (1 if numbers.device == "cuda" else 4))
 
 
 def _drops(projection: Any) -> bool:

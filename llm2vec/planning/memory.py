@@ -63,15 +63,7 @@ class Memory(NamedTuple):
 
 
 def memory_of(model: Any, args: TrainingArguments, numbers: Numbers, step: Step, num_processes: int) -> Memory:
-    """The account of one process.
-
-    Args:
-        model: in training mode, with or without head and adapter; its weights may be on the meta device.
-        args: of the run.
-        numbers: it computes with.
-        step: what is in hand.
-        num_processes: that share a step, and with `fsdp` the weights.
-    """
+    """The account of one of `num_processes` that share a step, and with `fsdp` the weights; arguments as elsewhere."""
     trained = [weight for weight in model.parameters() if weight.requires_grad]
     shares = num_processes if args.fsdp else 1
     state = sum(optimiser_bytes(weight, args) for weight in trained) / shares
@@ -83,14 +75,15 @@ def memory_of(model: Any, args: TrainingArguments, numbers: Numbers, step: Step,
     ]
     if step.texts is not None:
         always.append(Part("vectors", _vectors(model, numbers, *step.texts), "of the texts that the loss compares"))
-    copies, loss = _copies(model, numbers, step), _loss(model, numbers, step)
+    num_targets = step.scale * sum(p.targets for p in step.passes)
+    copies, loss = _copies(model, numbers, step), _loss(model, numbers, math.ceil(num_targets))
     recomputes_all = step.num_recomputed == len(inner_decoder(model).layers)
     kept, at_work = [], []
     for p in step.passes:
         kept.append(step.scale * kept_by_pass(model, numbers, p, step.num_recomputed))
         again = kept_by_a_layer(model, numbers, p) if recomputes_all else 0.0
         at_work.append(step.scale * (working(model, numbers, p) + again))
-    targets = step.scale * _targets(step) * model.config.hidden_size * numbers.compute
+    targets = num_targets * model.config.hidden_size * numbers.compute
     moments = [copies.size + sum(kept) + targets + loss.size]
     beside = _table(model, tied=True) + (0 if recomputes_all else copies.size)
     for i in reversed(range(len(kept))):
@@ -102,18 +95,13 @@ def memory_of(model: Any, args: TrainingArguments, numbers: Numbers, step: Step,
     return Memory((*always, *passing), sum(part.size for part in always) + most)
 
 
-def _targets(step: Step) -> int:
-    return sum(p.targets for p in step.passes)
-
-
 def _size(weights: Iterable[Tensor]) -> float:
     return float(sum(weight.nbytes for weight in weights))
 
 
 def optimiser_name(args: TrainingArguments) -> str:
     """As a config writes it."""
-    name: str = OptimizerNames(args.optim).value
-    return name
+    return str(OptimizerNames(args.optim).value)
 
 
 def optimiser_bytes(weight: Tensor, args: TrainingArguments) -> float:
@@ -155,9 +143,8 @@ def _copies(model: Any, numbers: Numbers, step: Step) -> Part:
     return Part("half-precision weights", number * numbers.compute if numbers.casts else 0.0, "copies (autocast)")
 
 
-def _loss(model: Any, numbers: Numbers, step: Step) -> Part:
+def _loss(model: Any, numbers: Numbers, targets: int) -> Part:
     """A block of logits with its gradients, and the gradient of the vocabulary's matrix, which is summed in float32."""
-    targets = math.ceil(step.scale * _targets(step))
     if not targets:
         return Part("logits", 0.0)
     head, capped = model.get_output_embeddings().weight, language_head(model).softcap is not None
@@ -165,9 +152,8 @@ def _loss(model: Any, numbers: Numbers, step: Step) -> Part:
     entries, blocks = min(rows, targets) * len(head), min(_BLOCKS_JOINED, math.ceil(targets / rows))
     size = 4.0 * entries * (1 + capped) + (4 * head.numel() if head.requires_grad else 0)
     if numbers.compute == 2:
-        size += 2 * entries * blocks * (2 if blocks > 1 else 1) + 2 * head.numel() * (
-            numbers.casts + head.requires_grad
-        )
+        size += 2 * entries * blocks * (2 if blocks > 1 else 1)
+        size += 2 * head.numel() * (numbers.casts + head.requires_grad)
     return Part("logits", size, f"none held: made {rows:,} positions at a time")
 
 

@@ -19,7 +19,6 @@ from transformers import (
     AutoModel,
     AutoModelForCausalLM,
     PretrainedConfig,
-    PreTrainedTokenizerBase,
     TrainingArguments,
 )
 
@@ -31,7 +30,7 @@ from llm2vec.data.sources import find_files
 from llm2vec.files import read_object
 from llm2vec.hub import find_file, without_waiting_for_the_hub
 from llm2vec.model.backbone import Backbone, add_token_rows, parse_dtype
-from llm2vec.model.chain import Chain, open_chain
+from llm2vec.model.chain import open_chain
 from llm2vec.model.packing import inner_decoder
 from llm2vec.model.recomputation import fit, tokens_run
 from llm2vec.model.settings import EncoderSettings
@@ -127,14 +126,22 @@ def make_plan(path: Path, conditions: Conditions) -> Plan:
         # Those that are not there yet are left out: merged, they change no shape.
         chain = open_chain(base, [adapter for adapter in config.adapters if adapter not in absent])
         shape = shape_of(chain.base)
-        tokenizer, settings, new_tokens = _tokenizer(config, chain)
+        tokenizer, settings, new_tokens = None, encoder_settings(config, {}), list[int]()
+        if _has(chain.tokenizer_path, "tokenizer_config.json"):
+            tokenizer, settings, new_tokens = open_tokenizer(config, chain)
     model = model_of_shapes(config, shape, new_tokens)
     if not hasattr(inner_decoder(model), "layers"):
         raise UserError(f"{chain.base}: a {shape.model_type} cannot be planned, its layers are not known here.")
     parts = stage_parts(config)
     objective = parts.objective(config, model, settings)
     missing = missing_data(config)
-    rows = _rows(config, tokenizer) if missing is None else None
+    rows: Rows | None = None
+    if missing is None:
+        opened = open_data(config)
+        if tokenizer is not None:
+            rows = cut(config, opened, tokenizer)
+        elif isinstance(opened, TrainingRows):  # others are made of tokens
+            rows = opened
     order = None if rows is None else row_orders(config, args, rows, conditions.num_processes)[0]
     collate = None
     if rows is not None and tokenizer is not None and conditions.tokens_query is None:
@@ -143,29 +150,23 @@ def make_plan(path: Path, conditions: Conditions) -> Plan:
             check_examples(args, rows, collate)
     elif missing is None and tokenizer is None:
         missing = f"model_name_or_path: {chain.base!r} has no tokenizer that can be read here."
-    assumption = "" if collate else _assumption(config, conditions, missing)
+    assumption = ""
     if collate is not None and rows is not None:
         all_rows, *by_source = counted(objective, rows, collate)
     else:
-        all_rows, *by_source = assumed(objective, settings, config, *_assumed_lengths(config, conditions))
+        query, document = (
+            min(tokens or 0, config.max_seq_length) for tokens in (conditions.tokens_query, conditions.tokens_document)
+        )
+        assumption = _assumption(config, conditions, missing, query, document)
+        all_rows, *by_source = assumed(objective, settings, config, query, document)
     steps_per_epoch = None if order is None else steps_an_epoch(args, len(order), conditions.num_processes)
+    numbers = Numbers.of(args, model, "cpu" if conditions.card is None else "cuda")
     plan = Plan(
-        config=config,
-        args=args,
-        conditions=conditions,
-        settings=saved_settings(config, settings),
-        model=model,
-        objective=objective,
-        numbers=Numbers.of(args, model, "cpu" if conditions.card is None else "cuda"),
-        rows=rows,
-        collate=collate,
-        order=order,
-        schedule=schedule_of(config, args, steps_per_epoch),
-        assumption=assumption,
-        absent=absent,
-        all_rows=all_rows,
-        by_source=tuple(by_source),
-    )
+        config=config, args=args, conditions=conditions, settings=saved_settings(config, settings), model=model,
+        objective=objective, numbers=numbers, rows=rows, collate=collate, order=order,
+        schedule=schedule_of(config, args, steps_per_epoch), assumption=assumption, absent=absent,
+        all_rows=all_rows, by_source=tuple(by_source),
+    )  # fmt: skip
     return plan if not is_known(model) else _with_memory(plan)
 
 
@@ -246,21 +247,6 @@ def missing_data(config: Config) -> str | None:
     return None
 
 
-def _rows(config: Config, tokenizer: PreTrainedTokenizerBase | None) -> Rows | None:
-    """The stage's rows; None = they are made of tokens, and there is no tokenizer."""
-    opened = open_data(config)
-    if tokenizer is not None:
-        return cut(config, opened, tokenizer)
-    return opened if isinstance(opened, TrainingRows) else None
-
-
-def _tokenizer(config: Config, chain: Chain) -> tuple[PreTrainedTokenizerBase | None, EncoderSettings, list[int]]:
-    """The tokenizer, if it can be read here; how texts become vectors; ids of tokens that the base lacks."""
-    if _has(chain.tokenizer_path, "tokenizer_config.json"):
-        return open_tokenizer(config, chain)
-    return None, encoder_settings(config, {}), []
-
-
 def _has(path: str, name: str) -> bool:
     try:
         return find_file(path, name) is not None
@@ -268,7 +254,7 @@ def _has(path: str, name: str) -> bool:
         return False
 
 
-def _assumption(config: Config, conditions: Conditions, missing: str | None) -> str:
+def _assumption(config: Config, conditions: Conditions, missing: str | None, query: int, document: int) -> str:
     """What is assumed of the texts, and why.
 
     Raises:
@@ -281,17 +267,10 @@ def _assumption(config: Config, conditions: Conditions, missing: str | None) -> 
             f"{missing} To plan without, say how many tokens a row's texts have in the mean, template included: "
             "--tokens_query and --tokens_document."
         )
-    query, document = _assumed_lengths(config, conditions)
     given = f"{query} tokens a query and {document} a document"
     if (query, document) != (conditions.tokens_query, conditions.tokens_document):
         given += " (cut at max_seq_length)"
     return f"{given}, as rows or tokenizer are not at hand" if missing else f"{given}, as given"
-
-
-def _assumed_lengths(config: Config, conditions: Conditions) -> tuple[int, int]:
-    """Tokens of a query and of a document, cut as the run would cut them."""
-    query, document = conditions.tokens_query or 0, conditions.tokens_document or 0
-    return min(query, config.max_seq_length), min(document, config.max_seq_length)
 
 
 def _with_memory(plan: Plan) -> Plan:
@@ -300,17 +279,15 @@ def _with_memory(plan: Plan) -> Plan:
     number, said = (num_layers, f"all {num_layers} layers are recomputed") if plan.config.checkpointing else (0, "")
     bound, budget = plan.config.tokens_per_microbatch, plan.config.activation_memory_gb
     if bound is not None and budget is not None:
-        per_token, runs = max(_a_token(plan, sample) for sample in plan.by_source)
-        number, said = fit(decoder_of(plan.model), per_token, runs, bound, budget)
+        a_token = []  # bytes that it keeps in all layers, and how often it goes through them
+        for sample in plan.by_source:
+            run = sum(tokens_run(plan.model, p, *plan.numbers.shares) for p in sample.passes)
+            kept = reckoned_bytes(plan.model, plan.numbers, sample.passes)
+            a_token.append((kept / sample.tokens, run / sample.tokens))
+        number, said = fit(decoder_of(plan.model), *max(a_token), bound, budget)
     steps = [_step_of(plan, sample, number) for sample in plan.by_source]
     accounts = [memory_of(plan.model, plan.args, plan.numbers, s, plan.conditions.num_processes) for s in steps]
     return dataclasses.replace(plan, memory=max(accounts, key=lambda account: account.most), recomputation=said)
-
-
-def _a_token(plan: Plan, sample: Sample) -> tuple[float, float]:
-    """Bytes that a token keeps in all layers, and how often it goes through them."""
-    run = sum(tokens_run(plan.model, p, *plan.numbers.shares) for p in sample.passes)
-    return reckoned_bytes(plan.model, plan.numbers, sample.passes) / sample.tokens, run / sample.tokens
 
 
 def _step_of(plan: Plan, sample: Sample, num_recomputed: int) -> Step:
@@ -322,10 +299,5 @@ def _step_of(plan: Plan, sample: Sample, num_recomputed: int) -> Step:
     if plan.objective.contrasts:
         documents = share * plan.conditions.num_processes * (1 + plan.config.num_hard_negatives)
         compared = (share * (2 + plan.config.num_hard_negatives), documents)
-    return Step(
-        sample.passes,
-        at_once / sample.tokens,
-        num_recomputed,
-        accumulates=at_once == bound or plan.args.gradient_accumulation_steps > 1,
-        texts=compared,
-    )
+    accumulates = at_once == bound or plan.args.gradient_accumulation_steps > 1
+    return Step(sample.passes, at_once / sample.tokens, num_recomputed, accumulates, compared)

@@ -8,9 +8,6 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator
 
-import torch
-from torch.optim.lr_scheduler import LambdaLR
-from transformers import get_scheduler
 from transformers.trainer_utils import SaveStrategy
 
 from llm2vec.model.packing import can_pack
@@ -19,7 +16,6 @@ from llm2vec.planning.plan import Plan
 from llm2vec.train.resume import check_writable
 from llm2vec.train.rows import sample_of
 from llm2vec.train.run import (
-    Schedule,
     describe,
     describe_model,
     describe_negatives,
@@ -38,7 +34,7 @@ FULL = 0.9
 
 def report(plan: Plan) -> list[str]:
     """All that a plan has to say, line by line."""
-    lines = [*as_the_run_says(plan), *_work(plan), *_memory(plan), *_disk(plan)]
+    lines = [*as_the_run_says(plan), *_work(plan), *_memory(plan), _disk(plan)]
     return lines + [f"warning     {warning}" for warning in warnings_of(plan)]
 
 
@@ -103,18 +99,16 @@ def in_bytes(size: float) -> str:
     return f"{size / 1e9:,.2f} GB" if size >= 1e8 else f"{size / 1e6:,.2f} MB"
 
 
-def _disk(plan: Plan) -> Iterator[str]:
+def _disk(plan: Plan) -> str:
     """What the checkpoints take."""
     trained = [weight for weight in plan.model.parameters() if weight.requires_grad]
     weights = sum(w.nbytes for w in (trained if plan.config.use_peft else plan.model.parameters()))
     state = 0.0 if plan.args.save_only_model else sum(optimiser_bytes(weight, plan.args) for weight in trained)
-    number = num_checkpoints(plan)
-    one, last = in_bytes(weights + state), in_bytes(weights)
+    number, one, last = num_checkpoints(plan), in_bytes(weights + state), in_bytes(weights)
     if number is None:
-        yield f"disk        {one} a checkpoint, {last} at the end"
-    else:
-        total = in_bytes(number * (weights + state) + weights)
-        yield f"disk        {total}: {number} checkpoint(s) of {one}, and {last} at the end"
+        return f"disk        {one} a checkpoint, {last} at the end"
+    total = in_bytes(number * (weights + state) + weights)
+    return f"disk        {total}: {number} checkpoint(s) of {one}, and {last} at the end"
 
 
 def num_checkpoints(plan: Plan) -> int | None:
@@ -134,47 +128,31 @@ def num_checkpoints(plan: Plan) -> int | None:
     return min(number, args.save_total_limit or number)
 
 
-# --- what a user should know before the run starts, a sentence each ---
-
-
 def warnings_of(plan: Plan) -> Iterator[str]:
-    """What a user should know before the run starts."""
+    """What a user should know before the run starts, a sentence each."""
     for adapter in plan.absent:
         yield f"the adapter {adapter} is not there; merged, it changes no shape, but the run needs it."
-    yield from _of_the_schedule(plan)
-    yield from _of_the_rows(plan)
-    yield from _of_the_numbers(plan)
-    yield from _of_the_memory(plan)
-    yield from _of_the_output(plan)
-
-
-def _of_the_schedule(plan: Plan) -> Iterator[str]:
-    schedule = plan.schedule
-    if schedule is None:
-        return
-    warm_up = plan.args.get_warmup_steps(schedule.horizon)
-    if warm_up >= schedule.steps:
+    schedule, args = plan.schedule, plan.args
+    warm_up = 0 if schedule is None else args.get_warmup_steps(schedule.horizon)
+    if schedule is not None and warm_up >= schedule.steps:
         yield f"warm-up takes {warm_up:,} steps and the run {schedule.steps:,}: it never reaches its learning rate."
-    elif schedule.steps < schedule.horizon:
-        share = learning_rate_share(plan, schedule, schedule.steps)
-        at = "" if share is None else f" at {share:.0%} of its learning rate"
+    elif schedule is not None and schedule.steps < schedule.horizon:
         yield (
-            f"the schedule is for {schedule.horizon:,} steps, but the run stops after {schedule.steps:,}{at} "
+            f"the schedule is for {schedule.horizon:,} steps, but the run stops after {schedule.steps:,} "
             "(stop_after_n_steps); max_steps shortens the schedule, too."
         )
 
-
-def learning_rate_share(plan: Plan, schedule: Schedule, step: int) -> float | None:
-    """Which share of the learning rate a step has; None = that depends on the run."""
-    optimiser = torch.optim.SGD([torch.zeros(1, requires_grad=True)], lr=1.0)
-    scheduler = get_scheduler(
-        plan.args.lr_scheduler_type,
-        optimiser,
-        num_warmup_steps=plan.args.get_warmup_steps(schedule.horizon),
-        num_training_steps=schedule.horizon,
-        scheduler_specific_kwargs=dict(plan.args.lr_scheduler_kwargs or {}),  # type: ignore[arg-type]
-    )
-    return float(scheduler.lr_lambdas[0](step)) if isinstance(scheduler, LambdaLR) else None
+    yield from _of_the_rows(plan)
+    halves = any(weight.requires_grad and weight.itemsize == 2 for weight in plan.model.parameters())
+    if halves and "kahan_sum=True" not in (args.optim_args or ""):
+        yield (
+            "weights are trained in half precision, in which AdamW loses updates that are small beside their weight; "
+            'torch_dtype float32 with bf16 does not, nor does optim stable_adamw with "kahan_sum=True" (optim_args).'
+        )
+    if plan.conditions.card is not None and plan.numbers.compute == 4:
+        yield "products are computed in float32; bf16 makes them several times as fast on this card."
+    yield from _of_the_memory(plan)
+    yield from _of_the_output(plan)
 
 
 def _of_the_rows(plan: Plan) -> Iterator[str]:
@@ -209,18 +187,6 @@ def _of_the_rows(plan: Plan) -> Iterator[str]:
         )
     if config.num_eval_rows and plan.args.eval_strategy == "no":
         yield f"num_eval_rows holds {config.num_eval_rows} rows of each source back, but eval_strategy is no."
-
-
-def _of_the_numbers(plan: Plan) -> Iterator[str]:
-    args = plan.args
-    halves = any(weight.requires_grad and weight.itemsize == 2 for weight in plan.model.parameters())
-    if halves and "kahan_sum=True" not in (args.optim_args or ""):
-        yield (
-            "weights are trained in half precision, in which AdamW loses updates that are small beside their weight; "
-            'torch_dtype float32 with bf16 does not, nor does optim stable_adamw with "kahan_sum=True" (optim_args).'
-        )
-    if plan.conditions.card is not None and plan.numbers.compute == 4:
-        yield "products are computed in float32; bf16 makes them several times as fast on this card."
 
 
 def _of_the_memory(plan: Plan) -> Iterator[str]:

@@ -5,7 +5,7 @@ Nothing is computed: an objective tells from a batch's lengths what it runs thro
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -39,14 +39,18 @@ class Sample(NamedTuple):
 
     def tokens_of(self, num_rows: int) -> float:
         """Tokens that so many rows of the source hardly exceed."""
-        return num_rows * float(np.mean(self.tokens_of_rows)) + DEVIATIONS * num_rows**0.5 * float(
-            np.std(self.tokens_of_rows)
-        )
+        mean, deviation = float(np.mean(self.tokens_of_rows)), float(np.std(self.tokens_of_rows))
+        return num_rows * mean + DEVIATIONS * num_rows**0.5 * deviation
 
 
 def counted(objective: Objective, rows: Rows, collate: Collate) -> list[Sample]:
     """A sample over all sources, and then one of each source."""
-    return [_sample(objective, batch) for batch in _batches(rows, collate)]
+    samples, first = [_sample(objective, collate(sample_of(rows)))], 0
+    for size in rows.sizes:
+        chosen = np.random.default_rng(0).choice(size, min(size, ROWS_OF_A_SOURCE), replace=False)
+        samples.append(_sample(objective, collate([rows[first + int(i)] for i in sorted(chosen)])))
+        first += size
+    return samples
 
 
 def assumed(objective: Objective, settings: EncoderSettings, config: Config, query: int, document: int) -> list[Sample]:
@@ -60,24 +64,10 @@ def _sample(objective: Objective, batch: Batch) -> Sample:
     return Sample(objective.passes(batch), tuple(np.sum(of_sides, axis=0).tolist()))
 
 
-def _batches(rows: Rows, collate: Collate) -> Iterator[Batch]:
-    yield collate(sample_of(rows))
-    first = 0
-    for size in rows.sizes:
-        chosen = np.random.default_rng(0).choice(size, min(size, ROWS_OF_A_SOURCE), replace=False)
-        yield collate([rows[first + int(i)] for i in sorted(chosen)])
-        first += size
-
-
 def assumed_batch(config: Config, settings: EncoderSettings, query: int, document: int, num_rows: int = 16) -> Batch:
     """A batch of the stage's sides with nothing but lengths in it, all of a text's tokens its targets.
 
-    Args:
-        config: of the run.
-        settings: how texts become vectors.
-        query: tokens of each query.
-        document: tokens of each document.
-        num_rows: how many rows.
+    Each query has `query` tokens, each document `document`.
     """
     parts = stage_parts(config)
     if parts.rows == "blocks":
@@ -113,11 +103,8 @@ def useful_flops(model: Any, passes: Sequence[Pass]) -> float:
     A matrix costs 2 per weight and token forward, 2 for its inputs' gradient and 2 for its own, which a frozen one
     does not need. Attention costs its two products of each token with those it attends to, forward and twice that
     backward. Padding, recomputation and logits that no loss reads are not useful. What a shared prefix and a last
-    layer at the closing tokens save is still counted, so that the figure depends on the texts alone.
-
-    Args:
-        model: with or without head and adapter; its weights may be on the meta device.
-        passes: of the step.
+    layer at the closing tokens save is still counted, so that the figure depends on the texts alone. The model's
+    weights may be on the meta device.
     """
     layers = inner_decoder(model).layers
     per_token = sum((_flops_of(m.weight) for m in layers.modules() if isinstance(m, nn.Linear)), 0.0)

@@ -86,15 +86,14 @@ class Interval(NamedTuple):
 
 
 def paired_interval(*tasks: tuple[Mapping[str, float], Mapping[str, float]], seed: int = 0) -> Interval:
-    """Difference of two runs, a mean over tasks, with units drawn again within each task; the tasks are fixed.
+    """The mean over tasks of the first run's mean less the second's, and its percentile interval.
+
+    Units are drawn again within each task; the tasks are fixed.
 
     Args:
         tasks: A pair each: unit (query) -> score of the first run, and of the second. A single pair has no tasks to
             keep apart: its units may be tasks, too.
         seed: Seed of the resampling.
-
-    Returns:
-        The mean over tasks of the first run's mean less the second's, and its percentile interval.
 
     Raises:
         UserError: The units of a pair differ, there are fewer than `MIN_UNITS`, or scipy is not there.
@@ -115,14 +114,9 @@ def paired_interval(*tasks: tuple[Mapping[str, float], Mapping[str, float]], see
         differences.append(np.array([first[unit] - second[unit] for unit in sorted(first)], dtype=np.float64))
     units = np.concatenate(differences)
     found = bootstrap(
-        differences,
-        _mean_of_means,
-        n_resamples=NUM_RESAMPLES,
-        batch=max(1, _BATCH // len(units)),
-        confidence_level=LEVEL,
-        method="percentile",
-        rng=np.random.default_rng(seed),
-    ).confidence_interval
+        differences, _mean_of_means, n_resamples=NUM_RESAMPLES, batch=max(1, _BATCH // len(units)),
+        confidence_level=LEVEL, method="percentile", rng=np.random.default_rng(seed),
+    ).confidence_interval  # fmt: skip
     difference = float(_mean_of_means(*differences))
     return Interval(difference, float(found.low), float(found.high), len(units), int((units > 0).sum()))
 
@@ -147,10 +141,10 @@ class EvaluatedRun:
 
 
 class Comparison(NamedTuple):
-    """A paired comparison of two runs: which, on what; what was drawn again (tasks, queries); the outcome."""
+    """A paired comparison of two runs."""
 
-    label: str
-    unit: str
+    label: str  #: which runs, on what
+    unit: str  #: what was drawn again: tasks, queries
     interval: Interval
 
 
@@ -170,26 +164,22 @@ def compare_runs(runs: Sequence[EvaluatedRun], paper: Paper) -> list[Comparison]
     Raises:
         UserError: two runs have scores of different queries, or of too few.
     """
-    return [comparison for pair in pairs(runs) for comparison in _compare(*pair, paper)]
-
-
-def _compare(run: EvaluatedRun, other: EvaluatedRun, paper: Paper) -> list[Comparison]:
-    tasks, label = _common_tasks(run, other, paper), f"{run.name} - {other.name}"
     found = []
-    if len(tasks) >= MIN_UNITS:
-        mine, theirs = ({task: one.scores[task] for task in tasks} for one in (run, other))
-        found.append(Comparison(label, "tasks", paired_interval((mine, theirs))))
-    queries = {
-        task: (of, other.query_scores[task]) for task, of in run.query_scores.items() if task in other.query_scores
-    }
-    for task, both in queries.items():
-        try:
-            found.append(Comparison(f"{label} on {task}", "queries", paired_interval(both)))
-        except UserError as error:
-            raise UserError(f"{label} on {task}: {error}") from None
-    if len(queries) > 1:
-        interval = paired_interval(*queries.values())
-        found.append(Comparison(f"{label}, mean of these {len(queries)} tasks", "queries, tasks fixed", interval))
+    for run, other in pairs(runs):
+        tasks, label = _common_tasks(run, other, paper), f"{run.name} - {other.name}"
+        if len(tasks) >= MIN_UNITS:
+            mine, theirs = ({task: one.scores[task] for task in tasks} for one in (run, other))
+            found.append(Comparison(label, "tasks", paired_interval((mine, theirs))))
+        common = [task for task in run.query_scores if task in other.query_scores]
+        queries = {task: (run.query_scores[task], other.query_scores[task]) for task in common}
+        for task, both in queries.items():
+            try:
+                found.append(Comparison(f"{label} on {task}", "queries", paired_interval(both)))
+            except UserError as error:
+                raise UserError(f"{label} on {task}: {error}") from None
+        if len(queries) > 1:
+            interval = paired_interval(*queries.values())
+            found.append(Comparison(f"{label}, mean of these {len(queries)} tasks", "queries, tasks fixed", interval))
     return found
 
 
@@ -202,14 +192,7 @@ def _common_tasks(run: EvaluatedRun, other: EvaluatedRun, paper: Paper) -> list[
 def comparison_sentences(
     comparisons: Sequence[Comparison], runs: Sequence[EvaluatedRun], paper: Paper, model: str | None
 ) -> list[str]:
-    """The comparisons in words, those that cannot be made, the paper's own, and runs scored on different data.
-
-    Args:
-        comparisons: of `compare_runs`, for the same `runs`.
-        runs: what was compared.
-        paper: the paper's data.
-        model: which of the paper's models the runs are compared with; None = none.
-    """
+    """The comparisons in words, those that cannot be made, the paper's own, and runs scored on different data."""
     sentences = [f"{c.label}: {c.interval.sentence(c.unit)}." for c in comparisons]
     different = []
     for run, other in pairs(runs):

@@ -8,11 +8,10 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, cast, get_args
 
-from llm2vec.files import write_json, write_text
 from llm2vec.reports import figures
 from llm2vec.reports.comparisons import (
     TOLERANCES,
@@ -25,11 +24,11 @@ from llm2vec.reports.comparisons import (
 )
 from llm2vec.reports.figures import Picture
 from llm2vec.reports.logs import read_log, read_spaces, space_table
-from llm2vec.reports.page import make_folder, write_page
+from llm2vec.reports.page import Page
 from llm2vec.reports.paper import SUBSET, Paper, mean_of
 from llm2vec.reports.paper_tables import paper_tables
 from llm2vec.reports.scores import Score, ScoredStage
-from llm2vec.table import Table, escape_markdown
+from llm2vec.table import Table
 from llm2vec.types import UserError
 
 _TITLE = "Evaluation on MTEB"
@@ -42,79 +41,17 @@ _FIGURE_STAGES = ("base", "stage_I", "baseline", "anchor")
 
 
 @dataclass(frozen=True)
-class EvaluationReport:
-    """Everything that is shown, and the four forms it is shown in.
+class EvaluationReport(Page):
+    """The page, and what programs ask of it.
 
     Example:
         >>> runs = [EvaluatedRun(name, read_results(Path("results", name))) for name in ("anchor", "baseline")]
         >>> print(build_report(runs, read_paper(), "LLaMA-3.2-1B-Instruct", losses={}).text())
     """
 
-    runs: tuple[EvaluatedRun, ...]
-    #: Which of the paper's models the runs are compared with; None = with none.
-    paper_model: str | None
-    sentences: list[str]  #: What is said first: coverage, differences, what is off
-    comparisons: list[Comparison]
-    tables: list[Table]  #: The first stands before the pictures
+    comparisons: list[Comparison] = field(default_factory=list)
     #: Title of a table -> what it compares with the paper, each comparison under a name.
-    checks: dict[str, dict[str, Check]]
-    pictures: list[Picture]
-    facts: dict[str, str]  #: How the numbers came about
-
-    def write(self, folder: Path) -> Path:
-        """Write `report.md`, `report.json`, the figures as PNG files and, last, `report.html` with the figures inside.
-
-        Returns:
-            The path of `report.html`.
-
-        Raises:
-            UserError: The folder cannot be made.
-        """
-        make_folder(folder)
-        write_text(folder / "report.md", self.markdown())
-        write_json(folder / "report.json", self.data())
-        first, *others = self.tables
-        note = f"Compared with {self.paper_model} of the paper." if self.paper_model else ""
-        blocks: list[Table | Picture] = [first, *self.pictures, *others]
-        return write_page(folder / "report.html", _TITLE, blocks, note=note, sentences=self.sentences, facts=self.facts)
-
-    def text(self) -> str:
-        """The report for a terminal."""
-        blocks = ["\n".join(self.sentences)]
-        blocks += [f"{table.title}\n{table.text()}\n{table.note}" for table in self.tables]
-        return "\n\n".join(blocks)
-
-    def markdown(self) -> str:
-        """The report as Markdown; figures are linked."""
-        blocks = [f"# {_TITLE}", *map(escape_markdown, self.sentences)]
-        for table in self.tables:
-            blocks += [f"## {table.title}", table.markdown(escape_markdown), escape_markdown(table.note)]
-        for name, _, caption in self.pictures:
-            said = escape_markdown(caption)
-            blocks.append(f"![{said}]({name})\n\n{said}")
-        facts = (f"- {escape_markdown(name)}: {escape_markdown(text)}" for name, text in self.facts.items())
-        return "\n\n".join([*blocks, "## How it was made", "\n".join(facts)]) + "\n"
-
-    def data(self) -> dict[str, Any]:
-        """The report as plain data for JSON, scores x 100 and not rounded."""
-        shown = ("model", "revision", "mteb_versions", "scores", "problems")
-        runs = {run.name: {name: getattr(run.results, name) for name in shown} for run in self.runs}
-        checks = {
-            title: {
-                name: {**check._asdict(), "difference": check.difference, "verdict": check.verdict}
-                for name, check in checks.items()
-                if check.measured is not None
-            }
-            for title, checks in self.checks.items()
-        }
-        return {
-            "paper_model": self.paper_model,
-            "runs": runs,
-            "comparisons": [{"label": c.label, "unit": c.unit, **c.interval._asdict()} for c in self.comparisons],
-            "checks": checks,
-            "sentences": self.sentences,
-            "facts": self.facts,
-        }
+    checks: dict[str, dict[str, Check]] = field(default_factory=dict)
 
 
 def build_report(
@@ -159,7 +96,25 @@ def build_report(
         tables.append(space_table(spaces, "Embedding space along training"))
     pictures = _pictures(runs, paper, paper_model, losses) + figures.space_pictures(spaces)
     facts = _facts(runs, paper, paper_model)
-    return EvaluationReport(tuple(runs), paper_model, sentences, comparisons, tables, checks, pictures, facts)
+    shown = ("model", "revision", "mteb_versions", "scores", "problems")
+    data = {
+        "paper_model": paper_model,
+        "runs": {run.name: {name: getattr(run.results, name) for name in shown} for run in runs},
+        "comparisons": [{"label": c.label, "unit": c.unit, **c.interval._asdict()} for c in comparisons],
+        "checks": {
+            title: {
+                name: {**check._asdict(), "difference": check.difference, "verdict": check.verdict}
+                for name, check in of_table.items()
+                if check.measured is not None
+            }
+            for title, of_table in checks.items()
+        },
+        "sentences": sentences,
+        "facts": facts,
+    }  # scores x 100 and not rounded
+    note = f"Compared with {paper_model} of the paper." if paper_model else ""
+    blocks: list[Table | Picture] = [tables[0], *pictures, *tables[1:]]
+    return EvaluationReport(_TITLE, blocks, note, sentences, facts, data, comparisons, checks)
 
 
 def _describe(run: EvaluatedRun, paper: Paper) -> list[str]:

@@ -1,16 +1,18 @@
-"""A report's page: one HTML file that loads nothing from elsewhere, and its figures beside it as PNG files."""
+"""A report in the forms it is shown in: for a terminal, as Markdown, as one HTML file that loads nothing else."""
 
 from __future__ import annotations
 
 import base64
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
-from llm2vec.files import whole, write_text
+from llm2vec.files import whole, write_json, write_text
 from llm2vec.reports.figures import Picture
-from llm2vec.table import Table
+from llm2vec.table import Table, escape_markdown
 from llm2vec.types import UserError
 
 _TEMPLATES = Environment(
@@ -23,48 +25,67 @@ _TEMPLATES = Environment(
 )
 
 
-def write_page(
-    file: Path,
-    title: str,
-    blocks: Sequence[Table | Picture],
-    *,
-    note: str = "",
-    sentences: Sequence[str] = (),
-    facts: Mapping[str, str] | None = None,
-) -> Path:
-    """Write a page, its folder too if that is missing; returns `file`, which is written last. All text is escaped.
+@dataclass(frozen=True)
+class Page:
+    """What a report shows, in this order: a remark, sentences, tables and figures, and how it came about.
 
-    Args:
-        file: The page.
-        title: Its heading.
-        blocks: Tables, each with its title and note, and figures, in this order.
-        note: A remark below the heading.
-        sentences: What the page says first, a paragraph each.
-        facts: Name -> text: how the numbers came about, at the end.
-
-    Raises:
-        UserError: The folder cannot be made.
+    Example:
+        >>> Page("Scores", [table], facts={"Seed": "42"}).write(Path("output/report.html"))
     """
-    make_folder(file.parent)
-    images = {}
-    for block in blocks:
-        if isinstance(block, Picture):
-            content = block.png()
-            images[block.name] = base64.b64encode(content).decode()
-            with whole(file.with_name(block.name)) as aside:
+
+    title: str
+    blocks: list[Table | Picture]
+    note: str = ""
+    sentences: list[str] = field(default_factory=list)
+    facts: Mapping[str, str] = field(default_factory=dict)  #: name -> text: how the numbers came about
+    data: dict[str, Any] | None = None  #: the same for programs
+
+    @property
+    def tables(self) -> list[Table]:
+        """The tables alone."""
+        return [block for block in self.blocks if isinstance(block, Table)]
+
+    @property
+    def pictures(self) -> list[Picture]:
+        """The figures alone."""
+        return [block for block in self.blocks if isinstance(block, Picture)]
+
+    def text(self) -> str:
+        """For a terminal."""
+        tables = [f"{table.title}\n{table.text()}\n{table.note}" for table in self.tables]
+        return "\n\n".join(["\n".join(self.sentences), *tables])
+
+    def markdown(self) -> str:
+        """As Markdown; figures are linked."""
+        blocks = [f"# {self.title}", *map(escape_markdown, self.sentences)]
+        for table in self.tables:
+            blocks += [f"## {table.title}", table.markdown(escape_markdown), escape_markdown(table.note)]
+        for name, _, caption in self.pictures:
+            said = escape_markdown(caption)
+            blocks.append(f"![{said}]({name})\n\n{said}")
+        facts = (f"- {escape_markdown(name)}: {escape_markdown(text)}" for name, text in self.facts.items())
+        return "\n\n".join([*blocks, "## How it was made", "\n".join(facts)]) + "\n"
+
+    def write(self, file: Path) -> Path:
+        """Write the HTML, and beside it the figures as PNG files and, where there are `data`, .md and .json.
+
+        `file` has the figures inside, is written last, and is returned. All text is escaped.
+
+        Raises:
+            UserError: The folder cannot be made.
+        """
+        try:
+            file.parent.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise UserError(f"The folder {file.parent} cannot be made ({error.strerror}).") from error
+        if self.data is not None:
+            write_text(file.with_suffix(".md"), self.markdown())
+            write_json(file.with_suffix(".json"), self.data)
+        images = {}
+        for picture in self.pictures:
+            content = picture.png()
+            images[picture.name] = base64.b64encode(content).decode()
+            with whole(file.with_name(picture.name)) as aside:
                 aside.write_bytes(content)
-    said = {"title": title, "note": note, "sentences": sentences, "facts": facts or {}}
-    write_text(file, _TEMPLATES.get_template("page.html.jinja").render(blocks=blocks, images=images, **said))
-    return file
-
-
-def make_folder(folder: Path) -> None:
-    """Make a folder that a report goes to, where it is missing.
-
-    Raises:
-        UserError: It cannot be made.
-    """
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise UserError(f"The folder {folder} cannot be made ({error.strerror}).") from error
+        write_text(file, _TEMPLATES.get_template("page.html.jinja").render(page=self, images=images))
+        return file

@@ -40,28 +40,25 @@ class _Line(NamedTuple):
 
 
 def paper_tables(runs: Sequence[EvaluatedRun], paper: Paper, model: str | None) -> list[PaperTable]:
-    """Every table of the paper that the runs provide a number for.
+    """Every table of the paper that the runs, of different names, provide a number for.
 
-    Args:
-        runs: The runs, of different names.
-        paper: The paper's data.
-        model: The model of the paper that the runs are compared with; None compares them with one another only.
+    `model` is the paper's that they are compared with; None compares them with one another only.
     """
     finished = [run for run in runs if "@" not in run.name]
     objectives = [run for run in finished if run.name in paper.tables[3].get(model or "", {})]
+    if not any(run.name.startswith("only_") for run in objectives):
+        objectives = []
     tables = [
         _column_table(1, "MTEB by category (Table 1)", finished, paper, model),
         _task_table(finished, paper, model),
+        _column_table(3, "Objectives of Stage I (Table 3)", objectives, paper, model),
+        _means_table(8, "The 15-task subset (Table 8)", SUBSET, runs, paper, model),
     ]
-    if any(run.name.startswith("only_") for run in objectives):
-        tables.append(_column_table(3, "Objectives of Stage I (Table 3)", objectives, paper, model))
-    tables.append(_means_table(8, "The 15-task subset (Table 8)", SUBSET, runs, paper, model))
     for number, title in _MEANS.items():
-        known = paper.tables[number].get(model or "", {})
-        tables.append(_means_table(number, title, SUBSET, [r for r in runs if r.name in known], paper, model))
+        known = [run for run in runs if run.name in paper.tables[number].get(model or "", {})]
+        tables.append(_means_table(number, title, SUBSET, known, paper, model))
     tables.append(_means_table(11, "BEIR, 14 tasks (Table 11)", BEIR, finished, paper, model))
-    tables.append(_comparators(finished, paper))
-    return [table for table in tables if table is not None]
+    return [table for table in [*tables, _comparators(finished, paper)] if table is not None]
 
 
 def _lines(runs: Sequence[EvaluatedRun]) -> list[_Line]:
@@ -150,17 +147,16 @@ def _means_table(
     expected = paper.expected.get(model or "", {})
     rows: list[list[Cell]] = []
     checks: dict[str, Check] = {}
-    note = f"Mean of {len(tasks)} tasks x 100"
+    note = f"Mean of {len(tasks)} tasks x 100."
     for name in dict.fromkeys([*paper.tables.get(number, {}).get(model or "", {}), *known]):
         check = _check(number, model, name, group, known.get(name, {}), paper)
         if check.printed is None and number in (8, 11) and name in expected:
             check = check._replace(printed=mean_of(expected[name], tasks))
-            note = f"Mean of {len(tasks)} tasks x 100; where the paper prints none, it is that of its scores by task"
+            note = f"Mean of {len(tasks)} tasks x 100; where the paper prints none, it is that of its scores by task."
         mean = _whole(known[name], tasks, "") if name in known else None
         rows.append([name, mean, _printed(check, ""), _shown(check.difference, "+"), check.verdict])
         checks[name] = check
-    header = ["Run", "mean", "paper", "difference", "verdict"]
-    return PaperTable(Table(header, rows, title, f"{note}."), checks)
+    return PaperTable(Table(["Run", "mean", "paper", "difference", "verdict"], rows, title, note), checks)
 
 
 def _comparators(runs: Sequence[EvaluatedRun], paper: Paper) -> PaperTable | None:

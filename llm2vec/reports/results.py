@@ -132,9 +132,15 @@ def ndcg_at_10(
 
 
 def _revision_folder(folder: Path) -> Path:
-    for pattern in (None, "*", "*/*", "results/*/*"):
-        candidates = [folder] if pattern is None else sorted(path for path in folder.glob(pattern) if path.is_dir())
-        found = [path for path in candidates if _holds_results(path)]
+    for pattern in (".", "*", "*/*", "results/*/*"):
+        candidates = [folder] if pattern == "." else sorted(path for path in folder.glob(pattern) if path.is_dir())
+        # A model's config.json lies in folders that look alike, so names are not enough.
+        found = [
+            path
+            for path in candidates
+            if ((files := _result_files(path)) and (path / "model_meta.json").is_file())
+            or any({"task_name", "scores"} <= _read_json(file).keys() for file in files)
+        ]
         if len(found) == 1:
             return found[0].resolve()
         if found:
@@ -146,14 +152,6 @@ def _revision_folder(folder: Path) -> Path:
 def _result_files(folder: Path) -> list[Path]:
     names = (path for path in folder.glob("*.json") if path.name != "model_meta.json")
     return sorted(path for path in names if not path.stem.endswith("_predictions"))
-
-
-def _holds_results(folder: Path) -> bool:
-    """Whether mteb wrote here. A model's config.json lies in folders that look alike, so names are not enough."""
-    files = _result_files(folder)
-    if files and (folder / "model_meta.json").is_file():
-        return True
-    return any({"task_name", "scores"} <= _read_json(file).keys() for file in files)
 
 
 def _read_json(path: Path) -> dict[str, Any]:

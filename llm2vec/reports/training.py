@@ -11,7 +11,7 @@ from pathlib import Path
 from llm2vec.reports import figures
 from llm2vec.reports.figures import Picture
 from llm2vec.reports.logs import read_log, read_spaces, space_table, training_table
-from llm2vec.reports.page import write_page
+from llm2vec.reports.page import Page
 from llm2vec.reports.scores import Score, ScoredStage, score_table, verdicts
 from llm2vec.table import Table
 
@@ -56,4 +56,4 @@ def write_training_report(
     blocks: list[Table | Picture] = [score_table(scores, what, "Scores", marks_best=True), *pictures, *tables]
     if spaces := read_spaces(losses):
         blocks += [space_table(spaces, "Embedding space"), *figures.space_pictures(spaces)]
-    return write_page(folder / "report.html", title, blocks, note=said, sentences=verdicts(scores), facts=facts)
+    return Page(title, blocks, said, verdicts(scores), facts).write(folder / "report.html")

@@ -34,14 +34,17 @@ class StepFindings(NamedTuple):
     stop: bool  #: some process was asked to stop
 
 
+#: What of `StepFigures` is written as it is.
+_COUNTS = (
+    "_num_steps", "_num_skipped", "skipped_in_a_row", "_num_tokens", "_waited", "_total_loss", "_total_steps",
+)  # fmt: skip
+
+
 class StepFigures:
     """Figures of this process's steps since the last entry of the log; `entry` adds them up over all processes.
 
     Those of the step under way are held apart until it is known whether the step is taken or skipped. All of it is
     written with each checkpoint, as the next entry of the log must not depend on whether the run was interrupted.
-
-    Attributes:
-        skipped_in_a_row: steps skipped since the last one that was taken.
     """
 
     def __init__(self) -> None:
@@ -49,7 +52,7 @@ class StepFigures:
         self._sums: dict[str, Tensor] = {}
         self._num_steps = 0
         self._num_skipped = 0
-        self.skipped_in_a_row = 0
+        self.skipped_in_a_row = 0  #: steps, since the last one that was taken
         self._num_tokens = 0.0
         self._waited = 0.0
         self._seconds = 0.0  # of this entry, before this process began
@@ -89,12 +92,8 @@ class StepFigures:
         """What any process found of the step under way.
 
         One sum over all processes and one wait for the device, as every step pays for it. All must come to the same
-        decision: a process that skipped or stopped alone would leave the others waiting.
-
-        Args:
-            norm: of the whole gradient.
-            is_asked_to_stop: whether this process is.
-            device: of the step.
+        decision: a process that skipped or stopped alone would leave the others waiting. `norm` is that of the whole
+        gradient.
         """
         whole = norm.full_tensor() if hasattr(norm, "full_tensor") else norm  # a DTensor, under FSDP
         flags = [~self._step["loss"].isfinite(), ~whole.isfinite(), torch.tensor(is_asked_to_stop, device=device)]
@@ -158,20 +157,10 @@ class StepFigures:
     def save(self, checkpoint: Path) -> None:
         """Write it all, to be read by the same process of the resumed run."""
         # JSON holds floats exactly, so the resumed run's entries are the same to the bit.
-        content = {
-            "sums": {
-                name: [value.item(), str(value.dtype).removeprefix("torch.")] for name, value in self._sums.items()
-            },
-            "_num_steps": self._num_steps,
-            "_num_skipped": self._num_skipped,
-            "skipped_in_a_row": self.skipped_in_a_row,
-            "_num_tokens": self._num_tokens,
-            "_waited": self._waited,
-            "_seconds": 0.0 if self._since is None else time.monotonic() - self._since,
-            "_total_loss": self._total_loss,
-            "_total_steps": self._total_steps,
-        }
-        write_json(checkpoint / file_of_rank(FIGURES_FILE, rank()), content)
+        sums = {name: [value.item(), str(value.dtype).removeprefix("torch.")] for name, value in self._sums.items()}
+        seconds = 0.0 if self._since is None else time.monotonic() - self._since
+        counts = {name: getattr(self, name) for name in _COUNTS}
+        write_json(checkpoint / file_of_rank(FIGURES_FILE, rank()), {"sums": sums, **counts, "_seconds": seconds})
 
     def load(self, checkpoint: Path, device: torch.device) -> None:
         """Go on from what `save` wrote."""
@@ -201,18 +190,17 @@ class JsonLog(TrainerCallback):
 
     def on_log(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
         """Called where an entry was put at the end of the run's record."""
-        self._append_last(args, state)
+        file = Path(str(args.output_dir), LOG_FILE)
+        if state.is_world_process_zero:
+            with _or_end(file, state.global_step), file.open("a", encoding="utf-8") as out:
+                out.write(_line(state.log_history[-1]))
 
     def note_skipped(
         self, args: TrainingArguments, state: TrainerState, what: str, rows: Iterable[tuple[str, int]]
     ) -> None:
         """An entry for the step under way, which is skipped; it goes into the file and to no other tracker.
 
-        Args:
-            args: of the run.
-            state: the run's record.
-            what: is not finite, the loss or the gradient.
-            rows: file and place of each of the step's rows.
+        `what` is not finite, the loss or the gradient; `rows` are file and place of each of the step's rows.
         """
         step = state.global_step + 1
         places: dict[str, list[int]] = {}
@@ -220,14 +208,8 @@ class JsonLog(TrainerCallback):
             places.setdefault(file, []).append(place)
         entry: Any = {"step": step, "skipped": f"the {what} is not finite", "rows": places}
         state.log_history.append(entry)
-        self._append_last(args, state)
+        self.on_log(args, state, TrainerControl())
         logger.warning("step %s is skipped: its %s is not finite; %s names its rows", f"{step:,}", what, LOG_FILE)
-
-    def _append_last(self, args: TrainingArguments, state: TrainerState) -> None:
-        file = Path(str(args.output_dir), LOG_FILE)
-        if state.is_world_process_zero:
-            with _or_end(file, state.global_step), file.open("a", encoding="utf-8") as out:
-                out.write(_line(state.log_history[-1]))
 
 
 @contextmanager
@@ -264,11 +246,7 @@ def _step_of(line: str) -> float:
 
 
 class ProgressToStop(ProgressCallback):
-    """The library's progress bar, but as long as the run really is.
-
-    Args:
-        stop_after_n_steps: where the run ends; None = with its schedule.
-    """
+    """The library's progress bar, but as long as the run really is: to `stop_after_n_steps`, if that is given."""
 
     def __init__(self, stop_after_n_steps: int | None) -> None:
         super().__init__()
@@ -292,15 +270,11 @@ class EndOfRun(TrainerCallback):
 
     Args:
         stop_after_n_steps: end here, and leave the schedule's horizon where it is; None = with the schedule.
-
-    Attributes:
-        is_asked_for: whether a process was asked to stop.
-        steps_per_epoch: optimiser steps.
     """
 
     def __init__(self, stop_after_n_steps: int | None) -> None:
-        self.is_asked_for = False
-        self.steps_per_epoch = 1
+        self.is_asked_for = False  #: whether a process was asked to stop
+        self.steps_per_epoch = 1  #: optimiser steps
         self._stop_after_n_steps = stop_after_n_steps
         self._save_at_epoch_end = False
 

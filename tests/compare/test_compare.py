@@ -31,6 +31,7 @@ from llm2vec.compare.table import difference_table, failure_lines, outcome_table
 from llm2vec.model.chain import INCOMPLETE_MARKER
 from llm2vec.model.settings import SETTINGS_FILE
 from llm2vec.reports.results import ndcg_at_10
+from llm2vec.table import escape_markdown
 from llm2vec.types import UserError
 
 ROOT = Path(__file__).parents[2]
@@ -509,7 +510,7 @@ def test_page_markdown_and_json(folder: Path) -> None:
     assert {file.name for file in (folder / "out").iterdir()} == {f"comparison.{e}" for e in ("html", "md", "json")}
     html, text = page.read_text(encoding="utf-8"), (folder / "out/comparison.md").read_text(encoding="utf-8")
     for said in ("no luck; see b.log", "two_stages_cold", "stage_I: alpha 0.5; then stage_II: loss_scale 50"):
-        assert said in html and said in text
+        assert said in html and escape_markdown(said) in text
     assert "| b | 50.00 | 70.00 | 60.00 | - | - | 1 of 2: failed | 1.00 | 1.00 |" in text
     content = json.loads((folder / "out/comparison.json").read_text(encoding="utf-8"))
     assert [trial["recipe"] for trial in content["trials"]] == [outcome.recipe for outcome in OUTCOMES]

@@ -24,7 +24,7 @@ from llm2vec.compare.runs import read_set
 from llm2vec.planning import plan as plan_module
 from llm2vec.planning.gpus import CARDS, Card
 from llm2vec.planning.plan import Conditions, Plan, make_plan, stage_of
-from llm2vec.planning.words import as_the_run_says, learning_rate_share, num_checkpoints, report, warnings_of
+from llm2vec.planning.words import as_the_run_says, num_checkpoints, report, warnings_of
 from llm2vec.train import run as run_module
 from llm2vec.train.run import Schedule
 from llm2vec.train.stages import stage_parts
@@ -407,18 +407,6 @@ def test_activations_follow_the_bound_on_tokens(folder: Path) -> None:
     assert activations(gradient_checkpointing=True) < 0.2 * whole
 
 
-def test_learning_rate_at_the_stop(folder: Path) -> None:
-    """Linear: what is left of the way from the warm-up to the horizon; cosine: half way down is a half."""
-    plan = planned(folder, max_steps=100, warmup_steps=20, stop_after_n_steps=60)
-    assert plan.schedule is not None
-    assert learning_rate_share(plan, plan.schedule, 60) == pytest.approx(0.5)
-    plan = planned(folder, max_steps=100, warmup_steps=20, stop_after_n_steps=60, lr_scheduler_type="cosine")
-    assert learning_rate_share(plan, Schedule(60, 100, None), 60) == pytest.approx(0.5)
-    keys = {"lr_scheduler_type": "reduce_lr_on_plateau", "eval_strategy": "steps", "num_eval_rows": 4}
-    plan = planned(folder, max_steps=100, stop_after_n_steps=60, **keys)
-    assert learning_rate_share(plan, Schedule(60, 100, None), 60) is None
-
-
 @pytest.mark.parametrize(
     ("keys", "number"),
     [
@@ -538,7 +526,7 @@ def test_weights_are_not_read(folder: Path) -> None:
 # --- warnings ---
 
 WARNINGS: dict[str, tuple[dict[str, Any], str]] = {
-    "schedule": ({"max_steps": 100, "stop_after_n_steps": 50}, "stops after 50 at 50% of its learning rate"),
+    "schedule": ({"max_steps": 100, "stop_after_n_steps": 50}, "stops after 50 (stop_after_n_steps)"),
     "warm-up": ({"warmup_steps": 5}, "warm-up takes 5 steps and the run 3"),
     "cut": ({"max_seq_length": 70}, "of the texts are cut at max_seq_length 70"),
     "long rows": ({"tokens_per_microbatch": 80, "max_seq_length": 80}, "is 80, but there are rows of"),

@@ -255,7 +255,7 @@ def test_every_form_holds_the_same_and_escapes_what_comes_from_data(make_run: Ma
     run = make_run("plain", {**shifted("anchor", 0), "My<b>Task": 12.34})
     other = EvaluatedRun(evil, make_run("anchor", shifted("anchor", -2)).results)
     report = build_report([run, other], PAPER, None, {})
-    page = report.write(tmp_path / "out")
+    page = report.write(tmp_path / "out/report.html")
     assert sorted(path.name for path in page.parent.iterdir()) == ["report.html", "report.json", "report.md"]
     html, markdown = page.read_text(), page.with_name("report.md").read_text()
     assert (
@@ -268,7 +268,7 @@ def test_every_form_holds_the_same_and_escapes_what_comes_from_data(make_run: Ma
         rule = lines[lines.index(header) + 1]
         assert rule.count("|") == header.replace("\\|", "").count("|") == 5
     data = json.loads(page.with_name("report.json").read_text())
-    assert data == json.loads(json.dumps(report.data())) and data["runs"]["plain"]["scores"][
+    assert data == json.loads(json.dumps(report.data)) and data["runs"]["plain"]["scores"][
         "My<b>Task"
     ] == pytest.approx(12.34)
     assert data["comparisons"][0]["difference"] == pytest.approx(2)
@@ -298,7 +298,7 @@ def test_runs_without_a_task_of_the_papers_make_a_report_too(make_run: MakeRun, 
     runs = [make_run("anchor", {"MyOwn": 30.0}), make_run("baseline", {"MyOwn": 20.0})]
     report = build_report(runs, PAPER, ONE, {})
     assert "Beside the paper" not in {one.title for one in report.tables}
-    assert report.write(tmp_path / "out").is_file()
+    assert report.write(tmp_path / "out/report.html").is_file()
     both = build_report([make_run("a", {"MyOwn": 1.0, "Other": 2.0}), make_run("b", {"MyOwn": 1.0})], PAPER, None, {})
     assert "verdict" not in both.tables[0].note
 
@@ -320,7 +320,7 @@ def test_a_folder_that_cannot_be_made_is_one_sentence(make_run: MakeRun, tmp_pat
     report = build_report([make_run("a", {"MyOwn": 30.0})], PAPER, None, {})
     (tmp_path / "file").touch()
     with pytest.raises(UserError, match=r"The folder .*file cannot be made \(File exists\)"):
-        report.write(tmp_path / "file")
+        report.write(tmp_path / "file/report.html")
 
 
 def report_script(*arguments: str | Path) -> None:
