@@ -23,11 +23,12 @@ from llm2vec.model.checkpoint import save_checkpoint
 from llm2vec.model.embed import check_finite, embed
 from llm2vec.model.pooling import pool
 from llm2vec.model.proofs import check_decoder
-from llm2vec.model.settings import EncoderSettings, check_rendering, row_tokenizer, with_template
+from llm2vec.model.settings import UPSTREAMS_RULE, EncoderSettings, check_rendering, row_tokenizer, with_template
 from llm2vec.model.stock_form import stock_model
 from llm2vec.text.batches import pack_rows
-from llm2vec.text.tokenization import Row, probe_ids
-from llm2vec.types import Attention, InstructedText, PoolingMode, TextSide, UserError
+from llm2vec.text.probe_texts import probe_ids
+from llm2vec.text.tokenization import Row
+from llm2vec.types import Attention, InstructedText, InstructionMask, PoolingMode, TextSide, UserError
 
 if TYPE_CHECKING:
     from sentence_transformers import SentenceTransformer
@@ -61,6 +62,7 @@ class LLM2Vec(nn.Module):
         attention: `causal` or `bidirectional`; None = what the model's own config says, causal if nothing.
         normalize: whether `encode` returns unit vectors.
         parent_adapters: the adapters merged into the base below this model's own.
+        instruction_mask: how the instruction is left out; `counted` for a model of upstream LLM2Vec.
 
     Attributes:
         placed: whether the model was loaded with a device map, so that `encode` leaves it where it is.
@@ -80,6 +82,7 @@ class LLM2Vec(nn.Module):
         attention: Attention | None = None,
         normalize: bool = False,
         parent_adapters: Sequence[str] | None = None,
+        instruction_mask: InstructionMask = "offsets",
     ) -> None:
         super().__init__()
         if attention is None:
@@ -97,6 +100,7 @@ class LLM2Vec(nn.Module):
             attention=attention,
             normalize=normalize,
             parent_adapters=None if parent_adapters is None else tuple(parent_adapters),
+            instruction_mask=instruction_mask,
         )
         self.model = model
         self.tokenizer = tokenizer
@@ -118,6 +122,7 @@ class LLM2Vec(nn.Module):
         skip_instruction: bool | None = None,
         template: str | None = None,
         instruction_join: str | None = None,
+        instruction_mask: InstructionMask | None = None,
         torch_dtype: torch.dtype | str | None = None,
         dtype: torch.dtype | str | None = None,
         device_map: Any = None,
@@ -126,7 +131,8 @@ class LLM2Vec(nn.Module):
         """Load a model, put its adapters on, and prove that it attends as its settings say.
 
         Settings left at None come from `llm2vec_config.json` of the outermost folder that has one (the last adapter
-        first, the base last), else from `EncoderSettings`. So a folder of this project needs no further argument.
+        first, the base last), else from `EncoderSettings`. So a folder of this project needs no further argument. One
+        whose file has upstream's keys alone, or an adapter without any file of ours, is pooled by upstream's count.
 
         Args:
             base_model_name_or_path: a model, or an adapter folder (then its recorded base is loaded below it); or both
@@ -141,6 +147,7 @@ class LLM2Vec(nn.Module):
             skip_instruction: whether mean pooling leaves out the instruction.
             template: key of `templates.TEMPLATES`.
             instruction_join: what stands between instruction and text.
+            instruction_mask: how the instruction is left out of mean pooling, `offsets` or `counted`.
             torch_dtype: of the weights; a torch dtype, its name, or "auto". Default float32.
             dtype: the same, under its newer name.
             device_map: as in transformers.
@@ -156,7 +163,8 @@ class LLM2Vec(nn.Module):
             chain = open_chain(str(chain), [str(adapter) for adapter in adapters])
         elif peft_model_name_or_path:
             raise UserError("peft_model_name_or_path: adapters are part of the chain; open it with them.")
-        recorded = chain.settings
+        of_upstream = chain.adapters and not chain.settings and not chain.outermost.run
+        recorded = UPSTREAMS_RULE if of_upstream else chain.settings
         chosen = {
             "pooling_mode": pooling_mode,
             "max_length": max_length,
@@ -164,6 +172,7 @@ class LLM2Vec(nn.Module):
             "skip_instruction": skip_instruction,
             "template": template,
             "instruction_join": instruction_join,
+            "instruction_mask": instruction_mask,
             "attention": {None: None, True: "bidirectional", False: "causal"}[enable_bidirectional],
         }
         parents = {"parent_adapters": chain.adapters[:-1] if chain.adapters and not merge_peft else None}

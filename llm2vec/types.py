@@ -17,6 +17,9 @@ if TYPE_CHECKING:
 
 #: The stages of training.
 Stage = Literal["stage_I", "stage_II", "lm", "simcse", "mntp"]
+#: How a mean leaves the instruction out: by where the text stands, or by a count from the end (upstream's rule).
+InstructionMask = Literal["offsets", "counted"]
+
 PoolingMode = Literal["last", "mean", "weighted_mean", "first"]
 Attention = Literal["causal", "bidirectional"]
 AttnImplementation = Literal["eager", "sdpa", "flash_attention_2"]

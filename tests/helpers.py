@@ -101,11 +101,14 @@ MODELS: dict[str, tuple[str, type[PretrainedConfig], type[PreTrainedModel], type
 }
 
 
-def family_tokenizer(family: str) -> PreTrainedTokenizerFast:
-    """A fresh tokenizer of a family: a key of `FAMILIES`, or of `MODELS` for the one its tiny model fits."""
+def family_tokenizer(family: str, blank_led: tuple[str, ...] = ()) -> PreTrainedTokenizerFast:
+    """A fresh tokenizer of a family: a key of `FAMILIES`, or of `MODELS` for the one its tiny model fits.
+
+    Words that are `blank_led` are one token behind a blank, and alone they fall apart.
+    """
     family = family if family in FAMILIES else MODELS[family][0]
     special_tokens, arguments = FAMILIES[family]
-    tokenizer = _sentencepiece_bpe() if family.endswith("sentencepiece") else _byte_level_bpe()
+    tokenizer = (_sentencepiece_bpe if family.endswith("sentencepiece") else _byte_level_bpe)(blank_led)
     tokenizer.add_special_tokens([AddedToken(token, special=True, normalized=False) for token in special_tokens])
     if family == "qwen2":
         tokenizer.normalizer = normalizers.NFC()
@@ -169,8 +172,10 @@ def write_jsonl(path: Path, rows: Iterable[Any]) -> Path:
     return path
 
 
-def _byte_level_bpe() -> Tokenizer:
-    vocabulary, merges = _bpe(tuple(sorted(pre_tokenizers.ByteLevel.alphabet())), blank="Ġ", pairs=("ĊĊ",))
+def _byte_level_bpe(blank_led: tuple[str, ...]) -> Tokenizer:
+    vocabulary, merges = _bpe(
+        tuple(sorted(pre_tokenizers.ByteLevel.alphabet())), blank="Ġ", pairs=("ĊĊ",), blank_led=blank_led
+    )
     tokenizer = Tokenizer(models.BPE(vocab=vocabulary, merges=merges))
     tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
         [
@@ -182,10 +187,12 @@ def _byte_level_bpe() -> Tokenizer:
     return tokenizer
 
 
-def _sentencepiece_bpe() -> Tokenizer:
+def _sentencepiece_bpe(blank_led: tuple[str, ...]) -> Tokenizer:
     """As Llama 2 and the first Mistral: `▁` for a blank, one put in front of every run, bytes for what is unknown."""
     letters = tuple(chr(code) for code in range(33, 127))
-    vocabulary, merges = _bpe((*(f"<0x{byte:02X}>" for byte in range(256)), "▁", *letters), blank="▁")
+    vocabulary, merges = _bpe(
+        (*(f"<0x{byte:02X}>" for byte in range(256)), "▁", *letters), blank="▁", blank_led=blank_led
+    )
     tokenizer = Tokenizer(models.BPE(vocab=vocabulary, merges=merges, byte_fallback=True, fuse_unk=True))
     tokenizer.normalizer = normalizers.Sequence([normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")])
     tokenizer.decoder = decoders.Sequence(
@@ -196,11 +203,14 @@ def _sentencepiece_bpe() -> Tokenizer:
 
 @cache
 def _bpe(
-    alphabet: tuple[str, ...], blank: str, pairs: tuple[str, ...] = ()
+    alphabet: tuple[str, ...], blank: str, pairs: tuple[str, ...] = (), blank_led: tuple[str, ...] = ()
 ) -> tuple[dict[str, int], list[tuple[str, str]]]:
-    """Vocabulary and merges under which each of `WORDS`, with and without a blank before it, is one token."""
+    """Vocabulary and merges under which each of `WORDS`, with and without a blank before it, is one token.
+
+    A word that is `blank_led` is one only behind a blank, as it shares no pair of letters with `WORDS`.
+    """
     merges: list[tuple[str, str]] = []
-    for word in (*pairs, *WORDS, *(blank + word for word in WORDS)):
+    for word in (*pairs, *WORDS, *(blank + word for word in (*WORDS, *blank_led))):
         parts = list(word)
         for left, right in merges:  # what the merges so far make of it
             i = 0

@@ -38,7 +38,17 @@ BLOCKS = re.findall(r"^```python\n(.*?)^```", PAGE.read_text(encoding="utf-8"), 
 
 HUB = "McGill-NLP/LLM2Vec-"
 INSTRUCTION = "Given a web search query, retrieve relevant passages that answer the query:"
-QUERIES = [[INSTRUCTION, "who wrote it"], [INSTRUCTION, "the answer: question the user"]]
+QUERIES = [
+    [INSTRUCTION, "who wrote it"],
+    [INSTRUCTION, "the answer: question the user"],
+    [INSTRUCTION, "zap the world"],
+    [INSTRUCTION, "lazy"],
+]
+#: Words of `QUERIES` that are one token behind a blank and several alone, as real vocabularies have them.
+BLANK_LED = ("zap", "lazy")
+#: What the code of upstream 0.2.3 pools over, and the vectors it makes of `made_up_states`: of the rows of
+#: `recorded_rows`, by the tokenizers that stand under the published names here.
+RECORDED = json.loads((Path(__file__).parent / "upstream_pooling.json").read_text(encoding="utf-8"))
 DOCUMENTS = ["hello world", "who wrote the answer", "the red world, the green world and the blue world"]
 
 
@@ -103,7 +113,7 @@ def write_adapter(folder: Path, family: Family, model: PreTrainedModel, seed: in
 
 def publish(cache: Path, family: Family) -> None:
     """The base and its three adapters; the first of these holds a config too, and points at code of its own."""
-    tokenizer = family_tokenizer(family.tokenizer)
+    tokenizer = family_tokenizer(family.tokenizer, BLANK_LED)
     base = repository(cache, family.base)
     tiny_model(family.model, True, tokenizer=tokenizer, initializer_range=0.2).save_pretrained(base)
     tokenizer.save_pretrained(base)
@@ -178,6 +188,12 @@ def bidirectional_chain(family: str) -> Any:
     return hidden
 
 
+def made_up_states(ids: Sequence[int]) -> Tensor:
+    """States [T, 3] that differ by token and by place."""
+    token_T, place_T = torch.tensor(ids).double(), torch.arange(len(ids)).double()
+    return torch.stack([torch.sin(token_T * (k + 1) + place_T) for k in range(3)], dim=1)
+
+
 # --- the page's own code ---
 
 
@@ -200,10 +216,12 @@ def test_the_page_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     assert page["similarity"].shape == (2, 2) and bool((page["similarity"].abs() < 1).all())
     assert page["l2v"].model.dtype == torch.bfloat16
     assert page["l2v"].settings == EncoderSettings(
-        template="llama3", parent_adapters=(f"{HUB}Meta-Llama-3-8B-Instruct-mntp",)
+        template="llama3", parent_adapters=(f"{HUB}Meta-Llama-3-8B-Instruct-mntp",), instruction_mask="counted"
     )
     assert page["llama31"].settings.template == "plain"
-    assert page["mistral"].settings == EncoderSettings(template="mistral", doc_max_length=400)
+    assert page["mistral"].settings == EncoderSettings(
+        template="mistral", doc_max_length=400, instruction_mask="counted"
+    )
     assert not isinstance(page["mistral"].model, PeftModel)
     assert page["wrapped"].settings.attention == "bidirectional"
     vectors = page["vectors"].detach()
@@ -211,7 +229,9 @@ def test_the_page_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     assert page["loss"].item() == pytest.approx(expected.item(), rel=1e-5)
     page["loss"].backward()
     assert page["model"].settings == page["again"].settings
-    assert page["again"].settings == EncoderSettings("weighted_mean", 128, 400, template="llama3")
+    assert page["again"].settings == EncoderSettings(
+        "weighted_mean", 128, 400, template="llama3", instruction_mask="counted"
+    )
     assert torch.equal(encode(page["again"]), encode(page["model"]))
     adapter = encode(LLM2Vec.from_pretrained("converted/adapter"))
     assert apart(adapter, encode(page["model"])) < 1e-5 * float(adapter.abs().max())
@@ -265,6 +285,50 @@ def test_embeddings_are_upstreams(family: str, mode: str) -> None:
         ]
     assert apart(vectors, torch.stack(expected)) < 1e-5 * float(vectors.abs().max())
     assert apart(vectors[0], vectors[1]) > 0.01 or mode == "bos_token"
+
+
+@pytest.mark.parametrize("mode", ["mean", "weighted_mean"])
+@pytest.mark.parametrize("family", list(FAMILIES))
+def test_pooled_positions_are_those_that_upstreams_code_gave(family: str, mode: str) -> None:
+    """Ids, number of pooled positions and vectors of a published folder are the recorded ones. Ours count otherwise."""
+    template = "plain" if family == "llama31" else None
+    model = LLM2Vec.from_pretrained(*names(family), pooling_mode=mode, template=template)
+    assert len(RECORDED[family]) == len(QUERIES) + len(DOCUMENTS)
+    for entry in RECORDED[family]:
+        batch = model.tokenize([[entry["instruction"], entry["text"]]])
+        assert batch["input_ids"][0].tolist() == entry["ids"]
+        assert int(batch["pool_mask"].sum()) == entry["pooled"]
+        vector = pool(made_up_states(entry["ids"])[None], batch["pool_mask"], model.pooling_mode)[0]
+        torch.testing.assert_close(vector, torch.tensor(entry[mode]).double(), atol=1e-6, rtol=0)
+    ours = LLM2Vec.from_pretrained(*names(family), pooling_mode=mode, template=template, instruction_mask="offsets")
+    counts = [[int(m.tokenize([query])["pool_mask"].sum()) for query in QUERIES] for m in (model, ours)]
+    assert (counts[0] == counts[1]) == FAMILIES[family].tokenizer.endswith("sentencepiece")
+    assert counts[0][:2] == counts[1][:2]
+
+
+def test_a_folder_of_ours_leaves_the_instruction_out_by_where_it_stands(tmp_path: Path) -> None:
+    """A file with upstream's keys alone is upstream's, and so is an adapter without one; what we write says which."""
+    published = LLM2Vec.from_pretrained(*names("llama3"))
+    assert published.settings.instruction_mask == "counted"
+    published.save(tmp_path / "kept")
+    assert json.loads((tmp_path / "kept" / SETTINGS_FILE).read_text(encoding="utf-8"))["instruction_mask"] == "counted"
+    kept = LLM2Vec.from_pretrained(str(tmp_path / "kept"))
+    assert kept.settings == published.settings and torch.equal(encode(kept), encode(published))
+
+    with pytest.raises(UserError, match=r"instruction_mask is 'counted'.*with instruction_mask 'offsets'"):
+        published.as_sentence_transformer()
+    with pytest.raises(UserError, match="instruction_mask is 'x'; allowed: offsets, counted"):
+        LLM2Vec.from_pretrained(*names("llama3"), instruction_mask="x")  # type: ignore[arg-type]
+
+    base = FAMILIES["llama3"].base
+    ours = LLM2Vec.from_pretrained(*names("llama3"), instruction_mask="offsets")
+    assert apart(encode(ours, QUERIES[2:]), encode(published, QUERIES[2:])) > 0.01
+    ours.save(tmp_path / "ours")
+    assert "instruction_mask" not in json.loads((tmp_path / "ours" / SETTINGS_FILE).read_text(encoding="utf-8"))
+    assert LLM2Vec.from_pretrained(str(tmp_path / "ours")).settings == ours.settings
+    ours.save(tmp_path / "bare", save_config=False)
+    for folder in (str(tmp_path / "bare"), base):  # an adapter of ours without settings, and a bare model
+        assert LLM2Vec.from_pretrained(folder).settings.instruction_mask == "offsets"
 
 
 def test_the_closing_token_of_llama3_is_upstreams() -> None:

@@ -20,7 +20,7 @@ from llm2vec.model.backbone import attach_lora, load_backbone
 from llm2vec.model.chain import open_chain
 from llm2vec.model.checkpoint import save_checkpoint
 from llm2vec.model.settings import EncoderSettings, row_tokenizer
-from llm2vec.text.tokenization import probe_ids
+from llm2vec.text.probe_texts import probe_ids
 
 BIDIRECTIONAL = EncoderSettings("last", 64, template="llama3", instruction_join="; ", attention="bidirectional")
 CAUSAL_MEAN = EncoderSettings("mean", 64, template="llama3", instruction_join="; ", attention="causal")

@@ -95,7 +95,7 @@ class LLM2VecEncoder(AbsEncoder):
                 "checkpoints": [revision_of(path) for path in paths],
                 "dtype": str(next(self.model.parameters()).dtype),
                 # The adapters below are hashed with the checkpoints; where they lie does not matter.
-                "settings": dataclasses.asdict(dataclasses.replace(self.model.settings, parent_adapters=None)),
+                "settings": dataclasses.replace(self.model.settings, parent_adapters=None).written(),
                 "instructions": self.task_to_instructions,
             }
         )

@@ -42,7 +42,7 @@ from llm2vec.model.chain import RUN_FILE, Chain, open_chain
 from llm2vec.model.settings import SETTINGS_FILE
 from llm2vec.model.stock_form import StockForm, probes, stock_model, write_form
 from llm2vec.reports.results import Results
-from llm2vec.text.tokenization import probe_ids
+from llm2vec.text.probe_texts import probe_ids
 from llm2vec.types import UserError, first_line
 
 
@@ -87,7 +87,7 @@ def export(what: Export, out: Path) -> Proof:
     chain = open_chain(what.model.base, what.model.adapters)
     base_id = _base_id(what, chain)
     with _written_aside(out) as folder:
-        model = LLM2Vec.from_pretrained(chain, doc_max_length=what.doc_max_length)
+        model = LLM2Vec.from_pretrained(chain, doc_max_length=what.doc_max_length, instruction_mask="offsets")
         form = stock_model(model.model, model.row_tokenizer, model.settings, what.instructions).form
         texts = probes(form.rows)
         exact = our_vectors(model, texts)
@@ -107,7 +107,7 @@ def export(what: Export, out: Path) -> Proof:
         architecture = type(model.model).__name__
         num_parameters = sum(p.numel() for p in model.model.parameters())
         write_form(folder, form, config.hidden_size, settings.attention, what.instructions)
-        write_json(folder / SETTINGS_FILE, dataclasses.asdict(settings))
+        write_json(folder / SETTINGS_FILE, settings.written())
         del model
         gc.collect()  # two models at once may be more than there is memory for
         proof = prove(folder, form, settings, texts, exact, stored)

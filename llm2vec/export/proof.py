@@ -13,7 +13,7 @@ from llm2vec.llm2vec import LLM2Vec
 from llm2vec.model.backbone import load_tokenizer
 from llm2vec.model.settings import EncoderSettings, row_tokenizer
 from llm2vec.model.stock_form import StockForm, compare_text
-from llm2vec.text.tokenization import probe_ids
+from llm2vec.text.probe_texts import probe_ids
 from llm2vec.types import InstructedText, UserError
 
 #: Most that a number of a unit vector may differ in float32.

@@ -13,7 +13,6 @@ numbers, log. It is written as a whole beside its place and then renamed; `SHA25
 
 from __future__ import annotations
 
-import dataclasses
 import os
 import platform
 import shutil
@@ -80,7 +79,7 @@ def save_checkpoint(
         # peft writes a model card about nothing; ours comes with the export.
         (staging / "README.md").unlink(missing_ok=True)
         if settings is not None:
-            write_json(staging / SETTINGS_FILE, dataclasses.asdict(settings))
+            write_json(staging / SETTINGS_FILE, settings.written())
         sizes = {file.name: file.stat().st_size for file in sorted(staging.iterdir())}
         parents = {} if settings is None else {"parent_weights": _parent_weights(settings)}
         write_json(staging / RUN_FILE, {**(run or {}), **environment(), **parents, "files": sizes})

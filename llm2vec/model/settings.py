@@ -12,13 +12,18 @@ from typing import Any, get_args
 from transformers import PreTrainedTokenizerBase
 
 from llm2vec.files import read_object
+from llm2vec.text.probe_texts import probe_ids
 from llm2vec.text.templates import infer_template, segments_of
-from llm2vec.text.tokenization import RowTokenizer, probe_ids
-from llm2vec.types import POOLING_ALIASES, Attention, PoolingMode, UserError
+from llm2vec.text.tokenization import RowTokenizer
+from llm2vec.types import POOLING_ALIASES, Attention, InstructionMask, PoolingMode, UserError
 
 logger = logging.getLogger(__name__)
 
 SETTINGS_FILE = "llm2vec_config.json"
+#: All that upstream writes there. A folder of ours says its template and attention too.
+UPSTREAMS_KEYS = {"pooling_mode", "max_length", "doc_max_length", "skip_instruction"}
+#: What the folders of upstream LLM2Vec do not say, and do.
+UPSTREAMS_RULE: dict[str, Any] = {"instruction_mask": "counted"}
 
 
 @dataclass(frozen=True)
@@ -37,6 +42,8 @@ class EncoderSettings:
         attention: `causal` or `bidirectional`.
         normalize: whether `encode` returns unit vectors.
         parent_adapters: for an adapter checkpoint, the adapters merged into the base below it, innermost first.
+        instruction_mask: how the instruction is left out: `offsets`, or `counted` for a model of upstream LLM2Vec
+            (`text.tokenization.RowTokenizer`).
     """
 
     pooling_mode: PoolingMode = "mean"
@@ -48,6 +55,7 @@ class EncoderSettings:
     attention: Attention = "bidirectional"
     normalize: bool = False
     parent_adapters: tuple[str, ...] | None = None
+    instruction_mask: InstructionMask = "offsets"
 
     def __post_init__(self) -> None:
         mode = POOLING_ALIASES.get(self.pooling_mode) if isinstance(self.pooling_mode, str) else None
@@ -56,8 +64,9 @@ class EncoderSettings:
         object.__setattr__(self, "pooling_mode", mode)
         if self.template is not None:
             segments_of(self.template, mode)  # refuses an unknown one, and `last` where no closing token is written
-        if self.attention not in get_args(Attention):
-            raise UserError(f"attention is {self.attention!r}; allowed: {', '.join(get_args(Attention))}.")
+        for name, words in (("attention", get_args(Attention)), ("instruction_mask", get_args(InstructionMask))):
+            if getattr(self, name) not in words:
+                raise UserError(f"{name} is {getattr(self, name)!r}; allowed: {', '.join(words)}.")
         for name in ("max_length", "doc_max_length"):
             value = getattr(self, name)
             open_ended = value is None and name == "doc_max_length"
@@ -74,9 +83,18 @@ class EncoderSettings:
                 raise UserError(f"parent_adapters is {paths!r}; a list of paths is needed.")
             object.__setattr__(self, "parent_adapters", tuple(self.parent_adapters))
 
+    def written(self) -> dict[str, Any]:
+        """As a file or a result's name holds them; `instruction_mask` only where it is upstream's."""
+        fields = dataclasses.asdict(self)
+        if self.instruction_mask == "offsets":
+            del fields["instruction_mask"]  # so that folders and results of before the key stay what they are
+        return fields
+
 
 def read_settings(file: Path) -> dict[str, Any]:
     """What an `llm2vec_config.json` says: the settings that are written there, of values that they may have.
+
+    One that upstream LLM2Vec wrote, which holds none but its keys, has upstream's `instruction_mask`.
 
     Raises:
         UserError: it is no JSON object of settings.
@@ -90,7 +108,7 @@ def read_settings(file: Path) -> dict[str, Any]:
         EncoderSettings(**written)
     except UserError as error:
         raise UserError(f"{file}: {error}") from error
-    return written
+    return {**written, **UPSTREAMS_RULE} if written and written.keys() <= UPSTREAMS_KEYS else written
 
 
 def row_tokenizer(
@@ -105,6 +123,7 @@ def row_tokenizer(
         text_max_length=settings.doc_max_length,
         instruction_join=settings.instruction_join,
         skip_instruction=settings.skip_instruction,
+        instruction_mask=settings.instruction_mask,
         reconstruct_instruction=reconstruct_instruction,
     )
 

@@ -39,8 +39,9 @@ from tokenizers import Tokenizer
 from llm2vec.files import write_json
 from llm2vec.model.backbone import Backbone
 from llm2vec.model.settings import EncoderSettings
+from llm2vec.text.probe_texts import PROBE_TEXTS
 from llm2vec.text.templates import segments_of
-from llm2vec.text.tokenization import PROBE_TEXTS, Row, RowTokenizer
+from llm2vec.text.tokenization import Row, RowTokenizer
 from llm2vec.types import Attention, InstructedText, PoolingMode, TextSide, UserError
 
 if TYPE_CHECKING:
@@ -167,6 +168,11 @@ def check_expressible(rows: RowTokenizer, settings: EncoderSettings) -> None:
         raise UserError(
             "pooling_mode is 'weighted_mean' without the instruction: sentence-transformers weights a token by its "
             "place in the whole row, this project by its place behind the instruction."
+        )
+    if skips and settings.instruction_mask == "counted":
+        raise UserError(
+            "instruction_mask is 'counted', as upstream LLM2Vec leaves the instruction out, and sentence-transformers "
+            "leaves out a prompt's own tokens; load the model with instruction_mask 'offsets'."
         )
     room = settings.max_length - min(_bare_row(rows, side).target.count(False) for side in get_args(TextSide))
     if settings.doc_max_length is not None and settings.doc_max_length < room:

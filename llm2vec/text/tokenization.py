@@ -21,7 +21,7 @@ from transformers import PreTrainedTokenizerBase
 
 from llm2vec.files import check_unicode
 from llm2vec.text.templates import Segment, SegmentKind, segments_of, template_named
-from llm2vec.types import InstructedText, PoolingMode, TextSide, UserError
+from llm2vec.types import InstructedText, InstructionMask, PoolingMode, TextSide, UserError
 
 #: Most tokens of a few-shot example's query, and of its answer (released code of arXiv 2409.15700).
 EXAMPLE_PART = 256
@@ -81,6 +81,9 @@ class RowTokenizer:
         text_max_length: most tokens of the text alone (of each copy, where a form writes two); None = as many as fit.
         instruction_join: what stands between instruction and text, in the templates that leave it open.
         skip_instruction: False = the whole row is pooled over, whatever the template says (irrelevant under `last`).
+        instruction_mask: how the pooled positions are told from the instruction's. `offsets`: by the characters that a
+            token stands for. `counted`: as many of the last as the text and what closes it make alone, as upstream
+            LLM2Vec does; one more or fewer, where a token spans the seam or the text's first word is split otherwise.
         reconstruct_instruction: whether the instruction is part of the target mask, beside the text.
         padding_side: "right" or "left"; embeddings do not depend on it.
 
@@ -99,6 +102,7 @@ class RowTokenizer:
         text_max_length: int | None = None,
         instruction_join: str = "; ",
         skip_instruction: bool = True,
+        instruction_mask: InstructionMask = "offsets",
         reconstruct_instruction: bool = False,
         padding_side: str = "right",
     ) -> None:
@@ -110,6 +114,7 @@ class RowTokenizer:
         self.text_max_length = text_max_length
         self.instruction_join = instruction_join
         self.pool_everything = pooling_mode == "first" or not skip_instruction
+        self.counts_positions = instruction_mask == "counted" and not self.pool_everything
         self.target_kinds: tuple[SegmentKind, ...] = ("instruction", "join") if reconstruct_instruction else ()
         self.padding_side = padding_side
         self._example = template_named(template).example
@@ -155,10 +160,13 @@ class RowTokenizer:
         ]
         tokens = self._tokenise([*pieces, *shown])
         examples = iter(tokens[len(texts) :])
-        return [
+        rows = [
             self._assemble(form, row, text, [next(examples) for _ in text.examples])
             for form, row, text in zip(forms, tokens, texts, strict=False)
         ]
+        if not self.counts_positions:
+            return rows
+        return list(map(self._pool_counted, forms, pieces, tokens, rows))
 
     def opening(self, instruction: str, side: TextSide = "query") -> tuple[list[int], str]:
         """What stands before a row's (first) text: ids, then the characters that are tokenised in one go with it."""
@@ -253,18 +261,7 @@ class RowTokenizer:
 
     def _tokenise(self, rows: Sequence[Sequence[_Piece]]) -> list[_Tokens]:
         """Tokens of each row's pieces; all runs go through the tokenizer at once."""
-        texts = [piece.text for row in rows for piece in row if isinstance(piece, _Run)]
-        encoded: Iterator[tuple[list[int], list[tuple[int, int]]]] = iter(())
-        if texts:
-            try:
-                output = self.tokenizer(
-                    texts, add_special_tokens=False, return_offsets_mapping=True, split_special_tokens=True
-                )
-            except TypeError:
-                for text in texts:
-                    check_unicode(text, "text", "a row")
-                raise
-            encoded = zip(output["input_ids"], output["offset_mapping"], strict=True)
+        encoded = self._encode([piece.text for row in rows for piece in row if isinstance(piece, _Run)])
         tokens = []
         for row in rows:
             ids: list[int] = []
@@ -279,6 +276,20 @@ class RowTokenizer:
                 owners.extend(_owner(piece, start, end) for start, end in offsets)
             tokens.append(_Tokens(ids, owners))
         return tokens
+
+    def _encode(self, texts: list[str]) -> Iterator[tuple[list[int], list[tuple[int, int]]]]:
+        """Ids and offsets of each text; no special token is read or written."""
+        if not texts:
+            return iter(())
+        try:
+            output = self.tokenizer(
+                texts, add_special_tokens=False, return_offsets_mapping=True, split_special_tokens=True
+            )
+        except TypeError:
+            for text in texts:
+                check_unicode(text, "text", "a row")
+            raise
+        return zip(output["input_ids"], output["offset_mapping"], strict=True)
 
     def _assemble(self, form: _Form, tokens: _Tokens, text: InstructedText, examples: Sequence[_Tokens]) -> Row:
         """Ids and masks of a whole row, with the text cut to what the rest leaves."""
@@ -305,6 +316,18 @@ class RowTokenizer:
             pooled = [True] * len(ids)
         target_of = [i == copies[-1] or segment.kind in self.target_kinds for i, segment in enumerate(form)]
         return Row(ids, pooled, [target_of[owner] for owner in owners])
+
+    def _pool_counted(self, form: _Form, pieces: Sequence[_Piece], tokens: _Tokens, row: Row) -> Row:
+        """A row that pools as many of its last tokens more, or fewer, as its text makes alone and not in the row."""
+        runs = [(piece, piece.cut) for piece in pieces if isinstance(piece, _Run) and piece.cut is not None]
+        if not runs or not form[runs[-1][1].segment].pooled:
+            return row
+        run, cut = runs[-1]
+        ((alone, _),) = self._encode([run.text[cut.start :]])
+        behind = {span.segment for span in run.spans if span.segment >= cut.segment}
+        more = len(alone) - sum(owner in behind for owner in tokens.owners)
+        first = min(len(row.ids) - sum(row.pooled) - more, len(row.ids) - 1)
+        return row._replace(pooled=[i >= first for i in range(len(row.ids))])
 
     def _with_examples(self, form: _Form, row: _Tokens, examples: Sequence[_Tokens]) -> _Tokens:
         """A row with as many of its examples as fit, at their place."""
@@ -366,27 +389,3 @@ def _cut(tokens: _Tokens, form: _Form, room: int) -> _Tokens:
         if left.get(owner, 0) >= 0:
             keep.append(i)
     return _Tokens([tokens.ids[i] for i in keep], [tokens.owners[i] for i in keep])
-
-
-#: Short texts that show a change of template, tokenizer or library: instruction, accents, spaces, a look-alike token.
-PROBE_TEXTS = (
-    InstructedText("", "The quick brown fox."),
-    InstructedText("Given a question, retrieve passages that answer it:", "who wrote Emma?"),
-    InstructedText("", "  Naïve café, 東京 1234567\n\tdef f(x): return x "),
-    InstructedText("Retrieve semantically similar text", "</s> <|eot_id|> <|im_end|> [INST]"),
-)
-
-
-def probe_ids(tokenizer: RowTokenizer) -> list[list[int]]:
-    """Token ids of the probe texts, in each form the template has: stored with a checkpoint, compared at loading.
-
-    Of a text whose instruction alone fills the tokenizer's `max_length`, none.
-    """
-    return [_ids_if_it_fits(tokenizer, text._replace(side=side)) for side in tokenizer.sides for text in PROBE_TEXTS]
-
-
-def _ids_if_it_fits(tokenizer: RowTokenizer, text: InstructedText) -> list[int]:
-    try:
-        return tokenizer.rows([text])[0].ids
-    except UserError:  # rows may be short where nobody writes such an instruction
-        return []

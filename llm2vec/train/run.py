@@ -32,7 +32,7 @@ from llm2vec.model.settings import EncoderSettings, row_tokenizer
 from llm2vec.probes.diagnostics import EmbeddingDiagnostics
 from llm2vec.probes.reconstruction_probe import ReconstructionProbe
 from llm2vec.processes import StopSignals, rank, world_size
-from llm2vec.text.tokenization import probe_ids
+from llm2vec.text.probe_texts import probe_ids
 from llm2vec.train.config import Config
 from llm2vec.train.log import drop_entries_after
 from llm2vec.train.model import autocast, decoder_of, part_to_save, plan_sharding

@@ -35,7 +35,7 @@ from llm2vec.model.checkpoint import save_checkpoint
 from llm2vec.model.settings import EncoderSettings, row_tokenizer
 from llm2vec.model.stock_form import stock_model
 from llm2vec.reports.results import read_results
-from llm2vec.text.tokenization import probe_ids
+from llm2vec.text.probe_texts import probe_ids
 from llm2vec.types import UserError
 
 SCRIPT = Path(__file__).parents[2] / "experiments" / "export.py"

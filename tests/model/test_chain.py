@@ -25,7 +25,7 @@ from llm2vec.model.chain import RUN_FILE, adapter_hash, is_mark_of_folder, mark_
 from llm2vec.model.checkpoint import save_checkpoint
 from llm2vec.model.settings import SETTINGS_FILE, EncoderSettings, row_tokenizer
 from llm2vec.probes.reconstruction import load_reconstructor
-from llm2vec.text.tokenization import probe_ids
+from llm2vec.text.probe_texts import probe_ids
 from llm2vec.train.config import Config
 from llm2vec.train.model import load_model
 from llm2vec.types import UserError

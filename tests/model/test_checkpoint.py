@@ -21,7 +21,7 @@ from llm2vec.model.backbone import attach_lora, load_backbone
 from llm2vec.model.chain import INCOMPLETE_MARKER, RUN_FILE, mark_of, open_chain, open_folder
 from llm2vec.model.checkpoint import SUMS_FILE, check_sums, read_weights, save_checkpoint, write_sums
 from llm2vec.model.settings import SETTINGS_FILE, EncoderSettings, row_tokenizer
-from llm2vec.text.tokenization import probe_ids
+from llm2vec.text.probe_texts import probe_ids
 from llm2vec.types import UserError
 
 SETTINGS = EncoderSettings("last", 64, template="llama3", instruction_join="; ", attention="causal")

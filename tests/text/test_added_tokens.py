@@ -29,8 +29,9 @@ from llm2vec.model.embed import embed
 from llm2vec.model.settings import EncoderSettings, row_tokenizer
 from llm2vec.objectives.contrastive import ContrastiveLearning
 from llm2vec.text.few_shot import check_examples_fit, with_examples
+from llm2vec.text.probe_texts import probe_ids
 from llm2vec.text.templates import add_template_tokens
-from llm2vec.text.tokenization import RowTokenizer, probe_ids
+from llm2vec.text.tokenization import RowTokenizer
 from llm2vec.train.config import Config
 from llm2vec.train.model import load_model
 from llm2vec.train.run import train

@@ -15,8 +15,9 @@ from llm2vec.data.sources import Instruction, Source
 from llm2vec.llm2vec import LLM2Vec, as_instructed
 from llm2vec.model.pooling import pool
 from llm2vec.model.settings import EncoderSettings
+from llm2vec.text.probe_texts import PROBE_TEXTS, probe_ids
 from llm2vec.text.templates import TEMPLATES, add_template_tokens, leaves_join_open
-from llm2vec.text.tokenization import EXAMPLE_PART, PROBE_TEXTS, Row, RowTokenizer, probe_ids
+from llm2vec.text.tokenization import EXAMPLE_PART, Row, RowTokenizer
 from llm2vec.train.config.file import load_config
 from llm2vec.types import Demonstration, InstructedText, PoolingMode, TextSide, UserError
 
