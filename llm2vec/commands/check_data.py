@@ -10,7 +10,6 @@ the command.
 
 from __future__ import annotations
 
-import argparse
 import logging
 import statistics
 from collections.abc import Sequence
@@ -33,7 +32,8 @@ from llm2vec.types import CHARACTERS_A_TOKEN
 logger = logging.getLogger(__name__)
 
 
-def _parse_args(argv: Sequence[str]) -> argparse.Namespace:
+def main(argv: Sequence[str]) -> int:
+    """Check and print; returns the exit code."""
     parser = cli.parser("check-data", __doc__)
     parser.add_argument("folder", type=Path, help="where the files lie")
     parser.add_argument("--sources_file", type=Path, help="table of one's own sources; default: the released archive's")
@@ -41,12 +41,7 @@ def _parse_args(argv: Sequence[str]) -> argparse.Namespace:
     parser.add_argument("--tokenizer", help="folder or hub name; default: tokens are guessed, 4 characters each")
     parser.add_argument("--max_length", type=cli.positive, default=512, help="where training cuts (default 512 tokens)")
     parser.add_argument("--test_sets", nargs="+", type=Path, default=[], help="folders of test sets to look for")
-    return parser.parse_args(argv)
-
-
-def main(argv: Sequence[str]) -> int:
-    """Check and print; returns the exit code."""
-    args = _parse_args(argv)
+    args = parser.parse_args(argv)
     sources, missing = sources_there(args.folder, args.sources_file, args.sources)
     if missing:
         logger.info("not there: %s", ", ".join(missing))
@@ -58,14 +53,16 @@ def main(argv: Sequence[str]) -> int:
         reports.append(check_source(source, args.folder, count_tokens, test_texts))
     lines = _table_lines(reports, args.max_length, guessed=args.tokenizer is None)
     if test_texts is not None:
-        lines += _overlap_lines(reports, test_texts)
-    for line in lines:
-        logger.info("%s", line)
+        lines.append(f"rows that share a text, or {OVERLAP_WORDS} words in a row, with a test set:")
+        for name, size in test_texts.sizes.items():
+            shares = ((r.name, r.overlap[name], r.rows) for r in reports if r.overlap[name])
+            found = [f"{source} {number:,} ({number / rows:.2%})" for source, number, rows in shares]
+            lines.append(f"  {name} ({size:,} texts): {', '.join(found) or 'none'}")
     differing = record_hashes(reports, args.folder / "hashes.json")
     empty = [f"{report.name}: its file has no rows." for report in reports if not report.rows + report.bad]
     problems = [error for report in reports for error in report.errors] + empty + differing
-    for problem in problems:
-        logger.info("%s", problem)
+    for line in lines + problems:
+        logger.info("%s", line)
     return 1 if problems else 0
 
 
@@ -90,40 +87,23 @@ def _table_lines(reports: Sequence[SourceReport], max_length: int, guessed: bool
             report.rows, report.bad, report.duplicates, report.repeated_queries, report.query_is_positive,
             report.positive_is_negative, report.without_negative,
         )  # fmt: skip
-        medians = [_median(report, side) for side in ("query", "positive")]
+        tokens = [report.tokens.get(side) for side in ("query", "positive")]
+        medians = [f"{statistics.median(numbers):.0f}" if numbers else "-" for numbers in tokens]
         languages = "; ".join(_languages(report, side) for side in ("query", "positive"))
         rows.append([report.name, *(f"{count:,}" for count in counts), *medians, f"{cut:.1%}", languages])
     whole = [f"{sum(report.rows for report in reports):,}", f"{sum(report.bad for report in reports):,}"]
     rows.append(["all", *whole, *[""] * (len(header) - 2)])
-    tokens = "guessed from characters, 4 each" if guessed else "without the template's own"
+    counted = "guessed from characters, 4 each" if guessed else "without the template's own"
     lines = [
         Table([*header, "languages (query; positive)"], rows).text(),
         "bad: lines that training refuses; twice: query and positive seen before; query+: query seen before",
         "q=p, p=n: query and positive, positive and a negative are one text; no neg: no hard negative",
-        f"query, positive: median tokens ({tokens}); cut: documents of more than {max_length} of them; both and the "
+        f"query, positive: median tokens ({counted}); cut: documents of more than {max_length} of them; both and the "
         "languages from a sample",
     ]
     if language_of() is None:
         lines.append('languages: not looked at; pip install -e ".[data]"')
     return lines
-
-
-def _overlap_lines(reports: Sequence[SourceReport], test_texts: TestTexts) -> list[str]:
-    """Rows of each source that a test set has a text of."""
-    lines = [f"rows that share a text, or {OVERLAP_WORDS} words in a row, with a test set:"]
-    for name, size in test_texts.sizes.items():
-        found = ", ".join(
-            f"{report.name} {report.overlap[name]:,} ({report.overlap[name] / report.rows:.2%})"
-            for report in reports
-            if report.overlap[name]
-        )
-        lines.append(f"  {name} ({size:,} texts): {found or 'none'}")
-    return lines
-
-
-def _median(report: SourceReport, field: str) -> str:
-    counts = report.tokens.get(field)
-    return f"{statistics.median(counts):.0f}" if counts else "-"
 
 
 def _languages(report: SourceReport, field: str) -> str:

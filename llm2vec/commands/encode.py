@@ -13,7 +13,6 @@ whose machines must all see OUTPUT and the model under the same path.
 
 from __future__ import annotations
 
-import argparse
 import sys
 import time
 from collections.abc import Sequence
@@ -26,7 +25,9 @@ from llm2vec.files import check_unicode
 from llm2vec.types import TextSide, VectorDtype
 
 
-def _parse_args(argv: Sequence[str]) -> argparse.Namespace:
+def main(argv: Sequence[str]) -> None:
+    """Encode what is not encoded yet, and say how long it took."""
+    started = time.monotonic()
     parser = cli.parser("encode", __doc__)
     parser.add_argument("input", help=".jsonl or .parquet file, a folder of such files, or a dataset on the hub")
     parser.add_argument("output", type=Path, help="folder to write")
@@ -42,12 +43,7 @@ def _parse_args(argv: Sequence[str]) -> argparse.Namespace:
     parser.add_argument("--dtype", choices=get_args(VectorDtype), default="float32", help="of the vectors (float32)")
     parser.add_argument("--engine", choices=("local", "ray"), default="local")
     parser.add_argument("--num_workers", type=cli.positive, help="default: one a GPU, or one")
-    return parser.parse_args(argv)
-
-
-def main(argv: Sequence[str]) -> None:
-    """Encode what is not encoded yet, and say how long it took."""
-    started, args = time.monotonic(), _parse_args(argv)
+    args = parser.parse_args(argv)
     from llm2vec.corpus.encoding import CorpusEncoding, encode_corpus, encode_locally  # with torch: seconds
     from llm2vec.corpus.ray import check_ray_installed, encode_on_ray
     from llm2vec.corpus.rows import open_corpus
@@ -57,22 +53,11 @@ def main(argv: Sequence[str]) -> None:
         check_ray_installed()
     encoder = chosen_model(args).resolved()
     corpus = open_corpus(
-        args.input,
-        text_column=args.text_column,
-        id_column=args.id_column,
-        subset=args.subset,
-        split=args.split,
+        args.input, text_column=args.text_column, id_column=args.id_column, subset=args.subset, split=args.split
     )
     encoding = CorpusEncoding(
-        corpus,
-        args.output.resolve(),
-        encoder,
-        encoder.revision(),
-        side=args.side,
-        instruction=args.instruction,
-        shard_rows=args.shard_rows,
-        dtype=args.dtype,
-        batch_size=args.batch_size,
-    )
+        corpus, args.output.resolve(), encoder, encoder.revision(), side=args.side, instruction=args.instruction,
+        shard_rows=args.shard_rows, dtype=args.dtype, batch_size=args.batch_size,
+    )  # fmt: skip
     rows = encode_corpus(encoding, encode_on_ray if args.engine == "ray" else encode_locally, args.num_workers)
     print(f"{args.output}: complete; {rows:,} rows encoded in {time.monotonic() - started:.0f} s", file=sys.stderr)

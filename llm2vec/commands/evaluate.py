@@ -30,7 +30,8 @@ from llm2vec.choice import add_model_flags, chosen_model
 from llm2vec.types import AttnImplementation, DtypeName, UserError
 
 
-def _parse_args(argv: Sequence[str]) -> argparse.Namespace:
+def main(argv: Sequence[str]) -> None:
+    """Do the evaluation and print its table; a problem with a task is said after the others' scores."""
     parser = cli.parser("eval", __doc__)
     add_model_flags(parser)
     which = parser.add_mutually_exclusive_group(required=True)
@@ -52,25 +53,16 @@ def _parse_args(argv: Sequence[str]) -> argparse.Namespace:
     )
     parser.add_argument("--save_predictions", action="store_true", help="keep rankings, for llm2vec report")
     parser.add_argument("--dry_run", action="store_true", help="only say what it would cost")
-    return parser.parse_args(argv)
-
-
-def main(argv: Sequence[str]) -> None:
-    """Do the evaluation and print its table; a problem with a task is said after the others' scores."""
-    args = _parse_args(argv)
+    args = parser.parse_args(argv)
     _check_paths(args)
     from llm2vec.evaluation.jobs import Request
     from llm2vec.evaluation.models import EvaluatedModel  # with torch and mteb: seconds
     from llm2vec.evaluation.run import dry_run, evaluate_all, expand
 
     model = EvaluatedModel(
-        chosen_model(args),
-        instructions_file=args.task_to_instructions_fp,
-        template=args.template,
-        max_length=args.max_length,
-        attn_implementation=args.attn_implementation,
-        device=args.device,
-    )
+        chosen_model(args), instructions_file=args.task_to_instructions_fp, template=args.template,
+        max_length=args.max_length, attn_implementation=args.attn_implementation, device=args.device,
+    )  # fmt: skip
     tasks = expand(args.tasks or [args.task_name])
     request = Request(model, tasks, args.output_dir, args.local_data_dir, args.batch_size, args.save_predictions)
     if args.dry_run:

@@ -25,7 +25,8 @@ from llm2vec.planning.gpus import CARDS, Card, card_here
 from llm2vec.types import Stage, UserError
 
 
-def _parse_args(argv: Sequence[str]) -> argparse.Namespace:
+def main(argv: Sequence[str]) -> None:
+    """Plan and print."""
     parser = cli.parser("plan", __doc__)
     parser.add_argument("config", type=Path)
     parser.add_argument("--stage", choices=get_args(Stage), help="which stage reads it; default: as its keys tell")
@@ -37,24 +38,13 @@ def _parse_args(argv: Sequence[str]) -> argparse.Namespace:
     parser.add_argument("--base", help="model of the same shape, in place of model_name_or_path")
     parser.add_argument("--tokens_query", type=int, help="mean tokens of a query, template included")
     parser.add_argument("--tokens_document", type=int, help="mean tokens of a document, template included")
-    return parser.parse_args(argv)
-
-
-def main(argv: Sequence[str]) -> None:
-    """Plan and print."""
-    args = _parse_args(argv)
+    args = parser.parse_args(argv)
     card = card_of(args)
     from llm2vec.planning.plan import Conditions, make_plan  # with torch: seconds
     from llm2vec.planning.words import report
 
     conditions = Conditions(
-        num_processes=args.num_processes,
-        card=card,
-        utilisation=args.utilisation,
-        stage=args.stage,
-        base=args.base,
-        tokens_query=args.tokens_query,
-        tokens_document=args.tokens_document,
+        args.num_processes, card, args.utilisation, args.stage, args.base, args.tokens_query, args.tokens_document
     )
     print(*report(make_plan(args.config, conditions)), sep="\n")
 

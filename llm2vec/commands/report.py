@@ -29,7 +29,8 @@ if TYPE_CHECKING:
     from llm2vec.reports.comparisons import EvaluatedRun
 
 
-def _parse_args(argv: Sequence[str]) -> argparse.Namespace:
+def main(argv: Sequence[str]) -> None:
+    """Read, compare, print and write."""
     parser = cli.parser("report", __doc__)
     parser.add_argument("results", nargs="+", type=Path, metavar="RESULTS")
     parser.add_argument("--names", nargs="+", help="a name for each RESULTS (default: the models' own)")
@@ -38,12 +39,7 @@ def _parse_args(argv: Sequence[str]) -> argparse.Namespace:
     parser.add_argument("--predictions", nargs="+", type=Path, metavar="FOLDER", help="one for each RESULTS")
     parser.add_argument("--qrels", nargs="+", default=[], metavar="TASK=FILE", help="judgements for --predictions")
     parser.add_argument("--output_dir", type=Path, default=Path("output/report"))
-    return parser.parse_args(argv)
-
-
-def main(argv: Sequence[str]) -> None:
-    """Read, compare, print and write."""
-    args = _parse_args(argv)
+    args = parser.parse_args(argv)
     if len(args.results) == 1 and (args.results[0] / COMPARISON_RECORD).is_file():
         return _rebuild(args.results[0], args.output_dir)
     from llm2vec.reports.evaluation import build_report  # with matplotlib: seconds

@@ -27,6 +27,7 @@ import math
 from pathlib import Path
 from typing import NamedTuple, get_args
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -76,13 +77,7 @@ class EmbeddingDiagnostics:
     """
 
     def __init__(
-        self,
-        model: LLM2Vec,
-        rows: TrainingRows,
-        device: torch.device,
-        file: Path,
-        *,
-        goes_on: bool = False,
+        self, model: LLM2Vec, rows: TrainingRows, device: torch.device, file: Path, *, goes_on: bool = False
     ) -> None:
         self.model, self.device, self.file = model, device, file
         examples = [rows[i] for i in range(len(rows))]
@@ -103,18 +98,13 @@ class EmbeddingDiagnostics:
             for side, numbers in of_side.items()
             for start in range(0, len(numbers), BLOCK_TEXTS)
         ]
-        starts = [sum(rows.sizes[:i]) for i in range(len(rows.sizes))]
-        self._sources = {
-            source.name: slice(start, start + size)
-            for source, start, size in zip(rows.sources, starts, rows.sizes, strict=True)
-        }
+        ends = np.cumsum(rows.sizes).tolist()
+        places_of = zip(rows.sources, rows.sizes, ends, strict=True)
+        self._sources = {source.name: slice(end - size, end) for source, size, end in places_of}
         self._file_mode = "a" if goes_on else "w"
 
     def __call__(self, step: int) -> dict[str, float]:
         """The figures under their names, those of a source as `name/source`; a line of histograms goes to the file.
-
-        Args:
-            step: optimiser step, for the file.
 
         Raises:
             RunEnds: the file cannot be written, as on a full disk.
@@ -147,14 +137,10 @@ class EmbeddingDiagnostics:
 
 
 def measure(vectors_ND: Tensor, rows: RowTexts) -> tuple[dict[str, float], dict[str, list[int]]]:
-    """Figures and histograms of some rows.
+    """Figures of some rows, from unit vectors of different texts, and histograms.
 
     Figures of pairs are left out where there are not two different texts to make one, those of hard negatives where
     rows have none. A comparison that ends level is lost. Pairs are never held all at once.
-
-    Args:
-        vectors_ND: unit vectors of different texts.
-        rows: their places.
 
     Returns:
         The figures, as described at the top; and counts of cosines in `NUM_BINS` equal bins from -1 to 1: of a query

@@ -101,7 +101,11 @@ class ReconstructionProbe:
             groups = [("all", "all", table.sum(dim=(0, 1)))]
             groups += [("source", self.sources[i], table[i].sum(dim=0)) for i in range(table.shape[0])]
             groups += [("position", _bucket_name(i), table[:, i].sum(dim=0)) for i in range(table.shape[1])]
-            found += [_figure(direction.name, *group) for group in groups if group[-1].any()]
+            for group, name, sums in groups:
+                if sums.any():  # [anchor, (tokens, loss, hits)]
+                    tokens, loss, hits = sums.unbind(dim=1)
+                    means = [dict(zip(ANCHORS, (values / tokens).tolist(), strict=True)) for values in (loss, hits)]
+                    found.append(Figure(direction.name, group, name, round(tokens[0].item()), *means))
         return found
 
     def _sums(self, number: int) -> Tensor:
@@ -170,13 +174,6 @@ def _bucket_name(bucket: int) -> str:
     return str(last) if first >= last else f"{first}-{last}"
 
 
-def _figure(direction: str, group: str, name: str, sums: Tensor) -> Figure:
-    """A figure from [anchor, (tokens, loss, hits)]."""
-    tokens, loss, hits = sums.unbind(dim=1)
-    means = [dict(zip(ANCHORS, (values / tokens).tolist(), strict=True)) for values in (loss, hits)]
-    return Figure(direction, group, name, round(tokens[0].item()), *means)
-
-
 def as_table(figures: Sequence[Figure]) -> str:
     """Figures for a terminal, a table for each direction: nats a token, and shares of tokens that are the likeliest.
 
@@ -187,13 +184,13 @@ def as_table(figures: Sequence[Figure]) -> str:
         of_direction = [figure for figure in figures if figure.direction == direction]
         one_source = sum(figure.group == "source" for figure in of_direction) == 1
         losses, shares = ([f"{what}, {name}" for name in ANCHORS] for what in ("loss", "%"))
-        rows = [_cells(figure) for figure in of_direction if not (one_source and figure.group == "source")]
+        rows = []
+        for figure in of_direction:
+            if one_source and figure.group == "source":
+                continue
+            label = figure.name if figure.group == "all" else f"{figure.group} {figure.name}"
+            loss, accuracy = ([values[anchor] for anchor in ANCHORS] for values in (figure.loss, figure.accuracy))
+            numbers = [f"{value:.3f}" for value in (*loss, loss[1] - loss[0])]
+            rows.append([label, f"{figure.tokens:,}", *numbers, *(f"{100 * share:.1f}" for share in accuracy)])
         tables.append(Table([direction, "tokens", *losses, "gain", *shares], rows).text())
     return "\n\n".join(tables)
-
-
-def _cells(figure: Figure) -> list[str]:
-    label = figure.name if figure.group == "all" else f"{figure.group} {figure.name}"
-    loss, accuracy = ([values[anchor] for anchor in ANCHORS] for values in (figure.loss, figure.accuracy))
-    numbers = [f"{value:.3f}" for value in (*loss, loss[1] - loss[0])] + [f"{100 * share:.1f}" for share in accuracy]
-    return [label, f"{figure.tokens:,}", *numbers]

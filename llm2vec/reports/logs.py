@@ -54,13 +54,15 @@ class Space(NamedTuple):
 
 
 def read_log(path: Path) -> list[dict[str, float]]:
-    """A loss log: one JSON object a line with `step` and any of the loss parts and rates.
+    """A loss log: one JSON object a line with `step` and any of the loss parts and rates; skipped steps are left out.
 
     Raises:
         UserError: The file cannot be read, or a line is not an object of numbers with a step; names file and line.
     """
     entries: list[dict[str, float]] = []
     for where, entry in json_lines(path):
+        if "skipped" in entry:  # whose line names rows, not figures
+            continue
         try:
             entries.append({"step": entry["step"], **{key: float(value) for key, value in entry.items()}})
         except (ValueError, TypeError, KeyError) as error:

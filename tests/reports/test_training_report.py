@@ -139,6 +139,14 @@ def test_bad_log_lines_are_named(tmp_path: Path, line: str, said: str) -> None:
         read_log(path)
 
 
+def test_lines_of_skipped_steps_are_left_out(tmp_path: Path) -> None:
+    """As `JsonLog.note_skipped` writes them."""
+    skipped = {"step": 2, "skipped": "the loss is not finite", "rows": {"nq.jsonl": [3, 4]}}
+    lines = [{"step": 1, "loss": 2}, skipped, {"step": 3, "loss": 1}]
+    path = write_log(tmp_path / "log.jsonl", lines)  # type: ignore[arg-type]
+    assert [entry["step"] for entry in read_log(path)] == [1, 3]
+
+
 def test_a_log_that_is_no_text_is_named(tmp_path: Path) -> None:
     (tmp_path / "log.jsonl").write_bytes(PNG_START)
     with pytest.raises(UserError, match=r"log\.jsonl, line 1: not valid JSON"):

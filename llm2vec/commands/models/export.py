@@ -10,7 +10,6 @@ compared with the checkpoint before it gets its name. `--adapter` adds the LoRA 
 
 from __future__ import annotations
 
-import argparse
 import logging
 from collections.abc import Sequence
 from pathlib import Path
@@ -20,7 +19,8 @@ from llm2vec.choice import ModelChoice, add_model_flags, chosen_model
 from llm2vec.hub import without_waiting_for_the_hub
 
 
-def _parse_args(argv: Sequence[str]) -> argparse.Namespace:
+def main(argv: Sequence[str]) -> None:
+    """Export, prove, say what came of it, upload."""
     parser = cli.parser("export", __doc__)
     add_model_flags(parser, positional=True)
     parser.add_argument("out", type=Path, metavar="OUT", help="folder to write; must not be there, or be empty")
@@ -33,12 +33,7 @@ def _parse_args(argv: Sequence[str]) -> argparse.Namespace:
     parser.add_argument("--results", type=Path, metavar="FOLDER", help="mteb results for the card")
     parser.add_argument("--license", help="for the card, such as llama3.2")
     parser.add_argument("--push_to_hub", metavar="REPO", help="upload to this repository")
-    return parser.parse_args(argv)
-
-
-def main(argv: Sequence[str]) -> None:
-    """Export, prove, say what came of it, upload."""
-    args = _parse_args(argv)
+    args = parser.parse_args(argv)
     from llm2vec.evaluation.files import load_instructions  # with torch: seconds
     from llm2vec.export.export import Export, export, push
     from llm2vec.reports.results import read_results

@@ -81,10 +81,16 @@ def main(argv: Sequence[str]) -> None:
 
     set_seed(args.seed)
     reconstructor = load_reconstructor(replace(args.model, torch_dtype=args.torch_dtype), args.device)
-    if args.score:
-        _score_rows(args, reconstructor, rows)
-    else:
-        _write_text(args, reconstructor)
+    if not args.score:
+        return _write_text(args, reconstructor)
+    from llm2vec.files import write_json
+    from llm2vec.probes.reconstruction_probe import ReconstructionProbe, as_table
+
+    figures = ReconstructionProbe(reconstructor.objective, reconstructor.tokenizer, rows, args.seed).figures()
+    print(f"{args.model.place}: {len(rows)} rows of {args.score}, seed {args.seed}\n\n{as_table(figures)}")
+    if args.output:
+        origin = {"checkpoint": args.model.place, "data": str(args.score), "rows": len(rows), "seed": args.seed}
+        write_json(args.output, {**origin, "figures": [figure._asdict() for figure in figures]})
 
 
 def _write_text(args: argparse.Namespace, reconstructor: Reconstructor) -> None:
@@ -108,43 +114,25 @@ def _write_text(args: argparse.Namespace, reconstructor: Reconstructor) -> None:
 
 
 def _held_out_rows(path: Path, instruction: str | None, most: int) -> Sequence[Example]:
-    """The first of a file's training rows, or of a retrieval set's queries."""
+    """The first of a file's training rows, or of a retrieval set's queries, each with its first relevant document."""
     from llm2vec.data.rows import TrainingRows
     from llm2vec.data.sources import Instruction, Source
+    from llm2vec.evaluation.files import retrieval_set_of
 
     if instruction is None:
         sys.stderr.write("note: queries go without an instruction; a model trained with one needs --instruction.\n")
-    if path.is_dir():
-        return _pairs_of(path, instruction or "")[:most]
-    source = Source(path.stem, path.name, (Instruction(instruction or ""),))
-    rows = TrainingRows(path.parent, [source], num_negatives=0, max_rows=most)
-    return [rows[i] for i in range(len(rows))]
-
-
-def _pairs_of(folder: Path, instruction: str) -> list[Example]:
-    """The queries of a retrieval set, each with its first relevant document."""
-    from llm2vec.evaluation.files import retrieval_set_of
-
-    retrieval = retrieval_set_of(folder)
+    if not path.is_dir():
+        source = Source(path.stem, path.name, (Instruction(instruction or ""),))
+        rows = TrainingRows(path.parent, [source], num_negatives=0, max_rows=most)
+        return [rows[i] for i in range(len(rows))]
+    retrieval = retrieval_set_of(path)
     documents = {row["id"]: f"{row['title']} {row['text']}".strip() for row in retrieval.corpus}
     pairs = []
     for query in retrieval.queries:
         relevant = [i for i, grade in retrieval.relevant[query["id"]].items() if grade > 0 and i in documents]
         if relevant:
             positive = InstructedText("", documents[relevant[0]], "document")
-            pairs.append(Example(folder.name, InstructedText(instruction, query["text"]), positive, ()))
+            pairs.append(Example(path.name, InstructedText(instruction or "", query["text"]), positive, ()))
     if not pairs:
-        raise UserError(f"--score: {folder} has no query with a relevant document.")
-    return pairs
-
-
-def _score_rows(args: argparse.Namespace, reconstructor: Reconstructor, rows: Sequence[Example]) -> None:
-    """Print the tables of held-out rows, and write their figures."""
-    from llm2vec.files import write_json
-    from llm2vec.probes.reconstruction_probe import ReconstructionProbe, as_table
-
-    figures = ReconstructionProbe(reconstructor.objective, reconstructor.tokenizer, rows, args.seed).figures()
-    print(f"{args.model.place}: {len(rows)} rows of {args.score}, seed {args.seed}\n\n{as_table(figures)}")
-    if args.output:
-        origin = {"checkpoint": args.model.place, "data": str(args.score), "rows": len(rows), "seed": args.seed}
-        write_json(args.output, {**origin, "figures": [figure._asdict() for figure in figures]})
+        raise UserError(f"--score: {path} has no query with a relevant document.")
+    return pairs[:most]

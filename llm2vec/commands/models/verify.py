@@ -21,7 +21,6 @@ does not, and why is said; 2: one could not be asked, or the command is wrong.
 
 from __future__ import annotations
 
-import argparse
 import logging
 from collections.abc import Sequence
 from functools import partial
@@ -32,8 +31,8 @@ from llm2vec.hub import without_waiting_for_the_hub
 from llm2vec.types import UserError
 
 
-def _parse_args(argv: Sequence[str]) -> argparse.Namespace:
-    """Read the command line."""
+def main(argv: Sequence[str]) -> int:
+    """Ask the reference, then every other way; returns the exit code."""
     parser = cli.parser("verify", __doc__)
     parser.add_argument("ways", nargs="+", metavar="WAY", help="the first is the reference")
     parser.add_argument("--texts", type=Path, help="a text a line, or .jsonl of text, instruction, side (default: own)")
@@ -42,12 +41,6 @@ def _parse_args(argv: Sequence[str]) -> argparse.Namespace:
     args = parser.parse_args(argv)
     if args.threshold is not None and not 0 < args.threshold <= 1:
         raise UserError(f"--threshold is {args.threshold}; a cosine above 0 and up to 1 is needed.")
-    return args
-
-
-def main(argv: Sequence[str]) -> int:
-    """Ask the reference, then every other way; returns the exit code."""
-    args = _parse_args(argv)
     from transformers.utils import logging as transformers_logging  # with torch: seconds
 
     from llm2vec.verify.table import compare_ways
