@@ -163,8 +163,7 @@ class LLM2Vec(nn.Module):
             chain = open_chain(str(chain), [str(adapter) for adapter in adapters])
         elif peft_model_name_or_path:
             raise UserError("peft_model_name_or_path: adapters are part of the chain; open it with them.")
-        of_upstream = chain.adapters and not chain.settings and not chain.outermost.run
-        recorded = UPSTREAMS_RULE if of_upstream else chain.settings
+        recorded = chain.settings or (UPSTREAMS_RULE if chain.adapters and not chain.outermost.run else {})
         chosen = {
             "pooling_mode": pooling_mode,
             "max_length": max_length,
