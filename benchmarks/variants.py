@@ -41,7 +41,8 @@ from benchmarks.reference import (
 )
 from llm2vec.llm2vec import LLM2Vec, as_instructed
 from llm2vec.llm2vec_q2d_d2q import BidirectionalReconstruction
-from llm2vec.model.backbone import LORA_MODULES, enable_checkpointing
+from llm2vec.model.backbone import LORA_MODULES
+from llm2vec.model.recomputation import enable_checkpointing
 from llm2vec.model.settings import EncoderSettings
 from llm2vec.objectives.contrastive import ContrastiveLearning
 from llm2vec.text.tokenization import Row, render_instruction

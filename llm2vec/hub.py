@@ -22,8 +22,13 @@ SECONDS_FOR_THE_HUB = 5.0
 _asks_first: ContextVar[bool] = ContextVar("_asks_first", default=False)
 
 
-def find_file(path: str, name: str) -> str | None:
+def find_file(path: str, name: str, revision: str | None = None) -> str | None:
     """A file of a folder or hub repository; None where it has none of that name, or the hub is out of reach.
+
+    Args:
+        path: folder or hub name.
+        name: of the file.
+        revision: of the repository; None = its newest.
 
     Raises:
         UserError: `path` is neither a folder nor a possible name of a repository.
@@ -39,6 +44,7 @@ def find_file(path: str, name: str) -> str | None:
         found: str | None = cached_file(
             path,
             name,
+            revision=revision,
             _raise_exceptions_for_gated_repo=False,
             _raise_exceptions_for_missing_entries=False,
             _raise_exceptions_for_connection_errors=False,

@@ -20,8 +20,7 @@ from transformers import PretrainedConfig, PreTrainedTokenizerBase
 from llm2vec.model.backbone import Backbone, hidden_states, load_backbone, load_tokenizer
 from llm2vec.model.chain import Chain, open_chain
 from llm2vec.model.checkpoint import save_checkpoint
-from llm2vec.model.embed import check_finite, embed
-from llm2vec.model.pooling import pool
+from llm2vec.model.pooling import check_finite, embed, pool
 from llm2vec.model.proofs import check_decoder
 from llm2vec.model.settings import UPSTREAMS_RULE, EncoderSettings, check_rendering, row_tokenizer, with_template
 from llm2vec.model.stock_form import stock_model

@@ -22,8 +22,8 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from llm2vec.model.embed import embed, embedding_pass
 from llm2vec.model.packing import packed_hidden_states
+from llm2vec.model.pooling import embed, embedding_pass
 from llm2vec.model.settings import EncoderSettings
 from llm2vec.objectives.head import language_head
 from llm2vec.objectives.stage_one import StageOneObjective

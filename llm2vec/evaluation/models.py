@@ -17,9 +17,10 @@ from llm2vec.evaluation.mteb_adapter import LLM2VecEncoder, is_registered, regis
 from llm2vec.files import json_hash
 from llm2vec.hub import find_file
 from llm2vec.llm2vec import LLM2Vec
-from llm2vec.model.backbone import parse_dtype
-from llm2vec.model.chain import MODULES_FILE, model_name, revision_of
+from llm2vec.model.backbone import open_sentence_transformer, parse_dtype
+from llm2vec.model.chain import model_name, revision_of
 from llm2vec.model.settings import SETTINGS_FILE
+from llm2vec.model.vault import MODULES_FILE
 from llm2vec.types import UserError, first_line
 
 logger = logging.getLogger(__name__)
@@ -112,14 +113,12 @@ def _sentence_transformer(asked: EvaluatedModel) -> Any:
     if asked.template is not None:
         raise UserError(f"template has no effect on {asked.model.base}: sentence-transformers decides how it is run.")
     prompts = None if asked.instructions_file is None else load_instructions(asked.instructions_file)
-    options: dict[str, Any] = {"use_safetensors": True}  # a pickle is never opened
-    if asked.model.torch_dtype is not None:
-        options["torch_dtype"] = parse_dtype(asked.model.torch_dtype)
-    if asked.attn_implementation is not None:
-        options["attn_implementation"] = asked.attn_implementation
+    dtype = None if asked.model.torch_dtype is None else parse_dtype(asked.model.torch_dtype)
     try:
-        model = SentenceTransformer(asked.model.base, device=asked.device, model_kwargs=options)
-    except (ImportError, OSError, ValueError) as error:
+        model = open_sentence_transformer(
+            asked.model.base, dtype=dtype, attn_implementation=asked.attn_implementation, device=asked.device
+        )
+    except Exception as error:  # damaged files: what stock libraries raise for them has no common type
         reason = first_line(error)
         raise UserError(f"sentence-transformers cannot load {asked.model.base}: {reason}") from error
     if asked.max_length is not None:

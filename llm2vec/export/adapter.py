@@ -7,17 +7,19 @@ import shutil
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
+import torch
 from peft import PeftModel, TaskType
 from torch import Tensor
-from transformers import AutoConfig
 
-from llm2vec.export.proof import compare_vectors, load_stock
+from llm2vec.export.proof import compare_vectors
 from llm2vec.files import write_json
 from llm2vec.hub import find_file, local_folder
 from llm2vec.llm2vec import LLM2Vec
+from llm2vec.model.backbone import config_of, open_sentence_transformer
 from llm2vec.model.chain import Chain
 from llm2vec.model.stock_form import StockForm, write_form
-from llm2vec.types import InstructedText, UserError, first_line
+from llm2vec.model.vault import folder_at
+from llm2vec.types import InstructedText, UserError
 
 
 def check_adapter(chain: Chain, base_id: str | None) -> str:
@@ -71,7 +73,8 @@ def prove_adapter(folder: Path, form: StockForm, texts: Sequence[InstructedText]
     Raises:
         UserError: stock libraries give other tokens or vectors.
     """
-    compare_vectors(load_stock(folder), form, texts, exact)
+    stock = open_sentence_transformer(str(folder), dtype=torch.float32)
+    compare_vectors(stock, form, texts, exact)
     shutil.rmtree(folder.with_name("base"))
     name, _, revision = base_id.partition("@")
     _name_base(folder, name, revision or None)
@@ -89,10 +92,9 @@ def _check_bidirectional(base_id: str) -> None:
     """Refuse a base that would be loaded causally: an adapter's folder cannot say how its base attends."""
     name, _, revision = base_id.partition("@")
     try:
-        config = AutoConfig.from_pretrained(name, revision=revision or None, trust_remote_code=False)
-        obeys = getattr(config, "is_causal", True) is False
-    except Exception as error:  # hub out of reach, no such repository, no config
-        raise UserError(f"--adapter: the config of {base_id} could not be read: {first_line(error)}") from error
+        obeys = getattr(config_of(folder_at(name), revision or None), "is_causal", True) is False
+    except UserError as error:
+        raise UserError(f"--adapter: the config of {base_id} could not be read: {error}") from error
     if not obeys:
         raise UserError(
             f"--adapter: this model attends bidirectionally, and the config.json of {base_id} does not say is_causal: "

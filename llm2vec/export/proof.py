@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from llm2vec.llm2vec import LLM2Vec
-from llm2vec.model.backbone import load_tokenizer
+from llm2vec.model.backbone import load_tokenizer, open_sentence_transformer
 from llm2vec.model.settings import EncoderSettings, row_tokenizer
 from llm2vec.model.stock_form import StockForm, compare_text
 from llm2vec.text.probe_texts import probe_ids
@@ -44,7 +44,9 @@ def prove(
     """
     if probe_ids(row_tokenizer(load_tokenizer(str(folder)), settings)) != probe_ids(form.rows):
         raise UserError("the exported tokenizer renders this project's own template to other tokens.")
-    difference, stray = compare_vectors(load_stock(folder), form, texts, stored)
+    difference, stray = compare_vectors(
+        open_sentence_transformer(str(folder), dtype=torch.float32), form, texts, stored
+    )
     rounding = 1.0 if torch.equal(exact, stored) else float((exact * stored).sum(dim=-1).min())
     return Proof(difference, stray, min(rounding, 1.0))
 
@@ -96,10 +98,3 @@ def stock_vectors(stock: Any, form: StockForm, texts: Sequence[InstructedText]) 
         for i, vector in zip(chosen, encoded.float().cpu(), strict=True):
             vectors[i] = vector
     return torch.stack(vectors)
-
-
-def load_stock(folder: Path) -> Any:
-    """A folder as a SentenceTransformer in float32."""
-    from sentence_transformers import SentenceTransformer  # seconds to import, and an extra
-
-    return SentenceTransformer(str(folder), model_kwargs={"dtype": torch.float32, "use_safetensors": True})

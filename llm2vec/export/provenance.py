@@ -12,7 +12,8 @@ from pathlib import Path
 from typing import Any
 
 from llm2vec.hub import local_folder
-from llm2vec.model.chain import Chain, Folder, is_mark_of_folder, mark_of, read_run
+from llm2vec.model.chain import Chain, is_mark_of_folder, mark_of, read_run
+from llm2vec.model.vault import Folder
 from llm2vec.train.log import LOG_FILE
 
 logger = logging.getLogger(__name__)

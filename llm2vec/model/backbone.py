@@ -13,19 +13,40 @@ import threading
 import warnings
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, TypeAlias
+from typing import TYPE_CHECKING, Any, TypeAlias
 from weakref import WeakKeyDictionary
 
 import torch
-from peft import LoraConfig, PeftConfig, PeftModel, get_peft_model, get_peft_model_state_dict
-from peft.utils import SAFETENSORS_WEIGHTS_NAME, load_peft_weights
+from huggingface_hub import snapshot_download
+from peft import LoraConfig, PeftModel, get_peft_model, get_peft_model_state_dict
+from peft.utils import load_peft_weights
 from torch import Tensor
-from transformers import AutoModel, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import (
+    AutoConfig,
+    AutoModel,
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    PretrainedConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
 from transformers.utils import logging as transformers_logging
 
-from llm2vec.hub import find_file
-from llm2vec.model.chain import Chain, Folder
+from llm2vec.hub import find_file, local_folder
+from llm2vec.model.chain import Chain
+from llm2vec.model.vault import (
+    CONFIG_FILE,
+    Folder,
+    check_adapter_weights,
+    check_modules,
+    check_size,
+    model_below,
+    num_stored,
+)
 from llm2vec.types import Attention, UserError, first_line
+
+if TYPE_CHECKING:
+    from sentence_transformers import SentenceTransformer
 
 logger = logging.getLogger(__name__)
 
@@ -44,24 +65,6 @@ DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch
 
 #: Table of token embeddings -> the lock of its model. A model has one such table, with an adapter or a head or without.
 _locks: WeakKeyDictionary[Any, threading.RLock] = WeakKeyDictionary()
-
-
-def load_tokenizer(path: str) -> PreTrainedTokenizerBase:
-    """The tokenizer of a folder or hub name. One without a padding token pads with its EOS.
-
-    Raises:
-        UserError: there is none.
-    """
-    if not Path(path).is_dir():
-        find_file(path, "tokenizer_config.json")  # says what is wrong with a name better than the library does
-    try:
-        tokenizer = AutoTokenizer.from_pretrained(path, trust_remote_code=False)  # left out, it would ask
-    except Exception as error:  # each damaged file of tokenizer or config raises a type of its own
-        raise UserError(f"{path}: no tokenizer could be loaded ({first_line(error)}).") from error
-    if tokenizer.pad_token is None:
-        tokenizer.pad_token = tokenizer.eos_token
-    tokenizer.init_kwargs.pop("auto_map", None)  # it names code that was not run, and would be saved with the tokenizer
-    return tokenizer
 
 
 def load_backbone(
@@ -88,9 +91,9 @@ def load_backbone(
     """
     model = _load_base(
         AutoModelForCausalLM if with_lm_head else AutoModel,
-        chain.base,
+        chain.folders[0],
         dtype=parse_dtype(dtype),
-        attn_implementation=available_attention(attn_implementation),
+        attn_implementation=attn_implementation,
         device_map=device_map,
     )
     for number, adapter in enumerate(chain.folders[1:], start=1):
@@ -103,25 +106,15 @@ def load_backbone(
     return model
 
 
-def _load_base(
-    model_class: Any, path: str, *, dtype: torch.dtype | str, attn_implementation: str | None, device_map: Any
-) -> Any:
-    """The weights of `path`, all of them. A tensor that the folder lacks would be random, so that is an error."""
+def _load_base(model_class: Any, folder: Folder, **how: Any) -> Any:
+    """The weights of a folder, all of them. A tensor that it lacks would be random, so that is an error."""
+    path = folder.path
     verbosity = transformers_logging.get_verbosity()
     transformers_logging.set_verbosity_error()  # of a head that stays behind; what matters is checked below
     try:
-        model, info = model_class.from_pretrained(
-            path,
-            dtype=dtype,
-            attn_implementation=attn_implementation,
-            device_map=device_map,
-            use_safetensors=True,  # a pickle is never opened
-            trust_remote_code=False,  # left out, it would ask
-            output_loading_info=True,
-        )
-    except Exception as error:
-        # A missing folder, a cut weights file and an unreachable hub each raise a type of their own.
-        raise UserError(f"model_name_or_path: {path!r} could not be loaded: {first_line(error)}") from error
+        model, info = open_model(model_class, folder, **how)
+    except UserError as error:
+        raise UserError(f"model_name_or_path: {error}") from error
     finally:
         transformers_logging.set_verbosity(verbosity)
     if info["missing_keys"]:
@@ -137,20 +130,6 @@ def _load_base(
         )
     vars(model.config).pop("auto_map", None)  # as of the tokenizer
     return model
-
-
-def available_attention(attn_implementation: str | None) -> str | None:
-    """`attn_implementation`; or torch's own, with a warning, where FlashAttention was asked for and cannot run."""
-    if attn_implementation != "flash_attention_2":
-        return attn_implementation
-    if not torch.cuda.is_available():
-        missing = "there is no CUDA device"
-    elif importlib.util.find_spec("flash_attn") is None:
-        missing = "the package flash-attn is not installed"
-    else:
-        return attn_implementation
-    logger.warning("attn_implementation: flash_attention_2 was asked for, but %s; using sdpa (torch's own).", missing)
-    return "sdpa"
 
 
 def attach_lora(
@@ -189,31 +168,6 @@ def attach_lora(
         raise UserError(f"lora_modules: {first_line(error)}") from error
 
 
-def enable_checkpointing(model: Any, arguments: dict[str, Any]) -> None:
-    """Recompute activations in the backward pass; `arguments` go to torch.utils.checkpoint."""
-    if hasattr(model, "activation_checkpointing_enable"):
-        model.activation_checkpointing_enable(activation_checkpointing_kwargs=arguments)
-    else:  # its name before transformers 5.20
-        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs=arguments)
-
-
-def set_attention_dropout(model: Any, probability: float) -> None:
-    """Drop out attention weights in training, whatever the model's config says; the config itself is not changed.
-
-    Args:
-        model: changed in place.
-        probability: of a weight to be dropped.
-
-    Raises:
-        UserError: the model's attention has no dropout to set.
-    """
-    attentions = [module for module in model.modules() if hasattr(module, "attention_dropout")]
-    if probability and not attentions:
-        raise UserError(f"simcse_dropout: the attention of {type(model).__name__} has no dropout; set it to 0.")
-    for attention in attentions:
-        attention.attention_dropout = probability
-
-
 def hidden_states(
     model: torch.nn.Module,
     attention: Attention,
@@ -240,31 +194,8 @@ def one_pass(model: Any) -> threading.RLock:
     return _locks.setdefault(model.get_input_embeddings(), threading.RLock())
 
 
-def add_token_rows(model: PreTrainedModel, ids: Sequence[int], seed: int) -> None:
-    """Give new tokens rows in the embedding, and in the head where the model has a separate one.
-
-    A row starts as the mean of the rows before the new ones. Noise of a tenth of their spread makes no two alike. The
-    tables grow where they have no such rows yet.
-
-    Args:
-        model: changed in place.
-        ids: of the new tokens.
-        seed: of the noise.
-    """
-    _make_room(model, ids)
-    embedding, head = model.get_input_embeddings(), model.get_output_embeddings()
-    tables = [embedding] if head is None or head.weight is embedding.weight else [embedding, head]
-    generator = torch.Generator().manual_seed(seed)
-    with torch.no_grad():
-        for table in tables:
-            weight: Tensor = table.weight  # type: ignore[assignment]
-            spread_D, mean_D = torch.std_mean(weight[: min(ids)].float(), dim=0)
-            noise_ND = torch.randn(len(ids), weight.shape[1], generator=generator).to(weight.device)
-            weight[list(ids)] = (mean_D + 0.1 * spread_D * noise_ND).to(weight.dtype)
-
-
-def _make_room(model: PreTrainedModel, ids: Sequence[int]) -> None:
-    """Grow the model's tables until they hold `ids`; the rows in between are the caller's to fill."""
+def make_room(model: PreTrainedModel, ids: Sequence[int]) -> None:
+    """Grow a model's tables until they hold `ids`; the rows in between are the caller's to fill."""
     embedding: Tensor = model.get_input_embeddings().weight  # type: ignore[assignment]
     if max(ids, default=0) >= embedding.shape[0]:
         model.resize_token_embeddings(max(ids) + 1, mean_resizing=False)
@@ -277,15 +208,15 @@ def _apply_adapter(model: PreTrainedModel, adapter: Folder, *, on_inner: bool) -
     """
     inner: PreTrainedModel = model.base_model if on_inner else model  # type: ignore[assignment]
     path = adapter.path
-    if adapter.find(SAFETENSORS_WEIGHTS_NAME) is None:  # peft would open a pickle instead
-        raise UserError(f"peft_model_name_or_path: {path!r} holds no {SAFETENSORS_WEIGHTS_NAME}.")
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # of keys that do not match, at length; that is checked below
-            new_tokens = getattr(PeftConfig.from_pretrained(path), "trainable_token_indices", None)
-            _make_room(model, new_tokens if isinstance(new_tokens, list) else ())
-            wrapped = PeftModel.from_pretrained(inner, path)
-        saved = load_peft_weights(path, device="cpu")
+            new_tokens = (adapter.adapter or {}).get("trainable_token_indices")
+            make_room(model, new_tokens if isinstance(new_tokens, list) else ())
+            wrapped = put_adapter(inner, adapter)
+        saved = load_peft_weights(adapter.place, device="cpu")
+    except UserError:
+        raise
     except Exception as error:  # not found, other shapes, cut short: peft raises many types
         raise UserError(
             f"peft_model_name_or_path: {path!r} could not be put on the base: {first_line(error)}"
@@ -316,3 +247,151 @@ def parse_dtype(dtype: torch.dtype | str | None) -> torch.dtype | str:
     if dtype not in DTYPES:
         raise UserError(f"torch_dtype is {dtype!r}; allowed: auto, {', '.join(DTYPES)}.")
     return DTYPES[dtype]
+
+
+#: What is fetched of a sentence-transformers repository.
+FETCHED = ("*.json", "*.safetensors", "*.txt", "*.model", "*.jinja")
+
+
+def config_of(folder: Folder, revision: str | None = None) -> PretrainedConfig:
+    """The config of a model, as the class that transformers has for it.
+
+    Args:
+        folder: where it lies.
+        revision: of a repository; None = the one that was opened.
+
+    Raises:
+        UserError: there is none.
+    """
+    try:
+        config = AutoConfig.from_pretrained(folder.path, revision=revision or folder.commit, trust_remote_code=False)
+    except Exception as error:  # no such repository, no access to it, a class of its own: each has a type of its own
+        raise UserError(f"{folder.path!r} could not be loaded: {first_line(error)}") from error
+    if folder.config is None:
+        raise UserError(f"{folder.path!r} could not be loaded: it had no {CONFIG_FILE} when it was opened.")
+    return config
+
+
+def load_tokenizer(path: str) -> PreTrainedTokenizerBase:
+    """The tokenizer of a folder or hub name. One without a padding token pads with its EOS.
+
+    Raises:
+        UserError: there is none.
+    """
+    if not Path(path).is_dir():
+        find_file(path, "tokenizer_config.json")  # says what is wrong with a name better than the library does
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(path, trust_remote_code=False)  # left out, it would ask
+    except Exception as error:  # each damaged file of tokenizer or config raises a type of its own
+        raise UserError(f"{path}: no tokenizer could be loaded ({first_line(error)}).") from error
+    if tokenizer.pad_token is None:
+        tokenizer.pad_token = tokenizer.eos_token
+    tokenizer.init_kwargs.pop("auto_map", None)  # it names code that was not run, and would be saved with the tokenizer
+    return tokenizer
+
+
+def open_model(
+    model_class: Any,
+    folder: Folder,
+    *,
+    dtype: torch.dtype | str,
+    attn_implementation: str | None = None,
+    device_map: Any = None,
+) -> tuple[Any, dict[str, Any]]:
+    """The weights of a full model.
+
+    Args:
+        model_class: `AutoModel` or one of its relatives.
+        folder: where they lie.
+        dtype: of the weights; "auto" = as stored.
+        attn_implementation: as in transformers; None = what the config names, or the library's choice.
+        device_map: as in transformers.
+
+    Returns:
+        The model, and transformers' account of keys that are missing, unexpected or of another shape.
+
+    Raises:
+        UserError: it cannot be loaded, or what it names may not be opened.
+    """
+    try:
+        whole = folder if folder.adapter is None else model_below(folder)
+        attention = _check_model(whole, model_class, attn_implementation)
+        loaded: tuple[Any, dict[str, Any]] = model_class.from_pretrained(
+            folder.path,
+            revision=folder.commit,
+            dtype=dtype,
+            attn_implementation=attention,
+            device_map=device_map,
+            use_safetensors=True,
+            weights_only=True,
+            trust_remote_code=False,  # left out, it would ask
+            output_loading_info=True,
+        )
+    except UserError:
+        raise
+    except Exception as error:  # a cut weights file, an attention that the family lacks: each has a type of its own
+        raise UserError(f"{folder.path!r} could not be loaded: {first_line(error)}") from error
+    return loaded
+
+
+def _check_model(folder: Folder, model_class: Any, asked: str | None) -> str | None:
+    """Refuse a model whose files hold much less than its config describes; returns how it is to attend."""
+    config, stored = config_of(folder), num_stored(folder)
+    attention = available_attention(asked or getattr(config, "_attn_implementation", None))
+    with torch.device("meta"):
+        described = model_class.from_config(config, attn_implementation=attention, trust_remote_code=False)
+    check_size(sum(weight.numel() for weight in described.parameters()), stored, f"{folder.path}/{CONFIG_FILE}")
+    return attention
+
+
+def available_attention(attn_implementation: str | None) -> str | None:
+    """`attn_implementation`; or torch's own, with a warning, where FlashAttention was asked for and cannot run."""
+    if attn_implementation != "flash_attention_2":
+        return attn_implementation
+    if not torch.cuda.is_available():
+        missing = "there is no CUDA device"
+    elif importlib.util.find_spec("flash_attn") is None:
+        missing = "the package flash-attn is not installed"
+    else:
+        return attn_implementation
+    logger.warning("attn_implementation: flash_attention_2 was asked for, but %s; using sdpa (torch's own).", missing)
+    return "sdpa"
+
+
+def put_adapter(model: Any, folder: Folder) -> PeftModel:
+    """A trained adapter on a model; raises a UserError without safetensors, and peft's errors where it does not fit."""
+    check_adapter_weights(folder)
+    return PeftModel.from_pretrained(model, folder.place)
+
+
+def open_sentence_transformer(
+    path: str,
+    *,
+    dtype: torch.dtype | str | None = None,
+    attn_implementation: str | None = None,
+    device: str | None = None,
+) -> SentenceTransformer:
+    """A folder or hub name that sentence-transformers has written.
+
+    Args:
+        path: where it lies; of a repository, the files that may be opened are fetched first.
+        dtype: of the weights; None = what the folder asks for, or as stored.
+        attn_implementation: as in `open_model`.
+        device: where it runs; None = the library's choice.
+
+    Raises:
+        UserError: what it names may not be opened, or sentence-transformers is not installed.
+        Exception: of any type, for damaged files and for a repository that is out of reach.
+    """
+    try:
+        from sentence_transformers import SentenceTransformer  # seconds to import, and an extra
+    except ImportError as error:
+        raise UserError('sentence-transformers is not installed: pip install -e ".[eval]".') from error
+    folder = local_folder(path) or Path(snapshot_download(path, allow_patterns=list(FETCHED)))
+    model, given = check_modules(folder, path)
+    options: dict[str, Any] = {"use_safetensors": True, "weights_only": True}
+    options["dtype"] = dtype or given.get("dtype") or given.get("torch_dtype") or "auto"
+    attention = attn_implementation or given.get("attn_implementation")
+    if model is not None and (attention := _check_model(model, AutoModel, attention)) is not None:
+        options["attn_implementation"] = attention
+    return SentenceTransformer(str(folder), device=device, trust_remote_code=False, model_kwargs=options)

@@ -20,20 +20,16 @@ from typing import Any
 
 from huggingface_hub import try_to_load_from_cache
 from huggingface_hub.errors import HFValidationError
-from peft import PeftConfig
-from peft.utils import CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME
 
 from llm2vec.files import files_hash, read_object, sha256
 from llm2vec.hub import find_file, local_folder
-from llm2vec.model.settings import SETTINGS_FILE, read_settings
-from llm2vec.types import UserError, first_line
+from llm2vec.model.vault import ADAPTER_FILE, ADAPTER_WEIGHTS, MODULES_FILE, Folder, folder_at
+from llm2vec.types import UserError
 
 logger = logging.getLogger(__name__)
 
 RUN_FILE = "run.json"
 INCOMPLETE_MARKER = ".incomplete"
-#: Found in a sentence-transformers model's repository, and in no other.
-MODULES_FILE = "modules.json"
 #: What `run.json` says of a run, as far as it is read again; `save_checkpoint` and `provenance` write it.
 _RECORD = {
     "config?": {
@@ -63,41 +59,6 @@ MODULE_FILES = ("*.safetensors", "*.bin", "*.json", "*.txt", "*.model")
 # --- one folder ---
 
 
-@dataclass(frozen=True)
-class Folder:
-    """A folder, or a repository on the hub, that was opened.
-
-    Attributes:
-        path: as it was named.
-        run: what its `run.json` says; empty where there is none, as for a name on the hub.
-        names: of the files in the folder; None = the hub is asked for each.
-    """
-
-    path: str
-    run: dict[str, Any]
-    names: frozenset[str] | None = None
-
-    def find(self, name: str) -> str | None:
-        """A file of it; None where it has none of that name, or the hub is out of reach.
-
-        Raises:
-            UserError: `path` is neither a folder nor a possible name of a repository.
-        """
-        if self.names is None:
-            return find_file(self.path, name)
-        return str(Path(self.path) / name) if name in self.names else None
-
-    @cached_property
-    def settings(self) -> dict[str, Any]:
-        """What its `llm2vec_config.json` says; empty where there is none.
-
-        Raises:
-            UserError: as `find`, or it is no JSON object of settings.
-        """
-        file = self.find(SETTINGS_FILE)
-        return {} if file is None else read_settings(Path(file))
-
-
 def open_folder(path: str) -> Folder:
     """Open a folder or a repository on the hub; its weights are not read.
 
@@ -106,19 +67,17 @@ def open_folder(path: str) -> Folder:
             it was written or copied; or its `run.json` cannot be read.
     """
     folder = Path(path)
-    if not folder.is_dir():
-        return Folder(path, {})
-    names = frozenset(file.name for file in folder.iterdir() if file.is_file())
-    if INCOMPLETE_MARKER in names:
+    run = read_run(folder)
+    opened = folder_at(path, run)
+    if INCOMPLETE_MARKER in (opened.names or ()):
         raise UserError(f"{folder}: this checkpoint was cut short while it was written; use an earlier one.")
-    run = read_run(folder) if RUN_FILE in names else {}
     for name, size in run.get("files", {}).items():
         file = folder / name
         actual = file.stat().st_size if file.is_file() else None
         if actual != size:
             found = "missing" if actual is None else f"{actual} bytes long instead of {size}"
             raise UserError(f"{folder}: this checkpoint was cut short, or changed since: {name} is {found}.")
-    return Folder(path, run, names)
+    return opened
 
 
 def read_run(folder: Path) -> dict[str, Any]:
@@ -143,11 +102,13 @@ class Chain:
         base: folder or hub name of the model.
         adapters: folders or hub names, innermost first.
         folders: of the base, then of each adapter.
+        tokenizer_path: where the tokenizer lies: in the outermost folder, or else in the base.
     """
 
     base: str
     adapters: tuple[str, ...]
     folders: tuple[Folder, ...]
+    tokenizer_path: str
 
     @cached_property
     def outermost(self) -> Folder:
@@ -162,15 +123,6 @@ class Chain:
             UserError: as `Folder.settings` of one that is asked.
         """
         return next((folder.settings for folder in reversed(self.folders) if folder.settings), {})
-
-    @cached_property
-    def tokenizer_path(self) -> str:
-        """Where the tokenizer lies: in the outermost folder, or else in the base, as far as that has one."""
-        outermost = self.folders[-1]
-        try:
-            return self.base if outermost.find("tokenizer_config.json") is None else outermost.path
-        except UserError:
-            return self.base
 
 
 def open_chain(base: str, adapters: Sequence[str] = ()) -> Chain:
@@ -205,23 +157,21 @@ def open_chain(base: str, adapters: Sequence[str] = ()) -> Chain:
         _check_parents(opened[name], names[:i])
     if names:
         _warn_of_another_base(opened[names[0]], base)
-    return Chain(base, tuple(names), tuple(opened[name] for name in (base, *names)))
+    outermost = opened[(base, *names)[-1]]
+    try:
+        tokenizer_path = base if outermost.find("tokenizer_config.json") is None else outermost.path
+    except UserError:  # no possible name of a repository: whoever loads it says so
+        tokenizer_path = base
+    return Chain(base, tuple(names), tuple(opened[name] for name in (base, *names)), tokenizer_path)
 
 
 def _recorded_base(folder: Folder) -> str | None:
     """The base that an adapter folder records, or None where it is no adapter's."""
-    path = folder.path
-    try:
-        if folder.find(CONFIG_NAME) is None:
-            return None
-    except UserError:  # hub unreachable, or no such repository: loading the base itself will say so
+    if folder.adapter is None:
         return None
-    try:
-        recorded = PeftConfig.from_pretrained(path).base_model_name_or_path
-    except Exception as error:  # no JSON, no object, an unknown kind of adapter: each a type of its own
-        raise UserError(f"{path}: its {CONFIG_NAME} cannot be read ({first_line(error)}).") from error
+    recorded = folder.adapter.get("base_model_name_or_path")
     if not recorded:
-        raise UserError(f"{path}: {CONFIG_NAME} names no base model; give the base and list this adapter.")
+        raise UserError(f"{folder.path}: {ADAPTER_FILE} names no base model; give the base and list this adapter.")
     return str(recorded)
 
 
@@ -311,7 +261,7 @@ def adapter_hash(adapter: str) -> str | None:
     Raises:
         UserError: it is no folder and no name of a repository.
     """
-    file = find_file(adapter, SAFETENSORS_WEIGHTS_NAME)
+    file = find_file(adapter, ADAPTER_WEIGHTS)
     return None if file is None else sha256(Path(file))
 
 

@@ -13,7 +13,6 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from llm2vec.model.backbone import enable_checkpointing
 from llm2vec.model.packing import checkpoint_contexts, inner_decoder, shares_prefix
 from llm2vec.types import Batch, Objective, Pass, UserError
 
@@ -123,3 +122,11 @@ def fit(decoder: Any, per_token: float, runs: float, tokens: int, budget_gb: flo
 
 def _num_tokens(batch: Batch) -> int:
     return sum(sum(side["lengths"]) for side in batch.values())
+
+
+def enable_checkpointing(model: Any, arguments: dict[str, Any]) -> None:
+    """Recompute activations in the backward pass; `arguments` go to torch.utils.checkpoint."""
+    if hasattr(model, "activation_checkpointing_enable"):
+        model.activation_checkpointing_enable(activation_checkpointing_kwargs=arguments)
+    else:  # its name before transformers 5.20
+        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs=arguments)

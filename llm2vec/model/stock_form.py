@@ -40,7 +40,7 @@ from llm2vec.files import write_json
 from llm2vec.model.backbone import Backbone
 from llm2vec.model.settings import EncoderSettings
 from llm2vec.text.probe_texts import PROBE_TEXTS
-from llm2vec.text.templates import segments_of
+from llm2vec.text.templates import forms_of
 from llm2vec.text.tokenization import Row, RowTokenizer
 from llm2vec.types import Attention, InstructedText, PoolingMode, TextSide, UserError
 
@@ -159,7 +159,7 @@ def stock_model(
 def check_expressible(rows: RowTokenizer, settings: EncoderSettings) -> None:
     """Refuse what no tokenizer with prompts can say, by a `UserError` that names the reason."""
     template, skips = rows.template, _skips_instruction(settings)
-    forms = [segments_of(template, settings.pooling_mode, side) for side in get_args(TextSide)]
+    forms = forms_of(template, settings.pooling_mode).values()
     if any(sum(segment.kind == "text" for segment in form) > 1 for form in forms):
         raise UserError(f"template {template!r} writes the text twice, and a stock tokenizer writes it once.")
     if len({_behind(rows, side) for side in get_args(TextSide)}) > 1:

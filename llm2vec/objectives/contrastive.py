@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from llm2vec.distributed import gather_with_gradient
 from llm2vec.model.backbone import Backbone
-from llm2vec.model.embed import embed, embedding_pass
+from llm2vec.model.pooling import embed, embedding_pass
 from llm2vec.model.settings import EncoderSettings
 from llm2vec.objectives.losses import CrossEntropy, distillation, info_nce, unit
 from llm2vec.processes import rank, world_size

@@ -15,7 +15,6 @@ from typing import Any, get_args
 import numpy as np
 import torch
 from transformers import (
-    AutoConfig,
     AutoModel,
     AutoModelForCausalLM,
     PretrainedConfig,
@@ -29,22 +28,23 @@ from llm2vec.data.rows import TrainingRows
 from llm2vec.data.sources import find_files
 from llm2vec.files import read_object
 from llm2vec.hub import find_file, without_waiting_for_the_hub
-from llm2vec.model.backbone import Backbone, add_token_rows, parse_dtype
+from llm2vec.model.backbone import Backbone, config_of, parse_dtype
 from llm2vec.model.chain import open_chain
 from llm2vec.model.packing import inner_decoder
 from llm2vec.model.recomputation import fit, tokens_run
 from llm2vec.model.settings import EncoderSettings
+from llm2vec.model.vault import folder_at
 from llm2vec.planning.activations import Numbers, is_known, reckoned_bytes
 from llm2vec.planning.gpus import Card
 from llm2vec.planning.memory import Memory, Step, memory_of
 from llm2vec.planning.work import Sample, assumed, counted, useful_flops
 from llm2vec.train.config import DATASET_NAMES, KEYS, Config, training_arguments
 from llm2vec.train.config.file import load_config
-from llm2vec.train.model import decoder_of, encoder_settings, open_tokenizer, with_adapter
+from llm2vec.train.model import add_token_rows, decoder_of, encoder_settings, open_tokenizer, with_adapter
 from llm2vec.train.rows import Rows, open_running_text, row_orders, sources_of
 from llm2vec.train.run import Schedule, rows_a_step, schedule_of, steps_an_epoch
 from llm2vec.train.stages import cut, open_data, saved_settings, stage_parts
-from llm2vec.types import Objective, Stage, UserError, first_line
+from llm2vec.types import Objective, Stage, UserError
 
 
 @dataclass(frozen=True)
@@ -200,13 +200,12 @@ def shape_of(base: str) -> PretrainedConfig:
         UserError: it cannot be read; says what can be given instead.
     """
     try:
-        shape: PretrainedConfig = AutoConfig.from_pretrained(base, trust_remote_code=False)
-    except (OSError, ValueError) as error:
+        return config_of(folder_at(base))
+    except UserError as error:
         raise UserError(
-            f"model_name_or_path: {base!r} has no config.json that can be read here ({first_line(error)}); to plan "
-            "without it, name a model of the same shape with --base, a folder or a hub name."
+            f"model_name_or_path: {base!r} has no config.json that can be read here ({error}); to plan without it, "
+            "name a model of the same shape with --base, a folder or a hub name."
         ) from error
-    return shape
 
 
 def model_of_shapes(config: Config, shape: PretrainedConfig, new_tokens: list[int]) -> Backbone:

@@ -25,7 +25,7 @@ from llm2vec.choice import ModelChoice
 from llm2vec.llm2vec_q2d_d2q import BidirectionalReconstruction
 from llm2vec.model.backbone import load_backbone, load_tokenizer
 from llm2vec.model.chain import open_chain
-from llm2vec.model.embed import embed
+from llm2vec.model.pooling import embed
 from llm2vec.model.proofs import check_attention, check_decoder
 from llm2vec.model.settings import SETTINGS_FILE, EncoderSettings, check_rendering, row_tokenizer, with_template
 from llm2vec.objectives.head import check_head, language_head

@@ -95,6 +95,9 @@ def _from_hub(base: KnownBase, folder: Path) -> dict[str, Any] | None:
         config = find_file(base.hub, "config.json")
         if config is None or find_file(base.hub, "model.safetensors") is None:
             return None
+        from llm2vec.model.vault import folder_at
+
+        folder_at(base.hub)  # refuses what it may not name
         _save(base.hub, folder, {"use_safetensors": True})
     return {"model": base.hub, "from": "the hub", "revision": Path(config).parent.name, "license": base.license}
 

@@ -16,12 +16,15 @@ method writes, whatever the pooling; one that ends in the text cannot be pooled 
 
 from __future__ import annotations
 
-from typing import Literal, NamedTuple
+from typing import Literal, NamedTuple, get_args
 
 from tokenizers import AddedToken
 from transformers import PreTrainedTokenizerBase
 
-from llm2vec.types import PoolingMode, TextSide, UserError
+from llm2vec.types import MaskTokenType, PoolingMode, TextSide, UserError
+
+#: What is written for a masked token, and the token that is added for it.
+BLANK, ADDED_MASK = "_", "<mask>"
 
 SegmentKind = Literal[
     "bos", "eos", "special", "marker", "literal", "instruction", "join", "text", "examples", "answer"
@@ -268,6 +271,15 @@ def segments_of(template: str, pooling_mode: PoolingMode, side: TextSide = "quer
     return segments
 
 
+def forms_of(template: str, pooling_mode: PoolingMode) -> dict[TextSide, tuple[Segment, ...]]:
+    """The segments that `template` writes under `pooling_mode`, for each side.
+
+    Raises:
+        UserError: as `segments_of`.
+    """
+    return {side: segments_of(template, pooling_mode, side) for side in get_args(TextSide)}
+
+
 def leaves_join_open(template: str) -> bool:
     """Whether `instruction_join` decides anything under a template."""
     return any(segment.kind == "join" for form in template_named(template)[:2] for segment in form)
@@ -326,3 +338,38 @@ def add_template_tokens(tokenizer: PreTrainedTokenizerBase, template: str) -> li
     tokenizer.add_tokens([AddedToken(token, special=True, normalized=False) for token in new], special_tokens=True)
     vocabulary = tokenizer.get_vocab()
     return [vocabulary[token] for token in new]
+
+
+def mask_token_id(tokenizer: PreTrainedTokenizerBase, mask_token_type: MaskTokenType) -> int:
+    """What stands for a masked token: the tokenizer's own mask token, or else what the type says.
+
+    Raises:
+        UserError: there is no such token.
+    """
+    if tokenizer.mask_token_id is not None:
+        return int(tokenizer.mask_token_id)
+    found = {
+        "blank": tokenizer.get_vocab().get(BLANK),
+        "eos": tokenizer.eos_token_id,
+        "mask": tokenizer.get_vocab().get(ADDED_MASK),
+    }[mask_token_type]
+    if found is None:
+        raise UserError(f"mask_token_type is {mask_token_type!r}, but the tokenizer has no such token; choose another.")
+    return int(found)
+
+
+def add_mask_token(tokenizer: PreTrainedTokenizerBase, mask_token_type: MaskTokenType) -> list[int]:
+    """Add a mask token where the type asks for a new one and the tokenizer has none.
+
+    Returns:
+        Its id, or nothing.
+
+    Raises:
+        UserError: the vocabulary has it as an ordinary token, which any text may contain.
+    """
+    if mask_token_type != "mask" or tokenizer.mask_token_id is not None:
+        return []
+    if ADDED_MASK in tokenizer.get_vocab():
+        raise UserError(f"mask_token_type: the base's vocabulary has {ADDED_MASK!r} as an ordinary token; use 'blank'.")
+    tokenizer.add_special_tokens({"mask_token": AddedToken(ADDED_MASK, special=True, normalized=False)})
+    return [mask_token_id(tokenizer, mask_token_type)]

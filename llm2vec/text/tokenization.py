@@ -13,14 +13,14 @@ Four rules hold here and nowhere else:
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from typing import NamedTuple, TypeAlias, get_args
+from typing import NamedTuple, TypeAlias
 
 import torch
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from llm2vec.files import check_unicode
-from llm2vec.text.templates import Segment, SegmentKind, segments_of, template_named
+from llm2vec.text.templates import TEMPLATES, Segment, SegmentKind, forms_of, template_named
 from llm2vec.types import InstructedText, InstructionMask, PoolingMode, TextSide, UserError
 
 #: Most tokens of a few-shot example's query, and of its answer (released code of arXiv 2409.15700).
@@ -117,10 +117,8 @@ class RowTokenizer:
         self.counts_positions = instruction_mask == "counted" and not self.pool_everything
         self.target_kinds: tuple[SegmentKind, ...] = ("instruction", "join") if reconstruct_instruction else ()
         self.padding_side = padding_side
-        self._example = template_named(template).example
-        self._forms: dict[TextSide, _Form] = {
-            side: segments_of(template, pooling_mode, side) for side in get_args(TextSide)
-        }
+        self._forms = forms_of(template, pooling_mode)
+        self._example = TEMPLATES[template].example
         self._special_ids = self._resolve_special_ids((*self._forms["query"], *self._forms["document"], *self._example))
         self.closing_token_id = self._special_ids.get(self._forms["query"][-1])
 

@@ -12,24 +12,18 @@ from typing import Any
 
 import torch
 from peft import PeftModel
+from torch import Tensor
 from torch.distributed.fsdp import MixedPrecisionPolicy
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainingArguments, set_seed
 
-from llm2vec.model.backbone import (
-    Backbone,
-    add_token_rows,
-    attach_lora,
-    enable_checkpointing,
-    load_backbone,
-    load_tokenizer,
-)
+from llm2vec.model.backbone import Backbone, attach_lora, load_backbone, load_tokenizer, make_room
 from llm2vec.model.chain import Chain, open_chain
 from llm2vec.model.packing import checkpoint_contexts, compile_layers
 from llm2vec.model.proofs import check_decoder
+from llm2vec.model.recomputation import enable_checkpointing
 from llm2vec.model.settings import EncoderSettings, row_tokenizer, with_template
 from llm2vec.objectives.head import check_head
-from llm2vec.objectives.mntp import add_mask_token
-from llm2vec.text.templates import add_template_tokens, leaves_join_open
+from llm2vec.text.templates import add_mask_token, add_template_tokens, leaves_join_open
 from llm2vec.train.config import Config
 from llm2vec.types import UserError
 
@@ -84,14 +78,15 @@ def open_tokenizer(config: Config, chain: Chain) -> tuple[PreTrainedTokenizerBas
         UserError: not found, contradicts the parent checkpoint, or a template that the tokenizer cannot write.
     """
     tokenizer = load_tokenizer(chain.tokenizer_path)
-    recorded = chain.outermost.settings
+    parent = chain.folders[-1]
+    recorded = parent.settings
     settings = with_template(encoder_settings(config, recorded, chain.adapters), tokenizer)
     join = recorded.get("instruction_join", settings.instruction_join)
     if join != settings.instruction_join and leaves_join_open(str(settings.template)):
         logger.warning(
             "instruction_join is %r, but %s was trained with %r: rows with an instruction are other tokens than there.",
             settings.instruction_join,
-            chain.outermost.path,
+            parent.path,
             join,
         )
     new_tokens = add_template_tokens(tokenizer, str(settings.template))
@@ -184,3 +179,43 @@ def plan_sharding(args: TrainingArguments, model: PreTrainedModel) -> None:
     plan["mixed_precision_policy"] = MixedPrecisionPolicy(
         param_dtype=torch.bfloat16 if args.bf16 else None, reduce_dtype=torch.float32, cast_forward_inputs=False
     )
+
+
+def set_attention_dropout(model: Any, probability: float) -> None:
+    """Drop out attention weights in training, whatever the model's config says; the config itself is not changed.
+
+    Args:
+        model: changed in place.
+        probability: of a weight to be dropped.
+
+    Raises:
+        UserError: the model's attention has no dropout to set.
+    """
+    attentions = [module for module in model.modules() if hasattr(module, "attention_dropout")]
+    if probability and not attentions:
+        raise UserError(f"simcse_dropout: the attention of {type(model).__name__} has no dropout; set it to 0.")
+    for attention in attentions:
+        attention.attention_dropout = probability
+
+
+def add_token_rows(model: PreTrainedModel, ids: Sequence[int], seed: int) -> None:
+    """Give new tokens rows in the embedding, and in the head where the model has a separate one.
+
+    A row starts as the mean of the rows before the new ones. Noise of a tenth of their spread makes no two alike. The
+    tables grow where they have no such rows yet.
+
+    Args:
+        model: changed in place.
+        ids: of the new tokens.
+        seed: of the noise.
+    """
+    make_room(model, ids)
+    embedding, head = model.get_input_embeddings(), model.get_output_embeddings()
+    tables = [embedding] if head is None or head.weight is embedding.weight else [embedding, head]
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for table in tables:
+            weight: Tensor = table.weight  # type: ignore[assignment]
+            spread_D, mean_D = torch.std_mean(weight[: min(ids)].float(), dim=0)
+            noise_ND = torch.randn(len(ids), weight.shape[1], generator=generator).to(weight.device)
+            weight[list(ids)] = (mean_D + 0.1 * spread_D * noise_ND).to(weight.dtype)

@@ -17,7 +17,6 @@ from transformers import PreTrainedTokenizerBase
 from llm2vec.data.blocks import SourceTexts, open_blocks
 from llm2vec.data.collation import Collate, CollateSides
 from llm2vec.data.rows import TrainingRows
-from llm2vec.model.backbone import set_attention_dropout
 from llm2vec.model.settings import EncoderSettings, row_tokenizer
 from llm2vec.objectives.contrastive import ContrastiveLearning, RowFacts
 from llm2vec.objectives.language_modelling import ContrastiveLanguageModelling, LanguageModelling
@@ -25,7 +24,7 @@ from llm2vec.objectives.mntp import MaskedNextTokenPrediction, mask_tokens
 from llm2vec.objectives.stage_one import StageOneObjective, stage_one_objective
 from llm2vec.train.config import Config
 from llm2vec.train.config.file import load_config
-from llm2vec.train.model import decoder_of, load_model
+from llm2vec.train.model import decoder_of, load_model, set_attention_dropout
 from llm2vec.train.resume import start_or_resume
 from llm2vec.train.rows import Rows, open_rows, open_running_text, open_texts
 from llm2vec.train.run import train

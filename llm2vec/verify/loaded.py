@@ -13,19 +13,18 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from peft import PeftModel
-from peft.utils import SAFETENSORS_WEIGHTS_NAME
 from torch import Tensor
-from transformers import AutoConfig, AutoModel, PreTrainedTokenizerBase
+from transformers import AutoModel, PreTrainedTokenizerBase
 from transformers.utils import logging as transformers_logging
 
 from llm2vec.files import parse_json
 from llm2vec.hub import find_file
 from llm2vec.llm2vec import LLM2Vec
-from llm2vec.model.backbone import load_tokenizer
-from llm2vec.model.chain import MODULES_FILE, open_chain
+from llm2vec.model.backbone import config_of, load_tokenizer, open_model, open_sentence_transformer, put_adapter
+from llm2vec.model.chain import open_chain
 from llm2vec.model.pooling import pool
 from llm2vec.model.stock_form import POOLING, SWITCHES
+from llm2vec.model.vault import MODULES_FILE, folder_at
 from llm2vec.text.tokenization import Row
 from llm2vec.types import Attention, InstructedText, PoolingMode, UserError, first_line
 from llm2vec.verify.ways import Choice, Rendering, prompt_writer, read_json_of
@@ -113,15 +112,9 @@ def _open_ours(choice: Choice, dtype: torch.dtype) -> LocalWay:
 
 
 def _open_st(choice: Choice, dtype: torch.dtype, rendering: Rendering | None) -> LocalWay:
-    try:
-        from sentence_transformers import SentenceTransformer  # seconds to import, and an extra
-    except ImportError as error:
-        raise UserError('sentence-transformers is not installed: pip install -e ".[eval]".') from error
-
     if choice.model.adapters:
         raise UserError("takes no adapter beside a base; give a folder that sentence-transformers has written.")
-    loading = {"dtype": dtype, "use_safetensors": True}
-    loaded = SentenceTransformer(choice.model.base, device=str(_device()), model_kwargs=loading)
+    loaded = open_sentence_transformer(choice.model.base, dtype=dtype, device=str(_device()))
     loaded.eval()
     pooling = next((module for module in loaded if hasattr(module, "pooling_mode")), None)
     decoder = loaded.transformers_model
@@ -153,11 +146,9 @@ def _open_st(choice: Choice, dtype: torch.dtype, rendering: Rendering | None) ->
 def _open_transformers(choice: Choice, dtype: torch.dtype, rendering: Rendering | None) -> LocalWay:
     """AutoModel, AutoTokenizer, and what `1_Pooling` and `modules.json` say; adapters as plain peft puts them on."""
     base, adapters = choice.model.base, choice.model.adapters
-    model = AutoModel.from_pretrained(base, dtype=dtype, use_safetensors=True, trust_remote_code=False)
+    model, _ = open_model(AutoModel, folder_at(base), dtype=dtype)
     for adapter in adapters:
-        if find_file(adapter, SAFETENSORS_WEIGHTS_NAME) is None:  # peft would open a pickle instead
-            raise UserError(f"{adapter} holds no {SAFETENSORS_WEIGHTS_NAME}.")
-        model = PeftModel.from_pretrained(model, adapter)
+        model = put_adapter(model, folder_at(adapter))
         model = model if adapter == adapters[-1] else model.merge_and_unload()
     model.to(_device()).eval()
     folder = next(
@@ -261,7 +252,7 @@ def _in_batches(embed: Callable[[Sequence[InstructedText]], Tensor]) -> Callable
 def _is_half(choice: Choice, dtype: torch.dtype) -> bool:
     is_model = find_file(choice.model.base, "config.json") is not None
     base = choice.model.base if is_model else open_chain(choice.model.base, choice.model.adapters).base
-    stored = getattr(AutoConfig.from_pretrained(base, trust_remote_code=False), "dtype", None)
+    stored = getattr(config_of(folder_at(base)), "dtype", None)
     return bool({dtype, stored} & {torch.bfloat16, torch.float16})
 
 

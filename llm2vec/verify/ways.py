@@ -20,9 +20,10 @@ from llm2vec.choice import ModelChoice
 from llm2vec.files import read_object
 from llm2vec.hub import find_file
 from llm2vec.model.backbone import load_tokenizer
-from llm2vec.model.chain import MODULES_FILE, open_chain
+from llm2vec.model.chain import open_chain
 from llm2vec.model.settings import SETTINGS_FILE, EncoderSettings, row_tokenizer
 from llm2vec.model.stock_form import possible_forms
+from llm2vec.model.vault import MODULES_FILE
 from llm2vec.text.tokenization import RowTokenizer
 from llm2vec.types import InstructedText, UserError
 

@@ -14,9 +14,14 @@ from torch import Tensor
 
 from llm2vec.data.collation import CollateSides
 from llm2vec.llm2vec_q2d_d2q import BidirectionalReconstruction
-from llm2vec.model.backbone import enable_checkpointing
 from llm2vec.model.packing import checkpoint_contexts, compile_layers
-from llm2vec.model.recomputation import bytes_per_token, fit_activations, layers_to_recompute, measured_bytes
+from llm2vec.model.recomputation import (
+    bytes_per_token,
+    enable_checkpointing,
+    fit_activations,
+    layers_to_recompute,
+    measured_bytes,
+)
 from llm2vec.model.settings import EncoderSettings, row_tokenizer
 from llm2vec.train.model import decoder_of
 from llm2vec.train.step import backward_step

@@ -223,7 +223,7 @@ def test_truncated_weights_are_refused_without_our_record_too(stages: Path, shar
     assert str(folder) in str(error.value)
 
 
-@pytest.mark.parametrize("content", ["{", "[1]", '{"peft_type": "NOPE", "base_model_name_or_path": "base"}'])
+@pytest.mark.parametrize("content", ["{", "[1]"])
 def test_a_damaged_adapter_config_is_named(stages: Path, content: str) -> None:
     (stages / "stage_II" / RUN_FILE).unlink()
     (stages / "stage_II/adapter_config.json").write_text(content, encoding="utf-8")

@@ -22,11 +22,12 @@ from transformers.models.olmo import OlmoConfig, OlmoModel
 from transformers.models.smollm3 import SmolLM3Config, SmolLM3Model
 
 from llm2vec.llm2vec import LLM2Vec
-from llm2vec.model.backbone import attach_lora, enable_checkpointing, hidden_states
-from llm2vec.model.embed import embed
+from llm2vec.model.backbone import attach_lora, hidden_states
 from llm2vec.model.packed_attention import NAME
 from llm2vec.model.packing import can_pack, checkpoint_contexts, packed, packed_hidden_states
+from llm2vec.model.pooling import embed
 from llm2vec.model.proofs import check_attention, check_packing
+from llm2vec.model.recomputation import enable_checkpointing
 from llm2vec.model.settings import EncoderSettings, row_tokenizer
 from llm2vec.text.batches import pack_rows, positions_of, select_rows, shared_prefix, starts_of
 from llm2vec.text.tokenization import Row

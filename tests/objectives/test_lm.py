@@ -10,8 +10,8 @@ import torch
 from helpers import MODELS, family_tokenizer, tiny_model
 
 from llm2vec.data.collation import CollateSides
-from llm2vec.model.backbone import enable_checkpointing
 from llm2vec.model.packing import checkpoint_contexts
+from llm2vec.model.recomputation import enable_checkpointing
 from llm2vec.model.settings import EncoderSettings, row_tokenizer
 from llm2vec.objectives.language_modelling import LanguageModelling
 from llm2vec.text.batches import pack_rows

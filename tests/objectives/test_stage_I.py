@@ -19,9 +19,9 @@ from llm2vec import llm2vec_q2d_d2q
 from llm2vec.data.collation import CollateSides
 from llm2vec.llm2vec_q2d_d2q import BidirectionalReconstruction, LLM2Vec_q2d_d2q
 from llm2vec.model import packing
-from llm2vec.model.backbone import enable_checkpointing
-from llm2vec.model.embed import embed
 from llm2vec.model.packing import checkpoint_contexts
+from llm2vec.model.pooling import embed
+from llm2vec.model.recomputation import enable_checkpointing
 from llm2vec.model.settings import EncoderSettings, row_tokenizer
 from llm2vec.text.tokenization import Row
 from llm2vec.train.log import LOG_FILE

@@ -14,9 +14,10 @@ from torch import Tensor
 
 from llm2vec.data.collation import CollateSides
 from llm2vec.model import packing
-from llm2vec.model.backbone import LORA_MODULES, attach_lora, enable_checkpointing
-from llm2vec.model.embed import embed
+from llm2vec.model.backbone import LORA_MODULES, attach_lora
 from llm2vec.model.packing import checkpoint_contexts
+from llm2vec.model.pooling import embed
+from llm2vec.model.recomputation import enable_checkpointing
 from llm2vec.model.settings import EncoderSettings, row_tokenizer
 from llm2vec.objectives import contrastive as llm2vec_contrastive
 from llm2vec.objectives.contrastive import ContrastiveLearning

@@ -21,6 +21,7 @@ from transformers import GPT2Config, LlamaConfig, MistralConfig, PretrainedConfi
 
 from llm2vec.commands.plan import card_of
 from llm2vec.compare.runs import read_set
+from llm2vec.model.vault import Folder
 from llm2vec.planning import plan as plan_module
 from llm2vec.planning.gpus import CARDS, Card
 from llm2vec.planning.plan import Conditions, Plan, make_plan, stage_of
@@ -109,8 +110,8 @@ _MODEL_OF_SHAPES = plan_module.model_of_shapes
 def hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The hub's `config.json` files, by the names of the bases."""
 
-    def shape(path: str, **_: Any) -> PretrainedConfig:
-        return next(shape for part, (shape, _) in SHAPES.items() if part in path)
+    def shape(folder: Folder) -> PretrainedConfig:
+        return next(shape for part, (shape, _) in SHAPES.items() if part in folder.path)
 
     def model_of_shapes(config: Any, shape: PretrainedConfig, new_tokens: list[int]) -> Any:
         part = next(part for part, (known, _) in SHAPES.items() if known is shape)
@@ -122,7 +123,7 @@ def hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     # Where neither models nor data of an earlier run lie.
     (tmp_path / "train_configs").symlink_to(CONFIGS)
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(plan_module, "AutoConfig", SimpleNamespace(from_pretrained=shape))
+    monkeypatch.setattr(plan_module, "config_of", shape)
     monkeypatch.setattr(plan_module, "model_of_shapes", model_of_shapes)
 
 

@@ -22,10 +22,10 @@ from llm2vec.data.collation import CollateSides
 from llm2vec.data.rows import TrainingRows
 from llm2vec.data.sources import Instruction, Source
 from llm2vec.llm2vec import LLM2Vec
-from llm2vec.model.backbone import add_token_rows, attach_lora, load_backbone, load_tokenizer
+from llm2vec.model.backbone import attach_lora, load_backbone, load_tokenizer
 from llm2vec.model.chain import open_chain
 from llm2vec.model.checkpoint import save_checkpoint
-from llm2vec.model.embed import embed
+from llm2vec.model.pooling import embed
 from llm2vec.model.settings import EncoderSettings, row_tokenizer
 from llm2vec.objectives.contrastive import ContrastiveLearning
 from llm2vec.text.few_shot import check_examples_fit, with_examples
@@ -33,7 +33,7 @@ from llm2vec.text.probe_texts import probe_ids
 from llm2vec.text.templates import add_template_tokens
 from llm2vec.text.tokenization import RowTokenizer
 from llm2vec.train.config import Config
-from llm2vec.train.model import load_model
+from llm2vec.train.model import add_token_rows, load_model
 from llm2vec.train.run import train
 from llm2vec.types import Example, InstructedText, UserError
 

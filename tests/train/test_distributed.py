@@ -27,8 +27,9 @@ from llm2vec import processes as processes_module
 from llm2vec.data.collation import CollateSides
 from llm2vec.distributed import gather_with_gradient, max_over_ranks, sum_over_ranks
 from llm2vec.llm2vec_q2d_d2q import BidirectionalReconstruction
-from llm2vec.model.backbone import attach_lora, enable_checkpointing
+from llm2vec.model.backbone import attach_lora
 from llm2vec.model.packing import checkpoint_contexts
+from llm2vec.model.recomputation import enable_checkpointing
 from llm2vec.model.settings import EncoderSettings, row_tokenizer
 from llm2vec.objectives.contrastive import ContrastiveLearning
 from llm2vec.processes import first_of_each_machine_first, rank, rank_zero_first, world_size

@@ -19,8 +19,9 @@ from torch import Tensor, nn
 
 from llm2vec.data.collation import CollateSides
 from llm2vec.llm2vec_q2d_d2q import BidirectionalReconstruction
-from llm2vec.model.backbone import attach_lora, enable_checkpointing
+from llm2vec.model.backbone import attach_lora
 from llm2vec.model.packing import checkpoint_contexts
+from llm2vec.model.recomputation import enable_checkpointing
 from llm2vec.model.settings import EncoderSettings, row_tokenizer
 from llm2vec.objectives.contrastive import ContrastiveLearning
 from llm2vec.train import step
