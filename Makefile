@@ -5,10 +5,13 @@ BIN := .venv/bin
 CORE := added_tokens checkpoint config data entrypoints eval_models evaluation llm2vec mntp mteb_adapter packing packed_attention \
 	sentence_transformer_loss simcse stage_I stage_II step tokenization trainer
 
-.PHONY: quickstart compare test test-slow test-lowest test-gpu bench faults docs lint audit clean
+.PHONY: quickstart embedder compare test test-slow test-lowest test-gpu bench faults docs lint audit clean
 
 quickstart: .venv/installed  ## the whole method, small, on this machine: about 8 minutes after the install
 	$(BIN)/python experiments/quickstart.py
+
+embedder: .venv/installed  ## an embedder from a real language model: about an hour on 2 cores, minutes on a GPU
+	$(BIN)/llm2vec embedder
 
 compare: output/quickstart/base/run.json  ## every recipe on the quickstart's text, two seeds; about 40 minutes on 2 free cores
 	$(BIN)/python experiments/compare.py train_configs/comparison/quickstart --seeds 42 43

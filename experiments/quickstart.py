@@ -26,6 +26,7 @@ from typing import Any
 from tqdm import tqdm
 
 from llm2vec.cli import run_command
+from llm2vec.compare.execution import is_over, last_step
 from llm2vec.compare.runs import STAGE_COMMANDS
 from llm2vec.files import alone_in
 from llm2vec.quickstart.docstrings import TRAIN_FILE
@@ -108,21 +109,13 @@ def train(stage: Stage, name: str, threads: int, processes: int = 1) -> None:
     environment = {**os.environ, "OMP_NUM_THREADS": str(threads), "PYTHONUNBUFFERED": "1"}
     with log.open("w") as out, tqdm(total=num_steps, desc=f"    {name:<12}", unit="step") as bar:
         process = subprocess.Popen(command, stdout=out, stderr=subprocess.STDOUT, env=environment)
-        while process.poll() is None:
-            time.sleep(0.5)
+        while not is_over(process):
             bar.update(last_step(steps_file) - bar.n)
         bar.update(last_step(steps_file) - bar.n)
     if process.returncode:
         raise UserError(
             f"llm2vec {STAGE_COMMANDS[stage]} {config_file} failed with exit code {process.returncode}; see {log}."
         )
-
-
-def last_step(steps_file: Path) -> int:
-    """The step of a run's newest log entry; 0 before the first."""
-    lines = steps_file.read_text(encoding="utf-8").splitlines(keepends=True) if steps_file.is_file() else []
-    whole = [line for line in lines if line.endswith("\n")]  # the last one may just be written
-    return int(json.loads(whole[-1])["step"]) if whole else 0
 
 
 def base_is_up_to_date() -> bool:

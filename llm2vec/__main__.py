@@ -39,6 +39,7 @@ COMMANDS = {
     "report": Command("report", "tables and figures of evaluated runs, the paper beside them"),
     "search": Command("search", "search in your own texts with a trained model"),
     "export": Command("models.export", "turn a checkpoint into a plain folder for other libraries"),
+    "embedder": Command("embedder", "an embedder from a real language model, on your machine, in about an hour"),
     "base": Command("models.base", "fetch a small pretrained model, also where no hub is reached"),
     "verify": Command("models.verify", "whether a model gives the same vectors however it is loaded"),
     "compare": Command("compare", "a set of recipes on the same data: train, evaluate, one table"),

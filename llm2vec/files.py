@@ -33,6 +33,9 @@ _NAMES: dict[Any, str] = {
 #: Measures of the embedding space along training, which the probes write into a run's folder and reports read.
 DIAGNOSTICS_FILE = "diagnostics.jsonl"
 
+#: In a base model's folder: where its weights are from. What it says travels into the `run.json` of what is trained.
+ORIGIN_FILE = "origin.json"
+
 #: In the folder of a comparison's record: what all its trials have in common.
 COMPARISON_RECORD = "record.json"
 

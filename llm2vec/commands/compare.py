@@ -16,19 +16,13 @@ A run that fails stops its own recipe only, and the exit code is then 1. Everyth
 from __future__ import annotations
 
 import argparse
-import os
-import platform
 import time
 from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 from llm2vec import cli
 from llm2vec.types import UserError
-
-if TYPE_CHECKING:
-    from llm2vec.compare.runs import Planner, Trial
 
 
 def _parse_args(argv: Sequence[str]) -> argparse.Namespace:
@@ -52,50 +46,20 @@ def main(argv: Sequence[str]) -> int:
     from llm2vec.files import alone_in
 
     with alone_in(args.output_dir, "comparison, or a run of an earlier one,") as lock:
-        return _compare(args, started, lock)
+        from llm2vec.compare.comparison import compare_recipes  # with torch: seconds
+        from llm2vec.compare.table import failure_lines, outcome_table
 
-
-def _compare(args: argparse.Namespace, started: float, lock: int) -> int:
-    """The same, in a folder that nobody else works in."""
-    import torch  # seconds, and what follows needs it
-
-    from llm2vec.compare.execution import Runner, do_all, num_cores
-    from llm2vec.compare.record import write_record
-    from llm2vec.compare.runs import unique_runs
-    from llm2vec.compare.table import failure_lines, outcome_table, own_keys, write_comparison
-
-    workers = args.workers or max(1, (torch.cuda.device_count() or num_cores()) // args.processes)
-    planner, trials = _plan(args)
-    runs = unique_runs(trials)
-    num_recipes = len({trial.recipe for trial in trials})
-    print(f"{len(trials)} trials of {num_recipes} recipes: {len(runs)} runs, {workers} at a time")
-    runner = Runner(
-        trials, args.output_dir, workers=workers, processes=args.processes, lock=lock, say=partial(print, flush=True)
-    )
-    failures = do_all(runs, runner.do, workers)
-    facts = {
-        "Base model": planner.recipes.shared["all"]["model_name_or_path"],
-        "Seeds": ", ".join(map(str, args.seeds)),
-        "Runs at a time": str(workers),
-        "Processes of a training run": str(args.processes),
-        "Machine": f"{platform.machine()}, {os.cpu_count()} cores, {torch.cuda.device_count()} GPUs",
-    }
-    chosen = [recipe for recipe in planner.recipes.recipes if recipe.name in {t.recipe for t in trials}]
-    own = own_keys(chosen)
-    outcomes = write_record(args.output_dir / "record", trials, failures, own, facts)
-    report = write_comparison(args.output_dir, outcomes, own, facts)
-    print("", outcome_table(outcomes).text(), "", *failure_lines(outcomes), sep="\n")
-    print(f"report: {report}    ({(time.monotonic() - started) / 60:.1f} minutes)")
-    return 1 if failure_lines(outcomes) else 0
-
-
-def _plan(args: argparse.Namespace) -> tuple[Planner, list[Trial]]:
-    """The trials that were asked for; every config is read, and nothing runs yet."""
-    from llm2vec.compare.runs import Planner, read_set
-
-    planner = Planner(read_set(args.folder), args.output_dir, args.processes)
-    trials = planner.trials(args.seeds)
-    known = sorted({trial.recipe for trial in trials})
-    if unknown := [name for name in args.recipes or () if name not in known]:
-        raise UserError(f"--recipes: there is no {unknown[0]!r}; there are {', '.join(known)}.")
-    return planner, [trial for trial in trials if args.recipes is None or trial.recipe in args.recipes]
+        found = compare_recipes(
+            args.folder,
+            args.output_dir,
+            seeds=args.seeds,
+            lock=lock,
+            say=partial(print, flush=True),
+            recipes=args.recipes,
+            workers=args.workers,
+            processes=args.processes,
+        )
+    failed = failure_lines(found.outcomes)
+    print("", outcome_table(found.outcomes).text(), "", *failed, sep="\n")
+    print(f"report: {found.page}    ({(time.monotonic() - started) / 60:.1f} minutes)")
+    return 1 if failed else 0

@@ -5,6 +5,7 @@ What has been done and has not changed since is not done again.
 
 from __future__ import annotations
 
+import json
 import os
 import shutil
 import subprocess
@@ -13,11 +14,14 @@ import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
 from pathlib import Path
+from typing import Any
 
 import torch
+from tqdm import tqdm
 
 from llm2vec.compare.runs import EVALUATION_COMMAND, Run, Trial, unique_runs
 from llm2vec.model.chain import RUN_FILE, open_folder
+from llm2vec.train.log import LOG_FILE
 from llm2vec.types import UserError
 
 #: What a run starts, behind Python's name.
@@ -127,18 +131,27 @@ class Runner:
         clear(run)
         started, log = time.monotonic(), self.logs / f"{run.name}.log"
         command, environment = self._command(run), self._environment(worker)
-        with log.open("w") as out:
-            ended = subprocess.run(
-                command, stdout=out, stderr=subprocess.STDOUT, env=environment, pass_fds=[self.lock], check=False
+        with log.open("w") as out, self._bar(run) as bar:
+            process = subprocess.Popen(
+                command, stdout=out, stderr=subprocess.STDOUT, env=environment, pass_fds=[self.lock]
             )
-        if not ended.returncode and run.command != EVALUATION_COMMAND and not (run.folder / RUN_FILE).is_file():
+            while not is_over(process):
+                bar.update(last_step(run.folder / LOG_FILE) - bar.n)
+        code = process.returncode
+        if not code and run.command != EVALUATION_COMMAND and not (run.folder / RUN_FILE).is_file():
             self._tell(run, f"was stopped; see {log}")
             raise UserError(f"llm2vec {run.command} was stopped by a signal")
-        if ended.returncode:
+        if code:
             self._tell(run, f"failed; see {log}")
             raise UserError(f"llm2vec {run.command} failed ({_last_line(log)}); see {log}")
         (run.folder / FINISHED_FILE).touch()
         self._tell(run, f"{(time.monotonic() - started) / 60:.1f} minutes")
+
+    def _bar(self, run: Run) -> tqdm[Any]:
+        """A training run's steps and the time left; none where several runs share the screen."""
+        whose = ", ".join(dict.fromkeys(self.recipes[run.name]))
+        without = self.workers > 1 or not run.num_steps or None  # None: off where there is no terminal
+        return tqdm(total=run.num_steps, desc=f"{run.command} of {whose}", unit="step", leave=False, disable=without)
 
     def _command(self, run: Run) -> list[str]:
         """The run's command line; an evaluation starts its processes itself."""
@@ -166,6 +179,22 @@ class Runner:
         whose = ", ".join(dict.fromkeys(self.recipes[run.name]))
         kind = run.name.rpartition("-")[0]
         self.say(f"[{self.num_ended:>3} of {self.num_runs}] {kind:<18} {whose}: {what}")
+
+
+def is_over(process: subprocess.Popen[bytes]) -> bool:
+    """Whether a process has ended, after waiting a little."""
+    try:
+        process.wait(timeout=0.5)
+        return True
+    except subprocess.TimeoutExpired:
+        return False
+
+
+def last_step(steps_file: Path) -> int:
+    """The step of a run's newest log entry; 0 before the first."""
+    lines = steps_file.read_text(encoding="utf-8").splitlines(keepends=True) if steps_file.is_file() else []
+    whole = [line for line in lines if line.endswith("\n")]  # the last one may just be written
+    return int(json.loads(whole[-1])["step"]) if whole else 0
 
 
 def _last_line(log: Path) -> str:

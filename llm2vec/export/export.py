@@ -122,7 +122,7 @@ def export(what: Export, out: Path) -> Proof:
             dtype=what.dtype,
             adapter_base=base_id if what.adapter else None,
             base_model=(base_id or "").partition("@")[0] or trained_from(chain, runs),
-            license=what.license,
+            license=what.license or (runs[0].record.get("origin", {}).get("license") if runs else None),
             runs=runs,
             results=what.results,
             **proof._asdict(),

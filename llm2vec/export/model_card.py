@@ -69,6 +69,7 @@ def model_card(facts: Facts) -> ModelCard:
         _front_matter(facts),
         template_path=str(_TEMPLATE),
         facts=facts,
+        origin=facts.runs[0].record.get("origin", {}) if facts.runs else {},
         form=form,
         settings=facts.settings,
         prompts=prompts,

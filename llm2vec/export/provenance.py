@@ -26,7 +26,7 @@ _PATH_KEYS = (
 #: What of a checkpoint's `run.json` is of use in another folder.
 _RUN_KEYS = (
     "config", "num_processes", "gradient_accumulation_steps", "parent", "data", "step", "weights_of_step", "versions",
-    "git_commit",
+    "git_commit", "origin",
 )  # fmt: skip
 
 
@@ -92,7 +92,8 @@ def _log(folder: Path) -> list[dict[str, Any]]:
 
 def trained_from(chain: Chain, runs: Sequence[RecordedRun]) -> str | None:
     """Hub name of the model that the first run started from."""
-    names = [chain.base, *(run.record.get("parent", {}).get("model_name_or_path") for run in runs[:1])]
+    origins = [run.record.get("origin", {}).get("model") for run in runs[:1]]
+    names = [chain.base, *(run.record.get("parent", {}).get("model_name_or_path") for run in runs[:1]), *origins]
     return next((name for name in names if name and local_folder(name) is None and name.count("/") == 1), None)
 
 

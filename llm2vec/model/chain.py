@@ -21,7 +21,7 @@ from typing import Any
 from huggingface_hub import try_to_load_from_cache
 from huggingface_hub.errors import HFValidationError
 
-from llm2vec.files import files_hash, read_object, sha256
+from llm2vec.files import ORIGIN_FILE, files_hash, read_object, sha256
 from llm2vec.hub import find_file, local_folder
 from llm2vec.model.vault import ADAPTER_FILE, ADAPTER_WEIGHTS, MODULES_FILE, Folder, folder_at
 from llm2vec.types import UserError
@@ -89,6 +89,12 @@ def read_run(folder: Path) -> dict[str, Any]:
     if not (folder / RUN_FILE).is_file():
         return {}
     return read_object(folder / RUN_FILE, shape=_RUN)
+
+
+def origin_of(base: Path) -> dict[str, Any]:
+    """`{"origin": ...}`, where a base's weights are from, as its folder says or its own `run.json`; else empty."""
+    found = read_object(base / ORIGIN_FILE) if (base / ORIGIN_FILE).is_file() else read_run(base).get("origin")
+    return {} if found is None else {"origin": found}
 
 
 # --- a chain of them ---

@@ -14,12 +14,9 @@ import zipfile
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from llm2vec.files import sha256, write_json
+from llm2vec.files import ORIGIN_FILE, sha256, write_json
 from llm2vec.hub import find_file, without_waiting_for_the_hub
 from llm2vec.types import UserError, first_line
-
-#: In a base's folder: where its weights are from.
-ORIGIN_FILE = "origin.json"
 
 #: Bytes of a weight in float32, and of what is fetched to make it, at most.
 BYTES_A_WEIGHT = 4 + 1

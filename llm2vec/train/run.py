@@ -25,7 +25,7 @@ from llm2vec.data.tables import hash_of_read
 from llm2vec.files import DIAGNOSTICS_FILE
 from llm2vec.llm2vec import LLM2Vec
 from llm2vec.llm2vec_q2d_d2q import BidirectionalReconstruction
-from llm2vec.model.chain import mark_of, read_run
+from llm2vec.model.chain import mark_of, origin_of, read_run
 from llm2vec.model.checkpoint import read_weights, save_checkpoint
 from llm2vec.model.recomputation import fit_activations
 from llm2vec.model.settings import EncoderSettings, row_tokenizer
@@ -194,6 +194,7 @@ def provenance(config: Config, args: TrainingArguments, rows: Rows, ids: list[li
             for source, size, file, stamp in zip(rows.sources, rows.sizes, rows.files, rows.stamps, strict=True)
         ],
         "probe_ids": ids,
+        **origin_of(Path(config.model_name_or_path)),
     }
 
 

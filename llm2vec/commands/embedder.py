@@ -1,0 +1,209 @@
+"""An embedder out of a real language model on your own machine, measured beside BM25 and what it was made from.
+
+    llm2vec embedder                                                        # what `make embedder` runs
+    llm2vec embedder --data my.jsonl --instruction "Given a question, find its answer" --output_dir output/mine
+    llm2vec embedder --base HuggingFaceTB/SmolLM2-360M-Instruct --rows 20000
+
+About an hour on two CPU cores with the defaults, minutes on a GPU; killed, it goes on where it was. It fetches
+SmolLM2-135M, takes the docstrings of the installed Python packages or the rows of --data (JSON lines of `query`,
+`positive` and `negative`), holds queries out of them, and trains with and without Stage I. Below --output_dir:
+
+    model/              the embedder, a plain sentence-transformers folder
+    comparison/         scores, logs and runs of all that was trained; comparison.html
+    base/, data/, set/  what it was made from, and the configs
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import time
+from collections.abc import Sequence
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from llm2vec import cli
+from llm2vec.types import UserError
+
+if TYPE_CHECKING:
+    from llm2vec.compare.comparison import RecipeComparison
+
+#: Rows of a step. Small in Stage I, so that the steps are many; Stage II's are each other's negatives.
+STAGE_I_ROWS, STAGE_II_ROWS = 16, 32
+#: Rows that a stage trains on: about an hour for two CPU cores, minutes for a GPU.
+ROWS_ON_CPU, ROWS_ON_GPU = 1536, 32_000
+
+#: Most tokens of a row, and of its text in training. The embedder itself reads texts that fill the row.
+ROW_TOKENS, TEXT_TOKENS = 128, 64
+
+#: What is asked at the end where the docstrings are the data.
+DOCSTRING_QUERIES = (
+    "wait until a predicate becomes true",
+    "remove duplicate rows of a table",
+    "how similar are two strings",
+)
+
+
+def _parse_args(argv: Sequence[str]) -> argparse.Namespace:
+    parser = cli.parser("embedder", __doc__)
+    parser.add_argument("--base", default="smollm2-135m", help="of `llm2vec base`, a folder, or a hub name")
+    parser.add_argument("--data", type=Path, metavar="JSONL", help="your own rows (default: docstrings)")
+    parser.add_argument("--instruction", help="what a query of --data asks for, in a sentence")
+    parser.add_argument("--rows", type=cli.positive, help=f"of a stage (default {ROWS_ON_CPU:,}; GPU {ROWS_ON_GPU:,})")
+    parser.add_argument("--queries", type=cli.positive, default=200, help="held out of --data (default 200)")
+    parser.add_argument("--output_dir", type=Path, default=Path("output/embedder"))
+    args = parser.parse_args(argv)
+    if (args.data is None) != (args.instruction is None):
+        raise UserError("--data and --instruction go together: the rows, and what a query asks for.")
+    if args.data is not None and not args.data.is_file():
+        raise UserError(f"--data: there is no file {args.data}.")
+    return args
+
+
+def main(argv: Sequence[str]) -> int:
+    """Base, data, training, export, search; returns the exit code: 1 where a run failed."""
+    started, args = time.monotonic(), _parse_args(argv)
+    from llm2vec.files import alone_in
+
+    out: Path = args.output_dir
+    with alone_in(out, "embedder") as lock:
+        print("1/4 base model and data")
+        base = _base(args.base, out)
+        task, texts = _data(args, out)
+        print("2/4 training and scores")
+        _write_set(out, base, task, texts, args.rows)
+        from llm2vec.compare.comparison import compare_recipes
+        from llm2vec.compare.table import failure_lines, outcome_table
+
+        found = compare_recipes(
+            out / "set", out / "comparison", seeds=[42], lock=lock, say=partial(print, flush=True), workers=1
+        )
+        print("", outcome_table(found.outcomes).text(), "", sep="\n")
+        if failed := failure_lines(found.outcomes):
+            print(*failed, sep="\n")
+            return 1
+        print("3/4 export")
+        trained = _export(found, out)
+        print("4/4 search")
+        _search(trained, texts / "eval" / task, None if args.data else DOCSTRING_QUERIES)
+    print(f"\nreport: {found.page}    ({(time.monotonic() - started) / 60:.0f} minutes)")
+    print(f"next: llm2vec search index FOLDER_OF_TEXTS output/index --model {trained}")
+    print('      llm2vec search query output/index "what you look for"')
+    print(f'      python -c "from sentence_transformers import SentenceTransformer as S; S({str(out / "model")!r})"')
+    return 0
+
+
+def _base(name: str, out: Path) -> str:
+    """A folder or hub name to start from; one of the known bases is fetched once."""
+    from llm2vec.quickstart.base import BASES, make_base
+
+    if name not in BASES:
+        return name
+    folder = out / "base"
+    if not (folder / "config.json").is_file():
+        make_base(name, folder)
+    return str(folder)
+
+
+def _data(args: argparse.Namespace, out: Path) -> tuple[str, Path]:
+    """The held-out task's name, and the folder of `train/`, `eval/` and `sources.json`."""
+    from llm2vec.data.held_out import hold_out, set_name
+    from llm2vec.data.sources import Instruction, Source
+    from llm2vec.files import sha256, write_json
+    from llm2vec.quickstart.docstrings import EVAL_FOLDER, installed_roots, write_corpus
+
+    if args.data is None:
+        folder = out / "docstrings"
+        write_corpus(folder, installed_roots())
+        source = Source("docstrings", "docstrings.jsonl", (Instruction("Given a summary, retrieve its description"),))
+        task = Path(EVAL_FOLDER).name
+    else:
+        source = Source(args.data.stem, args.data.name, (Instruction(args.instruction),))
+        folder = out / f"data-{sha256(args.data)[:8]}-{args.queries}"  # other rows are other data
+        task = set_name(source)
+        if not (folder / "eval/instructions.json").is_file():  # written last
+            hold_out(args.data.parent, [source], folder, args.queries, seed=42)
+    instruction = source.instructions[0].text
+    write_json(folder / "sources.json", {source.name: {"file": source.file, "instruction": instruction}})
+    write_json(folder / "eval/instructions.json", {task: instruction})
+    return task, folder
+
+
+def _write_set(out: Path, base: str, task: str, data: Path, rows: int | None) -> None:
+    """The comparison's configs."""
+    import torch
+
+    from llm2vec.files import write_json
+
+    on_gpu = torch.cuda.is_available()
+    rows = rows or (ROWS_ON_GPU if on_gpu else ROWS_ON_CPU)
+
+    def stage(of_a_step: int, **keys: Any) -> dict[str, Any]:
+        steps = max(4, rows // of_a_step)
+        return {
+            "max_steps": steps, "warmup_steps": steps // 10, "per_device_train_batch_size": of_a_step,
+            "save_steps": -(-steps // 4), "save_total_limit": 1, "logging_steps": 2, **keys,
+        }  # fmt: skip
+
+    shared = {
+        "all": {
+            "model_name_or_path": base, "dataset_file_path": str(data / "train"),
+            "sources_file": str(data / "sources.json"), "max_seq_length": ROW_TOKENS,
+            "doc_max_length": TEXT_TOKENS, "bf16": on_gpu, "report_to": "none", "disable_tqdm": True,
+        },
+        "stage_I": stage(STAGE_I_ROWS, learning_rate=1e-4),
+        "stage_II": stage(STAGE_II_ROWS, learning_rate=5e-4, num_hard_negatives=1),
+    }  # fmt: skip
+    evaluation = {
+        "tasks": [task], "local_data_dir": str(data / "eval"), "torch_dtype": "float32", "max_length": ROW_TOKENS,
+        "task_to_instructions_fp": str(data / "eval/instructions.json"),
+    }  # fmt: skip
+    files = {
+        "shared.json": shared,
+        "evaluation.json": evaluation,
+        "bm25/evaluation.json": {
+            "base_model_name_or_path": "mteb/baseline-bm25s", "task_to_instructions_fp": None, "torch_dtype": None,
+            "max_length": None,
+        },
+        "base/evaluation.json": {"base_model_name_or_path": base},
+        "baseline/1_stage_II.json": {},
+        "anchor/1_stage_I.json": {},
+        "anchor/2_stage_II.json": {},
+    }  # fmt: skip
+    for name, content in files.items():
+        file = out / "set" / name
+        file.parent.mkdir(parents=True, exist_ok=True)
+        write_json(file, content)
+
+
+def _export(found: RecipeComparison, out: Path) -> Path:
+    """Write the Anchor model to `model/`, anew; returns the folder that it was trained in."""
+    import shutil
+
+    from llm2vec.commands.models import export
+
+    (trial,) = (trial for trial in found.trials if trial.recipe == "anchor")
+    shutil.rmtree(out / "model", ignore_errors=True)
+    export.main([str(trial.training[-1].folder), str(out / "model"), "--doc_max_length", str(ROW_TOKENS)])
+    return trial.training[-1].folder
+
+
+def _search(model: Path, task: Path, queries: Sequence[str] | None) -> None:
+    """Print the five best documents of a few queries."""
+    import torch
+
+    from llm2vec.files import json_lines
+    from llm2vec.llm2vec import LLM2Vec
+
+    instruction = next(iter(json.loads((task.parent / "instructions.json").read_text(encoding="utf-8")).values()))
+    documents = [content["text"] for _, content in json_lines(task / "corpus.jsonl")]
+    asked = list(queries or [content["text"] for _, content in json_lines(task / "queries.jsonl")][:3])
+    encoder = LLM2Vec.from_pretrained(str(model), torch_dtype=torch.float32)
+    asked_QD, documents_ND = encoder.encode([[instruction, query] for query in asked]), encoder.encode(documents)
+    cosines_QN = torch.nn.functional.normalize(asked_QD) @ torch.nn.functional.normalize(documents_ND).T
+    for query, cosines_N in zip(asked, cosines_QN, strict=True):
+        best = cosines_N.topk(min(5, len(documents)))
+        print(f"\n{query}")
+        for score, place in zip(best.values.tolist(), best.indices.tolist(), strict=True):
+            print(f"    {score:.3f}  {' '.join(documents[place].split())[:100]}")

@@ -1,0 +1,77 @@
+"""A comparison from end to end: plan every run, do them, keep the record, write the tables."""
+
+from __future__ import annotations
+
+import os
+import platform
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from llm2vec.compare.execution import Runner, do_all, num_cores
+from llm2vec.compare.record import TrialOutcome, write_record
+from llm2vec.compare.runs import Planner, Trial, read_set, unique_runs
+from llm2vec.compare.table import own_keys, write_comparison
+from llm2vec.types import UserError
+
+
+@dataclass(frozen=True)
+class RecipeComparison:
+    """What came of a set of recipes."""
+
+    trials: list[Trial]
+    outcomes: list[TrialOutcome]  #: One a trial, in the same order
+    page: Path
+
+
+def compare_recipes(
+    folder: Path,
+    output_dir: Path,
+    *,
+    seeds: Sequence[int],
+    lock: int,
+    say: Callable[[str], None],
+    recipes: Sequence[str] | None = None,
+    workers: int | None = None,
+    processes: int = 1,
+) -> RecipeComparison:
+    """Do what of a set has not been done yet, and write record and tables.
+
+    Args:
+        folder: the set of configs.
+        output_dir: where everything goes; held by `lock`.
+        seeds: each recipe is trained with each of them.
+        lock: file descriptor of the lock on `output_dir`.
+        say: takes a line at the start, and one when a run has ended.
+        recipes: only these; None = all of the set.
+        workers: runs at a time; None = one a GPU, or one a core.
+        processes: of a training run.
+
+    Raises:
+        UserError: a config is wrong, data are missing, or there is no recipe of a name. A run that fails raises
+            nothing: its outcome says so.
+    """
+    workers = workers or max(1, (torch.cuda.device_count() or num_cores()) // processes)
+    planner = Planner(read_set(folder), output_dir, processes)
+    planned = planner.trials(seeds)
+    known = sorted({trial.recipe for trial in planned})
+    if unknown := [name for name in recipes or () if name not in known]:
+        raise UserError(f"--recipes: there is no {unknown[0]!r}; there are {', '.join(known)}.")
+    trials = [trial for trial in planned if recipes is None or trial.recipe in recipes]
+    runs = unique_runs(trials)
+    chosen = {trial.recipe for trial in trials}
+    say(f"{len(trials)} trials of {len(chosen)} recipes: {len(runs)} runs, {workers} at a time")
+    runner = Runner(trials, output_dir, workers=workers, processes=processes, lock=lock, say=say)
+    failures = do_all(runs, runner.do, workers)
+    own = own_keys([recipe for recipe in planner.recipes.recipes if recipe.name in chosen])
+    facts = {
+        "Base model": planner.recipes.shared["all"]["model_name_or_path"],
+        "Seeds": ", ".join(map(str, seeds)),
+        "Runs at a time": str(workers),
+        "Processes of a training run": str(processes),
+        "Machine": f"{platform.machine()}, {os.cpu_count()} cores, {torch.cuda.device_count()} GPUs",
+    }
+    outcomes = write_record(output_dir / "record", trials, failures, own, facts)
+    return RecipeComparison(trials, outcomes, write_comparison(output_dir, outcomes, own, facts))
