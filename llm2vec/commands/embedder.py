@@ -200,8 +200,9 @@ def _search(model: Path, task: Path, queries: Sequence[str] | None) -> None:
     documents = [content["text"] for _, content in json_lines(task / "corpus.jsonl")]
     asked = list(queries or [content["text"] for _, content in json_lines(task / "queries.jsonl")][:3])
     encoder = LLM2Vec.from_pretrained(str(model), torch_dtype=torch.float32)
-    asked_QD, documents_ND = encoder.encode([[instruction, query] for query in asked]), encoder.encode(documents)
-    cosines_QN = torch.nn.functional.normalize(asked_QD) @ torch.nn.functional.normalize(documents_ND).T
+    vectors = (torch.as_tensor(encoder.encode(texts)) for texts in ([[instruction, text] for text in asked], documents))
+    asked_QD, documents_ND = (torch.nn.functional.normalize(of_side) for of_side in vectors)
+    cosines_QN = asked_QD @ documents_ND.T
     for query, cosines_N in zip(asked, cosines_QN, strict=True):
         best = cosines_N.topk(min(5, len(documents)))
         print(f"\n{query}")
