@@ -106,11 +106,7 @@ def _parse_args(argv: Sequence[str]) -> argparse.Namespace:
         command.add_argument("text", nargs="?", help="default: a query a line from standard input")
         command.add_argument("--top_k", type=cli.positive, default=10, help="passages a query (10)")
     args = parser.parse_args(argv)
-    if (
-        args.command != "index"
-        and args.text is not None
-        and not check_unicode(args.text, "TEXT", "command line").strip()
-    ):
+    if getattr(args, "text", None) is not None and not check_unicode(args.text, "TEXT", "command line").strip():
         raise UserError("The query is empty.")
     if args.command == "query":
         check_unicode(args.instruction, "--instruction", "command line")
@@ -173,7 +169,7 @@ def _build_index(source: Path, folder: Path, choice: ModelChoice, batch_size: in
 
 
 class TextIndex:
-    """An index that `build_index` has written; the vectors stay on disk.
+    """An index that `build_index` has written.
 
         index = TextIndex(Path("output/docs-index"))
         index.search(index.load_model(), ["which key is it when memory runs out"], k=3)
@@ -193,13 +189,13 @@ class TextIndex:
                 about = vectors.metadata() or {}
                 if not about.keys() >= ABOUT:
                     raise UserError(f"{where} is of another program or version; make the index again.")
-                vectors_ND = vectors.get_tensor("vectors")
+                self._vectors_ND = vectors.get_tensor("vectors")
         except SafetensorError as error:
             raise UserError(f"{where} cannot be read ({error}); make the index again.") from error
         if about["texts"] != sha256(folder / TEXTS_FILE):
             raise UserError(f"{folder}: the vectors are not of this {TEXTS_FILE}; make the index again.")
         self._lines = (folder / TEXTS_FILE).read_bytes().splitlines()
-        if about["vectors"] != _sum_of(vectors_ND) or vectors_ND.shape[:-1] != (len(self._lines),):
+        if about["vectors"] != _sum_of(self._vectors_ND) or self._vectors_ND.shape[:-1] != (len(self._lines),):
             raise UserError(f"{where} is not what was written; make the index again.")
         made_by = parse_object(about["model"], where, MADE_BY)
         self.model = ModelChoice(made_by["base"], tuple(made_by["adapters"]), made_by["torch_dtype"])
@@ -222,17 +218,14 @@ class TextIndex:
     def search(self, model: LLM2Vec, queries: Sequence[str], k: int, instruction: str = "") -> list[list[Hit]]:
         """The k best passages for each query, or all; among equal scores the earlier one of the index first."""
         import torch
-        from safetensors import safe_open
 
         from llm2vec.corpus.search import blocks, from_keys, top_k
 
         vectors_QD = _unit_vectors(model, [[instruction, query] for query in queries], "query")
         vectors_QD = vectors_QD.cuda() if torch.cuda.is_available() else vectors_QD
         k, num_passages = min(k, len(self._lines)), len(self._lines)
-        with safe_open(self.folder / VECTORS_FILE, framework="pt") as file:
-            vectors = file.get_slice("vectors")
-            documents = ((block.start, vectors[block.start : block.stop]) for block in blocks(num_passages))
-            keys = top_k(vectors_QD, documents, lambda q_QD, d_ND: q_QD @ d_ND.float().T, k).cpu()
+        documents = ((block.start, self._vectors_ND[block.start : block.stop]) for block in blocks(num_passages))
+        keys = top_k(vectors_QD, documents, lambda q_QD, d_ND: q_QD @ d_ND.float().T, k).cpu()
         scores, numbers = (part.tolist() for part in from_keys(keys))
         return [
             [Hit(score, **self._passage(number)) for score, number in zip(*row, strict=True)]
