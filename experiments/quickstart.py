@@ -37,7 +37,6 @@ OUTPUT = Path("output/quickstart")
 CONFIGS = Path("train_configs/quickstart")
 CORPUS = Path("cache/docstrings")
 TASK = "DocstringRetrieval"
-WHAT = f"{TASK} nDCG@10"
 
 #: Chains of (stage, config name) that start from the base model; two chains run at a time, one core each.
 CHAINS: tuple[tuple[tuple[Stage, str], ...], ...] = (
@@ -137,7 +136,10 @@ def evaluate_and_report(started: float) -> None:
     import transformers
 
     from llm2vec.evaluation.scores import evaluate, load_tasks
-    from llm2vec.reports.scores import Score, score_table
+    from llm2vec.reports.comparisons import EvaluatedRun
+    from llm2vec.reports.evaluation import build_report
+    from llm2vec.reports.paper import read_paper
+    from llm2vec.reports.results import Results, read_results
 
     for library in ("mteb", "bm25s"):  # a page of lines for each checkpoint
         logging.getLogger(library).setLevel(logging.WARNING)
@@ -145,39 +147,48 @@ def evaluate_and_report(started: float) -> None:
     datasets.disable_progress_bars()
     torch.set_num_threads(1)  # so small a model gains nothing from more, and loses much where cores are shared
     tasks = load_tasks([TASK], CORPUS / "eval")
-    bm25 = evaluate(mteb.get_model("mteb/baseline-bm25s"), tasks, OUTPUT / "results")[TASK]["main_score"]
+    bm25 = evaluate(mteb.get_model("mteb/baseline-bm25s"), tasks, OUTPUT / "results")[TASK]
     along = {run: checkpoints_of(OUTPUT / run) for run in STAGE_II}
     folders = [OUTPUT / "base", OUTPUT / "stage_I", OUTPUT / "control_lm"]
     folders += [folder for checkpoints in along.values() for folder in checkpoints.values()]
-    values = {
-        folder: score_checkpoint(folder, tasks) for folder in tqdm(folders, desc="    scoring", unit="checkpoint")
-    }
-
-    def score(stage: str, step: int | None, value: float) -> Score:
-        return Score(stage, step, 100 * value)  # type: ignore[arg-type]
-
-    scores = [score("bm25", None, bm25), score("base", None, values[OUTPUT / "base"])]
-    scores.append(score("stage_I", None, values[OUTPUT / "stage_I"]))
-    curves = []
+    bar = tqdm(folders, desc="    scoring", unit="checkpoint")
+    scored = {folder: score_checkpoint(folder, tasks) for folder in bar}
+    results: dict[str, Results] = {"bm25": read_results(Path(bm25["result_file"]).parent)}
+    results |= {name: scored[OUTPUT / name] for name in ("base", "stage_I", *STAGE_II)}
     for run, start in STAGE_II.items():
-        curves.append(score(run, 0, values[OUTPUT / start]))
-        curves += [score(run, step, values[folder]) for step, folder in along[run].items()]
-        scores.append(curves[-1])
-    losses = {stage: OUTPUT / stage / "log.jsonl" for stage in ("stage_I", *STAGE_II)}
-    page = write_report(scores, curves, losses)
-    print(f"\n{score_table(scores, WHAT).text()}\n")
+        steps = {0: OUTPUT / start, **along[run]}
+        results |= {f"{run}@{step}": scored[folder] for step, folder in steps.items()}
+    counts = json.loads((CORPUS / "manifest.json").read_text(encoding="utf-8"))["counts"]
+    seed = load_config(CONFIGS / "stage_I.json", "stage_I").training["seed"]
+    rows = f"{counts['training_rows']:,} training pairs; {counts['held_out']:,} held-out queries"
+    report = build_report(
+        [EvaluatedRun(name, of_run) for name, of_run in results.items()],
+        read_paper(),
+        None,
+        {stage: OUTPUT / stage / "log.jsonl" for stage in ("stage_I", *STAGE_II)},
+        title="Anchor Embedding, small: held-out docstring retrieval",
+        note=f"nDCG@10; seed {seed}; {rows}.",
+        facts={
+            "Control": "as many further language-modelling steps as Stage I had, then Stage II",
+            "Machine": f"{platform.machine()}, {os.cpu_count()} cores, Python {platform.python_version()}",
+        },
+    )
+    page = report.write(OUTPUT / "report.html")
+    print(f"\n{report.tables[0].text()}\n")
     print(f"report: {page}    ({(time.monotonic() - started) / 60:.1f} minutes)")
 
 
-def score_checkpoint(folder: Path, tasks: Sequence[Any]) -> float:
-    """nDCG@10 of a checkpoint on the held-out docstrings."""
+def score_checkpoint(folder: Path, tasks: Sequence[Any]) -> Any:
+    """Results of a checkpoint on the held-out docstrings."""
     from llm2vec.evaluation.mteb_adapter import LLM2VecEncoder
     from llm2vec.evaluation.scores import evaluate
     from llm2vec.llm2vec import LLM2Vec
+    from llm2vec.reports.results import read_results
 
     instruction = json.loads((CONFIGS / "sources.json").read_text(encoding="utf-8"))["docstrings"]["instruction"]
     encoder = LLM2VecEncoder(LLM2Vec.from_pretrained(str(folder)), [folder], {TASK: instruction})
-    return evaluate(encoder, tasks, OUTPUT / "results", batch_size=64)[TASK]["main_score"]
+    score = evaluate(encoder, tasks, OUTPUT / "results", batch_size=64)[TASK]
+    return read_results(Path(score["result_file"]).parent)
 
 
 def checkpoints_of(folder: Path) -> dict[int, Path]:
@@ -185,22 +196,6 @@ def checkpoints_of(folder: Path) -> dict[int, Path]:
     config = json.loads((folder / "run.json").read_text(encoding="utf-8"))["config"]
     along = {int(path.name.partition("-")[2]): path for path in folder.glob("checkpoint-*")}
     return {**dict(sorted(along.items())), config["stop_after_n_steps"]: folder}
-
-
-def write_report(scores: Sequence[Any], curves: Sequence[Any], losses: dict[Any, Path]) -> Path:
-    """Write the page, with what it says beside the numbers."""
-    from llm2vec.reports.training import write_training_report
-
-    counts = json.loads((CORPUS / "manifest.json").read_text(encoding="utf-8"))["counts"]
-    seed = load_config(CONFIGS / "stage_I.json", "stage_I").training["seed"]
-    rows = f"{counts['training_rows']:,} training pairs; {counts['held_out']:,} held-out queries"
-    title = "Anchor Embedding, small: held-out docstring retrieval"
-    facts = {
-        "Control": "as many further language-modelling steps as Stage I had, then Stage II",
-        "Machine": f"{platform.machine()}, {os.cpu_count()} cores, Python {platform.python_version()}",
-    }
-    said = f"Seed {seed}; {rows}."
-    return write_training_report(OUTPUT, title, WHAT, scores, curves, losses, said=said, facts=facts)
 
 
 if __name__ == "__main__":

@@ -10,6 +10,7 @@ from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any, cast, get_args
 
 from llm2vec.reports import figures
@@ -23,15 +24,14 @@ from llm2vec.reports.comparisons import (
     comparison_sentences,
 )
 from llm2vec.reports.figures import Picture
-from llm2vec.reports.logs import read_log, read_spaces, space_table
+from llm2vec.reports.logs import read_log, read_spaces, space_table, training_table
 from llm2vec.reports.page import Page
 from llm2vec.reports.paper import SUBSET, Paper, mean_of
-from llm2vec.reports.paper_tables import paper_tables
+from llm2vec.reports.paper_tables import common_tasks, has_own_tasks_only, paper_tables
 from llm2vec.reports.scores import Score, ScoredStage
 from llm2vec.table import Table
 from llm2vec.types import UserError
 
-_TITLE = "Evaluation on MTEB"
 #: What keeps today's scores from being the paper's even for equal weights.
 _MTEB_CHANGED = (
     "mteb has changed since the paper: reranking ties, pair classification (best of five similarities), the sample of "
@@ -55,7 +55,14 @@ class EvaluationReport(Page):
 
 
 def build_report(
-    runs: Sequence[EvaluatedRun], paper: Paper, paper_model: str | None, losses: Mapping[str, Path]
+    runs: Sequence[EvaluatedRun],
+    paper: Paper,
+    paper_model: str | None,
+    losses: Mapping[str, Path],
+    *,
+    title: str = "Evaluation on MTEB",
+    note: str = "",
+    facts: Mapping[str, str] = MappingProxyType({}),
 ) -> EvaluationReport:
     """Compare the runs with one another and with the paper.
 
@@ -65,6 +72,9 @@ def build_report(
         paper_model: Which of the paper's models the runs are compared with; None: with none.
         losses: Training log of each stage, for the figure of the losses, and for those of the embedding space where
             the run logged its diagnostics; empty leaves them out.
+        title: Of the page.
+        note: A remark below it; default: which model of the paper's is compared with.
+        facts: What else is to be said of how the numbers came about.
 
     Raises:
         UserError: Two runs share a name, the paper lacks the model or all of the names, or a log is of no
@@ -80,45 +90,54 @@ def build_report(
     of_paper = paper_tables(runs, paper, paper_model)
     if not of_paper:
         problems = [f"{run.name}, {task}: {why}" for run in runs for task, why in run.results.problems.items()]
-        partial = [_describe(run, paper)[0].removesuffix(".") for run in runs if run.scores]
+        partial = [_coverage(run, paper) for run in runs if run.scores]
         missing = "mean that a table could show" if partial else "score to report"
         raise UserError("; ".join([f"There is not one {missing}", *partial, *problems]) + ".")
     comparisons = compare_runs(runs, paper)
-    sentences = [sentence for run in runs for sentence in _describe(run, paper)]
+    sentences = []
+    for run in runs:
+        sentences += [] if has_own_tasks_only(runs, paper) else [f"{_coverage(run, paper)}."]
+        sentences += [f"{run.name}, {task}: {why}; counted as missing." for task, why in run.results.problems.items()]
     sentences += comparison_sentences(comparisons, runs, paper, paper_model)
     tables, checks = [table for table, _ in of_paper], {table.title: checks for table, checks in of_paper}
-    for title, of_table in checks.items():
-        off = [f"{name} ({check.difference:+.2f})" for name, check in of_table.items() if check.verdict == "off"]
-        sentences += [f"Off the paper in {title}: {', '.join(off)}."] * bool(off)
+    for name, of_table in checks.items():
+        off = [f"{cell} ({check.difference:+.2f})" for cell, check in of_table.items() if check.verdict == "off"]
+        sentences += [f"Off the paper in {name}: {', '.join(off)}."] * bool(off)
     if (beside := _verdict_table(checks)).rows:
         tables.append(beside)
+    logs = {cast(ScoredStage, stage): read_log(path) for stage, path in losses.items()}
+    tables += [training_table(logs)] if logs else []
     if spaces := read_spaces(cast(Mapping[ScoredStage, Path], losses)):
         tables.append(space_table(spaces, "Embedding space along training"))
-    pictures = _pictures(runs, paper, paper_model, losses) + figures.space_pictures(spaces)
-    facts = _facts(runs, paper, paper_model)
+    pictures = _pictures(runs, paper, paper_model)
+    if logs:
+        caption = figures.LOSSES_CAPTION + (" (Figure 4 of the paper.)" if paper_model else "")
+        pictures.append(Picture("losses.png", figures.losses_figure(logs), caption))
+    pictures += figures.space_pictures(spaces)
+    facts = {**facts, **_facts(runs, paper, paper_model, bool(comparisons))}
     shown = ("model", "revision", "mteb_versions", "scores", "problems")
     data = {
         "paper_model": paper_model,
         "runs": {run.name: {name: getattr(run.results, name) for name in shown} for run in runs},
         "comparisons": [{"label": c.label, "unit": c.unit, **c.interval._asdict()} for c in comparisons],
         "checks": {
-            title: {
-                name: {**check._asdict(), "difference": check.difference, "verdict": check.verdict}
-                for name, check in of_table.items()
+            name: {
+                cell: {**check._asdict(), "difference": check.difference, "verdict": check.verdict}
+                for cell, check in of_table.items()
                 if check.measured is not None
             }
-            for title, of_table in checks.items()
+            for name, of_table in checks.items()
         },
         "sentences": sentences,
         "facts": facts,
     }  # scores x 100 and not rounded
-    note = f"Compared with {paper_model} of the paper." if paper_model else ""
+    note = note or (f"Compared with {paper_model} of the paper." if paper_model else "")
     blocks: list[Table | Picture] = [tables[0], *pictures, *tables[1:]]
-    return EvaluationReport(_TITLE, blocks, note, sentences, facts, data, comparisons, checks)
+    return EvaluationReport(title, blocks, note, sentences, facts, data, comparisons, checks)
 
 
-def _describe(run: EvaluatedRun, paper: Paper) -> list[str]:
-    """How much of the benchmark a run has, what is missing, and which files gave no score."""
+def _coverage(run: EvaluatedRun, paper: Paper) -> str:
+    """How much of the benchmark a run has, and what is missing."""
     tasks, whole = (paper.subset, SUBSET) if "@" in run.name else (paper.tasks, "Avg")
     present, mean = [task for task in tasks if task in run.scores], mean_of(run.scores, tasks)
     said = f"{run.name} ({run.results.model}): {len(present)} of {len(tasks)} tasks"
@@ -131,8 +150,7 @@ def _describe(run: EvaluatedRun, paper: Paper) -> list[str]:
         missing = [task for task in tasks if task not in run.scores]
         listed = ", ".join(missing) if len(missing) <= len(present) else f"all but {', '.join(present)}"
         said += f", so there is no mean of {len(tasks)}; missing: {listed}"
-    faults = run.results.problems.items()
-    return [f"{said}.", *(f"{run.name}, {task}: {why}; counted as missing." for task, why in faults)]
+    return said
 
 
 def _verdict_table(checks: Mapping[str, Mapping[str, Check]]) -> Table:
@@ -143,16 +161,18 @@ def _verdict_table(checks: Mapping[str, Mapping[str, Check]]) -> Table:
     return Table(["Verdicts", *words], rows, "Beside the paper", TOLERANCES)
 
 
-def _facts(runs: Sequence[EvaluatedRun], paper: Paper, model: str | None) -> dict[str, str]:
+def _facts(runs: Sequence[EvaluatedRun], paper: Paper, model: str | None, has_intervals: bool) -> dict[str, str]:
     facts = {
         f"Run {run.name}": f"{run.results.model}, revision {run.results.revision}, "
         f"mteb {', '.join(run.results.mteb_versions)}"
         for run in runs
+        if "@" not in run.name
     }
-    facts["Intervals"] = (
-        "Paired percentile bootstrap, seed 0. They say what other tasks or queries would change, not what another "
-        "training seed would."
-    )
+    if has_intervals:
+        facts["Intervals"] = (
+            "Paired percentile bootstrap, seed 0. They say what other tasks or queries would change, not what another "
+            "training seed would."
+        )
     if model is not None:
         found = [one.sentence() for one in paper.inconsistencies if one.model == model]
         facts["The paper, where it contradicts itself"] = " ".join([*found, *paper.remarks])
@@ -160,28 +180,29 @@ def _facts(runs: Sequence[EvaluatedRun], paper: Paper, model: str | None) -> dic
     return facts
 
 
-def _pictures(
-    runs: Sequence[EvaluatedRun], paper: Paper, model: str | None, losses: Mapping[str, Path]
-) -> list[Picture]:
-    """The paper's Figures 2, 3 and 4, as far as the runs and logs go; the paper's own points beside them."""
-    means = {run.name: mean for run in runs if (mean := mean_of(run.scores, paper.subset)) is not None}
-    what = "15-task subset, mean main score"
+def _pictures(runs: Sequence[EvaluatedRun], paper: Paper, model: str | None) -> list[Picture]:
+    """The paper's Figures 2 and 3, its own points beside the runs'; or the same figures of tasks of one's own."""
+    tasks, what, label = paper.subset, "Mean of Table 8's 15 tasks", "15-task subset, mean main score"
+    names: tuple[str, ...] = _FIGURE_STAGES
+    if is_own := has_own_tasks_only(runs, paper):
+        tasks, names = tuple(common_tasks(runs)), get_args(ScoredStage)
+        what = label = ", ".join(tasks) if len(tasks) == 1 else f"Mean of {len(tasks)} tasks"
+    means = {run.name: mean for run in runs if tasks and (mean := mean_of(run.scores, tasks)) is not None}
     pictures: list[Picture] = []
     if along := _stage_scores("measured", {name: mean for name, mean in means.items() if "@" in name}):
         drawn = {score.stage for score in along}
         printed = _stage_scores("paper", paper.tables[9].get(model or "", {}))
         printed = [score for score in printed if score.stage in drawn]
-        caption = "Mean of Table 8's 15 tasks against Stage II step (Figure 2 of the paper). One run a line: no spread."
-        pictures.append(Picture("early_stage.png", figures.early_stage_figure(along + printed, what), caption))
-    stages = _stage_scores("measured", {name: mean for name, mean in means.items() if name in _FIGURE_STAGES})
+        figure = figures.early_stage_figure(along + printed, label)
+        source = "" if is_own else " (Figure 2 of the paper)"
+        caption = f"{what} against Stage II step{source}. One run a line: no spread."
+        pictures.append(Picture("early_stage.png", figure, caption))
+    stages = _stage_scores("measured", {name: mean for name, mean in means.items() if name in names})
     if len(stages) > 1:
         printed = _stage_scores("paper", paper.tables[10].get(model or "", {}))
-        caption = "Mean of Table 8's 15 tasks after each training stage (Figure 3 of the paper)."
-        pictures.append(Picture("by_stage.png", figures.by_stage_figure(stages + printed, what), caption))
-    if losses:
-        logs = {cast(ScoredStage, stage): read_log(path) for stage, path in losses.items()}
-        caption = f"{figures.LOSSES_CAPTION} (Figure 4 of the paper.)"
-        pictures.append(Picture("losses.png", figures.losses_figure(logs), caption))
+        figure = figures.by_stage_figure(stages + printed, label)
+        caption = f"{what} after each training stage{'.' if is_own else ' (Figure 3 of the paper).'}"
+        pictures.append(Picture("by_stage.png", figure, caption))
     return pictures
 
 

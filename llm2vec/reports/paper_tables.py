@@ -11,6 +11,7 @@ from typing import NamedTuple
 
 from llm2vec.reports.comparisons import Check, EvaluatedRun, pairs
 from llm2vec.reports.paper import BEIR, COLUMNS, SUBSET, Paper, mean_of
+from llm2vec.reports.scores import STAGE_NAMES
 from llm2vec.table import Cell, Table
 
 #: Titles of the tables that list one mean a run.
@@ -45,6 +46,10 @@ def paper_tables(runs: Sequence[EvaluatedRun], paper: Paper, model: str | None) 
     `model` is the paper's that they are compared with; None compares them with one another only.
     """
     finished = [run for run in runs if "@" not in run.name]
+    if has_own_tasks_only(runs, paper):
+        along = [run for run in runs if "@" in run.name]
+        parts = (("Scores", finished), ("Scores along training", along))
+        return [PaperTable(_own_table(title, part), {}) for title, part in parts if common_tasks(part)]
     objectives = [run for run in finished if run.name in paper.tables[3].get(model or "", {})]
     if not any(run.name.startswith("only_") for run in objectives):
         objectives = []
@@ -59,6 +64,31 @@ def paper_tables(runs: Sequence[EvaluatedRun], paper: Paper, model: str | None) 
         tables.append(_means_table(number, title, SUBSET, known, paper, model))
     tables.append(_means_table(11, "BEIR, 14 tasks (Table 11)", BEIR, finished, paper, model))
     return [table for table in [*tables, _comparators(finished, paper)] if table is not None]
+
+
+def has_own_tasks_only(runs: Sequence[EvaluatedRun], paper: Paper) -> bool:
+    """Whether there are scores, and none is of a task that the paper has."""
+    scored = {task for run in runs for task in run.scores}
+    return bool(scored) and not scored & set(paper.tasks)
+
+
+def common_tasks(runs: Sequence[EvaluatedRun]) -> list[str]:
+    """The tasks that all runs have."""
+    first = runs[0].scores if runs else {}
+    return [task for task in first if all(task in run.scores for run in runs)]
+
+
+def _own_table(title: str, runs: Sequence[EvaluatedRun]) -> Table:
+    """Scores of tasks that the paper has not: a row a run, and the mean of the tasks that all have."""
+    tasks, common = list(dict.fromkeys(task for run in runs for task in run.scores)), common_tasks(runs)
+    with_step, with_mean = any("@" in run.name for run in runs), len(tasks) > 1
+    rows: list[list[Cell]] = []
+    for run in runs:
+        stage, _, step = run.name.partition("@")
+        row: list[Cell] = [STAGE_NAMES.get(stage, stage), *[step] * with_step]  # type: ignore[call-overload]
+        rows.append(row + [run.scores.get(task) for task in tasks] + [mean_of(run.scores, common)] * with_mean)
+    header = ["Trained with", *["Step"] * with_step, *tasks, *[f"Mean of {len(common)}"] * with_mean]
+    return Table(header, rows, title, "Main scores x 100; the highest of a column is bold.", marks_best=True)
 
 
 def _lines(runs: Sequence[EvaluatedRun]) -> list[_Line]:

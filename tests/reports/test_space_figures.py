@@ -18,9 +18,8 @@ from llm2vec.reports.evaluation import build_report
 from llm2vec.reports.figures import STAGE_COLOURS, paths_figure, similarities_figure, space_pictures
 from llm2vec.reports.logs import Shapes, read_shapes, read_spaces, space_table
 from llm2vec.reports.paper import read_paper
-from llm2vec.reports.results import read_results
-from llm2vec.reports.scores import Score, ScoredStage
-from llm2vec.reports.training import write_training_report
+from llm2vec.reports.results import Results, read_results
+from llm2vec.reports.scores import ScoredStage
 from llm2vec.train.log import drop_entries_after
 from llm2vec.types import UserError
 from tests.reports.test_results import write_results
@@ -70,8 +69,9 @@ def write_run(folder: Path, sources: Sequence[str] = (), steps: Sequence[int] = 
     return folder / "log.jsonl"
 
 
-def write_report(folder: Path, scores: list[Score], losses: dict[ScoredStage, Path]) -> Path:
-    return write_training_report(folder, "Title", "Docs", scores, [], losses, said="Seed 1.", facts={})
+def write_report(folder: Path, losses: dict[ScoredStage, Path]) -> Path:
+    run = EvaluatedRun("anchor", Results("anchor", "r", folder, {"Docs": 40.0}, {}, {}, ("2",)))
+    return build_report([run], read_paper(), None, dict(losses)).write(folder / "report.html")
 
 
 def stairs(axes: Axes) -> dict[str, np.ndarray[Any, Any]]:
@@ -214,11 +214,10 @@ def test_the_table_has_both_ends_of_all_and_the_last_of_each_source(tmp_path: Pa
 
 def test_the_page_escapes_what_comes_from_data(tmp_path: Path) -> None:
     runs: dict[ScoredStage, Path] = {"anchor": write_run(tmp_path / "anchor", ("a", EVIL))}
-    scores = [Score("anchor", 40, 40.0)]
-    page = write_report(tmp_path / "out", scores, runs)
+    page = write_report(tmp_path / "out", runs)
     html = page.read_text(encoding="utf-8")
     assert "<script" not in html and "&lt;script&gt;alert(&#x27;$x$&#x27;)&lt;/script&gt;" in html
-    assert "<h2>Embedding space</h2>" in html and html.count("<img") == 5
+    assert "<h2>Embedding space along training</h2>" in html and html.count("<img") == 4
     names = ["embedding_space.png", "similarities.png", "similarities_anchor.png"]
     assert all((page.parent / name).read_bytes().startswith(PNG_START) for name in names)
 
@@ -238,8 +237,7 @@ def test_the_evaluation_report_shows_it_too(tmp_path: Path) -> None:
 
 def test_a_page_without_diagnostics_says_nothing_of_them(tmp_path: Path) -> None:
     (tmp_path / "log.jsonl").write_text('{"step": 1, "loss_contrastive": 2}\n', encoding="utf-8")
-    scores = [Score("anchor", 40, 40.0)]
-    page = write_report(tmp_path / "out", scores, {"anchor": tmp_path / "log.jsonl"})
+    page = write_report(tmp_path / "out", {"anchor": tmp_path / "log.jsonl"})
     assert "Embedding space" not in page.read_text(encoding="utf-8")
     assert not list(page.parent.glob("similarities*"))
 

@@ -1,4 +1,4 @@
-"""The report: what the tables hold, what the figures draw, what the page escapes. The drawn values are read back."""
+"""The report on a training set-up: what the tables hold, what the figures draw, what the page escapes, read back."""
 
 import json
 import subprocess
@@ -9,14 +9,17 @@ from pathlib import Path
 import pytest
 from matplotlib.colors import to_hex
 
+from llm2vec.reports.comparisons import EvaluatedRun
+from llm2vec.reports.evaluation import EvaluationReport, build_report
 from llm2vec.reports.figures import STAGE_COLOURS, by_stage_figure, early_stage_figure, losses_figure
 from llm2vec.reports.logs import read_log
-from llm2vec.reports.scores import Score, ScoredStage, in_order, score_table, verdicts
-from llm2vec.reports.training import write_training_report
+from llm2vec.reports.paper import read_paper
+from llm2vec.reports.results import Results
+from llm2vec.reports.scores import Score, ScoredStage, in_order
 from llm2vec.types import UserError
 
 WHAT = "Docs nDCG@10"
-SAID = "Seed 1; 30,506 training pairs."
+NOTE = "Seed 1; 30,506 training pairs."
 PNG_START = b"\x89PNG\r\n\x1a\n"
 
 
@@ -35,8 +38,19 @@ def curves() -> list[Score]:
     return [Score(stage, step, 10 * i + step / 10) for i, stage in enumerate(stages) for step in (100, 0, 50)]
 
 
+def run_of(name: str, **scores: float) -> EvaluatedRun:
+    return EvaluatedRun(name, Results(name, "r", Path(name), scores, {}, {}, ("2",)))
+
+
+def report(along: list[Score], losses: dict[ScoredStage, Path], **facts: str) -> EvaluationReport:
+    """A report on runs that have one task, which is none of the paper's."""
+    runs = [run_of(score.stage, Docs=score.value) for score in finished()]
+    runs += [run_of(f"{score.stage}@{score.step}", Docs=score.value) for score in along]
+    return build_report(runs, read_paper(), None, dict(losses), title="A <title>", note=NOTE, facts=facts)
+
+
 def write_report(folder: Path, along: list[Score], losses: dict[ScoredStage, Path], **facts: str) -> Path:
-    return write_training_report(folder, "A <title>", WHAT, finished(), along, losses, said=SAID, facts=facts)
+    return report(along, losses, **facts).write(folder / "report.html")
 
 
 def write_log(path: Path, entries: list[dict[str, float]]) -> Path:
@@ -49,23 +63,22 @@ def test_scores_go_by_series_stage_and_step() -> None:
     assert [score.value for score in in_order(scores)] == [3, 2, 1, 4]
 
 
-def test_the_table_for_a_terminal_is_aligned() -> None:
-    lines = score_table(finished(), WHAT).text().splitlines()
-    assert lines[0].split() == ["Trained", "with", "Step", "Docs", "nDCG@10"] and set(lines[1]) == {"-"}
-    names = ["BM25", "Base model", "Baseline (Stage II only)", "Control", "Anchor (Stage I + II)"]
-    assert [line.split("  ")[0] for line in lines[2:]] == names
-    assert lines[-1].split()[-2:] == ["600", "46.00"] and lines[2].split() == ["BM25", "61.94"]
-    assert len({len(line) for line in lines}) == 1
+def test_runs_on_tasks_of_ones_own_have_a_row_each() -> None:
+    found = report(curves(), {})
+    scores, along = found.tables
+    names = ["Anchor (Stage I + II)", "Baseline (Stage II only)", "Control", "Base model", "BM25"]
+    assert scores.header == ["Trained with", "Docs"] and [row[0] for row in scores.rows] == names
+    assert [row[1] for row in scores.rows] == [46, 41, 50, 2, 61.94] and scores.marks_best
+    assert along.header == ["Trained with", "Step", "Docs"] and along.rows[3] == ["Baseline (Stage II only)", "100", 20]
+    assert "anchor - baseline: +5.00 over Docs, the one task both have, too few for an interval." in found.sentences
+    assert not [one for one in found.sentences if "of 56 tasks" in one]
 
 
-def test_verdicts_say_it_whoever_is_ahead() -> None:
-    assert verdicts(finished()) == [
-        "Anchor 46.00, baseline 41.00: Anchor is ahead by 5.00 (one run each, so no spread).",
-        "Anchor 46.00, control 50.00: Anchor is behind by 4.00 (one run each, so no spread).",
-    ]
-    level = [Score("anchor", None, 40.0), Score("baseline", None, 40.0)]
-    assert verdicts(level) == ["Anchor 40.00, baseline 40.00: Anchor is level (one run each, so no spread)."]
-    assert verdicts([Score("anchor", None, 40.0)]) == []
+def test_a_mean_is_over_the_tasks_that_all_have() -> None:
+    runs = [run_of("mine", A=10.0, B=20.0, C=60.0), run_of("theirs", A=20.0, B=40.0)]
+    (table,) = build_report(runs, read_paper(), None, {}).tables
+    assert table.header == ["Trained with", "A", "B", "C", "Mean of 2"]
+    assert table.rows == [["mine", 10, 20, 60, 15], ["theirs", 20, 40, None, 30]]
 
 
 def test_early_stage_draws_each_stage_by_step() -> None:
@@ -167,13 +180,13 @@ def test_write_report(tmp_path: Path) -> None:
     }
     path = write_report(tmp_path / "a" / "b", curves(), losses, Control="plain <b>text</b> &", **{"<i>&": "x"})
     names = ["by_stage.png", "early_stage.png", "losses.png", "report.html"]
-    assert sorted(file.name for file in path.parent.iterdir()) == names
+    assert sorted(file.name for file in path.parent.iterdir()) == [*names, "report.json", "report.md"]
     assert all((path.parent / name).read_bytes().startswith(PNG_START) for name in names[:3])
     page = path.read_text(encoding="utf-8")
     assert "<title>A &lt;title&gt;</title>" in page and "plain &lt;b&gt;text&lt;/b&gt; &amp;" in page
     assert "&lt;i&gt;&amp;" in page and "<i>" not in page and "<b>" not in page
-    assert page.count(f"{SAID}</figcaption>") == 3
-    assert '<td class="number best">61.94</td>' in page and "Anchor is behind by 4.00" in page
+    assert page.count(NOTE) == 1
+    assert '<td class="number best">61.94</td>' in page and "control - baseline: +9.00" in page
     assert "8.00 to 3.00" in page and ">50.00<" in page and "1,234" in page
     assert "http" not in page  # nothing is loaded from elsewhere
 
@@ -210,11 +223,12 @@ def test_the_page_is_whole_and_its_tables_scroll_on_a_phone(tmp_path: Path) -> N
 
 def test_write_report_leaves_out_what_was_not_measured(tmp_path: Path) -> None:
     path = write_report(tmp_path, [], {})
-    assert sorted(file.name for file in tmp_path.iterdir()) == ["by_stage.png", "report.html"]
+    names = ["by_stage.png", "report.html", "report.json", "report.md"]
+    assert sorted(file.name for file in tmp_path.iterdir()) == names
     page = path.read_text(encoding="utf-8")
-    assert SAID in page and "How it was made" not in page and page.count("<img") == 1
+    assert NOTE in page and page.count("<img") == 1
 
 
 def test_report_uses_no_global_state_of_pyplot() -> None:
-    code = "import llm2vec.reports.training, sys; assert 'matplotlib.pyplot' not in sys.modules"
+    code = "import llm2vec.reports.evaluation, sys; assert 'matplotlib.pyplot' not in sys.modules"
     subprocess.run([sys.executable, "-c", code], check=True, cwd=Path(__file__).parents[2])
