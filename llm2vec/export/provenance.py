@@ -23,6 +23,9 @@ _PATH_KEYS = (
     "output_dir", "logging_dir", "dataset_file_path", "sources_file", "file", "resume", "resume_from_checkpoint",
 )  # fmt: skip
 
+#: How keys end under which older records may hold a secret.
+_SECRET = ("hub_token", "api_key")
+
 #: What of a checkpoint's `run.json` is of use in another folder.
 _RUN_KEYS = (
     "config", "num_processes", "gradient_accumulation_steps", "parent", "data", "step", "weights_of_step", "versions",
@@ -98,7 +101,7 @@ def trained_from(chain: Chain, runs: Sequence[RecordedRun]) -> str | None:
 
 
 def without_local_paths(value: Any, local: Collection[str] = (), key: str = "") -> Any:
-    """A record with each local path in it, also as a key, cut to its last part; names on the hub stay whole.
+    """A record without tokens, and with each local path in it cut to its last part; names on the hub stay whole.
 
     Args:
         value: the record.
@@ -106,7 +109,8 @@ def without_local_paths(value: Any, local: Collection[str] = (), key: str = "") 
         key: whose value it is.
     """
     if isinstance(value, dict):
-        return {_shortened(k, local, ""): without_local_paths(v, local, k) for k, v in value.items()}
+        kept = {k: v for k, v in value.items() if not k.endswith(_SECRET)}
+        return {_shortened(k, local, ""): without_local_paths(v, local, k) for k, v in kept.items()}
     if isinstance(value, list):
         return [without_local_paths(item, local, key) for item in value]
     return _shortened(value, local, key) if isinstance(value, str) else value

@@ -667,6 +667,7 @@ def test_local_paths_are_cut_and_hub_names_are_not(tmp_path: Path, monkeypatch: 
         "rows": 3,
         "long": "x" * 5000,
         "marks": {"output/stage_I": "abc"},
+        "training": {"hub_token": "hf_secret", "push_to_hub_token": "hf_secret", "seed": 1},
     }
     assert without_local_paths(value) == {
         "model_name_or_path": "stage_I",
@@ -676,6 +677,7 @@ def test_local_paths_are_cut_and_hub_names_are_not(tmp_path: Path, monkeypatch: 
         "rows": 3,
         "long": "x" * 5000,
         "marks": {"stage_I": "abc"},
+        "training": {"seed": 1},
     }
 
 

@@ -407,6 +407,26 @@ def test_the_search_finds(code: str) -> None:
     assert len(list(unsafe(ast.parse(code)))) == 1
 
 
+#: What opens a folder by a library, and the one module that may; the quickstart's base is known by its name or its sum.
+LOADERS = ("Auto", "PeftModel", "PeftConfig", "SentenceTransformer", "model_class")
+MAY_LOAD = {"llm2vec/model/backbone.py", "llm2vec/quickstart/base.py"}
+
+
+def test_one_module_calls_the_libraries_loaders() -> None:
+    """It asks the vault first; a loader elsewhere would open what nobody has looked at."""
+    callers = set()
+    for file in SOURCES:
+        for node in ast.walk(ast.parse(file.read_text(encoding="utf-8"))):
+            if not isinstance(node, ast.Call):
+                continue
+            owner, _, method = ast.unparse(node.func).rpartition(".")
+            of_folder = method == "from_pretrained" and owner.rpartition(".")[2].startswith(LOADERS)
+            of_folder |= method == "SentenceTransformer" and bool(node.args)
+            of_folder |= method in ("load_peft_weights", "snapshot_download")
+            callers |= {file.relative_to(ROOT).as_posix()} if of_folder else set()
+    assert callers == MAY_LOAD
+
+
 # --- offline ---
 
 

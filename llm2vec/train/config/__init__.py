@@ -294,6 +294,9 @@ LIBRARY_KEYS: dict[str, Key] = {
     "parallelism_config": Key(refused="`fsdp` shares the weights out"),
     "ignore_data_skip": Key(refused="a run that goes on would train on rows that it has seen"),
     "push_to_hub": Key(refused="experiments/export.py uploads what was trained"),
+    "hub_token": Key(
+        influence="nothing", refused="a config is written to every checkpoint, so HF_TOKEN or `hf auth login` has it"
+    ),
     "enable_jit_checkpoint": Key(
         influence="nothing", refused="SIGTERM saves and ends every run already, with all processes at one step"
     ),
