@@ -45,7 +45,8 @@ from llm2vec.model.backbone import LORA_MODULES
 from llm2vec.model.recomputation import enable_checkpointing
 from llm2vec.model.settings import EncoderSettings
 from llm2vec.objectives.contrastive import ContrastiveLearning
-from llm2vec.text.tokenization import Row, render_instruction
+from llm2vec.text.templates import render_instruction
+from llm2vec.text.tokenization import Row
 from llm2vec.train.step import backward_step, split_batch
 
 ALPHA = 0.2

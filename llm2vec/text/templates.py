@@ -45,6 +45,7 @@ class Segment(NamedTuple):
         truncate: whether it gives way when a row is too long; all else is kept.
         only_last_pooling: written under `last` pooling only.
         only_with_instruction: written only where the row has an instruction.
+        apart: whether it is tokenised apart from what stands before it, as the method's released code does.
     """
 
     kind: SegmentKind
@@ -53,6 +54,7 @@ class Segment(NamedTuple):
     truncate: bool = False
     only_last_pooling: bool = False
     only_with_instruction: bool = False
+    apart: bool = False
 
 
 class Template(NamedTuple):
@@ -75,7 +77,7 @@ _BOS = Segment("bos")
 _INSTRUCTION = Segment("instruction")
 _JOIN = Segment("join")
 _TEXT = Segment("text", pooled=True, truncate=True)
-_UNPOOLED_TEXT = Segment("text", truncate=True)
+_UNREAD_TEXT = Segment("text", truncate=True)
 _EOS = Segment("eos", pooled=True)
 _EOS_IF_LAST = Segment("eos", pooled=True, only_last_pooling=True)
 
@@ -90,6 +92,10 @@ def _special(value: str) -> Segment:
 
 def _if_instructed(segment: Segment) -> Segment:
     return segment._replace(only_with_instruction=True)
+
+
+def _apart(segment: Segment | str) -> Segment:
+    return (_literal(segment) if isinstance(segment, str) else segment)._replace(apart=True)
 
 
 def _one_form(*segments: Segment) -> Template:
@@ -140,19 +146,21 @@ TEMPLATES: dict[str, Template] = {
     ),
     "plain": _one_form(_BOS, _INSTRUCTION, _JOIN, _TEXT, _EOS_IF_LAST),
     # Echo embeddings (arXiv 2402.15449): every token of the second copy has seen the whole text. `mean` and `last`.
+    # Instruction with its comma, phrases and texts are each tokenised apart.
     "echo": Template(
         query=(
             _BOS,
             _if_instructed(_literal("Instruct:")),
-            _INSTRUCTION,
-            _if_instructed(_literal(",\n")),
+            _apart(_INSTRUCTION),
+            _if_instructed(_literal(",")),
+            _if_instructed(_apart("\n")),
             _literal("Query:"),
-            _UNPOOLED_TEXT,
-            _literal("\nQuery again:"),
-            _TEXT,
+            _apart(_UNREAD_TEXT),
+            _apart("\nQuery again:"),
+            _apart(_TEXT),
             _EOS,
         ),
-        document=(_BOS, _literal("Document:"), _UNPOOLED_TEXT, _literal("\nDocument again:"), _TEXT, _EOS),
+        document=(_BOS, _literal("Document:"), _apart(_UNREAD_TEXT), _apart("\nDocument again:"), _apart(_TEXT), _EOS),
     ),
     # E5-Mistral (arXiv 2401.00368).
     "e5_mistral": Template(
@@ -206,7 +214,7 @@ TEMPLATES: dict[str, Template] = {
             _INSTRUCTION,
             _if_instructed(_literal("\n")),
             _special("<query>"),
-            _UNPOOLED_TEXT,
+            _UNREAD_TEXT,
             _literal("\n"),
             _special("<response>"),
             Segment("answer", truncate=True),
@@ -223,20 +231,20 @@ TEMPLATES: dict[str, Template] = {
         _TEXT,
     ),
     # LLaMA2Vec (arXiv 2312.15503) in the form of its released code: a query is asked for what follows it, a document
-    # for its summary, and `mean` reads the eight added tokens alone.
+    # for its summary, and `mean` reads the eight added tokens alone. Quotation mark, text and phrase are apart.
     "llara": Template(
         query=(
             _BOS,
             _literal('"'),
-            _UNPOOLED_TEXT,
-            _literal('", predict the following passage within eight words: '),
+            _apart(_UNREAD_TEXT),
+            _apart('", predict the following passage within eight words: '),
             *(Segment("special", token, pooled=True) for token in _PREDICTION_TOKENS),
         ),
         document=(
             _BOS,
             _literal('"'),
-            _UNPOOLED_TEXT,
-            _literal('", summarize the above passage within eight words: '),
+            _apart(_UNREAD_TEXT),
+            _apart('", summarize the above passage within eight words: '),
             *(Segment("special", token, pooled=True) for token in _SUMMARY_TOKENS),
         ),
         added_tokens=(*_SUMMARY_TOKENS, *_PREDICTION_TOKENS),
@@ -373,3 +381,18 @@ def add_mask_token(tokenizer: PreTrainedTokenizerBase, mask_token_type: MaskToke
         raise UserError(f"mask_token_type: the base's vocabulary has {ADDED_MASK!r} as an ordinary token; use 'blank'.")
     tokenizer.add_special_tokens({"mask_token": AddedToken(ADDED_MASK, special=True, normalized=False)})
     return [mask_token_id(tokenizer, mask_token_type)]
+
+
+def bare_instruction(instruction: str, join: str | None) -> str:
+    """The instruction as it stands in a row before `join`; None = before a template's own characters.
+
+    What brings its own punctuation replaces the instruction's closing `:` or `;`, so that the tables of training (no
+    colon) and of evaluation (colon) render alike. A blank join leaves the instruction as it is.
+    """
+    instruction = instruction.strip()
+    return instruction.rstrip(":; ") if join is None or join.strip() else instruction
+
+
+def render_instruction(instruction: str, join: str) -> str:
+    """Instruction and what joins it to the text; empty without an instruction."""
+    return bare_instruction(instruction, join) + join if instruction.strip() else ""

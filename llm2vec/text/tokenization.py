@@ -4,15 +4,15 @@ Four rules hold here and nowhere else:
 - special tokens are written as ids and never read in the text of a user (`<|eot_id|>` inside a text stays text; an
   added token that the tokenizer does not call special, as Qwen's `<tool_call>`, is one token there as anywhere);
 - text that stands side by side (header, instruction, text) is tokenised in one go, as the model's own chat format
-  would be, and the masks come from character offsets;
-- a fixed phrase behind the text is tokenised on its own, so that no token of it goes when the text is cut;
-- only `truncate` segments are cut, so the closing token always survives. Where a form writes the text twice, each copy
-  gets half the room.
+  would be, and the masks come from character offsets; but for the segments that a template has `apart`;
+- only `truncate` segments are cut, so the closing token always survives, and so does a phrase that a token of the text
+  reaches over. Where a form writes the text twice, each copy gets half the room.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
+from itertools import chain
 from typing import NamedTuple, TypeAlias
 
 import torch
@@ -20,7 +20,7 @@ from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from llm2vec.files import check_unicode
-from llm2vec.text.templates import TEMPLATES, Segment, SegmentKind, forms_of, template_named
+from llm2vec.text.templates import TEMPLATES, Segment, SegmentKind, bare_instruction, forms_of, template_named
 from llm2vec.types import InstructedText, InstructionMask, PoolingMode, TextSide, UserError
 
 #: Most tokens of a few-shot example's query, and of its answer (released code of arXiv 2409.15700).
@@ -67,6 +67,8 @@ class _Tokens(NamedTuple):
 
 _Form: TypeAlias = tuple[Segment, ...]
 _Piece: TypeAlias = _Special | _Run
+#: A row's or an example's pieces, and their tokens.
+_Written: TypeAlias = tuple[Sequence[_Piece], _Tokens]
 
 
 class RowTokenizer:
@@ -81,9 +83,8 @@ class RowTokenizer:
         text_max_length: most tokens of the text alone (of each copy, where a form writes two); None = as many as fit.
         instruction_join: what stands between instruction and text, in the templates that leave it open.
         skip_instruction: False = the whole row is pooled over, whatever the template says (irrelevant under `last`).
-        instruction_mask: how the pooled positions are told from the instruction's. `offsets`: by the characters that a
-            token stands for. `counted`: as many of the last as the text and what closes it make alone, as upstream
-            LLM2Vec does; one more or fewer, where a token spans the seam or the text's first word is split otherwise.
+        instruction_mask: what is pooled where the instruction is not. `offsets`: tokens by the characters they stand
+            for. `counted`: as many of the last as the text with its closing makes alone, as upstream LLM2Vec does.
         reconstruct_instruction: whether the instruction is part of the target mask, beside the text.
         padding_side: "right" or "left"; embeddings do not depend on it.
 
@@ -157,14 +158,13 @@ class RowTokenizer:
             for e in text.examples
         ]
         tokens = self._tokenise([*pieces, *shown])
-        examples = iter(tokens[len(texts) :])
+        written = zip([*pieces, *shown], tokens, strict=True)
+        own = [next(written) for _ in texts]
         rows = [
-            self._assemble(form, row, text, [next(examples) for _ in text.examples])
-            for form, row, text in zip(forms, tokens, texts, strict=False)
+            self._assemble(form, row, text, [next(written) for _ in text.examples])
+            for form, row, text in zip(forms, own, texts, strict=True)
         ]
-        if not self.counts_positions:
-            return rows
-        return list(map(self._pool_counted, forms, pieces, tokens, rows))
+        return list(map(self._pool_counted, forms, pieces, tokens, rows)) if self.counts_positions else rows
 
     def opening(self, instruction: str, side: TextSide = "query") -> tuple[list[int], str]:
         """What stands before a row's (first) text: ids, then the characters that are tokenised in one go with it."""
@@ -238,14 +238,12 @@ class RowTokenizer:
     def _pieces(self, form: _Form, contents: Mapping[str, str]) -> list[_Piece]:
         """The row as special tokens and the runs of text between them."""
         pieces: list[_Piece] = []
-        run = _Run()
-        seen_text = False
+        run, seen_text = _Run(), False
         for index, segment in enumerate(form):
             if segment.only_with_instruction and not contents["instruction"]:
                 continue
             token_id = self._special_ids.get(segment)
-            behind_text = segment.kind == "literal" and run.cut is not None
-            if token_id is not None or behind_text or segment.kind == "examples":
+            if token_id is not None or segment.apart or segment.kind == "examples":
                 pieces += [run] if run.text else []
                 run = _Run()
             if token_id is not None:
@@ -289,10 +287,13 @@ class RowTokenizer:
             raise
         return zip(output["input_ids"], output["offset_mapping"], strict=True)
 
-    def _assemble(self, form: _Form, tokens: _Tokens, text: InstructedText, examples: Sequence[_Tokens]) -> Row:
+    def _assemble(self, form: _Form, row: _Written, text: InstructedText, examples: Sequence[_Written]) -> Row:
         """Ids and masks of a whole row, with the text cut to what the rest leaves."""
+        _, tokens = row
         if not tokens.ids:  # an empty text under a template that writes nothing: one token must be there to pool over
             return Row([self._require(self.tokenizer.eos_token_id, "an end-of-sequence token")], [True], [False])
+        if len(tokens.ids) > self.max_length or _longest(form, tokens) > (self.text_max_length or self.max_length):
+            tokens = self._parted(row)
         copies = [i for i, segment in enumerate(form) if segment.truncate]
         kept = sum(owner not in copies for owner in tokens.owners)
         room = (self.max_length - kept) // len(copies)
@@ -303,8 +304,7 @@ class RowTokenizer:
                 f"max_length is {self.max_length}, but the template {alone} {kept} tokens; raise the limit "
                 f"(max_seq_length in a config){remedy}."
             )
-        if self.text_max_length is not None:
-            room = min(room, self.text_max_length)
+        room = min(room, self.text_max_length or room)
         ids, owners = _cut(tokens, form, room)
         if examples:
             ids, owners = self._with_examples(form, _Tokens(ids, owners), examples)
@@ -327,14 +327,22 @@ class RowTokenizer:
         first = min(len(row.ids) - sum(row.pooled) - more, len(row.ids) - 1)
         return row._replace(pooled=[i >= first for i in range(len(row.ids))])
 
-    def _with_examples(self, form: _Form, row: _Tokens, examples: Sequence[_Tokens]) -> _Tokens:
+    def _parted(self, row: _Written) -> _Tokens:
+        """The tokens of a row that is to be cut; where one of the text's covers the phrase behind it, of both apart."""
+        pieces, tokens = row
+        split = [_split(piece) for piece in pieces]
+        behind = {span.segment for _, *rest in split for part in rest for span in part.spans}
+        return tokens if behind <= set(tokens.owners) else self._tokenise([list(chain(*split))])[0]
+
+    def _with_examples(self, form: _Form, row: _Tokens, examples: Sequence[_Written]) -> _Tokens:
         """A row with as many of its examples as fit, at their place."""
         place = next((i for i, segment in enumerate(form) if segment.kind == "examples"), None)
         if place is None:
             raise UserError(f"template {self.template!r} has no place for few-shot examples; take them out.")
         prefix: list[int] = []
         for example in examples:
-            ids = _cut(example, self._example, EXAMPLE_PART).ids
+            is_cut = _longest(self._example, example[1]) > EXAMPLE_PART
+            ids = _cut(self._parted(example) if is_cut else example[1], self._example, EXAMPLE_PART).ids
             if len(row.ids) + len(prefix) + len(ids) > self.max_length:
                 break
             prefix += ids
@@ -342,21 +350,6 @@ class RowTokenizer:
         return _Tokens(
             [*row.ids[:at], *prefix, *row.ids[at:]], [*row.owners[:at], *[place] * len(prefix), *row.owners[at:]]
         )
-
-
-def bare_instruction(instruction: str, join: str | None) -> str:
-    """The instruction as it stands in a row before `join`; None = before a template's own characters.
-
-    What brings its own punctuation replaces the instruction's closing `:` or `;`, so that the tables of training (no
-    colon) and of evaluation (colon) render alike. A blank join leaves the instruction as it is.
-    """
-    instruction = instruction.strip()
-    return instruction.rstrip(":; ") if join is None or join.strip() else instruction
-
-
-def render_instruction(instruction: str, join: str) -> str:
-    """Instruction and what joins it to the text; empty without an instruction."""
-    return bare_instruction(instruction, join) + join if instruction.strip() else ""
 
 
 def _fixed_text(segment: Segment, seen_text: bool) -> str:
@@ -373,6 +366,21 @@ def _owner(run: _Run, start: int, end: int) -> int:
         return run.cut.segment
     touched = [span.segment for span in run.spans if end > span.start and start < span.end]
     return touched[-1] if touched else run.spans[-1].segment
+
+
+def _split(piece: _Piece) -> tuple[_Piece, *tuple[_Run, ...]]:
+    """A run that goes on behind its text as two; any other piece as it is."""
+    if isinstance(piece, _Special) or piece.cut is None or piece.cut.end == len(piece.text):
+        return (piece,)
+    end = piece.cut.end
+    before = tuple(span for span in piece.spans if span.end <= end)
+    behind = tuple(_Span(s.start - end, s.end - end, s.segment) for s in piece.spans if s.end > end)
+    return _Run(piece.text[:end], before, piece.cut), _Run(piece.text[end:], behind)
+
+
+def _longest(form: _Form, tokens: _Tokens) -> int:
+    """Most tokens of a segment that gives way."""
+    return max(tokens.owners.count(i) for i, segment in enumerate(form) if segment.truncate)
 
 
 def _cut(tokens: _Tokens, form: _Form, room: int) -> _Tokens:

@@ -100,14 +100,15 @@ BY_HAND = {
 #: The same over a vocabulary that puts a blank before every run of text and writes line breaks as bytes.
 SENTENCEPIECE = {
     "echo": (
-        "<s> ▁ I n s t r u c t : find ▁it , <0x0A> Q u e r y : {text} ▁ <0x0A> Q u e r y ▁ a g a i n : {text*} *</s>"
+        "<s> ▁ I n s t r u c t : ▁find ▁it , ▁ <0x0A> Q u e r y : ▁{text} ▁ <0x0A> Q u e r y ▁ a g a i n : ▁{text*} "
+        "*</s>"
     ),
     "e5_mistral": "<s> ▁ I n s t r u c t : ▁find ▁it <0x0A> Q u e r y : ▁{text*} *</s>",
     "qwen3_embedding": "<s> ▁ I n s t r u c t : ▁find ▁it <0x0A> Q u e r y : {text*} *</s>",
     "repllama": "<s> ▁ que r y : ▁{text*} *</s>",
-    "bge_en_icl": "<s> <instruct> ▁find ▁it <0x0A> <query> ▁{text*} ▁ <0x0A> <response> *</s>",
+    "bge_en_icl": "<s> <instruct> ▁find ▁it <0x0A> <query> ▁{text*} <0x0A> <response> *</s>",
     "gritlm": "<s> ▁ < | user | > <0x0A> find ▁it <0x0A> < | e m b e d | > <0x0A> {text*}",
-    "llara": f'<s> ▁ " {{text}} ▁ {PREDICT.replace("Ġ", "▁").replace("<", "*<")}',
+    "llara": f'<s> ▁ " ▁{{text}} ▁ {PREDICT.replace("Ġ", "▁").replace("<", "*<")}',
 }
 
 
@@ -277,16 +278,59 @@ def test_text_max_length_bounds_each_copy(template: str, copies: int) -> None:
     assert len(long.ids) - len(short.ids) == 3 * copies
 
 
+def with_tokens(tokenizer: RowTokenizer, *tokens: str) -> RowTokenizer:
+    """A vocabulary that has these as one token each."""
+    tokenizer.tokenizer.add_tokens([AddedToken(token, special=False, normalized=False) for token in tokens])
+    return tokenizer
+
+
+@both_families
+@pytest.mark.parametrize("template", ["echo", "llara", "bge_en_icl"])
+def test_what_the_released_code_tokenises_apart_is_apart(template: str, family: str) -> None:
+    """Echo and LLARA join lists of ids, piece by piece; bge-en-icl tokenises a query as one string. Here over
+    a vocabulary with tokens that reach over each seam."""
+    seams = ("t:find", ",\n", ":hello", '"hello', '."', ".\n", "it\n", ".\n\n")
+    tokenizer = with_tokens(renderer(template, family), *seams)
+
+    def ids(*pieces: str) -> list[int]:
+        special = tokenizer.tokenizer.get_added_vocab()
+        alone = [
+            [special[p]] if p in special else tokenizer.tokenizer.encode(p, add_special_tokens=False) for p in pieces
+        ]
+        return [token for piece in alone for token in piece]
+
+    text = "hello world."
+    query = row_of(
+        tokenizer, text, "find it", examples=(Demonstration("find it", text, text),) * (template == "bge_en_icl")
+    )
+    document = row_of(tokenizer, text, side="document")
+    if template == "echo":
+        again = (text, "\nQuery again:", text, "</s>")
+        assert query.ids == ids("<s>", "Instruct:", "find it,", "\nQuery:", *again)
+        assert row_of(tokenizer, text).ids == ids("<s>", "Query:", *again)
+        assert document.ids == ids("<s>", "Document:", text, "\nDocument again:", text, "</s>")
+    elif template == "llara":
+        blocks = [[f"<s{i}>" for i in numbers] for numbers in (range(9, 17), range(1, 9))]
+        asked = [f'", {what} passage within eight words: ' for what in ("predict the following", "summarize the above")]
+        assert [query.ids, document.ids] == [
+            ids("<s>", '"', text, phrase, *block) for phrase, block in zip(asked, blocks, strict=True)
+        ]
+    else:
+        asked = ["<instruct>", "find it\n", "<query>", f"{text}\n", "<response>"]
+        assert query.ids == ids("<s>", *asked, f"{text}\n\n", *asked, "</s>")
+        assert document.ids == ids("<s>", text, "</s>")
+
+
 @pytest.mark.parametrize("template", ["echo", "llara", "bge_en_icl"])
 def test_a_token_across_the_border_does_not_take_the_phrase_along(template: str) -> None:
-    """A vocabulary may have `.` and what follows it as one token; the phrase behind the text is tokenised apart."""
-    written = renderer(template)
-    written.tokenizer.add_tokens([AddedToken(token, special=False, normalized=False) for token in ('."', ".\n")])
+    """A vocabulary may have `.` and what follows it as one token; a text that is cut leaves the phrase whole."""
+    written = with_tokens(renderer(template), '."', ".\n")
     text = "hello " * 20 + "hello."
-    whole, cut = row_of(written, text, "find it"), row_of(written, text + " red" * 500, "find it")
+    whole, cut = row_of(written, text, "find it"), row_of(written, text + " red" * 500 + ".", "find it")
     border = {written.tokenizer.convert_tokens_to_ids(token) for token in ('."', ".\n")}
-    assert not border & {*whole.ids, *cut.ids}
-    assert len(cut.ids) >= written.max_length - 1
+    assert bool(border & {*whole.ids}) == (template == "bge_en_icl")  # which is one string in the released code
+    assert not border & {*cut.ids}
+    assert written.max_length - 1 <= len(cut.ids) <= written.max_length
     phrase = {"echo": "\nQuery again:", "llara": '", predict the', "bge_en_icl": "\n<response>"}[template]
     assert phrase in written.tokenizer.decode(cut.ids)
 

@@ -16,8 +16,8 @@ from transformers import PreTrainedTokenizerFast
 from llm2vec.model.pooling import pool
 from llm2vec.model.settings import EncoderSettings
 from llm2vec.text.probe_texts import PROBE_TEXTS, probe_ids
-from llm2vec.text.templates import TEMPLATES, infer_template, segments_of
-from llm2vec.text.tokenization import Row, RowTokenizer, render_instruction
+from llm2vec.text.templates import TEMPLATES, infer_template, render_instruction, segments_of
+from llm2vec.text.tokenization import Row, RowTokenizer
 from llm2vec.types import InstructedText, PoolingMode, TextSide, UserError
 
 
