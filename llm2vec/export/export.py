@@ -28,11 +28,12 @@ from huggingface_hub import HfApi
 from huggingface_hub.errors import HFValidationError
 from huggingface_hub.utils import validate_repo_id  # type: ignore[attr-defined]  # public, and not in its __all__
 from peft import PeftModel
+from torch.nn.functional import normalize
 
 from llm2vec.choice import ModelChoice
 from llm2vec.export.adapter import check_adapter, prove_adapter, write_adapter
 from llm2vec.export.model_card import Facts, model_card
-from llm2vec.export.proof import Proof, our_vectors, prove
+from llm2vec.export.proof import Proof, encode_texts, prove
 from llm2vec.export.provenance import recorded_runs, trained_from
 from llm2vec.files import alone_in, write_json
 from llm2vec.hub import local_folder
@@ -90,7 +91,7 @@ def export(what: Export, out: Path) -> Proof:
         model = LLM2Vec.from_pretrained(chain, doc_max_length=what.doc_max_length, instruction_mask="offsets")
         form = stock_model(model.model, model.row_tokenizer, model.settings, what.instructions).form
         texts = probes(form.rows)
-        exact = our_vectors(model, texts)
+        exact = normalize(encode_texts(model, texts), dim=-1)
         if what.adapter:
             assert base_id is not None
             write_adapter(folder / "adapter", model, form, what.instructions, chain.base, base_id)
@@ -100,7 +101,7 @@ def export(what: Export, out: Path) -> Proof:
         _round(model, DTYPES[what.dtype])
         model.model.save_pretrained(str(folder))
         _round(model, torch.float32)
-        stored = our_vectors(model, texts)
+        stored = normalize(encode_texts(model, texts), dim=-1)
         config = model.model.config
         # The stock files ask for unit vectors, and the adapters are merged.
         settings = dataclasses.replace(model.settings, normalize=True, parent_adapters=None)

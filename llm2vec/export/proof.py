@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Hashable, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 import torch
 from torch import Tensor
@@ -14,7 +14,9 @@ from llm2vec.model.backbone import load_tokenizer, open_sentence_transformer
 from llm2vec.model.settings import EncoderSettings, row_tokenizer
 from llm2vec.model.stock_form import StockForm, compare_text
 from llm2vec.text.probe_texts import probe_ids
-from llm2vec.types import InstructedText, UserError
+from llm2vec.types import InstructedText, TextSide, UserError
+
+Key = TypeVar("Key", bound=Hashable)
 
 #: Most that a number of a unit vector may differ in float32.
 TOLERANCE = 1e-5
@@ -30,13 +32,9 @@ class Proof(NamedTuple):
 
 
 def prove(
-    folder: Path,
-    form: StockForm,
-    settings: EncoderSettings,
-    texts: Sequence[InstructedText],
-    exact: Tensor,
+    folder: Path, form: StockForm, settings: EncoderSettings, texts: Sequence[InstructedText], exact: Tensor,
     stored: Tensor,
-) -> Proof:
+) -> Proof:  # fmt: skip
     """Load a written folder by stock sentence-transformers, in float32, and compare.
 
     Raises:
@@ -44,9 +42,8 @@ def prove(
     """
     if probe_ids(row_tokenizer(load_tokenizer(str(folder)), settings)) != probe_ids(form.rows):
         raise UserError("the exported tokenizer renders this project's own template to other tokens.")
-    difference, stray = compare_vectors(
-        open_sentence_transformer(str(folder), dtype=torch.float32), form, texts, stored
-    )
+    stock = open_sentence_transformer(str(folder), dtype=torch.float32)
+    difference, stray = compare_vectors(stock, form, texts, stored)
     rounding = 1.0 if torch.equal(exact, stored) else float((exact * stored).sum(dim=-1).min())
     return Proof(difference, stray, min(rounding, 1.0))
 
@@ -65,7 +62,9 @@ def compare_vectors(
     for comparison in compared:
         if comparison.difference is not None:
             raise UserError(f"stock sentence-transformers renders otherwise: {comparison.difference}.")
-    apart_N = (stock_vectors(stock, form, texts) - vectors).abs().amax(dim=-1)
+    prompts = [form.prompt(text.instruction, text.side) for text in texts]
+    stock_ND = stock_vectors(stock, [text.text.strip() for text in texts], prompts)
+    apart_N = (stock_ND - vectors).abs().amax(dim=-1)
     strays_N = torch.tensor([comparison.stray_blank for comparison in compared])
     difference, worst = float(apart_N[~strays_N].max()), int(apart_N.masked_fill(strays_N, -1).argmax())
     if not difference < TOLERANCE:
@@ -77,24 +76,32 @@ def compare_vectors(
     return difference, float(apart_N[strays_N].max()) if strays_N.any() else None
 
 
-def our_vectors(model: LLM2Vec, texts: Sequence[InstructedText]) -> Tensor:
-    """Unit vectors [N, D] of texts by `LLM2Vec.encode`."""
-    rows = {}
-    for side in dict.fromkeys(text.side for text in texts):
-        mine = [[text.instruction, text.text] for text in texts if text.side == side]
-        rows[side] = iter(torch.as_tensor(model.encode(mine, show_progress_bar=False, side=side)))
-    return torch.nn.functional.normalize(torch.stack([next(rows[text.side]) for text in texts]), dim=-1)
-
-
-def stock_vectors(stock: Any, form: StockForm, texts: Sequence[InstructedText]) -> Tensor:
-    """Unit vectors [N, D] of texts by a SentenceTransformer, the texts of a prompt in one batch."""
-    prompts = [form.prompt(text.instruction, text.side) for text in texts]
-    vectors: list[Tensor] = [torch.empty(0)] * len(texts)
-    for prompt in dict.fromkeys(prompts):
-        chosen = [i for i, own in enumerate(prompts) if own == prompt]
-        encoded = stock.encode(
-            [texts[i].text.strip() for i in chosen], prompt=prompt, convert_to_tensor=True, show_progress_bar=False
-        )
-        for i, vector in zip(chosen, encoded.float().cpu(), strict=True):
+def in_groups(keys: Sequence[Key], embed: Callable[[Key, list[int]], Tensor]) -> Tensor:
+    """Vectors [N, D], those of a key at once: `embed` takes it and the places that have it."""
+    vectors: list[Tensor] = [torch.empty(0)] * len(keys)
+    for key in dict.fromkeys(keys):
+        chosen = [i for i, own in enumerate(keys) if own == key]
+        for i, vector in zip(chosen, embed(key, chosen), strict=True):
             vectors[i] = vector
     return torch.stack(vectors)
+
+
+def encode_texts(model: LLM2Vec, texts: Sequence[InstructedText]) -> Tensor:
+    """Vectors [N, D] of texts by `LLM2Vec.encode`, float32 on the CPU, not normalised unless the model does."""
+
+    def embed(side: TextSide, chosen: list[int]) -> Tensor:
+        pairs = [[texts[i].instruction, texts[i].text] for i in chosen]
+        return torch.as_tensor(model.encode(pairs, show_progress_bar=False, side=side)).float().cpu()
+
+    return in_groups([text.side for text in texts], embed)
+
+
+def stock_vectors(stock: Any, texts: Sequence[str], prompts: Sequence[str]) -> Tensor:
+    """Vectors [N, D] of texts under their prompts by a SentenceTransformer, float32 on the CPU."""
+
+    def embed(prompt: str, chosen: list[int]) -> Tensor:
+        strings = [texts[i] for i in chosen]
+        made: Tensor = stock.encode(strings, prompt=prompt, convert_to_tensor=True, show_progress_bar=False)
+        return made.float().cpu()
+
+    return in_groups(prompts, embed)

@@ -8,6 +8,7 @@ from __future__ import annotations
 import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +18,7 @@ from torch import Tensor
 from transformers import AutoModel, PreTrainedTokenizerBase
 from transformers.utils import logging as transformers_logging
 
+from llm2vec.export.proof import encode_texts, stock_vectors
 from llm2vec.files import parse_json
 from llm2vec.hub import find_file
 from llm2vec.llm2vec import LLM2Vec
@@ -57,12 +59,7 @@ class LocalWay:
 
 
 def open_way(choice: Choice, dtype: torch.dtype, rendering: Rendering | None) -> LocalWay:
-    """Load an embedder.
-
-    Args:
-        choice: any but a server.
-        dtype: of the weights.
-        rendering: says what stands before a text.
+    """Load any way but a server, with weights of a dtype; `rendering` says what stands before a text.
 
     Raises:
         UserError: it cannot be loaded in this way.
@@ -88,14 +85,6 @@ def _open_ours(choice: Choice, dtype: torch.dtype) -> LocalWay:
     loaded = LLM2Vec.from_pretrained(base, adapters, merge_peft=choice.kind == "merged", torch_dtype=dtype)
     loaded.to(_device())
 
-    def packed(texts: Sequence[InstructedText]) -> Tensor:
-        vectors_ND = torch.zeros(len(texts), loaded.model.config.hidden_size)
-        for side in {text.side for text in texts}:
-            chosen = [i for i, text in enumerate(texts) if text.side == side]
-            pairs = [[texts[i].instruction, texts[i].text] for i in chosen]
-            vectors_ND[chosen] = torch.as_tensor(loaded.encode(pairs, show_progress_bar=False, side=side))
-        return vectors_ND
-
     @_in_batches
     @torch.no_grad()
     def padded(texts: Sequence[InstructedText]) -> Tensor:
@@ -105,7 +94,7 @@ def _open_ours(choice: Choice, dtype: torch.dtype) -> LocalWay:
 
     settings = loaded.settings
     return LocalWay(
-        choice, loaded.model, loaded.tokenizer, padded if choice.kind == "padded" else packed,
+        choice, loaded.model, loaded.tokenizer, padded if choice.kind == "padded" else partial(encode_texts, loaded),
         loaded.row_tokenizer.rows, settings.attention, settings.pooling_mode, settings.max_length,
         _is_half(choice, dtype), any_length=not settings.normalize,
     )  # fmt: skip
@@ -123,13 +112,7 @@ def _open_st(choice: Choice, dtype: torch.dtype, rendering: Rendering | None) ->
     prompt = prompt_writer(rendering, loaded.tokenizer, loaded.prompts)
 
     def encode(texts: Sequence[InstructedText]) -> Tensor:
-        vectors_ND = torch.zeros(len(texts), decoder.config.hidden_size)
-        for before in {prompt(text) for text in texts}:
-            chosen = [i for i, text in enumerate(texts) if prompt(text) == before]
-            strings = [texts[i].text for i in chosen]
-            made = loaded.encode(strings, prompt=before, convert_to_tensor=True, show_progress_bar=False)
-            vectors_ND[chosen] = made.float().cpu()
-        return vectors_ND
+        return stock_vectors(loaded, [text.text for text in texts], list(map(prompt, texts)))
 
     def row(text: InstructedText) -> Row:
         features = loaded.preprocess([text.text], prompt=prompt(text))
@@ -151,10 +134,7 @@ def _open_transformers(choice: Choice, dtype: torch.dtype, rendering: Rendering 
         model = put_adapter(model, folder_at(adapter))
         model = model if adapter == adapters[-1] else model.merge_and_unload()
     model.to(_device()).eval()
-    folder = next(
-        (p for p in (*reversed(choice.model.adapters), choice.model.base) if find_file(p, MODULES_FILE)),
-        choice.model.base,
-    )
+    folder = next((path for path in (*reversed(adapters), base) if find_file(path, MODULES_FILE)), base)
     normalize = any(module.endswith("Normalize") for module in _read_modules(folder))
     tokenizer = load_tokenizer(folder)
     mode, with_prompt = _read_pooling(folder)
