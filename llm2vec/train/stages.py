@@ -162,14 +162,13 @@ def _contrastive_collate(
         with_scores=config.distillation_weight > 0,
         own_negatives_only=frozenset(config.own_negatives_only or ()),
     )
-    running_text = dataclasses.replace(settings, template="plain", pooling_mode="mean")  # which closes no text
     return CollateSides(
         row_tokenizer(tokenizer, settings),
         _contrastive_sides(config),
         config.examples_per_query,
         seed,
         facts,
-        row_tokenizer(tokenizer, running_text),
+        row_tokenizer(tokenizer, _unclosed(settings)),
     )
 
 
@@ -177,8 +176,13 @@ def _contrastive_collate(
 
 
 def _running_text(config: Config, tokenizer: PreTrainedTokenizerBase, settings: EncoderSettings, seed: int) -> Collate:
-    # No turn: the template that embeds is the model's own and goes into the checkpoint unchanged.
-    return CollateSides(row_tokenizer(tokenizer, dataclasses.replace(settings, template="plain")), ("text",))
+    return CollateSides(row_tokenizer(tokenizer, _unclosed(settings)), ("text",))
+
+
+def _unclosed(settings: EncoderSettings) -> EncoderSettings:
+    # No turn, and no closing token, which no loss would read: the template that embeds is the model's own and goes into
+    # the checkpoint unchanged.
+    return dataclasses.replace(settings, template="plain", pooling_mode="mean")
 
 
 def _masked(config: Config, tokenizer: PreTrainedTokenizerBase, settings: EncoderSettings, seed: int) -> Collate:

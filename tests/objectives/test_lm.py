@@ -15,7 +15,10 @@ from llm2vec.model.recomputation import enable_checkpointing
 from llm2vec.model.settings import EncoderSettings, row_tokenizer
 from llm2vec.objectives.language_modelling import LanguageModelling
 from llm2vec.text.batches import pack_rows
+from llm2vec.train.config import Config
+from llm2vec.train.stages import STAGES
 from llm2vec.train.step import backward_step, loss_parts, split_batch
+from llm2vec.types import InstructedText
 
 ROWS = reference.examples(5)
 
@@ -75,3 +78,14 @@ def test_a_texts_first_token_is_no_target_even_where_it_is_marked() -> None:
     with torch.no_grad():
         expected = reference.language_modelling(objective.model, rows)
     torch.testing.assert_close(loss_parts(objective, batch, totals)["loss"], expected, rtol=1e-9, atol=0)
+
+
+def test_the_control_closes_no_text() -> None:
+    """A closing token would take a text's last place, and no loss reads it."""
+    tokenizer, settings = family_tokenizer("llama"), EncoderSettings("last", 6, template="llama3", attention="causal")
+    collate = STAGES["lm"].collate(Config("base", stage="lm"), tokenizer, settings, 0)
+    query = InstructedText("", "red")
+    rows = [ROWS[0]._replace(query=query, positive=InstructedText("", text)) for text in ("hello", "hello " * 9)]
+    short, long = (tokenizer.convert_ids_to_tokens(collate([row])["text"]["input_ids"].tolist()) for row in rows)
+    assert short == ["<|begin_of_text|>", "red", "ĊĊ", "hello"]
+    assert long == [*short, "Ġhello", "Ġhello"]
