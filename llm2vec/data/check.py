@@ -222,8 +222,12 @@ def texts_of_folder(folder: Path) -> Iterator[str]:
             with file.open(encoding="utf-8", errors="replace", newline="") as lines:
                 for cells in csv.reader(lines, delimiter="\t" if file.suffix == ".tsv" else ","):
                     yield from cells
+        elif file.suffix == ".json":
+            yield from _strings(parse_json(file.read_bytes(), f"--test_sets: {file}"))
         else:
-            yield from _strings(_json_of(file))
+            with file.open("rb") as lines:
+                for number, line in enumerate(lines, start=1):
+                    yield from _strings(parse_json(line, f"--test_sets: {file}, line {number}"))
 
 
 def _batches_of(file: Path) -> Iterator[Any]:
@@ -236,15 +240,6 @@ def _batches_of(file: Path) -> Iterator[Any]:
                 yield batch.to_pylist()
     except (pa.ArrowException, OSError, UnicodeDecodeError) as error:  # what is damaged where decides which
         raise UserError(f"--test_sets: {file}: not a whole Parquet file ({first_line(error)}).") from error
-
-
-def _json_of(file: Path) -> Iterator[Any]:
-    if file.suffix == ".json":
-        yield parse_json(file.read_bytes(), f"--test_sets: {file}")
-        return
-    with file.open("rb") as lines:
-        for number, line in enumerate(lines, start=1):
-            yield parse_json(line, f"--test_sets: {file}, line {number}")
 
 
 def _strings(content: Any) -> Iterator[str]:

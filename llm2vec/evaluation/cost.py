@@ -46,8 +46,9 @@ def task_cost(task: Any, max_tokens: float = MAX_TOKENS) -> Cost | None:
             if task.metadata.type == "Summarization" and side == "text_statistics":
                 continue  # the summaries are compared with one another, not with their text
             number = texts.get("unique_texts") or round(texts["total_text_length"] / texts["average_text_length"])
-            if split not in task.eval_splits:  # what a classifier is trained on
-                number = min(number, _training_samples(task, statistics))
+            if split not in task.eval_splits:  # a classifier is trained on samples of each label, drawn several times
+                labels = (statistics.get("label_statistics") or {}).get("unique_labels", 2)
+                number = min(number, int(task.n_experiments * task.samples_per_label * labels))
             bare = texts["average_text_length"] / CHARACTERS_A_TOKEN
             tokens = min(bare + (0 if side.startswith("documents") else INSTRUCTION_TOKENS), max_tokens)
             total = Cost(total.texts + number, total.tokens + number * tokens)
@@ -126,9 +127,3 @@ def _splits(task: Any) -> Iterator[tuple[str, Mapping[str, Any]]]:
         chosen = [apart[subset] for subset in task.hf_subsets if subset in apart]
         for statistics in chosen or ([every[split]] if split in every else []):
             yield split, statistics
-
-
-def _training_samples(task: Any, statistics: Mapping[str, Any]) -> int:
-    """A classifier is trained on samples of each label, drawn several times; each is encoded once."""
-    labels = statistics.get("label_statistics") or {}
-    return int(task.n_experiments * task.samples_per_label * labels.get("unique_labels", 2))

@@ -86,9 +86,11 @@ def memory_of(model: Any, args: TrainingArguments, numbers: Numbers, step: Step,
     targets = num_targets * model.config.hidden_size * numbers.compute
     moments = [copies.size + sum(kept) + targets + loss.size]
     beside = _table(model, tied=True) + (0 if recomputes_all else copies.size)
+    # Gradients of the pass that is differentiated first, which wait for the others'; under FSDP not yet shared out.
+    of_layers = [weight for weight in inner_decoder(model).layers.parameters() if weight.requires_grad]
+    waiting = float(sum(w.numel() * (numbers.compute if args.fsdp else w.itemsize) for w in of_layers))
     for i in reversed(range(len(kept))):
-        waiting = _waiting(model, args, numbers) if i + 1 < len(kept) else 0.0
-        moments.append(beside + waiting + sum(kept[: i + 1]) + at_work[i])
+        moments.append(beside + (waiting if i + 1 < len(kept) else 0.0) + sum(kept[: i + 1]) + at_work[i])
     before = gradients.size if step.accumulates else 0.0
     most = max(before + max(moments), gradients.size + _table(model) + _table(model, tied=True))
     passing = (gradients, copies, Part("activations", sum(kept) + targets), Part("a layer at work", max(at_work)), loss)
@@ -161,12 +163,6 @@ def _vectors(model: Any, numbers: Numbers, own: int, documents: int) -> float:
     """Vectors as embedded and joined, as unit vectors and their gradients, of this process and of all documents."""
     hidden: int = model.config.hidden_size
     return float(hidden * (own * (2 * numbers.stream + 3 * 4) + documents * 2 * 4))
-
-
-def _waiting(model: Any, args: TrainingArguments, numbers: Numbers) -> float:
-    """Gradients of the layers' weights from the pass that is differentiated first; under FSDP not yet shared out."""
-    weights = [weight for weight in inner_decoder(model).layers.parameters() if weight.requires_grad]
-    return float(sum(weight.numel() * (numbers.compute if args.fsdp else weight.itemsize) for weight in weights))
 
 
 def _table(model: Any, tied: bool = False) -> float:

@@ -157,15 +157,13 @@ def _save(source: str, folder: Path, options: dict[str, Any]) -> None:
     except Exception as error:  # a cut or foreign file: each library has a type of its own
         raise UserError(f"{source}: the model could not be read ({first_line(error)}).") from error
     if gguf:  # transformers takes the weights for quantised, and saves no such model: they go into a plain one
-        config = type(model.config).from_dict(_plain(model.config.to_dict()))
+        described = model.config.to_dict()
+        for of_the_file in ("quantization_config", "_name_or_path"):
+            described.pop(of_the_file, None)
+        config = type(model.config).from_dict(described)
         plain = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
         plain.load_state_dict(model.state_dict())
         plain.generation_config = model.generation_config
         model = plain
     model.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
-
-
-def _plain(config: dict[str, Any]) -> dict[str, Any]:
-    """A config without what is said of the file it is from."""
-    return {key: value for key, value in config.items() if key not in ("quantization_config", "_name_or_path")}
