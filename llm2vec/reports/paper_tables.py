@@ -49,7 +49,7 @@ def paper_tables(runs: Sequence[EvaluatedRun], paper: Paper, model: str | None) 
     if has_own_tasks_only(runs, paper):
         along = [run for run in runs if "@" in run.name]
         parts = (("Scores", finished), ("Scores along training", along))
-        return [PaperTable(_own_table(title, part), {}) for title, part in parts if common_tasks(part)]
+        return [PaperTable(_own_table(title, part), {}) for title, part in parts if part]
     objectives = [run for run in finished if run.name in paper.tables[3].get(model or "", {})]
     if not any(run.name.startswith("only_") for run in objectives):
         objectives = []
@@ -81,12 +81,13 @@ def common_tasks(runs: Sequence[EvaluatedRun]) -> list[str]:
 def _own_table(title: str, runs: Sequence[EvaluatedRun]) -> Table:
     """Scores of tasks that the paper has not: a row a run, and the mean of the tasks that all have."""
     tasks, common = list(dict.fromkeys(task for run in runs for task in run.scores)), common_tasks(runs)
-    with_step, with_mean = any("@" in run.name for run in runs), len(tasks) > 1
+    with_step, with_mean = any("@" in run.name for run in runs), len(tasks) > 1 and bool(common)
     rows: list[list[Cell]] = []
     for run in runs:
         stage, _, step = run.name.partition("@")
         row: list[Cell] = [STAGE_NAMES.get(stage, stage), *[step] * with_step]  # type: ignore[call-overload]
-        rows.append(row + [run.scores.get(task) for task in tasks] + [mean_of(run.scores, common)] * with_mean)
+        row += [run.scores.get(task) for task in tasks]
+        rows.append(row + ([mean_of(run.scores, common)] if with_mean else []))
     header = ["Trained with", *["Step"] * with_step, *tasks, *[f"Mean of {len(common)}"] * with_mean]
     return Table(header, rows, title, "Main scores x 100; the highest of a column is bold.", marks_best=True)
 

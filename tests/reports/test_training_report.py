@@ -79,6 +79,9 @@ def test_a_mean_is_over_the_tasks_that_all_have() -> None:
     (table,) = build_report(runs, read_paper(), None, {}).tables
     assert table.header == ["Trained with", "A", "B", "C", "Mean of 2"]
     assert table.rows == [["mine", 10, 20, 60, 15], ["theirs", 20, 40, None, 30]]
+    found = build_report([run_of("mine", A=10.0), run_of("theirs", B=20.0)], read_paper(), None, {})
+    assert found.tables[0].rows == [["mine", 10, None], ["theirs", None, 20]] and not found.pictures
+    assert found.sentences == ["mine and theirs have no task in common."]
 
 
 def test_early_stage_draws_each_stage_by_step() -> None:
