@@ -39,12 +39,13 @@ from benchmarks.reference import (
     sentence_transformer,
     sentence_transformers_loss,
 )
-from llm2vec.llm2vec import LLM2Vec, as_instructed
+from llm2vec.llm2vec import LLM2Vec
 from llm2vec.llm2vec_q2d_d2q import BidirectionalReconstruction
 from llm2vec.model.backbone import LORA_MODULES
 from llm2vec.model.recomputation import enable_checkpointing
 from llm2vec.model.settings import EncoderSettings
 from llm2vec.objectives.contrastive import ContrastiveLearning
+from llm2vec.text.entries import as_instructed
 from llm2vec.text.templates import render_instruction
 from llm2vec.text.tokenization import Row
 from llm2vec.train.step import backward_step, split_batch

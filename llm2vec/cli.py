@@ -7,6 +7,7 @@ already; `llm2vec.processes` looks.
 from __future__ import annotations
 
 import argparse
+import io
 import logging
 import math
 import os
@@ -16,8 +17,10 @@ import time
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from pathlib import Path
 from typing import NoReturn
 
+from llm2vec.files import as_path, file_error
 from llm2vec.processes import is_first_process, is_of_lost_process, local_rank, rank, shut_down
 from llm2vec.types import RunEnds, UserError, first_line
 
@@ -42,13 +45,19 @@ def run_command(main: Callable[[Sequence[str]], int | None]) -> None:
 def user_errors_in_one_sentence() -> Iterator[None]:
     """Around a command: sets up logging first, and leaves the process group at the end.
 
-    What ends a command early becomes an exit code: a `UserError`, printed as `error: ...`, 2; a `RunEnds` its own;
-    Ctrl-C 130. Where another process of the run is lost, this one ends with 1.
+    What ends a command early becomes an exit code: a `UserError`, printed as `error: ...`, 2; so does a file that
+    cannot be read or written, whichever library says so; a `RunEnds` its own; Ctrl-C 130; a reader of standard output
+    that went away 141. Where another process of the run is lost, this one ends with 1.
     """
     set_up_logging()
+    _print_what_the_terminal_lacks()
     try:
         yield
+        sys.stdout.flush()
         shut_down()
+    except BrokenPipeError:  # as by `| head`
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # or Python would say it again at its end
+        code = 128 + signal.SIGPIPE
     except UserError as error:
         _say_error(str(error))
         code = 2
@@ -58,13 +67,23 @@ def user_errors_in_one_sentence() -> Iterator[None]:
     except KeyboardInterrupt:  # where no run is under way, which would save first (`StopSignals`)
         _say_once("interrupted")
         code = 128 + signal.SIGINT
-    except RuntimeError as error:
-        if not is_of_lost_process(error):
+    except Exception as error:
+        if isinstance(error, RuntimeError) and is_of_lost_process(error):
+            _end_without_the_others(error)
+        if (reason := file_error(error)) is None:
             raise
-        _end_without_the_others(error)
+        _say_error(reason)
+        code = 2
     else:
         return
     raise SystemExit(code)
+
+
+def _print_what_the_terminal_lacks() -> None:
+    """A letter that standard output cannot show is written as an escape, `\\xe9`."""
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")
 
 
 def set_up_logging() -> None:
@@ -166,3 +185,11 @@ def positive_float(text: str) -> float:
 def plain(text: str) -> str:
     """Text without the control characters that a terminal would obey; line breaks stay."""
     return "".join(c if c.isprintable() or c == "\n" else "\N{REPLACEMENT CHARACTER}" for c in text)
+
+
+def path(text: str) -> Path:
+    """A file or folder, which need not be there: `type=path` of a flag."""
+    try:
+        return as_path(text, "")
+    except UserError as error:
+        raise argparse.ArgumentTypeError(str(error)) from None

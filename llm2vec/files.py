@@ -11,6 +11,8 @@ import hashlib
 import json
 import logging
 import os
+import re
+import shutil
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -18,7 +20,7 @@ from typing import Any, TypeAlias
 
 from filelock import lock_descriptor
 
-from llm2vec.types import UserError
+from llm2vec.types import UserError, first_line
 
 logger = logging.getLogger(__name__)
 
@@ -113,9 +115,7 @@ def _misfit(content: Any, shape: Shape, key: str) -> str | None:
     kinds = [type(one) if isinstance(one, dict | list) else one for one in options]
     found = next((one for one, kind in zip(options, kinds, strict=True) if _is_a(content, kind)), options)
     if found is options:
-        said = repr(content)
-        said = said if len(said) <= 60 else f"{said[:57]}..."
-        return f"{key or 'it'} is {said}; {' or '.join(_NAMES[kind] for kind in kinds)} is needed."
+        return f"{key or 'it'} is {in_short(content)}; {' or '.join(_NAMES[kind] for kind in kinds)} is needed."
     inside: dict[str, tuple[Any, Shape]] = {}
     if isinstance(found, list):
         inside = {f"{key}[{i}]": (value, found[0]) for i, value in enumerate(content)}
@@ -181,6 +181,61 @@ def data_revision(folder: Path) -> str:
 def json_hash(content: Any) -> str:
     """A short hash of anything that JSON can hold; the order of keys does not matter."""
     return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()[:16]
+
+
+def as_path(text: str, where: str) -> Path:
+    """A user's words as a path; nothing need be there.
+
+    Args:
+        text: the path.
+        where: what says it, such as `config.json: output_dir`; a message begins with it.
+
+    Raises:
+        UserError: no file can have this name: too long, a loop of links, a NUL, or half a surrogate pair.
+    """
+    path = Path(text)
+    try:
+        path.stat()
+    except ValueError as error:  # a NUL, or what UTF-8 cannot write
+        raise UserError(f"{where} is {in_short(text)}; no file can have that name ({error}).".lstrip()) from error
+    except OSError as error:
+        if error.errno in (errno.ENAMETOOLONG, errno.ELOOP):
+            reason = error.strerror
+            raise UserError(f"{where} is {in_short(text)}; no file can have that name ({reason}).".lstrip()) from error
+    return path
+
+
+def in_short(value: Any) -> str:
+    """A value as it stands in a message, cut where it is long."""
+    said = repr(value) if not isinstance(value, int) or abs(value) < 10**40 else "a number of more than 40 digits"
+    return said if len(said) <= 60 else f"{said[:57]}..."
+
+
+def file_error(error: BaseException) -> str | None:
+    """What an error says of a file that cannot be read or written, in a sentence; None where it is of another kind.
+
+    On a full disk Python raises an OSError, safetensors a type of its own, tokenizers a bare `Exception`, and torch a
+    RuntimeError that names its writer.
+    """
+    if isinstance(error, OSError):
+        names = [str(name) for name in (error.filename, error.filename2) if name is not None]
+        reason = error.strerror or first_line(error)
+        return f"{' -> '.join(names)}: {reason}." if names else f"A file could not be read or written ({reason})."
+    text = first_line(error)
+    if type(error) is Exception or type(error).__module__.startswith("safetensors"):
+        said = re.search(r"(?:I/O error: )?(.*) \(os error \d+\)", text)
+        return said and f"A file could not be read or written ({said[1].rpartition(': ')[2]})."
+    if isinstance(error, RuntimeError) and re.search("PytorchStream|inline_container", text):
+        return "A file could not be written (its disk is full, or broken)."
+    return None
+
+
+def remove(place: Path) -> None:
+    """Remove a file or a folder with all in it; of a link, the link only."""
+    if place.is_symlink() or not place.is_dir():
+        place.unlink(missing_ok=True)
+    else:
+        shutil.rmtree(place, ignore_errors=True)
 
 
 @contextmanager

@@ -7,7 +7,7 @@ import logging
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, get_args
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
@@ -25,6 +25,7 @@ from llm2vec.model.proofs import check_decoder
 from llm2vec.model.settings import UPSTREAMS_RULE, EncoderSettings, check_rendering, row_tokenizer, with_template
 from llm2vec.model.stock_form import stock_model
 from llm2vec.text.batches import pack_rows
+from llm2vec.text.entries import as_instructed, check_encoding
 from llm2vec.text.probe_texts import probe_ids
 from llm2vec.text.tokenization import Row
 from llm2vec.types import Attention, InstructedText, InstructionMask, PoolingMode, TextSide, UserError
@@ -269,11 +270,7 @@ class LLM2Vec(nn.Module):
                 `batch_size` is below 1, `truncate_dim` is not between 1 and the hidden size, or a vector is not finite.
         """
         hidden_size: int = self.model.config.hidden_size
-        if batch_size < 1:
-            raise UserError(f"batch_size is {batch_size}; give a number above 0.")
-        if truncate_dim is not None and not 1 <= truncate_dim <= hidden_size:
-            raise UserError(f"truncate_dim is {truncate_dim}; it must lie between 1 and the hidden size {hidden_size}.")
-        texts = as_instructed(sentences, side)
+        texts, device = check_encoding(sentences, batch_size, device, side, truncate_dim, hidden_size)
         place = {text: i for i, text in enumerate(dict.fromkeys(texts))}  # each different text is computed once
         different, target = list(place), self._place(device)
         self.eval()
@@ -364,36 +361,3 @@ def token_batches(lengths: Sequence[int], max_tokens: int) -> list[list[int]]:
         batches[-1].append(i)
         filled += lengths[i]
     return batches
-
-
-def as_instructed(
-    texts: str | Sequence[str] | Sequence[Sequence[str]], side: TextSide | None = None
-) -> list[InstructedText]:
-    """Texts or [instruction, text] pairs, each as an InstructedText; arguments as in `LLM2Vec.encode`.
-
-    Raises:
-        UserError: an entry is neither, or there is no such side.
-    """
-    if side not in (None, *get_args(TextSide)):
-        raise UserError(f"side is {side!r}; allowed: {', '.join(get_args(TextSide))}, None.")
-    if isinstance(texts, str) or (_is_pair(texts) and len(texts) == 3):
-        texts = [texts]  # type: ignore[list-item]  # one entry, of either kind
-    instructed = []
-    for i, entry in enumerate(texts):
-        if isinstance(entry, str):
-            instruction, text = "", entry
-        elif _is_pair(entry):
-            instruction, text = entry[:2]
-        else:
-            raise UserError(f"sentences[{i}] is {entry!r}; a string or an [instruction, text] pair is needed.")
-        instructed.append(InstructedText(instruction, text, side or ("query" if instruction.strip() else "document")))
-    return instructed
-
-
-def _is_pair(entry: Any) -> bool:
-    """Whether an entry is [instruction, text], or that and a whole number, which upstream's examples write there."""
-    if not isinstance(entry, list | tuple | np.ndarray) or len(entry) not in (2, 3):
-        return False
-    instruction, text, *number = entry
-    is_number = [isinstance(part, int | np.integer) and not isinstance(part, bool) for part in number]
-    return isinstance(instruction, str) and isinstance(text, str) and all(is_number)

@@ -224,7 +224,7 @@ class Objective(Protocol):
         def parameters(self, recurse: bool = True) -> Iterator[Parameter]: ...
 
 
-def first_line(error: Exception) -> str:
+def first_line(error: BaseException) -> str:
     """The first line of an error's text, to go into one sentence of ours."""
     lines = str(error).strip().splitlines()
     return lines[0].strip() if lines else type(error).__name__

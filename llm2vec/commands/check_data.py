@@ -13,7 +13,6 @@ from __future__ import annotations
 import logging
 import statistics
 from collections.abc import Sequence
-from pathlib import Path
 
 from llm2vec import cli
 from llm2vec.data.check import (
@@ -35,12 +34,14 @@ logger = logging.getLogger(__name__)
 def main(argv: Sequence[str]) -> int:
     """Check and print; returns the exit code."""
     parser = cli.parser("check-data", __doc__)
-    parser.add_argument("folder", type=Path, help="where the files lie")
-    parser.add_argument("--sources_file", type=Path, help="table of one's own sources; default: the released archive's")
+    parser.add_argument("folder", type=cli.path, help="where the files lie")
+    parser.add_argument(
+        "--sources_file", type=cli.path, help="table of one's own sources; default: the released archive's"
+    )
     parser.add_argument("--sources", nargs="+", help="only these")
     parser.add_argument("--tokenizer", help="folder or hub name; default: tokens are guessed, 4 characters each")
     parser.add_argument("--max_length", type=cli.positive, default=512, help="where training cuts (default 512 tokens)")
-    parser.add_argument("--test_sets", nargs="+", type=Path, default=[], help="folders of test sets to look for")
+    parser.add_argument("--test_sets", nargs="+", type=cli.path, default=[], help="folders of test sets to look for")
     args = parser.parse_args(argv)
     sources, missing = sources_there(args.folder, args.sources_file, args.sources)
     if missing:

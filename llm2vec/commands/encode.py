@@ -16,7 +16,6 @@ from __future__ import annotations
 import sys
 import time
 from collections.abc import Sequence
-from pathlib import Path
 from typing import get_args
 
 from llm2vec import cli
@@ -30,7 +29,7 @@ def main(argv: Sequence[str]) -> None:
     started = time.monotonic()
     parser = cli.parser("encode", __doc__)
     parser.add_argument("input", help=".jsonl or .parquet file, a folder of such files, or a dataset on the hub")
-    parser.add_argument("output", type=Path, help="folder to write")
+    parser.add_argument("output", type=cli.path, help="folder to write")
     add_model_flags(parser, torch_dtype=True)
     parser.add_argument("--side", choices=get_args(TextSide), default="document", help="what the texts are (document)")
     parser.add_argument("--instruction", default="", help="put before every text (none)")

@@ -10,7 +10,6 @@ Then train with `dataset_file_path: OUT/train`, and evaluate with `--local_data_
 from __future__ import annotations
 
 from collections.abc import Sequence
-from pathlib import Path
 
 from llm2vec import cli
 from llm2vec.data.held_out import TRAINED_FOR_ONE_HELD_OUT, hold_out
@@ -21,9 +20,11 @@ from llm2vec.table import Cell, Table
 def main(argv: Sequence[str]) -> None:
     """Split and say what became of each source."""
     parser = cli.parser("hold-out", __doc__)
-    parser.add_argument("folder", type=Path, metavar="DATA", help="where the files lie")
-    parser.add_argument("out", type=Path, metavar="OUT", help="folder to write; must not be there, or be empty")
-    parser.add_argument("--sources_file", type=Path, help="table of one's own sources; default: the released archive's")
+    parser.add_argument("folder", type=cli.path, metavar="DATA", help="where the files lie")
+    parser.add_argument("out", type=cli.path, metavar="OUT", help="folder to write; must not be there, or be empty")
+    parser.add_argument(
+        "--sources_file", type=cli.path, help="table of one's own sources; default: the released archive's"
+    )
     parser.add_argument("--sources", nargs="+", help="only these")
     parser.add_argument("--queries", type=cli.positive, default=100, help="held out of each source (default 100)")
     parser.add_argument("--seed", type=int, default=42, help="of the draw (default 42)")

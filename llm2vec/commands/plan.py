@@ -17,7 +17,6 @@ from __future__ import annotations
 
 import argparse
 from collections.abc import Sequence
-from pathlib import Path
 from typing import get_args
 
 from llm2vec import cli
@@ -28,7 +27,7 @@ from llm2vec.types import Stage, UserError
 def main(argv: Sequence[str]) -> None:
     """Plan and print."""
     parser = cli.parser("plan", __doc__)
-    parser.add_argument("config", type=Path)
+    parser.add_argument("config", type=cli.path)
     parser.add_argument("--stage", choices=get_args(Stage), help="which stage reads it; default: as its keys tell")
     parser.add_argument("--num_processes", type=int, default=1, help="GPUs of the run (default 1)")
     parser.add_argument("--card", help=f"one of {', '.join(CARDS)}")

@@ -32,13 +32,13 @@ if TYPE_CHECKING:
 def main(argv: Sequence[str]) -> None:
     """Read, compare, print and write."""
     parser = cli.parser("report", __doc__)
-    parser.add_argument("results", nargs="+", type=Path, metavar="RESULTS")
+    parser.add_argument("results", nargs="+", type=cli.path, metavar="RESULTS")
     parser.add_argument("--names", nargs="+", help="a name for each RESULTS (default: the models' own)")
     parser.add_argument("--paper_model", help="model of the paper to compare with, e.g. LLaMA-3.2-1B-Instruct")
     parser.add_argument("--losses", nargs="+", default=[], metavar="STAGE=LOG", help="training logs, log.jsonl")
-    parser.add_argument("--predictions", nargs="+", type=Path, metavar="FOLDER", help="one for each RESULTS")
+    parser.add_argument("--predictions", nargs="+", type=cli.path, metavar="FOLDER", help="one for each RESULTS")
     parser.add_argument("--qrels", nargs="+", default=[], metavar="TASK=FILE", help="judgements for --predictions")
-    parser.add_argument("--output_dir", type=Path, default=Path("output/report"))
+    parser.add_argument("--output_dir", type=cli.path, default=Path("output/report"))
     args = parser.parse_args(argv)
     if len(args.results) == 1 and (args.results[0] / COMPARISON_RECORD).is_file():
         return _rebuild(args.results[0], args.output_dir)

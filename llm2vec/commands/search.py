@@ -94,12 +94,12 @@ def _parse_args(argv: Sequence[str]) -> argparse.Namespace:
     parser = cli.parser("search", __doc__)
     commands = parser.add_subparsers(dest="command", required=True)
     index = commands.add_parser("index", help="make an index, or make it anew")
-    index.add_argument("source", type=Path, help="folder of text files, or a .jsonl file")
-    index.add_argument("index", type=Path, help="folder to write")
+    index.add_argument("source", type=cli.path, help="folder of text files, or a .jsonl file")
+    index.add_argument("index", type=cli.path, help="folder to write")
     add_model_flags(index, torch_dtype=True)
     index.add_argument("--batch_size", type=cli.positive, default=32, help="rows of 128 tokens a forward pass (32)")
     query = commands.add_parser("query", help="search in an index")
-    query.add_argument("index", type=Path)
+    query.add_argument("index", type=cli.path)
     query.add_argument("--instruction", default="", help="put before the query, as in the model's training")
     add_model_flags(query, required=False)  # where it lies now, if it was moved
     for command in (query, commands.add_parser("demo", help="search in the quickstart's held-out docstrings")):

@@ -96,7 +96,7 @@ def _config(command: str, function: Callable[[Sequence[str]], None], argv: Seque
     """
     parser = cli.parser(command, inspect.getdoc(function))
     parser.usage = f"llm2vec {command} CONFIG.json"
-    parser.add_argument("config", nargs="*", type=Path, help="the run's JSON file")
+    parser.add_argument("config", nargs="*", type=cli.path, help="the run's JSON file")
     paths: list[Path] = parser.parse_args(argv).config
     if len(paths) != 1:
         raise UserError(f"usage: torchrun --nproc_per_node=N -m llm2vec {command} CONFIG.json")

@@ -35,7 +35,7 @@ from llm2vec.choice import ModelChoice
 from llm2vec.corpus.queue import Job, JobQueue
 from llm2vec.corpus.rows import Corpus, cut_into_shards
 from llm2vec.corpus.workers import beside, take_gpu
-from llm2vec.files import LOCK_FILE, alone_in, read_object, sha256, write_json, write_text
+from llm2vec.files import LOCK_FILE, alone_in, read_object, remove, sha256, write_json, write_text
 from llm2vec.types import TextSide, UserError, VectorDtype
 
 logger = logging.getLogger(__name__)
@@ -220,7 +220,7 @@ def _close_output(encoding: CorpusEncoding) -> None:
     for folder in (INPUT_FOLDER, QUEUE_FOLDER, SUMS_FOLDER):
         shutil.rmtree(encoding.output / folder, ignore_errors=True)
     for aside in (*encoding.output.glob(".part-*"), *encoding.output.glob(f".{MANIFEST_FILE}.*")):
-        aside.unlink(missing_ok=True)  # of processes that were killed
+        remove(aside)  # of processes that were killed
 
 
 def _read_manifest(output: Path) -> dict[str, Any] | None:

@@ -21,13 +21,12 @@ import json
 import logging
 import multiprocessing
 import os
-import shutil
 import time
 from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from llm2vec.files import LOCK_FILE, is_locked, try_lock, write_json
+from llm2vec.files import LOCK_FILE, is_locked, remove, try_lock, write_json
 from llm2vec.types import UserError
 
 logger = logging.getLogger(__name__)
@@ -180,10 +179,8 @@ class JobQueue:
     def clear(self) -> None:
         """Remove all that lies in the folder but its lock: every job is done."""
         for path in self.folder.iterdir():
-            if path.is_dir():
-                shutil.rmtree(path)
-            elif path.name != LOCK_FILE:
-                path.unlink()
+            if path.name != LOCK_FILE:
+                remove(path)
 
     def num_done(self) -> int:
         """How many jobs are done."""

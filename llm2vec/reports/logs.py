@@ -20,6 +20,9 @@ from llm2vec.types import UserError
 Histograms: TypeAlias = dict[str, list[int]]
 PAIRS = ("random", "hard_negative", "positive")
 
+#: Beyond it, a figure's axis cannot be drawn.
+LARGEST_NUMBER = 1e30
+
 _LOSSES = {"loss_q2d": "EBQ2D", "loss_d2q": "EBD2Q", "loss_contrastive": "InfoNCE"}
 #: Figure of the log -> its column, and what it is multiplied with.
 _COLUMNS = {
@@ -64,6 +67,8 @@ def read_log(path: Path) -> list[dict[str, float]]:
         if "skipped" in entry:  # whose line names rows, not figures
             continue
         try:
+            if any(abs(value) > LARGEST_NUMBER for value in entry.values()):
+                raise ValueError(f"none above {LARGEST_NUMBER:g}")
             entries.append({"step": entry["step"], **{key: float(value) for key, value in entry.items()}})
         except (ValueError, TypeError, KeyError) as error:
             raise UserError(f"{where}: expected an object of numbers with the key step ({error}).") from None
@@ -106,7 +111,7 @@ def read_shapes(path: Path) -> list[Shapes]:
         try:
             sources = {str(name): _histograms(one) for name, one in entry["sources"].items()}
             shapes.append(Shapes(int(entry["step"]), _histograms(entry["all"]), sources))
-        except (ValueError, TypeError, KeyError, AttributeError) as error:
+        except (ValueError, TypeError, KeyError, AttributeError, OverflowError) as error:
             raise UserError(f"{where}: expected a step and histograms of all and sources ({error}).") from None
     return shapes
 

@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
-from llm2vec.files import check_unicode
+from llm2vec.text.long_texts import beginning_of, encode_in_parts
 from llm2vec.text.templates import TEMPLATES, Segment, SegmentKind, bare_instruction, forms_of, template_named
 from llm2vec.types import InstructedText, InstructionMask, PoolingMode, TextSide, UserError
 
@@ -253,7 +253,15 @@ class RowTokenizer:
             text = run.text + (contents.get(segment.kind) or _fixed_text(segment, seen_text))
             span = _Span(len(run.text), len(text), index)
             run = _Run(text, (*run.spans, span), span if segment.truncate else run.cut)
-        return [*pieces, run] if run.text else pieces
+        return [self._shortened(piece) for piece in ([*pieces, run] if run.text else pieces)]
+
+    def _shortened(self, piece: _Piece) -> _Piece:
+        """A run that ends with a text much longer than what is kept of it, without what cannot matter."""
+        if not isinstance(piece, _Run) or piece.cut is None or piece.cut.end < len(piece.text):
+            return piece
+        text = beginning_of(piece.text, piece.cut.start, max(self.max_length, EXAMPLE_PART), self.tokenizer)
+        cut = piece.cut._replace(end=len(text))
+        return _Run(text, (*piece.spans[:-1], cut), cut)
 
     def _tokenise(self, rows: Sequence[Sequence[_Piece]]) -> list[_Tokens]:
         """Tokens of each row's pieces; all runs go through the tokenizer at once."""
@@ -275,17 +283,7 @@ class RowTokenizer:
 
     def _encode(self, texts: list[str]) -> Iterator[tuple[list[int], list[tuple[int, int]]]]:
         """Ids and offsets of each text; no special token is read or written."""
-        if not texts:
-            return iter(())
-        try:
-            output = self.tokenizer(
-                texts, add_special_tokens=False, return_offsets_mapping=True, split_special_tokens=True
-            )
-        except TypeError:
-            for text in texts:
-                check_unicode(text, "text", "a row")
-            raise
-        return zip(output["input_ids"], output["offset_mapping"], strict=True)
+        return encode_in_parts(self.tokenizer, texts)
 
     def _assemble(self, form: _Form, row: _Written, text: InstructedText, examples: Sequence[_Written]) -> Row:
         """Ids and masks of a whole row, with the text cut to what the rest leaves."""

@@ -38,6 +38,8 @@ class StepFindings(NamedTuple):
 _COUNTS = (
     "_num_steps", "_num_skipped", "skipped_in_a_row", "_num_tokens", "_waited", "_total_loss", "_total_steps",
 )  # fmt: skip
+#: What a checkpoint holds of them; `StepFigures.save` writes it.
+_FIGURES = {"sums": {str: [(float, str)]}, **dict.fromkeys((*_COUNTS, "_seconds"), float)}
 
 
 class StepFigures:
@@ -164,13 +166,13 @@ class StepFigures:
 
     def load(self, checkpoint: Path, device: torch.device) -> None:
         """Go on from what `save` wrote."""
-        content = read_object(checkpoint / file_of_rank(FIGURES_FILE, rank()))
+        content = read_object(checkpoint / file_of_rank(FIGURES_FILE, rank()), shape=_FIGURES)
         self._sums = {
             name: torch.tensor(value, dtype=getattr(torch, dtype), device=device)
-            for name, (value, dtype) in content.pop("sums").items()
+            for name, (value, dtype) in content["sums"].items()
         }
-        for name, value in content.items():
-            setattr(self, name, value)
+        for name in (*_COUNTS, "_seconds"):
+            setattr(self, name, content[name])
 
 
 class JsonLog(TrainerCallback):

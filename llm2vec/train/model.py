@@ -6,7 +6,8 @@ Used by `stages`, by `run`, and by `planning.plan`, which puts the same together
 from __future__ import annotations
 
 import logging
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from functools import partial
 from typing import Any
 
@@ -25,7 +26,7 @@ from llm2vec.model.settings import EncoderSettings, row_tokenizer, with_template
 from llm2vec.objectives.head import check_head
 from llm2vec.text.templates import add_mask_token, add_template_tokens, leaves_join_open
 from llm2vec.train.config import Config
-from llm2vec.types import UserError
+from llm2vec.types import UserError, first_line
 
 logger = logging.getLogger(__name__)
 
@@ -60,12 +61,23 @@ def load_model(
         check_head(model)
     if config.checkpointing is not None:
         contexts = partial(checkpoint_contexts, decoder_of(model))
-        enable_checkpointing(model, {**config.checkpointing, "context_fn": contexts})
+        with _as_asked("gradient_checkpointing_kwargs"):
+            enable_checkpointing(model, {**config.checkpointing, "context_fn": contexts})
     if config.use_peft:
         model = with_adapter(config, model, new_tokens)
     if config.compilation is not None:
-        compile_layers(model, **config.compilation)
+        with _as_asked("torch_compile"):
+            compile_layers(model, **config.compilation)
     return model, tokenizer, settings
+
+
+@contextmanager
+def _as_asked(key: str) -> Iterator[None]:
+    """Around what torch makes of a key's value: what it refuses becomes a `UserError` of one sentence."""
+    try:
+        yield
+    except Exception as error:  # an unknown argument or backend: each a type of its own
+        raise UserError(f"{key}: {first_line(error)}") from error
 
 
 def open_tokenizer(config: Config, chain: Chain) -> tuple[PreTrainedTokenizerBase, EncoderSettings, list[int]]:

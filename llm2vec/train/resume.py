@@ -21,7 +21,6 @@ import logging
 import math
 import os
 import shlex
-import shutil
 import sys
 import tempfile
 from collections.abc import Iterator, Sequence
@@ -35,8 +34,8 @@ from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
 from llm2vec.data.tables import content_hash
 from llm2vec.distributed import join_on_cpu, max_over_ranks
-from llm2vec.files import alone_in
-from llm2vec.model.chain import mark_of, open_folder, read_run
+from llm2vec.files import alone_in, checked, read_object, remove
+from llm2vec.model.chain import RUN_FILE, mark_of, open_folder, read_run
 from llm2vec.model.checkpoint import SUMS_FILE, check_sums, environment
 from llm2vec.processes import rank, world_size
 from llm2vec.train.config import KEYS, Config, training_arguments
@@ -47,6 +46,16 @@ logger = logging.getLogger(__name__)
 
 #: What a checkpoint holds of a run beside its weights; without them it is a model only.
 STATE_FILES = ("trainer_state.json", "scheduler.pt")
+
+#: What the first of them says, as far as it is read here; transformers reads the rest.
+STATE = {
+    "global_step": int, "epoch": float, "max_steps": int, "num_train_epochs": int, "log_history": [{"step": int}],
+    "best_metric": (float, None), "best_global_step": (int, None), "best_model_checkpoint": (str, None),
+    "stateful_callbacks": {str: object},
+}  # fmt: skip
+
+#: What `run.json` says besides, where a run wrote it.
+RECORD = {"config": {"training": dict, "model_name_or_path": str}}
 
 #: In a checkpoint: a process's figures since the last entry of the log, its rank added to the name.
 FIGURES_FILE = "figures.json"
@@ -146,10 +155,12 @@ def why_unusable(folder: Path) -> str | None:
     try:
         run = open_folder(str(folder)).run
         check_sums(folder)
+        if not all((folder / name).is_file() for name in STATE_FILES):
+            return f"{folder} holds weights only (save_only_model)."
+        checked(run, RECORD, str(folder / RUN_FILE))
+        step_of(folder)
     except UserError as error:
         return str(error)
-    if not all((folder / name).is_file() for name in STATE_FILES):
-        return f"{folder} holds weights only (save_only_model)."
     processes = run.get("num_processes", 1)
     if not all((folder / file_of_rank(FIGURES_FILE, i)).is_file() for i in range(processes)):
         return f"{folder} lacks the state of some processes, which saw another disk; share the output folder."
@@ -169,7 +180,7 @@ def _end_if_finished(config: Config) -> None:
     output = config.output_dir
     if not _holds_a_run(output):
         return
-    recorded = read_run(output)
+    recorded = checked(read_run(output), RECORD, str(output / RUN_FILE))
     stopped_at, stop = recorded["config"].get("stop_after_n_steps"), config.stop_after_n_steps
     is_over = stopped_at == stop or (stop is not None and recorded.get("step", 0) >= stop)
     if is_over and not differences(recorded, config):
@@ -182,7 +193,7 @@ def _end_if_finished(config: Config) -> None:
 
 
 def _refuse_another_run(folder: Path, config: Config) -> None:
-    recorded = read_run(folder)
+    recorded = checked(read_run(folder), RECORD, str(folder / RUN_FILE))
     found = differences(recorded, config)
     if found:
         raise UserError(
@@ -270,8 +281,8 @@ def file_of_rank(name: str, process: int) -> str:
 
 def step_of(folder: Path) -> int:
     """The optimiser step of a checkpoint, by its own account."""
-    state = json.loads((folder / STATE_FILES[0]).read_text(encoding="utf-8"))
-    return int(state["global_step"])
+    step: int = read_object(folder / STATE_FILES[0], shape=STATE)["global_step"]
+    return step
 
 
 def checkpoints_in(output_dir: Path, *, after: int = -1, up_to: float = math.inf) -> list[Path]:
@@ -296,15 +307,7 @@ def remove_checkpoints(output_dir: Path) -> None:
     """Make way for a run that starts anew."""
     for folder in checkpoints_in(output_dir):
         logger.info("resume      never: %s of an earlier run is removed", folder)
-        remove_checkpoint(folder)
-
-
-def remove_checkpoint(folder: Path) -> None:
-    """Remove a checkpoint; of one that was moved elsewhere and linked here, the link only."""
-    if folder.is_symlink() or not folder.is_dir():
-        folder.unlink()
-    else:
-        shutil.rmtree(folder)
+        remove(folder)
 
 
 def command_to_resume() -> str:

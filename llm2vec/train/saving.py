@@ -13,12 +13,13 @@ from __future__ import annotations
 
 import logging
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
+from pickle import UnpicklingError
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
 from torch import Tensor
 from torch.distributed.tensor import DTensor
 from torch.optim import Optimizer
@@ -26,15 +27,13 @@ from transformers import PreTrainedModel, TrainerState, TrainingArguments
 from transformers.trainer import OPTIMIZER_NAME, SCHEDULER_NAME, TRAINER_STATE_NAME
 
 from llm2vec.distributed import max_over_ranks
+from llm2vec.files import file_error, remove
 from llm2vec.model.checkpoint import write_sums
-from llm2vec.processes import rank
-from llm2vec.train.resume import checkpoint_folder, checkpoints_in, file_of_rank, last_checkpoint, remove_checkpoint
-from llm2vec.types import RunEnds, first_line
+from llm2vec.processes import is_of_lost_process, rank
+from llm2vec.train.resume import checkpoint_folder, checkpoints_in, file_of_rank, last_checkpoint
+from llm2vec.types import RunEnds, UserError, first_line
 
 logger = logging.getLogger(__name__)
-
-#: What writing to a full or broken disk raises, in Python, torch and safetensors.
-WRITE_ERRORS = (OSError, RuntimeError, SafetensorError, RunEnds)
 
 
 class CheckpointWriter:
@@ -53,7 +52,7 @@ class CheckpointWriter:
     def remove_unfinished(self) -> None:
         """Remove what a killed run left half written."""
         for folder in self.output_dir.glob(".checkpoint-*") if rank() == 0 else ():
-            remove_checkpoint(folder)
+            remove(folder)
 
     def write(self, state: TrainerState, optimizer: Any, write_files: Callable[[Path], None]) -> None:
         """Write the checkpoint of the step that was just done.
@@ -97,7 +96,9 @@ class CheckpointWriter:
         error = None
         try:
             write()
-        except WRITE_ERRORS as caught:
+        except Exception as caught:
+            if not isinstance(caught, (RuntimeError, RunEnds)) and file_error(caught) is None:
+                raise
             error = caught
         failed = max_over_ranks(0 if error is None else 1 + rank())  # 0 = none; else one of them can be named
         if not failed:
@@ -115,7 +116,7 @@ class CheckpointWriter:
         """Give a written checkpoint its sums and its name, and older ones away."""
         write_sums(aside)
         if folder.exists():  # cut short, or from before the run went back to an earlier one
-            remove_checkpoint(folder)
+            remove(folder)
         aside.rename(folder)
         self._remove_old(folder, state)
 
@@ -128,7 +129,7 @@ class CheckpointWriter:
         others = [f for f in checkpoints_in(self.output_dir, up_to=state.global_step) if f not in kept]
         surplus = len(others) + len(kept) - self._limit if self._limit else 0
         for folder in others[: max(0, surplus)]:
-            remove_checkpoint(folder)
+            remove(folder)
 
 
 def num_bytes(optimizer: Any, with_state: bool) -> int:
@@ -149,6 +150,29 @@ def _write_record(state: TrainerState, aside: Path, folder: Path) -> None:
     if best == folder or best.is_dir():
         state.best_model_checkpoint = str(best)
     state.save_to_json(str(aside / TRAINER_STATE_NAME))
+
+
+@contextmanager
+def of_state(checkpoint: str | None) -> Iterator[None]:
+    """Around what the libraries read of a checkpoint's state: what is not a run's becomes a `UserError`.
+
+    Raises:
+        UserError: it is cut short, of another form, or holds more than numbers.
+    """
+    try:
+        yield
+    except UnpicklingError as error:  # its text advises to open the file all the same
+        raise UserError(
+            f"{checkpoint}: the state of the optimiser, the schedule or the random numbers holds more than numbers, so "
+            "it was not written by a run and is not opened; use another checkpoint."
+        ) from error
+    except Exception as error:  # of another form, cut short: each a type of its own
+        if checkpoint is None or (isinstance(error, RuntimeError) and is_of_lost_process(error)):
+            raise
+        raise UserError(
+            f"{checkpoint}: the state of the optimiser, the schedule or the random numbers is not this run's "
+            f"({first_line(error)}); use another checkpoint."
+        ) from error
 
 
 # --- under FSDP ---

@@ -35,7 +35,6 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from functools import partial
 from pathlib import Path
-from pickle import UnpicklingError
 from typing import Any, cast
 
 import torch
@@ -46,7 +45,7 @@ from transformers import ProgressCallback, Trainer, TrainingArguments
 from llm2vec.processes import leave_process_group
 from llm2vec.train.log import LOG_FILE, EndOfRun, JsonLog, ProgressToStop, StepFigures
 from llm2vec.train.resume import last_checkpoint, step_of
-from llm2vec.train.saving import CheckpointWriter, load_shares, save_shares
+from llm2vec.train.saving import CheckpointWriter, load_shares, of_state, save_shares
 from llm2vec.train.step import backward_step, count_terms, mean_parts
 from llm2vec.types import Batch, Objective, Reduction, RunEnds, UserError, first_line
 
@@ -158,20 +157,15 @@ class EmbedderTrainer(Trainer):
             # Here and not in `_load_from_checkpoint`, which comes after FSDP has spread the weights.
             self._load_from(Path(resume_from_checkpoint))
             self._figures.load(Path(resume_from_checkpoint), self.args.device)
-        try:
-            return super().train(resume_from_checkpoint, *args, **kwargs)
-        except UnpicklingError as error:  # its text advises to open the file all the same
-            raise UserError(
-                f"{resume_from_checkpoint}: the state of the optimiser, the schedule or the random numbers holds more "
-                "than numbers, so it was not written by a run and is not opened; use another checkpoint."
-            ) from error
+        return super().train(resume_from_checkpoint, *args, **kwargs)
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
         """Called where a run goes on, and empty: it would look for the objective's weights; `train` has read them."""
 
     def _init_training_state(self, max_steps: int, *arguments: Any) -> Any:
         """Called once, to read a checkpoint's record."""
-        begun = super()._init_training_state(max_steps, *arguments)
+        with of_state(arguments[2]):
+            begun = super()._init_training_state(max_steps, *arguments)
         # The record also says how often the run before logged and saved. What is asked for now counts.
         self.state.compute_steps(self.args, max_steps)
         return begun
@@ -357,10 +351,16 @@ class EmbedderTrainer(Trainer):
 
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
         """Called before the first epoch, also where there is no checkpoint."""
-        if self.is_fsdp_enabled and checkpoint is not None:
-            load_shares(Path(checkpoint), self.optimizer, self.lr_scheduler)  # type: ignore[arg-type]
-        else:
-            super()._load_optimizer_and_scheduler(checkpoint)
+        with of_state(checkpoint):
+            if self.is_fsdp_enabled and checkpoint is not None:
+                load_shares(Path(checkpoint), self.optimizer, self.lr_scheduler)  # type: ignore[arg-type]
+            else:
+                super()._load_optimizer_and_scheduler(checkpoint)
+
+    def _load_rng_state(self, checkpoint: str | None) -> None:
+        """Called at the first epoch's beginning, or where its rows go on."""
+        with of_state(checkpoint):
+            super()._load_rng_state(checkpoint)
 
     def _load_best_model(self) -> None:
         """Called after the last step, where `load_best_model_at_end` asks for it."""

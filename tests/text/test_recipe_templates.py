@@ -12,9 +12,10 @@ from tokenizers import AddedToken
 
 from llm2vec.data.rows import TrainingRows
 from llm2vec.data.sources import Instruction, Source
-from llm2vec.llm2vec import LLM2Vec, as_instructed
+from llm2vec.llm2vec import LLM2Vec
 from llm2vec.model.pooling import pool
 from llm2vec.model.settings import EncoderSettings
+from llm2vec.text.entries import as_instructed
 from llm2vec.text.probe_texts import PROBE_TEXTS, probe_ids
 from llm2vec.text.templates import TEMPLATES, add_template_tokens, leaves_join_open
 from llm2vec.text.tokenization import EXAMPLE_PART, Row, RowTokenizer

@@ -10,7 +10,6 @@ package `gguf`). The folder is an ordinary model folder in float32; `origin.json
 from __future__ import annotations
 
 from collections.abc import Sequence
-from pathlib import Path
 
 from llm2vec import cli
 from llm2vec.quickstart.base import BASES, make_base
@@ -20,7 +19,7 @@ def main(argv: Sequence[str]) -> None:
     """Fetch, check, write, say where from."""
     parser = cli.parser("base", __doc__)
     parser.add_argument("name", metavar="NAME", help=f"one of {', '.join(BASES)}")
-    parser.add_argument("out", type=Path, metavar="OUT", help="folder to write; must not be there, or be empty")
+    parser.add_argument("out", type=cli.path, metavar="OUT", help="folder to write; must not be there, or be empty")
     args = parser.parse_args(argv)
     origin = make_base(args.name, args.out)
     print(f"{args.out}: {origin['model']}, from {origin['from']}")

@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Sequence
-from pathlib import Path
 
 from llm2vec import cli
 from llm2vec.choice import ModelChoice, add_model_flags, chosen_model
@@ -23,14 +22,14 @@ def main(argv: Sequence[str]) -> None:
     """Export, prove, say what came of it, upload."""
     parser = cli.parser("export", __doc__)
     add_model_flags(parser, positional=True)
-    parser.add_argument("out", type=Path, metavar="OUT", help="folder to write; must not be there, or be empty")
+    parser.add_argument("out", type=cli.path, metavar="OUT", help="folder to write; must not be there, or be empty")
     parser.add_argument("--base", help="base of an adapter, where it is not to be had under its recorded name")
     parser.add_argument("--dtype", choices=["bfloat16", "float32", "float16"], default="bfloat16")
     parser.add_argument("--doc_max_length", type=int, help="most tokens of a text, in place of the checkpoint's own")
     parser.add_argument("--adapter", action="store_true", help="write the LoRA adapter alone, too, to OUT/adapter")
     parser.add_argument("--base_id", metavar="HUB_ID[@REVISION]", help="hub name of the base")
     parser.add_argument("--task_to_instructions_fp", metavar="FILE", help="a prompt for each: name -> instruction")
-    parser.add_argument("--results", type=Path, metavar="FOLDER", help="mteb results for the card")
+    parser.add_argument("--results", type=cli.path, metavar="FOLDER", help="mteb results for the card")
     parser.add_argument("--license", help="for the card, such as llama3.2")
     parser.add_argument("--push_to_hub", metavar="REPO", help="upload to this repository")
     args = parser.parse_args(argv)

@@ -24,7 +24,6 @@ from __future__ import annotations
 import logging
 from collections.abc import Sequence
 from functools import partial
-from pathlib import Path
 
 from llm2vec import cli
 from llm2vec.hub import without_waiting_for_the_hub
@@ -35,7 +34,9 @@ def main(argv: Sequence[str]) -> int:
     """Ask the reference, then every other way; returns the exit code."""
     parser = cli.parser("verify", __doc__)
     parser.add_argument("ways", nargs="+", metavar="WAY", help="the first is the reference")
-    parser.add_argument("--texts", type=Path, help="a text a line, or .jsonl of text, instruction, side (default: own)")
+    parser.add_argument(
+        "--texts", type=cli.path, help="a text a line, or .jsonl of text, instruction, side (default: own)"
+    )
     parser.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32", help="of what is loaded here")
     parser.add_argument("--threshold", type=float, help="least cosine (default: 0.9999; 0.999 with half precision)")
     args = parser.parse_args(argv)

@@ -67,6 +67,8 @@ class Key:
     how a step is computed, not what, so another value is said. `nothing`: no step depends on it."""
     on_card: bool = False
     """Whether a model card shows it."""
+    is_path: bool = False
+    """Whether its strings name files or folders."""
     refused: str | None = None
     """Why the trainer does not serve it. Nothing but its default may be written."""
 
@@ -97,13 +99,13 @@ class Config:
     """
 
     # --- what is trained ---
-    model_name_or_path: str
+    model_name_or_path: Annotated[str, Key(is_path=True)]
     """Base model: a folder, such as an earlier stage's `output_dir`, or a hub name."""
-    peft_model_name_or_path: str | list[str] | None = None
+    peft_model_name_or_path: Annotated[str | list[str] | None, Key(is_path=True)] = None
     """Adapters to merge into the base first, innermost first."""
     use_peft: bool | None = None
     """LoRA instead of all parameters. null = on in Stage II, SimCSE and MNTP, off elsewhere."""
-    lora_r: Annotated[int, Key(above=0, on_card=True)] = 16
+    lora_r: Annotated[int, Key(above=0, at_most=100_000, on_card=True)] = 16
     """Rank of the adapter."""
     lora_alpha: Annotated[int | None, Key(above=0, on_card=True)] = None
     """Scale of the adapter. null = twice the rank."""
@@ -179,12 +181,12 @@ class Config:
     with a column `text`."""
     dataset_config_name: Annotated[str | None, Key(stages=("mntp",))] = None
     """Which of a hub dataset's configurations."""
-    dataset_file_path: str | None = None
+    dataset_file_path: Annotated[str | None, Key(is_path=True)] = None
     """Folder of the sources' files. SimCSE and MNTP also take a `.txt` file with a text a line, MNTP a `.jsonl` file of
     objects with `text`."""
     sources: list[str] | None = None
     """Which sources to read. null = all of the table."""
-    sources_file: str | None = None
+    sources_file: Annotated[str | None, Key(is_path=True)] = None
     """A JSON table of your own sources in place of the released archive's."""
     max_train_samples: Annotated[int | None, Key(above=0)] = None
     """Most rows of each source. null = all."""
@@ -212,14 +214,14 @@ class Config:
     `diagnostics.jsonl`."""
     reconstruction_probe: Annotated[bool, Key(stages=("stage_I",))] = False
     """Log how well held-out rows are reconstructed from their own anchors, from another row's, and from random ones."""
-    nano_beir: str | None = None
+    nano_beir: Annotated[str | None, Key(is_path=True)] = None
     """Hub name or folder of NanoBEIR, such as `sentence-transformers/NanoBEIR-en`. nDCG@10 on its 13 sets is logged as
     `eval_nano_...`."""
 
     # --- the run ---
-    resume: Annotated[str, Key(influence="nothing")] = "auto"
+    resume: Annotated[str, Key(influence="nothing", is_path=True)] = "auto"
     """`auto`: from the newest whole checkpoint in the output folder. `never`: from step 0. Or a checkpoint's folder."""
-    experiment_id: Annotated[str | None, Key(influence="nothing")] = None
+    experiment_id: Annotated[str | None, Key(influence="nothing", is_path=True)] = None
     """A folder below `output_dir` to write to."""
     stage: Stage | None = dataclasses.field(default=None, compare=False)
     """Whose script reads the config. A file need not say."""
@@ -267,6 +269,7 @@ _DONE_AT_LOADING = (
 
 #: What is known of transformers' keys, where it is more than their type.
 LIBRARY_KEYS: dict[str, Key] = {
+    "output_dir": Key(influence="nothing", is_path=True),
     "seed": Key(at_least=0, at_most=2**32 - 1, on_card=True),
     "learning_rate": Key(at_least=0, on_card=True),
     "weight_decay": Key(at_least=0),
@@ -276,12 +279,14 @@ LIBRARY_KEYS: dict[str, Key] = {
     **dict.fromkeys(_DONE_AT_LOADING, Key(influence="rounding")),
     # Where output goes, what is logged and saved, how rows are fetched.
     **dict.fromkeys((
-        "output_dir", "run_name", "report_to", "project", "trackio_space_id", "disable_tqdm", "log_level",
+        "run_name", "report_to", "project", "trackio_space_id", "disable_tqdm", "log_level",
         "log_level_replica", "log_on_each_node", "logging_strategy", "logging_first_step", "logging_steps",
         "logging_nan_inf_filter", "save_strategy", "save_steps", "save_total_limit", "save_only_model",
-        "save_on_each_node", "dataloader_num_workers", "dataloader_prefetch_factor", "dataloader_persistent_workers",
+        "save_on_each_node", "dataloader_persistent_workers",
         "dataloader_pin_memory", "ddp_timeout", "skip_memory_metrics", "debug",
     ), Key(influence="nothing")),
+    "dataloader_num_workers": Key(influence="nothing"),
+    "dataloader_prefetch_factor": Key(above=0, influence="nothing"),
     # What would be ignored, or would break the run.
     "data_seed": Key(refused="rows come in the order of `seed`"),
     "train_sampling_strategy": Key(refused="rows come in one-source blocks, in the order of `seed`"),

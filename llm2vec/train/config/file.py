@@ -17,14 +17,14 @@ import math
 import operator
 import types
 import typing
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from enum import Enum
 from pathlib import Path
 from typing import Any, Literal
 
 from transformers import TrainingArguments
 
-from llm2vec.files import read_object
+from llm2vec.files import as_path, in_short, read_object
 from llm2vec.train.config import KEYS, LORA_STAGES, Config
 from llm2vec.train.config.rules import contradictions
 from llm2vec.types import Stage, UserError
@@ -150,11 +150,28 @@ def _check_value(key: str, value: Any, stage: Stage, where: str) -> None:
         needed = f"a {' or '.join(names[kind] for kind in schema['type'])} is needed"
     elif choices and value not in schema["enum"]:
         needed = f"allowed: {', '.join(choices if 'type' in schema else map(repr, choices))}"
+    elif bad := next((text for text in _strings_in(value) if not _can_be_written(text)), None):
+        value, needed = bad, "text that UTF-8 can write is needed, without NUL"
     elif value is not None and not all(keeps(value, schema[w]) for w, keeps in _BOUNDS.values() if w in schema):
         needed = known.range
     else:
+        for text in _strings_in(value) if known.is_path else ():
+            as_path(text, f"{where}: {key}")
         return
-    raise UserError(f"{where}: {key} is {value!r}; {needed}.")
+    raise UserError(f"{where}: {key} is {in_short(value)}; {needed}.")
+
+
+def _strings_in(value: Any) -> Iterator[str]:
+    """All strings of a value, keys of objects too."""
+    if isinstance(value, str):
+        yield value
+    elif isinstance(value, list | dict):
+        for entry in (*value, *value.values()) if isinstance(value, dict) else value:
+            yield from _strings_in(entry)
+
+
+def _can_be_written(text: str) -> bool:
+    return "\x00" not in text and text.encode(errors="ignore").decode() == text
 
 
 def _has_type(value: Any, schema: dict[str, Any]) -> bool:
@@ -162,6 +179,8 @@ def _has_type(value: Any, schema: dict[str, Any]) -> bool:
         return True
     if isinstance(value, float) and not math.isfinite(value):
         return False  # Python reads them, JSON does not have them
+    if isinstance(value, int) and not -(2**63) <= value < 2**63:
+        return False  # more than any library counts to
     if isinstance(value, list) and not all(_has_type(entry, schema.get("items", {})) for entry in value):
         return False
     kind, _ = _KINDS[type(value)]

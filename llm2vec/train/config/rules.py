@@ -54,6 +54,8 @@ def _in_the_run(config: Config) -> Iterator[str]:
         yield f"stop_after_n_steps is {config.stop_after_n_steps}, beyond the horizon of max_steps {horizon}."
     if epochs <= 0 and horizon <= 0:
         yield f"num_train_epochs is {epochs}, so there is no step to do; it must be above 0, or max_steps must."
+    if epochs > 1e6:
+        yield f"num_train_epochs is {epochs:g}; at most 1,000,000 are possible."
     if config.total_batch_size is not None and "gradient_accumulation_steps" in training:
         yield "total_batch_size and gradient_accumulation_steps are both set; the second follows from the first."
     if tokens is not None and tokens < config.max_seq_length:

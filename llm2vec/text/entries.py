@@ -1,0 +1,75 @@
+"""What a caller hands to an encoder, read in one place: texts or [instruction, text] pairs, sizes, a device."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any, get_args
+
+import numpy as np
+import torch
+
+from llm2vec.files import in_short
+from llm2vec.types import InstructedText, TextSide, UserError, first_line
+
+
+def check_encoding(
+    sentences: Any, batch_size: Any, device: Any, side: Any, truncate_dim: Any, hidden_size: int
+) -> tuple[list[InstructedText], torch.device | None]:
+    """The arguments of `LLM2Vec.encode`, read: its texts, and its device if one is named.
+
+    Raises:
+        UserError: one of them is not what it may be.
+    """
+    if not _is_whole(batch_size) or batch_size < 1:
+        raise UserError(f"batch_size is {in_short(batch_size)}; give a number above 0.")
+    if truncate_dim is not None and not (_is_whole(truncate_dim) and 1 <= truncate_dim <= hidden_size):
+        allowed = f"it must lie between 1 and the hidden size {hidden_size}"
+        raise UserError(f"truncate_dim is {in_short(truncate_dim)}; {allowed}.")
+    if device is not None:
+        try:
+            device = torch.device(device)
+            torch.empty(1, device=device).cpu()  # refuses `meta`, and what is not there
+        except Exception as error:  # no device's name, no such device, a library without CUDA: a type each
+            reason = first_line(error)
+            raise UserError(f"device is {in_short(device)}, which cannot be used here ({reason}).") from error
+    return as_instructed(sentences, side), device
+
+
+def _is_whole(value: Any) -> bool:
+    return isinstance(value, int | np.integer) and not isinstance(value, bool)
+
+
+def as_instructed(
+    texts: str | Sequence[str] | Sequence[Sequence[str]], side: TextSide | None = None
+) -> list[InstructedText]:
+    """Texts or [instruction, text] pairs, each as an InstructedText; arguments as in `LLM2Vec.encode`.
+
+    Raises:
+        UserError: an entry is neither, or there is no such side.
+    """
+    if not isinstance(side, str | None) or side not in (None, *get_args(TextSide)):
+        raise UserError(f"side is {in_short(side)}; allowed: {', '.join(get_args(TextSide))}, None.")
+    if isinstance(texts, str) or (_is_pair(texts) and len(texts) == 3):
+        texts = [texts]  # type: ignore[list-item]  # one entry, of either kind
+    if not isinstance(texts, Iterable) or isinstance(texts, bytes | Mapping):
+        raise UserError(f"sentences is {in_short(texts)}; strings or [instruction, text] pairs are needed.")
+    if isinstance(texts, np.ndarray) and not texts.ndim:
+        texts = [texts.item()]
+    instructed = []
+    for i, entry in enumerate(texts):
+        if isinstance(entry, str):
+            instruction, text = "", entry
+        elif _is_pair(entry):
+            instruction, text = entry[:2]
+        else:
+            raise UserError(f"sentences[{i}] is {in_short(entry)}; a string or an [instruction, text] pair is needed.")
+        instructed.append(InstructedText(instruction, text, side or ("query" if instruction.strip() else "document")))
+    return instructed
+
+
+def _is_pair(entry: Any) -> bool:
+    """Whether an entry is [instruction, text], or that and a whole number, which upstream's examples write there."""
+    if not isinstance(entry, list | tuple | np.ndarray) or len(entry) not in (2, 3):
+        return False
+    instruction, text, *number = entry
+    return isinstance(instruction, str) and isinstance(text, str) and all(map(_is_whole, number))
