@@ -95,7 +95,7 @@ def check_head(model: Any) -> None:
         found = [language_head(model).cross_entropy(states_ND[:-1], target, ones_N).terms for target in targets]
     expected = torch.stack([F.cross_entropy(own_NV, target, reduction="none") for target in targets])
     apart = (torch.stack(found) - expected).abs().max() / expected.max()
-    if not apart <= (1e-4 if exact else 0.03):  # half precision rounds the model's own logits
+    if not apart <= (1e-3 if exact else 0.03):  # room for TF32, and for half precision, which rounds the own logits
         raise UserError(
             f"{type(model).__name__} makes its logits in a way that is not known here, so no objective that predicts "
             "tokens can train it; Stage II, which predicts none, can."
