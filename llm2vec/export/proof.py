@@ -16,7 +16,7 @@ from llm2vec.model.stock_form import StockForm, compare_text
 from llm2vec.text.probe_texts import probe_ids
 from llm2vec.types import InstructedText, TextSide, UserError
 
-Key = TypeVar("Key", bound=Hashable)
+_Key = TypeVar("_Key", bound=Hashable)
 
 #: Most that a number of a unit vector may differ in float32.
 TOLERANCE = 1e-5
@@ -76,7 +76,7 @@ def compare_vectors(
     return difference, float(apart_N[strays_N].max()) if strays_N.any() else None
 
 
-def in_groups(keys: Sequence[Key], embed: Callable[[Key, list[int]], Tensor]) -> Tensor:
+def in_groups(keys: Sequence[_Key], embed: Callable[[_Key, list[int]], Tensor]) -> Tensor:
     """Vectors [N, D], those of a key at once: `embed` takes it and the places that have it."""
     vectors: list[Tensor] = [torch.empty(0)] * len(keys)
     for key in dict.fromkeys(keys):
