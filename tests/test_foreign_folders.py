@@ -6,6 +6,7 @@ opened, imported, executed, unpickled and started meanwhile. The first test show
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import pickle
 import shutil
@@ -17,8 +18,9 @@ from typing import Any
 
 import pytest
 import torch
-from eval_stubs import evaluated
-from helpers import family_tokenizer, tiny_model
+from eval_stubs import evaluated, write_retrieval
+from helpers import family_tokenizer, tiny_model, write_jsonl
+from huggingface_hub import constants
 
 from llm2vec import LLM2Vec
 from llm2vec.choice import ModelChoice
@@ -26,8 +28,9 @@ from llm2vec.evaluation.models import load_encoder
 from llm2vec.export.export import Export, export
 from llm2vec.files import write_json
 from llm2vec.model.backbone import attach_lora
+from llm2vec.model.chain import open_chain
 from llm2vec.model.checkpoint import save_checkpoint
-from llm2vec.model.settings import EncoderSettings
+from llm2vec.model.settings import SETTINGS_FILE, EncoderSettings
 from llm2vec.planning.plan import shape_of
 from llm2vec.types import UserError
 from llm2vec.verify.loaded import open_way
@@ -180,6 +183,7 @@ def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
     tokenizer.pad_token = tokenizer.eos_token
     tiny_model("llama", True, initializer_range=0.2).save_pretrained(root / "base")
     tokenizer.save_pretrained(root / "base")
+    write_json(root / "base" / SETTINGS_FILE, dataclasses.asdict(SAMPLE))
     lora = attach_lora(tiny_model("llama", initializer_range=0.2), r=4, alpha=8, dropout=0.0)
     lora.active_peft_config.base_model_name_or_path = str(root / "base")
     for name, parameter in lora.named_parameters():
@@ -188,6 +192,7 @@ def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
     save_checkpoint(root / "adapter", lora, tokenizer, SAMPLE)
     (root / "adapter/run.json").unlink()
     shutil.copytree(root / "base", root / "stock")
+    (root / "stock" / SETTINGS_FILE).unlink()
     (root / "stock/1_Pooling").mkdir()
     write_json(root / "stock/1_Pooling/config.json", {"word_embedding_dimension": 32, "pooling_mode_mean_tokens": True})
     write_json(root / "stock/sentence_bert_config.json", {"max_seq_length": 64, "do_lower_case": False})
@@ -219,15 +224,16 @@ def foreign(event, arguments):
     """What of an audited event is of a foreign folder, or could only be a payload's."""
     if event == "open":
         name = str(arguments[0])
-        return name if "megatron" in name and name.endswith((*PICKLES, ".py", ".pyc")) else None
+        return name if "/megatron/" in name and name.endswith((*PICKLES, ".py", ".pyc")) else None
     if event == "import":
         return str(arguments[0]) if str(arguments[0]).split(".")[0] in ("megatron", "evil_code", "payload") else None
     if event == "exec":
         name = getattr(arguments[0], "co_filename", "")
-        return name if "megatron" in name else None
+        return name if "/megatron/" in name else None
     if event == "pickle.find_class":
         return ".".join(map(str, arguments)) if "mkdir" in arguments or "Path" in arguments else None
-    return str(arguments[0]) if event in ("subprocess.Popen", "os.system", "os.exec", "os.posix_spawn") else None
+    started = event in ("subprocess.Popen", "os.system", "os.exec", "os.posix_spawn")
+    return str(arguments[0]) if started and "python" not in str(arguments[0]) else None
 '''
 _hook: dict[str, Any] = {}
 exec(compile(HOOK, __file__, "exec"), _hook)  # the same words that the other process reads
@@ -314,3 +320,169 @@ def test_no_loader_opens_a_hostile_sentence_transformer(
     refused(lambda: load_encoder(evaluated(str(folder), torch_dtype="float32", device="cpu")), folder, word)
     refused(lambda: open_way(Choice("st", ModelChoice(str(folder))), torch.float32, None), folder, word)
     assert not (root / "was-here").exists() and not list(tmp_path.iterdir())
+
+
+# --- names on the hub ---
+
+COMMIT = "0123456789" * 4
+
+
+@pytest.fixture
+def cached(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[[Path, str], Path]:
+    """Puts a folder into the cache of the hub, where it is found offline; returns what stands for its name."""
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path))
+
+    def put(folder: Path, name: str) -> Path:
+        repository = tmp_path / f"models--{name.replace('/', '--')}"
+        (repository / "refs").mkdir(parents=True)
+        (repository / "refs/main").write_text(COMMIT, encoding="utf-8")
+        shutil.copytree(folder, repository / "snapshots" / COMMIT)
+        for missing in {"config.json", "added_tokens.json"} - {file.name for file in folder.iterdir()}:
+            (repository / ".no_exist" / COMMIT).mkdir(parents=True, exist_ok=True)
+            (repository / ".no_exist" / COMMIT / missing).touch()  # as where it has been asked for
+        return Path(name)
+
+    return put
+
+
+def test_honest_names_open_from_the_snapshot_that_was_looked_at(
+    root: Path, cached: Callable[[Path, str], Path], tmp_path: Path
+) -> None:
+    """The same commit's files for all parts; vectors are the folder's."""
+    base, lora, stock = (str(cached(root / name, f"somebody/{name}")) for name in ("base", "adapter", "stock"))
+    texts = ["who wrote it"]
+    for here, there in (
+        ((str(root / "base"), str(root / "adapter")), (base, lora)),
+        ((str(root / "adapter"),), (lora,)),
+    ):
+        expected, found = (LLM2Vec.from_pretrained(*paths).encode(texts) for paths in (here, there))
+        assert torch.equal(torch.as_tensor(found), torch.as_tensor(expected))
+    chain = open_chain(base, [lora])
+    assert {folder.commit for folder in chain.folders} == {COMMIT} and chain.folders[0].config is not None
+    encoder = load_encoder(evaluated(stock, device="cpu"))
+    assert encoder.mteb_model_meta.name == "somebody/stock"
+    (tmp_path / "models--somebody--stock/snapshots" / COMMIT / "config.json").unlink()
+    with pytest.raises(UserError, match="cannot load somebody/stock"):
+        load_encoder(evaluated(stock, device="cpu"))
+
+
+def test_hostile_names_are_refused(root: Path, cached: Callable[[Path, str], Path]) -> None:
+    """By the same sentences."""
+    for of, name in (("model", "weights"), ("model", "index"), ("model", "kernel"), ("model", "wide")):
+        foreign = cached(hostile(root, of, name), f"evil/{name}")
+        refused(lambda path=str(foreign): LLM2Vec.from_pretrained(path), foreign, MODELS[name][1])  # type: ignore[misc]
+    for name in ("module", "kind", "pattern"):
+        foreign = cached(hostile(root, "adapter", name), f"evil/{name}")
+        refused(lambda path=str(foreign): LLM2Vec.from_pretrained(path), foreign, ADAPTERS[name][1])  # type: ignore[misc]
+    for name in ("keywords", "dense", "class", "folder"):
+        foreign = cached(hostile(root, "stock", name), f"evil/stock-{name}")
+        refused(lambda path=str(foreign): load_encoder(evaluated(path, device="cpu")), foreign, STOCK[name][1])  # type: ignore[misc]
+    assert not (root / "was-here").exists()
+
+
+# --- every command ---
+
+# Runs in a process of its own: each command in turn, as from a shell, in the folder above the hostile one.
+DRIVER = (
+    HOOK
+    + """
+import contextlib, io, json, os, sys
+
+seen = None
+sys.addaudithook(lambda e, a: seen.append((e, name)) if seen is not None and (name := foreign(e, a)) else None)
+from llm2vec.__main__ import start
+
+sys.path.insert(0, "")
+for name, folder, argv in json.load(sys.stdin):
+    os.chdir(folder)
+    sys.argv, out, seen = ["llm2vec", *argv], io.StringIO(), []
+    code = 0
+    with contextlib.redirect_stdout(out), contextlib.redirect_stderr(out):
+        try:
+            start()
+        except SystemExit as end:
+            code = end.code
+        except BaseException as error:
+            code = f"{type(error).__name__}: {error}"
+    happened, seen = seen, None
+    print("RESULT" + json.dumps([name, code, happened, out.getvalue()]), flush=True)
+"""
+)
+
+
+def commands(root: Path, of: str, folder: Path, out: Path) -> dict[str, list[str]]:
+    """Each command that opens a folder of this kind, as it is called."""
+    base = str(root / "base")
+    model = {"model": ["--model", str(folder)], "adapter": ["--model", base, "--peft", str(folder)]}
+    place = {"model": str(folder), "adapter": f"{base}+{folder}", "stock": f"st:{folder}"}[of]
+    score = ["eval", "--task_name", "own", "--local_data_dir", str(root / "sets"), "--output_dir", str(out / "results")]
+    if of == "stock":
+        score += ["--model", str(folder), "--device", "cpu"]
+        ways = {f"verify {kind}": ["verify", f"{kind}:{folder}", f"ours:{base}"] for kind in ("st", "transformers")}
+        return {"eval": score, "eval --dry_run": [*score, "--dry_run"], **ways}
+    called = {
+        "eval": [*score, *model[of], "--device", "cpu"],
+        "eval --dry_run": [*score, *model[of], "--device", "cpu", "--dry_run"],
+        "verify": ["verify", place],
+        "encode": ["encode", str(root / "texts.jsonl"), str(out / "vectors"), *model[of]],
+        "search": ["search", "index", str(root / "texts.jsonl"), str(out / "index"), *model[of]],
+        "reconstruct": ["reconstruct", place, "who wrote it"],
+        "export": ["export", place, str(out / "export")],
+    }
+    for stage in ("stage-1", "stage-2", "lm", "mntp", "simcse"):
+        keys: dict[str, Any] = {
+            "output_dir": str(out / stage), "max_seq_length": 64, "max_steps": 1, "report_to": "none", "use_cpu": True,
+            "per_device_train_batch_size": 2, "model_name_or_path": str(folder) if of == "model" else base,
+        }  # fmt: skip
+        if of == "adapter":
+            keys["peft_model_name_or_path"] = str(folder)
+        texts = stage in ("mntp", "simcse")
+        keys["dataset_file_path"] = str(root / ("texts.txt" if texts else "data"))
+        keys |= {"dataset_name": "Wiki1M"} if stage == "simcse" else {} if texts else {"sources": ["nq"]}
+        write_json(out / f"{stage}.json", keys)
+        called[stage] = [stage, str(out / f"{stage}.json")]
+    called["plan"] = ["plan", str(out / "stage-1.json"), "--stage", "stage_I"]
+    return called
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("of", KINDS)
+def test_no_command_opens_a_hostile_folder(root: Path, tmp_path: Path, of: str) -> None:
+    """Every kind and every command that reads folders of it: exit code 2 and one sentence; nothing foreign happens."""
+    write_retrieval(root / "sets/own")
+    write_jsonl(root / "texts.jsonl", [{"text": "who wrote it"}] * 8)
+    (root / "texts.txt").write_text("who wrote it, and when was it written\n" * 64, encoding="utf-8")
+    rows = [{"query": f"who wrote {i}", "positive": f"it was {i}", "negative": "nobody"} for i in range(16)]
+    write_jsonl(root / "data/nq.jsonl", rows)
+    cases = []
+    for name in KINDS[of]:
+        folder = hostile(root, of, name)
+        out = tmp_path / name.replace(" ", "-")
+        out.mkdir()
+        for command, argv in commands(root, of, folder, out).items():
+            cases.append((f"{name}, {command}", str(folder.parent), argv))
+    ended = subprocess.run(
+        [sys.executable, "-c", DRIVER], input=json.dumps(cases), capture_output=True, text=True, timeout=1800
+    )
+    results = [json.loads(line[6:]) for line in ended.stdout.splitlines() if line.startswith("RESULT")]
+    assert len(results) == len(cases), ended.stderr[-2000:]
+    wrong = [result for result in results if not _is_refusal(of, *result)]
+    assert not wrong, "\n".join(f"{name}: {code} {seen} {said[-400:]}" for name, code, seen, said in wrong)
+    assert not (root / "was-here").exists() and not list(root.rglob("was-here"))
+
+
+def _is_refusal(of: str, name: str, code: Any, seen: list[Any], said: str) -> bool:
+    kind, _, command = name.rpartition(", ")
+    lines = [line for line in said.splitlines() if line.startswith(("error: ", "not compared: "))]
+    if command == "plan" and (of, kind) in PLANNED:  # a plan reads no weights
+        return not seen and code in (0, 2)
+    if command == "verify transformers":  # reads the model and its pooling, which may be honest
+        return not seen and code in (1, 2) and "Traceback" not in said
+    said_what = bool(lines) and any(word in lines[-1] for word in (KINDS[of][kind][1], "holds no safetensors weights"))
+    return not seen and code == 2 and said_what and "Traceback" not in said
+
+
+#: What is wrong with weights is nothing to a plan, which reads none.
+PLANNED = {("adapter", "pickles alone"), ("adapter", "rank")} | {
+    ("model", name) for name in ("index", "index elsewhere", "pickles alone", "wide", "many tokens", "cut short")
+}
