@@ -41,7 +41,6 @@ from llm2vec.model.vault import (
     check_modules,
     check_size,
     model_below,
-    num_stored,
 )
 from llm2vec.types import Attention, UserError, first_line
 
@@ -336,11 +335,11 @@ def open_model(
 
 def _check_model(folder: Folder, model_class: Any, asked: str | None) -> str | None:
     """Refuse a model whose files hold much less than its config describes; returns how it is to attend."""
-    config, stored = config_of(folder), num_stored(folder)
+    config = config_of(folder)
     attention = available_attention(asked or getattr(config, "_attn_implementation", None))
     with torch.device("meta"):
         described = model_class.from_config(config, attn_implementation=attention, trust_remote_code=False)
-    check_size(sum(weight.numel() for weight in described.parameters()), stored, f"{folder.path}/{CONFIG_FILE}")
+    check_size(folder, sum(weight.numel() for weight in described.parameters()))
     return attention
 
 
@@ -388,10 +387,12 @@ def open_sentence_transformer(
     except ImportError as error:
         raise UserError('sentence-transformers is not installed: pip install -e ".[eval]".') from error
     folder = local_folder(path) or Path(snapshot_download(path, allow_patterns=list(FETCHED)))
-    model, given = check_modules(folder, path)
+    models, given = check_modules(folder, path)
     options: dict[str, Any] = {"use_safetensors": True, "weights_only": True}
     options["dtype"] = dtype or given.get("dtype") or given.get("torch_dtype") or "auto"
     attention = attn_implementation or given.get("attn_implementation")
-    if model is not None and (attention := _check_model(model, AutoModel, attention)) is not None:
+    for model in models:
+        attention = _check_model(model, AutoModel, attention)
+    if attention is not None:
         options["attn_implementation"] = attention
     return SentenceTransformer(str(folder), device=device, trust_remote_code=False, model_kwargs=options)

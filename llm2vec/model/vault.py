@@ -50,6 +50,8 @@ MOST_TOKENS = 1 << 20
 #: A config may describe so many weights for one that the files hold (half a T5 is stored alone), and so many more.
 MOST_WEIGHTS, FREE_WEIGHTS = 4, 1 << 26
 
+#: LoRA, and embeddings of new tokens alone; other kinds open files of their own.
+ADAPTER_KINDS = ("LORA", "TRAINABLE_TOKENS")
 #: Keys of an adapter that decide how it is applied. What else peft knows must be left as it is.
 ADAPTER_KEYS = {
     "peft_type", "task_type", "auto_mapping", "peft_version", "base_model_name_or_path", "revision", "inference_mode",
@@ -202,17 +204,17 @@ def _check_weights_name(name: Any, where: str) -> None:
 
 def _check_adapter(config: Mapping[str, Any], where: str) -> None:
     kind, base = config.get("peft_type"), config.get("base_model_name_or_path")
-    if kind != "LORA":
-        raise UserError(f"{where}: peft_type is {kind!r}; allowed: LORA.")
+    if kind not in ADAPTER_KINDS:
+        raise UserError(f"{where}: peft_type is {kind!r}; allowed: {', '.join(ADAPTER_KINDS)}.")
     if base is not None and not isinstance(base, str):
         raise UserError(f"{where}: base_model_name_or_path is {base!r}; a string is needed.")
     unset = LoraConfig().to_dict()
     for key, value in config.items():
         if key in unset.keys() - ADAPTER_KEYS and value not in (None, False, [], {}, unset[key]):
             raise UserError(f"{where}: {key} is {str(value)[:60]!r}; leave it out, as no adapter needs it.")
-    for _, tokens in _entries({"": config.get("trainable_token_indices")}):
+    for key, tokens in _entries({key: config.get(key) for key in ("trainable_token_indices", "token_indices")}):
         if isinstance(tokens, list) and any(type(token) is int and token > MOST_TOKENS for token in tokens):
-            raise UserError(f"{where}: trainable_token_indices has {max(tokens)}; no vocabulary is so large.")
+            raise UserError(f"{where}: {key} has {max(tokens)}; no vocabulary is so large.")
     if (chosen := config.get("init_lora_weights")) not in INITIALISATIONS:
         raise UserError(f"{where}: init_lora_weights is {chosen!r}; allowed: {', '.join(map(str, INITIALISATIONS))}.")
     patterns = [config[key] for key in ("target_modules", "exclude_modules") if isinstance(config.get(key), str)]
@@ -256,13 +258,20 @@ def weights_of(folder: Folder) -> list[str]:
     return [file for file in parts.values() if file is not None]
 
 
-def num_stored(folder: Folder) -> int:
-    """How many weights a full model's files hold, by their headers.
+def check_size(folder: Folder, described: int) -> None:
+    """Refuse a model that would take much more memory than its files hold, by their headers.
+
+    Args:
+        folder: where it lies.
+        described: weights that its config describes.
 
     Raises:
-        UserError: as `weights_of`, or a file is damaged.
+        UserError: it would; or as `weights_of`; or a file is damaged.
     """
-    return sum(math.prod(shape) for file in weights_of(folder) for shape in _shapes(file))
+    stored = sum(math.prod(shape) for file in weights_of(folder) for shape in _shapes(file))
+    if described > MOST_WEIGHTS * stored + FREE_WEIGHTS:
+        where = f"{folder.path}/{CONFIG_FILE}"
+        raise UserError(f"{where}: describes {described:,} weights, and the safetensors hold {stored:,}.")
 
 
 def _shapes(file: str) -> list[list[int]]:
@@ -272,21 +281,6 @@ def _shapes(file: str) -> list[list[int]]:
             return [tensors.get_slice(name).get_shape() for name in tensors.keys()]  # noqa: SIM118  # no mapping
     except (SafetensorError, OSError) as error:
         raise UserError(f"{file}: could not be loaded ({first_line(error)}).") from error
-
-
-def check_size(described: int, stored: int, where: str) -> None:
-    """Refuse what would take much more memory than its files hold.
-
-    Args:
-        described: weights that a config describes.
-        stored: weights that the safetensors hold.
-        where: the config's name, which begins the message.
-
-    Raises:
-        UserError: it would.
-    """
-    if described > MOST_WEIGHTS * stored + FREE_WEIGHTS:
-        raise UserError(f"{where}: describes {described:,} weights, and the safetensors hold {stored:,}.")
 
 
 def check_adapter_weights(folder: Folder) -> None:
@@ -319,7 +313,7 @@ def model_below(folder: Folder) -> Folder:
 # --- sentence-transformers ---
 
 
-def check_modules(folder: Path, path: str) -> tuple[Folder | None, dict[str, Any]]:
+def check_modules(folder: Path, path: str) -> tuple[list[Folder], dict[str, Any]]:
     """Refuse a sentence-transformers folder that lists or names what may not be opened.
 
     Args:
@@ -327,8 +321,7 @@ def check_modules(folder: Path, path: str) -> tuple[Folder | None, dict[str, Any
         path: how it was named.
 
     Returns:
-        Where the full model lies, below an adapter if there is one (None = there is no such module), and the keywords
-        that the folder gives for loading it.
+        Where full models lie, below an adapter if there is one, and the keywords that the folder gives for loading.
 
     Raises:
         UserError: it does.
@@ -339,7 +332,7 @@ def check_modules(folder: Path, path: str) -> tuple[Folder | None, dict[str, Any
     modules = parse_json((folder / MODULES_FILE).read_bytes(), where)
     if not isinstance(modules, list) or not all(isinstance(module, dict) for module in modules):
         raise UserError(f"{where}: a list of objects with a `type` is needed.")
-    model: Folder | None = None
+    models: list[Folder] = []
     keywords: dict[str, Any] = {}
     for module in modules:
         named, subfolder = module.get("type"), module.get("path")
@@ -349,21 +342,20 @@ def check_modules(folder: Path, path: str) -> tuple[Folder | None, dict[str, Any
         if not isinstance(subfolder, str) or Path(subfolder).is_absolute() or ".." in Path(subfolder).parts:
             raise UserError(f"{where}: the path {subfolder!r} leads out of the folder.")
         inner = folder / subfolder
-        part = folder_at(str(inner))
+        part = folder_at(str(inner)) if inner.is_dir() else Folder(str(inner), {}, frozenset())
         if known[1] == "Transformer":
             keywords |= _keywords(part)
-            model = model_below(part)
+            models.append(model_below(part))
         elif known[1] in ("Dense", "LayerNorm", "StaticEmbedding"):
             sizes = [(part.config or {}).get(key) or 0 for key in ("in_features", "out_features", "dimension")]
             if any(type(size) is not int for size in sizes):
                 raise UserError(f"{inner}/{CONFIG_FILE}: sizes are {sizes}; whole numbers are needed.")
-            described = max(sizes[0] * sizes[1], sizes[2])
-            check_size(described, num_stored(part), f"{inner}/{CONFIG_FILE}")
+            check_size(part, max(sizes[0] * sizes[1], sizes[2]))
     declared = folder / "config_sentence_transformers.json"
     prompts = (read_object(declared).get("prompts") if declared.is_file() else None) or {}
     if not isinstance(prompts, dict) or not all(isinstance(text, str | None) for text in prompts.values()):
         raise UserError(f"{declared}: prompts is {prompts!r}; an object of strings is needed.")
-    return model, keywords
+    return models, keywords
 
 
 def _keywords(part: Folder) -> dict[str, Any]:
