@@ -16,7 +16,7 @@ import sys
 import time
 import warnings
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import NoReturn
 
@@ -83,7 +83,8 @@ def _print_what_the_terminal_lacks() -> None:
     """A letter that standard output cannot show is written as an escape, `\\xe9`."""
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):
-            stream.reconfigure(errors="backslashreplace")
+            with suppress(OSError):  # of a program that this one runs in
+                stream.reconfigure(errors="backslashreplace")
 
 
 def set_up_logging() -> None:

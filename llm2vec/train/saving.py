@@ -161,6 +161,8 @@ def of_state(checkpoint: str | None) -> Iterator[None]:
     """
     try:
         yield
+    except UserError:
+        raise
     except UnpicklingError as error:  # its text advises to open the file all the same
         raise UserError(
             f"{checkpoint}: the state of the optimiser, the schedule or the random numbers holds more than numbers, so "
@@ -170,8 +172,8 @@ def of_state(checkpoint: str | None) -> Iterator[None]:
         if checkpoint is None or (isinstance(error, RuntimeError) and is_of_lost_process(error)):
             raise
         raise UserError(
-            f"{checkpoint}: the state of the optimiser, the schedule or the random numbers is not this run's "
-            f"({first_line(error)}); use another checkpoint."
+            f"{checkpoint}: its weights, or the state of the optimiser, the schedule or the random numbers, are not "
+            f"this run's ({first_line(error)}); use another checkpoint."
         ) from error
 
 

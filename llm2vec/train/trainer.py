@@ -155,8 +155,9 @@ class EmbedderTrainer(Trainer):
         if resume_from_checkpoint is not None:
             assert self._load_from is not None
             # Here and not in `_load_from_checkpoint`, which comes after FSDP has spread the weights.
-            self._load_from(Path(resume_from_checkpoint))
-            self._figures.load(Path(resume_from_checkpoint), self.args.device)
+            with of_state(resume_from_checkpoint):
+                self._load_from(Path(resume_from_checkpoint))
+                self._figures.load(Path(resume_from_checkpoint), self.args.device)
         return super().train(resume_from_checkpoint, *args, **kwargs)
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
