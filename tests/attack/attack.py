@@ -140,7 +140,10 @@ def _judge(case: Case, folder: Path, code: int | None, printed: str) -> Ending:
         ]
         return Ending(False, f"traceback: {(lines or printed.strip().splitlines() or ['?'])[-1][:100]}")
     if code == 0 or (code == 1 and case.finds):
-        wrong = case.wrong(folder, printed)
+        try:
+            wrong = case.wrong(folder, printed)
+        except Exception as error:
+            wrong = f"what it made cannot be read ({type(error).__name__})"
         return Ending(wrong is None, "" if wrong is None else f"exit code 0, and {wrong}")
     if code in (1, 2) and len(errors) == 1:
         return Ending(True, errors[0])

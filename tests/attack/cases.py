@@ -9,6 +9,7 @@ import importlib
 import json
 import os
 import random
+import re
 import resource
 import shutil
 import signal
@@ -467,8 +468,8 @@ def indexes(inputs: Path, draw: random.Random) -> Iterator[Case]:
     answer: list[str] = []
 
     def same(folder: Path, printed: str) -> str | None:
-        answer[:] = answer or [must_end_well(*line, cwd=inputs / "index").strip()]
-        return None if printed.strip() == answer[0] else "other hits"
+        answer[:] = answer or _hits(must_end_well(*line, cwd=inputs / "index"))
+        return None if _hits(printed) == answer else "other hits"
 
     for _ in range(200):
         name = draw.choice(names)
@@ -489,6 +490,11 @@ def indexes(inputs: Path, draw: random.Random) -> Iterator[Case]:
     )
     run = command("search", "index", "notes", "new", "--model", "model")
     yield Case("index", "a text is /dev/zero", "index", zero, run)
+
+
+def _hits(printed: str) -> list[str]:
+    """The lines of hits, without progress bars and what is said besides."""
+    return [line for line in printed.splitlines() if re.match(r" ?-?\d\.\d{4}  ", line)]
 
 
 def _change_header(file: str, draw: random.Random) -> tuple[str, Callable[[Path], object]]:
