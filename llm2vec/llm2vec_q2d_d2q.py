@@ -11,6 +11,7 @@ what they mask or discard.
 
 The decoder sees the anchor at position 0, where a token's embedding would stand, and the text behind it: what it
 knows of the other side, it knows from the anchor. Gradient flows through the anchors into the encoding pass.
+`objectives/projection.py` has what else than the anchor itself may stand there.
 """
 
 from __future__ import annotations
@@ -26,9 +27,10 @@ from llm2vec.model.packing import packed_hidden_states
 from llm2vec.model.pooling import embed, embedding_pass
 from llm2vec.model.settings import EncoderSettings
 from llm2vec.objectives.head import language_head
+from llm2vec.objectives.projection import make_projection
 from llm2vec.objectives.stage_one import StageOneObjective
 from llm2vec.text.batches import starts_of
-from llm2vec.types import Batch, Output, Pass, ReconstructionTarget
+from llm2vec.types import AnchorProjection, Batch, Output, Pass, ReconstructionTarget
 
 
 class BidirectionalReconstruction(nn.Module, StageOneObjective):
@@ -40,10 +42,11 @@ class BidirectionalReconstruction(nn.Module, StageOneObjective):
         alpha: weight of the direction that starts at the query: EBQ2D; 0 is the paper's OnlyD2Q, 1 its OnlyQ2D, and
             then the other pass is not run.
         target: what an anchor is to reconstruct: the `counterpart` of its text, or the text `self`.
+        projection: what an anchor becomes before the decoder sees it.
     """
 
     model: PreTrainedModel
-    keys = ("alpha", "target", "reconstruct_instruction", "reconstruction_probe", "bidirectional")
+    keys = ("alpha", "target", "projection", "reconstruct_instruction", "reconstruction_probe", "bidirectional")
 
     def __init__(
         self,
@@ -51,12 +54,14 @@ class BidirectionalReconstruction(nn.Module, StageOneObjective):
         settings: EncoderSettings,
         alpha: float = 0.2,
         target: ReconstructionTarget = "counterpart",
+        projection: AnchorProjection = "none",
     ) -> None:
         super().__init__()
         self.model = model
         self.settings = settings
         self.directions = _DIRECTIONS[target]
         self.weights = (alpha, 1 - alpha)
+        self.projection = make_projection(projection, model)
 
     @property
     def decoder(self) -> PreTrainedModel:
@@ -77,8 +82,10 @@ class BidirectionalReconstruction(nn.Module, StageOneObjective):
         return encoded, Pass(targets, "causal", targets=sum(targets))
 
     def count(self, batch: Batch) -> dict[str, Tensor]:
-        """Target tokens of each direction: those of the positive for q2d, of the query for d2q."""
-        return {d.name: torch.tensor(float(sum(batch[d.goal]["num_targets"]))) for d in self.directions}
+        """Target tokens of each direction: those of the positive for q2d, of the query for d2q; and the anchors."""
+        anchors = sum(len(batch[direction.source]["lengths"]) for direction in self.weighted)
+        tokens = {d.name: sum(batch[d.goal]["num_targets"]) for d in self.directions}
+        return {name: torch.tensor(float(number)) for name, number in {**tokens, "anchors": anchors}.items()}
 
     def forward(self, batch: Batch, totals: dict[str, Tensor]) -> Output:
         """Loss parts of the sides `query` and `positive`.
@@ -89,7 +96,8 @@ class BidirectionalReconstruction(nn.Module, StageOneObjective):
 
         Returns:
             `loss`, and detached `loss_q2d` and `loss_d2q` (or `loss_q2q` and `loss_d2d`) where their direction has a
-            weight: these rows' shares of the step's mean over tokens.
+            weight: these rows' shares of the step's mean over tokens. Alike `anchor_norm` and `embedding_norm`, the mean
+            lengths of the anchors, before they are projected, and of the target tokens' embeddings.
         """
         directions = self.weighted
         sources = {direction.source: batch[direction.source] for direction in directions}
@@ -111,6 +119,13 @@ class BidirectionalReconstruction(nn.Module, StageOneObjective):
         loss, terms_N, _ = language_head(self.model).cross_entropy(states_ND, target_N, weight_N)
         sums = [terms.sum() for terms in terms_N.split(sizes)]
         parts = {f"loss_{d.name}": total * s for d, total, s in zip(directions, sums, shares, strict=True)}
+        of_targets = torch.stack([totals[direction.name] for direction in directions]).sum()
+        for name, vectors, total in (
+            ("anchor_norm", anchor_BD, totals["anchors"]),
+            ("embedding_norm", target_embeddings, of_targets),
+        ):
+            norms = vectors.detach().to(exact).norm(dim=1).sum()
+            parts[name] = norms / total.to(norms).clamp_min(1)
         return Output({"loss": loss, **parts}, {})
 
     def decode(self, anchor_BD: Tensor, target_ND: Tensor, lengths: Sequence[int]) -> Tensor:
@@ -119,17 +134,18 @@ class BidirectionalReconstruction(nn.Module, StageOneObjective):
         Position 0 of a row holds the anchor and predicts the first target token; the last one is not an input.
 
         Args:
-            anchor_BD: one a row.
+            anchor_BD: one a row, not projected yet.
             target_ND: embeddings of the rows' target tokens, row after row.
             lengths: number of target tokens of each row.
         """
+        prefix_BD = self.projection(anchor_BD).to(target_ND.dtype)
         if not any(lengths):  # nothing to predict: the pass is run all the same, as other processes run theirs
-            return packed_hidden_states(self.decoder, "causal", [1], anchor_BD[:1].to(target_ND.dtype))[:0]
-        filled = torch.tensor([i for i, length in enumerate(lengths) if length], device=anchor_BD.device)
+            return packed_hidden_states(self.decoder, "causal", [1], prefix_BD[:1])[:0]
+        filled = torch.tensor([i for i, length in enumerate(lengths) if length], device=prefix_BD.device)
         lengths = [length for length in lengths if length]
         starts = starts_of(lengths).to(target_ND.device)
         shifted_ND = target_ND.roll(1, dims=0)
-        inputs_ND = shifted_ND.index_copy(0, starts, anchor_BD[filled].to(target_ND.dtype))
+        inputs_ND = shifted_ND.index_copy(0, starts, prefix_BD[filled])
         # Generation is causal whatever the attention of the encoding pass.
         return packed_hidden_states(self.decoder, "causal", lengths, inputs_ND)
 

@@ -29,6 +29,7 @@ Reduction = Literal["token_mean", "micro_batch_mean"]
 SymmetricInstructions = Literal["documented", "as_released"]
 TextSide = Literal["query", "document"]
 ReconstructionTarget = Literal["counterpart", "self"]
+AnchorProjection = Literal["none", "scaled", "linear"]
 MaskTokenType = Literal["blank", "eos", "mask"]
 MaskingScheme = Literal["default", "all_mask"]
 

@@ -7,7 +7,7 @@ out as a mask of its own, so the package's attention flags are proved too. Meant
 from __future__ import annotations
 
 import random
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -114,11 +114,16 @@ def embedding(decoder: Any, row: Row, attention: Attention = "causal", pooling_m
 
 
 def reconstruction_terms(
-    model: Any, source: Row, goal: Row, attention: Attention = "causal", pooling_mode: PoolingMode = "last"
+    model: Any,
+    source: Row,
+    goal: Row,
+    attention: Attention = "causal",
+    pooling_mode: PoolingMode = "last",
+    project: Callable[[Tensor], Tensor] = lambda anchor_D: anchor_D,
 ) -> list[Tensor]:
     """-log p of each target token of `goal`, each from the anchor of `source` and the target tokens before it."""
     decoder = model.base_model
-    anchor = embedding(decoder, source, attention, pooling_mode)
+    anchor = project(embedding(decoder, source, attention, pooling_mode))
     tokens = [token for token, wanted in zip(goal.ids, goal.target, strict=True) if wanted]
     terms = []
     for position, token in enumerate(tokens):
@@ -135,13 +140,14 @@ def stage_one(
     alpha: float,
     attention: Attention = "causal",
     pooling_mode: PoolingMode = "last",
+    project: Callable[[Tensor], Tensor] = lambda anchor_D: anchor_D,
 ) -> StageOne:
     """The loss of a step of (query, positive) rows: a mean over tokens in each direction, mixed by alpha."""
     q2d_terms: list[Tensor] = []
     d2q_terms: list[Tensor] = []
     for query, positive in step:
-        q2d_terms += reconstruction_terms(model, query, positive, attention, pooling_mode)
-        d2q_terms += reconstruction_terms(model, positive, query, attention, pooling_mode)
+        q2d_terms += reconstruction_terms(model, query, positive, attention, pooling_mode, project)
+        d2q_terms += reconstruction_terms(model, positive, query, attention, pooling_mode, project)
     q2d = sum(q2d_terms[1:], q2d_terms[0]) / len(q2d_terms)
     d2q = sum(d2q_terms[1:], d2q_terms[0]) / len(d2q_terms)
     return StageOne(alpha * q2d + (1 - alpha) * d2q, q2d, d2q)
@@ -187,6 +193,14 @@ def stage_two(
     positives = [embedding(decoder, positive, attention, pooling_mode) for _, positive, _ in step]
     negatives = [embedding(decoder, row, attention, pooling_mode) for _, _, rows in step for row in rows]
     return info_nce(queries, positives, negatives, loss_scale)
+
+
+@torch.no_grad()
+def randomise(module: nn.Module) -> None:
+    """Give every parameter random values, so that none of them is without effect."""
+    generator = torch.Generator().manual_seed(0)
+    for parameter in module.parameters():
+        parameter.copy_(0.5 * torch.randn(parameter.shape, generator=generator, dtype=parameter.dtype))
 
 
 def gradients(model: nn.Module) -> dict[str, Tensor]:

@@ -18,7 +18,7 @@ import platform
 import shutil
 import subprocess
 import tempfile
-from collections.abc import Iterator, Set
+from collections.abc import Iterator, Mapping, Set
 from concurrent.futures import ThreadPoolExecutor
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -28,7 +28,7 @@ import torch
 from peft import PeftModel, get_peft_model_state_dict, set_peft_model_state_dict
 from peft.utils import SAFETENSORS_WEIGHTS_NAME
 from safetensors import safe_open
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
@@ -40,9 +40,12 @@ from llm2vec.types import UserError
 
 SUMS_FILE = "SHA256SUMS"
 WRITING_PREFIX = ".writing-"
+#: What an objective learns beside the model, such as a projection of anchors.
+BESIDE_FILE = "objective.safetensors"
 #: Files that a loader takes for a folder's weights, or that say where to look for them.
 WEIGHTS_FILES = (
     "adapter_config.json", "adapter_model*.safetensors", "model*.safetensors", "model.safetensors.index.json",
+    BESIDE_FILE,
 )  # fmt: skip
 PACKAGES = ("torch", "transformers", "peft", "accelerate", "datasets", "tokenizers", "llm2vec")
 
@@ -54,6 +57,7 @@ def save_checkpoint(
     settings: EncoderSettings | None,
     run: dict[str, Any] | None = None,
     state: dict[str, Tensor] | None = None,
+    beside: Mapping[str, Tensor] | None = None,
 ) -> None:
     """Write a checkpoint into `folder`. Weights that are there go, whatever their form; other files stay.
 
@@ -65,6 +69,7 @@ def save_checkpoint(
         run: where it comes from, for `run.json`. Versions, git commit, file sizes and the hashes of the adapters below
             this one are added here.
         state: all weights, where the model itself holds only a share of them (FSDP).
+        beside: what the objective learns beside the model, see `weights_beside`.
     """
     folder.mkdir(parents=True, exist_ok=True)
     for abandoned in folder.glob(f"{WRITING_PREFIX}*"):  # by a run that was killed here
@@ -78,6 +83,9 @@ def save_checkpoint(
         tokenizer.save_pretrained(staging)
         # peft writes a model card about nothing; ours comes with the export.
         (staging / "README.md").unlink(missing_ok=True)
+        if beside:
+            on_cpu = {name: tensor.detach().cpu().contiguous() for name, tensor in beside.items()}
+            save_file(on_cpu, staging / BESIDE_FILE)
         if settings is not None:
             write_json(staging / SETTINGS_FILE, settings.written())
         sizes = {file.name: file.stat().st_size for file in sorted(staging.iterdir())}
@@ -131,6 +139,26 @@ def read_weights(folder: Path, model: Backbone) -> None:
             weight.copy_(tensor)
             read.add(weight.data_ptr())
     _check_names(folder, {name for name, weight in own.items() if weight.data_ptr() not in read})  # tied ones share it
+
+
+def weights_beside(objective: Any) -> dict[str, Tensor]:
+    """Parameters and buffers of an objective that are not its model's, by name: what only its stage needs."""
+    known = {id(tensor) for tensor in (*objective.model.parameters(), *objective.model.buffers())}
+    found = (*objective.named_parameters(), *objective.named_buffers())
+    return {name: tensor for name, tensor in found if id(tensor) not in known}
+
+
+@torch.no_grad()
+def read_beside(folder: Path, own: Mapping[str, Tensor]) -> None:
+    """Put what `save_checkpoint` wrote of `weights_beside` back into these tensors.
+
+    Raises:
+        UserError: the folder holds others.
+    """
+    saved = load_file(folder / BESIDE_FILE) if (folder / BESIDE_FILE).is_file() else {}
+    _check_names(folder, saved.keys() ^ own.keys())
+    for name, tensor in own.items():
+        tensor.copy_(saved[name])
 
 
 def _check_names(folder: Path, differing: Set[str]) -> None:

@@ -14,6 +14,7 @@ Run by `llm2vec reconstruct`.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
@@ -25,6 +26,7 @@ from llm2vec.choice import ModelChoice
 from llm2vec.llm2vec_q2d_d2q import BidirectionalReconstruction
 from llm2vec.model.backbone import load_backbone, load_tokenizer
 from llm2vec.model.chain import open_chain
+from llm2vec.model.checkpoint import read_beside, weights_beside
 from llm2vec.model.pooling import embed
 from llm2vec.model.proofs import check_attention, check_decoder
 from llm2vec.model.settings import SETTINGS_FILE, EncoderSettings, check_rendering, row_tokenizer, with_template
@@ -81,7 +83,7 @@ class Reconstructor:
         tokenizer = self.tokenizer.tokenizer
         drawn = {} if sampling is None else {"temperature": sampling.temperature, "top_p": sampling.top_p, "top_k": 0}
         num = 1 if sampling is None else sampling.num
-        anchor_BD = embed_rows(self.objective, self.tokenizer.rows(texts))
+        anchor_BD = self.objective.projection(embed_rows(self.objective, self.tokenizer.rows(texts)))
         config = GenerationConfig(
             max_new_tokens=max_new_tokens,
             do_sample=sampling is not None,
@@ -157,7 +159,9 @@ def load_reconstructor(model: ModelChoice, device: str | torch.device | None = N
         raise UserError(f"device is {str(place)!r}, where the model cannot be put: {first_line(error)}") from error
     # Of the folder's habits of generating, only its ends: `generate` would fill in its temperature and penalties.
     loaded.generation_config = GenerationConfig(eos_token_id=loaded.generation_config.eos_token_id)
-    objective = BidirectionalReconstruction(loaded, settings, target=trained.get("target", "counterpart"))
+    learnt = {key: trained[key] for key in ("target", "projection") if key in trained}
+    objective = BidirectionalReconstruction(loaded, settings, **learnt)
+    read_beside(Path(chain.base), weights_beside(objective))
     check_decoder(objective.decoder, settings.attention)
     check_attention(objective.decoder, "causal")  # of the pass that decodes
     check_head(loaded)

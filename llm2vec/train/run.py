@@ -12,7 +12,7 @@ import math
 import os
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 import torch
 from accelerate.utils import send_to_device
@@ -24,9 +24,8 @@ from llm2vec.data.rows import TrainingRows
 from llm2vec.data.tables import hash_of_read
 from llm2vec.files import DIAGNOSTICS_FILE
 from llm2vec.llm2vec import LLM2Vec
-from llm2vec.llm2vec_q2d_d2q import BidirectionalReconstruction
 from llm2vec.model.chain import mark_of, origin_of, read_run
-from llm2vec.model.checkpoint import read_weights, save_checkpoint
+from llm2vec.model.checkpoint import read_beside, read_weights, save_checkpoint, weights_beside
 from llm2vec.model.recomputation import fit_activations
 from llm2vec.model.settings import EncoderSettings, row_tokenizer
 from llm2vec.probes.diagnostics import EmbeddingDiagnostics
@@ -103,7 +102,13 @@ def train(
         at_step = {**(run or {}), "step": trainer.state.global_step}
         if trainer.weights_of_step is not None:
             at_step["weights_of_step"] = trainer.weights_of_step
-        save_checkpoint(folder, part_to_save(objective.model), tokenizer, settings, at_step, state)
+        save_checkpoint(folder, part_to_save(objective.model), tokenizer, settings, at_step, state, beside)
+
+    beside = weights_beside(objective)
+
+    def load_from(folder: Path) -> None:
+        read_weights(folder, part_to_save(objective.model))
+        read_beside(folder, beside)
 
     signals = StopSignals()
     trainer = EmbedderTrainer(
@@ -116,9 +121,9 @@ def train(
         save_to=save_to,
         stop_after_n_steps=config.stop_after_n_steps,
         held_out=held_out,
-        probes=probes_of(config, args, objective.model, tokenizer, settings, held_out and held_out[0]),
+        probes=probes_of(config, args, objective, tokenizer, settings, held_out and held_out[0]),
         max_tokens=config.tokens_per_microbatch,
-        load_from=lambda folder: read_weights(folder, part_to_save(objective.model)),
+        load_from=load_from,
         place_of=rows.place,
         should_stop=lambda: signals.received is not None,
         max_skipped_steps=config.max_skipped_steps,
@@ -344,7 +349,7 @@ def _tokens_per_step(rows: Rows, collate: Collate, rows_per_step: int) -> str:
 def probes_of(
     config: Config,
     args: TrainingArguments,
-    model: Any,
+    objective: Objective,
     tokenizer: PreTrainedTokenizerBase,
     settings: EncoderSettings,
     held_out: Rows | None,
@@ -353,6 +358,7 @@ def probes_of(
     probes: list[Callable[[int], dict[str, float]]] = []
     if held_out is None:
         return probes
+    model: Any = objective.model
     encoder = LLM2Vec(decoder_of(model), tokenizer, **dataclasses.asdict(settings))
     if config.nano_beir is not None:
         probes.append(_nano_beir(encoder, config.nano_beir, args.per_device_eval_batch_size, args.device))
@@ -361,7 +367,14 @@ def probes_of(
         file, goes_on = config.output_dir / DIAGNOSTICS_FILE, args.resume_from_checkpoint is not None
         probes.append(EmbeddingDiagnostics(encoder, held_out, args.device, file, goes_on=goes_on))
     if config.reconstruction_probe:
-        probes.append(_reconstruction(config, args, model, tokenizer, settings, held_out))
+        renderer = row_tokenizer(tokenizer, settings, reconstruct_instruction=config.reconstruct_instruction)
+        probe = ReconstructionProbe(cast(Any, objective), renderer, cast(Any, held_out))
+
+        def reconstruction(step: int) -> dict[str, float]:
+            with autocast(args):
+                return probe()
+
+        probes.append(reconstruction)
     return probes
 
 
@@ -375,22 +388,3 @@ def _nano_beir(
         raise UserError('nano_beir needs sentence-transformers: pip install -e ".[eval]".') from error
     beir = NanoBeirProbe(encoder, dataset_id, list(INSTRUCTIONS), batch_size, device)
     return lambda step: beir()
-
-
-def _reconstruction(
-    config: Config,
-    args: TrainingArguments,
-    model: Any,
-    tokenizer: PreTrainedTokenizerBase,
-    settings: EncoderSettings,
-    held_out: Any,
-) -> Callable[[int], dict[str, float]]:
-    """Reconstruction of the held-out rows by the model in training, in the precision of its steps."""
-    renderer = row_tokenizer(tokenizer, settings, reconstruct_instruction=config.reconstruct_instruction)
-    probe = ReconstructionProbe(BidirectionalReconstruction(model, settings, target=config.target), renderer, held_out)
-
-    def figures(step: int) -> dict[str, float]:
-        with autocast(args):
-            return probe()
-
-    return figures

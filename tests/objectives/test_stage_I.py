@@ -27,7 +27,7 @@ from llm2vec.text.tokenization import Row
 from llm2vec.train.log import LOG_FILE
 from llm2vec.train.step import add_up, backward_step, loss_parts, split_batch
 from llm2vec.train.trainer import EmbedderTrainer
-from llm2vec.types import Attention, Batch, Example, InstructedText, PoolingMode, Reduction
+from llm2vec.types import AnchorProjection, Attention, Batch, Example, InstructedText, PoolingMode, Reduction
 
 ROWS = reference.examples(8)
 
@@ -40,14 +40,20 @@ class InOrder(SequentialSampler):
 
 
 def make(
-    alpha: float = 0.2, family: str = "llama", *, model: dict[str, Any] | None = None, **settings: Any
+    alpha: float = 0.2,
+    family: str = "llama",
+    *,
+    model: dict[str, Any] | None = None,
+    projection: AnchorProjection = "none",
+    **settings: Any,
 ) -> tuple[BidirectionalReconstruction, CollateSides]:
     """A float64 objective over a random model whose layers all matter, and what makes its batches."""
     decoder = reference.exact(tiny_model(family, True, initializer_range=0.2, **(model or {})))
     reconstruct_instruction = settings.pop("reconstruct_instruction", False)
     encoder = EncoderSettings(**({"pooling_mode": "last", "attention": "causal", "template": None} | settings))
     renderer = row_tokenizer(family_tokenizer(family), encoder, reconstruct_instruction=reconstruct_instruction)
-    return BidirectionalReconstruction(decoder, encoder, alpha), CollateSides(renderer, ("query", "positive"))
+    objective = BidirectionalReconstruction(decoder, encoder, alpha, projection=projection)
+    return objective, CollateSides(renderer, ("query", "positive"))
 
 
 def totals_of(objective: BidirectionalReconstruction, batches: list[Batch]) -> dict[str, Tensor]:
@@ -123,6 +129,48 @@ def test_loss_and_every_gradient_equal_algorithm_1(alpha: float, family: str, op
         reference.assert_same_gradients(reference.gradients(objective), expected_gradients)
 
 
+@pytest.mark.parametrize("max_tokens", [None, 70, 1])
+@pytest.mark.parametrize("projection", ["scaled", "linear"])
+def test_projected_anchors_equal_the_reference_in_loss_and_every_gradient(
+    projection: AnchorProjection, max_tokens: int | None
+) -> None:
+    objective, collate = make(0.2, projection=projection)
+    table = objective.model.get_input_embeddings().weight.detach().clone()
+    length = sum((row * row).sum().sqrt() for row in table) / len(table)
+    if projection == "linear":
+        learnt = objective.projection
+        assert isinstance(learnt, torch.nn.Linear) and torch.equal(learnt.weight, torch.eye(len(table[0])).double())
+        reference.randomise(learnt)
+
+    def project(anchor_D: Tensor) -> Tensor:
+        if projection == "linear":
+            return learnt.weight @ anchor_D + learnt.bias
+        return anchor_D * length / (anchor_D * anchor_D).sum().sqrt()
+
+    rows = row_pairs(collate, ROWS)
+    expected = reference.stage_one(objective.model, rows, 0.2, project=project)
+    expected.loss.backward()
+    gradients = reference.gradients(objective)
+    assert ("projection.weight" in gradients) == (projection == "linear")
+    parts = run_step(objective, [collate(ROWS)], max_tokens)
+    torch.testing.assert_close(parts["loss"], expected.loss.detach(), rtol=1e-9, atol=0)
+    reference.assert_same_gradients(reference.gradients(objective), gradients)
+
+
+def test_how_long_anchors_are_beside_embeddings_is_logged() -> None:
+    """Raw anchors, over all rows of the step, whatever becomes of them."""
+    objective, collate = make(0.2, projection="scaled")
+    batch = collate(ROWS)
+    anchors_BD = embed(objective.decoder, objective.settings, batch)
+    lengths = torch.cat([of_side.norm(dim=1) for of_side in anchors_BD.values()])
+    targets = torch.cat([side["input_ids"][side["target_mask"]] for side in batch.values()])
+    embeddings = objective.model.get_input_embeddings()(targets)
+    for max_tokens in (None, 70):
+        parts = run_step(objective, [batch], max_tokens)
+        torch.testing.assert_close(parts["anchor_norm"], lengths.mean().detach())
+        torch.testing.assert_close(parts["embedding_norm"], embeddings.norm(dim=1).mean().detach())
+
+
 def test_the_two_directions_differ_and_are_mixed_by_alpha() -> None:
     objective, collate = make(0.2)
     parts = run_step(objective, [collate(ROWS)])
@@ -148,7 +196,7 @@ def test_an_unused_direction_is_not_computed(
     layer = objective.decoder.layers[0]
     layer.register_forward_pre_hook(lambda module, args: passes.append(args[0].shape[:-1].numel()))
     batch = collate(ROWS)
-    assert objective(batch, objective.count(batch)).parts.keys() == names
+    assert objective(batch, objective.count(batch)).parts.keys() == names | {"anchor_norm", "embedding_norm"}
     encoded = sum(sum(batch[side]["lengths"]) - 7 * batch[side]["prefix"] for side in sources)
     assert passes == [encoded, sum(sum(batch[side]["num_targets"]) for side in goals)]
 
@@ -299,7 +347,9 @@ def test_a_micro_batch_without_targets_has_a_loss_of_zero(empty: tuple[str, ...]
         assert len(empty) < 2 or not parameter.grad.any(), name
     alone = run_step(objective, [collate(ROWS[2:])])
     beside = run_step(objective, [batch, collate(ROWS[2:])])
-    assert len(empty) < 2 or all(torch.equal(beside[name], alone[name]) for name in alone)
+    losses = {name for name in alone if name.startswith("loss")}
+    assert len(losses) == 3
+    assert len(empty) < 2 or all(torch.equal(beside[name], alone[name]) for name in losses)
 
 
 def test_a_batch_is_left_as_it_was() -> None:
@@ -387,7 +437,7 @@ def test_rows_do_not_hear_of_one_another() -> None:
     """A row's share and anchor are the same beside any neighbour."""
     objective, collate = make()
     row = ROWS[0]
-    totals = {"q2d": torch.tensor(10.0), "d2q": torch.tensor(10.0)}
+    totals = {"q2d": torch.tensor(10.0), "d2q": torch.tensor(10.0), "anchors": torch.tensor(2.0)}
 
     def loss(rows: list[Example]) -> Tensor:
         return loss_parts(objective, collate(rows), totals)["loss"]
@@ -424,7 +474,7 @@ def test_gradient_reaches_the_embedding_table_through_the_anchor(cut: bool, monk
 def test_generation_is_causal_even_where_encoding_is_not() -> None:
     """A target token never sees itself: the first token's loss is the same whatever follows it."""
     objective, collate = make(1.0, attention="bidirectional")
-    totals = {"q2d": torch.tensor(1.0), "d2q": torch.tensor(1.0)}
+    totals = {"q2d": torch.tensor(1.0), "d2q": torch.tensor(1.0), "anchors": torch.tensor(1.0)}
     query = InstructedText("", "who wrote it")
 
     def loss(text: str) -> Tensor:

@@ -617,6 +617,7 @@ def test_what_the_trainer_does_not_serve_is_refused(tmp_path: Path, key: str, va
 KEYS_OF_STAGES = {
     "objective": "reconstruction",
     "target": "self",
+    "projection": "linear",
     "lm_weight": 1.0,
     "dataset_config_name": "wikitext-103-raw-v1",
     "mask_token_type": "eos",

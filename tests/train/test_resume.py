@@ -103,6 +103,7 @@ CASES: dict[str, tuple[str, dict[str, Any], int]] = {
         {"per_device_train_batch_size": 2, "reduction": "micro_batch_mean", "one_source_per": "micro_batch"},
         1,
     ),
+    "stage I, a learnt projection": ("run_stage_I.py", {"projection": "linear"}, 1),
     "stage I, bfloat16 autocast": ("run_stage_I.py", {"bf16": True}, 1),
     "stage I, workers fetch the rows": ("run_stage_I.py", {"dataloader_num_workers": 1}, 1),
     "stage I, evaluation every epoch": (

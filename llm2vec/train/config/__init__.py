@@ -25,6 +25,7 @@ from transformers.training_args import ParallelMode
 from llm2vec.text.templates import TEMPLATES
 from llm2vec.types import (
     POOLING_ALIASES,
+    AnchorProjection,
     AttnImplementation,
     DtypeName,
     MaskingScheme,
@@ -124,6 +125,9 @@ class Config:
     `objectives/stage_one.py`."""
     target: Annotated[ReconstructionTarget, Key(stages=("stage_I",), on_card=True)] = "counterpart"
     """What an anchor reconstructs: the `counterpart` of its text, or the text itself (`self`)."""
+    projection: Annotated[AnchorProjection, Key(stages=("stage_I",), on_card=True)] = "none"
+    """What an anchor becomes before it is decoded: itself (`none`, the paper), at the length of an embedding
+    (`scaled`), or by a learnt map that Stage II drops (`linear`)."""
     alpha: Annotated[float, Key(at_least=0, at_most=1, stages=("stage_I",), on_card=True)] = 0.2
     """Weight of EBQ2D, or of the queries under target `self`. 0 and 1 skip the unused pass."""
     reconstruct_instruction: Annotated[bool, Key(stages=("stage_I",))] = False

@@ -171,6 +171,8 @@ def _in_sharding(config: Config) -> Iterator[str]:
             yield f"fsdp_config: {key!r} is not supported; allowed: {', '.join(FSDP_KEYS)}."
     if given.get("version", 2) != 2:
         yield f"fsdp_config: version is {given['version']!r}; only FSDP2 is supported."
+    if config.projection == "linear":
+        yield "projection is 'linear', which fsdp would spread over processes and not save; take one of the two out."
     if config.use_peft:
         yield (
             "fsdp with use_peft is not supported; LoRA trains a small share of the weights, so take fsdp out and every "

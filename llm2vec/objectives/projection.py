@@ -1,0 +1,63 @@
+"""What an anchor becomes before it stands where a token's embedding would (`projection` of a Stage I config).
+
+    none      the state itself, as in the paper
+    scaled    the state at the length that the base's token embeddings have in the mean
+    linear    W state + b, learnt; W begins as the identity, b as 0
+
+A state after the final norm is much longer than an embedding. What a projection learns belongs to Stage I alone: its
+checkpoints keep it in a file beside the model, and the next stage drops it.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from llm2vec.types import AnchorProjection
+
+
+def make_projection(name: AnchorProjection, model: PreTrainedModel) -> nn.Module:
+    """A module from anchors [B, D] to what is decoded from, [B, D]; on the model's device and in its type.
+
+    Args:
+        name: which one.
+        model: its embeddings are measured now, before training moves them.
+    """
+    if name == "none":
+        return nn.Identity()
+    table_VD: Tensor = model.get_input_embeddings().weight  # type: ignore[assignment]
+    return Scaled(table_VD) if name == "scaled" else Linear(table_VD)
+
+
+class Scaled(nn.Module):
+    """Anchors at the mean length of a table of embeddings.
+
+    Args:
+        table_VD: the embeddings.
+    """
+
+    length: Tensor
+
+    def __init__(self, table_VD: Tensor) -> None:
+        super().__init__()
+        self.register_buffer("length", table_VD.detach().norm(dim=1).mean())
+
+    def forward(self, anchor_BD: Tensor) -> Tensor:
+        """[B, D], each of that length."""
+        return nn.functional.normalize(anchor_BD, dim=1) * self.length.to(anchor_BD.dtype)
+
+
+class Linear(nn.Linear):
+    """A learnt map that begins as the identity.
+
+    Args:
+        table_VD: embeddings; their size, device and type are the map's.
+    """
+
+    def __init__(self, table_VD: Tensor) -> None:
+        size = table_VD.shape[1]
+        super().__init__(size, size, device=table_VD.device, dtype=table_VD.dtype)
+        with torch.no_grad():
+            nn.init.eye_(self.weight)
+            nn.init.zeros_(self.bias)
