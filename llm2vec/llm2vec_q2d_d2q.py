@@ -96,8 +96,8 @@ class BidirectionalReconstruction(nn.Module, StageOneObjective):
 
         Returns:
             `loss`, and detached `loss_q2d` and `loss_d2q` (or `loss_q2q` and `loss_d2d`) where their direction has a
-            weight: these rows' shares of the step's mean over tokens. Alike `anchor_norm` and `embedding_norm`, the mean
-            lengths of the anchors, before they are projected, and of the target tokens' embeddings.
+            weight: these rows' shares of the step's mean over tokens. Alike `anchor_norm` and `embedding_norm`, the
+            mean lengths of the anchors, before they are projected, and of the target tokens' embeddings.
         """
         directions = self.weighted
         sources = {direction.source: batch[direction.source] for direction in directions}

@@ -24,8 +24,8 @@ from llm2vec.data.order import OneSourceBlocks, block_order
 from llm2vec.data.rows import TrainingRows
 from llm2vec.data.sources import Instruction, Source
 from llm2vec.llm2vec import LLM2Vec
-from llm2vec.model import embed as embed_module
 from llm2vec.model import packing
+from llm2vec.model import pooling as embed_module
 from llm2vec.model.chain import open_folder
 from llm2vec.model.settings import SETTINGS_FILE
 from llm2vec.text.batches import pack_rows, starts_of
