@@ -131,6 +131,12 @@ def _sentence_transformer(asked: EvaluatedModel) -> Any:
             "prompts": prompts,
         }
     )
+    if prompts and not any(model.prompts.values()):
+        logger.warning(
+            "instructions of %s are put before the texts of %s, which has no prompts of its own: "
+            "unless it was trained with instructions, they lower its scores",
+            asked.instructions_file, asked.model.base,
+        )  # fmt: skip
     encoder = wrap_sentence_transformer(model, model_name([asked.model.base]), revision)
     return encoder if prompts is None else PromptedEncoder(encoder, model, prompts)
 

@@ -78,6 +78,9 @@ class LLM2VecEncoder(AbsEncoder):
         self._fallbacks: dict[str, str] = {}
         paths = [str(path) for path in model_paths]
         chain = open_chain(paths[0], paths[1:])
+        runs = [run for folder in chain.folders for run in folder.run.get("stages", [folder.run])]
+        pairs = [pair for run in runs for data in run.get("data", []) for pair in data.get("instructions", [])]
+        self._trained_with = {text for pair in pairs for text in pair if isinstance(text, str) and text}
         self.mteb_model_meta: ModelMeta = ModelMeta.create_empty(
             {
                 "name": model_name(paths),
@@ -121,6 +124,12 @@ class LLM2VecEncoder(AbsEncoder):
             # The closing colon is the convention of the released table.
             self._fallbacks[name] = f"{own.rstrip('.: ')}:" if own else ""
             logger.warning('No instruction is given for task %s: using mteb\'s, "%s"', name, self._fallbacks[name])
+            if self._trained_with - {self._fallbacks[name]}:  # a small model's score may fall to a third
+                logger.warning(
+                    'instruction  %s is scored without one that %s was trained with (%d, such as "%s"); '
+                    "give --task_to_instructions_fp",
+                    name, self.mteb_model_meta.name, len(self._trained_with), min(self._trained_with),
+                )  # fmt: skip
         return self._fallbacks[name]
 
     # The keywords are typed by mteb's protocol; what is not known here (precision) is refused, not swallowed.

@@ -37,7 +37,7 @@ _RECORD = {
         "stop_after_n_steps?": (int, None),
     },
     "parent?": {"model_name_or_path?": str, "marks?": {str: str}},
-    "data?": [{"source": str, "rows": int, "file": str, "sha256?": (str, None), "instructions?": list}],
+    "data?": [{"source": str, "rows": int, "file": str, "sha256?": (str, None), "instructions?": [[(str, bool)]]}],
     "num_processes?": int, "step?": int, "versions?": {str: str}, "files?": {str: int}, "probe_ids?": [[int]],
     "parent_weights?": [(str, None)],
 }  # fmt: skip

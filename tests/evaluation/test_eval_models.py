@@ -139,6 +139,20 @@ def test_a_table_replaces_a_models_own_prompts(tmp_path: Path, caplog: pytest.Lo
     assert caplog.text.count("No prompt is given for task ArguAna: using the model's own") == 1
 
 
+def test_a_table_before_a_model_that_has_no_prompts_is_said(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    folder, table = make_sentence_transformer(tmp_path), tmp_path / "prompts.json"
+    table.write_text('{"STS12": "p: "}')
+    said = f"instructions of {table} are put before the texts of {folder}, which has no prompts of its own"
+    load_encoder(evaluated(str(folder), instructions_file=str(table)))
+    assert said not in caplog.text
+    config = json.loads((folder / "config_sentence_transformers.json").read_text())
+    (folder / "config_sentence_transformers.json").write_text(json.dumps(config | {"prompts": {"query": ""}}))
+    load_encoder(evaluated(str(folder)))
+    assert said not in caplog.text
+    load_encoder(evaluated(str(folder), instructions_file=str(table)))
+    assert caplog.text.count(said) == 1
+
+
 @pytest.mark.parametrize(
     "option",
     [

@@ -271,6 +271,25 @@ def test_a_task_without_instruction_is_said_once(
     ]
 
 
+@pytest.mark.parametrize("exported", [False, True])
+def test_an_instruction_that_the_model_was_trained_with_is_missed(
+    exported: bool, checkpoint: Path, make_encoder: Callable[..., LoggingEncoder], caplog: pytest.LogCaptureFixture
+) -> None:
+    instructions = [["Given a name, find its text", False], ["", True]]
+    run = {"data": [{"source": "docs", "rows": 1, "file": "docs.jsonl", "instructions": instructions}]}
+    (checkpoint / "run.json").write_text(json.dumps({"stages": [run]} if exported else run))
+    metadata = mteb.get_task("NFCorpus").metadata
+    said = (
+        'instruction  NFCorpus is scored without one that output/stage_I was trained with (1, such as "Given a name, '
+        'find its text"); give --task_to_instructions_fp'
+    )
+    for table, times in (({"NFCorpus": "mine:"}, 0), ({}, 1)):
+        encoder = make_encoder(table)
+        for _ in range(2):
+            encoder.instruction(metadata, None)
+        assert [record.message for record in caplog.records].count(said) == times
+
+
 @pytest.mark.parametrize(
     ("content", "said"),
     [
