@@ -32,7 +32,7 @@ from transformers import (
 )
 from transformers.utils import logging as transformers_logging
 
-from llm2vec.hub import find_file, local_folder
+from llm2vec.hub import local_folder
 from llm2vec.model.chain import Chain
 from llm2vec.model.vault import (
     CONFIG_FILE,
@@ -40,6 +40,7 @@ from llm2vec.model.vault import (
     check_adapter_weights,
     check_modules,
     check_size,
+    check_tokenizer,
     model_below,
 )
 from llm2vec.types import Attention, UserError, first_line
@@ -277,8 +278,7 @@ def load_tokenizer(path: str) -> PreTrainedTokenizerBase:
     Raises:
         UserError: there is none.
     """
-    if not Path(path).is_dir():
-        find_file(path, "tokenizer_config.json")  # says what is wrong with a name better than the library does
+    check_tokenizer(path)  # says what is wrong with a name, too, and better than the library does
     try:
         tokenizer = AutoTokenizer.from_pretrained(path, trust_remote_code=False)  # left out, it would ask
     except Exception as error:  # each damaged file of tokenizer or config raises a type of its own

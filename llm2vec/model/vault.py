@@ -12,6 +12,7 @@ The libraries themselves are called in `backbone`, and nowhere else.
 
 from __future__ import annotations
 
+import json
 import logging
 import math
 import re
@@ -49,6 +50,9 @@ MOST = {"layer": 1024, "expert": 4096}
 MOST_TOKENS = 1 << 20
 #: A config may describe so many weights for one that the files hold (half a T5 is stored alone), and so many more.
 MOST_WEIGHTS, FREE_WEIGHTS = 4, 1 << 26
+
+#: A tokenizer's normalizer may write so many characters for one.
+MOST_GROWTH = 4096
 
 #: LoRA, and embeddings of new tokens alone; other kinds open files of their own.
 ADAPTER_KINDS = ("LORA", "TRAINABLE_TOKENS")
@@ -232,6 +236,25 @@ def _check_adapter(config: Mapping[str, Any], where: str) -> None:
             )
 
 
+def check_tokenizer(path: str) -> None:
+    """Refuse a tokenizer that would make a text many times as long before it reads it.
+
+    Args:
+        path: folder or hub name.
+
+    Raises:
+        UserError: it would, or `path` is no possible name.
+    """
+    file = f"{path}/tokenizer.json" if Path(path).is_dir() else find_file(path, "tokenizer.json")
+    try:
+        normalizer = json.loads(Path(file).read_bytes()).get("normalizer") if file else None
+    except (OSError, ValueError, AttributeError, RecursionError):  # the library says what is wrong with it
+        return
+    growth = math.prod(len(value) or 1 for key, value in _entries(normalizer) if key == "content")
+    if growth > MOST_GROWTH:
+        raise UserError(f"{path}/tokenizer.json: its normalizer may make a text {growth:.2g} times as long.")
+
+
 # --- weights ---
 
 
@@ -270,8 +293,8 @@ def check_size(folder: Folder, described: int) -> None:
     """
     stored = sum(math.prod(shape) for file in weights_of(folder) for shape in _shapes(file))
     if described > MOST_WEIGHTS * stored + FREE_WEIGHTS:
-        where = f"{folder.path}/{CONFIG_FILE}"
-        raise UserError(f"{where}: describes {described:,} weights, and the safetensors hold {stored:,}.")
+        what = f"describes {described:,} weights, and the safetensors hold {stored:,}"
+        raise UserError(f"{folder.path}/{CONFIG_FILE}: {what}.")
 
 
 def _shapes(file: str) -> list[list[int]]:
@@ -314,11 +337,7 @@ def model_below(folder: Folder) -> Folder:
 
 
 def check_modules(folder: Path, path: str) -> tuple[list[Folder], dict[str, Any]]:
-    """Refuse a sentence-transformers folder that lists or names what may not be opened.
-
-    Args:
-        folder: where it lies on this machine.
-        path: how it was named.
+    """Refuse a sentence-transformers folder, once called `path`, that lists or names what may not be opened.
 
     Returns:
         Where full models lie, below an adapter if there is one, and the keywords that the folder gives for loading.

@@ -137,8 +137,8 @@ def test_loading_for_training_goes_a_short_way(folders: Path) -> None:
         load_model(config, torch.device("cpu"), with_lm_head=False)
     names = [name for _, name in way]
     opening = way[1 : names.index("load_backbone")]
-    assert len(opening) <= 19 and len({module for module, _ in opening}) <= 8, opening
-    assert len(way) - 1 <= 33, way  # the vault's look at the weights and the proofs of the loaded model among them
+    assert len(opening) <= 20 and len({module for module, _ in opening}) <= 8, opening
+    assert len(way) - 1 <= 34, way  # the vault's look at the weights and the proofs of the loaded model among them
     assert names.count("open_chain") == 1 and not {"find_file", "local_folder", "open_folder"} & set(names)
 
 
