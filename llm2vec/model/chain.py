@@ -53,7 +53,7 @@ _OTHER_TOKENIZER_FILES = ("special_tokens_map.json", "added_tokens.json", "vocab
 #: What decides a checkpoint's vectors, besides the settings. Not run.json: its dates would change the hash.
 CHECKPOINT_FILES = ("*.safetensors", "*config.json", "tokenizer*", *_OTHER_TOKENIZER_FILES)
 #: The same for a sentence-transformers folder, at any depth (`1_Pooling/config.json`, `vocab.txt`).
-MODULE_FILES = ("*.safetensors", "*.bin", "*.json", "*.txt", "*.model")
+MODULE_FILES = ("*.safetensors", "*.json", "*.txt", "*.model")
 
 
 # --- one folder ---
@@ -255,8 +255,7 @@ def revision_of(path: str) -> str:
     else:
         found = [file for pattern in CHECKPOINT_FILES for file in folder.glob(pattern)]
     files = {file for file in found if file.name != RUN_FILE}
-    # sentence-transformers may still read older weights; a checkpoint of ours never has them.
-    if not any(file.suffix in (".safetensors", ".bin") for file in files):
+    if not any(file.suffix == ".safetensors" for file in files):
         raise UserError(f"The directory {path} holds no safetensors weights.")
     return files_hash(folder, sorted(files))
 
