@@ -8,6 +8,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from helpers import family_tokenizer, tiny_model
@@ -130,7 +131,7 @@ def model() -> LLM2Vec:
     "given",
     [
         {"sentences": None}, {"sentences": 1}, {"sentences": b"x"}, {"sentences": {"a": "b"}},
-        {"sentences": ["x", None]},
+        {"sentences": ["x", None]}, {"sentences": np.array(3)}, {"sentences": np.array([1])},
         {"batch_size": 1.5}, {"batch_size": None}, {"batch_size": "3"}, {"batch_size": True}, {"truncate_dim": "4"},
         {"truncate_dim": 4.0}, {"device": "evil"}, {"device": "meta"}, {"device": "cuda:99"}, {"device": -1},
         {"side": []},

@@ -49,12 +49,11 @@ def as_instructed(
     """
     if not isinstance(side, str | None) or side not in (None, *get_args(TextSide)):
         raise UserError(f"side is {in_short(side)}; allowed: {', '.join(get_args(TextSide))}, None.")
+    texts = texts.tolist() if isinstance(texts, np.ndarray) else texts
     if isinstance(texts, str) or (_is_pair(texts) and len(texts) == 3):
         texts = [texts]  # type: ignore[list-item]  # one entry, of either kind
     if not isinstance(texts, Iterable) or isinstance(texts, bytes | Mapping):
         raise UserError(f"sentences is {in_short(texts)}; strings or [instruction, text] pairs are needed.")
-    if isinstance(texts, np.ndarray) and not texts.ndim:
-        texts = [texts.item()]
     instructed = []
     for i, entry in enumerate(texts):
         if isinstance(entry, str):
