@@ -167,8 +167,8 @@ def positive(text: str) -> int:
         number = int(text)
     except ValueError:
         raise argparse.ArgumentTypeError(f"is {text!r}; give a whole number above 0.") from None
-    if number < 1:
-        raise argparse.ArgumentTypeError(f"is {number}; give a number above 0.")
+    if not 0 < number < 2**63:
+        raise argparse.ArgumentTypeError(f"is {number if number < 1 else 'too large'}; give a number above 0.")
     return number
 
 

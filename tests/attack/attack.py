@@ -110,6 +110,7 @@ def _be_the_process(case: Case, folder: Path, out: Path) -> None:
             os.dup2(stream, number)
         sys.stdout, sys.stderr = (os.fdopen(number, "w", buffering=1, closefd=False) for number in (1, 2))
         sys.stdin = Path(os.devnull).open()  # noqa: SIM115
+        os.environ["HOME"] = str(folder.parent)
         os.chdir(folder)
         case.damage(folder)
         resource.setrlimit(resource.RLIMIT_AS, (MEMORY, MEMORY))

@@ -235,7 +235,8 @@ class Config:
     @property
     def output_dir(self) -> Path:
         """Where the run writes: `output_dir` as given, or the experiment's folder below it."""
-        return Path(self.training["output_dir"], self.experiment_id or "")
+        # As TrainingArguments reads it, so that `~` is one place for all.
+        return Path(os.path.expanduser(self.training["output_dir"]), self.experiment_id or "")  # noqa: PTH111
 
     @property
     def checkpointing(self) -> dict[str, Any] | None:
