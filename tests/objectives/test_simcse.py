@@ -193,7 +193,7 @@ def test_recomputing_activations_does_not_matter(lora_dropout: float) -> None:
 
 
 def config_of(path: Path, **keys: Any) -> Config:
-    return Config(model_name_or_path="m", dataset_file_path=str(path), **keys)
+    return Config(model_name_or_path="m", dataset_file_path=str(path), stage="simcse", **keys)
 
 
 def test_a_text_file_is_a_sentence_a_line(tmp_path: Path) -> None:
