@@ -27,6 +27,9 @@ from llm2vec.types import RunEnds, UserError, first_line
 #: How long a process waits with what the first one of its machine may say for it. On a machine under load that one may
 #: come to the same mistake many seconds later; once it has, torchrun ends the others within seconds.
 SECONDS_BEHIND_THE_FIRST = 60.0
+#: Set for a command, before the libraries that read them at their import: no progress bars of the hub, transformers and
+#: datasets; a bar that is full leaves no line.
+QUIET = {"HF_HUB_DISABLE_PROGRESS_BARS": "1", "HF_DATASETS_DISABLE_PROGRESS_BARS": "1", "TQDM_LEAVE": ""}
 
 
 def run_command(main: Callable[[Sequence[str]], int | None]) -> None:
@@ -90,8 +93,12 @@ def _print_what_the_terminal_lacks() -> None:
 def set_up_logging() -> None:
     """What the package says goes to stderr, what libraries say from WARNING on; of all but the first process, errors.
 
-    Where the root logger has handlers already, as in a notebook, they decide.
+    Where the root logger has handlers already, as in a notebook, they decide. Libraries' progress bars are off, unless
+    the environment has LLM2VEC_VERBOSE=1.
     """
+    if os.environ.get("LLM2VEC_VERBOSE", "0") in ("", "0"):
+        for switch, value in QUIET.items():
+            os.environ.setdefault(switch, value)
     if not logging.getLogger().handlers:
         logging.basicConfig(level=logging.WARNING if is_first_process() else logging.ERROR, format="%(message)s")
         logging.getLogger("llm2vec").setLevel(logging.INFO if is_first_process() else logging.ERROR)

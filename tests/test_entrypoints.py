@@ -8,6 +8,7 @@ from __future__ import annotations
 import inspect
 import json
 import logging
+import os
 import re
 import runpy
 import subprocess
@@ -27,7 +28,7 @@ from torch import Tensor
 import llm2vec
 from llm2vec import LLM2Vec
 from llm2vec.__main__ import COMMANDS, help_text, start
-from llm2vec.cli import parser, positive, positive_float
+from llm2vec.cli import QUIET, parser, positive, positive_float
 from llm2vec.model.chain import INCOMPLETE_MARKER, RUN_FILE, open_chain
 from llm2vec.model.checkpoint import save_checkpoint
 from llm2vec.model.settings import SETTINGS_FILE, EncoderSettings
@@ -453,3 +454,27 @@ def test_another_join_than_the_parents_is_said(
     save_checkpoint(tmp_path, tiny_model("llama"), family_tokenizer("llama"), settings)
     open_tokenizer(Config(str(tmp_path), instruction_join=join), open_chain(str(tmp_path)))
     assert caplog.text.count(f"instruction_join is '{join}', but {tmp_path} was trained with '; '") == said
+
+
+BARS = """
+import os, llm2vec
+before = dict(os.environ)
+import llm2vec.__main__
+assert dict(os.environ) == before, "in library use nothing is switched off"
+llm2vec.__main__.run_command(lambda _: None)
+from datasets import are_progress_bars_disabled as of_datasets
+from huggingface_hub.utils import are_progress_bars_disabled as of_hub
+from tqdm.auto import tqdm
+from transformers.utils import logging
+print(of_datasets(), of_hub(), not logging.is_progress_bar_enabled(), not tqdm([]).leave)
+"""
+
+
+@pytest.mark.slow  # imports
+@pytest.mark.parametrize(("verbose", "off"), [("0", True), ("1", False)])
+def test_bars_of_other_libraries_are_off_in_commands(verbose: str, off: bool) -> None:
+    environment = {name: value for name, value in os.environ.items() if name not in QUIET} | {
+        "LLM2VEC_VERBOSE": verbose
+    }
+    done = subprocess.run([sys.executable, "-c", BARS], env=environment, capture_output=True, text=True, timeout=120)
+    assert done.stdout.split() == [str(off)] * 4, done.stderr

@@ -11,6 +11,7 @@ import logging
 import math
 import os
 import shutil
+import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -79,7 +80,7 @@ def prepare(folder: Path, jobs: Sequence[Job]) -> JobQueue:
 def work(request: Request, encoder: Any, queue: JobQueue, worker: int) -> None:
     """Do jobs until there are none left; a task that cannot be done is noted and does not stop the others.
 
-    The first worker, 0, shows its progress.
+    The first worker, 0, shows its progress on a terminal.
     """
     task: Any = None
 
@@ -131,7 +132,7 @@ def _score(request: Request, encoder: Any, task: Any, job: Job, folder: Path, wo
     found = _merged([load_file(shard) for shard in shards]) if shards else None
     predictions = Path(request.output_dir, "predictions", *folder.parts[-2:]) if request.save_predictions else None
     evaluate(
-        encoder, [task], own, batch_size=request.batch_size, show_progress_bar=worker == 0,
+        encoder, [task], own, batch_size=request.batch_size, show_progress_bar=worker == 0 and sys.stderr.isatty(),
         found=found, prediction_folder=predictions,
     )  # fmt: skip
     target.parent.mkdir(parents=True, exist_ok=True)
