@@ -5,7 +5,7 @@ It is transformers' Trainer with some methods overridden. This is that Trainer's
     train*                            reads the weights of a checkpoint; the parent's does the rest:
       _get_dataloader*                rows in the order of _get_train_sampler*
       _init_training_state*           from which step on
-      create_optimizer*, create_scheduler*, _load_optimizer_and_scheduler*
+      create_optimizer*, create_scheduler*, _load_optimizer_and_scheduler*, _load_rng_state*
       for each epoch: _run_epoch*
         for each optimiser step:
           get_batch_samples*          its micro-batches, and how many loss terms they hold on all processes

@@ -412,12 +412,13 @@ def test_a_changed_tokenizer_is_refused(stages: Path) -> None:
 
 
 def test_upstreams_own_settings_file_loads(stages: Path) -> None:
-    """The four keys that upstream LLM2Vec writes."""
+    """The four keys that upstream LLM2Vec writes; such a model is pooled as upstream pools it."""
     folder = bare(stages / "stage_I")
     upstream = {"pooling_mode": "mean", "max_length": 512, "doc_max_length": 400, "skip_instruction": True}
     (folder / SETTINGS_FILE).write_text(json.dumps(upstream), encoding="utf-8")
     model = LLM2Vec.from_pretrained(str(folder))
-    assert model.settings == EncoderSettings("mean", 512, 400, True, "llama3", " ", "bidirectional")
+    expected = EncoderSettings("mean", 512, 400, True, "llama3", " ", "bidirectional", instruction_mask="counted")
+    assert model.settings == expected
     upstream["pooling_mode"] = "eos_token"
     (folder / SETTINGS_FILE).write_text(json.dumps(upstream), encoding="utf-8")
     assert LLM2Vec.from_pretrained(str(folder)).settings.pooling_mode == "last"

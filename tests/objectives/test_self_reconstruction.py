@@ -46,11 +46,11 @@ def test_loss_and_every_gradient_equal_one_token_at_a_time(alpha: float, family:
     gradients = reference.gradients(objective)
     batch = collate(ROWS)
     totals = objective.count(batch)
-    assert totals.keys() == {"q2q", "d2d"}
+    assert totals.keys() == {"q2q", "d2d", "anchors"}
     for max_tokens in (None, 70, 1):
         parts = backward_step(objective, batch, totals, max_tokens=max_tokens)
         names = {"loss", *(["loss_q2q"] if alpha > 0 else []), *(["loss_d2d"] if alpha < 1 else [])}
-        assert parts.keys() == names
+        assert parts.keys() == names | {"anchor_norm", "embedding_norm"}
         torch.testing.assert_close(parts["loss"], expected.loss.detach(), rtol=1e-9, atol=0)
         for name in names - {"loss"}:
             by_hand = expected.q2d if name == "loss_q2q" else expected.d2q
