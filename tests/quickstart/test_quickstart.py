@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 
+from llm2vec.__main__ import COMMANDS
 from llm2vec.files import alone_in
 from llm2vec.quickstart.docstrings import TRAIN_FILE
 from llm2vec.train.config.file import load_config
@@ -87,3 +88,13 @@ def test_everything_is_made_in_order(quickstart: dict[str, Any]) -> None:
     assert done[0] == "make_docstrings.py" and done[-1] == "report"
     assert sorted(done[1:-1]) == ["baseline", "control", "control_lm", "stage_I", "stage_II"]
     assert done.index("stage_I") < done.index("stage_II") and done.index("control_lm") < done.index("control")
+
+
+def test_the_last_screen_says_who_is_ahead_and_what_to_try(quickstart: dict[str, Any]) -> None:
+    """Whoever it is; and its commands are there."""
+    scores = {"bm25": 64.0, "base": 4.0, "stage_I": 9.5, "baseline": 20.0, "control": 18.0, "anchor": 19.0}
+    said = quickstart["last_words"](scores)
+    assert said[0].startswith("After Stage II: baseline 20.0, anchor 19.0, control 18.0.")
+    assert "from 4.0 to 9.5" in said[1] and "BM25 has 64.0" in said[2]
+    tried = [line.split("llm2vec ")[-1].split()[0] for line in said[said.index("Try next:") + 1 :]]
+    assert tried == ["search", "export", "embedder"] and set(tried) <= set(COMMANDS)
