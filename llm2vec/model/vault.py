@@ -20,7 +20,7 @@ from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from peft import LoraConfig
 from safetensors import SafetensorError, safe_open
@@ -29,9 +29,6 @@ from llm2vec.files import parse_json, read_object
 from llm2vec.hub import find_file
 from llm2vec.model.settings import SETTINGS_FILE, read_settings
 from llm2vec.types import UserError, first_line
-
-if TYPE_CHECKING:
-    pass
 
 logger = logging.getLogger(__name__)
 
