@@ -84,7 +84,7 @@ def main(argv: Sequence[str]) -> int:
             print(*failed, sep="\n")
             return 1
         print("3/4 export")
-        trained = _export(found, out)
+        trained = _export(found, out, texts / "prompts.json")
         print("4/4 search")
         _search(trained, texts / "eval" / task, None if args.data else DOCSTRING_QUERIES)
     print(f"\nreport: {found.page}    ({(time.monotonic() - started) / 60:.0f} minutes)")
@@ -127,6 +127,7 @@ def _data(args: argparse.Namespace, out: Path) -> tuple[str, Path]:
     instruction = source.instructions[0].text
     write_json(folder / "sources.json", {source.name: {"file": source.file, "instruction": instruction}})
     write_json(folder / "eval/instructions.json", {task: instruction})
+    write_json(folder / "prompts.json", {"query": instruction})
     return task, folder
 
 
@@ -177,15 +178,16 @@ def _write_set(out: Path, base: str, task: str, data: Path, rows: int | None) ->
         write_json(file, content)
 
 
-def _export(found: RecipeComparison, out: Path) -> Path:
-    """Write the Anchor model to `model/`, anew; returns the folder that it was trained in."""
+def _export(found: RecipeComparison, out: Path, prompts: Path) -> Path:
+    """Write the Anchor model to `model/`, anew, with its prompts; returns the folder that it was trained in."""
     import shutil
 
     from llm2vec.commands.models import export
 
     (trial,) = (trial for trial in found.trials if trial.recipe == "anchor")
     shutil.rmtree(out / "model", ignore_errors=True)
-    export.main([str(trial.training[-1].folder), str(out / "model"), "--doc_max_length", str(ROW_TOKENS)])
+    flags = ["--doc_max_length", str(ROW_TOKENS), "--task_to_instructions_fp", str(prompts)]
+    export.main([str(trial.training[-1].folder), str(out / "model"), *flags])
     return trial.training[-1].folder
 
 

@@ -99,6 +99,7 @@ class StockForm:
     def prompts(self, instructions: Mapping[str, str]) -> dict[str, str]:
         """Prompts by name: `query` and `document`, without an instruction, and one for each named instruction.
 
+        An instruction named `query` is that of the prompt `query`, which clients use for queries unless told otherwise.
         For the task NFCorpus that is `NFCorpus`, and `NFCorpus-document` for its documents, which carry none: so mteb
         asks for them.
 
@@ -106,8 +107,10 @@ class StockForm:
             UserError: a name is taken, so that an instruction would replace another prompt.
         """
         document = self.prompt("", "document")
-        named = {"query": self.prompt(""), "document": document}
+        named = {"query": self.prompt(instructions.get("query", "")), "document": document}
         for name, instruction in instructions.items():
+            if name == "query":
+                continue
             added = {name: self.prompt(instruction), f"{name}-document": document}
             if taken := sorted(added.keys() & named.keys()):
                 raise UserError(f"instructions: {name!r} makes a second prompt of the name {taken[0]!r}; rename it.")

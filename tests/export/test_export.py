@@ -13,6 +13,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import pytest
+import sentence_transformers
 import torch
 from helpers import family_tokenizer, tiny_model, write_jsonl
 from huggingface_hub import ModelCard
@@ -516,8 +517,23 @@ def test_refuses_early_what_cannot_be_written(adapter: str, tmp_path: Path, monk
     assert_refused(asked(adapter, repository="a b"), tmp_path / "out", "--push_to_hub: Repo id must use")
 
 
+def test_a_query_instruction_is_the_default_for_queries(adapter: str, tmp_path: Path) -> None:
+    """As LangChain and `encode_query` ask for it; documents go without."""
+    export(asked(adapter, dtype="float32", instructions={"query": "find it", "NQ": "answer it"}), tmp_path / "out")
+    stock = sentence_transformers.SentenceTransformer(str(tmp_path / "out"), device="cpu")
+    ours = LLM2Vec.from_pretrained(adapter, torch_dtype=torch.float32)
+    for instruction, vectors in (
+        ("find it", stock.encode_query(["who wrote it"])),
+        ("find it", stock.encode(["who wrote it"], prompt_name="query")),
+        ("answer it", stock.encode(["who wrote it"], prompt_name="NQ")),
+        ("", stock.encode_document(["who wrote it"])),
+    ):
+        exact = torch.as_tensor(ours.encode([[instruction, "who wrote it"]] if instruction else ["who wrote it"]))
+        assert torch.cosine_similarity(torch.as_tensor(vectors), exact).item() == pytest.approx(1, abs=1e-5)
+
+
 def test_refuses_instructions_that_would_replace_a_prompt(adapter: str, tmp_path: Path) -> None:
-    for names in (("document",), ("query",), ("NQ", "NQ-document"), ("NQ-document", "NQ")):
+    for names in (("document",), ("NQ", "NQ-document"), ("NQ-document", "NQ")):
         what = asked(adapter, instructions=dict.fromkeys(names, "find it"))
         assert_refused(what, tmp_path / "out", f"instructions: '{names[-1]}' makes a second prompt of the name")
 
@@ -685,8 +701,8 @@ def test_push_makes_the_repository_and_uploads_the_folder(tmp_path: Path, monkey
     calls: list[tuple[str, Any]] = []
 
     class Hub:
-        def create_repo(self, repository: str, *, exist_ok: bool) -> str:
-            calls.append(("create", (repository, exist_ok)))
+        def create_repo(self, repository: str, *, exist_ok: bool, private: bool) -> str:
+            calls.append(("create", (repository, exist_ok, private)))
             return f"https://hub/{repository}"
 
         def upload_folder(self, *, repo_id: str, folder_path: Path, commit_message: str) -> None:
@@ -696,7 +712,9 @@ def test_push_makes_the_repository_and_uploads_the_folder(tmp_path: Path, monkey
 
     monkeypatch.setattr(export_module, "HfApi", Hub)
     assert push(tmp_path, "me/mine") == "https://hub/me/mine"
-    assert calls == [("create", ("me/mine", True)), ("upload", ("me/mine", tmp_path))]
+    assert calls == [("create", ("me/mine", True, False)), ("upload", ("me/mine", tmp_path))]
+    push(tmp_path, "me/secret", private=True)
+    assert calls[2] == ("create", ("me/secret", True, True))
     with pytest.raises(UserError, match=r"is written, but could not be uploaded to me/refused: not logged in$"):
         push(tmp_path, "me/refused")
 

@@ -28,10 +28,12 @@ def main(argv: Sequence[str]) -> None:
     parser.add_argument("--doc_max_length", type=int, help="most tokens of a text, in place of the checkpoint's own")
     parser.add_argument("--adapter", action="store_true", help="write the LoRA adapter alone, too, to OUT/adapter")
     parser.add_argument("--base_id", metavar="HUB_ID[@REVISION]", help="hub name of the base")
-    parser.add_argument("--task_to_instructions_fp", metavar="FILE", help="a prompt for each: name -> instruction")
+    prompts = "a prompt for each: name -> instruction; that of `query` is the default"
+    parser.add_argument("--task_to_instructions_fp", metavar="FILE", help=prompts)
     parser.add_argument("--results", type=cli.path, metavar="FOLDER", help="mteb results for the card")
     parser.add_argument("--license", help="for the card, such as llama3.2")
     parser.add_argument("--push_to_hub", metavar="REPO", help="upload to this repository")
+    parser.add_argument("--private", action="store_true", help="make that repository a private one")
     args = parser.parse_args(argv)
     from llm2vec.evaluation.files import load_instructions  # with torch: seconds
     from llm2vec.export.export import Export, export, push
@@ -59,4 +61,4 @@ def main(argv: Sequence[str]) -> None:
         print(f"under an instruction, where the mean reads the blank before a text, up to {proof.stray_difference:.1e}")
     print(f"stored in {args.dtype}: lowest cosine with the vectors by float32 weights {proof.rounding:.7f}")
     if args.push_to_hub:
-        print(f"uploaded to {push(args.out, args.push_to_hub)}")
+        print(f"uploaded to {push(args.out, args.push_to_hub, args.private)}")
