@@ -79,6 +79,10 @@ def test_all_of_it(folder: Path, capsys: pytest.CaptureFixture[str], monkeypatch
         assert f"\n{recipe} " in said
     assert said.count("\n    0.") + said.count("\n    1.") + said.count("\n    -0.") == 15, "five documents a query"
     card = (folder / "out/model/README.md").read_text(encoding="utf-8")
+    prompts = json.loads((folder / "out/model/config_sentence_transformers.json").read_text(encoding="utf-8"))[
+        "prompts"
+    ]
+    assert "find it" in prompts["query"] and "find it" not in prompts["document"]
     assert "maker/tiny" in card and "whose weights were rounded to 4 bits (a box)" in card
     runs = [
         json.loads(file.read_text(encoding="utf-8")) for file in (folder / "out/comparison/runs").glob("*/run.json")
