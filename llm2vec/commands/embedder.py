@@ -10,7 +10,8 @@ SmolLM2-135M, takes the docstrings of the installed Python packages or the rows 
 
     model/              the embedder, a plain sentence-transformers folder
     comparison/         scores, logs and runs of all that was trained; comparison.html
-    base/, data/, set/  what it was made from, and the configs
+    index/              the held-out documents, to be searched
+    base/, set/         what it was made from, and the configs; the data lie beside them
 """
 
 from __future__ import annotations
@@ -48,11 +49,11 @@ DOCSTRING_QUERIES = (
 def _parse_args(argv: Sequence[str]) -> argparse.Namespace:
     parser = cli.parser("embedder", __doc__)
     parser.add_argument("--base", default="smollm2-135m", help="of `llm2vec base`, a folder, or a hub name")
-    parser.add_argument("--data", type=Path, metavar="JSONL", help="your own rows (default: docstrings)")
+    parser.add_argument("--data", type=cli.path, metavar="JSONL", help="your own rows (default: docstrings)")
     parser.add_argument("--instruction", help="what a query of --data asks for, in a sentence")
     parser.add_argument("--rows", type=cli.positive, help=f"of a stage (default {ROWS_ON_CPU:,}; GPU {ROWS_ON_GPU:,})")
     parser.add_argument("--queries", type=cli.positive, default=200, help="held out of --data (default 200)")
-    parser.add_argument("--output_dir", type=Path, default=Path("output/embedder"))
+    parser.add_argument("--output_dir", type=cli.path, default=Path("output/embedder"))
     args = parser.parse_args(argv)
     if (args.data is None) != (args.instruction is None):
         raise UserError("--data and --instruction go together: the rows, and what a query asks for.")
@@ -86,10 +87,10 @@ def main(argv: Sequence[str]) -> int:
         print("3/4 export")
         trained = _export(found, out, texts / "prompts.json")
         print("4/4 search")
-        _search(trained, texts / "eval" / task, None if args.data else DOCSTRING_QUERIES)
+        _search(trained, texts / "eval" / task, out / "index", None if args.data else DOCSTRING_QUERIES)
     print(f"\nreport: {found.page}    ({(time.monotonic() - started) / 60:.0f} minutes)")
-    print(f"next: llm2vec search index FOLDER_OF_TEXTS output/index --model {trained}")
-    print('      llm2vec search query output/index "what you look for"')
+    print(f'next: llm2vec search query {out / "index"} "what you look for"')
+    print(f"      llm2vec search index FOLDER_OF_TEXTS NEW_FOLDER --model {trained}")
     print(f'      python -c "from sentence_transformers import SentenceTransformer as S; S({str(out / "model")!r})"')
     return 0
 
@@ -191,22 +192,17 @@ def _export(found: RecipeComparison, out: Path, prompts: Path) -> Path:
     return trial.training[-1].folder
 
 
-def _search(model: Path, task: Path, queries: Sequence[str] | None) -> None:
-    """Print the five best documents of a few queries."""
-    import torch
-
+def _search(model: Path, task: Path, index: Path, queries: Sequence[str] | None) -> None:
+    """Index the held-out documents, and print the five best of a few queries."""
+    from llm2vec.choice import ModelChoice
+    from llm2vec.commands.search import TextIndex, build_index
     from llm2vec.files import json_lines
-    from llm2vec.llm2vec import LLM2Vec
 
     instruction = next(iter(json.loads((task.parent / "instructions.json").read_text(encoding="utf-8")).values()))
-    documents = [content["text"] for _, content in json_lines(task / "corpus.jsonl")]
     asked = list(queries or [content["text"] for _, content in json_lines(task / "queries.jsonl")][:3])
-    encoder = LLM2Vec.from_pretrained(str(model), torch_dtype=torch.float32)
-    vectors = (torch.as_tensor(encoder.encode(texts)) for texts in ([[instruction, text] for text in asked], documents))
-    asked_QD, documents_ND = (torch.nn.functional.normalize(of_side) for of_side in vectors)
-    cosines_QN = asked_QD @ documents_ND.T
-    for query, cosines_N in zip(asked, cosines_QN, strict=True):
-        best = cosines_N.topk(min(5, len(documents)))
-        print(f"\n{query}")
-        for score, place in zip(best.values.tolist(), best.indices.tolist(), strict=True):
-            print(f"    {score:.3f}  {' '.join(documents[place].split())[:100]}")
+    build_index(task / "corpus.jsonl", index, ModelChoice(str(model)))
+    found = TextIndex(index)
+    for query, hits in zip(asked, found.search(found.load_model(), asked, 5, instruction), strict=True):
+        print(cli.plain(f"\n{query}"))
+        for hit in hits:
+            print(cli.plain(f"    {hit.score:.3f}  {' '.join(hit.text.split())[:100]}"))

@@ -58,7 +58,8 @@ def _rebuild(record: Path, output_dir: Path) -> None:
     from llm2vec.compare.table import outcome_table, write_comparison
 
     outcomes, own, facts = read_record(record)
-    page = write_comparison(output_dir, outcomes, own, facts)
+    with alone_in(output_dir, "report"):
+        page = write_comparison(output_dir, outcomes, own, facts)
     print(f"{outcome_table(outcomes).text()}\n\nreport: {page}")
 
 

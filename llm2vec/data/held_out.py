@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import json
 import random
+import shutil
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -84,18 +85,21 @@ def hold_out(folder: Path, sources: Sequence[Source], out: Path, num_queries: in
         )
     held = {source: [row for row in rows[source] if row["query"] in chosen[source]] for source in sources}
     secret = {row[side] for of_source in held.values() for row in of_source for side in ("query", "positive")}
-    (out / "train").mkdir(parents=True, exist_ok=True)
+    aside = out.with_name(f".{out.name}.partial")  # so that a killed start leaves nothing that passes for a split
+    shutil.rmtree(aside, ignore_errors=True)
+    (aside / "train").mkdir(parents=True)
     splits = []
     for source in sources:
         kept = [row for row in rows[source] if secret.isdisjoint((row["query"], row["positive"], *row["negative"]))]
-        write_text(out / "train" / source.file, json_lines_of(kept))
+        write_text(aside / "train" / source.file, json_lines_of(kept))
         documents = list(dict.fromkeys(text for row in held[source] for text in (row["positive"], *row["negative"])))
         if held[source]:
-            _write_set(out / "eval" / set_name(source), held[source], documents)
+            _write_set(aside / "eval" / set_name(source), held[source], documents)
         dropped = len(rows[source]) - len(kept)
         splits.append(SourceSplit(source.name, len(kept), dropped, len(chosen[source]), len(documents)))
     instructions = {set_name(source): source.instructions[0].text for source in sources if held[source]}
-    write_json(out / "eval" / "instructions.json", instructions)
+    write_json(aside / "eval" / "instructions.json", instructions)
+    aside.rename(out)  # over an empty folder, too
     return splits
 
 

@@ -10,6 +10,7 @@ import pytest
 from helpers import write_jsonl
 
 from llm2vec.commands.hold_out import main
+from llm2vec.data import held_out
 from llm2vec.data.held_out import hold_out
 from llm2vec.data.sources import Instruction, Source
 from llm2vec.types import UserError
@@ -72,6 +73,19 @@ def test_a_mistake_is_one_sentence_and_nothing_is_written(folder: Path) -> None:
     assert not (folder / "out").exists()
     with pytest.raises(UserError, match="is not empty; name a new folder"):
         hold_out(folder / "data", [BIG], folder, num_queries=5, seed=1)
+
+
+def test_a_killed_split_leaves_nothing_in_the_way(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def killed(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patched:
+        patched.setattr(held_out, "_write_set", killed)
+        with pytest.raises(KeyboardInterrupt):
+            hold_out(folder / "data", [BIG], folder / "out", num_queries=5, seed=1)
+    assert not (folder / "out").exists()
+    assert hold_out(folder / "data", [BIG], folder / "out", num_queries=5, seed=1)[0].queries == 5
+    assert sorted(path.name for path in folder.iterdir()) == ["data", "out"]
 
 
 def test_the_command_says_what_became_of_each_source(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
