@@ -29,7 +29,8 @@ from llm2vec.model.pooling import pool
 from llm2vec.model.proofs import check_attention
 from llm2vec.model.settings import SETTINGS_FILE, EncoderSettings
 from llm2vec.objectives.losses import info_nce
-from llm2vec.train.config import Config, training_arguments
+from llm2vec.train.config import Config
+from llm2vec.train.config.arguments import training_arguments
 from llm2vec.train.config.file import load_config
 from llm2vec.types import Stage, UserError
 

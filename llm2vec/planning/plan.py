@@ -38,7 +38,8 @@ from llm2vec.planning.activations import Numbers, is_known, reckoned_bytes
 from llm2vec.planning.gpus import Card
 from llm2vec.planning.memory import Memory, Step, memory_of
 from llm2vec.planning.work import Sample, assumed, counted, useful_flops
-from llm2vec.train.config import DATASET_NAMES, KEYS, Config, training_arguments
+from llm2vec.train.config import DATASET_NAMES, KEYS, Config
+from llm2vec.train.config.arguments import training_arguments
 from llm2vec.train.config.file import load_config
 from llm2vec.train.model import add_token_rows, decoder_of, encoder_settings, open_tokenizer, with_adapter
 from llm2vec.train.rows import Rows, open_running_text, row_orders, sources_of

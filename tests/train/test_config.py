@@ -21,7 +21,8 @@ from llm2vec.data.sources import read_sources_file
 from llm2vec.model.backbone import LORA_MODULES
 from llm2vec.text.templates import TEMPLATES
 from llm2vec.train import config as config_module
-from llm2vec.train.config import KEYS, LIBRARY_KEYS, LORA_STAGES, Config, training_arguments
+from llm2vec.train.config import KEYS, LIBRARY_KEYS, LORA_STAGES, Config
+from llm2vec.train.config.arguments import training_arguments
 from llm2vec.train.config.file import REPLACED, WITHOUT_EFFECT, load_config
 from llm2vec.types import POOLING_ALIASES, Stage, UserError
 

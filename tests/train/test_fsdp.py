@@ -22,7 +22,7 @@ from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor
 
 from llm2vec import LLM2Vec
-from llm2vec.train.config import training_arguments
+from llm2vec.train.config.arguments import training_arguments
 from llm2vec.train.config.file import load_config
 from llm2vec.train.log import LOG_FILE
 from llm2vec.train.model import plan_sharding

@@ -11,16 +11,12 @@ read it, whether a run's result depends on it, whether a model card shows it. Th
 from __future__ import annotations
 
 import dataclasses
-import importlib.util
 import os
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, Literal, get_args, get_type_hints
 
-import torch
 from transformers import TrainingArguments
-from transformers.integrations.integration_utils import get_available_reporting_integrations
-from transformers.training_args import ParallelMode
 
 from llm2vec.text.templates import TEMPLATES
 from llm2vec.types import (
@@ -34,8 +30,6 @@ from llm2vec.types import (
     Reduction,
     Stage,
     SymmetricInstructions,
-    UserError,
-    first_line,
 )
 
 #: Stages that train a LoRA adapter unless told otherwise.
@@ -267,7 +261,7 @@ class Config:
 
 
 #: Recomputing activations and compiling: done where the model is loaded, as the trainer sees the objective alone.
-_DONE_AT_LOADING = (
+DONE_AT_LOADING = (
     "gradient_checkpointing", "gradient_checkpointing_kwargs", "activation_checkpointing",
     "activation_checkpointing_kwargs", "torch_compile", "torch_compile_backend", "torch_compile_mode",
 )  # fmt: skip
@@ -281,7 +275,7 @@ LIBRARY_KEYS: dict[str, Key] = {
     "per_device_train_batch_size": Key(above=0, on_card=True),
     "gradient_accumulation_steps": Key(above=0),
     **dict.fromkeys(("lr_scheduler_type", "warmup_steps", "max_steps", "num_train_epochs", "bf16"), Key(on_card=True)),
-    **dict.fromkeys(_DONE_AT_LOADING, Key(influence="rounding")),
+    **dict.fromkeys(DONE_AT_LOADING, Key(influence="rounding")),
     # Where output goes, what is logged and saved, how rows are fetched.
     **dict.fromkeys((
         "run_name", "report_to", "project", "trackio_space_id", "disable_tqdm", "log_level",
@@ -322,50 +316,3 @@ def _known_keys() -> dict[str, Key]:
 
 #: Every key of a config: ours, in the order of `Config`, then transformers'.
 KEYS: dict[str, Key] = _known_keys()
-
-
-def training_arguments(config: Config, num_processes: int | None = None) -> TrainingArguments:
-    """TrainingArguments of a run, with the accumulation that `total_batch_size` asks for.
-
-    Args:
-        config: of the run.
-        num_processes: of a run that is only planned; None = those that torchrun started.
-
-    Raises:
-        UserError: the total batch is no multiple of what the processes hold at once, or transformers refuses a value.
-    """
-    values = {key: value for key, value in config.training.items() if key not in _DONE_AT_LOADING}
-    values["output_dir"] = str(config.output_dir)
-    values["remove_unused_columns"] = False  # rows are read by our collator, not by column
-    values.setdefault("report_to", "tensorboard" if importlib.util.find_spec("tensorboard") else "none")
-    values.setdefault("ddp_find_unused_parameters", False)
-    # Without this, transformers starts several CPU processes that each believe to be alone.
-    values.setdefault("use_cpu", not torch.accelerator.is_available())
-    values.setdefault("dataloader_pin_memory", not values["use_cpu"])
-    # Rows are tokenised beside the step. On a CPU that would take cores from it, and is too little to notice.
-    values.setdefault("dataloader_num_workers", 0 if values["use_cpu"] else 2)
-    if config.total_batch_size is not None:
-        processes = num_processes or int(os.environ.get("WORLD_SIZE", "1"))
-        values.setdefault("per_device_train_batch_size", max(1, config.total_batch_size // processes))
-        at_once = values["per_device_train_batch_size"] * processes
-        if config.total_batch_size % at_once:
-            raise UserError(
-                f"total_batch_size is {config.total_batch_size}, no multiple of the {at_once} rows that {processes} "
-                f"process(es) with per_device_train_batch_size {at_once // processes} hold at once."
-            )
-        values["gradient_accumulation_steps"] = config.total_batch_size // at_once
-    if values.get("fsdp"):
-        # Gradients that wait for the step's last micro-batch would lie whole on every process.
-        values["accelerator_config"] = {"gradient_accumulation_kwargs": {"sync_each_batch": True}}
-    try:
-        args = TrainingArguments(**values)
-    except (ValueError, TypeError, ImportError, OSError) as error:
-        raise UserError(f"training arguments: {first_line(error)}") from error
-    if args.fsdp and args.parallel_mode != ParallelMode.DISTRIBUTED and (num_processes or 1) == 1:
-        raise UserError("fsdp needs several processes; start with torchrun --nproc_per_node=N, or take fsdp out.")
-    available = get_available_reporting_integrations()
-    for name in [args.report_to] if isinstance(args.report_to, str) else args.report_to or ():
-        if name not in ("none", "all", *available):
-            choices = ", ".join(["none", *available])
-            raise UserError(f"report_to: {name!r} is not installed here; install it, or choose from {choices}.")
-    return args
