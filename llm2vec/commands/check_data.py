@@ -3,9 +3,9 @@
     llm2vec check-data cache/echo-data --tokenizer meta-llama/Llama-3.2-1B-Instruct
     llm2vec check-data my/folder --sources_file my_sources.json --test_sets mteb/nfcorpus mteb/sts12-sts
 
-Every line is read by the rules of training. The files' hashes are recorded in FOLDER/hashes.json at the first use and
-compared from then on. Exit code 1 if a line is bad or a file is empty or has changed, 0 otherwise; 2 for a mistake in
-the command.
+Every record is read by the rules of training, whatever form its file has. The files' hashes are recorded in
+FOLDER/hashes.json at the first use and compared from then on. Exit code 1 if a record is bad or a file is empty or has
+changed, 0 otherwise; 2 for a mistake in the command.
 """
 
 from __future__ import annotations
@@ -53,6 +53,11 @@ def main(argv: Sequence[str]) -> int:
         logger.info("reading %s", source.file)
         reports.append(check_source(source, args.folder, count_tokens, test_texts))
     lines = _table_lines(reports, args.max_length, guessed=args.tokenizer is None)
+    for source, report in zip(sources, reports, strict=True):
+        notes = [f"{number:,} {what}" for what, number in report.left_out.items()]
+        notes += [f"{report.beaten:,} rows score a negative above the positive"] * bool(report.beaten)
+        notes += [f"licence: {source.licence}"] * bool(source.licence)
+        lines += [f"{source.name}: {'; '.join(notes)}"] if notes else []
     if test_texts is not None:
         lines.append(f"rows that share a text, or {OVERLAP_WORDS} words in a row, with a test set:")
         for name, size in test_texts.sizes.items():

@@ -23,7 +23,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple, get_args
 
-from llm2vec.data.sources import e5_sources, find_files, read_sources_file, select_sources
+from llm2vec.data.sources import e5_sources, find_files, read_sources_file, select_sources, table_file
 from llm2vec.files import data_revision, files_hash, json_hash, read_object, write_json
 from llm2vec.hub import find_file, without_waiting_for_the_hub
 from llm2vec.model.chain import RUN_FILE, revision_of
@@ -292,9 +292,11 @@ class Planner:
             return [self._hash(path.parent, [path])]
         if config.sources_file is None:
             return [self._hash(path, find_files(path, select_sources(e5_sources(), config.sources)))]
-        table = Path(config.sources_file)
-        files = find_files(path, select_sources(read_sources_file(table), config.sources))
-        return [self._hash(path, files), self._hash(table.parent, [table])]
+        table = table_file(Path(config.sources_file))
+        places = find_files(path, select_sources(read_sources_file(table), config.sources))
+        files = [place for place in places if place.is_file()]
+        others = [data_revision(place) if place.is_dir() else str(place) for place in places if place not in files]
+        return [self._hash(path, files), self._hash(table.parent, [table]), *others]
 
     def _hash(self, folder: Path, files: Sequence[Path]) -> str:
         if tuple(files) not in self._hashes:

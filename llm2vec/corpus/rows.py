@@ -19,7 +19,8 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
-from llm2vec.files import check_unicode, json_lines, sha256
+from llm2vec.data.records import load_from_hub, parsed, records_of_file
+from llm2vec.files import check_unicode, sha256
 from llm2vec.types import UserError, first_line
 
 logger = logging.getLogger(__name__)
@@ -88,33 +89,15 @@ class Corpus:
 
     def unchecked_rows(self) -> Iterator[tuple[str, Mapping[str, Any]]]:
         """Where each row stands, for a message, and its columns."""
+        wanted = [column for column in (self.id_column, self.text_column) if column is not None]
         if self.dataset is not None:
-            yield from self._hub_rows()
-        for file in self.files:
-            yield from json_lines(file, skip_blank=False) if file.suffix == ".jsonl" else self._parquet_rows(file)
-
-    def _parquet_rows(self, file: Path) -> Iterator[tuple[str, Mapping[str, Any]]]:
-        columns, number = [c for c in (self.id_column, self.text_column) if c is not None], 0
-        try:
-            with pq.ParquetFile(file) as table:
-                # Where one is missing all are read, to be named.
-                found = set(columns) <= set(table.schema_arrow.names)
-                for batch in table.iter_batches(columns=columns if found else None):
-                    for number, row in enumerate(batch.to_pylist(), start=number + 1):  # noqa: B020
-                        yield f"{file}, row {number}", row
-        except (pa.ArrowException, OSError) as error:  # cut short; pages that cannot be decompressed
-            raise UserError(f"{file}: not a whole Parquet file ({first_line(error)}).") from error
-
-    def _hub_rows(self) -> Iterator[tuple[str, Mapping[str, Any]]]:
-        from datasets import load_dataset
-
-        try:
             # As a stream: the copy that datasets would keep is made here, shard by shard.
-            rows = load_dataset(self.dataset, self.subset, split=self.split, revision=self.revision, streaming=True)
-        except Exception as error:  # not found, out of reach, no such split: each raises types of its own
-            raise UserError(f"{self.dataset}: could not be read from the hub ({first_line(error)}).") from error
-        for number, row in enumerate(rows, start=1):
-            yield f"{self.dataset}, split {self.split}, row {number}", row
+            where, arguments = "the corpus", {"split": self.split, "revision": self.revision, "streaming": True}
+            rows = load_from_hub(self.dataset, where, self.subset, **arguments)
+            for number, row in enumerate(rows, start=1):
+                yield f"{self.dataset}, split {self.split}, row {number}", row
+        for file in self.files:
+            yield from ((where, parsed(record, where)) for where, record in records_of_file(file, wanted))
 
 
 def open_corpus(

@@ -17,12 +17,14 @@ from torch.utils.data import Dataset
 from transformers import PreTrainedTokenizerBase
 
 from llm2vec.data.lines import parse_line
-from llm2vec.data.rows import ROWS_VERSION, read_rows
+from llm2vec.data.reading import Reading
+from llm2vec.data.records import load_from_hub
+from llm2vec.data.rows import ROWS_VERSION, place_stamp, read_rows
 from llm2vec.data.sources import Source, find_files
 from llm2vec.data.tables import cached_table, check_unchanged, stamp_of
 from llm2vec.files import check_unicode, json_lines
 from llm2vec.processes import rank_zero_first
-from llm2vec.types import UserError, first_line
+from llm2vec.types import UserError
 
 #: What the name of a file of texts ends in.
 TEXT_SUFFIXES = (".txt", ".jsonl")
@@ -41,6 +43,7 @@ class SourceTexts(NamedTuple):
         columns: which of its columns a text is made of, joined by a blank line.
         stamp: the file's, taken before it was read; empty where it is no file of the user's.
         held_out: another table of the same columns that is never trained on, if the source brings one.
+        reading: how the source is read, and its part of the mixture.
     """
 
     name: str
@@ -49,6 +52,7 @@ class SourceTexts(NamedTuple):
     columns: tuple[str, ...]
     stamp: str = ""
     held_out: Any = None
+    reading: Reading = Reading()
 
 
 class Block(NamedTuple):
@@ -70,7 +74,7 @@ def texts_of_file(file: Path) -> SourceTexts:
     if not file.is_file():
         raise UserError(f"dataset_file_path: {file} is not there.")
     arguments = {"file": str(file.resolve()), "stamp": stamp_of(file), "version": ROWS_VERSION}
-    table = cached_table(_generate_texts, Features({"text": Value("string")}), arguments)
+    table, _ = cached_table(_generate_texts, Features({"text": Value("string")}), arguments)
     return SourceTexts(file.stem, file, table, ("text",), str(arguments["stamp"]))
 
 
@@ -80,11 +84,19 @@ def texts_of_sources(folder: Path, sources: Sequence[Source]) -> list[SourceText
     Raises:
         UserError: a file is missing, or a line is no valid row.
     """
-    files = find_files(folder, sources)
-    stamps = [stamp_of(file) for file in files]
+    places = [
+        (source, place, place_stamp(place)) for source, place in zip(sources, find_files(folder, sources), strict=True)
+    ]
     return [
-        SourceTexts(source.name, file, read_rows(file, 0), ("query", "positive"), stamp)
-        for source, file, stamp in zip(sources, files, stamps, strict=True)
+        SourceTexts(
+            source.name,
+            place,
+            read_rows(place, 0, reading=source.reading)[0],
+            ("query", "positive"),
+            stamp,
+            reading=source.reading,
+        )
+        for source, place, stamp in places
     ]
 
 
@@ -94,15 +106,8 @@ def texts_of_hub(name: str, configuration: str | None) -> SourceTexts:
     Raises:
         UserError: it cannot be loaded, or has no such split or column.
     """
-    from datasets import load_dataset
-
     with rank_zero_first():
-        try:
-            splits = load_dataset(name, configuration)
-        except Exception as error:  # not found, out of reach, a configuration it lacks: each raises types of its own
-            raise UserError(
-                f"dataset_name: {name!r} could not be loaded from the hub ({first_line(error)})."
-            ) from error
+        splits = load_from_hub(name, "dataset_name", configuration)
     table = splits.get("train")
     if table is None or "text" not in table.column_names:
         raise UserError(f"dataset_name: {name!r} has no split `train` with a column `text`.")
@@ -131,7 +136,7 @@ class TextBlocks(Dataset[Block]):
         self.drawn_anew = True
         self.files = [source.file for source in texts]
         self.stamps = [source.stamp for source in texts]
-        self.sources = [Source(source.name, source.file.name, ()) for source in texts]
+        self.sources = [Source(source.name, source.file.name, (), source.reading) for source in texts]
         self.sizes = [len(table) for table in tables]
         self._texts = texts
         self._tables = tables
@@ -205,7 +210,10 @@ def open_blocks(
         held_out = partial(_ends_of, tables, sizes)
     elif all(source.held_out is not None for source in texts):
         held_out = partial(_cut_held_out, texts, tokenizer, length)
-    kept = [table.select(range(min(size, max_rows or size))) for table, size in zip(tables, sizes, strict=True)]
+    most = [
+        min(size, max_rows or size, source.reading.max_rows or size) for size, source in zip(sizes, texts, strict=True)
+    ]
+    kept = [table.select(range(size)) for table, size in zip(tables, most, strict=True)]
     return TextBlocks(texts, kept, held_out)
 
 
@@ -235,7 +243,7 @@ def cut_into_blocks(table: Any, columns: Sequence[str], tokenizer: PreTrainedTok
         "bos": -1 if tokenizer.bos_token_id is None else tokenizer.bos_token_id,
         "length": length,
     }
-    return cached_table(_generate_blocks, Features({"ids": List(Value("int32"))}), arguments)
+    return cached_table(_generate_blocks, Features({"ids": List(Value("int32"))}), arguments)[0]
 
 
 def _bare(tokenizer: PreTrainedTokenizerBase) -> str:

@@ -1,6 +1,6 @@
 """What is in a folder of training rows: a report a source, and texts that test sets hold too.
 
-Reads every line once, in a stream, by the same rules as training (`lines.parse_row`), but goes on behind a bad line and
+Reads every record in a stream, by the same rules as training (`reading.rows_of`), but goes on behind a bad one and
 counts it. Languages (an extra: `pip install -e ".[data]"`) and tokens are read off an evenly spaced sample.
 
 Run by `llm2vec check-data`. Loads no torch.
@@ -9,8 +9,8 @@ Run by `llm2vec check-data`. Loads no torch.
 from __future__ import annotations
 
 import csv
-import hashlib
 import logging
+import math
 import re
 from array import array
 from collections import Counter
@@ -22,10 +22,12 @@ from typing import Any
 
 import numpy as np
 
-from llm2vec.data.lines import parse_row
+from llm2vec.data.reading import records_of, rows_of
+from llm2vec.data.records import LARGEST_CELL, records_of_file
 from llm2vec.data.sources import Source
-from llm2vec.files import parse_json, read_object, write_json
-from llm2vec.types import UserError, first_line
+from llm2vec.data.tables import content_hash
+from llm2vec.files import parse_json, read_object, sha256, write_json
+from llm2vec.types import UserError
 
 logger = logging.getLogger(__name__)
 
@@ -38,9 +40,6 @@ LEAST_WORDS = 5
 #: Bad lines that a report quotes.
 SHOWN = 3
 
-#: Characters of a cell of a CSV file; Python's own limit of 131,072 is less than a long document has.
-LARGEST_CELL = 1 << 30
-
 TEXT_FILES = (".jsonl", ".json", ".tsv", ".csv", ".parquet")
 
 CountTokens = Callable[[Sequence[str]], list[int]]
@@ -51,16 +50,18 @@ class SourceReport:
     """What a source's file holds."""
 
     name: str  #: of the source
-    sha256: str = ""  #: of its file
+    sha256: str = ""  #: of its file or folder; empty for a data set on the hub
     num_bytes: int = 0
-    rows: int = 0  #: lines that training would take
-    bad: int = 0  #: other lines
+    rows: int = 0  #: that training would take
+    bad: int = 0  #: records that it would not
     errors: list[str] = field(default_factory=list)  #: the first of them
     duplicates: int = 0  #: rows whose query and positive an earlier row has
     repeated_queries: int = 0  #: rows whose query an earlier row has
     query_is_positive: int = 0  #: rows in which the two texts are the same
     positive_is_negative: int = 0  #: the same of the positive and a negative
     without_negative: int = 0  #: rows with which `num_hard_negatives: 1` cannot train
+    beaten: int = 0  #: rows with scores, in which a negative's is above the positive's
+    left_out: Counter[str] = field(default_factory=Counter)  #: what its table leaves out, by a word for it
     tokens: dict[str, list[int]] = field(default_factory=dict)  #: of the sampled texts, by field
     #: Of the sampled texts, by field; empty without the language identifier.
     languages: dict[str, Counter[str]] = field(default_factory=dict)
@@ -124,42 +125,37 @@ def check_source(
     Raises:
         UserError: it cannot be read.
     """
-    report = SourceReport(source.name)
-    digest = hashlib.sha256()
+    report, place = SourceReport(source.name), source.place(folder)
     pairs, queries = array("q"), array("q")  # hashes, 8 bytes each: a set of so many takes nine times that
-    path = folder / source.file
     sample: dict[str, list[str]] = {"query": [], "positive": [], "negative": []}
-    try:
-        lines = path.open("rb")
-    except OSError as error:
-        raise UserError(f"{path} cannot be read ({error.strerror}).") from error
-    with lines:
-        num_lines = sum(block.count(b"\n") for block in iter(lambda: lines.read(1 << 20), b""))
-        every = max(1, num_lines // SAMPLE)
-        lines.seek(0)
-        for number, line in enumerate(lines, start=1):
-            digest.update(line)
-            report.num_bytes += len(line)
-            try:
-                row = parse_row(line, None, f"{path.name}, line {number}")
-            except UserError as error:
-                report.bad += 1
-                report.errors += [str(error)] if len(report.errors) < SHOWN else []
-                continue
-            query, positive, negatives = row["query"], row["positive"], row["negative"]
-            report.rows += 1
-            pairs.append(hash((query, positive)))
-            queries.append(hash(query))
-            report.query_is_positive += query.strip() == positive.strip()
-            report.positive_is_negative += positive.strip() in (text.strip() for text in negatives)
-            report.without_negative += not negatives
-            if (number - 1) % every == 0:
-                sample["query"].append(query)
-                sample["positive"].append(positive)
-                sample["negative"] += negatives[:1]
-            if test_texts is not None:
-                report.overlap.update(test_texts.found_in([query, positive, *negatives]))
-    report.sha256 = digest.hexdigest()
+    every = max(1, sum(1 for _ in records_of(place, source.reading, place.name)) // SAMPLE)
+
+    def note(error: UserError) -> None:
+        report.bad += 1
+        report.errors += [str(error)] if len(report.errors) < SHOWN else []
+
+    # A negative that is the positive is counted in a row that keeps it.
+    reading = source.reading._replace(keep_equal_negatives=True)
+    for row in rows_of(place, reading, None, None, name=place.name, left_out=report.left_out, on_error=note):
+        query, positive, negatives = row["query"], row["positive"], row["negative"]
+        report.rows += 1
+        pairs.append(hash((query, positive)))
+        queries.append(hash(query))
+        report.query_is_positive += query.strip() == positive.strip()
+        report.positive_is_negative += positive.strip() in (text.strip() for text in negatives)
+        report.without_negative += not negatives
+        report.beaten += row.get("scores", [0])[0] < max(row.get("scores", [])[1:], default=-math.inf)
+        if (row["row"] - 1) % every == 0:
+            sample["query"].append(query)
+            sample["positive"].append(positive)
+            sample["negative"] += negatives[:1]
+        if test_texts is not None:
+            report.overlap.update(test_texts.found_in([query, positive, *negatives]))
+    if place.is_file():
+        report.sha256, report.num_bytes = sha256(place), place.stat().st_size
+    elif place.is_dir():
+        report.sha256 = content_hash(place)
+        report.num_bytes = sum(path.stat().st_size for path in place.rglob("*") if path.is_file())
     report.duplicates = len(pairs) - len(np.unique(pairs))
     report.repeated_queries = len(queries) - len(np.unique(queries))
     report.tokens = {name: count_tokens(texts) for name, texts in sample.items() if texts}
@@ -182,7 +178,7 @@ def record_hashes(reports: Sequence[SourceReport], record: Path) -> list[str]:
         known = read_object(record)
         if not all(isinstance(v, dict) and "sha256" in v for v in known.values()):
             raise UserError(f"{record}: an object source -> {{sha256, bytes, rows}} is needed.")
-    found = {r.name: {"sha256": r.sha256, "bytes": r.num_bytes, "rows": r.rows} for r in reports}
+    found = {r.name: {"sha256": r.sha256, "bytes": r.num_bytes, "rows": r.rows} for r in reports if r.sha256}
     if found.keys() - known.keys():
         try:
             write_json(record, {**known, **found, **known})  # what is known stays, and stays first
@@ -216,7 +212,7 @@ def texts_of_folder(folder: Path) -> Iterator[str]:
         if file.suffix not in TEXT_FILES or not file.is_file():
             continue
         if file.suffix == ".parquet":
-            yield from _strings(_batches_of(file))
+            yield from _strings(record for _, record in records_of_file(file, name=f"--test_sets: {file}"))
         elif file.suffix in (".csv", ".tsv"):
             csv.field_size_limit(LARGEST_CELL)
             with file.open(encoding="utf-8", errors="replace", newline="") as lines:
@@ -228,18 +224,6 @@ def texts_of_folder(folder: Path) -> Iterator[str]:
             with file.open("rb") as lines:
                 for number, line in enumerate(lines, start=1):
                     yield from _strings(parse_json(line, f"--test_sets: {file}, line {number}"))
-
-
-def _batches_of(file: Path) -> Iterator[Any]:
-    import pyarrow as pa  # comes with datasets
-    import pyarrow.parquet as pq
-
-    try:
-        with pq.ParquetFile(file) as table:
-            for batch in table.iter_batches():
-                yield batch.to_pylist()
-    except (pa.ArrowException, OSError, UnicodeDecodeError) as error:  # what is damaged where decides which
-        raise UserError(f"--test_sets: {file}: not a whole Parquet file ({first_line(error)}).") from error
 
 
 def _strings(content: Any) -> Iterator[str]:

@@ -57,8 +57,8 @@ class CollateSides:
     text_tokenizer: RowTokenizer | None = None
 
     def __call__(self, examples: list[Example]) -> Batch:
-        """Each side as a TokenBatch; K negatives a row become K * B rows, row by row."""
-        batch: Batch = {side: pack_rows(self.rows(examples, side)) for side in self.sides}
+        """Each side as a TokenBatch; K negatives a row become K * B rows, row by row. A side without texts is none."""
+        batch: Batch = {side: pack_rows(rows) for side in self.sides if (rows := self.rows(examples, side))}
         if self.facts is not None:
             for side, tokens in batch.items():
                 tokens["facts"] = self.facts(examples, side)

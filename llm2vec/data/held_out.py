@@ -1,6 +1,8 @@
 """Queries held out of training data, as a retrieval set for each source, and what remains to train on.
 
-    OUT/train/<the source's file>                    rows that show no text of a held-out pair
+    OUT/train/<the source's file>                    rows that show no text of a held-out pair; of another form than
+                                                     JSONL, <source>.jsonl
+    OUT/sources.json                                 the table of these files
     OUT/eval/HeldOut-<source>/                       corpus, queries and judgements in the hub's layout
     OUT/eval/instructions.json                       the sources' instructions, by those names
 
@@ -16,7 +18,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from llm2vec.data.lines import parse_row
+from llm2vec.data.reading import rows_of
 from llm2vec.data.sources import Source, find_files
 from llm2vec.files import write_json, write_text
 from llm2vec.types import UserError
@@ -76,7 +78,9 @@ def hold_out(folder: Path, sources: Sequence[Source], out: Path, num_queries: in
     if out.exists() and any(out.iterdir()):
         raise UserError(f"{out} is not empty; name a new folder.")
     files = find_files(folder, sources)
-    rows = {source: _rows(file) for source, file in zip(sources, files, strict=True)}
+    rows = {
+        source: list(rows_of(file, source.reading, None, None)) for source, file in zip(sources, files, strict=True)
+    }
     chosen = {source: _draw(of_source, num_queries, f"{seed} {source.name}") for source, of_source in rows.items()}
     if not any(chosen.values()):
         fewest = num_queries * (1 + TRAINED_FOR_ONE_HELD_OUT)
@@ -91,7 +95,9 @@ def hold_out(folder: Path, sources: Sequence[Source], out: Path, num_queries: in
     splits = []
     for source in sources:
         kept = [row for row in rows[source] if secret.isdisjoint((row["query"], row["positive"], *row["negative"]))]
-        write_text(aside / "train" / source.file, json_lines_of(kept))
+        file = aside / "train" / _file_name(source)
+        file.parent.mkdir(parents=True, exist_ok=True)
+        write_text(file, json_lines_of(map(as_record, kept)))
         documents = list(dict.fromkeys(text for row in held[source] for text in (row["positive"], *row["negative"])))
         if held[source]:
             _write_set(aside / "eval" / set_name(source), held[source], documents)
@@ -99,6 +105,7 @@ def hold_out(folder: Path, sources: Sequence[Source], out: Path, num_queries: in
         splits.append(SourceSplit(source.name, len(kept), dropped, len(chosen[source]), len(documents)))
     instructions = {set_name(source): source.instructions[0].text for source in sources if held[source]}
     write_json(aside / "eval" / "instructions.json", instructions)
+    write_json(aside / "sources.json", {source.name: entry_of(source, _file_name(source)) for source in sources})
     aside.rename(out)  # over an empty folder, too
     return splits
 
@@ -108,9 +115,28 @@ def set_name(source: Source) -> str:
     return f"HeldOut-{source.name}"
 
 
-def _rows(file: Path) -> list[dict[str, Any]]:
-    with file.open("rb") as lines:
-        return [parse_row(line, None, f"{file}, line {number}") for number, line in enumerate(lines, start=1)]
+def _file_name(source: Source) -> str:
+    """Where a source's rows go: the name of its file, or one of its own, where it is of another form."""
+    return source.file if source.file.endswith(".jsonl") and not source.reading.hub else f"{source.name}.jsonl"
+
+
+def as_record(row: Mapping[str, Any]) -> dict[str, Any]:
+    """A row of `reading.rows_of` in the form of a JSONL file."""
+    record = {field: row[field] for field in ("query", "positive", "negative")}
+    if "scores" in row:
+        record |= {"pos_score": row["scores"][0], "neg_scores": row["scores"][1:]}
+    return record
+
+
+def entry_of(source: Source, file: str) -> dict[str, Any]:
+    """What a table says of a source's rows that were written to a JSONL file, in the fields' own names."""
+    texts, symmetric = ([instruction[i] for instruction in source.instructions] for i in (0, 1))
+    return {
+        "file": file, "instruction": texts, "symmetric": symmetric,
+        **({"num_negatives": source.reading.num_negatives} if source.reading.num_negatives is not None else {}),
+        "keep_equal_negatives": source.reading.keep_equal_negatives,
+        **({"licence": source.licence} if source.licence else {}),
+    }  # fmt: skip
 
 
 def _draw(rows: Sequence[Mapping[str, Any]], num_queries: int, seed: str) -> set[str]:

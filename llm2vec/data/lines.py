@@ -1,7 +1,8 @@
-"""One line of a source's file: a training row as JSON, or plain text. Checked by the same rules wherever it is read."""
+"""A training row, or a line of plain text: checked by the same rules wherever it is read."""
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 from llm2vec.files import check_unicode, parse_object
@@ -28,9 +29,18 @@ def parse_row(line: bytes, num_negatives: int | None, where: str, with_scores: b
         UserError: not JSON, no object, a field missing, empty or no text, too few negatives, or scores that are
             missing, no numbers or not as many as the negatives; begins with `where`.
     """
-    row = parse_object(line, where)
+    return check_row(parse_object(line, where), num_negatives, where, with_scores)
+
+
+def check_row(
+    row: Mapping[str, Any], num_negatives: int | None, where: str, with_scores: bool = False
+) -> dict[str, Any]:
+    """The same of a row that was parsed."""
     for field in ("query", "positive"):
-        _check_text(row.get(field), field, field in row, where)
+        if field not in row:
+            there = f"; there are {', '.join(row)}" if row else ""
+            raise UserError(f"{where}: the field `{field}` is missing{there}.")
+        _check_text(row[field], field, where)
     negatives = row.get("negative", [])
     negatives = [negatives] if isinstance(negatives, str) else negatives
     if not isinstance(negatives, list):
@@ -42,14 +52,14 @@ def parse_row(line: bytes, num_negatives: int | None, where: str, with_scores: b
             f"{'' if 'negative' in row else ' (the field `negative` is missing)'}."
         )
     for text in negatives[:num_negatives]:
-        _check_text(text, "negative", True, where)
+        _check_text(text, "negative", where)
     parsed = {"query": row["query"], "positive": row["positive"], "negative": negatives[:num_negatives]}
     if with_scores:
         parsed["scores"] = _scores(row, len(negatives), where)[: 1 + num_negatives]
     return parsed
 
 
-def _scores(row: dict[str, Any], num_negatives: int, where: str) -> list[float]:
+def _scores(row: Mapping[str, Any], num_negatives: int, where: str) -> list[float]:
     """A teacher's score of the positive and of every negative of a row."""
     for field in ("pos_score", "neg_scores"):
         if field not in row:
@@ -66,9 +76,7 @@ def _scores(row: dict[str, Any], num_negatives: int, where: str) -> list[float]:
     return [float(score) for score in scores]
 
 
-def _check_text(text: Any, field: str, present: bool, where: str) -> None:
-    if not present:
-        raise UserError(f"{where}: the field `{field}` is missing.")
+def _check_text(text: Any, field: str, where: str) -> None:
     if not isinstance(text, str):
         raise UserError(f"{where}: `{field}` must be text, not a {type(text).__name__}.")
     if not text.strip():

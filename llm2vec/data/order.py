@@ -1,4 +1,8 @@
-"""The order of rows in an epoch: blocks of one source, shuffled; among several ranks, dealt by length."""
+"""The order of rows in an epoch: blocks of one source, shuffled; among several ranks, dealt by length.
+
+Sources may be mixed by weights: of each, an epoch takes so many blocks. Where these are not all of a source's, they
+come from a stream of its rows, shuffled again and again, so that every row is seen equally often over the epochs.
+"""
 
 from __future__ import annotations
 
@@ -34,27 +38,59 @@ class SourceRows(Protocol):
         ...
 
 
-def block_order(sizes: Sequence[int], block_size: int, seed: int, epoch: int) -> np.ndarray[Any, np.dtype[np.int64]]:
+def block_order(
+    sizes: Sequence[int], block_size: int, seed: int, epoch: int, taken: Sequence[int] | None = None
+) -> np.ndarray[Any, np.dtype[np.int64]]:
     """Row indices of one epoch: blocks of `block_size` rows, each from one source, in random order.
 
     Rows are shuffled within their source and cut into blocks, incomplete blocks are dropped, and the blocks are
-    shuffled. A pure function of its arguments.
+    shuffled. A pure function of its arguments. No block holds a row twice.
 
     Args:
         sizes: rows of each source; row indices run through the sources in this order.
         block_size: rows a block.
         seed: of the run.
         epoch: counted from 0.
+        taken: blocks of each source that the epoch takes, more or fewer than it has; None = all that each has.
     """
     generator = np.random.default_rng([seed, epoch])
     blocks = []
     start = 0
-    for size in sizes:
-        order = start + generator.permutation(size)
-        blocks.append(order[: size - size % block_size].reshape(-1, block_size))
+    for which, size in enumerate(sizes):
+        there = size // block_size
+        number = there if taken is None else taken[which]
+        if number == there:
+            cut = generator.permutation(size)[: there * block_size].reshape(-1, block_size)
+        else:
+            first, last = epoch * number, (epoch + 1) * number  # of the source's stream of blocks
+            shuffles = range(first // there, (last - 1) // there + 1)
+            parts = [np.random.default_rng([seed, which, shuffle, 1]).permutation(size) for shuffle in shuffles]
+            stream = np.concatenate([part[: there * block_size].reshape(-1, block_size) for part in parts])
+            cut = stream[first - shuffles.start * there :][:number]
+        blocks.append(start + cut)
         start += size
     stacked = np.concatenate(blocks)
     return stacked[generator.permutation(len(stacked))].reshape(-1)
+
+
+def blocks_taken(sizes: Sequence[int], block_size: int, weights: Sequence[float], temperature: float) -> list[int]:
+    """Blocks of each source that an epoch takes; at least one of each.
+
+    A source's share grows with its rows to the power of 1 / temperature, times its weight. A weight of 1 at temperature
+    1 is all its whole blocks; at a higher temperature an epoch is as long, and small sources have more of it.
+
+    Args:
+        sizes: rows of each source.
+        block_size: rows a block.
+        weights: of each source.
+        temperature: 1 = shares by size; infinite = equal shares.
+    """
+    there = [size // block_size for size in sizes]
+    if temperature == 1:
+        return [max(1, round(weight * number)) for weight, number in zip(weights, there, strict=True)]
+    shares = [(size / max(sizes)) ** (1 / temperature) for size in sizes]
+    scale = sum(there) / sum(shares)
+    return [max(1, round(weight * scale * share)) for weight, share in zip(weights, shares, strict=True)]
 
 
 def deal(lengths: np.ndarray[Any, np.dtype[np.int64]], num_ranks: int) -> np.ndarray[Any, np.dtype[np.int64]]:
@@ -85,6 +121,8 @@ class OneSourceBlocks(Sampler[int]):
             that none waits long for the one with the longest texts.
         rows_a_rank: how many consecutive rows go to one rank before the next one's begin; None = its share of a block.
         max_characters: what a text counts at most when rows are dealt, as longer ones are cut; None = all of it.
+        weights: of each source in the mixture (`blocks_taken`); None = 1.
+        temperature: of the mixture.
 
     Raises:
         UserError: a source has fewer rows than a block.
@@ -99,6 +137,8 @@ class OneSourceBlocks(Sampler[int]):
         num_ranks: int = 1,
         rows_a_rank: int | None = None,
         max_characters: int | None = None,
+        weights: Sequence[float] | None = None,
+        temperature: float = 1.0,
     ) -> None:
         for source, size in zip(rows.sources, rows.sizes, strict=True):
             if size < block_size:
@@ -108,6 +148,8 @@ class OneSourceBlocks(Sampler[int]):
                 )
         self.rows = rows
         self.sizes = rows.sizes
+        #: Blocks of each source that an epoch takes.
+        self.taken = blocks_taken(rows.sizes, block_size, weights or [1.0] * len(rows.sizes), temperature)
         self.block_size = block_size
         self.num_ranks = num_ranks
         self.group_size = num_ranks * (rows_a_rank or block_size // num_ranks)
@@ -120,14 +162,14 @@ class OneSourceBlocks(Sampler[int]):
         self.epoch = epoch
 
     def __len__(self) -> int:
-        return sum(size - size % self.block_size for size in self.sizes)
+        return sum(self.taken) * self.block_size
 
     def __iter__(self) -> Iterator[int]:
         return self.rows_from(0)
 
     def rows_from(self, place: int) -> Iterator[int]:
         """The order from a place on at which a step begins; the rows before it are not looked at."""
-        order = block_order(self.sizes, self.block_size, self.seed, self.epoch)[place:]
+        order = block_order(self.sizes, self.block_size, self.seed, self.epoch, self.taken)[place:]
         first = self.epoch * sum(self.sizes) if self.rows.drawn_anew else 0
         if self.num_ranks == 1:
             return map(int, first + order)  # a list of so many integers would take four times the array's memory

@@ -1,14 +1,18 @@
-"""Training rows: the lines of the sources' files, read once into Arrow tables that all ranks map into memory.
+"""Training rows: the rows of the sources, read once into Arrow tables that all ranks map into memory.
 
-A source is one JSONL file, one object a line with `query`, `positive` and `negative` (a string or a list), the
-layout of the released training archive; rows of one text may be lines of a plain text file. Nothing here knows a
-tokenizer.
+A source is a file or a data set in any of the forms of `records`; the released training archive's is a JSONL file, an
+object a line with `query`, `positive` and `negative` (a string or a list). Rows of one text may be lines of a plain
+text file. Nothing here knows a tokenizer.
 """
 
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator, Sequence
+import json
+from collections import Counter
+from collections.abc import Generator, Sequence
+from itertools import groupby
+from operator import itemgetter
 from pathlib import Path
 from typing import Any
 
@@ -16,17 +20,22 @@ import numpy as np
 import pyarrow.compute as pc
 from torch.utils.data import Dataset
 
-from llm2vec.data.lines import parse_line, parse_row
+from llm2vec.data.lines import parse_line
+from llm2vec.data.reading import Reading, opened, rows_of
 from llm2vec.data.sources import Source, find_files
 from llm2vec.data.tables import cached_table, check_unchanged, stamp_of
+from llm2vec.processes import rank_zero_first
 from llm2vec.types import Example, InstructedText, SymmetricInstructions, TextSide, UserError
 
-#: How a table's rows are made of lines. Raise it when that changes, so that no table made the older way is taken up.
-ROWS_VERSION = 3
+#: How a table's rows are made of records. Raise it when that changes, so that no table made the older way is taken up.
+ROWS_VERSION = 4
 
 
 class TrainingRows(Dataset[Example]):
     """All rows of all sources, by one running index.
+
+    Attributes:
+        left_out: of each source, what was left out of it, by a word for it.
 
     Args:
         folder: where the sources' files lie.
@@ -56,18 +65,29 @@ class TrainingRows(Dataset[Example]):
         with_scores: bool = False,
         texts_alone: bool = False,
     ) -> None:
-        self.drawn_anew = False
+        self.drawn_anew = any(source.reading.draw_positives for source in sources)
         self.files = find_files(folder, sources)
-        self.stamps = [stamp_of(file) for file in self.files]
+        self.stamps = [place_stamp(file) for file in self.files]
         self.sources = list(sources)
         self.symmetric_instructions = symmetric_instructions
-        self._tables = [read_rows(file, num_negatives, with_scores, texts_alone) for file in self.files]
+        for source in sources:
+            if "score" in source.reading.roles and source.reading.least_score is None and not with_scores:
+                raise UserError(
+                    f"source {source.name!r}: its pairs have a score, so its table must say by `least_score` from "
+                    "which score on a pair is a positive one."
+                )
+        read = [
+            read_rows(file, num_negatives, with_scores, texts_alone, source.reading)
+            for file, source in zip(self.files, sources, strict=True)
+        ]
+        self._tables = [table for table, _ in read]
+        self.left_out: list[dict[str, int]] = [counts for _, counts in read]
         for file, table in zip(self.files, self._tables, strict=True):
             if len(table) <= num_held_out:
                 raise UserError(f"num_eval_rows is {num_held_out}, but {file} has only {len(table)} rows.")
         self._num_held_out = num_held_out
-        available = [len(table) - num_held_out for table in self._tables]
-        self._select([0] * len(available), [n if max_rows is None else min(n, max_rows) for n in available])
+        most = [min(n for n in (max_rows, source.reading.max_rows, 2**62) if n is not None) for source in sources]
+        self._select([0] * len(most), [min(len(t) - num_held_out, n) for t, n in zip(self._tables, most, strict=True)])
 
     def _select(self, first_rows: list[int], sizes: list[int]) -> None:
         self._first_rows = first_rows
@@ -85,7 +105,11 @@ class TrainingRows(Dataset[Example]):
         return int(self._starts[-1])
 
     def __getitem__(self, index: int) -> Example:
-        """Row `index` of the running count, with the instruction its source gives it."""
+        """Row `index` of the running count, with the instruction its source gives it.
+
+        Where rows are drawn anew, the count goes on from epoch to epoch.
+        """
+        epoch, index = divmod(int(index), len(self)) if self.drawn_anew else (0, index)
         which = int(np.searchsorted(self._starts, index, side="right")) - 1
         source, i = self.sources[which], int(index - self._starts[which]) + self._first_rows[which]
         row = self._tables[which][i]
@@ -93,18 +117,21 @@ class TrainingRows(Dataset[Example]):
         shared = instruction.symmetric and self.symmetric_instructions == "documented"
         document_instruction = instruction.text if shared else ""
         document_side: TextSide = "query" if shared else "document"
+        positives = row.get("positives") or [row["positive"]]
         return Example(
             source.name,
             InstructedText(instruction.text, row["query"]),
-            InstructedText(document_instruction, row["positive"], document_side),
+            InstructedText(document_instruction, positives[(epoch + i) % len(positives)], document_side),
             tuple(InstructedText(document_instruction, text, document_side) for text in row["negative"]),
             tuple(row.get("scores", ())),
         )
 
     def place(self, index: int) -> tuple[str, int]:
-        """The file of a row, and its line there, counted from 1; blank lines of a text file do not count."""
+        """The file of a row, and its line or row there, counted from 1."""
+        index = int(index) % len(self)
         which = int(np.searchsorted(self._starts, index, side="right")) - 1
-        return self.sources[which].file, int(index - self._starts[which]) + self._first_rows[which] + 1
+        row = self._tables[which][int(index - self._starts[which]) + self._first_rows[which]]
+        return self.sources[which].file, int(row["row"])
 
     def lengths(
         self, indices: np.ndarray[Any, np.dtype[np.int64]], most: int | None = None
@@ -122,49 +149,82 @@ class TrainingRows(Dataset[Example]):
         return total
 
 
-def read_rows(file: Path, num_negatives: int, with_scores: bool = False, texts_alone: bool = False) -> Any:
-    """A source's rows as an Arrow-backed `datasets.Dataset` with `query`, `positive`, `negative` (a list) and, if
-    asked for, `scores` (a list); arguments as in `TrainingRows`.
+def place_stamp(place: Path) -> str:
+    """The stamp of a source's file or folder; empty for a data set on the hub, which has none on this machine."""
+    return stamp_of(place) if place.exists() else ""
 
-    Built once for a file's path and stamp (`cached_tables.stamp_of`), then mapped; rank 0 builds, the others wait.
+
+def read_rows(
+    file: Path,
+    num_negatives: int,
+    with_scores: bool = False,
+    texts_alone: bool = False,
+    reading: Reading = Reading(),  # noqa: B008  # it cannot be changed
+) -> tuple[Any, dict[str, int]]:
+    """A source's rows as an Arrow-backed `datasets.Dataset`, and what was left out. Arguments as in `TrainingRows`.
+
+    Columns: `row` (its number in the file), `query`, `positive`, `negative` (a list); if asked for `scores` (a list);
+    where the reading draws from them `positives` (a list).
+
+    Built once for a file's path and stamp (`tables.stamp_of`), then mapped; rank 0 builds, the others wait.
 
     Raises:
-        UserError: a line is no valid row.
+        UserError: a record is no valid row.
     """
     from datasets import Features, List, Value
 
-    features = Features({"query": Value("string"), "positive": Value("string"), "negative": List(Value("string"))})
+    features = Features({name: Value("string") for name in ("query", "positive")})
+    features |= {"row": Value("int64"), "negative": List(Value("string"))}
     if with_scores:
         features["scores"] = List(Value("float64"))
-    if file.stat().st_size == 0:
+    if reading.draw_positives and not texts_alone:
+        features["positives"] = List(Value("string"))
+    if file.is_file() and file.stat().st_size == 0:
         raise UserError(f"{file}: the file is empty; leave its source out of `sources` or fetch it again.")
+    stamp = place_stamp(file)
+    if not stamp:  # what is on the hub is known by what its library made of it
+        with rank_zero_first():
+            stamp = opened(file, reading)._fingerprint
     arguments = {
-        "file": str(file.resolve()),
+        "file": str(file.resolve() if file.exists() else file),
         "num_negatives": num_negatives,
         "with_scores": with_scores,
         "texts_alone": texts_alone,
-        "stamp": stamp_of(file),
+        "reading": json.dumps(reading._replace(max_rows=None, weight=1.0)),  # which change no row
+        "stamp": stamp,
         "version": ROWS_VERSION,
     }
     return cached_table(_generate_rows, features, arguments)
 
 
+def _with_all_positives(rows: Sequence[dict[str, Any]]) -> dict[str, Any]:
+    return {**rows[0], "positives": [row["positive"] for row in rows]}
+
+
 def _generate_rows(
-    file: str, num_negatives: int, with_scores: bool, texts_alone: bool, stamp: str, version: int
-) -> Iterator[dict[str, Any]]:
+    file: str, num_negatives: int, with_scores: bool, texts_alone: bool, reading: str, stamp: str, version: int
+) -> Generator[dict[str, Any], None, dict[str, int]]:
+    left_out: Counter[str] = Counter()
     empty = True
-    with Path(file).open("rb") as lines:
-        for number, line in enumerate(lines, start=1):
-            where = f"{file}, line {number}"
-            if not texts_alone:
-                row = parse_row(line, num_negatives, where, with_scores)
-            else:
-                text = parse_line(line, where) if file.endswith(".txt") else parse_row(line, 0, where)["positive"]
-                if not text:
-                    continue
-                row = {"query": text, "positive": text, "negative": []}
+    place, how = Path(file), Reading(*json.loads(reading))
+    if texts_alone and file.endswith(".txt"):
+        with place.open("rb") as lines:
+            texts = ((n, parse_line(line, f"{file}, line {n}")) for n, line in enumerate(lines, start=1))
+            for number, text in texts:
+                if text:
+                    empty = False
+                    yield {"row": number, "query": text, "positive": text, "negative": []}
+    else:
+        rows = rows_of(place, how, num_negatives, with_scores, left_out=left_out)
+        if how.draw_positives and not texts_alone:
+            rows = (_with_all_positives(list(of_record)) for _, of_record in groupby(rows, itemgetter("row")))
+        for row in rows:
             empty = False
-            yield row
-    check_unchanged(Path(file), stamp)
+            yield {**row, "query": row["positive"]} if texts_alone else row
+    if place.exists():
+        check_unchanged(place, stamp)
+    counts = {what: number for what, number in left_out.items() if number}
     if empty:
-        raise UserError(f"{file} holds no text.")
+        why = f"; left out are {', '.join(f'{number:,} {what}' for what, number in counts.items())}" if counts else ""
+        raise UserError(f"{file} holds no {'text' if texts_alone else 'row'}{why}.")
+    return counts

@@ -1,7 +1,7 @@
-"""Sources of training rows: a table of names, files and instructions; the paper's, or one's own.
+"""Sources of training rows: a table of names, files and instructions; the paper's, a ready one, or one's own.
 
-The paper's 14 sources (Table 6 of arXiv 2509.03020) are `e5_sources.json` beside this file. Its form is that of
-`sources_file`, so a table of one's own may begin as a copy of it.
+The paper's 14 sources (Table 6 of arXiv 2509.03020) are `e5_sources.json` beside this file, data sets of the hub that
+need no preparation `hub_sources.json`. Their form is that of `sources_file`, so one's own may begin as a copy.
 """
 
 from __future__ import annotations
@@ -10,11 +10,22 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from llm2vec.data.reading import ROLES, SCORES, Reading
+from llm2vec.data.records import is_saved
 from llm2vec.files import read_object
 from llm2vec.types import UserError
 
 #: The released training archive: one file for each of the paper's sources.
 E5_TABLE = Path(__file__).with_name("e5_sources.json")
+
+#: Ready tables that `sources_file` may name in the place of a file.
+READY_TABLES = {"hub": E5_TABLE.with_name("hub_sources.json")}
+
+#: What an entry of a table may say.
+KEYS_OF_SOURCE = (
+    "file", "instruction", "symmetric", "hub", "config", "split", "revision", "columns", "num_negatives", "least_score",
+    "keep_equal_negatives", "max_rows", "weight", "positives", "licence",
+)  # fmt: skip
 
 #: Where the released training archive is to be had.
 ARCHIVE_HINT = (
@@ -31,7 +42,14 @@ class Instruction(NamedTuple):
 
 
 class Source(NamedTuple):
-    """A file of rows. Row i of a source is read under instruction i modulo their number.
+    """Where rows are. Row i of a source is read under instruction i modulo their number.
+
+    Attributes:
+        name: of the source.
+        file: a file, or a folder that `save_to_disk` wrote, below the data's folder; or a name on the hub.
+        instructions: of its rows, in turns.
+        reading: how its records become rows.
+        licence: what a table says of it.
 
     Example:
         Source("faq", "faq.jsonl", (Instruction("Given a question, retrieve its answer"),))
@@ -40,6 +58,18 @@ class Source(NamedTuple):
     name: str
     file: str
     instructions: tuple[Instruction, ...]
+    reading: Reading = Reading()
+    licence: str = ""
+
+    def place(self, folder: Path) -> Path:
+        """Its file or folder; of a data set that is no folder below this one, its name on the hub."""
+        local = folder / self.file
+        return Path(self.file) if self.reading.hub and not local.is_dir() else local
+
+    def is_there(self, folder: Path) -> bool:
+        """Whether it can be read, as far as can be told without asking the hub."""
+        place = self.place(folder)
+        return self.reading.hub or place.is_file() or (place.is_dir() and is_saved(place))
 
 
 def e5_sources() -> list[Source]:
@@ -48,36 +78,96 @@ def e5_sources() -> list[Source]:
 
 
 def read_sources_file(path: Path) -> list[Source]:
-    """Sources from a JSON table: name -> {"file", "instruction", "symmetric"}.
+    """Sources from a JSON table, name -> {"file", "instruction", "symmetric", ...}, or a ready one (`READY_TABLES`).
 
     `instruction` may be empty, or a list (rows take them in turn). `symmetric` (default false) puts it on the
-    documents too; beside a list of instructions it may be a list as long.
+    documents too; beside a list of instructions it may be a list as long. `hub` names a data set in the place of
+    `file`. What else there is says how records become rows (`Reading`); docs/guides/data.md has examples.
 
     Raises:
         UserError: the file is missing, no JSON object, or an entry has an unknown key or a wrong type.
     """
-    table = read_object(path, f"sources_file: {path}")
+    table = read_object(table_file(path), f"sources_file: {path}")
     if not table:
         raise UserError(f"sources_file: {path} must hold an object that maps source names to tables.")
     return [_read_source(f"sources_file: {path}, source {name!r}", name, entry) for name, entry in table.items()]
 
 
+def table_file(path: Path) -> Path:
+    """The file of a table of sources: the path itself, or that of the ready table of this name."""
+    return path if path.exists() else READY_TABLES.get(str(path), path)
+
+
 def _read_source(where: str, name: str, entry: Any) -> Source:
     if not isinstance(entry, dict):
         raise UserError(f"{where}: an object with file, instruction and symmetric is needed.")
-    unknown = sorted(set(entry) - {"file", "instruction", "symmetric"})
+    unknown = sorted(set(entry) - set(KEYS_OF_SOURCE))
     if unknown:
-        raise UserError(f"{where}: unknown key {unknown[0]!r}; known: file, instruction, symmetric.")
-    file, texts, symmetric = entry.get("file"), entry.get("instruction", ""), entry.get("symmetric", False)
+        raise UserError(f"{where}: unknown key {unknown[0]!r}; known: {', '.join(KEYS_OF_SOURCE)}.")
+    texts, symmetric = entry.get("instruction", ""), entry.get("symmetric", False)
+    file = entry.get("hub", entry.get("file"))
     texts = [texts] if isinstance(texts, str) else texts
-    if not isinstance(file, str) or not file:
-        raise UserError(f"{where}: `file` must name a JSONL file.")
+    if not isinstance(file, str) or not file or ("hub" in entry and "file" in entry):
+        raise UserError(f"{where}: `file` must name a JSONL file or one of another form, or `hub` a data set.")
     if not isinstance(texts, list) or not texts or not all(isinstance(text, str) for text in texts):
         raise UserError(f"{where}: `instruction` must be a string or a list of strings.")
     of_each = symmetric if isinstance(symmetric, list) else [symmetric] * len(texts)
     if len(of_each) != len(texts) or not all(isinstance(value, bool) for value in of_each):
         raise UserError(f"{where}: `symmetric` must be true or false, or a list of these, one for each instruction.")
-    return Source(name, file, tuple(map(Instruction, texts, of_each)))
+    for key in ("config", "split", "revision", "licence"):
+        if not isinstance(entry.get(key, ""), str):
+            raise UserError(f"{where}: `{key}` must be a string.")
+    return Source(name, file, tuple(map(Instruction, texts, of_each)), _reading(where, entry), entry.get("licence", ""))
+
+
+def _reading(where: str, entry: dict[str, Any]) -> Reading:
+    columns = entry.get("columns", {})
+    if not isinstance(columns, dict):
+        raise UserError(f'{where}: `columns` must be an object, such as {{"query": "anchor"}}.')
+    roles = {role: tuple([names] if isinstance(names, str) else names) for role, names in columns.items()
+             if isinstance(names, str | list)}  # fmt: skip
+    for role, names in columns.items():
+        if role not in ROLES:
+            raise UserError(f"{where}: columns: {role!r} is no role of a column; known: {', '.join(ROLES)}.")
+        if role not in roles or not names or not all(isinstance(one, str) for one in roles[role]):
+            raise UserError(f"{where}: columns: {role} must name a column{' or a list of them' * ROLES[role]}.")
+        if len(roles[role]) > 1 and not ROLES[role]:
+            raise UserError(
+                f"{where}: columns: {role} names {len(names)} columns ({', '.join(names)}); it can be one alone."
+            )
+    named = [name for names in roles.values() for name in names]
+    if twice := next((name for name in named if named.count(name) > 1), None):
+        raise UserError(f"{where}: columns: {twice!r} is named twice; a column can have one role.")
+    if roles and set(roles) != {"text", "label"} and (not {"query", "positive"} <= set(roles) or "label" in roles):
+        raise UserError(
+            f"{where}: columns must name query and positive, or text and label alone; it names {', '.join(roles)}."
+        )
+    if "score" in roles and {"negative", *SCORES[:2]} & set(roles):
+        raise UserError(f"{where}: columns: score is of a pair, so there can be no negative, pos_score or neg_scores.")
+    most, least = entry.get("num_negatives"), entry.get("least_score")
+    if most is not None and (type(most) is not int or most < 0):
+        raise UserError(f"{where}: `num_negatives` must be a whole number, 0 or more.")
+    if least is not None and (type(least) not in (int, float) or "score" not in roles):
+        raise UserError(f"{where}: `least_score` must be a number, beside a `score` in columns.")
+    for key in ("config", "revision"):
+        if key in entry and "hub" not in entry:
+            raise UserError(f"{where}: `{key}` is for a data set of the hub.")
+    keep = entry.get("keep_equal_negatives", False)
+    if not isinstance(keep, bool):
+        raise UserError(f"{where}: `keep_equal_negatives` must be true or false.")
+    if "max_rows" in entry and (type(entry["max_rows"]) is not int or entry["max_rows"] < 1):
+        raise UserError(f"{where}: `max_rows` must be a whole number above 0.")
+    weight = entry.get("weight", 1.0)
+    if type(weight) not in (int, float) or not 0 < weight <= 1000:
+        raise UserError(f"{where}: `weight` must be a number above 0, at most 1,000.")
+    if entry.get("positives", "each") not in ("each", "drawn"):
+        raise UserError(f'{where}: `positives` must be "each" (a row of each) or "drawn" (one an epoch, in turns).')
+    if "score" in roles or (roles and not {"negative", "label"} & set(roles)):
+        most = 0  # there are none
+    return Reading(
+        "hub" in entry, entry.get("config"), entry.get("split"), entry.get("revision"), tuple(roles.items()), most,
+        least, keep, entry.get("max_rows"), weight, entry.get("positives") == "drawn",
+    )  # fmt: skip
 
 
 def select_sources(sources: Sequence[Source], names: Sequence[str] | None) -> list[Source]:
@@ -96,18 +186,17 @@ def select_sources(sources: Sequence[Source], names: Sequence[str] | None) -> li
 
 
 def find_files(folder: Path, sources: Sequence[Source]) -> list[Path]:
-    """The sources' files in `folder`.
+    """The sources' files in `folder`; of a data set of the hub that is not there, its name.
 
     Raises:
         UserError: the folder or a file is not there; says what was looked for and, of the paper's sources, where to
             get it.
     """
-    files = [folder / source.file for source in sources]
-    missing = [file.name for file in files if not file.is_file()]
+    missing = [(folder / source.file).name for source in sources if not source.is_there(folder)]
     if missing:
         what = f"lacks {', '.join(missing)}" if folder.is_dir() else f"is not a folder (wanted: {', '.join(missing)})"
         raise UserError(f"dataset_file_path: {folder} {what}{archive_hint(sources)}.")
-    return files
+    return [source.place(folder) for source in sources]
 
 
 def sources_there(folder: Path, table: Path | None, names: Sequence[str] | None) -> tuple[list[Source], list[str]]:
@@ -122,7 +211,7 @@ def sources_there(folder: Path, table: Path | None, names: Sequence[str] | None)
         UserError: a source asked for by name has no file, or none has.
     """
     sources = select_sources(e5_sources() if table is None else read_sources_file(table), names)
-    there = [source for source in sources if (folder / source.file).is_file()]
+    there = [source for source in sources if source.is_there(folder)]
     missing = [source.file for source in sources if source not in there]
     if missing and (names or not there):
         raise UserError(f"{folder} lacks {', '.join(missing)}{archive_hint(sources)}.")

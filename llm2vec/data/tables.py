@@ -15,7 +15,7 @@ import json
 import logging
 import shutil
 import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -31,21 +31,29 @@ logger = logging.getLogger(__name__)
 NUM_BLOCKS = 16
 BLOCK_BYTES = 1 << 16
 
-#: Folders in the cache: a table in each folder of the first; the hashes of files in the second.
+#: Folders in the cache: a table in each folder of the first; the hashes of files in the second; in the third what
+#: `datasets` makes of copies of the hub's data sets.
 TABLES_FOLDER = "llm2vec-tables"
 HASHES_FOLDER = "llm2vec-file-hashes"
+COPIES_FOLDER = "llm2vec-copies"
 
-#: In a table's folder: file -> bytes.
-SIZES_FILE = "SIZES"
+#: In a table's folder: file -> bytes, and what the function that made its rows counted.
+SIZES_FILE, COUNTS_FILE = "SIZES", "COUNTS"
 
 
 def stamp_of(file: Path) -> str:
     """What tells a file's content from what it was, without reading all of it: size, time stamp and a few blocks.
 
+    Of a folder, the same of each file in it.
+
     Raises:
         UserError: it cannot be read.
     """
     digest = hashlib.sha256()
+    if file.is_dir():
+        for path in _files_in(file):
+            digest.update(f"{path.relative_to(file)} {stamp_of(path)}\n".encode())
+        return digest.hexdigest()
     try:
         stat = file.stat()
         with file.open("rb") as content:
@@ -55,6 +63,12 @@ def stamp_of(file: Path) -> str:
     except OSError as error:
         raise UserError(f"{file} cannot be read ({error.strerror}).") from error
     return f"{stat.st_size} bytes, {stat.st_mtime_ns} ns, {digest.hexdigest()}"
+
+
+def _files_in(folder: Path) -> list[Path]:
+    """What a data set's folder holds; `datasets` and the hub's client keep files of their own beside it."""
+    files = sorted(path for path in folder.rglob("*") if path.is_file())
+    return [path for path in files if not any(part.startswith(".") for part in path.relative_to(folder).parts)]
 
 
 def check_unchanged(file: Path, stamp: str) -> None:
@@ -67,8 +81,20 @@ def check_unchanged(file: Path, stamp: str) -> None:
         raise UserError(f"{file} changed while it was read; start again when it is complete.")
 
 
-def cached_table(generate: Callable[..., Iterator[dict[str, Any]]], features: Any, arguments: dict[str, Any]) -> Any:
+def copies_cache(folder: Path) -> str:
+    """Where `datasets` may keep what it makes of a folder in the hub's layout, as long as nothing in it changes."""
+    from datasets import config
+
+    name = hashlib.sha256(f"{folder.resolve()}\n{stamp_of(folder)}".encode()).hexdigest()[:32]
+    return str(Path(config.HF_DATASETS_CACHE) / COPIES_FOLDER / name)
+
+
+def cached_table(
+    generate: Callable[..., Iterator[dict[str, Any]]], features: Any, arguments: dict[str, Any]
+) -> tuple[Any, dict[str, int]]:
     """The `datasets.Dataset` of a function's rows, from the cache if it is there; all ranks call this together.
+
+    Beside it, what the function counted: as a generator may return something at its end, it may return counts.
 
     Args:
         generate: makes the rows.
@@ -85,22 +111,27 @@ def cached_table(generate: Callable[..., Iterator[dict[str, Any]]], features: An
     from filelock import FileLock
 
     folder = Path(config.HF_DATASETS_CACHE) / TABLES_FOLDER / Hasher.hash((generate, features, arguments))
+    counts: dict[str, int] = {}
 
     def build_or_map() -> Any:
-        return Dataset.from_generator(generate, features=features, gen_kwargs=arguments, cache_dir=str(folder))
+        return Dataset.from_generator(
+            _counting, features=features, gen_kwargs={"generate": generate, "counts": counts, **arguments},
+            cache_dir=str(folder),
+        )  # fmt: skip
 
     # A machine's others come after its first: what they built without the lock, it would remove as unfinished.
     with first_of_each_machine_first(), rank_zero_first():
         try:
             if local_rank() != 0:
-                return build_or_map()
+                return build_or_map(), {}  # the first process speaks for all
             folder.parent.mkdir(parents=True, exist_ok=True)
             with FileLock(folder.with_suffix(".lock")):
                 _remove_if_not_whole(folder)
                 table = build_or_map()
                 if not (folder / SIZES_FILE).is_file():
+                    write_json(folder / COUNTS_FILE, counts)
                     write_json(folder / SIZES_FILE, _sizes_of(folder))
-                return table
+                return table, json.loads((folder / COUNTS_FILE).read_bytes())
         except (DatasetGenerationError, OSError) as error:
             cause = error if isinstance(error, OSError) else error.__cause__
             if isinstance(cause, UserError):
@@ -111,6 +142,15 @@ def cached_table(generate: Callable[..., Iterator[dict[str, Any]]], features: An
                     f"HF_DATASETS_CACHE: no table could be written to {config.HF_DATASETS_CACHE} ({reason})."
                 ) from error
             raise
+
+
+def _counting(
+    generate: Callable[..., Generator[dict[str, Any], None, dict[str, int] | None]],
+    counts: dict[str, int],
+    **arguments: Any,
+) -> Iterator[dict[str, Any]]:
+    """A function's rows; what it returns at its end goes into `counts`."""
+    counts.update((yield from generate(**arguments)) or {})
 
 
 def _sizes_of(folder: Path) -> dict[str, int]:
@@ -133,12 +173,16 @@ def _remove_if_not_whole(folder: Path) -> None:
 
 def content_hash(file: Path) -> str:
     """SHA-256 of a file's content, in hexadecimal digits; taken once for its path and stamp, then kept in the cache.
+    Of a folder, that of its files' names and hashes.
 
     Raises:
         UserError: the file cannot be read or changed meanwhile, or the cache cannot be written.
     """
     from datasets import config
 
+    if file.is_dir():
+        hashes = "".join(f"{path.relative_to(file)} {content_hash(path)}\n" for path in _files_in(file))
+        return hashlib.sha256(hashes.encode()).hexdigest()
     stamp = stamp_of(file)
     name = hashlib.sha256(f"{file.resolve()}\n{stamp}".encode()).hexdigest()
     kept = Path(config.HF_DATASETS_CACHE) / HASHES_FOLDER / name

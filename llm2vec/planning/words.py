@@ -22,7 +22,6 @@ from llm2vec.train.run import (
     describe_rows,
     describe_steps,
     describe_weights,
-    steps_an_epoch,
 )
 from llm2vec.types import UserError
 
@@ -43,8 +42,7 @@ def as_the_run_says(plan: Plan) -> list[str]:
     config, args, processes = plan.config, plan.args, plan.conditions.num_processes
     if plan.rows is not None and plan.collate is not None:
         assert plan.order is not None
-        steps_per_epoch = steps_an_epoch(args, len(plan.order), processes)
-        lines = describe(config, args, plan.model, plan.rows, plan.collate, plan.settings, steps_per_epoch, processes)
+        lines = describe(config, args, plan.model, plan.rows, plan.collate, plan.settings, plan.order, processes)
     else:
         lines = [
             describe_model(config, plan.settings.template or "not known before the tokenizer is there"),
@@ -170,8 +168,8 @@ def _of_the_rows(plan: Plan) -> Iterator[str]:
         )
     if plan.order is not None and rows is not None:
         block = plan.order.block_size
-        for source, size in zip(rows.sources, rows.sizes, strict=True):
-            if size % block >= LARGE_SHARE * size:
+        for source, size, taken in zip(rows.sources, rows.sizes, plan.order.taken, strict=True):
+            if taken == size // block and size % block >= LARGE_SHARE * size:
                 left = f"{size % block:,} of {source.name}'s {size:,} rows"
                 yield f"{left} are left out of an epoch, others each time, as they fill no batch of {block:,}."
     if plan.objective.contrasts and plan.args.gradient_accumulation_steps > 1:

@@ -225,7 +225,7 @@ def differences(recorded: dict[str, Any], config: Config) -> list[str]:
     found += _differing_sources(recorded.get("data", ()), config)
     for data in recorded.get("data", ()):
         file = Path(data["file"])
-        if data["sha256"] is not None and (not file.is_file() or content_hash(file) != data["sha256"]):
+        if data["sha256"] is not None and (not file.exists() or content_hash(file) != data["sha256"]):
             found.append(f"{file} has changed since")
     for path, mark in recorded.get("parent", {}).get("marks", {}).items():
         if mark != mark_of(path):
@@ -243,8 +243,11 @@ def _differing_sources(recorded: Sequence[dict[str, Any]], config: Config) -> It
         yield f"the sources are {', '.join(before)} there and {', '.join(today)} here"
         return
     for data, source in zip(recorded, sources, strict=True):
-        if data["file"] != str(folder / source.file):
-            yield f"source {source.name} is {data['file']} there and {folder / source.file} here"
+        if data["file"] != str(source.place(folder)):
+            yield f"source {source.name} is {data['file']} there and {source.place(folder)} here"
+        reading = json.loads(json.dumps(source.reading))
+        if data.get("reading", reading) != reading:
+            yield f"source {source.name} is read otherwise (columns, split, negatives) than there"
         # Older records have no instructions; rows of texts alone have none of the table's.
         instructions = [list(instruction) for instruction in source.instructions]
         if config.stage not in ("simcse", "mntp") and data.get("instructions", instructions) != instructions:

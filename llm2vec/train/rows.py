@@ -33,6 +33,13 @@ def open_rows(config: Config, num_negatives: int) -> TrainingRows:
     for name in config.own_negatives_only or ():
         if name not in names:
             raise UserError(f"own_negatives_only: {name!r} is not among the sources of this run: {', '.join(names)}.")
+    for source in sources:
+        if source.reading.num_negatives != 0 or not num_negatives:
+            continue
+        for key, is_set in (("own_negatives_only", source.name in (config.own_negatives_only or ())),
+                            ("distillation_weight", config.distillation_weight)):  # fmt: skip
+            if is_set:
+                raise UserError(f"{key}: source {source.name!r} has no hard negatives (its num_negatives is 0).")
     return TrainingRows(
         folder,
         sources,
@@ -114,6 +121,8 @@ def row_orders(
         num_ranks=num_processes if config.reduction == "token_mean" else 1,
         rows_a_rank=args.per_device_train_batch_size,
         max_characters=CHARACTERS_A_TOKEN * config.max_seq_length,
+        weights=[source.reading.weight for source in rows.sources],
+        temperature=config.source_temperature,
     )
     return sampler, _held_out(config, args, rows, at_once)
 
@@ -134,3 +143,24 @@ def _held_out(config: Config, args: TrainingArguments, rows: Rows, at_once: int)
             "the batch smaller."
         )
     return held_out, OneSourceBlocks(held_out, at_once, args.seed)
+
+
+def describe_left_out(rows: Rows) -> list[str]:
+    """What the sources' tables left out of them, a line a source."""
+    counts = zip(rows.sources, rows.left_out, strict=True) if isinstance(rows, TrainingRows) else ()
+    return [
+        f"left out    of {source.name}: {', '.join(f'{number:,} {what}' for what, number in left_out.items())}"
+        for source, left_out in counts
+        if left_out
+    ]
+
+
+def describe_mixture(order: OneSourceBlocks) -> list[str]:
+    """What an epoch takes of each source, in whole steps; nothing of one source alone."""
+    size_of_block, total = order.block_size, sum(order.taken)
+    parts = []
+    for source, size, taken in zip(order.rows.sources, order.sizes, order.taken, strict=True):
+        times = "" if taken == size // size_of_block else f" ({taken * size_of_block / size:.2f} times its rows)"
+        parts.append(f"{source.name} {taken / total:.1%}{times}")
+    is_plain = len(parts) == 1 and order.taken[0] == order.sizes[0] // size_of_block
+    return [] if is_plain else [f"mixture     {', '.join(parts)} of an epoch's {len(order):,} rows"]

@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedTokenizerBase, TrainingArguments
 
 from llm2vec.data.collation import Collate, CollateSides, check_examples
+from llm2vec.data.order import OneSourceBlocks
 from llm2vec.data.rows import TrainingRows
 from llm2vec.data.tables import hash_of_read
 from llm2vec.files import DIAGNOSTICS_FILE
@@ -43,7 +44,7 @@ from llm2vec.train.resume import (
     remove_checkpoints,
     step_of,
 )
-from llm2vec.train.rows import Rows, row_orders, sample_of
+from llm2vec.train.rows import Rows, describe_left_out, describe_mixture, row_orders, sample_of
 from llm2vec.train.saving import model_weights
 from llm2vec.train.trainer import EmbedderTrainer
 from llm2vec.types import Objective, RunEnds, UserError
@@ -78,9 +79,8 @@ def train(
     if isinstance(collate, CollateSides):
         check_examples(args, rows, collate)
     sampler, held_out = row_orders(config, args, rows, world_size())
-    steps_per_epoch = steps_an_epoch(args, len(sampler), world_size())
     for line in [
-        *describe(config, args, objective.model, rows, collate, settings, steps_per_epoch, world_size()),
+        *describe(config, args, objective.model, rows, collate, settings, sampler, world_size()),
         *([describe_negatives(config, args)] if objective.contrasts else []),
         *_fit_activations(config, args, objective, rows, collate),
     ]:
@@ -194,7 +194,8 @@ def provenance(config: Config, args: TrainingArguments, rows: Rows, ids: list[li
                 "instructions": source.instructions,
                 "rows": size,
                 "file": str(file),
-                "sha256": hash_of_read(file, stamp) if file.is_file() else None,
+                "sha256": hash_of_read(file, stamp) if file.exists() else None,
+                "reading": source.reading,
             }
             for source, size, file, stamp in zip(rows.sources, rows.sizes, rows.files, rows.stamps, strict=True)
         ],
@@ -247,7 +248,7 @@ def describe(
     rows: Rows,
     collate: Collate,
     settings: EncoderSettings,
-    steps_per_epoch: int,
+    order: OneSourceBlocks,
     num_processes: int,
 ) -> list[str]:
     """What the run will do, line by line.
@@ -259,12 +260,15 @@ def describe(
         rows: the training rows.
         collate: makes them into batches.
         settings: how texts become vectors.
-        steps_per_epoch: that the rows make.
+        order: of the rows.
         num_processes: that share a step.
     """
+    steps_per_epoch = steps_an_epoch(args, len(order), num_processes)
     return [
         describe_model(config, settings.template or "open"),
         f"data        {len(rows):,} rows of {len(rows.sources)} source(s): {', '.join(s.name for s in rows.sources)}",
+        *describe_left_out(rows),
+        *describe_mixture(order),
         describe_steps(config, args, schedule_of(config, args, steps_per_epoch)),
         describe_rows(args, num_processes),
         f"tokens      {_tokens_per_step(rows, collate, rows_a_step(args, num_processes))}",

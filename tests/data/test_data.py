@@ -15,6 +15,7 @@ from torch.utils.data import BatchSampler
 
 from llm2vec.data.lines import parse_row
 from llm2vec.data.order import OneSourceBlocks, block_order
+from llm2vec.data.reading import Reading
 from llm2vec.data.rows import TrainingRows
 from llm2vec.data.sources import Instruction, Source, e5_sources, read_sources_file, select_sources
 from llm2vec.types import Example, InstructedText, UserError
@@ -144,7 +145,8 @@ def test_texts_come_back_as_written(tmp_path: Path) -> None:
     """Unicode, line breaks, quotes and blanks, through the file and the table."""
     text = ' 東京\n"naïve"\t👩‍👩‍👧 \\ e\u0301\u2028'
     write_jsonl(tmp_path / "a.jsonl", [{"query": text, "positive": text, "negative": text}])
-    row = TrainingRows(tmp_path, [Source("a", "a.jsonl", (Instruction(""),))])[0]
+    as_released = Reading(keep_equal_negatives=True)
+    row = TrainingRows(tmp_path, [Source("a", "a.jsonl", (Instruction(""),), as_released)])[0]
     assert row.query.text == row.positive.text == row.negatives[0].text == text
 
 

@@ -225,7 +225,7 @@ def test_a_record_that_cannot_be_written_is_said(folder: Path) -> None:
 
 def test_a_file_that_cannot_be_read_is_named(tmp_path: Path) -> None:
     (tmp_path / "faq.jsonl").mkdir()
-    with pytest.raises(UserError, match=r"faq\.jsonl cannot be read \(Is a directory\)"):
+    with pytest.raises(UserError, match=r"faq\.jsonl: cannot be read \(Is a directory\)"):
         check_source(SOURCE, tmp_path, characters)
 
 

@@ -90,25 +90,26 @@ def test_a_stamp_looks_at_both_ends_and_between(tmp_path: Path, size: int) -> No
 def test_other_rules_make_another_table(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The cache does not see the code that reads lines, so its version is part of what it knows a table by."""
     write_rows(tmp_path / "a.jsonl", 2)
-    first = data.read_rows(tmp_path / "a.jsonl", 1).cache_files
-    assert data.read_rows(tmp_path / "a.jsonl", 1).cache_files == first
+    first = data.read_rows(tmp_path / "a.jsonl", 1)[0].cache_files
+    assert data.read_rows(tmp_path / "a.jsonl", 1)[0].cache_files == first
     monkeypatch.setattr(data, "ROWS_VERSION", data.ROWS_VERSION + 1)
-    assert data.read_rows(tmp_path / "a.jsonl", 1).cache_files != first
+    assert data.read_rows(tmp_path / "a.jsonl", 1)[0].cache_files != first
 
 
 def test_a_file_that_grows_while_it_is_read_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A table of half a file, or of two, is not kept."""
     file = write_rows(tmp_path / "a.jsonl", 3)
     size = file.stat().st_size
-    parse: Callable[..., Any] = data.parse_row
+    rows_of: Callable[..., Iterator[Any]] = data.rows_of
 
-    def parse_and_grow(*arguments: Any) -> Any:
-        if file.stat().st_size == size:
-            with file.open("ab") as out:
-                out.write(file.read_bytes())
-        return parse(*arguments)
+    def read_and_grow(*arguments: Any, **keywords: Any) -> Iterator[Any]:
+        for row in rows_of(*arguments, **keywords):
+            if file.stat().st_size == size:
+                with file.open("ab") as out:
+                    out.write(file.read_bytes())
+            yield row
 
-    monkeypatch.setattr(data, "parse_row", parse_and_grow)
+    monkeypatch.setattr(data, "rows_of", read_and_grow)
     with pytest.raises(UserError, match=r"a\.jsonl changed while it was read; start again when it is complete"):
         TrainingRows(tmp_path, [SOURCE])
     monkeypatch.undo()

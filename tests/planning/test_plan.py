@@ -231,7 +231,7 @@ def test_a_plan_says_what_the_run_says(
     said = said[next(i for i, line in enumerate(said) if line.startswith("model ")) :]
     plan = make_plan(path, Conditions(stage=stage))
     assert as_the_run_says(plan) == said
-    assert len(said) == 8 + plan.objective.contrasts
+    assert len(said) == 9 + plan.objective.contrasts
     assert plan.memory is not None and plan.memory.most > 0
 
 

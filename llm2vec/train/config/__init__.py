@@ -188,6 +188,9 @@ class Config:
     """A JSON table of your own sources in place of the released archive's."""
     max_train_samples: Annotated[int | None, Key(above=0)] = None
     """Most rows of each source. null = all."""
+    source_temperature: Annotated[float, Key(at_least=1)] = 1.0
+    """How the sources are mixed: an epoch takes of each a share that grows with its rows to the power of 1 / this. 1 =
+    by size, more = more of the small ones, again and again. A source's `weight` is a factor beside it."""
     one_source_per: Literal["step", "micro_batch"] = "step"
     """Which rows share a source: those of an optimiser step, or those that all processes hold at once (the release)."""
 

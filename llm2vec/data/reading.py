@@ -1,0 +1,268 @@
+"""How the records of a source become training rows: which column is which, and what is left out.
+
+All forms meet here. What lies behind (tables, blocks, order, plans, checks, hold-outs) sees rows alone.
+"""
+
+from __future__ import annotations
+
+import random
+from collections import Counter
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from llm2vec.data.lines import check_row
+from llm2vec.data.records import Placed, Record, is_saved, load_from_hub, load_saved, parsed, records_of_file
+from llm2vec.data.records import records_of_table as _records_of_table
+from llm2vec.data.tables import copies_cache
+from llm2vec.types import UserError
+
+#: What a column may be, and whether several columns may be it together.
+ROLES = {
+    "query": False, "positive": True, "negative": True, "pos_score": False, "neg_scores": True, "score": False,
+    "text": False, "label": False,
+}  # fmt: skip
+#: Of these, those whose values are numbers; a CSV file has them as text.
+SCORES = ("pos_score", "neg_scores", "score")
+
+
+class Reading(NamedTuple):
+    """How a source's records are read; the defaults are those of the released archive's form.
+
+    Attributes:
+        hub: whether the source is a data set of the hub, or a folder in the hub's layout.
+        config: its configuration; None = its only or default one.
+        split: of a data set; None = `train`.
+        revision: of a hub data set: a commit, branch or tag; None = the newest.
+        columns: what each role of `ROLES` is called; empty = by the roles' own names.
+        num_negatives: hard negatives of a row, at most; None = as many as are asked for.
+        least_score: pairs with a lower `score` are left out.
+        keep_equal_negatives: whether a negative that is the row's positive stays.
+        max_rows: most rows, from the start; None = all.
+        weight: how often an epoch takes its rows: 1 = each once, 0.5 = half of them.
+        draw_positives: whether a record of several positives is one row, which takes them in turns from epoch to epoch,
+            and not a row of each.
+    """
+
+    hub: bool = False
+    config: str | None = None
+    split: str | None = None
+    revision: str | None = None
+    columns: tuple[tuple[str, tuple[str, ...]], ...] = ()
+    num_negatives: int | None = None
+    least_score: float | None = None
+    keep_equal_negatives: bool = False
+    max_rows: int | None = None
+    weight: float = 1.0
+    draw_positives: bool = False
+
+    @property
+    def roles(self) -> dict[str, tuple[str, ...]]:
+        """`columns`, by role."""
+        return dict(self.columns)
+
+
+def opened(place: Path, reading: Reading) -> Any:
+    """The `datasets.Dataset` of a source that is a data set; all processes call this together.
+
+    Raises:
+        UserError: it is not there or out of reach, or lacks the split.
+    """
+    if not reading.hub:
+        return load_saved(place, reading.split)
+    if not place.is_dir():
+        return load_from_hub(
+            str(place), "sources_file", reading.config, split=reading.split or "train", revision=reading.revision
+        )
+    # Of a folder, datasets knows the last part of its name: it would take another one's rows, or older ones, for these.
+    cache = copies_cache(place)
+    return load_from_hub(str(place), "sources_file", reading.config, split=reading.split or "train", cache_dir=cache)
+
+
+def records_of(place: Path, reading: Reading, name: str = "") -> Iterator[Placed]:
+    """The records of a source's file or data set, whichever `place` is; `name` as in `records_of_file`."""
+    columns = [column for names in reading.roles.values() for column in names]
+    if not reading.hub and not is_saved(place):
+        return records_of_file(place, columns, name)
+    details = ", ".join(detail for detail in (reading.config, reading.split) if detail)
+    return _records_of_table(opened(place, reading), columns, f"{name or place}{f' ({details})' if details else ''}")
+
+
+def rows_of(
+    place: Path,
+    reading: Reading,
+    num_negatives: int | None,
+    with_scores: bool | None = False,
+    *,
+    name: str = "",
+    left_out: Counter[str] | None = None,
+    on_error: Callable[[UserError], None] | None = None,
+) -> Iterator[dict[str, Any]]:
+    """The rows of a source: `row` (the record's number, from 1), `query`, `positive`, `negative` (a list) and, if asked
+    for, `scores`. A record of several positives makes a row of each.
+
+    Args:
+        place: its file or data set.
+        reading: how it is read.
+        num_negatives: of a row, where `reading` does not say fewer; None = all there are.
+        with_scores: whether `scores` are read: the positive's, then those of the negatives; None = where a row has any.
+        name: of the source's file in messages; empty = its path.
+        left_out: counts what is left out, by a word for it.
+        on_error: is told of a bad record, which is then passed over; None = it is raised.
+
+    Raises:
+        UserError: a record is no row (place, what is wrong), or the source cannot be read.
+    """
+    counts = Counter[str]() if left_out is None else left_out
+    if reading.num_negatives is not None:
+        num_negatives = min(reading.num_negatives, reading.num_negatives if num_negatives is None else num_negatives)
+    records = records_of(place, reading, name)
+    if "label" in reading.roles:
+        yield from _rows_of_labels(records, reading, num_negatives, with_scores, counts)
+        return
+    for number, (where, record) in enumerate(records, start=1):
+        try:
+            rows = list(_rows_of(record, reading, num_negatives, with_scores, where, counts))
+        except UserError as error:
+            if on_error is None:
+                raise
+            on_error(error)
+            continue
+        yield from ({"row": number, **row} for row in rows)
+
+
+def _rows_of(
+    record: Record,
+    reading: Reading,
+    num_negatives: int | None,
+    with_scores: bool | None,
+    where: str,
+    counts: Counter[str],
+) -> Iterator[dict[str, Any]]:
+    row = in_roles(record, reading, where)
+    if "score" in reading.roles:
+        score = row.pop("score")
+        if type(score) not in (int, float) or not abs(score) < 1e300:
+            raise UserError(f"{where}: {score!r} is no score; a finite number is needed.")
+        if reading.least_score is not None and score < reading.least_score:
+            counts["pairs below least_score"] += 1
+            return
+        row |= {"pos_score": score, "neg_scores": []}
+    several = isinstance(row.get("positive"), list) and "positive" in reading.roles
+    positives: list[Any] = row["positive"] if several else [row.get("positive")]
+    if not positives:
+        raise UserError(f"{where}: the list of positives is empty.")
+    if not reading.keep_equal_negatives:
+        row, dropped = _without_equals(row, positives)
+        counts["negatives that are their positive"] += dropped
+        if dropped and num_negatives is not None and len(row["negative"]) < num_negatives:
+            counts["rows that then had too few"] += 1
+            return
+    with_scores = "pos_score" in row if with_scores is None else with_scores
+    for positive in positives:
+        yield check_row({**row, "positive": positive} if several else row, num_negatives, where, with_scores)
+
+
+def in_roles(record: Record, reading: Reading, where: str) -> dict[str, Any]:
+    """A record by the roles of its columns.
+
+    Raises:
+        UserError: it is no record, or lacks a column.
+    """
+    found = dict(parsed(record, where))
+    if reading.columns:
+        named = {}
+        for role, columns in reading.columns:
+            for column in columns:
+                if column not in found:
+                    raise UserError(
+                        f"{where}: there is no column {column!r}, which columns names as the {role}; "
+                        f"there are {', '.join(found) or 'none'}."
+                    )
+            values = [found[column] for column in columns]
+            named[role] = values[0] if len(columns) == 1 else _flat(values)
+        found = named
+    if not isinstance(record, bytes):
+        for role in SCORES:
+            if role in found:
+                found[role] = _as_number(found[role])
+    if found.get("negative", "") is None:
+        found["negative"] = []
+    return found
+
+
+def _flat(values: Sequence[Any]) -> list[Any]:
+    """The values of several columns as one list; what is null is none."""
+    return [one for value in values if value is not None for one in (value if isinstance(value, list) else [value])]
+
+
+def _as_number(value: Any) -> Any:
+    if isinstance(value, list):
+        return [_as_number(one) for one in value]
+    try:
+        return float(value) if isinstance(value, str) else value
+    except ValueError:
+        return value  # which the check refuses
+
+
+def _without_equals(row: dict[str, Any], positives: Sequence[Any]) -> tuple[dict[str, Any], int]:
+    """A row without the negatives that are a positive, and how many they were; what is no row is left as it is."""
+    negatives, scores = row.get("negative"), row.get("neg_scores")
+    listed = [negatives] if isinstance(negatives, str) else negatives
+    if not isinstance(listed, list):
+        return row, 0
+    own = {text.strip() for text in positives if isinstance(text, str)}
+    kept = [i for i, text in enumerate(listed) if not isinstance(text, str) or text.strip() not in own]
+    if len(kept) == len(listed):
+        return row, 0
+    found = {**row, "negative": [listed[i] for i in kept]}
+    if isinstance(scores, list) and len(scores) == len(listed):
+        found["neg_scores"] = [scores[i] for i in kept]
+    return found, len(listed) - len(kept)
+
+
+# --- labelled texts ---
+
+
+def _rows_of_labels(
+    records: Iterator[Placed],
+    reading: Reading,
+    num_negatives: int | None,
+    with_scores: bool | None,
+    counts: Counter[str],
+) -> Iterator[dict[str, Any]]:
+    """Each text as a query; the next one of its label, in a shuffled circle, is its positive; texts of other labels,
+    drawn, are its negatives (None = one). All texts are held in memory."""
+    found: dict[tuple[Any, str], tuple[int, str]] = {}
+    for number, (where, record) in enumerate(records, start=1):
+        row = in_roles(record, reading, where)
+        label, text = row["label"], row["text"]
+        if not isinstance(label, str | int):
+            raise UserError(f"{where}: the label is {label!r}; a string or a whole number is needed.")
+        check_row({"query": text, "positive": text}, 0, where)
+        if (label, text) in found:
+            counts["texts that come twice"] += 1
+        found.setdefault((label, text), (number, where))
+    texts = list(found)
+    circles: dict[Any, list[int]] = {}
+    for i, (label, _) in enumerate(texts):
+        circles.setdefault(label, []).append(i)
+    if len(circles) < 2:
+        raise UserError(f"{next(iter(found.values()), ('', 'a labelled source'))[1]}: there are no two labels.")
+    draw = random.Random(0)
+    positive_of: dict[int, int] = {}
+    for circle in circles.values():
+        draw.shuffle(circle)
+        positive_of.update(zip(circle, [*circle[1:], circle[0]], strict=True))
+    for i, (label, text) in enumerate(texts):
+        if positive_of[i] == i:
+            counts["texts that are alone under their label"] += 1
+            continue
+        negatives: list[int] = []
+        while len(negatives) < (1 if num_negatives is None else num_negatives):
+            drawn = draw.randrange(len(texts))
+            if texts[drawn][0] != label:
+                negatives.append(drawn)
+        row = {"query": text, "positive": texts[positive_of[i]][1], "negative": [texts[j][1] for j in negatives]}
+        number, where = found[label, text]
+        yield {"row": number, **check_row(row, None, where, bool(with_scores))}

@@ -1,0 +1,333 @@
+"""Rows in any form: each is read into the very rows of its JSONL twin, and what is wrong is said in one sentence."""
+
+from __future__ import annotations
+
+import csv
+import gzip
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+import torch
+from datasets import Dataset, DatasetDict
+from helpers import family_tokenizer, tiny_model, write_jsonl
+from safetensors.torch import load_file
+
+from llm2vec.commands.check_data import main as check_data
+from llm2vec.data.held_out import hold_out
+from llm2vec.data.rows import TrainingRows
+from llm2vec.data.sources import READY_TABLES, read_sources_file
+from llm2vec.train.stages import train_stage
+from llm2vec.types import Example, UserError
+
+#: Texts that a reader may spoil: digits, "NA", line breaks, quotes, commas, tabs.
+ROWS = [
+    {"query": f"who wrote {i}", "positive": text, "negative": f"the red one, {i}"}
+    for i, text in enumerate(["NA", "007", 'the "blue"\nanswer', "a\tb, c", "née 東京", "1e5", "null", "true"])
+]
+
+
+def _write_csv(file: Path, rows: list[dict[str, Any]]) -> None:
+    with file.open("w", encoding="utf-8", newline="") as out:
+        writer = csv.DictWriter(out, list(rows[0]), delimiter="\t" if file.suffix == ".tsv" else ",")
+        writer.writeheader()
+        writer.writerows(rows)
+
+
+def _write_gzip(file: Path, rows: list[dict[str, Any]]) -> None:
+    with gzip.open(file, "wt", encoding="utf-8") as out:
+        out.writelines(json.dumps(row) + "\n" for row in rows)
+
+
+def _write_arrow(opened: Callable[..., Any]) -> Callable[[Path, list[dict[str, Any]]], None]:
+    def write(file: Path, rows: list[dict[str, Any]]) -> None:
+        table = pa.Table.from_pylist(rows)
+        with opened(str(file), table.schema) as writer:
+            writer.write_table(table)
+
+    return write
+
+
+def write_hub_layout(folder: Path, rows: list[dict[str, Any]], config: str = "default") -> None:
+    """A repository of the hub: its card names a configuration's files, cut in two."""
+    (folder / config).mkdir(parents=True)
+    for part, some in enumerate((rows[:3], rows[3:])):
+        pq.write_table(pa.Table.from_pylist(some), folder / config / f"train-0000{part}-of-00002.parquet")
+    files = f"configs:\n- config_name: {config}\n  data_files:\n  - split: train\n    path: {config}/train-*\n"
+    (folder / "README.md").write_text(f"---\n{files}---\n", encoding="utf-8")
+
+
+#: A form -> the name of its file, how it is written, and what its entry in the table says beside the file.
+FORMS: dict[str, tuple[str, Callable[[Path, list[dict[str, Any]]], Any], dict[str, Any]]] = {
+    "gzip": ("a.jsonl.gz", _write_gzip, {}),
+    "parquet": ("a.parquet", lambda file, rows: pq.write_table(pa.Table.from_pylist(rows), file), {}),
+    "csv": ("a.csv", _write_csv, {}),
+    "tsv": ("a.tsv", _write_csv, {}),
+    "arrow stream": ("a.arrow", _write_arrow(pa.ipc.new_stream), {}),
+    "arrow file": ("a.arrow", _write_arrow(pa.ipc.new_file), {}),
+    "saved": ("a", lambda file, rows: Dataset.from_list(rows).save_to_disk(file), {}),
+    "saved split": ("a", lambda f, rows: DatasetDict({"x": Dataset.from_list(rows)}).save_to_disk(f), {"split": "x"}),
+    "hub": ("some/name", lambda f, rows: write_hub_layout(f, rows, "pair"), {"hub": "some/name", "config": "pair"}),
+}
+
+
+def entry(file: str, **keys: Any) -> dict[str, Any]:
+    return {**({} if "hub" in keys else {"file": file}), "instruction": ["find the answer", "same"], **keys}
+
+
+def write_table(folder: Path, **entries: dict[str, Any]) -> Path:
+    table = folder / "sources.json"
+    table.write_text(json.dumps(entries), encoding="utf-8")
+    return table
+
+
+def read(folder: Path, num_negatives: int = 1, with_scores: bool = False, **entries: dict[str, Any]) -> TrainingRows:
+    sources = read_sources_file(write_table(folder, **entries))
+    return TrainingRows(folder, sources, num_negatives=num_negatives, with_scores=with_scores)
+
+
+def texts(rows: TrainingRows) -> list[tuple[str, str, list[str]]]:
+    examples = [rows[i] for i in range(len(rows))]
+    return [(e.query.text, e.positive.text, [n.text for n in e.negatives]) for e in examples]
+
+
+def write_form(folder: Path, form: str, rows: list[dict[str, Any]]) -> dict[str, Any]:
+    """The rows in a form; returns the table's entry."""
+    name, write, keys = FORMS[form]
+    write(folder / name, rows)
+    return entry(name, **keys)
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_every_form_has_the_rows_of_its_twin(form: str, tmp_path: Path) -> None:
+    write_jsonl(tmp_path / "a.jsonl", ROWS)
+    twin = read(tmp_path, a=entry("a.jsonl"))
+    rows = read(tmp_path, a=write_form(tmp_path, form, ROWS))
+    assert [rows[i] for i in range(len(rows))] == [twin[i] for i in range(len(twin))] and len(rows) == len(ROWS)
+    assert [rows.place(i)[1] for i in range(len(rows))] == list(range(1, 9))
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_a_bad_row_is_named_in_every_form(form: str, tmp_path: Path) -> None:
+    table = {"a": write_form(tmp_path, form, [*ROWS[:5], {**ROWS[5], "positive": " "}, *ROWS[6:]])}
+    place = r"line 6" if form == "gzip" else r"row 6"
+    with pytest.raises(UserError, match=rf"{place}: `positive` is empty"):
+        read(tmp_path, **table)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("stage", ["stage_I", "stage_II"])
+def test_every_form_trains_the_same_weights(stage: Any, tmp_path: Path) -> None:
+    """Bit for bit; with columns by names of their own, too."""
+    tiny_model("llama", True, initializer_range=0.2).save_pretrained(tmp_path / "base")
+    family_tokenizer("llama").save_pretrained(tmp_path / "base")
+    write_jsonl(tmp_path / "a.jsonl", ROWS)
+    entries = {"jsonl": entry("a.jsonl")}
+    for form in FORMS:
+        (tmp_path / form).mkdir()
+        entries[form] = write_form(tmp_path / form, form, ROWS)
+    renamed = [{"q": row["query"], "d": row["positive"], "n": row["negative"]} for row in ROWS]
+    (tmp_path / "renamed").mkdir()
+    columns = {"query": "q", "positive": "d", "negative": "n"}
+    entries["renamed"] = write_form(tmp_path / "renamed", "parquet", renamed) | {"columns": columns}
+    weights = {}
+    for form, of_form in entries.items():
+        folder = tmp_path if form == "jsonl" else tmp_path / form
+        config = {
+            "model_name_or_path": str(tmp_path / "base"), "sources_file": str(write_table(folder, a=of_form)),
+            "output_dir": str(folder / "out"), "max_seq_length": 32, "per_device_train_batch_size": 4, "max_steps": 2,
+            "report_to": "none", "save_strategy": "no", "disable_tqdm": True, "learning_rate": 1e-2,
+        }  # fmt: skip
+        (folder / "config.json").write_text(json.dumps(config), encoding="utf-8")
+        train_stage(stage, folder / "config.json")
+        (file,) = (folder / "out").glob("*.safetensors")
+        weights[form] = load_file(file)
+    twin = weights.pop("jsonl")
+    for found in weights.values():
+        assert found.keys() == twin.keys() and all(torch.equal(found[name], twin[name]) for name in twin)
+
+
+# What the columns are
+
+
+def test_lists_of_positives_and_negatives(tmp_path: Path) -> None:
+    """A positive makes a row; negatives may lie in several columns, and what is null is none."""
+    rows = [{"q": "a", "pos": ["b", "c"], "n1": "x", "n2": None, "n3": "y"},
+            {"q": "d", "pos": ["e"], "n1": "u", "n2": "v", "n3": None}]  # fmt: skip
+    columns = {"query": "q", "positive": "pos", "negative": ["n1", "n2", "n3"]}
+    write_form(tmp_path, "parquet", rows)
+    found = read(tmp_path, 2, a=entry("a.parquet", columns=columns))
+    assert texts(found) == [("a", "b", ["x", "y"]), ("a", "c", ["x", "y"]), ("d", "e", ["u", "v"])]
+    assert [found.place(i) for i in range(3)] == [("a.parquet", 1), ("a.parquet", 1), ("a.parquet", 2)]
+
+
+def test_rows_without_negatives_beside_others(tmp_path: Path) -> None:
+    write_form(tmp_path, "csv", ROWS)
+    columns = {"query": "query", "positive": "positive"}
+    found = read(tmp_path, 1, a=entry("a.csv", columns=columns), b=entry("a.csv"), c=entry("a.csv", num_negatives=0))
+    assert [len(found[i].negatives) for i in (0, 8, 16)] == [0, 1, 0]
+
+
+def test_pairs_with_a_score(tmp_path: Path) -> None:
+    rows = [{"s1": f"a{i}", "s2": f"b{i}", "score": score} for i, score in enumerate((0.2, 0.8, 0.5))]
+    columns = {"query": "s1", "positive": "s2", "score": "score"}
+    for form in ("csv", "parquet"):
+        written = write_form(tmp_path, form, rows) | {"columns": columns}
+        found = read(tmp_path, a={**written, "least_score": 0.5})
+        assert texts(found) == [("a1", "b1", []), ("a2", "b2", [])]
+        assert found.left_out == [{"pairs below least_score": 1}]
+        assert [one.scores for one in map(read(tmp_path, 1, True, a=written).__getitem__, range(3))] == [
+            (0.2,), (0.8,), (0.5,)
+        ]  # fmt: skip
+        with pytest.raises(UserError, match="source 'a': its pairs have a score, so its table must say by"):
+            read(tmp_path, a=written)
+
+
+def test_labelled_texts(tmp_path: Path) -> None:
+    """A text's positive has its label, its negatives have not; a text alone under its label is left out."""
+    rows = [{"text": f"{label} {i}", "label": label} for i in range(4) for label in ("cat", "dog")]
+    rows += [{"text": "bird", "label": "bird"}, rows[0]]
+    write_form(tmp_path, "parquet", rows)
+    written = entry("a.parquet", columns={"text": "text", "label": "label"})
+    found = read(tmp_path, 2, a=written)
+    label = {row["text"]: row["label"] for row in rows}
+    for query, positive, negatives in texts(found):
+        assert label[positive] == label[query] and positive != query
+        assert len(negatives) == 2 and all(label[text] != label[query] for text in negatives)
+    assert sorted(row[0] for row in texts(found)) == sorted(row[1] for row in texts(found)) and len(found) == 8
+    assert found.left_out == [{"texts that are alone under their label": 1, "texts that come twice": 1}]
+    assert texts(read(tmp_path, 2, a=written)) == texts(found)
+    one = write_jsonl(tmp_path / "one.jsonl", [{"text": "a", "label": 1}, {"text": "b", "label": 1}])
+    with pytest.raises(UserError, match=r"one\.jsonl, line 1: there are no two labels"):
+        read(tmp_path, a=entry(one.name, columns={"text": "text", "label": "label"}))
+
+
+@pytest.mark.parametrize("form", ["jsonl", "parquet"])
+def test_a_negative_that_is_the_positive_is_dropped_and_counted(form: str, tmp_path: Path) -> None:
+    """The next one takes its place; a row that has no other is left out. The released archive's stay."""
+    triples = [("a", "b", ["b ", "c"]), ("d", "e", ["e"]), ("f", "g", ["h"])]
+    rows = [dict(zip(("query", "positive", "negative"), triple, strict=True)) for triple in triples]
+    if form == "jsonl":
+        write_jsonl(tmp_path / "a.jsonl", rows)
+    written = entry("a.jsonl") if form == "jsonl" else write_form(tmp_path, form, rows)
+    for _ in range(2):  # built, then mapped
+        found = read(tmp_path, a=written)
+        assert texts(found) == [("a", "b", ["c"]), ("f", "g", ["h"])]
+        assert found.left_out == [{"negatives that are their positive": 2, "rows that then had too few": 1}]
+    assert [one[2] for one in texts(read(tmp_path, a={**written, "keep_equal_negatives": True}))] == [
+        ["b "], ["e"], ["h"]
+    ]  # fmt: skip
+
+
+# Ready tables
+
+
+@pytest.mark.parametrize("source", read_sources_file(Path("hub")), ids=lambda source: source.name)
+def test_ready_tables_read_copies_in_the_layout_of_the_hub(source: Any, tmp_path: Path) -> None:
+    """With the columns that the hub's data sets have; `hub` names the table."""
+    names = [column for columns in source.reading.roles.values() for column in columns]
+    rows = [{name: f"{name} {i}" for name in names} for i in range(8)]
+    write_hub_layout(tmp_path / source.file, rows, source.reading.config or "pair")
+    found = TrainingRows(tmp_path, [source], num_negatives=1)
+    example: Example = found[7]
+    assert len(found) == 8 and example.query.text == f"{names[0]} 7" and example.positive.text == f"{names[1]} 7"
+    assert [text.text for text in example.negatives] == [f"{name} 7" for name in names[2:]]
+    assert source.licence and example.query.instruction
+
+
+def test_ready_tables_are_shipped_and_named() -> None:
+    assert READY_TABLES["hub"].is_file()
+    assert {source.file.partition("/")[0] for source in read_sources_file(Path("hub"))} == {"sentence-transformers"}
+
+
+# What is wrong
+
+
+@pytest.mark.parametrize(
+    ("keys", "message"),
+    [
+        ({"columns": {"query": ["q", "r"], "positive": "d"}}, r"query names 2 columns \(q, r\); it can be one alone"),
+        ({"columns": {"query": "q", "positive": "q"}}, "'q' is named twice; a column can have one role"),
+        ({"columns": {"anchor": "q"}}, "'anchor' is no role of a column; known: query, positive, negative"),
+        ({"columns": {"query": "q"}}, "columns must name query and positive, or text and label alone; it names query"),
+        ({"columns": {"query": "q", "positive": 3}}, "positive must name a column or a list of them"),
+        ({"columns": []}, "`columns` must be an object"),
+        ({"least_score": 0.5}, "`least_score` must be a number, beside a `score` in columns"),
+        ({"num_negatives": -1}, "`num_negatives` must be a whole number"),
+        ({"config": "x"}, "`config` is for a data set of the hub"),
+        ({"hub": "a/b", "file": "x"}, "or `hub` a data set"),
+    ],
+    ids=str,
+)
+def test_a_wrong_entry_is_said(keys: dict[str, Any], message: str, tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=rf"sources\.json, source 'a': .*{message}"):
+        read_sources_file(write_table(tmp_path, a={"file": "a.csv", **keys}))
+
+
+def test_a_missing_column_lists_those_there_are(tmp_path: Path) -> None:
+    columns = {"query": "anchor", "positive": "positive"}
+    written = write_form(tmp_path, "csv", ROWS) | {"columns": columns}
+    with pytest.raises(UserError, match=r"a\.csv, row 1: there is no column 'anchor', .* there are query, positive, n"):
+        read(tmp_path, a=written)
+    rows = [{"id": "x", "text": "y"}]
+    with pytest.raises(UserError, match=r"row 1: the field `query` is missing; there are id, text\."):
+        read(tmp_path, a=write_form(tmp_path, "parquet", rows))
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "message"),
+    [
+        ("a.csv", b"query,positive\na,b,c\n", "row 1: 3 cells, but the header names 2 columns"),
+        ("a.csv", b"query,query\na,b\n", "the header names the column 'query' twice"),
+        ("a.csv", b'query,positive\n"a,b\n', "not valid CSV"),
+        ("a.csv", b"query,positive\ncaf\xe9,b\n", "not valid UTF-8"),
+        ("a.parquet", b"PAR1 no more", "not a whole Parquet file"),
+        ("a.arrow", b"nothing", "not a whole Arrow file"),
+        ("a.jsonl.gz", b"nothing", "not a whole gzip file"),
+        ("a.jsonl.gz", gzip.compress(b'{"query": "a", "positive": "b"}\n' * 99)[:-9], "not a whole gzip file"),
+    ],
+)
+def test_a_damaged_file_is_said(name: str, content: bytes, message: str, tmp_path: Path) -> None:
+    (tmp_path / name).write_bytes(content)
+    with pytest.raises(UserError, match=rf"{name}.*{message}"):
+        read(tmp_path, 0, a=entry(name))
+
+
+def test_what_is_not_there_is_said(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A name of the hub, offline; a split; a folder that is no data set."""
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    monkeypatch.setattr("datasets.config.HF_HUB_OFFLINE", True)
+    with pytest.raises(UserError, match=r"sources_file: 'some/thing' could not be loaded from the hub \("):
+        read(tmp_path, a={"hub": "some/thing"})
+    Dataset.from_list(ROWS).save_to_disk(tmp_path / "saved")
+    DatasetDict({"x": Dataset.from_list(ROWS)}).save_to_disk(tmp_path / "splits")
+    with pytest.raises(UserError, match=r"splits: there is no split 'train'; there are x\."):
+        read(tmp_path, a=entry("splits"))
+    (tmp_path / "folder").mkdir()
+    with pytest.raises(UserError, match="lacks folder"):
+        read(tmp_path, a=entry("folder"))
+
+
+# What knows of no form
+
+
+def test_checks_and_hold_outs_read_every_form(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    caplog.set_level("INFO", logger="llm2vec")
+    rows = [{"q": f"q{i}", "d": f"d{i}", "n": f"n{i}", "s": i / 50, "t": [0.9]} for i in range(50)]
+    columns = {"query": "q", "positive": "d", "negative": "n", "pos_score": "s", "neg_scores": "t"}
+    written = write_form(tmp_path, "saved", rows) | {"columns": columns, "licence": "CC0"}
+    bad = [{"query": "a"}, {"query": "a", "positive": "b", "negative": "b"}]
+    write_jsonl(tmp_path / "b.jsonl.gz.jsonl", bad)
+    table = write_table(tmp_path, a=written, b=entry("b.jsonl.gz.jsonl"))
+    assert check_data([str(tmp_path), "--sources_file", str(table), "--sources", "a"]) == 0
+    assert "a: 45 rows score a negative above the positive; licence: CC0" in caplog.text
+    assert check_data([str(tmp_path), "--sources_file", str(table), "--sources", "b"]) == 1
+    assert "line 1: the field `positive` is missing; there are query." in caplog.text
+    hold_out(tmp_path, read_sources_file(table)[:1], tmp_path / "out", 5, seed=1)
+    (source,) = read_sources_file(tmp_path / "out/sources.json")
+    kept = TrainingRows(tmp_path / "out/train", [source], with_scores=True)
+    assert len(kept) == 45 and kept[0].scores[1] == 0.9 and kept[0].query.instruction == "find the answer"
