@@ -5,7 +5,7 @@ python experiments/check_data.py my/folder --sources_file my_sources.json --test
 """
 
 from llm2vec.cli import run_command
-from llm2vec.commands.check_data import main
+from llm2vec.commands.data.check_data import main
 
 if __name__ == "__main__":
     run_command(main)

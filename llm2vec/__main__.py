@@ -44,8 +44,9 @@ COMMANDS = {
     "verify": Command("models.verify", "whether a model gives the same vectors however it is loaded"),
     "compare": Command("compare", "a set of recipes on the same data: train, evaluate, one table"),
     "reconstruct": Command("models.reconstruct", "write the other side's text from an anchor, or score what it tells"),
-    "check-data": Command("check_data", "look at training data before training on it"),
-    "hold-out": Command("hold_out", "split training data into rows to train on and queries to evaluate on"),
+    "check-data": Command("data.check_data", "look at training data before training on it"),
+    "hold-out": Command("data.hold_out", "split training data into rows to train on and queries to evaluate on"),
+    "mine": Command("data.mine", "hard negatives for training data: search, margin, reranker"),
     "schema": Command("schema", "print the JSON Schema of training configs, for editors"),
 }
 

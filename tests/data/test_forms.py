@@ -17,7 +17,7 @@ from datasets import Dataset, DatasetDict
 from helpers import family_tokenizer, tiny_model, write_jsonl
 from safetensors.torch import load_file
 
-from llm2vec.commands.check_data import main as check_data
+from llm2vec.commands.data.check_data import main as check_data
 from llm2vec.data.held_out import hold_out
 from llm2vec.data.rows import TrainingRows
 from llm2vec.data.sources import READY_TABLES, read_sources_file

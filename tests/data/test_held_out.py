@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 from helpers import write_jsonl
 
-from llm2vec.commands.hold_out import main
+from llm2vec.commands.data.hold_out import main
 from llm2vec.data import held_out
 from llm2vec.data.held_out import hold_out
 from llm2vec.data.sources import Instruction, Source

@@ -1,0 +1,1 @@
+"""Commands over training data, before anything is trained on it."""
