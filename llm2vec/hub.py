@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import difflib
 import logging
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator, Mapping
 from contextlib import contextmanager
 from contextvars import ContextVar
 from pathlib import Path
+from typing import Any, TypedDict
 
 from huggingface_hub import constants
 from huggingface_hub.utils import http_backoff  # type: ignore[attr-defined]  # public, and not in its __all__
@@ -17,6 +19,9 @@ logger = logging.getLogger(__name__)
 
 #: Seconds in which the hub must answer, tried twice, where nobody waits for it.
 SECONDS_FOR_THE_HUB = 5.0
+
+#: Keywords of the hub's client, for all that is opened meanwhile.
+_client: ContextVar[dict[str, Any]] = ContextVar("_client", default={})  # noqa: B039  # nobody changes it
 
 #: Whether the hub has still to be asked if it is there.
 _asks_first: ContextVar[bool] = ContextVar("_asks_first", default=False)
@@ -45,6 +50,7 @@ def find_file(path: str, name: str, revision: str | None = None) -> str | None:
             path,
             name,
             revision=revision,
+            **client_keywords(),
             _raise_exceptions_for_gated_repo=False,
             _raise_exceptions_for_missing_entries=False,
             _raise_exceptions_for_connection_errors=False,
@@ -81,3 +87,81 @@ def _go_offline_if_the_hub_is_silent() -> None:
 def local_folder(path: str) -> Path | None:
     """`path` as a folder on this machine, or None where it is a hub name."""
     return Path(path) if Path(path).is_dir() else None
+
+
+# --- what callers of transformers say of the hub, and of loading ---
+
+
+class LoadingKeywords(TypedDict, total=False):
+    """Keywords of transformers that `LLM2Vec.from_pretrained` takes, too: of the hub, of weights, without effect."""
+
+    token: str | bool | None
+    cache_dir: str | Path | None
+    local_files_only: bool
+    revision: str | None  #: of the first argument
+    quantization_config: Any  #: of bitsandbytes
+    max_memory: Mapping[Any, Any] | None  #: with a device map
+    offload_folder: str | Path | None
+    low_cpu_mem_usage: bool | None
+    use_cache: bool | None
+    use_safetensors: bool | None
+    trust_remote_code: bool | None
+
+
+_OF_CLIENT = ("token", "cache_dir", "local_files_only")
+_OF_WEIGHTS = ("quantization_config", "max_memory", "offload_folder")
+#: Quantisation that loads without kernels from the hub.
+QUANTISATION = ("bitsandbytes",)
+#: Keywords without effect, and why they have none.
+_WITHOUT_EFFECT = (
+    ("low_cpu_mem_usage", "transformers always does so"),
+    ("use_cache", "embedding reads no cache"),
+    ("use_safetensors", "nothing else than safetensors is opened"),
+    ("trust_remote_code", "the repository's own code is not needed and is not run"),
+)
+#: What took the place of keywords that were in use once.
+_NOW = {
+    "load_in_8bit": "quantization_config=BitsAndBytesConfig(load_in_8bit=True)",
+    "load_in_4bit": "quantization_config=BitsAndBytesConfig(load_in_4bit=True)",
+    "use_auth_token": "token",
+}
+
+
+def read_keywords(given: Mapping[str, Any], beside: Collection[str]) -> dict[str, Any]:
+    """Those of a caller's further keywords that go to transformers with a model's weights; what has no effect is said.
+
+    Args:
+        given: names and values.
+        beside: names of the arguments that the caller has anyway, for the message.
+
+    Raises:
+        TypeError: there is no such keyword; names the nearest.
+        UserError: `quantization_config` is of another library than bitsandbytes.
+    """
+    for name in given.keys() - LoadingKeywords.__annotations__.keys():
+        near = difflib.get_close_matches(name, [*beside, *LoadingKeywords.__annotations__], n=1)
+        instead = f"; write {_NOW[name]}" if name in _NOW else f"; the nearest is {near[0]!r}" if near else ""
+        raise TypeError(f"from_pretrained() has no argument {name!r}{instead}.")
+    for name, reason in _WITHOUT_EFFECT:
+        if given.get(name) is not None:
+            logger.warning("%s has no effect: %s", name, reason)
+    quantised: Any = given.get("quantization_config")
+    method = quantised.get("quant_method") if isinstance(quantised, dict) else getattr(quantised, "quant_method", None)
+    if quantised is not None and method not in QUANTISATION:
+        raise UserError(f"quantization_config is of {method!r}; allowed: {', '.join(QUANTISATION)}.")
+    return {name: given[name] for name in _OF_WEIGHTS if given.get(name) is not None}
+
+
+@contextmanager
+def asking_with(given: Mapping[str, Any]) -> Iterator[None]:
+    """While it lasts, `token`, `cache_dir` and `local_files_only` of `given` hold for all that is asked of the hub."""
+    before = _client.set({name: given[name] for name in _OF_CLIENT if given.get(name) is not None})
+    try:
+        yield
+    finally:
+        _client.reset(before)
+
+
+def client_keywords() -> dict[str, Any]:
+    """What `asking_with` was given, for a library that asks the hub by itself."""
+    return _client.get()

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import dataclasses
+import inspect
 import logging
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Unpack
 
 import numpy as np
 import torch
@@ -17,12 +18,20 @@ from torch import Tensor, nn
 from tqdm.auto import tqdm
 from transformers import PretrainedConfig, PreTrainedTokenizerBase
 
+from llm2vec.hub import LoadingKeywords, asking_with, read_keywords
 from llm2vec.model.backbone import Backbone, hidden_states, load_backbone, load_tokenizer
 from llm2vec.model.chain import Chain, open_chain
 from llm2vec.model.checkpoint import save_checkpoint
 from llm2vec.model.pooling import check_finite, embed, pool
 from llm2vec.model.proofs import check_decoder
-from llm2vec.model.settings import UPSTREAMS_RULE, EncoderSettings, check_rendering, row_tokenizer, with_template
+from llm2vec.model.settings import (
+    UPSTREAMS_RULE,
+    EncoderSettings,
+    check_rendering,
+    row_tokenizer,
+    set_attention,
+    with_template,
+)
 from llm2vec.model.stock_form import stock_model
 from llm2vec.text.batches import pack_rows
 from llm2vec.text.entries import as_instructed, check_encoding
@@ -102,6 +111,7 @@ class LLM2Vec(nn.Module):
             parent_adapters=None if parent_adapters is None else tuple(parent_adapters),
             instruction_mask=instruction_mask,
         )
+        set_attention(model.config, attention)  # so that a call of `model` by itself attends as `encode` does
         self.model = model
         self.tokenizer = tokenizer
         self.settings = with_template(settings, tokenizer)
@@ -127,6 +137,7 @@ class LLM2Vec(nn.Module):
         dtype: torch.dtype | str | None = None,
         device_map: Any = None,
         attn_implementation: str | None = None,
+        **of_transformers: Unpack[LoadingKeywords],
     ) -> LLM2Vec:
         """Load a model, put its adapters on, and prove that it attends as its settings say.
 
@@ -152,17 +163,23 @@ class LLM2Vec(nn.Module):
             dtype: the same, under its newer name.
             device_map: as in transformers.
             attn_implementation: `eager`, `sdpa` or `flash_attention_2`.
+            of_transformers: `token`, `cache_dir` and `local_files_only`, for all that is fetched; `revision` of the
+                first argument; `quantization_config` of bitsandbytes, `max_memory`, `offload_folder`. Some more are
+                taken and said to have no effect (`hub.LoadingKeywords`), among them `trust_remote_code`.
 
         Raises:
+            TypeError: there is no such keyword.
             UserError: something is not found, does not fit, has no effect, or does not attend as asked.
         """
+        of_weights = read_keywords(of_transformers, inspect.signature(cls.from_pretrained).parameters)
         chain = base_model_name_or_path
         if not isinstance(chain, Chain):
             given = peft_model_name_or_path
             adapters = [given] if isinstance(given, str | Path) else given or ()
-            chain = open_chain(str(chain), [str(adapter) for adapter in adapters])
-        elif peft_model_name_or_path:
-            raise UserError("peft_model_name_or_path: adapters are part of the chain; open it with them.")
+            with asking_with(of_transformers):
+                chain = open_chain(str(chain), list(map(str, adapters)), of_transformers.get("revision"))
+        elif peft_model_name_or_path or of_transformers.get("revision"):
+            raise UserError("peft_model_name_or_path: adapters and revision are the chain's; open it with them.")
         recorded = chain.settings or (UPSTREAMS_RULE if chain.adapters and not chain.outermost.run else {})
         chosen = {
             "pooling_mode": pooling_mode,
@@ -176,14 +193,16 @@ class LLM2Vec(nn.Module):
         }
         parents = {"parent_adapters": chain.adapters[:-1] if chain.adapters and not merge_peft else None}
         settings = EncoderSettings(**{**recorded, **{k: v for k, v in chosen.items() if v is not None}, **parents})
-        tokenizer = load_tokenizer(chain.tokenizer_path)
-        model = load_backbone(
-            chain,
-            dtype=dtype if dtype is not None else torch_dtype,
-            attn_implementation=attn_implementation,
-            device_map=device_map,
-            merge_last=merge_peft,
-        )
+        with asking_with(of_transformers):
+            tokenizer = load_tokenizer(chain.tokenizer_folder)
+            model = load_backbone(
+                chain,
+                dtype=dtype if dtype is not None else torch_dtype,
+                attn_implementation=attn_implementation,
+                device_map=device_map,
+                merge_last=merge_peft,
+                of_weights=of_weights,
+            )
         if device_map is None and model.config._attn_implementation == "flash_attention_2":
             model.to("cuda")  # type: ignore[arg-type]  # where `encode` would move it, and the only place this attention runs
         check_decoder(model, settings.attention)

@@ -27,10 +27,12 @@ from llm2vec.choice import ModelChoice
 from llm2vec.evaluation.models import load_encoder
 from llm2vec.export.export import Export, export
 from llm2vec.files import write_json
-from llm2vec.model.backbone import attach_lora
+from llm2vec.model import backbone
+from llm2vec.model.backbone import attach_lora, load_tokenizer
 from llm2vec.model.chain import open_chain
 from llm2vec.model.checkpoint import save_checkpoint
 from llm2vec.model.settings import SETTINGS_FILE, EncoderSettings
+from llm2vec.model.vault import Folder, check_tokenizer
 from llm2vec.planning.plan import shape_of
 from llm2vec.types import UserError
 from llm2vec.verify.loaded import open_way
@@ -372,6 +374,30 @@ def test_honest_names_open_from_the_snapshot_that_was_looked_at(
     (tmp_path / "models--somebody--stock/snapshots" / COMMIT / "config.json").unlink()
     with pytest.raises(UserError, match="cannot load somebody/stock"):
         load_encoder(evaluated(stock, device="cpu"))
+
+
+@pytest.mark.parametrize("with_config", [True, False])
+def test_a_tokenizer_is_that_of_the_commit_that_was_looked_at(
+    with_config: bool, root: Path, cached: Callable[[Path, str], Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Also where the repository moves on in between, to one that nobody has looked at."""
+    honest = shutil.copytree(root / "base", tmp_path / "honest")
+    if not with_config:
+        (honest / "config.json").unlink()
+    name = str(cached(honest, "somebody/moves"))
+    repository = tmp_path / "models--somebody--moves"
+    later = shutil.copytree(honest, repository / "snapshots" / ("1" * 40))
+    family_tokenizer("mistral").save_pretrained(later)
+
+    def then_moves(folder: Folder) -> str | None:
+        commit = check_tokenizer(folder)
+        (repository / "refs/main").write_text("1" * 40, encoding="utf-8")
+        return commit
+
+    monkeypatch.setattr(backbone, "check_tokenizer", then_moves)
+    expected = load_tokenizer(str(honest)).get_vocab()
+    assert load_tokenizer(name).get_vocab() == expected
+    assert load_tokenizer(name).get_vocab() != expected  # moved by the first call
 
 
 def test_hostile_names_are_refused(root: Path, cached: Callable[[Path, str], Path]) -> None:

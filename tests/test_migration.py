@@ -17,10 +17,11 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+import transformers
 from helpers import family_tokenizer, tiny_model
 from peft import PeftModel
 from torch import Tensor
-from transformers import AutoConfig, AutoModel, AutoTokenizer, PreTrainedModel
+from transformers import AutoConfig, AutoModel, AutoTokenizer, BitsAndBytesConfig, PreTrainedModel
 
 from llm2vec import LLM2Vec
 from llm2vec.commands import train
@@ -454,8 +455,83 @@ def test_answers_instead_of_accidents() -> None:
     assert torch.equal(encode(model, ["  who wrote it\n"]), encode(model, ["who wrote it"]))
     with pytest.raises(UserError, match="max_length is 24"):
         encode(model, [["find " * 40, "who wrote it"]])
-    with pytest.raises(TypeError, match="load_in_4bit"):
-        LLM2Vec.from_pretrained(*names("llama3"), load_in_4bit=True)  # type: ignore[call-arg]
+
+
+# --- what upstream hands on to transformers ---
+
+
+@pytest.mark.parametrize("keyword", ["low_cpu_mem_usage", "use_cache", "use_safetensors", "trust_remote_code"])
+def test_a_keyword_without_effect_is_taken_and_said(keyword: str, caplog: pytest.LogCaptureFixture) -> None:
+    model = LLM2Vec.from_pretrained(*names("llama3"), **{keyword: True})
+    assert [message for message in caplog.messages if message.startswith(f"{keyword} has no effect: ")]
+    if keyword == "trust_remote_code":  # its config names modelling code, which is not even there
+        assert "the repository's own code is not needed and is not run" in caplog.text
+    assert torch.equal(encode(model), encode(LLM2Vec.from_pretrained(*names("llama3"))))
+
+
+@pytest.mark.parametrize(
+    ("keyword", "instead"),
+    [
+        ("poling_mode", "the nearest is 'pooling_mode'"),
+        ("locl_files_only", "the nearest is 'local_files_only'"),
+        ("load_in_8bit", r"write quantization_config=BitsAndBytesConfig\(load_in_8bit=True\)"),
+        ("use_auth_token", "write token"),
+        ("xyzzy", r"argument 'xyzzy'\.$"),
+    ],
+)
+def test_an_unknown_keyword_is_refused_and_the_nearest_named(keyword: str, instead: str) -> None:
+    with pytest.raises(TypeError, match=instead):
+        LLM2Vec.from_pretrained(*names("llama3"), **{keyword: "x"})
+
+
+def test_a_revision_and_another_cache_hold_for_all_files(tmp_path: Path) -> None:
+    """Weights, config and tokenizer of the old commit; the newest has others of each. Adapters have their newest."""
+    name, tokenizers = "nobody/two-commits", ("llama3", "mistral")
+    newest = repository(tmp_path, name)
+    for snapshot, tokenizer in zip((newest.with_name("1" * 40), newest), tokenizers, strict=True):
+        own = family_tokenizer(tokenizer)
+        tiny_model("llama", True, tokenizer=own, initializer_range=0.2, seed=len(tokenizer)).save_pretrained(snapshot)
+        own.save_pretrained(snapshot)
+    with pytest.raises(UserError):
+        LLM2Vec.from_pretrained(name)
+    options: Any = {"cache_dir": tmp_path, "local_files_only": True}
+    for revision, tokenizer, snapshot in ((None, "mistral", newest), ("1" * 40, "llama3", newest.with_name("1" * 40))):
+        model = LLM2Vec.from_pretrained(name, revision=revision, **options)
+        assert model.settings.template == tokenizer
+        assert torch.equal(encode(model), encode(LLM2Vec.from_pretrained(snapshot)))
+
+
+def test_a_token_is_handed_to_all_who_ask_the_hub(monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[tuple[str, Any]] = []
+    real = transformers.utils.hub.cached_files
+
+    def cached_files(path: str, filenames: list[str], **keywords: Any) -> Any:
+        asked.extend((name, keywords.get("token")) for name in filenames)
+        return real(path, filenames, **keywords)
+
+    monkeypatch.setattr(transformers.utils.hub, "cached_files", cached_files)
+    LLM2Vec.from_pretrained(*names("llama3"), token="hf_mine")
+    assert {"config.json", "adapter_config.json", "tokenizer_config.json", SETTINGS_FILE} <= {name for name, _ in asked}
+    assert {token for _, token in asked} == {"hf_mine"}
+    asked.clear()
+    LLM2Vec.from_pretrained(*names("llama3"))
+    assert asked and {token for _, token in asked} == {None}
+
+
+def test_quantisation_goes_to_transformers_by_bitsandbytes_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    given: list[Any] = []
+    real = AutoModel.from_pretrained
+
+    def from_pretrained(*arguments: Any, quantization_config: Any = None, **keywords: Any) -> Any:
+        given.append(quantization_config)  # the library itself may not be here
+        return real(*arguments, **keywords)
+
+    monkeypatch.setattr(AutoModel, "from_pretrained", from_pretrained)
+    config = BitsAndBytesConfig(load_in_8bit=True)
+    LLM2Vec.from_pretrained(*names("llama3"), quantization_config=config)
+    assert given == [config]
+    with pytest.raises(UserError, match="quantization_config is of 'mxfp4'; allowed: bitsandbytes"):
+        LLM2Vec.from_pretrained(*names("llama3"), quantization_config={"quant_method": "mxfp4"})
 
 
 def test_tokenize_and_pool_take_the_place_of_upstreams_steps() -> None:
@@ -463,14 +539,30 @@ def test_tokenize_and_pool_take_the_place_of_upstreams_steps() -> None:
     batch = model.tokenize(QUERIES)
     assert set(batch) >= {"input_ids", "attention_mask", "pool_mask"}
     with torch.no_grad():
-        states = model.model(
-            input_ids=batch["input_ids"], attention_mask=batch["attention_mask"], is_causal=False
-        ).last_hidden_state
+        states = model.model(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"]).last_hidden_state
         pooled = pool(states, batch["pool_mask"], model.settings.pooling_mode)
         assert torch.equal(pooled, model(batch))
     assert apart(pooled, encode(model, QUERIES)) < 1e-5
     marked = encode(model, ["who!@#$%^&*()wrote it"])  # upstream's separator, which is text here
     assert apart(marked, encode(model, ["wrote it"])) > 0.01
+
+
+@pytest.mark.parametrize("how", ["loaded", "wrapped", "told causal"])
+def test_the_decoder_by_itself_attends_as_encode_does(how: str) -> None:
+    """Word tasks call `l2v.model(**inputs)`, which is bidirectional upstream; no argument of ours is needed for it."""
+    base = FAMILIES["llama3"].base
+    if how == "wrapped":
+        decoder, tokenizer = AutoModel.from_pretrained(base), AutoTokenizer.from_pretrained(base)
+        model = LLM2Vec(decoder, tokenizer, attention="bidirectional")
+    else:
+        model = LLM2Vec.from_pretrained(*names("llama3"), enable_bidirectional=how == "loaded")
+    batch = model.tokenize([*QUERIES, *DOCUMENTS])
+    with torch.no_grad():
+        states = model.model(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"]).last_hidden_state
+    expected = encode(model)
+    cosine = F.cosine_similarity(pool(states, batch["pool_mask"], "mean"), expected)
+    assert float(cosine.min()) > 0.999999
+    assert getattr(model.config, "is_causal", True) == (how == "told causal")
 
 
 def test_upstreams_loss() -> None:

@@ -6,13 +6,13 @@ serves causal embedding, bidirectional embedding and generation. Whether it obey
 
 from __future__ import annotations
 
-import importlib.util
 import logging
 import re
 import threading
 import warnings
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from types import MappingProxyType
 from typing import TYPE_CHECKING, Any, TypeAlias
 from weakref import WeakKeyDictionary
 
@@ -32,8 +32,9 @@ from transformers import (
 )
 from transformers.utils import logging as transformers_logging
 
-from llm2vec.hub import local_folder
+from llm2vec.hub import client_keywords, local_folder
 from llm2vec.model.chain import Chain
+from llm2vec.model.settings import available_attention
 from llm2vec.model.vault import (
     CONFIG_FILE,
     Folder,
@@ -41,6 +42,7 @@ from llm2vec.model.vault import (
     check_modules,
     check_size,
     check_tokenizer,
+    folder_at,
     model_below,
 )
 from llm2vec.types import Attention, UserError, first_line
@@ -75,6 +77,7 @@ def load_backbone(
     device_map: Any = None,
     with_lm_head: bool = False,
     merge_last: bool = True,
+    of_weights: Mapping[str, Any] = MappingProxyType({}),
 ) -> Backbone:
     """Load a base and put its adapters on, each merged before the next.
 
@@ -85,6 +88,7 @@ def load_backbone(
         device_map: as in transformers.
         with_lm_head: load the language model's head too (needed for reconstruction).
         merge_last: merge the outermost adapter as well; False leaves it as a PeftModel.
+        of_weights: further keywords of transformers for the base (`hub.read_keywords`).
 
     Raises:
         UserError: the base is not found, an adapter does not fit it, or an adapter has no effect.
@@ -95,6 +99,7 @@ def load_backbone(
         dtype=parse_dtype(dtype),
         attn_implementation=attn_implementation,
         device_map=device_map,
+        of_weights=of_weights,
     )
     for number, adapter in enumerate(chain.folders[1:], start=1):
         # An adapter was trained on the decoder. Under a head it is merged into the decoder in place.
@@ -264,7 +269,8 @@ def config_of(folder: Folder, revision: str | None = None) -> PretrainedConfig:
         UserError: there is none.
     """
     try:
-        config = AutoConfig.from_pretrained(folder.path, revision=revision or folder.commit, trust_remote_code=False)
+        commit = revision or folder.commit
+        config = AutoConfig.from_pretrained(folder.path, revision=commit, trust_remote_code=False, **client_keywords())
     except Exception as error:  # no such repository, no access to it, a class of its own: each has a type of its own
         raise UserError(f"{folder.path!r} could not be loaded: {first_line(error)}") from error
     if folder.config is None:
@@ -272,15 +278,18 @@ def config_of(folder: Folder, revision: str | None = None) -> PretrainedConfig:
     return config
 
 
-def load_tokenizer(path: str) -> PreTrainedTokenizerBase:
+def load_tokenizer(where: Folder | str) -> PreTrainedTokenizerBase:
     """The tokenizer of a folder or hub name. One without a padding token pads with its EOS.
 
     Raises:
         UserError: there is none.
     """
-    check_tokenizer(path)  # says what is wrong with a name, too, and better than the library does
+    folder = folder_at(where) if isinstance(where, str) else where
+    path, commit = folder.path, check_tokenizer(folder)  # says what is wrong with a name better than the library does
     try:
-        tokenizer = AutoTokenizer.from_pretrained(path, trust_remote_code=False)  # left out, it would ask
+        tokenizer = AutoTokenizer.from_pretrained(  # `trust_remote_code` left out, it would ask
+            path, revision=commit or "main", trust_remote_code=False, **client_keywords()
+        )
     except Exception as error:  # each damaged file of tokenizer or config raises a type of its own
         raise UserError(f"{path}: no tokenizer could be loaded ({first_line(error)}).") from error
     if tokenizer.pad_token is None:
@@ -296,6 +305,7 @@ def open_model(
     dtype: torch.dtype | str,
     attn_implementation: str | None = None,
     device_map: Any = None,
+    of_weights: Mapping[str, Any] = MappingProxyType({}),
 ) -> tuple[Any, dict[str, Any]]:
     """The weights of a full model.
 
@@ -305,6 +315,7 @@ def open_model(
         dtype: of the weights; "auto" = as stored.
         attn_implementation: as in transformers; None = what the config names, or the library's choice.
         device_map: as in transformers.
+        of_weights: further keywords of transformers.
 
     Returns:
         The model, and transformers' account of keys that are missing, unexpected or of another shape.
@@ -325,6 +336,8 @@ def open_model(
             weights_only=True,
             trust_remote_code=False,  # left out, it would ask
             output_loading_info=True,
+            **of_weights,
+            **client_keywords(),
         )
     except UserError:
         raise
@@ -341,20 +354,6 @@ def _check_model(folder: Folder, model_class: Any, asked: str | None) -> str | N
         described = model_class.from_config(config, attn_implementation=attention, trust_remote_code=False)
     check_size(folder, sum(weight.numel() for weight in described.parameters()))
     return attention
-
-
-def available_attention(attn_implementation: str | None) -> str | None:
-    """`attn_implementation`; or torch's own, with a warning, where FlashAttention was asked for and cannot run."""
-    if attn_implementation != "flash_attention_2":
-        return attn_implementation
-    if not torch.cuda.is_available():
-        missing = "there is no CUDA device"
-    elif importlib.util.find_spec("flash_attn") is None:
-        missing = "the package flash-attn is not installed"
-    else:
-        return attn_implementation
-    logger.warning("attn_implementation: flash_attention_2 was asked for, but %s; using sdpa (torch's own).", missing)
-    return "sdpa"
 
 
 def put_adapter(model: Any, folder: Folder) -> PeftModel:

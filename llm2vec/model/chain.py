@@ -2,7 +2,7 @@
 
     chain = open_chain("output/stage_I", ["output/stage_II"])
     chain.settings           # what the outermost folder records of how texts become vectors
-    chain.tokenizer_path     # where the tokenizer lies
+    chain.tokenizer_folder   # where the tokenizer lies
     chain.folders[0].run     # what the base's run.json says
 
 Whoever needs more of a folder takes it from here, instead of opening the folder again.
@@ -22,7 +22,7 @@ from huggingface_hub import try_to_load_from_cache
 from huggingface_hub.errors import HFValidationError
 
 from llm2vec.files import ORIGIN_FILE, files_hash, read_object, sha256
-from llm2vec.hub import find_file, local_folder
+from llm2vec.hub import client_keywords, find_file, local_folder
 from llm2vec.model.vault import ADAPTER_FILE, ADAPTER_WEIGHTS, MODULES_FILE, Folder, folder_at
 from llm2vec.types import UserError
 
@@ -59,8 +59,8 @@ MODULE_FILES = ("*.safetensors", "*.json", "*.txt", "*.model")
 # --- one folder ---
 
 
-def open_folder(path: str) -> Folder:
-    """Open a folder or a repository on the hub; its weights are not read.
+def open_folder(path: str, revision: str | None = None) -> Folder:
+    """Open a folder or a repository on the hub, at a revision or its newest; its weights are not read.
 
     Raises:
         UserError: a file of it is missing or has another size than when it was written, so that it was cut short while
@@ -68,7 +68,7 @@ def open_folder(path: str) -> Folder:
     """
     folder = Path(path)
     run = read_run(folder)
-    opened = folder_at(path, run)
+    opened = folder_at(path, run, revision)
     if INCOMPLETE_MARKER in (opened.names or ()):
         raise UserError(f"{folder}: this checkpoint was cut short while it was written; use an earlier one.")
     for name, size in run.get("files", {}).items():
@@ -108,13 +108,18 @@ class Chain:
         base: folder or hub name of the model.
         adapters: folders or hub names, innermost first.
         folders: of the base, then of each adapter.
-        tokenizer_path: where the tokenizer lies: in the outermost folder, or else in the base.
+        tokenizer_folder: where the tokenizer lies: the outermost folder, or else the base.
     """
 
     base: str
     adapters: tuple[str, ...]
     folders: tuple[Folder, ...]
-    tokenizer_path: str
+    tokenizer_folder: Folder
+
+    @property
+    def tokenizer_path(self) -> str:
+        """The name of `tokenizer_folder`."""
+        return self.tokenizer_folder.path
 
     @cached_property
     def outermost(self) -> Folder:
@@ -131,7 +136,7 @@ class Chain:
         return next((folder.settings for folder in reversed(self.folders) if folder.settings), {})
 
 
-def open_chain(base: str, adapters: Sequence[str] = ()) -> Chain:
+def open_chain(base: str, adapters: Sequence[str] = (), revision: str | None = None) -> Chain:
     """Open what is loaded: the true base, then every adapter in order.
 
     A `base` that is itself an adapter (upstream's `...-mntp` repositories, or a Stage II folder) goes first among the
@@ -142,12 +147,13 @@ def open_chain(base: str, adapters: Sequence[str] = ()) -> Chain:
     Args:
         base: folder or hub name of a model or of an adapter.
         adapters: folders or hub names, innermost first.
+        revision: of `base`, where it is a repository; None = the newest.
 
     Raises:
         UserError: a folder was cut short or cannot be read; an adapter is its own base; or others lie below it than in
             training, which would give wrong embeddings and no other sign.
     """
-    names, opened = list(adapters), {base: open_folder(base)}
+    names, opened = list(adapters), {base: open_folder(base, revision)}
     while True:
         if base in names:
             raise UserError(f"{base}: an adapter cannot be its own base; put the two into folders of their own.")
@@ -162,13 +168,13 @@ def open_chain(base: str, adapters: Sequence[str] = ()) -> Chain:
             opened[name] = open_folder(name)
         _check_parents(opened[name], names[:i])
     if names:
-        _warn_of_another_base(opened[names[0]], base)
+        _warn_of_another_base(opened[names[0]], opened[base])
     outermost = opened[(base, *names)[-1]]
     try:
-        tokenizer_path = base if outermost.find("tokenizer_config.json") is None else outermost.path
+        tokenizer_folder = opened[base] if outermost.find("tokenizer_config.json") is None else outermost
     except UserError:  # no possible name of a repository: whoever loads it says so
-        tokenizer_path = base
-    return Chain(base, tuple(names), tuple(opened[name] for name in (base, *names)), tokenizer_path)
+        tokenizer_folder = opened[base]
+    return Chain(base, tuple(names), tuple(opened[name] for name in (base, *names)), tokenizer_folder)
 
 
 def _recorded_base(folder: Folder) -> str | None:
@@ -203,17 +209,17 @@ def _is_same_adapter(path: str, weights: str | None, given: str) -> bool:
     return Path(path).name == Path(given).name if found is None else found == weights
 
 
-def _warn_of_another_base(adapter: Folder, base: str) -> None:
+def _warn_of_another_base(adapter: Folder, base: Folder) -> None:
     """Say so where an adapter was trained on something else than what it is about to be put on."""
     parent = adapter.run.get("parent")
     if parent is None:
         return
     recorded = parent.get("marks", {}).get(parent.get("model_name_or_path"), "")
-    found = mark_of(base)
+    found = base.commit or mark_of(base.path)
     if found != recorded and len(found) == len(recorded):  # a folder's and a commit's tell nothing of each other
         logger.warning(
             "%s was trained on %s, and %s is not the same: its weights, config or tokenizer differ",
-            adapter.path, parent["model_name_or_path"], base,
+            adapter.path, parent["model_name_or_path"], base.path,
         )  # fmt: skip
 
 
@@ -273,7 +279,8 @@ def adapter_hash(adapter: str) -> str | None:
 def _cached_commit(path: str) -> str | None:
     """The commit of a hub repository in the local cache; None where there is none, or for no name of a repository."""
     try:
-        cached = [try_to_load_from_cache(path, name) for name in ("config.json", "adapter_config.json", MODULES_FILE)]
+        cache, names = client_keywords().get("cache_dir"), ("config.json", "adapter_config.json", MODULES_FILE)
+        cached = [try_to_load_from_cache(path, name, cache_dir=cache) for name in names]
     except HFValidationError:
         return None
     return next((Path(file).parent.name for file in cached if isinstance(file, str)), None)

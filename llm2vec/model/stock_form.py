@@ -38,7 +38,7 @@ from tokenizers import Tokenizer
 
 from llm2vec.files import write_json
 from llm2vec.model.backbone import Backbone
-from llm2vec.model.settings import EncoderSettings
+from llm2vec.model.settings import EncoderSettings, set_attention
 from llm2vec.text.probe_texts import PROBE_TEXTS
 from llm2vec.text.templates import forms_of
 from llm2vec.text.tokenization import Row, RowTokenizer
@@ -143,6 +143,7 @@ def stock_model(
     """
     check_expressible(rows, settings)
     set_attention(model.config, settings.attention)
+    model.config.use_cache = False
     differences = []
     for form in possible_forms(rows, settings):
         with tempfile.TemporaryDirectory() as folder:
@@ -212,21 +213,6 @@ def possible_forms(rows: RowTokenizer, settings: EncoderSettings) -> list[StockF
         return [form]
     row = _bare_row(rows, "query")
     return [replace(form, before=tuple(row.ids[: row.target.index(True)]), written=characters), form]
-
-
-def set_attention(config: Any, attention: Attention) -> None:
-    """Write the attention into a model's config, in the two words that engines know.
-
-    Gemma 3 and 4 have a meaning of their own for `use_bidirectional_attention`, and obey `is_causal`.
-    """
-    for name in ("is_causal", "use_bidirectional_attention"):
-        if attention == "causal" and getattr(config, name, None) is not None:
-            setattr(config, name, name == "is_causal")
-    if attention == "bidirectional":
-        config.is_causal = False
-        if not config.model_type.startswith(("gemma3", "gemma4")):
-            config.use_bidirectional_attention = True
-    config.use_cache = False
 
 
 def write_form(

@@ -26,7 +26,7 @@ from peft import LoraConfig
 from safetensors import SafetensorError, safe_open
 
 from llm2vec.files import parse_json, read_object
-from llm2vec.hub import find_file
+from llm2vec.hub import QUANTISATION, find_file
 from llm2vec.model.settings import SETTINGS_FILE, read_settings
 from llm2vec.types import UserError, first_line
 
@@ -39,8 +39,6 @@ MODULES_FILE = "modules.json"
 
 #: Ways to attend, and to run experts, that a config may name. Others are repositories of kernels on the hub.
 IMPLEMENTATIONS = ("eager", "sdpa", "flash_attention_2", "flex_attention", "grouped_mm", "batched_mm")
-#: Quantisation that loads without kernels from the hub.
-QUANTISATION = ("bitsandbytes",)
 #: Words in a config's keys that count modules, and the most that is built of such.
 MOST = {"layer": 1024, "expert": 4096}
 #: No vocabulary has more tokens; an adapter may bring some that its base lacks.
@@ -132,19 +130,20 @@ class Folder:
         return str(Path(self.find(ADAPTER_FILE) or self.path).parent) if self.names is None else self.path
 
 
-def folder_at(path: str, run: dict[str, Any] | None = None) -> Folder:
+def folder_at(path: str, run: dict[str, Any] | None = None, revision: str | None = None) -> Folder:
     """A folder or repository as it stands; `open_folder` looks for what is missing of it, too.
 
     Args:
         path: folder or hub name.
         run: what its `run.json` says; None = nothing is asked.
+        revision: of a repository; None = its newest.
 
     Raises:
         UserError: its configs cannot be read, or name what may not be opened.
     """
     folder = Path(path)
     names = frozenset(file.name for file in folder.iterdir() if file.is_file()) if folder.is_dir() else None
-    opened = Folder(path, run or {}, names)
+    opened = Folder(path, run or {}, names, commit=revision if names is None else None)
     for name in (ADAPTER_FILE, CONFIG_FILE):
         try:
             file = opened.find(name)
@@ -233,23 +232,24 @@ def _check_adapter(config: Mapping[str, Any], where: str) -> None:
             )
 
 
-def check_tokenizer(path: str) -> None:
+def check_tokenizer(folder: Folder) -> str | None:
     """Refuse a tokenizer that would make a text many times as long before it reads it.
 
-    Args:
-        path: folder or hub name.
+    Returns:
+        Of a repository, the commit that was looked at, and that the tokenizer must be taken from.
 
     Raises:
-        UserError: it would, or `path` is no possible name.
+        UserError: it would, or the folder's path is no possible name.
     """
-    file = f"{path}/tokenizer.json" if Path(path).is_dir() else find_file(path, "tokenizer.json")
+    file = folder.find("tokenizer.json")
     try:
         normalizer = json.loads(Path(file).read_bytes()).get("normalizer") if file else None
     except (OSError, ValueError, AttributeError, RecursionError):  # the library says what is wrong with it
-        return
+        normalizer = None
     growth = math.prod(len(value) or 1 for key, value in _entries(normalizer) if key == "content")
     if growth > MOST_GROWTH:
-        raise UserError(f"{path}/tokenizer.json: its normalizer may make a text {growth:.2g} times as long.")
+        raise UserError(f"{folder.path}/tokenizer.json: its normalizer may make a text {growth:.2g} times as long.")
+    return Path(file).parent.name if file and folder.names is None else folder.commit
 
 
 # --- weights ---

@@ -147,7 +147,7 @@ def load_reconstructor(model: ModelChoice, device: str | torch.device | None = N
     trained = chain.folders[0].run.get("config", {})
     if trained.get("objective") == "token_set":
         raise UserError(f"{chain.base}: trained to objective 'token_set', which has no anchor to decode.")
-    tokenizer = load_tokenizer(chain.tokenizer_path)
+    tokenizer = load_tokenizer(chain.tokenizer_folder)
     settings = with_template(EncoderSettings(**outermost.settings), tokenizer)
     rows = row_tokenizer(tokenizer, settings, reconstruct_instruction=trained.get("reconstruct_instruction", False))
     check_rendering(outermost.path, outermost.run.get("probe_ids"), rows)

@@ -107,7 +107,7 @@ def rendering_of(choices: Sequence[Choice]) -> Rendering | None:
         if not chain.settings:
             continue
         settings = EncoderSettings(**chain.settings)
-        rows = row_tokenizer(load_tokenizer(chain.tokenizer_path), settings)
+        rows = row_tokenizer(load_tokenizer(chain.tokenizer_folder), settings)
         stock = next((c.model.base for c in local if find_file(c.model.base, MODULES_FILE)), None)
         written = possible_forms(rows, settings)[0].written if stock is None else _own_header(load_tokenizer(stock))
         return Rendering(rows, written)

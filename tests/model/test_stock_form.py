@@ -22,13 +22,13 @@ from transformers import AutoConfig, AutoTokenizer, Gemma3TextConfig
 from llm2vec import LLM2Vec
 from llm2vec.model import stock_form
 from llm2vec.model.backbone import attach_lora, load_tokenizer
+from llm2vec.model.settings import set_attention
 from llm2vec.model.stock_form import (
     STRAY_BLANK,
     StockForm,
     compare_text,
     possible_forms,
     probes,
-    set_attention,
     stock_model,
     write_form,
 )
