@@ -14,7 +14,7 @@ import os
 import re
 import shutil
 from collections.abc import Iterable, Iterator
-from contextlib import contextmanager, suppress
+from contextlib import AbstractContextManager, contextmanager, suppress
 from pathlib import Path
 from typing import Any, TypeAlias
 
@@ -349,6 +349,11 @@ def alone_in(folder: Path, work: str) -> Iterator[int]:
                 os.close(last)
             if is_new:
                 folder.rmdir()  # where nothing was written
+
+
+def alone_beside(place: Path, work: str) -> AbstractContextManager[int]:
+    """As `alone_in`, for a file or folder that is written elsewhere and put in its place at the end."""
+    return alone_in(place.with_name(f".{place.name}.writing"), work)
 
 
 def try_lock(file: Path) -> int | None:

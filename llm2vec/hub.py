@@ -20,8 +20,8 @@ logger = logging.getLogger(__name__)
 #: Seconds in which the hub must answer, tried twice, where nobody waits for it.
 SECONDS_FOR_THE_HUB = 5.0
 
-#: Keywords of the hub's client, for all that is opened meanwhile.
-_client: ContextVar[dict[str, Any]] = ContextVar("_client", default={})  # noqa: B039  # nobody changes it
+#: What `asking_with` was given, for all who ask the hub meanwhile.
+HUB_CLIENT: ContextVar[dict[str, Any]] = ContextVar("HUB_CLIENT", default={})  # noqa: B039  # nobody changes it
 
 #: Whether the hub has still to be asked if it is there.
 _asks_first: ContextVar[bool] = ContextVar("_asks_first", default=False)
@@ -50,7 +50,7 @@ def find_file(path: str, name: str, revision: str | None = None) -> str | None:
             path,
             name,
             revision=revision,
-            **client_keywords(),
+            **HUB_CLIENT.get(),
             _raise_exceptions_for_gated_repo=False,
             _raise_exceptions_for_missing_entries=False,
             _raise_exceptions_for_connection_errors=False,
@@ -155,13 +155,32 @@ def read_keywords(given: Mapping[str, Any], beside: Collection[str]) -> dict[str
 @contextmanager
 def asking_with(given: Mapping[str, Any]) -> Iterator[None]:
     """While it lasts, `token`, `cache_dir` and `local_files_only` of `given` hold for all that is asked of the hub."""
-    before = _client.set({name: given[name] for name in _OF_CLIENT if given.get(name) is not None})
+    before = HUB_CLIENT.set({name: given[name] for name in _OF_CLIENT if given.get(name) is not None})
     try:
         yield
     finally:
-        _client.reset(before)
+        HUB_CLIENT.reset(before)
 
 
-def client_keywords() -> dict[str, Any]:
-    """What `asking_with` was given, for a library that asks the hub by itself."""
-    return _client.get()
+def upload(folder: Path, repository: str, private: bool = False) -> str:
+    """Upload a folder to the hub, making the repository if it is not there; returns its address.
+
+    Args:
+        folder: what is uploaded.
+        repository: its name.
+        private: whether a repository that is made now is for its owner alone; one that is there stays as it is.
+
+    Raises:
+        UserError: the hub refuses, or is out of reach.
+    """
+    from huggingface_hub import HfApi  # a second to import
+
+    api = HfApi()
+    try:
+        address = api.create_repo(repository, exist_ok=True, private=private)
+        api.upload_folder(repo_id=repository, folder_path=folder, commit_message="Upload exported embedder")
+    except Exception as error:  # not logged in, no such organisation, no connection: each a type of its own
+        raise UserError(
+            f"{folder} is written, but could not be uploaded to {repository}: {first_line(error)}"
+        ) from error
+    return str(address)

@@ -5,8 +5,8 @@ from __future__ import annotations
 import dataclasses
 import inspect
 import logging
+import tempfile
 from collections.abc import Iterator, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Unpack
 
@@ -18,11 +18,12 @@ from torch import Tensor, nn
 from tqdm.auto import tqdm
 from transformers import PretrainedConfig, PreTrainedTokenizerBase
 
-from llm2vec.hub import LoadingKeywords, asking_with, read_keywords
+from llm2vec.files import alone_in
+from llm2vec.hub import LoadingKeywords, asking_with, read_keywords, upload
 from llm2vec.model.backbone import Backbone, hidden_states, load_backbone, load_tokenizer
 from llm2vec.model.chain import Chain, open_chain
 from llm2vec.model.checkpoint import save_checkpoint
-from llm2vec.model.pooling import check_finite, embed, pool
+from llm2vec.model.pooling import check_finite, embed_tokenised, pool
 from llm2vec.model.proofs import check_decoder
 from llm2vec.model.settings import (
     UPSTREAMS_RULE,
@@ -32,24 +33,17 @@ from llm2vec.model.settings import (
     set_attention,
     with_template,
 )
-from llm2vec.model.stock_form import stock_model
-from llm2vec.text.batches import pack_rows
-from llm2vec.text.entries import as_instructed, check_encoding
+from llm2vec.model.stock_form import quantized, stock_model
+from llm2vec.text.batches import batches_ahead, longest_first
+from llm2vec.text.entries import as_instructed, check_encoding, instruction_of, texts_at_once, under
 from llm2vec.text.probe_texts import probe_ids
-from llm2vec.text.tokenization import Row
-from llm2vec.types import Attention, InstructedText, InstructionMask, PoolingMode, TextSide, UserError
+from llm2vec.types import Attention, InstructedText, InstructionMask, PoolingMode, Precision, Texts, TextSide, UserError
+from llm2vec.upstream import GONE, OF_DECODER, PAGE, batch_to_device, model_class, refuse_overrides, setting
 
 if TYPE_CHECKING:
     from sentence_transformers import SentenceTransformer
 
 logger = logging.getLogger(__name__)
-
-#: What `encode` counts as a row of its batch size. A pass over many more tokens falls out of a CPU's caches, and a
-#: batch of long rows out of a GPU's memory.
-TOKENS_PER_ROW = 128
-
-#: Batches that `encode` tokenises ahead of the model.
-ROWS_AHEAD = 8
 
 
 class LLM2Vec(nn.Module):
@@ -153,14 +147,9 @@ class LLM2Vec(nn.Module):
             merge_peft: merge the last adapter as well.
             enable_bidirectional: attention; upstream's default, True, where nothing is recorded.
             pooling_mode: `last` (also `eos_token`, `last_token`), `mean`, `weighted_mean`, `first` (`bos_token`).
-            max_length: most tokens of a row, template included.
-            doc_max_length: most tokens of the text alone.
-            skip_instruction: whether mean pooling leaves out the instruction.
-            template: key of `templates.TEMPLATES`.
-            instruction_join: what stands between instruction and text.
-            instruction_mask: how the instruction is left out of mean pooling, `offsets` or `counted`.
-            torch_dtype: of the weights; a torch dtype, its name, or "auto". Default float32.
-            dtype: the same, under its newer name.
+            max_length: this, `doc_max_length`, `skip_instruction`, `template`, `instruction_join` and
+                `instruction_mask` are those of `model.settings.EncoderSettings`.
+            torch_dtype: of the weights; a torch dtype, its name, or "auto". Default float32. `dtype` is its newer name.
             device_map: as in transformers.
             attn_implementation: `eager`, `sdpa` or `flash_attention_2`.
             of_transformers: `token`, `cache_dir` and `local_files_only`, for all that is fetched; `revision` of the
@@ -172,15 +161,6 @@ class LLM2Vec(nn.Module):
             UserError: something is not found, does not fit, has no effect, or does not attend as asked.
         """
         of_weights = read_keywords(of_transformers, inspect.signature(cls.from_pretrained).parameters)
-        chain = base_model_name_or_path
-        if not isinstance(chain, Chain):
-            given = peft_model_name_or_path
-            adapters = [given] if isinstance(given, str | Path) else given or ()
-            with asking_with(of_transformers):
-                chain = open_chain(str(chain), list(map(str, adapters)), of_transformers.get("revision"))
-        elif peft_model_name_or_path or of_transformers.get("revision"):
-            raise UserError("peft_model_name_or_path: adapters and revision are the chain's; open it with them.")
-        recorded = chain.settings or (UPSTREAMS_RULE if chain.adapters and not chain.outermost.run else {})
         chosen = {
             "pooling_mode": pooling_mode,
             "max_length": max_length,
@@ -191,19 +171,26 @@ class LLM2Vec(nn.Module):
             "instruction_mask": instruction_mask,
             "attention": {None: None, True: "bidirectional", False: "causal"}[enable_bidirectional],
         }
-        parents = {"parent_adapters": chain.adapters[:-1] if chain.adapters and not merge_peft else None}
-        settings = EncoderSettings(**{**recorded, **{k: v for k, v in chosen.items() if v is not None}, **parents})
+        chain, given = base_model_name_or_path, peft_model_name_or_path
         with asking_with(of_transformers):
+            if not isinstance(chain, Chain):
+                adapters = [given] if isinstance(given, str | Path) else given or ()
+                chain = open_chain(str(chain), list(map(str, adapters)), of_transformers.get("revision"))
+            elif given or of_transformers.get("revision"):
+                raise UserError("peft_model_name_or_path: adapters are part of the chain; open it with them.")
+            recorded = chain.settings or (UPSTREAMS_RULE if chain.adapters and not chain.outermost.run else {})
+            parents = {"parent_adapters": chain.adapters[:-1] if chain.adapters and not merge_peft else None}
+            settings = EncoderSettings(**{**recorded, **{k: v for k, v in chosen.items() if v is not None}, **parents})
             tokenizer = load_tokenizer(chain.tokenizer_folder)
+            tokenizer.padding_side = "left"  # upstream's, whose callers read `hidden[:, -1]`
             model = load_backbone(
                 chain,
                 dtype=dtype if dtype is not None else torch_dtype,
                 attn_implementation=attn_implementation,
-                device_map=device_map,
                 merge_last=merge_peft,
-                of_weights=of_weights,
+                of_weights={"device_map": device_map, **of_weights},
             )
-        if device_map is None and model.config._attn_implementation == "flash_attention_2":
+        if getattr(model, "hf_device_map", None) is None and model.config._attn_implementation == "flash_attention_2":
             model.to("cuda")  # type: ignore[arg-type]  # where `encode` would move it, and the only place this attention runs
         check_decoder(model, settings.attention)
         loaded = cls(model, tokenizer, **dataclasses.asdict(settings))
@@ -212,48 +199,46 @@ class LLM2Vec(nn.Module):
             check_rendering(chain.outermost.path, chain.outermost.run.get("probe_ids"), loaded.row_tokenizer)
         return loaded.eval()  # torch's mode without dropout; no code is evaluated
 
+    pooling_mode: PoolingMode = setting("pooling_mode")
+    max_length: int = setting("max_length")
+    doc_max_length: int | None = setting("doc_max_length")
+    skip_instruction: bool = setting("skip_instruction")
+    _get_model_class = staticmethod(model_class)
+
+    def __init_subclass__(cls, **keywords: Any) -> None:
+        super().__init_subclass__(**keywords)
+        refuse_overrides(cls)
+
+    def __getattr__(self, name: str) -> Any:
+        if name in OF_DECODER:
+            return getattr(self.model, name)
+        if name in GONE:
+            raise AttributeError(f"LLM2Vec has no {name}: {GONE[name]}; {PAGE}.")
+        return super().__getattr__(name)
+
     @property
     def config(self) -> PretrainedConfig:
         """The decoder's configuration."""
         return self.model.config
 
-    @property
-    def pooling_mode(self) -> PoolingMode:
-        """As in the settings; chosen when the model is loaded."""
-        return self.settings.pooling_mode
-
-    @property
-    def max_length(self) -> int:
-        """As in the settings; chosen when the model is loaded."""
-        return self.settings.max_length
-
-    @property
-    def doc_max_length(self) -> int | None:
-        """As in the settings; chosen when the model is loaded."""
-        return self.settings.doc_max_length
-
-    @property
-    def skip_instruction(self) -> bool:
-        """As in the settings; chosen when the model is loaded."""
-        return self.settings.skip_instruction
-
     def forward(self, batch: dict[str, Tensor]) -> Tensor:
         """Embeddings [B, D] of a padded batch as `tokenize` makes it, in the model's dtype, not normalised."""
+        mask_BT = batch["attention_mask"]
+        # A family may count places from a row's beginning, and so from its padding.
+        positions = None if mask_BT[:, 0].all() else (mask_BT.cumsum(dim=1) - 1).clamp(min=0)
         hidden_BTD = hidden_states(
-            self.model, self.settings.attention, batch["attention_mask"], input_ids=batch["input_ids"]
+            self.model, self.settings.attention, mask_BT, input_ids=batch["input_ids"], position_ids=positions
         )
         return pool(hidden_BTD, batch["pool_mask"], self.settings.pooling_mode)
 
-    def tokenize(
-        self, texts: str | Sequence[str] | Sequence[Sequence[str]], side: TextSide | None = None
-    ) -> dict[str, Tensor]:
-        """Texts, or [instruction, text] pairs, to the batch that `forward` takes; arguments as in `encode`."""
+    def tokenize(self, texts: Texts, side: TextSide | None = None) -> dict[str, Tensor]:
+        """The batch that `forward` takes, padded on the tokenizer's `padding_side`; arguments as in `encode`."""
         return self.row_tokenizer(as_instructed(texts, side))
 
     @torch.no_grad()
     def encode(
         self,
-        sentences: str | Sequence[str] | Sequence[Sequence[str]],
+        sentences: Texts,
         batch_size: int = 32,
         show_progress_bar: bool = True,
         convert_to_numpy: bool = False,
@@ -261,13 +246,17 @@ class LLM2Vec(nn.Module):
         device: str | torch.device | None = None,
         side: TextSide | None = None,
         truncate_dim: int | None = None,
-    ) -> Tensor | np.ndarray[Any, np.dtype[np.float32]]:
+        normalize_embeddings: bool | None = None,
+        precision: Precision = "float32",
+    ) -> Tensor | np.ndarray[Any, np.dtype[Any]]:
         """Embed texts; a text's embedding does not depend on the others. The model is in evaluation mode afterwards.
 
+        A subclass's own `tokenize` and `forward` are used, over padded rows.
+
         Args:
-            sentences: texts, or [instruction, text] pairs, in a list or an array; a single string counts as a list of
-                one. A whole number behind a pair, as in upstream's examples, says nothing; one entry with it may stand
-                alone.
+            sentences: texts, or [instruction, text] pairs; None for an instruction is none. A single string counts as
+                a list of one. A whole number behind a pair, as in upstream's examples, says nothing; one entry with it
+                may stand alone. Of a generator, `entries.TEXTS_KEPT` are kept at a time.
             batch_size: rows of 128 tokens a forward pass. Rows are sorted by length first, and longer or shorter ones
                 go through in as many as make the same number of tokens.
             show_progress_bar: over the different texts.
@@ -279,33 +268,64 @@ class LLM2Vec(nn.Module):
                 instruction is a query, one without a document. Both texts of a symmetric task are queries.
             truncate_dim: keep the first so many numbers of each vector, for a model that was trained to be cut
                 (`matryoshka_dims`); None = all.
+            normalize_embeddings: whether vectors have the length 1, after the cut; None = as the settings say.
+            precision: `int8`, `uint8`, `binary` or `ubinary` give an array of the numbers that sentence-transformers'
+                `quantize_embeddings` makes; the former two are spread over the range of these very texts.
 
         Returns:
-            float32 on the CPU, [N, D], in the order given; unit vectors (after the cut) only if the settings say
-            `normalize`.
+            float32 on the CPU, [N, D], in the order given.
 
         Raises:
             UserError: an entry is neither a string nor an [instruction, text] pair, there is no such side,
                 `batch_size` is below 1, `truncate_dim` is not between 1 and the hidden size, or a vector is not finite.
         """
         hidden_size: int = self.model.config.hidden_size
-        texts, device = check_encoding(sentences, batch_size, device, side, truncate_dim, hidden_size)
-        place = {text: i for i, text in enumerate(dict.fromkeys(texts))}  # each different text is computed once
-        different, target = list(place), self._place(device)
-        self.eval()
-        vectors = torch.zeros(len(place), truncate_dim or hidden_size)
-        with tqdm(total=len(place), desc="Texts", disable=not show_progress_bar) as progress:
-            for chosen, rows in self._tokenize_ahead(different, batch_size * ROWS_AHEAD):
-                for batch in token_batches([len(row.ids) for row in rows], batch_size * TOKENS_PER_ROW):
-                    embedded = self._embed_rows([rows[i] for i in batch], target)
-                    check_finite(embedded, [different[chosen[i]].text for i in batch])
-                    vectors[[chosen[i] for i in batch]] = embedded[:, :truncate_dim]
-                    progress.update(len(batch))
-        if self.settings.normalize:
-            vectors = F.normalize(vectors, dim=-1)
-        if len(place) < len(texts):
-            vectors = vectors[[place[text] for text in texts]]
+        normalize = self.settings.normalize if normalize_embeddings is None else normalize_embeddings
+        parts: list[Tensor] = []
+        for part in texts_at_once(sentences):
+            texts, device = check_encoding(part, batch_size, device, side, truncate_dim, hidden_size)
+            place = {text: i for i, text in enumerate(dict.fromkeys(texts))}  # each different text is computed once
+            different, target = list(place), self.eval()._place(device)
+            vectors = torch.zeros(len(place), truncate_dim or hidden_size)
+            with tqdm(total=len(place), desc="Texts", disable=not show_progress_bar) as progress:
+                for chosen, embedded in self._embedded(different, batch_size, target, side):
+                    check_finite(embedded, [different[i].text for i in chosen])
+                    kept = embedded[:, :truncate_dim]
+                    if kept.shape[1] != vectors.shape[1]:  # a `forward` of one's own may end in other sizes
+                        vectors = vectors.new_zeros(len(place), kept.shape[1])
+                    vectors[chosen] = kept
+                    progress.update(len(chosen))
+            if normalize:
+                vectors = F.normalize(vectors, dim=-1)
+            parts.append(vectors if len(place) == len(texts) else vectors[[place[text] for text in texts]])
+        vectors = parts[0] if len(parts) == 1 else torch.cat(parts)
+        if precision != "float32":
+            return quantized(vectors, precision)
         return vectors.numpy() if convert_to_numpy and not convert_to_tensor else vectors
+
+    def encode_query(self, sentences: Texts, instruction: str = "", *, task: str | None = None, **options: Any) -> Any:
+        """Embed texts as queries under one instruction; `options` are `encode`'s.
+
+        Args:
+            sentences: texts, as in `encode`.
+            instruction: what stands before each.
+            task: a task of MTEB, whose instruction of the paper is taken in place of `instruction`.
+
+        Raises:
+            UserError: the paper has no instruction for the task; names the nearest.
+        """
+        instruction = instruction if task is None else instruction_of(task)
+        return self.encode(under(instruction, sentences), side="query", **options)
+
+    def encode_document(self, sentences: Texts, **options: Any) -> Any:
+        """Embed texts as documents, without an instruction; `options` are `encode`'s."""
+        return self.encode(sentences, side="document", **options)
+
+    @staticmethod
+    def similarity(one: Any, other: Any) -> Tensor:
+        """Cosines [N, M] of two sets of vectors, tensors or arrays [N, D] and [M, D]."""
+        left, right = (F.normalize(torch.as_tensor(vectors).float(), dim=-1) for vectors in (one, other))
+        return left @ right.T
 
     def save(self, output_path: str | Path, merge_before_save: bool = False, save_config: bool = True) -> None:
         """Write model (or adapter), tokenizer and settings to a folder that `from_pretrained` restores.
@@ -322,7 +342,19 @@ class LLM2Vec(nn.Module):
             self.model._weight_conversions = None  # type: ignore[assignment]
             self.settings = dataclasses.replace(self.settings, parent_adapters=None)
         run = {"probe_ids": probe_ids(self.row_tokenizer)}
-        save_checkpoint(Path(output_path), self.model, self.tokenizer, self.settings if save_config else None, run)
+        with alone_in(Path(output_path), "save"):
+            save_checkpoint(Path(output_path), self.model, self.tokenizer, self.settings if save_config else None, run)
+
+    def push_to_hub(self, repo_id: str, private: bool = False) -> str:
+        """Upload what `save` writes to a repository of the hub, made if missing; returns its address. For other
+        libraries, see `llm2vec export --push_to_hub`.
+
+        Raises:
+            UserError: the hub refuses, or is out of reach.
+        """
+        with tempfile.TemporaryDirectory() as folder:
+            self.save(folder)
+            return upload(Path(folder), repo_id, private)
 
     def as_sentence_transformer(self, instructions: Mapping[str, str] | None = None) -> SentenceTransformer:
         """A `SentenceTransformer` of the same weights, to encode, evaluate or train with its library.
@@ -338,25 +370,20 @@ class LLM2Vec(nn.Module):
         """
         return stock_model(self.model, self.row_tokenizer, self.settings, instructions or {}).model
 
-    def _tokenize_ahead(self, texts: Sequence[InstructedText], at_once: int) -> Iterator[tuple[list[int], list[Row]]]:
-        """Texts, longest first, in slabs of `at_once`: their indices and rows; the next slab is tokenised meanwhile."""
-        order = sorted(range(len(texts)), key=lambda i: -len(texts[i].instruction) - len(texts[i].text))
-        slabs = [order[start : start + at_once] for start in range(0, len(order), at_once)]
-        with ThreadPoolExecutor(max_workers=1) as background:
-            pending = [background.submit(self.row_tokenizer.rows, [texts[i] for i in slab]) for slab in slabs[:1]]
-            for number, slab in enumerate(slabs):
-                rows = pending.pop().result()
-                if number + 1 < len(slabs):
-                    following = [texts[i] for i in slabs[number + 1]]
-                    pending.append(background.submit(self.row_tokenizer.rows, following))
-                yield slab, rows
-
-    def _embed_rows(self, rows: Sequence[Row], device: torch.device) -> Tensor:
-        """Embeddings [B, D] of tokenised rows, float32 on the CPU."""
-        batch = pack_rows(rows)
-        for name in ("input_ids", "pool_mask", "target_mask"):
-            batch[name] = batch[name].to(device)
-        return embed(self.model, self.settings, {"text": batch})["text"].float().cpu()
+    def _embedded(
+        self, texts: Sequence[InstructedText], batch_size: int, device: torch.device, side: TextSide | None
+    ) -> Iterator[tuple[list[int], Tensor]]:
+        """Places of some of the texts and their embeddings [B, D], float32 on the CPU, until all were there."""
+        if any(getattr(type(self), name) is not getattr(LLM2Vec, name) for name in ("tokenize", "forward")):
+            order = longest_first(texts)
+            for start in range(0, len(order), batch_size):
+                chosen = order[start : start + batch_size]
+                pairs = [[texts[i].instruction, texts[i].text] for i in chosen]
+                padded = self.tokenize(pairs) if side is None else self.tokenize(pairs, side)
+                yield chosen, self(batch_to_device(padded, device)).float().cpu()
+            return
+        for chosen, rows in batches_ahead(self.row_tokenizer, texts, batch_size):
+            yield chosen, embed_tokenised(self.model, self.settings, rows, device)
 
     def _place(self, device: str | torch.device | None) -> torch.device:
         """Move the model to where it shall compute, and say where its inputs go."""
@@ -367,16 +394,3 @@ class LLM2Vec(nn.Module):
                 self.to(device)
         # Its parameters, not its `weight`: under an adapter with tokens of its own that would be made anew.
         return next(self.model.get_input_embeddings().parameters()).device
-
-
-def token_batches(lengths: Sequence[int], max_tokens: int) -> list[list[int]]:
-    """Row indices, longest rows first, in batches of at most `max_tokens` tokens (at least a row)."""
-    batches: list[list[int]] = []
-    filled = max_tokens
-    for i in sorted(range(len(lengths)), key=lambda i: -lengths[i]):
-        if filled + lengths[i] > max_tokens:
-            batches.append([])
-            filled = 0
-        batches[-1].append(i)
-        filled += lengths[i]
-    return batches

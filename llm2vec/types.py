@@ -6,7 +6,7 @@ size, V vocabulary, N documents of a gathered pool.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from typing import TYPE_CHECKING, Literal, NamedTuple, NotRequired, Protocol, TypeAlias, TypedDict, get_args
 
 if TYPE_CHECKING:
@@ -28,6 +28,10 @@ VectorDtype = Literal["float32", "float16"]
 Reduction = Literal["token_mean", "micro_batch_mean"]
 SymmetricInstructions = Literal["documented", "as_released"]
 TextSide = Literal["query", "document"]
+#: Of the numbers of a vector, in sentence-transformers' words.
+Precision = Literal["float32", "int8", "uint8", "binary", "ubinary"]
+#: What is embedded: one text, or texts and [instruction, text] pairs.
+Texts: TypeAlias = "str | Iterable[str | Sequence[str | None]]"
 ReconstructionTarget = Literal["counterpart", "self"]
 AnchorProjection = Literal["none", "scaled", "linear"]
 MaskTokenType = Literal["blank", "eos", "mask"]

@@ -16,10 +16,11 @@ PACKAGE = Path(__file__).parents[1] / "llm2vec"
 
 #: The files and wings of the package. Each imports only those that stand before it.
 ORDER = (
-    "types", "files", "table", "hub", "processes", "cli", "distributed", "text", "data", "model", "llm2vec", "choice",
+    "types", "files", "table", "hub", "processes", "cli", "distributed", "text", "data", "model", "models", "upstream",
+    "llm2vec", "choice",
     "objectives", "llm2vec_q2d_d2q", "probes", "train", "planning", "corpus", "evaluation", "quickstart",
-    "reports", "compare", "export", "verify", "models", "loss", "dataset",
-    "experiment_utils", "commands", "__main__", "__init__",
+    "reports", "compare", "export", "verify", "loss", "dataset",
+    "experiment_utils", "commands", "__main__", "__init__", "version",
 )  # fmt: skip
 
 #: Most files of a folder, so that it can be seen at a glance, and most lines of a file.

@@ -5,8 +5,9 @@ from __future__ import annotations
 import inspect
 import json
 import re
+import shutil
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -18,14 +19,17 @@ import torch
 from helpers import MODELS, family_tokenizer, tiny_model
 from peft import PeftModel, TrainableTokensConfig, get_peft_model
 from safetensors.torch import load_file, save_file
+from sentence_transformers.util.quantization import quantize_embeddings
 from torch import Tensor
-from transformers import AutoModel, LlamaModel, PreTrainedModel
+from transformers import AutoModel, GPT2Config, GPT2Model, LlamaModel, PreTrainedModel
 
 from llm2vec import LLM2Vec
-from llm2vec.llm2vec import token_batches
+from llm2vec.files import LOCK_FILE, alone_in
 from llm2vec.model.backbone import attach_lora
 from llm2vec.model.proofs import check_attention
 from llm2vec.model.settings import SETTINGS_FILE, EncoderSettings
+from llm2vec.text import entries
+from llm2vec.text.batches import token_batches
 from llm2vec.types import UserError
 
 TEXTS: list[str | list[str]] = [
@@ -208,6 +212,15 @@ def test_saving_and_loading_restores_settings_and_every_bit(base: str, tmp_path:
     assert loaded.settings == model.settings == EncoderSettings(**SETTINGS)
     assert torch.equal(encode(loaded), vectors)
     assert not loaded.training
+
+
+def test_two_may_not_save_into_one_folder(base: str, tmp_path: Path) -> None:
+    model = LLM2Vec.from_pretrained(base)
+    with alone_in(tmp_path, "save"), pytest.raises(UserError, match="another save is at work here"):
+        model.save(tmp_path)
+    assert not list(tmp_path.iterdir())
+    model.save(tmp_path)
+    assert not (tmp_path / LOCK_FILE).exists()
 
 
 def test_what_the_call_says_wins_over_what_the_folder_says(base: str, tmp_path: Path) -> None:
@@ -409,6 +422,101 @@ def test_normalize_gives_unit_vectors(base: str, tmp_path: Path) -> None:
     assert apart(encode(model), plain / plain.norm(dim=1, keepdim=True)) < 1e-6
     assert apart(encode(model).norm(dim=1), torch.ones(len(TEXTS))) < 1e-6
     assert float((plain.norm(dim=1) - 1).abs().min()) > 0.1
+
+
+def test_vectors_are_normalised_on_request_whatever_the_settings_say(model: LLM2Vec, base: str) -> None:
+    plain = encode(model)
+    units = encode(model, normalize_embeddings=True)
+    assert apart(units, torch.nn.functional.normalize(plain, dim=-1)) < 1e-6
+    cut = encode(model, truncate_dim=8, normalize_embeddings=True)
+    assert apart(cut.norm(dim=1), torch.ones(len(TEXTS))) < 1e-6
+    unit = LLM2Vec(
+        AutoModel.from_pretrained(base), family_tokenizer("llama"), attention="bidirectional", normalize=True
+    )
+    assert apart(encode(unit, normalize_embeddings=False), plain) < 1e-5
+
+
+# --- what users of sentence-transformers reach for ---
+
+
+def test_queries_and_documents_by_name(model: LLM2Vec) -> None:
+    texts = ["who wrote it", "hello"]
+    quiet: Any = {"show_progress_bar": False, "device": "cpu"}
+    table = json.loads((Path(__file__).parents[1] / "test_configs/mteb/task_to_instructions.json").read_text("utf-8"))
+    for instruction, found in (
+        ("find", model.encode_query(texts, "find", **quiet)),
+        ("", model.encode_query(texts, **quiet)),
+        (table["NFCorpus"], model.encode_query(texts, task="NFCorpus", **quiet)),
+    ):
+        assert torch.equal(found, encode(model, [[instruction, text] for text in texts], side="query"))
+    assert torch.equal(model.encode_document(texts, **quiet), encode(model, texts, side="document"))
+    assert torch.equal(model.encode_query("hello", "find", **quiet), encode(model, [["find", "hello"]], side="query"))
+    with pytest.raises(UserError, match=r"task is 'NFCorpsu', which has no instruction \(nearest: NFCorpus"):
+        model.encode_query(texts, task="NFCorpsu")
+    with pytest.raises(TypeError, match="batchsize"):
+        model.encode_query(texts, batchsize=3)
+
+
+def test_similarity_is_the_cosine_of_each_pair(model: LLM2Vec) -> None:
+    vectors = encode(model)
+    expected = torch.nn.functional.cosine_similarity(vectors[:2, None], vectors[None], dim=-1)
+    assert apart(model.similarity(vectors[:2], vectors), expected) < 1e-6
+    assert apart(model.similarity(vectors[:2].numpy(), vectors.half()), expected) < 1e-2
+
+
+@pytest.mark.parametrize("precision", ["int8", "uint8", "binary", "ubinary"])
+def test_precision_is_sentence_transformers_own(model: LLM2Vec, precision: Any) -> None:
+    expected = quantize_embeddings(encode(model).numpy(), precision)
+    found = model.encode(TEXTS, show_progress_bar=False, device="cpu", precision=precision)
+    assert isinstance(found, np.ndarray) and found.dtype == expected.dtype and np.array_equal(found, expected)
+    with pytest.raises(UserError, match="precision is 'int4'; allowed: float32, int8"):
+        encode(model, precision="int4")
+
+
+def test_a_generator_is_read_bit_by_bit(model: LLM2Vec, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Before the second part is read, the first has been embedded; no texts are no vectors."""
+    monkeypatch.setattr(entries, "TEXTS_KEPT", 3)
+    read: list[int] = []
+    passes: list[int] = []
+    handle = model.model.get_submodule("layers.0").register_forward_pre_hook(lambda *_: passes.append(len(read)))
+
+    def texts() -> Iterator[Any]:
+        for i, text in enumerate(TEXTS):
+            read.append(i)
+            yield text
+
+    found = encode(model, texts())
+    handle.remove()
+    assert passes == [3, 6, 7]
+    assert apart(found, encode(model)) < 1e-5
+    assert encode(model, iter([])).shape == (0, 32)
+    queries = model.encode_query((t for t in ("who", "it")), "find", show_progress_bar=False, device="cpu")
+    assert torch.equal(queries, encode(model, [["find", "who"], ["find", "it"]]))
+
+
+def test_pushing_uploads_what_save_writes(model: LLM2Vec, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    class Hub:
+        def create_repo(self, name: str, **options: Any) -> str:
+            assert (name, options) == ("me/mine", {"exist_ok": True, "private": True})
+            return "https://hub/me/mine"
+
+        def upload_folder(self, *, repo_id: str, folder_path: Path, commit_message: str) -> None:
+            shutil.copytree(folder_path, tmp_path / "there")
+
+    monkeypatch.setattr(huggingface_hub, "HfApi", Hub)
+    assert model.push_to_hub("me/mine", private=True) == "https://hub/me/mine"
+    assert torch.equal(encode(LLM2Vec.from_pretrained(tmp_path / "there")), encode(model))
+
+
+def test_a_family_that_counts_places_from_the_row_s_beginning_may_be_padded_on_the_left() -> None:
+    """GPT-2 adds an embedding of the place; padding in front of a text does not shift it."""
+    tokenizer = family_tokenizer("llama")
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        config = GPT2Config(vocab_size=len(tokenizer), n_positions=256, n_embd=32, n_layer=2, n_head=4)
+        model = LLM2Vec(GPT2Model(config).eval(), tokenizer, template="plain", attention="causal")
+    for model.tokenizer.padding_side in ("right", "left"):
+        assert apart(padded(model), encode(model)) < 1e-5
 
 
 def test_encode_is_what_forward_of_tokenize_gives(model: LLM2Vec) -> None:

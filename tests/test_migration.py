@@ -23,12 +23,15 @@ from peft import PeftModel
 from torch import Tensor
 from transformers import AutoConfig, AutoModel, AutoTokenizer, BitsAndBytesConfig, PreTrainedModel
 
+import llm2vec.version
 from llm2vec import LLM2Vec
 from llm2vec.commands import train
+from llm2vec.llm2vec import batch_to_device
 from llm2vec.model.backbone import attach_lora
 from llm2vec.model.pooling import pool
 from llm2vec.model.proofs import check_attention
 from llm2vec.model.settings import SETTINGS_FILE, EncoderSettings
+from llm2vec.models import LlamaBiModel
 from llm2vec.objectives.losses import info_nce
 from llm2vec.train.config import Config
 from llm2vec.train.config.arguments import training_arguments
@@ -403,6 +406,7 @@ def test_the_entries_of_upstreams_examples() -> None:
     assert torch.equal(encode(model, [[*query, 0] for query in QUERIES]), expected)
     assert torch.equal(encode(model, [(*query, np.int64(0)) for query in QUERIES]), expected)
     assert torch.equal(encode(model, np.array(QUERIES)), expected)
+    assert torch.equal(encode(model, [[None, text] for text in DOCUMENTS]), encode(model, DOCUMENTS))
     alone = encode(model, [*QUERIES[0], 0])
     assert alone.shape == (1, 32) and torch.equal(alone, encode(model, QUERIES[:1]))
     assert torch.equal(model.tokenize([*QUERIES[0], 0])["input_ids"], model.tokenize(QUERIES[:1])["input_ids"])
@@ -425,18 +429,89 @@ def test_folders_may_be_paths(tmp_path: Path) -> None:
         assert loaded.settings == model.settings
 
 
-def test_upstreams_attributes_are_read_and_not_written() -> None:
-    model = LLM2Vec.from_pretrained(*names("llama3"), pooling_mode="eos_token", max_length=64, doc_max_length=20)
-    assert (model.pooling_mode, model.max_length, model.doc_max_length, model.skip_instruction) == (
-        "last",
-        64,
-        20,
-        True,
-    )
-    assert model.config.hidden_size == 32
-    for name in ("config", "pooling_mode", "max_length", "doc_max_length", "skip_instruction"):
-        with pytest.raises(AttributeError):
-            setattr(model, name, getattr(model, name))
+def test_upstreams_attributes_are_read_and_written() -> None:
+    """As when the model is loaded with them; a value that may not be leaves all as it was."""
+    settings: dict[str, Any] = {
+        "pooling_mode": "eos_token", "max_length": 90, "doc_max_length": 3, "skip_instruction": False,
+    }  # fmt: skip
+    model = LLM2Vec.from_pretrained(*names("llama3"))
+    for name, value in settings.items():
+        before = encode(model)
+        setattr(model, name, value)
+        assert getattr(model, name) == {"eos_token": "last"}.get(value, value)
+        assert (apart(encode(model), before) > 0.01) == (name in ("pooling_mode", "doc_max_length"))
+    loaded = LLM2Vec.from_pretrained(*names("llama3"), **settings)
+    assert loaded.settings == model.settings and torch.equal(encode(loaded), encode(model))
+    with pytest.raises(UserError, match="max_length is 0"):
+        model.max_length = 0
+    assert model.max_length == 90 and model.config.hidden_size == 32
+    with pytest.raises(AttributeError):
+        model.config = model.config  # type: ignore[misc]
+
+
+def test_rows_end_where_upstreams_callers_read_them() -> None:
+    """They set the tokenizer's padding side to the left, assert it, and read the last position of each row."""
+    model = LLM2Vec.from_pretrained(*names("llama3"), pooling_mode="last_token")
+    assert model.tokenizer.padding_side == "left"
+    batch = model.tokenize(DOCUMENTS)
+    with torch.no_grad():
+        last = model.model(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"]).last_hidden_state[
+            :, -1
+        ]
+    assert apart(last, encode(model, DOCUMENTS)) < 1e-5
+    model.tokenizer.padding_side = "right"
+    assert model.tokenize(DOCUMENTS)["attention_mask"][:, 0].all()
+
+
+def test_overridden_steps_are_used_by_encode() -> None:
+    """`forward` with a head of its own, `tokenize` with its own idea of a text; each also under a side."""
+
+    class Halved(LLM2Vec):
+        def forward(self, batch: dict[str, Tensor]) -> Tensor:
+            return super().forward(batch)[:, ::2]
+
+    class Lower(LLM2Vec):
+        def tokenize(self, texts: Any, side: Any = None) -> dict[str, Tensor]:
+            return super().tokenize([[instruction, text.lower()] for instruction, text in texts], side)
+
+    plain = LLM2Vec.from_pretrained(*names("llama3"))
+    halved, lower = (kind.from_pretrained(*names("llama3")) for kind in (Halved, Lower))
+    for side in (None, "document"):
+        assert apart(encode(halved, side=side), encode(plain, side=side)[:, ::2]) < 1e-5
+        assert (
+            apart(encode(lower, ["WHO WROTE", "Hello"], side=side), encode(plain, ["who wrote", "hello"], side=side))
+            < 1e-5
+        )
+    assert encode(halved, truncate_dim=5).shape == (7, 5)
+    assert encode(halved, batch_size=2).shape == (7, 16)
+
+
+@pytest.mark.parametrize("step", ["prepare_for_tokenization", "_convert_to_str", "get_pooling", "_encode"])
+def test_an_override_that_nothing_calls_is_refused(step: str) -> None:
+    with pytest.raises(UserError, match=f"Mine overrides {step}, which nothing here calls: .*docs/migration.md"):
+        type("Mine", (LLM2Vec,), {step: lambda self, text: text})
+    mixin = type("Mixin", (), {step: lambda self, text: text})
+    with pytest.raises(UserError, match=f"Mine overrides {step}"):
+        type("Mine", (mixin, LLM2Vec), {})
+    with pytest.raises(AttributeError, match=f"LLM2Vec has no {step}: .*docs/migration.md"):
+        getattr(LLM2Vec.from_pretrained(*names("llama3")), step)
+
+
+def test_upstreams_smaller_names() -> None:
+    assert llm2vec.version.__version__ == llm2vec.__version__
+    moved = batch_to_device({"ids": torch.zeros(2), "text": "who"}, torch.device("meta"))
+    assert moved["ids"].is_meta and moved["text"] == "who"
+    assert LLM2Vec._get_model_class("LlamaConfig", enable_bidirectional=True) is LlamaBiModel
+    assert LLM2Vec._get_model_class("LlamaConfig", enable_bidirectional=False) is AutoModel
+    with pytest.raises(ValueError, match="T5Config is not supported"):
+        LLM2Vec._get_model_class("T5Config", enable_bidirectional=True)
+    model = LLM2Vec.from_pretrained(FAMILIES["llama3"].base)
+    model.gradient_checkpointing_enable({"use_reentrant": False})
+    assert model.model.is_gradient_checkpointing
+    rows = model.model.get_input_embeddings().weight.shape[0]
+    model.resize_token_embeddings(rows + 3)
+    assert model.model.get_input_embeddings().weight.shape[0] == rows + 3
+    assert not hasattr(model, "no_such_name")
 
 
 @pytest.mark.parametrize("device_map", [None, "cpu"])
@@ -505,9 +580,10 @@ def test_a_token_is_handed_to_all_who_ask_the_hub(monkeypatch: pytest.MonkeyPatc
     asked: list[tuple[str, Any]] = []
     real = transformers.utils.hub.cached_files
 
-    def cached_files(path: str, filenames: list[str], **keywords: Any) -> Any:
-        asked.extend((name, keywords.get("token")) for name in filenames)
-        return real(path, filenames, **keywords)
+    def cached_files(*arguments: Any, **keywords: Any) -> Any:
+        given = inspect.signature(real).bind(*arguments, **keywords).arguments
+        asked.extend((name, keywords.get("token")) for name in given["filenames"])
+        return real(*arguments, **keywords)
 
     monkeypatch.setattr(transformers.utils.hub, "cached_files", cached_files)
     LLM2Vec.from_pretrained(*names("llama3"), token="hf_mine")
@@ -536,6 +612,7 @@ def test_quantisation_goes_to_transformers_by_bitsandbytes_alone(monkeypatch: py
 
 def test_tokenize_and_pool_take_the_place_of_upstreams_steps() -> None:
     model = LLM2Vec.from_pretrained(*names("mistral"))
+    model.tokenizer.padding_side = "right"  # else `forward` says where a row's text begins, and rounds otherwise
     batch = model.tokenize(QUERIES)
     assert set(batch) >= {"input_ids", "attention_mask", "pool_mask"}
     with torch.no_grad():

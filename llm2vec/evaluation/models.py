@@ -21,14 +21,13 @@ from llm2vec.model.backbone import open_sentence_transformer, parse_dtype
 from llm2vec.model.chain import model_name, revision_of
 from llm2vec.model.settings import SETTINGS_FILE
 from llm2vec.model.vault import MODULES_FILE
+from llm2vec.text.entries import INSTRUCTIONS_FILE
 from llm2vec.types import UserError, first_line
 
 logger = logging.getLogger(__name__)
 
 Kind = Literal["llm2vec", "sentence-transformers", "mteb"]
 
-#: The paper's instructions. In a clone a link to `test_configs/mteb/`, where the release's commands name the file.
-INSTRUCTIONS_FILE = Path(__file__).with_name("task_to_instructions.json")
 DTYPE = "bfloat16"
 #: Published chains: mteb's registry cannot load its own entries of this form, and they are two adapters each.
 PUBLISHED = re.compile(r"(.+/LLM2Vec-.+-mntp)-(?:supervised|unsup-simcse)")

@@ -10,7 +10,7 @@ import dataclasses
 import difflib
 import functools
 import logging
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal, TypeGuard, Unpack
 
@@ -131,6 +131,18 @@ class LLM2VecEncoder(AbsEncoder):
                     name, self.mteb_model_meta.name, len(self._trained_with), min(self._trained_with),
                 )  # fmt: skip
         return self._fallbacks[name]
+
+    def say_foreign(self, tasks: Iterable[str]) -> None:
+        """Say which tasks have an instruction in the table that the model was not trained with; for a default table."""
+        own = {text.rstrip(".:; ") for text in self._trained_with}
+        given = {name: self.task_to_instructions.get(name, "") for name in tasks}
+        foreign = [name for name, text in given.items() if text and text.rstrip(".:; ") not in own]
+        if own and foreign:
+            logger.warning(
+                'instruction: %d of %d tasks have one that %s was not trained with, such as %s: "%s"; '
+                'it was trained with %d, such as "%s". --task_to_instructions_fp gives others.',
+                len(foreign), len(given), self.mteb_model_meta.name, foreign[0], given[foreign[0]], len(own), min(own),
+            )  # fmt: skip
 
     # The keywords are typed by mteb's protocol; what is not known here (precision) is refused, not swallowed.
     def encode(

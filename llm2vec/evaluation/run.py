@@ -172,8 +172,11 @@ def _say_where(request: Request, encoder: Any, tasks: Mapping[str, Any]) -> None
     if others:
         logger.info("Not used: results of %d other revisions of this name (%s)", len(others), ", ".join(others))
     if isinstance(encoder, LLM2VecEncoder):
-        for leaf in leaves_of(tasks).values():
+        leaves = leaves_of(tasks).values()
+        for leaf in leaves:
             encoder.instruction(leaf.metadata, None)
+        if request.model.instructions_file is None:
+            encoder.say_foreign(leaf.metadata.name for leaf in leaves)
 
 
 def _prepare_process(worker: int, device: str | None) -> None:

@@ -24,7 +24,6 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from huggingface_hub import HfApi
 from huggingface_hub.errors import HFValidationError
 from huggingface_hub.utils import validate_repo_id  # type: ignore[attr-defined]  # public, and not in its __all__
 from peft import PeftModel
@@ -130,28 +129,6 @@ def export(what: Export, out: Path) -> Proof:
         )
         _write_records(folder, form, facts)
     return proof
-
-
-def push(folder: Path, repository: str, private: bool = False) -> str:
-    """Upload an exported folder to the hub, making the repository if it is not there; returns its address.
-
-    Args:
-        folder: what `export` wrote.
-        repository: its name.
-        private: whether a repository that is made now is for its owner alone; one that is there stays as it is.
-
-    Raises:
-        UserError: the hub refuses, or is out of reach.
-    """
-    api = HfApi()
-    try:
-        address = api.create_repo(repository, exist_ok=True, private=private)
-        api.upload_folder(repo_id=repository, folder_path=folder, commit_message="Upload exported embedder")
-    except Exception as error:  # not logged in, no such organisation, no connection: each a type of its own
-        raise UserError(
-            f"{folder} is written, but could not be uploaded to {repository}: {first_line(error)}"
-        ) from error
-    return str(address)
 
 
 @contextmanager

@@ -6,6 +6,7 @@ serves causal embedding, bidirectional embedding and generation. Whether it obey
 
 from __future__ import annotations
 
+import importlib.util
 import logging
 import re
 import threading
@@ -32,9 +33,8 @@ from transformers import (
 )
 from transformers.utils import logging as transformers_logging
 
-from llm2vec.hub import client_keywords, local_folder
+from llm2vec.hub import HUB_CLIENT, local_folder
 from llm2vec.model.chain import Chain
-from llm2vec.model.settings import available_attention
 from llm2vec.model.vault import (
     CONFIG_FILE,
     Folder,
@@ -60,8 +60,6 @@ LORA_MODULES = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", 
 #: A weight of a numbered layer. A head is none, nor are the tables that older files hold.
 _LAYER_WEIGHT = re.compile(r"\blayers\.\d+\..*\b(weight|bias)$")
 
-#: Names in `config.layer_types` of layers that attend: to all tokens, or to a window or chunk of them.
-ATTENTION_LAYERS = {"full_attention", "sliding_attention", "chunked_attention"}
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
@@ -74,7 +72,6 @@ def load_backbone(
     *,
     dtype: torch.dtype | str | None = None,
     attn_implementation: str | None = None,
-    device_map: Any = None,
     with_lm_head: bool = False,
     merge_last: bool = True,
     of_weights: Mapping[str, Any] = MappingProxyType({}),
@@ -85,10 +82,9 @@ def load_backbone(
         chain: base and adapters, as `open_chain` found them.
         dtype: of the weights; None = float32, "auto" = as stored.
         attn_implementation: `eager`, `sdpa` or `flash_attention_2`; None = the library's choice.
-        device_map: as in transformers.
         with_lm_head: load the language model's head too (needed for reconstruction).
         merge_last: merge the outermost adapter as well; False leaves it as a PeftModel.
-        of_weights: further keywords of transformers for the base (`hub.read_keywords`).
+        of_weights: further keywords of transformers for the base: `device_map`, and those of `hub.read_keywords`.
 
     Raises:
         UserError: the base is not found, an adapter does not fit it, or an adapter has no effect.
@@ -98,7 +94,6 @@ def load_backbone(
         chain.folders[0],
         dtype=parse_dtype(dtype),
         attn_implementation=attn_implementation,
-        device_map=device_map,
         of_weights=of_weights,
     )
     for number, adapter in enumerate(chain.folders[1:], start=1):
@@ -180,6 +175,7 @@ def hidden_states(
     *,
     input_ids: Tensor | None = None,
     inputs_embeds: Tensor | None = None,
+    position_ids: Tensor | None = None,
 ) -> Tensor:
     """Last layer's states after the final norm, [B, T, D], from ids [B, T] or from embeddings [B, T, D]."""
     with one_pass(model):
@@ -189,6 +185,7 @@ def hidden_states(
             attention_mask=attention_mask,
             is_causal=attention == "causal",
             use_cache=False,
+            **({} if position_ids is None else {"position_ids": position_ids}),
         )
     states: Tensor = output.last_hidden_state
     return states
@@ -245,17 +242,11 @@ def parse_dtype(dtype: torch.dtype | str | None) -> torch.dtype | str:
     Raises:
         UserError: no such dtype.
     """
-    if dtype is None:
-        return torch.float32
-    if isinstance(dtype, torch.dtype) or dtype == "auto":
-        return dtype
+    if not isinstance(dtype, str) or dtype == "auto":
+        return dtype or torch.float32
     if dtype not in DTYPES:
         raise UserError(f"torch_dtype is {dtype!r}; allowed: auto, {', '.join(DTYPES)}.")
     return DTYPES[dtype]
-
-
-#: What is fetched of a sentence-transformers repository.
-FETCHED = ("*.json", "*.safetensors", "*.txt", "*.model", "*.jinja")
 
 
 def config_of(folder: Folder, revision: str | None = None) -> PretrainedConfig:
@@ -270,7 +261,7 @@ def config_of(folder: Folder, revision: str | None = None) -> PretrainedConfig:
     """
     try:
         commit = revision or folder.commit
-        config = AutoConfig.from_pretrained(folder.path, revision=commit, trust_remote_code=False, **client_keywords())
+        config = AutoConfig.from_pretrained(folder.path, revision=commit, trust_remote_code=False, **HUB_CLIENT.get())
     except Exception as error:  # no such repository, no access to it, a class of its own: each has a type of its own
         raise UserError(f"{folder.path!r} could not be loaded: {first_line(error)}") from error
     if folder.config is None:
@@ -287,9 +278,8 @@ def load_tokenizer(where: Folder | str) -> PreTrainedTokenizerBase:
     folder = folder_at(where) if isinstance(where, str) else where
     path, commit = folder.path, check_tokenizer(folder)  # says what is wrong with a name better than the library does
     try:
-        tokenizer = AutoTokenizer.from_pretrained(  # `trust_remote_code` left out, it would ask
-            path, revision=commit or "main", trust_remote_code=False, **client_keywords()
-        )
+        hub = {"revision": commit or "main", **HUB_CLIENT.get()}
+        tokenizer = AutoTokenizer.from_pretrained(path, trust_remote_code=False, **hub)  # left out, it would ask
     except Exception as error:  # each damaged file of tokenizer or config raises a type of its own
         raise UserError(f"{path}: no tokenizer could be loaded ({first_line(error)}).") from error
     if tokenizer.pad_token is None:
@@ -304,7 +294,6 @@ def open_model(
     *,
     dtype: torch.dtype | str,
     attn_implementation: str | None = None,
-    device_map: Any = None,
     of_weights: Mapping[str, Any] = MappingProxyType({}),
 ) -> tuple[Any, dict[str, Any]]:
     """The weights of a full model.
@@ -314,7 +303,6 @@ def open_model(
         folder: where they lie.
         dtype: of the weights; "auto" = as stored.
         attn_implementation: as in transformers; None = what the config names, or the library's choice.
-        device_map: as in transformers.
         of_weights: further keywords of transformers.
 
     Returns:
@@ -331,13 +319,12 @@ def open_model(
             revision=folder.commit,
             dtype=dtype,
             attn_implementation=attention,
-            device_map=device_map,
             use_safetensors=True,
             weights_only=True,
             trust_remote_code=False,  # left out, it would ask
             output_loading_info=True,
             **of_weights,
-            **client_keywords(),
+            **HUB_CLIENT.get(),
         )
     except UserError:
         raise
@@ -354,6 +341,20 @@ def _check_model(folder: Folder, model_class: Any, asked: str | None) -> str | N
         described = model_class.from_config(config, attn_implementation=attention, trust_remote_code=False)
     check_size(folder, sum(weight.numel() for weight in described.parameters()))
     return attention
+
+
+def available_attention(attn_implementation: str | None) -> str | None:
+    """`attn_implementation`; or torch's own, with a warning, where FlashAttention was asked for and cannot run."""
+    if attn_implementation != "flash_attention_2":
+        return attn_implementation
+    if not torch.cuda.is_available():
+        missing = "there is no CUDA device"
+    elif importlib.util.find_spec("flash_attn") is None:
+        missing = "the package flash-attn is not installed"
+    else:
+        return attn_implementation
+    logger.warning("attn_implementation: flash_attention_2 was asked for, but %s; using sdpa (torch's own).", missing)
+    return "sdpa"
 
 
 def put_adapter(model: Any, folder: Folder) -> PeftModel:
@@ -385,10 +386,11 @@ def open_sentence_transformer(
         from sentence_transformers import SentenceTransformer  # seconds to import, and an extra
     except ImportError as error:
         raise UserError('sentence-transformers is not installed: pip install -e ".[eval]".') from error
-    folder = local_folder(path) or Path(snapshot_download(path, allow_patterns=list(FETCHED)))
+    fetched = ["*.json", "*.safetensors", "*.txt", "*.model", "*.jinja"]
+    folder = local_folder(path) or Path(snapshot_download(path, allow_patterns=fetched))
     models, given = check_modules(folder, path)
-    options: dict[str, Any] = {"use_safetensors": True, "weights_only": True}
-    options["dtype"] = dtype or given.get("dtype") or given.get("torch_dtype") or "auto"
+    chosen = dtype or given.get("dtype") or given.get("torch_dtype") or "auto"
+    options: dict[str, Any] = {"use_safetensors": True, "weights_only": True, "dtype": chosen}
     attention = attn_implementation or given.get("attn_implementation")
     for model in models:
         attention = _check_model(model, AutoModel, attention)

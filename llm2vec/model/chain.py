@@ -22,11 +22,14 @@ from huggingface_hub import try_to_load_from_cache
 from huggingface_hub.errors import HFValidationError
 
 from llm2vec.files import ORIGIN_FILE, files_hash, read_object, sha256
-from llm2vec.hub import client_keywords, find_file, local_folder
+from llm2vec.hub import HUB_CLIENT, find_file, local_folder
 from llm2vec.model.vault import ADAPTER_FILE, ADAPTER_WEIGHTS, MODULES_FILE, Folder, folder_at
 from llm2vec.types import UserError
 
 logger = logging.getLogger(__name__)
+
+#: The class that a checkpoint's `modules.json` names: sentence-transformers of any version has none such, and says so.
+NO_STOCK_MODEL = "sentence_transformers.model, as this is a checkpoint of llm2vec: make one of it by `llm2vec export`"
 
 RUN_FILE = "run.json"
 INCOMPLETE_MARKER = ".incomplete"
@@ -256,7 +259,7 @@ def revision_of(path: str) -> str:
     folder = local_folder(path)
     if folder is None:
         return _cached_commit(path) or path
-    if (folder / MODULES_FILE).is_file():
+    if is_stock(path):
         found = [file for pattern in MODULE_FILES for file in folder.rglob(pattern)]
     else:
         found = [file for pattern in CHECKPOINT_FILES for file in folder.glob(pattern)]
@@ -264,6 +267,16 @@ def revision_of(path: str) -> str:
     if not any(file.suffix == ".safetensors" for file in files):
         raise UserError(f"The directory {path} holds no safetensors weights.")
     return files_hash(folder, sorted(files))
+
+
+def is_stock(path: str) -> bool:
+    """Whether a folder or repository is a sentence-transformers model.
+
+    Raises:
+        UserError: it is no folder and no name of a repository.
+    """
+    file = find_file(path, MODULES_FILE)
+    return file is not None and NO_STOCK_MODEL not in Path(file).read_text(encoding="utf-8", errors="replace")
 
 
 def adapter_hash(adapter: str) -> str | None:
@@ -279,7 +292,7 @@ def adapter_hash(adapter: str) -> str | None:
 def _cached_commit(path: str) -> str | None:
     """The commit of a hub repository in the local cache; None where there is none, or for no name of a repository."""
     try:
-        cache, names = client_keywords().get("cache_dir"), ("config.json", "adapter_config.json", MODULES_FILE)
+        cache, names = HUB_CLIENT.get().get("cache_dir"), ("config.json", "adapter_config.json", MODULES_FILE)
         cached = [try_to_load_from_cache(path, name, cache_dir=cache) for name in names]
     except HFValidationError:
         return None

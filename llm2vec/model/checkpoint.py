@@ -3,6 +3,7 @@
     model.safetensors or adapter_model.safetensors, with config.json or adapter_config.json
     tokenizer files
     llm2vec_config.json   EncoderSettings: everything that decides a text's embedding beside the weights
+    modules.json          stops sentence-transformers, which would write no template and pool at will, with a sentence
     run.json              where it came from: resolved config, step, versions, parent, data; and the files' sizes
     SHA256SUMS            in a run's `checkpoint-N` only: the sums of all files, in the form that `sha256sum -c` reads
 
@@ -34,8 +35,9 @@ from transformers import PreTrainedTokenizerBase
 
 from llm2vec.files import sha256, write_json
 from llm2vec.model.backbone import Backbone
-from llm2vec.model.chain import INCOMPLETE_MARKER, RUN_FILE, adapter_hash
-from llm2vec.model.settings import SETTINGS_FILE, EncoderSettings
+from llm2vec.model.chain import INCOMPLETE_MARKER, NO_STOCK_MODEL, RUN_FILE, adapter_hash
+from llm2vec.model.settings import SETTINGS_FILE, EncoderSettings, set_attention
+from llm2vec.model.vault import MODULES_FILE
 from llm2vec.types import UserError
 
 SUMS_FILE = "SHA256SUMS"
@@ -76,6 +78,8 @@ def save_checkpoint(
         shutil.rmtree(abandoned, ignore_errors=True)
     staging = Path(tempfile.mkdtemp(prefix=WRITING_PREFIX, dir=folder))
     try:
+        if settings is not None:  # other libraries read it there
+            set_attention(model.config, settings.attention)
         # peft would write the whole embedding beside the few rows of it that an adapter trains.
         adapter_only: dict[str, Any] = {"save_embedding_layers": False} if isinstance(model, PeftModel) else {}
         to_write = None if state is None else dict(state)  # transformers empties it as it writes
@@ -88,6 +92,7 @@ def save_checkpoint(
             save_file(on_cpu, staging / BESIDE_FILE)
         if settings is not None:
             write_json(staging / SETTINGS_FILE, settings.written())
+            write_json(staging / MODULES_FILE, [{"idx": 0, "name": "0", "path": "", "type": NO_STOCK_MODEL}])
         sizes = {file.name: file.stat().st_size for file in sorted(staging.iterdir())}
         parents = {} if settings is None else {"parent_weights": _parent_weights(settings)}
         write_json(staging / RUN_FILE, {**(run or {}), **environment(), **parents, "files": sizes})

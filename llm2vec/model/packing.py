@@ -25,7 +25,7 @@ from transformers import AttentionInterface
 from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.models.llama.modeling_llama import apply_rotary_pos_emb
 
-from llm2vec.model.backbone import ATTENTION_LAYERS, hidden_states, one_pass
+from llm2vec.model.backbone import hidden_states, one_pass
 from llm2vec.model.packed_attention import NAME, Group, Layout, attend, can_share_prefix
 from llm2vec.text.batches import positions_of
 from llm2vec.types import Attention
@@ -276,3 +276,7 @@ def attention_dropout(model: Any) -> float:
     attention = getattr(inner_decoder(model).layers[0], "self_attn", None)
     of_config = getattr(model.config, "attention_dropout", 0.0)
     return float(getattr(attention, "attention_dropout", of_config)) if model.training else 0.0
+
+
+#: Names in `config.layer_types` of layers that attend: to all tokens, or to a window or chunk of them.
+ATTENTION_LAYERS = {"full_attention", "sliding_attention", "chunked_attention"}

@@ -15,6 +15,8 @@ from torch.nn.utils.rnn import pad_sequence
 
 from llm2vec.model.packing import packed_hidden_states
 from llm2vec.model.settings import EncoderSettings
+from llm2vec.text.batches import pack_rows
+from llm2vec.text.tokenization import Row
 from llm2vec.types import Pass, PoolingMode, TokenBatch, UserError
 
 
@@ -91,6 +93,14 @@ def embed(
         name: pool_packed(states_ND, side["lengths"], side["pool_mask"], settings.pooling_mode)
         for (name, side), states_ND in zip(sides.items(), of_sides, strict=True)
     }
+
+
+def embed_tokenised(model: Any, settings: EncoderSettings, rows: Sequence[Row], device: torch.device) -> Tensor:
+    """Embeddings [B, D] of tokenised rows, float32 on the CPU."""
+    batch = pack_rows(rows)
+    for name in ("input_ids", "pool_mask", "target_mask"):
+        batch[name] = batch[name].to(device)
+    return embed(model, settings, {"text": batch})["text"].float().cpu()
 
 
 def embedding_pass(model: nn.Module, settings: EncoderSettings, sides: Mapping[str, TokenBatch]) -> Pass:

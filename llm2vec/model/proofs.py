@@ -12,8 +12,8 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor
 
-from llm2vec.model.backbone import ATTENTION_LAYERS, Backbone, hidden_states
-from llm2vec.model.packing import packed_hidden_states
+from llm2vec.model.backbone import Backbone, hidden_states
+from llm2vec.model.packing import ATTENTION_LAYERS, packed_hidden_states
 from llm2vec.types import Attention, UserError
 
 

@@ -3,14 +3,12 @@
 from __future__ import annotations
 
 import dataclasses
-import importlib.util
 import logging
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, get_args
 
-import torch
 from transformers import PreTrainedTokenizerBase
 
 from llm2vec.files import read_object
@@ -169,17 +167,3 @@ def set_attention(config: Any, attention: Attention) -> None:
         config.is_causal = False
         if not config.model_type.startswith(("gemma3", "gemma4")):
             config.use_bidirectional_attention = True
-
-
-def available_attention(attn_implementation: str | None) -> str | None:
-    """`attn_implementation`; or torch's own, with a warning, where FlashAttention was asked for and cannot run."""
-    if attn_implementation != "flash_attention_2":
-        return attn_implementation
-    if not torch.cuda.is_available():
-        missing = "there is no CUDA device"
-    elif importlib.util.find_spec("flash_attn") is None:
-        missing = "the package flash-attn is not installed"
-    else:
-        return attn_implementation
-    logger.warning("attn_implementation: flash_attention_2 was asked for, but %s; using sdpa (torch's own).", missing)
-    return "sdpa"

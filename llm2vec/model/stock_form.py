@@ -34,7 +34,9 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple, get_args
 
+import numpy as np
 from tokenizers import Tokenizer
+from torch import Tensor
 
 from llm2vec.files import write_json
 from llm2vec.model.backbone import Backbone
@@ -42,7 +44,7 @@ from llm2vec.model.settings import EncoderSettings, set_attention
 from llm2vec.text.probe_texts import PROBE_TEXTS
 from llm2vec.text.templates import forms_of
 from llm2vec.text.tokenization import Row, RowTokenizer
-from llm2vec.types import Attention, InstructedText, PoolingMode, TextSide, UserError
+from llm2vec.types import Attention, InstructedText, PoolingMode, Precision, TextSide, UserError
 
 if TYPE_CHECKING:
     from sentence_transformers import SentenceTransformer
@@ -219,7 +221,7 @@ def write_form(
     folder: Path, form: StockForm, hidden_size: int, attention: Attention, instructions: Mapping[str, str]
 ) -> None:
     """Write everything but config and weights: the tokenizer's files and sentence-transformers'."""
-    _write_tokenizer(folder, form)
+    _write_tokenizer(folder, form, attention)
     pooling, prompts = POOLING[form.pooling_mode], form.prompts(instructions)
     versions = {"sentence_transformers": "sentence-transformers", "transformers": "transformers", "pytorch": "torch"}
     top: dict[str, Any] = {
@@ -309,7 +311,7 @@ def _behind(rows: RowTokenizer, side: TextSide) -> tuple[int, ...]:
     return tuple(row.ids[len(row.ids) - row.target[::-1].index(True) :])
 
 
-def _write_tokenizer(folder: Path, form: StockForm) -> None:
+def _write_tokenizer(folder: Path, form: StockForm, attention: Attention) -> None:
     """`tokenizer.json` with the form's ids in its post-processor, and its config.
 
     Written as JSON, as the library's own constructor reads a token such as `:` as part of its notation.
@@ -328,8 +330,10 @@ def _write_tokenizer(folder: Path, form: StockForm) -> None:
     write_json(
         folder / "tokenizer_config.json",
         {
-            # Reads tokenizer.json as it stands; a family's own class may put a pipeline of its own in its place.
-            "tokenizer_class": "PreTrainedTokenizerFast",
+            # Reads tokenizer.json as it stands; a family's own class may put a pipeline of its own in its place. Both
+            # are the same class, the second by the name that it has since transformers 5. So transformers 4, which
+            # would attend causally without a word, finds no tokenizer and stops.
+            "tokenizer_class": "PreTrainedTokenizerFast" if attention == "causal" else "TokenizersBackend",
             **{name: token for name, token in named.items() if token is not None},
             "additional_special_tokens": [token for token in closing if token not in named.values()],
             "model_max_length": form.rows.max_length,
@@ -356,6 +360,21 @@ def _post_processor(tokenizer: Any, form: StockForm) -> dict[str, Any]:
         "pair": [*single, {"Sequence": {"id": "B", "type_id": 1}}],
         "special_tokens": {n: {"id": n, "ids": [i], "tokens": [n]} for n, i in zip(names, ids, strict=True)},
     }
+
+
+def quantized(vectors: Tensor, precision: Precision) -> np.ndarray[Any, np.dtype[Any]]:
+    """Vectors [N, D] in fewer bytes, by sentence-transformers' quantiser; int8 and uint8 over their own range.
+
+    Raises:
+        UserError: sentence-transformers is not installed, or knows no such precision.
+    """
+    if precision not in get_args(Precision):
+        raise UserError(f"precision is {precision!r}; allowed: {', '.join(get_args(Precision))}.")
+    try:
+        from sentence_transformers.util.quantization import quantize_embeddings
+    except ImportError as error:
+        raise UserError('this needs sentence-transformers, 6 or newer: pip install -e ".[eval]".') from error
+    return np.asarray(quantize_embeddings(vectors.numpy(), precision))
 
 
 def _around(model: Backbone, folder: Path) -> SentenceTransformer:

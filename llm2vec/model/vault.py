@@ -241,7 +241,8 @@ def check_tokenizer(folder: Folder) -> str | None:
     Raises:
         UserError: it would, or the folder's path is no possible name.
     """
-    file = folder.find("tokenizer.json")
+    is_local = folder.names is not None
+    file = f"{folder.path}/tokenizer.json" if is_local else find_file(folder.path, "tokenizer.json", folder.commit)
     try:
         normalizer = json.loads(Path(file).read_bytes()).get("normalizer") if file else None
     except (OSError, ValueError, AttributeError, RecursionError):  # the library says what is wrong with it
@@ -249,7 +250,7 @@ def check_tokenizer(folder: Folder) -> str | None:
     growth = math.prod(len(value) or 1 for key, value in _entries(normalizer) if key == "content")
     if growth > MOST_GROWTH:
         raise UserError(f"{folder.path}/tokenizer.json: its normalizer may make a text {growth:.2g} times as long.")
-    return Path(file).parent.name if file and folder.names is None else folder.commit
+    return folder.commit if is_local or file is None else Path(file).parent.name
 
 
 # --- weights ---

@@ -30,6 +30,18 @@ __all__ = [
 ]  # fmt: skip
 
 
+def bidirectional_class(config_class_name: str) -> Any:
+    """Upstream's class for a config's name (`LlamaConfig` -> `LlamaBiModel`).
+
+    Raises:
+        ValueError: as upstream, for a family that has none here; `LLM2Vec` itself takes it all the same.
+    """
+    found = globals().get(f"{config_class_name.removesuffix('Config')}BiModel")
+    if found is None:
+        raise ValueError(f"{config_class_name} is not supported yet with bidirectional models.")
+    return found
+
+
 class _Bidirectional:
     """Makes a transformers model attend in both directions, and save that with its config."""
 

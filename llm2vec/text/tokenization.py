@@ -86,7 +86,7 @@ class RowTokenizer:
         instruction_mask: what is pooled where the instruction is not. `offsets`: tokens by the characters they stand
             for. `counted`: as many of the last as the text with its closing makes alone, as upstream LLM2Vec does.
         reconstruct_instruction: whether the instruction is part of the target mask, beside the text.
-        padding_side: "right" or "left"; embeddings do not depend on it.
+        padding_side: "right" or "left"; embeddings do not depend on it. None = the tokenizer's, whenever it pads.
 
     Raises:
         UserError: the tokenizer is slow or lacks a token the template writes, or the template has no closing token
@@ -105,7 +105,7 @@ class RowTokenizer:
         skip_instruction: bool = True,
         instruction_mask: InstructionMask = "offsets",
         reconstruct_instruction: bool = False,
-        padding_side: str = "right",
+        padding_side: str | None = None,
     ) -> None:
         if not tokenizer.is_fast:
             raise UserError(f"The tokenizer {type(tokenizer).__name__} has no fast version, which is needed here.")
@@ -176,7 +176,7 @@ class RowTokenizer:
 
     def pad(self, rows: Sequence[Row]) -> dict[str, Tensor]:
         """Pad rows to the longest of them, on `padding_side`."""
-        length = max(len(row.ids) for row in rows)
+        length, side = max(len(row.ids) for row in rows), self.padding_side or self.tokenizer.padding_side
         pad_id = self.tokenizer.pad_token_id if self.tokenizer.pad_token_id is not None else 0
         shape = (len(rows), length)
         batch: dict[str, Tensor] = {
@@ -187,7 +187,7 @@ class RowTokenizer:
         }
         for i, row in enumerate(rows):
             n = len(row.ids)
-            span = slice(0, n) if self.padding_side == "right" else slice(length - n, length)
+            span = slice(0, n) if side == "right" else slice(length - n, length)
             batch["input_ids"][i, span] = torch.tensor(row.ids, dtype=torch.long)
             batch["attention_mask"][i, span] = 1
             batch["pool_mask"][i, span] = torch.tensor(row.pooled, dtype=torch.bool)

@@ -22,7 +22,7 @@ from llm2vec.model.chain import Chain, open_chain
 from llm2vec.model.packing import checkpoint_contexts, compile_layers
 from llm2vec.model.proofs import check_decoder
 from llm2vec.model.recomputation import enable_checkpointing
-from llm2vec.model.settings import EncoderSettings, row_tokenizer, set_attention, with_template
+from llm2vec.model.settings import EncoderSettings, row_tokenizer, with_template
 from llm2vec.objectives.head import check_head
 from llm2vec.text.templates import add_mask_token, add_template_tokens, leaves_join_open
 from llm2vec.train.config import Config
@@ -57,7 +57,6 @@ def load_model(
         logger.info("added tokens: %s; they start at the mean of the other tokens' embeddings", names)
     model.to(device)  # type: ignore[arg-type]  # FlashAttention cannot be probed on the CPU
     check_decoder(decoder_of(model), settings.attention)
-    set_attention(model.config, settings.attention)  # for who loads the checkpoint by other libraries
     if with_lm_head:
         check_head(model)
     if config.checkpointing is not None:

@@ -41,6 +41,7 @@ def bundled_texts(max_length: int) -> dict[str, InstructedText]:
         "document": InstructedText("", "Emma is a novel by Jane Austen, published in 1815.", "document"),
         "query with instruction": InstructedText(_INSTRUCTION, "who wrote Emma?", "query"),
         "instruction with colon": InstructedText(_INSTRUCTION + ":", "What makes the sky blue?", "query"),
+        "digits with instruction": InstructedText(_INSTRUCTION, "1815 novels, by author", "query"),
         "document with instruction": InstructedText("Retrieve similar text", "The sky is blue.", "document"),
         "one letter": InstructedText("", "a", "document"),
         "lines and code": InstructedText("", "def f(x):\n\treturn x + 1\n\n# 3.14159  http://a.b/c?d=e", "document"),

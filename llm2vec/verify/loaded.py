@@ -23,7 +23,7 @@ from llm2vec.files import parse_json
 from llm2vec.hub import find_file
 from llm2vec.llm2vec import LLM2Vec
 from llm2vec.model.backbone import config_of, load_tokenizer, open_model, open_sentence_transformer, put_adapter
-from llm2vec.model.chain import open_chain
+from llm2vec.model.chain import is_stock, open_chain
 from llm2vec.model.pooling import pool
 from llm2vec.model.stock_form import POOLING, SWITCHES
 from llm2vec.model.vault import MODULES_FILE, folder_at
@@ -134,7 +134,7 @@ def _open_transformers(choice: Choice, dtype: torch.dtype, rendering: Rendering 
         model = put_adapter(model, folder_at(adapter))
         model = model if adapter == adapters[-1] else model.merge_and_unload()
     model.to(_device()).eval()
-    folder = next((path for path in (*reversed(adapters), base) if find_file(path, MODULES_FILE)), base)
+    folder = next((path for path in (*reversed(adapters), base) if is_stock(path)), base)
     normalize = any(module.endswith("Normalize") for module in _read_modules(folder))
     tokenizer = load_tokenizer(folder)
     mode, with_prompt = _read_pooling(folder)
@@ -182,8 +182,8 @@ def _row(ids: list[int], skipped: int) -> Row:
 def _read_modules(folder: str) -> list[str]:
     """The classes that a folder's `modules.json` lists."""
     file = find_file(folder, MODULES_FILE)
-    if file is None:
-        raise UserError(f"no {MODULES_FILE}, so nothing says how the hidden states are pooled.")
+    if file is None or not is_stock(folder):
+        raise UserError(f"no {MODULES_FILE} of an export, so nothing says how the hidden states are pooled.")
     modules = parse_json(Path(file).read_bytes(), file)
     if not isinstance(modules, list) or not all(isinstance(module, dict) and "type" in module for module in modules):
         raise UserError(f"{file}: a list of objects with a `type` is needed.")

@@ -20,10 +20,9 @@ from llm2vec.choice import ModelChoice
 from llm2vec.files import read_object
 from llm2vec.hub import find_file
 from llm2vec.model.backbone import load_tokenizer
-from llm2vec.model.chain import open_chain
+from llm2vec.model.chain import is_stock, open_chain
 from llm2vec.model.settings import SETTINGS_FILE, EncoderSettings, row_tokenizer
 from llm2vec.model.stock_form import possible_forms
-from llm2vec.model.vault import MODULES_FILE
 from llm2vec.text.tokenization import RowTokenizer
 from llm2vec.types import InstructedText, UserError
 
@@ -73,20 +72,20 @@ def choices_of(argument: str) -> tuple[list[Choice], list[str]]:
         return [Choice(kind, model)], []  # type: ignore[arg-type]
     outermost = (model.base, *model.adapters)[-1]
     is_adapter = bool(model.adapters) or find_file(model.base, "config.json") is None
-    is_stock = find_file(outermost, MODULES_FILE) is not None and not model.adapters
-    is_ours = find_file(outermost, SETTINGS_FILE) is not None or not is_stock
+    stock = is_stock(outermost) and not model.adapters
+    is_ours = find_file(outermost, SETTINGS_FILE) is not None or not stock
     applies: dict[LocalKind, bool] = {
         "ours": is_ours,
-        "padded": is_ours and (is_adapter or not is_stock),
+        "padded": is_ours and (is_adapter or not stock),
         "merged": is_ours and is_adapter,
-        "st": is_stock,
-        "transformers": is_stock,
+        "st": stock,
+        "transformers": stock,
     }
     notes = []
     if not is_ours:
         notes.append(f"{argument}: no {SETTINGS_FILE}, so loading it as ours does not apply")
-    if not is_stock and not model.adapters:
-        notes.append(f"{argument}: no {MODULES_FILE}, so sentence-transformers and transformers do not apply")
+    if not stock and not model.adapters:
+        notes.append(f"{argument}: no export, so sentence-transformers and transformers do not apply")
     return [Choice(kind, model) for kind, does in applies.items() if does], notes
 
 
@@ -108,7 +107,7 @@ def rendering_of(choices: Sequence[Choice]) -> Rendering | None:
             continue
         settings = EncoderSettings(**chain.settings)
         rows = row_tokenizer(load_tokenizer(chain.tokenizer_folder), settings)
-        stock = next((c.model.base for c in local if find_file(c.model.base, MODULES_FILE)), None)
+        stock = next((c.model.base for c in local if is_stock(c.model.base)), None)
         written = possible_forms(rows, settings)[0].written if stock is None else _own_header(load_tokenizer(stock))
         return Rendering(rows, written)
     return None

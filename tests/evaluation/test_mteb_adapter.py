@@ -290,6 +290,24 @@ def test_an_instruction_that_the_model_was_trained_with_is_missed(
         assert [record.message for record in caplog.records].count(said) == times
 
 
+def test_instructions_of_the_default_table_that_are_not_those_of_training_are_said_once(
+    checkpoint: Path, make_encoder: Callable[..., LoggingEncoder], caplog: pytest.LogCaptureFixture
+) -> None:
+    tasks = {"NFCorpus": "Given a question, find it:", "SciFact": "Given a claim, find it:", "STS12": ""}
+    encoder = make_encoder(tasks)
+    encoder.say_foreign(tasks)  # nothing is known of its training
+    run = {"data": [{"source": "docs", "rows": 1, "file": "d", "instructions": [["Given a claim, find it", False]]}]}
+    (checkpoint / "run.json").write_text(json.dumps(run))
+    encoder = make_encoder(tasks)
+    encoder.say_foreign(["SciFact", "STS12", "Unknown"])
+    assert not caplog.records
+    encoder.say_foreign(tasks)
+    (said,) = caplog.messages
+    assert said.startswith(
+        "instruction: 1 of 3 tasks have one that output/stage_I was not trained with, such as NFCorpus"
+    )
+
+
 @pytest.mark.parametrize(
     ("content", "said"),
     [

@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import re
 import subprocess
 import sys
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
-from types import MappingProxyType
+from types import MappingProxyType, ModuleType
 from typing import Any, NamedTuple
 
+import huggingface_hub
 import numpy as np
 import pytest
 import sentence_transformers
@@ -26,10 +28,11 @@ from llm2vec.choice import ModelChoice
 from llm2vec.export import adapter as adapter_module
 from llm2vec.export import export as export_module
 from llm2vec.export import proof as proof_module
-from llm2vec.export.export import Export, export, push
+from llm2vec.export.export import Export, export
 from llm2vec.export.proof import Proof
 from llm2vec.export.provenance import without_local_paths
 from llm2vec.files import alone_in
+from llm2vec.hub import upload
 from llm2vec.model.backbone import attach_lora
 from llm2vec.model.chain import mark_of
 from llm2vec.model.checkpoint import save_checkpoint
@@ -193,7 +196,7 @@ def exported(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Exported]:
         prompts = {"bare": form.prompt("", "document"), "instructed": form.prompt(INSTRUCTION)}
         ours[key] = {"bare": unit_vectors(model), "instructed": unit_vectors(model, INSTRUCTION)}
         card = (folders[key] / "README.md").read_text(encoding="utf-8")
-        snippet = card.partition("### transformers\n\n```python\n")[2].partition("```")[0]
+        snippet = snippet_of(card, "transformers")
         cases.append({"key": key, "parent": str(root / key), "name": "out", "prompts": prompts, "snippet": snippet})
         if by_itself:
             put_into_cache(root / "hub", HUB_BASE, root / key / "it-base")
@@ -228,6 +231,64 @@ def put_into_cache(hub: Path, name: str, folder: Path) -> None:
 @pytest.fixture
 def adapter(tmp_path: Path) -> str:
     return save(tmp_path, CASES["llama_causal_last_lora"])
+
+
+# --- clients ---
+
+
+def snippet_of(card: str, heading: str) -> str:
+    return card.partition(f"### {heading}\n\n```python\n")[2].partition("```")[0]
+
+
+class LangChainLike:
+    """`langchain_huggingface.HuggingFaceEmbeddings`, as far as it shapes what it hands on."""
+
+    def __init__(self, model_name: str, encode_kwargs: Any, query_encode_kwargs: Any) -> None:
+        self.model = sentence_transformers.SentenceTransformer(model_name)
+        self.documents, self.queries = encode_kwargs, query_encode_kwargs
+
+    def embed_documents(self, texts: list[str]) -> Any:
+        return self.model.encode([text.replace("\n", " ") for text in texts], **self.documents).tolist()
+
+    def embed_query(self, text: str) -> Any:
+        return self.model.encode([text.replace("\n", " ")], **self.queries)[0].tolist()
+
+
+class LlamaIndexLike:
+    """`llama_index.embeddings.huggingface.HuggingFaceEmbedding` alike: prompts named `query` and `text`, both empty."""
+
+    def __init__(self, model_name: str) -> None:
+        self._model = sentence_transformers.SentenceTransformer(model_name, prompts={"query": "", "text": ""})
+
+    def get_text_embedding_batch(self, texts: list[str]) -> Any:
+        return self._model.encode(texts, prompt_name="text", normalize_embeddings=True).tolist()
+
+    def get_query_embedding(self, text: str) -> Any:
+        return self._model.encode([text], prompt_name="query", normalize_embeddings=True)[0].tolist()
+
+
+@pytest.mark.parametrize("key", ["llama_causal_last_lora", "llama_bidirectional_mean_lora"])
+@pytest.mark.parametrize("client", ["LangChain", "LlamaIndex"])
+def test_the_card_s_snippets_for_clients_give_the_vectors(
+    client: str, key: str, exported: Exported, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The instruction stands before the query alone, whatever the client does to its own arguments."""
+    module = {"LangChain": "langchain_huggingface", "LlamaIndex": "llama_index.embeddings.huggingface"}[client]
+    if importlib.util.find_spec(module.partition(".")[0]) is None:  # else the library itself
+        for name in (module, *(module.rsplit(".", n)[0] for n in range(1, module.count(".") + 1))):
+            monkeypatch.setitem(sys.modules, name, ModuleType(name))
+        likeness = {"HuggingFaceEmbeddings": LangChainLike, "HuggingFaceEmbedding": LlamaIndexLike}
+        vars(sys.modules[module]).update(likeness)
+    folder = exported.folders[key]
+    monkeypatch.chdir(folder.parent)  # the card names the folder by its last part
+    found: dict[str, Any] = {}
+    exec(snippet_of((folder / "README.md").read_text(encoding="utf-8"), client), found)
+    model = LLM2Vec.from_pretrained(folder)
+    quiet: Any = {"show_progress_bar": False, "device": "cpu"}
+    query = model.encode([["Given a question, retrieve passages that answer it", "who wrote Emma?"]], **quiet)
+    documents = ["Emma is a novel by Jane Austen.", "The emu is a large bird of Australia."]
+    assert apart(found["query"], query[0]) < 1e-5
+    assert apart(found["documents"], model.encode(documents, **quiet)) < 1e-5
 
 
 # --- the vectors ---
@@ -710,13 +771,13 @@ def test_push_makes_the_repository_and_uploads_the_folder(tmp_path: Path, monkey
             if repo_id == "me/refused":
                 raise OSError("not logged in\nand more")
 
-    monkeypatch.setattr(export_module, "HfApi", Hub)
-    assert push(tmp_path, "me/mine") == "https://hub/me/mine"
+    monkeypatch.setattr(huggingface_hub, "HfApi", Hub)
+    assert upload(tmp_path, "me/mine") == "https://hub/me/mine"
     assert calls == [("create", ("me/mine", True, False)), ("upload", ("me/mine", tmp_path))]
-    push(tmp_path, "me/secret", private=True)
+    upload(tmp_path, "me/secret", private=True)
     assert calls[2] == ("create", ("me/secret", True, True))
     with pytest.raises(UserError, match=r"is written, but could not be uploaded to me/refused: not logged in$"):
-        push(tmp_path, "me/refused")
+        upload(tmp_path, "me/refused")
 
 
 def test_the_script(adapter: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

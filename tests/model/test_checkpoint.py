@@ -13,14 +13,24 @@ import pytest
 import torch
 from helpers import family_tokenizer, tiny_model
 from safetensors.torch import load_file
+from sentence_transformers import SentenceTransformer
 from transformers import LlamaForCausalLM
 
 from llm2vec.files import write_json
 from llm2vec.llm2vec import LLM2Vec
 from llm2vec.model.backbone import attach_lora, load_backbone
-from llm2vec.model.chain import INCOMPLETE_MARKER, RUN_FILE, mark_of, open_chain, open_folder
+from llm2vec.model.chain import (
+    INCOMPLETE_MARKER,
+    RUN_FILE,
+    is_stock,
+    mark_of,
+    open_chain,
+    open_folder,
+    revision_of,
+)
 from llm2vec.model.checkpoint import SUMS_FILE, check_sums, read_weights, save_checkpoint, write_sums
 from llm2vec.model.settings import SETTINGS_FILE, EncoderSettings, row_tokenizer
+from llm2vec.model.vault import MODULES_FILE
 from llm2vec.text.probe_texts import probe_ids
 from llm2vec.types import UserError
 
@@ -100,6 +110,21 @@ def test_what_a_folder_holds(written: Path) -> None:
     assert {"python", "torch", "transformers", "peft"} <= set(run["versions"])
     assert "git_commit" in run
     assert open_folder(str(written / "stage_I")).run == run
+
+
+def test_sentence_transformers_stops_at_a_checkpoint_with_a_sentence(stages: Path) -> None:
+    """It would write no template, close no text and pool at will. All that is ours takes the folder for what it is."""
+    for stage in ("stage_I", "stage_II"):
+        folder = stages / stage
+        with pytest.raises(ImportError, match="this is a checkpoint of llm2vec: make one of it by `llm2vec export`"):
+            SentenceTransformer(str(folder))
+        assert not is_stock(str(folder))
+        without = shutil.copytree(folder, stages / f"{stage}-without")
+        (without / MODULES_FILE).unlink()
+        assert revision_of(str(without)) == revision_of(str(folder))  # so kept scores are found again
+    model = LLM2Vec.from_pretrained(stages / "stage_I")
+    model.save(stages / "as_upstream", save_config=False)  # asks for a folder without anything of ours
+    assert not (stages / "as_upstream" / MODULES_FILE).exists()
 
 
 def test_settings_are_read_as_written(written: Path) -> None:

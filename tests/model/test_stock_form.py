@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 import torch
+import transformers
 from helpers import family_tokenizer, tiny_model
 from mteb.models.abs_encoder import get_prompt_name
 from mteb.types import PromptType
@@ -204,6 +205,21 @@ def test_attention_keys() -> None:
     before = gemma3.use_bidirectional_attention
     set_attention(gemma3, "bidirectional")
     assert (gemma3.is_causal, gemma3.use_bidirectional_attention) == (False, before)
+
+
+@pytest.mark.parametrize("attention", ["causal", "bidirectional"])
+def test_what_attends_in_both_directions_names_a_tokenizer_that_transformers_4_has_not(
+    attention: Any, tmp_path: Path
+) -> None:
+    """It would attend causally without a word; as it has no class of this name, it stops. In 5 both names are one."""
+    model = encoder("llama", "mean", attention=attention, instruction_join="\n")
+    form = possible_forms(model.row_tokenizer, model.settings)[0]
+    write_form(tmp_path, form, 32, attention, {})
+    named = json.loads((tmp_path / "tokenizer_config.json").read_text(encoding="utf-8"))["tokenizer_class"]
+    assert named == {"causal": "PreTrainedTokenizerFast", "bidirectional": "TokenizersBackend"}[attention]
+    assert transformers.TokenizersBackend is transformers.PreTrainedTokenizerFast
+    (row,) = model.row_tokenizer.rows([InstructedText("", "who", "document")])
+    assert AutoTokenizer.from_pretrained(tmp_path)(form.prompt("", "document") + "who")["input_ids"] == row.ids
 
 
 # --- the live model ---

@@ -26,6 +26,7 @@ from llm2vec import LLM2Vec
 from llm2vec.choice import ModelChoice
 from llm2vec.data.rows import TrainingRows
 from llm2vec.data.sources import Instruction, Source
+from llm2vec.files import alone_beside
 from llm2vec.llm2vec_q2d_d2q import BidirectionalReconstruction
 from llm2vec.model.chain import RUN_FILE
 from llm2vec.model.settings import SETTINGS_FILE, EncoderSettings, row_tokenizer
@@ -564,6 +565,15 @@ def test_the_script_scores_rows_and_a_retrieval_set(
     assert figures["rows.jsonl"]["rows"] == figures["set"]["rows"] == 4
     script("reconstruct", monkeypatch, folder / "I", "--score", tmp_path / "set", "--num_rows", 2, "--device", "cpu")
     assert ": 2 rows of " in capsys.readouterr().out
+
+
+def test_two_may_not_score_into_one_file(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with alone_beside(tmp_path / "figures.json", "reconstruct"), pytest.raises(SystemExit) as ended:
+        script("reconstruct", monkeypatch, "nowhere", "--score", "x.jsonl", "--output", tmp_path / "figures.json")
+    assert ended.value.code == 2 and "another reconstruct is at work here" in capsys.readouterr().err
+    assert not list(tmp_path.iterdir())
 
 
 def test_a_retrieval_set_without_a_relevant_document_is_refused(

@@ -17,6 +17,7 @@ import torch
 from helpers import family_tokenizer, tiny_model
 
 from llm2vec import LLM2Vec
+from llm2vec.files import alone_beside
 from llm2vec.quickstart import base
 from llm2vec.quickstart.base import BASES, ORIGIN_FILE, make_base
 from llm2vec.text.templates import infer_template
@@ -72,6 +73,15 @@ def test_a_folder_with_something_in_it_and_a_small_disk_are_refused(
     monkeypatch.setattr(shutil, "disk_usage", lambda _: Usage(10**9, 10**9, 10**8))
     with pytest.raises(UserError, match=r"0\.7 GB are needed, 0\.1 GB are free"):
         make_base(NAME, tmp_path / "base")
+
+
+def test_a_second_start_into_one_folder_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    pip_that(monkeypatch, b"other weights")
+    with alone_beside(tmp_path / "base", "base"), pytest.raises(UserError, match="another base is at work here"):
+        make_base(NAME, tmp_path / "base")
+    with pytest.raises(UserError, match="by SHA-256"):  # now it is free
+        make_base(NAME, tmp_path / "base")
+    assert not list(tmp_path.iterdir())
 
 
 def test_without_gguf_the_cure_is_said(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

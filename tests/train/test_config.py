@@ -246,7 +246,8 @@ def test_released_config_runs_unchanged(
     text = RELEASED if stage == "stage_I" else RELEASED[:-2] + ', "stop_after_n_steps": 200, "lora_r": 16}'
     config = load_config(write(tmp_path, text), stage)
     assert [record.getMessage() for record in caplog.records] == [
-        f"{tmp_path / 'config.json'}: overwrite_output_dir: there is no such option any more; it has no effect."
+        f"{tmp_path / 'config.json'}: overwrite_output_dir: there is no such option any more; it has no effect; "
+        "to train anew, remove output_dir or name another."
     ]
     expected = Config(
         model_name_or_path="x",
@@ -352,6 +353,13 @@ def test_an_unknown_key_names_the_nearest(tmp_path: Path, key: str, nearest: str
     message = error_of(write(tmp_path, minimal(tmp_path), **{key: 1}), "stage_I")
     assert f"unknown key '{key}'" in message
     assert f"did you mean '{nearest}'?" in message
+
+
+@pytest.mark.parametrize("key", ["model_class", "merge_subwords", "retroactive_labels"])
+def test_a_key_of_upstreams_word_tasks_is_said_to_be_one(key: str, tmp_path: Path) -> None:
+    """It resembles others that mean something else."""
+    message = error_of(write(tmp_path, minimal(tmp_path), **{key: "custom"}))
+    assert f"unknown key '{key}', of upstream's word tasks, which are not here" in message and "mean" not in message
 
 
 def test_a_key_like_no_other_gets_no_suggestion(tmp_path: Path) -> None:

@@ -238,9 +238,9 @@ def test_the_first_differing_token_is_said(made: Path, damaged: Path, verify: An
     wrong_closing(damaged)
     _, printed = verify(f"ours:{made / 'exported'}", f"st:{damaged}")
     at = len(AutoTokenizer.from_pretrained(made / "exported")("who wrote Emma?")["input_ids"]) - 1
-    first = f"text 'query', position {at}: '<|end_of_text|>' instead of '<|eot_id|>', and 11 more text(s) differ"
+    first = f"text 'query', position {at}: '<|end_of_text|>' instead of '<|eot_id|>', and 12 more text(s) differ"
     assert f"token ids: sentence-transformers {damaged}: {first}" in printed
-    assert "12 of 12 differ" in printed
+    assert "13 of 13 differ" in printed
     no_header(damaged)
     _, printed = verify(f"ours:{made / 'exported'}", f"st:{damaged}")
     assert "text 'query', position 1: " in printed
@@ -367,7 +367,7 @@ def test_a_named_way_that_does_not_apply_is_said(made: Path, damaged: Path, veri
     code, printed = verify(made / "base", f"transformers:{made / 'base'}")
     assert code == 2
     assert "not compared: transformers" in printed
-    assert "no modules.json, so nothing says how the hidden states are pooled" in printed
+    assert "no modules.json of an export, so nothing says how the hidden states are pooled" in printed
     code, printed = verify(f"ours:{made / 'exported'}", f"st:{made / 'exported'}+{made / 'adapter'}")
     assert code == 2
     assert "takes no adapter beside a base" in printed

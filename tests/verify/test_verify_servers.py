@@ -134,7 +134,7 @@ def test_a_server_that_agrees_passes(made: Path, verify: Any, serve: Any, style:
     row = next(line for line in printed.splitlines() if line.startswith("server"))
     assert ("not shown" if style == "none" else "equal") in row
     assert " 0.999 " in row  # a server does not say its precision
-    assert len(stub.requests) == 12
+    assert len(stub.requests) == 13
     assert {request["encoding_format"] for request in stub.requests} == {"float"}
 
 

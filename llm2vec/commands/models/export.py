@@ -15,7 +15,7 @@ from collections.abc import Sequence
 
 from llm2vec import cli
 from llm2vec.choice import ModelChoice, add_model_flags, chosen_model
-from llm2vec.hub import without_waiting_for_the_hub
+from llm2vec.hub import upload, without_waiting_for_the_hub
 
 
 def main(argv: Sequence[str]) -> None:
@@ -36,7 +36,7 @@ def main(argv: Sequence[str]) -> None:
     parser.add_argument("--private", action="store_true", help="make that repository a private one")
     args = parser.parse_args(argv)
     from llm2vec.evaluation.files import load_instructions  # with torch: seconds
-    from llm2vec.export.export import Export, export, push
+    from llm2vec.export.export import Export, export
     from llm2vec.reports.results import read_results
 
     model = chosen_model(args)
@@ -61,4 +61,4 @@ def main(argv: Sequence[str]) -> None:
         print(f"under an instruction, where the mean reads the blank before a text, up to {proof.stray_difference:.1e}")
     print(f"stored in {args.dtype}: lowest cosine with the vectors by float32 weights {proof.rounding:.7f}")
     if args.push_to_hub:
-        print(f"uploaded to {push(args.out, args.push_to_hub, args.private)}")
+        print(f"uploaded to {upload(args.out, args.push_to_hub, args.private)}")

@@ -14,12 +14,14 @@ from __future__ import annotations
 import argparse
 import sys
 from collections.abc import Sequence
+from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from llm2vec import cli
 from llm2vec.choice import ModelChoice
+from llm2vec.files import alone_beside
 from llm2vec.types import Example, InstructedText, TextSide, UserError
 
 if TYPE_CHECKING:
@@ -74,6 +76,11 @@ def _parse_args(argv: Sequence[str]) -> argparse.Namespace:
 def main(argv: Sequence[str]) -> None:
     """Check what there is to read, load the checkpoint, and generate or score."""
     args = _parse_args(argv)
+    with alone_beside(args.output, "reconstruct") if args.output else nullcontext():
+        _reconstruct(args)
+
+
+def _reconstruct(args: argparse.Namespace) -> None:
     rows = _held_out_rows(args.score, args.instruction, args.num_rows or 256) if args.score else ()
     from transformers import set_seed  # with torch: seconds
 

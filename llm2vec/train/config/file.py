@@ -55,6 +55,9 @@ REPLACED = {
     "validation_split_percentage": "`num_eval_rows` (a number of blocks)",
 }
 
+#: Keys of upstream's word tasks, which are not here.
+OF_WORD_TASKS = ("model_class", "classifier_dropout", "merge_subwords", "retroactive_labels", "task", "peft_addr")
+
 REQUIRED = ("model_name_or_path", "output_dir")
 
 #: What an editor reads to know the keys. No key itself: it enters no record and no hash.
@@ -79,12 +82,16 @@ def load_config(path: str | Path, stage: Stage) -> Config:
             _check_value(key, value, stage, str(path))
             (values if key in own else values["training"])[key] = value
         elif key in WITHOUT_EFFECT:
-            logger.warning("%s: %s: there is no such option any more; it has no effect.", path, key)
+            anew = key == "overwrite_output_dir" and value is True
+            then = "; to train anew, remove output_dir or name another" if anew else ""
+            logger.warning("%s: %s: there is no such option any more; it has no effect%s.", path, key, then)
         elif key in REPLACED:
             raise UserError(f"{path}: {key}: this option is gone; write {REPLACED[key]} instead.")
         elif key != SCHEMA_KEY:
             nearest = difflib.get_close_matches(key, KEYS, n=1, cutoff=0.6)
             hint = f"; did you mean {nearest[0]!r}?" if nearest else "."
+            if key in OF_WORD_TASKS:
+                hint = ", of upstream's word tasks, which are not here; the decoder for one is `l2v.model`."
             raise UserError(f"{path}: unknown key {key!r}{hint}")
     for required in REQUIRED:
         if not content.get(required):
