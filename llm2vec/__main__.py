@@ -46,6 +46,7 @@ COMMANDS = {
     "reconstruct": Command("models.reconstruct", "write the other side's text from an anchor, or score what it tells"),
     "check-data": Command("data.check_data", "look at training data before training on it"),
     "hold-out": Command("data.hold_out", "split training data into rows to train on and queries to evaluate on"),
+    "queries": Command("data.queries", "training pairs from raw text: passages, and a query written for each"),
     "mine": Command("data.mine", "hard negatives for training data: search, margin, reranker"),
     "schema": Command("schema", "print the JSON Schema of training configs, for editors"),
 }

@@ -21,17 +21,16 @@ import io
 import json
 import logging
 import sys
-import textwrap
 from collections.abc import Iterator, Sequence
 from contextlib import suppress
 from dataclasses import asdict, replace
-from itertools import groupby
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple, cast
 
 from llm2vec import cli
 from llm2vec.choice import ModelChoice, add_model_flags, chosen_model
-from llm2vec.files import alone_in, check_unicode, json_lines, parse_object, sha256, whole, write_text
+from llm2vec.corpus.passages import PASSAGE_CHARACTERS, SUFFIXES, passages_of
+from llm2vec.files import alone_in, check_unicode, parse_object, sha256, whole, write_text
 from llm2vec.types import TextSide, UserError
 
 if TYPE_CHECKING:
@@ -47,10 +46,6 @@ ABOUT = {"texts", "vectors", "revision", "model"}
 MADE_BY = {"base": str, "adapters": [str], "torch_dtype": str}
 #: A line of the texts.
 PASSAGE = {"where": str, "title": str, "text": str}
-#: What the name of a text file ends in.
-SUFFIXES = (".md", ".py", ".rst", ".txt")
-#: A passage is at most so long. Much longer ones are about several things, which one vector tells apart badly.
-PASSAGE_CHARACTERS = 1000
 #: A token stands for at least about so many, in prose and in code: so a passage is read to its end.
 LEAST_CHARACTERS_A_TOKEN = 3
 
@@ -142,7 +137,7 @@ def _build_index(source: Path, folder: Path, choice: ModelChoice, batch_size: in
     settings = EncoderSettings(**choice.opened().settings)
     choice = choice.resolved()
     tokens = min(settings.max_length, settings.doc_max_length or settings.max_length)
-    rows = list(_passages(source, min(PASSAGE_CHARACTERS, LEAST_CHARACTERS_A_TOKEN * tokens)))
+    rows = list(passages_of(source, min(PASSAGE_CHARACTERS, LEAST_CHARACTERS_A_TOKEN * tokens)))
     if not rows:
         raise UserError(f"{source} has no text: no line, or no text file ({', '.join(SUFFIXES)}) that holds any.")
     logger.info("%d passages of %s", len(rows), source)
@@ -250,59 +245,6 @@ def _unit_vectors(model: LLM2Vec, entries: list[str] | list[list[str]], side: Te
     progress = side == "document"
     vectors_ND = model.encode(entries, batch_size, show_progress_bar=progress, convert_to_tensor=True, side=side)
     return normalize(cast("Tensor", vectors_ND), dim=-1)
-
-
-def _passages(source: Path, most: int) -> Iterator[dict[str, str]]:
-    """`where`, `title` and `text` of each passage; `most` characters in one of a text file."""
-    if source.is_file() and source.suffix == ".jsonl":
-        yield from _rows(source)
-        return
-    if not source.is_dir():
-        raise UserError(f"{source}: a folder of text files or a .jsonl file is needed.")
-    for file in sorted(file for file in source.rglob("*") if file.suffix in SUFFIXES):
-        where = file.relative_to(source).as_posix()
-        if where.startswith(".") or "/." in where:  # .git, .venv
-            continue
-        try:
-            content = file.read_text(encoding="utf-8-sig") if file.is_file() else None
-        except (UnicodeDecodeError, OSError):  # no permission
-            content = None
-        if content is None:  # a link to nowhere, a pipe, a device
-            logger.warning("%r cannot be read or is not UTF-8, and is left out", where)
-            continue
-        yield from ({"where": f"{where}:{line}", "title": "", "text": part} for line, part in _cut(content, most))
-
-
-def _rows(file: Path) -> Iterator[dict[str, str]]:
-    """The same of a JSONL file's objects."""
-    for number, (line, row) in enumerate(json_lines(file), start=1):
-        name, title, text = row.get("id", row.get("_id")), row.get("title") or "", row.get("text")
-        if not isinstance(text, str) or not isinstance(title, str):
-            raise UserError(f"{line}: `text` must be a string, and `title` too where there is one.")
-        if not isinstance(name, str | int | None) or isinstance(name, bool):
-            raise UserError(f"{line}: `id` must be a string or a whole number, not {name!r}.")
-        where = f"{file.name}:{number}" if name is None else str(name)
-        check_unicode(where + title + text, "text", line)
-        yield {"where": where, "title": title, "text": text}
-
-
-def _cut(text: str, most: int) -> Iterator[tuple[int, str]]:
-    """Passages of whole paragraphs, as many as fit, and the line each begins on; longer ones are cut between words."""
-    begins, held = 1, ""
-    for is_blank, lines in groupby(enumerate(text.split("\n"), start=1), lambda line: not line[1].strip()):
-        if is_blank:
-            continue
-        numbers, paragraph = zip(*lines, strict=True)
-        joined = "\n".join(line.rstrip() for line in paragraph)
-        for part in [joined] if len(joined) <= most else textwrap.wrap(joined, most):
-            if held and len(held) + 2 + len(part) <= most:
-                held += f"\n\n{part}"
-                continue
-            if held:
-                yield begins, held
-            begins, held = numbers[0], part
-    if held:
-        yield begins, held
 
 
 def _queries() -> Iterator[str]:

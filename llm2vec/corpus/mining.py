@@ -36,7 +36,8 @@ from llm2vec.files import json_hash, json_lines, read_object, remove, whole, wri
 from llm2vec.types import UserError
 
 #: Rows of a part, and queries whose scores are held at once.
-PART, AT_ONCE = 1024, 64
+PART_ROWS = 1024
+SCORED_AT_ONCE = 64
 #: Rows that are written at once while documents are gathered.
 BATCH = 10_000
 WORK_FOLDER = ".mining"
@@ -141,14 +142,14 @@ def mine(
     documents, rows = _table(work / "documents.arrow"), _table(work / "rows.arrow")
     retriever.prepare(documents, source.instructions[0], work)
     positives_of = _positives_of(rows)
-    parts = [work / f"part-{first:010d}.jsonl" for first in range(0, len(rows), PART)]
+    parts = [work / f"part-{first:010d}.jsonl" for first in range(0, len(rows), PART_ROWS)]
     for number, part in enumerate(parts):
         if part.is_file():
             continue
-        shard = rows[number * PART : (number + 1) * PART]
+        shard = rows[number * PART_ROWS : (number + 1) * PART_ROWS]
         with whole(part) as aside, aside.open("w", encoding="utf-8") as file:
-            for start in range(0, len(shard["query"]), AT_ONCE):
-                some = {name: values[start : start + AT_ONCE] for name, values in shard.items()}
+            for start in range(0, len(shard["query"]), SCORED_AT_ONCE):
+                some = {name: values[start : start + SCORED_AT_ONCE] for name, values in shard.items()}
                 for found in _mine_rows(some, documents, positives_of, source, retriever, rules, rescore, work):
                     file.write(json.dumps(found, ensure_ascii=False) + "\n")
     report = _close(out / f"{source.name}.jsonl", parts, MiningReport(source.name, len(documents)), rescore is not None)

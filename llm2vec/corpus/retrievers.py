@@ -24,7 +24,7 @@ from llm2vec.files import whole
 from llm2vec.hub import find_file
 from llm2vec.model.settings import SETTINGS_FILE
 from llm2vec.model.vault import MODULES_FILE, folder_at, weights_of
-from llm2vec.types import UserError, first_line
+from llm2vec.types import TextSide, UserError, first_line
 
 #: The name of BM25, where others are names of models.
 BM25 = "bm25"
@@ -66,7 +66,7 @@ def open_retriever(choice: ModelChoice) -> Retriever:
     def encode(texts: list[str], instruction: Instruction, is_query: bool) -> Tensor:
         alike = is_query or instruction.symmetric
         entries: Any = [[instruction.text, text] for text in texts] if alike and instruction.text else texts
-        side = "query" if alike else "document"
+        side: TextSide = "query" if alike else "document"
         return model.encode(entries, show_progress_bar=False, convert_to_tensor=True, side=side)  # type: ignore[return-value]
 
     return DenseRetriever(encode, choice.revision())

@@ -17,8 +17,9 @@ from helpers import family_tokenizer, tiny_model, write_jsonl
 from safetensors.torch import load_file, save_file
 
 from llm2vec.choice import ModelChoice
-from llm2vec.commands.search import TEXTS_FILE, VECTORS_FILE, TextIndex, _cut, _passages, build_index, main
+from llm2vec.commands.search import TEXTS_FILE, VECTORS_FILE, TextIndex, build_index, main
 from llm2vec.corpus import search
+from llm2vec.corpus.passages import _cut, passages_of
 from llm2vec.files import alone_in
 from llm2vec.llm2vec import LLM2Vec
 from llm2vec.types import UserError
@@ -118,7 +119,7 @@ def test_a_folder_is_read_in_order_without_what_is_hidden_or_no_text(tmp_path: P
         (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
         (tmp_path / name).write_text(f"\n\n{name}\n", encoding="utf-8")
     (tmp_path / "latin.txt").write_bytes("caf\xe9".encode("latin-1"))
-    passages = list(_passages(tmp_path, 100))
+    passages = list(passages_of(tmp_path, 100))
     assert [p["where"] for p in passages] == ["a/b.rst:3", "a/z.py:3", "b.md:3", "c.txt:3"]
     assert [p["text"] for p in passages] == ["a/b.rst", "a/z.py", "b.md", "c.txt"]
     assert caplog.messages == ["'latin.txt' cannot be read or is not UTF-8, and is left out"]
@@ -128,7 +129,7 @@ def test_a_link_to_nowhere_and_a_byte_order_mark_stop_nobody(tmp_path: Path, cap
     (tmp_path / "gone.md").symlink_to(tmp_path / "nowhere")
     (tmp_path / ".#notes.md").symlink_to(tmp_path / "somebody@somewhere.1234")  # as Emacs marks a file that it edits
     (tmp_path / "notes.md").write_bytes(b"\xef\xbb\xbfhello\n")
-    assert [(p["where"], p["text"]) for p in _passages(tmp_path, 100)] == [("notes.md:1", "hello")]
+    assert [(p["where"], p["text"]) for p in passages_of(tmp_path, 100)] == [("notes.md:1", "hello")]
     assert caplog.messages == ["'gone.md' cannot be read or is not UTF-8, and is left out"]
 
 
@@ -145,7 +146,7 @@ def test_a_file_name_that_is_not_utf8_can_be_indexed(tmp_path: Path, model_folde
 def test_rows_of_a_jsonl_file_have_a_place(tmp_path: Path) -> None:
     rows: list[Any] = [{"id": 7, "text": "x"}, {"_id": "d/7", "text": "y", "title": "T"}]
     rows += [{"text": "z", "title": None}, {"id": None, "text": ""}]
-    passages = [tuple(row.values()) for row in _passages(write_jsonl(tmp_path / "rows.jsonl", rows), 1)]
+    passages = [tuple(row.values()) for row in passages_of(write_jsonl(tmp_path / "rows.jsonl", rows), 1)]
     assert passages == [("7", "", "x"), ("d/7", "T", "y"), ("rows.jsonl:3", "", "z"), ("rows.jsonl:4", "", "")]
 
 
@@ -166,7 +167,7 @@ def test_rows_of_a_jsonl_file_have_a_place(tmp_path: Path) -> None:
 def test_a_malformed_line_is_named(tmp_path: Path, content: str, said: str) -> None:
     (tmp_path / "rows.jsonl").write_text(content, encoding="utf-8")
     with pytest.raises(UserError) as error:
-        list(_passages(tmp_path / "rows.jsonl", 100))
+        list(passages_of(tmp_path / "rows.jsonl", 100))
     assert said in str(error.value)
 
 
@@ -407,7 +408,7 @@ def test_a_pipe_or_a_device_among_the_texts_is_passed_over(tmp_path: Path) -> No
     os.mkfifo(tmp_path / "pipe.txt")
     (tmp_path / "zero.txt").symlink_to("/dev/zero")
     (tmp_path / "a.txt").write_text("hello", encoding="utf-8")
-    assert [passage["text"] for passage in _passages(tmp_path, 100)] == ["hello"]
+    assert [passage["text"] for passage in passages_of(tmp_path, 100)] == ["hello"]
 
 
 def test_a_model_of_weights_that_are_no_numbers_is_refused(

@@ -111,7 +111,7 @@ def test_all_positives_of_a_query_are_respected(folder: Path) -> None:
 
 def test_a_killed_start_is_gone_on_with(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Vectors and parts that are there are not made again, and the file is the same to the byte."""
-    monkeypatch.setattr(mining, "PART", 16)
+    monkeypatch.setattr(mining, "PART_ROWS", 16)
     monkeypatch.setattr("llm2vec.corpus.retrievers.BLOCK", 16)
     rules = Rules(negatives=3, depth=20)
     mine(SOURCE, folder, folder / "whole", Vectors(), rules)

@@ -1,0 +1,138 @@
+"""Training pairs from raw text: its passages, and a query for each, written by a model (doc2query).
+
+    llm2vec queries my_docs output/pairs --model HuggingFaceTB/SmolLM2-135M-Instruct --most 2000
+    llm2vec queries my_docs output/pairs --anchors output/stage_I/...
+    llm2vec queries my_docs output/pairs --server http://localhost:8000/v1 --name Qwen/Qwen3-8B
+
+DATA is a folder of .md, .py, .rst and .txt files, cut into passages of whole paragraphs, or a JSONL file of objects
+with `text`. A query stays if BM25 finds its passage among the first `--keep_top` (round trip), and comes once. OUT has
+`passages.jsonl`, all passages; `pairs.jsonl`, rows of `query` and `positive`; and `sources.json`, their table. A start
+that was killed is gone on with. docs/guides/adapt.md goes on from here.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import random
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from llm2vec import cli
+from llm2vec.choice import ModelChoice
+from llm2vec.corpus.passages import passages_of
+from llm2vec.files import alone_in, json_hash, parse_json, read_object, remove, whole, write_json
+from llm2vec.types import UserError
+
+if TYPE_CHECKING:
+    from llm2vec.corpus.writers import Write
+
+#: Passages of a part: what a killed start loses at most.
+PART = 64
+QUERIES_FOLDER = ".queries"
+
+
+def main(argv: Sequence[str]) -> None:
+    """Cut, write, filter; say how many are left."""
+    args = _parse_args(argv)
+    passages = list(dict.fromkeys(row["text"] for row in passages_of(args.folder)))
+    if not passages:
+        raise UserError(f"{args.folder} has no text.")
+    chosen = sorted(random.Random(args.seed).sample(range(len(passages)), min(args.most or 2**62, len(passages))))
+    with alone_in(args.out, "query writing"):
+        written = _write(args, passages, chosen, args.out / QUERIES_FOLDER)
+        kept = _round_trip(written, chosen, passages, args.keep_top, args.out / QUERIES_FOLDER)
+        if not kept:
+            raise UserError(f"no query of {len(written)} leads back to its passage; see {args.out / QUERIES_FOLDER}.")
+        _write_lines(args.out / "passages.jsonl", [{"id": str(i), "text": text} for i, text in enumerate(passages)])
+        _write_lines(args.out / "pairs.jsonl", [{"query": query, "positive": text} for query, text in kept])
+        entry = {"file": "pairs.jsonl", "instruction": args.instruction, "num_negatives": 0}
+        write_json(args.out / "sources.json", {"pairs": entry})
+        remove(args.out / QUERIES_FOLDER)
+    print(f"{args.out}: {len(passages):,} passages, {len(written):,} queries written, {len(kept):,} lead back and stay")
+
+
+def _parse_args(argv: Sequence[str]) -> argparse.Namespace:
+    parser = cli.parser("queries", __doc__)
+    parser.add_argument("folder", type=cli.path, metavar="DATA", help="folder of text files, or a .jsonl file")
+    parser.add_argument("out", type=cli.path, metavar="OUT", help="folder to write")
+    writer = parser.add_mutually_exclusive_group(required=True)
+    writer.add_argument("--model", type=ModelChoice.parse, help="a causal language model, best an instruct one")
+    writer.add_argument("--anchors", type=ModelChoice.parse, metavar="STAGE_I", help="a Stage I checkpoint")
+    writer.add_argument("--server", metavar="URL", help="a server with OpenAI's interface, up to /v1; needs --name")
+    parser.add_argument("--name", help="of the server's model")
+    parser.add_argument("--most", type=cli.positive, help="queries to write, for passages that are drawn; default: all")
+    parser.add_argument("--keep_top", type=cli.positive, default=10, help="how far a passage is looked for (10)")
+    parser.add_argument("--instruction", default="Given a question, retrieve the passage that answers it")
+    parser.add_argument("--seed", type=int, default=42, help="of the draw (42)")
+    args = parser.parse_args(argv)
+    if (args.server is None) != (args.name is None):
+        parser.error("--server and --name go together")
+    return args
+
+
+def _write(args: argparse.Namespace, passages: Sequence[str], chosen: Sequence[int], work: Path) -> list[str]:
+    """A query for each chosen passage, part by part."""
+    writer = {"server": args.server, "name": args.name}
+    writer |= {key: getattr(args, key) and getattr(args, key).place for key in ("model", "anchors")}
+    settings = {"passages": json_hash([passages, chosen]), "writer": writer}
+    if (work / "settings.json").is_file():
+        if read_object(work / "settings.json") != settings:
+            raise UserError(f"{args.out} holds queries for other texts or of another writer; give another folder.")
+    else:
+        remove(work)
+        work.mkdir(parents=True)
+        write_json(work / "settings.json", settings)
+    write: Write | None = None
+    found: list[str] = []
+    for start in range(0, len(chosen), PART):
+        file = work / f"part-{start:010d}.json"
+        if not file.is_file():
+            write = write or _writer(args)
+            part = _in_batches(write, [passages[i] for i in chosen[start : start + PART]])
+            with whole(file) as aside:
+                aside.write_text(json.dumps(part), encoding="utf-8")
+        found += parse_json(file.read_bytes(), str(file))
+    return found
+
+
+def _writer(args: argparse.Namespace) -> Write:
+    from llm2vec.corpus import writers  # seconds to import, with torch
+
+    if args.server is not None:
+        return writers.write_by_server(args.server, args.name)
+    return writers.write_by_model(args.model) if args.anchors is None else writers.write_by_anchors(args.anchors)
+
+
+def _in_batches(write: Write, texts: list[str]) -> list[str]:
+    from llm2vec.corpus.writers import TEXTS_AT_ONCE
+
+    return [query for i in range(0, len(texts), TEXTS_AT_ONCE) for query in write(texts[i : i + TEXTS_AT_ONCE])]
+
+
+def _round_trip(
+    queries: Sequence[str], chosen: Sequence[int], passages: Sequence[str], keep_top: int, work: Path
+) -> list[tuple[str, str]]:
+    """The queries whose passage BM25 finds among the first, each once, with their passages."""
+    from datasets import Dataset
+
+    from llm2vec.corpus.retrievers import LexicalRetriever
+    from llm2vec.data.sources import Instruction
+
+    retriever, nothing = LexicalRetriever(), Instruction("")
+    retriever.prepare(Dataset.from_dict({"text": list(passages)}), nothing, work)
+    kept: dict[str, str] = {}
+    pairs = [(query, i) for query, i in zip(queries, chosen, strict=True) if query]
+    for start in range(0, len(pairs), PART):
+        some = pairs[start : start + PART]
+        ((_, scores_QN),) = retriever.scores([query for query, _ in some], nothing, work)
+        for (query, i), scores_N in zip(some, scores_QN, strict=True):
+            if scores_N[i] > 0 and int((scores_N > scores_N[i]).sum()) < keep_top:
+                kept.setdefault(query, passages[i])
+    return list(kept.items())
+
+
+def _write_lines(file: Path, rows: Sequence[dict[str, Any]]) -> None:
+    with whole(file) as aside, aside.open("w", encoding="utf-8") as out:
+        out.writelines(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)

@@ -1,0 +1,118 @@
+"""Who writes a query for a passage (doc2query): a language model, the decoder of Stage I, or a server."""
+
+from __future__ import annotations
+
+import json
+import os
+import urllib.error
+import urllib.request
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any
+
+import torch
+
+from llm2vec.choice import ModelChoice
+from llm2vec.files import parse_object
+from llm2vec.types import UserError, first_line
+
+#: What a language model is asked; the passage follows.
+REQUEST = "Write one short question that the following text answers. Write the question alone."
+#: Tokens of a query, and characters of a passage that are read.
+MOST_TOKENS, MOST_CHARACTERS = 48, 2000
+#: Passages that are written for at once, and requests that a server gets at a time.
+TEXTS_AT_ONCE, REQUESTS_AT_ONCE = 16, 8
+SECONDS_TO_ANSWER = 120.0
+
+#: One query a passage; empty where nothing was written.
+Write = Callable[[list[str]], list[str]]
+
+
+def write_by_model(choice: ModelChoice) -> Write:
+    """A causal language model with its chat template, or without one a line that begins with "Question:".
+
+    Raises:
+        UserError: it cannot be loaded.
+    """
+    from llm2vec.model.backbone import load_backbone, load_tokenizer
+
+    chain = choice.opened()
+    tokenizer = load_tokenizer(chain.tokenizer_path)
+    model: Any = load_backbone(chain, dtype=choice.torch_dtype, with_lm_head=True)
+    model.to("cuda" if torch.cuda.is_available() else "cpu").eval()
+    tokenizer.padding_side = "left"
+    tokenizer.pad_token = tokenizer.pad_token or tokenizer.eos_token
+
+    def prompt_of(text: str) -> str:
+        if not tokenizer.chat_template:
+            return f"{text[:MOST_CHARACTERS]}\n\nQuestion:"
+        asked = [{"role": "user", "content": f"{REQUEST}\n\n{text[:MOST_CHARACTERS]}"}]
+        return str(tokenizer.apply_chat_template(asked, tokenize=False, add_generation_prompt=True))
+
+    @torch.no_grad()
+    def write(texts: list[str]) -> list[str]:
+        asked = tokenizer(
+            [prompt_of(text) for text in texts], return_tensors="pt", padding=True, add_special_tokens=False
+        ).to(model.device)
+        ids = model.generate(**asked, max_new_tokens=MOST_TOKENS, do_sample=False, pad_token_id=tokenizer.pad_token_id)
+        written = tokenizer.batch_decode(ids[:, asked["input_ids"].shape[1] :], skip_special_tokens=True)
+        return [_query_of(text) for text in written]
+
+    return write
+
+
+def write_by_anchors(choice: ModelChoice) -> Write:
+    """A Stage I checkpoint: what its decoder writes behind a passage's anchor (EBD2Q), token for token the likeliest.
+
+    Raises:
+        UserError: it cannot be loaded, or does not decode.
+    """
+    from llm2vec.probes.reconstruction import load_reconstructor, text_of_side
+
+    reconstructor = load_reconstructor(choice)
+
+    def write(texts: list[str]) -> list[str]:
+        sides = [text_of_side("document", text) for text in texts]
+        return [_query_of(one) for (one,) in reconstructor.generate(sides, MOST_TOKENS)]
+
+    return write
+
+
+def write_by_server(url: str, model: str) -> Write:
+    """A server with OpenAI's interface, such as vLLM's or llama.cpp's; OPENAI_API_KEY is sent, if it is set.
+
+    Args:
+        url: up to `/v1`.
+        model: its name there.
+    """
+    headers = {"Content-Type": "application/json"}
+    if key := os.environ.get("OPENAI_API_KEY"):
+        headers["Authorization"] = f"Bearer {key}"
+    place = f"{url.rstrip('/')}/chat/completions"
+
+    def ask(text: str) -> str:
+        message = {"role": "user", "content": f"{REQUEST}\n\n{text[:MOST_CHARACTERS]}"}
+        body = {"model": model, "messages": [message], "max_tokens": MOST_TOKENS, "temperature": 0}
+        request = urllib.request.Request(place, json.dumps(body).encode(), headers)
+        try:
+            with urllib.request.urlopen(request, timeout=SECONDS_TO_ANSWER) as answer:
+                content = parse_object(answer.read(), place)
+            return _query_of(str(content["choices"][0]["message"]["content"]))
+        except (OSError, ValueError) as error:  # no such host, a refusal, a timeout; no possible address
+            if isinstance(error, UserError):
+                raise
+            raise UserError(f"{place} does not answer ({first_line(error)}).") from error
+        except (KeyError, IndexError, TypeError) as error:
+            raise UserError(f"{place}: the answer holds no text, so it is no chat server.") from error
+
+    def write(texts: list[str]) -> list[str]:
+        with ThreadPoolExecutor(REQUESTS_AT_ONCE) as pool:
+            return list(pool.map(ask, texts))
+
+    return write
+
+
+def _query_of(written: str) -> str:
+    """The first line of what was written, without a word that announces it, and quotes."""
+    lines = [line.strip() for line in written.splitlines() if line.strip()]
+    return lines[0].removeprefix("Question:").strip().strip('"').strip() if lines else ""

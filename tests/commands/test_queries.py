@@ -1,0 +1,124 @@
+"""Pairs from raw text: who writes the queries, which of them stay, and that a killed start goes on."""
+
+from __future__ import annotations
+
+import json
+import threading
+from collections.abc import Iterator
+from http.server import BaseHTTPRequestHandler, HTTPServer
+from pathlib import Path
+from typing import Any
+
+import pytest
+from helpers import family_tokenizer, tiny_model
+
+from llm2vec.commands.data import queries
+from llm2vec.commands.data.queries import main
+from llm2vec.data.rows import TrainingRows
+from llm2vec.data.sources import read_sources_file
+from llm2vec.types import UserError
+
+WORDS = ["alpha", "beta", "gamma", "delta", "omega", "sigma"]
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    """Six files of a paragraph each, one of them twice."""
+    for i, word in enumerate(WORDS):
+        (tmp_path / f"docs/{word}").mkdir(parents=True)
+        (tmp_path / f"docs/{word}/a.md").write_text(f"The {word} of number{i} is long.\n", encoding="utf-8")
+    (tmp_path / "docs/again.txt").write_text("The alpha of number0 is long.\n", encoding="utf-8")
+    return tmp_path
+
+
+@pytest.fixture
+def server() -> Iterator[tuple[str, list[Any]]]:
+    """Asks for the second word of a passage; of `delta` it asks for something else, of `omega` for nothing."""
+    asked: list[Any] = []
+
+    class Answers(BaseHTTPRequestHandler):
+        def do_POST(self) -> None:
+            body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
+            asked.append(body)
+            word = body["messages"][0]["content"].split("\n\n")[1].split()[1]
+            text = {"delta": "what is beta?", "omega": "\n"}.get(word, f'Question: "what is {word}?"\nI hope it helps.')
+            answer = json.dumps({"choices": [{"message": {"content": text}}]} if word != "sigma" else {}).encode()
+            self.send_response(200)
+            self.end_headers()
+            self.wfile.write(answer)
+
+        def log_message(self, *_: Any) -> None: ...
+
+    httpd = HTTPServer(("127.0.0.1", 0), Answers)
+    threading.Thread(target=httpd.serve_forever, daemon=True).start()
+    yield f"http://127.0.0.1:{httpd.server_port}/v1", asked
+    httpd.shutdown()
+
+
+def lines(file: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in file.read_text(encoding="utf-8").splitlines()]
+
+
+def test_queries_that_lead_back_stay(
+    folder: Path, server: tuple[str, list[Any]], capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    url, asked = server
+    flags = [str(folder / "docs"), str(folder / "out"), "--server", url, "--name", "m", "--keep_top", "1"]
+    with pytest.raises(UserError, match="chat/completions: the answer holds no text, so it is no chat server"):
+        main(flags)
+    (folder / "docs/sigma/a.md").unlink()
+    with pytest.raises(UserError, match="holds queries for other texts or of another writer; give another folder"):
+        main(flags)
+    flags[1] = str(folder / "out2")
+    monkeypatch.setattr(queries, "PART", 2)
+    whole = queries._round_trip
+
+    def killed(*_: Any) -> Any:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patched:
+        patched.setattr(queries, "_round_trip", killed)
+        with pytest.raises(KeyboardInterrupt):
+            main(flags)
+    assert whole is queries._round_trip
+    asked.clear()
+    main(flags)
+    assert not asked, "what was written is not asked for again"
+    assert lines(folder / "out2/pairs.jsonl") == [
+        {"query": f"what is {word}?", "positive": f"The {word} of number{i} is long."}
+        for i, word in enumerate(WORDS) if word in ("alpha", "beta", "gamma")
+    ]  # fmt: skip
+    assert "5 passages, 5 queries written, 3 lead back and stay" in capsys.readouterr().out
+    rows = TrainingRows(folder / "out2", read_sources_file(folder / "out2/sources.json"), num_negatives=1)
+    assert len(rows) == 3 and rows[0].negatives == ()
+    assert len(lines(folder / "out2/passages.jsonl")) == 5 and not (folder / "out2/.queries").exists()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("family", ["qwen2", "plain"], ids=["chat template", "none"])
+def test_a_model_writes_the_same_however_it_is_batched(family: str, folder: Path) -> None:
+    """Padding on the left changes nothing; a random model leads nowhere, which is said."""
+    from llm2vec.choice import ModelChoice
+    from llm2vec.corpus.writers import write_by_model
+
+    tokenizer = family_tokenizer(family)
+    model = tiny_model("llama", True, tokenizer=tokenizer, initializer_range=0.2)
+    model.save_pretrained(folder / "model")
+    tokenizer.save_pretrained(folder / "model")
+    write = write_by_model(ModelChoice(str(folder / "model"), torch_dtype="float32"))
+    texts = ["hello world", "who wrote the answer and the question of it", "red"]
+    assert write(texts) == [query for text in texts for query in write([text])]
+    with pytest.raises(UserError, match="no query of 6 leads back to its passage"):
+        main([str(folder / "docs"), str(folder / "out"), "--model", str(folder / "model"), "--keep_top", "1"])
+
+
+def test_mistakes_are_said(folder: Path) -> None:
+    out = str(folder / "out")
+    with pytest.raises(UserError, match="one of the arguments --model --anchors --server is required"):
+        main([str(folder / "docs"), out])
+    with pytest.raises(UserError, match="--server and --name go together"):
+        main([str(folder / "docs"), out, "--server", "http://x/v1"])
+    with pytest.raises(UserError, match=r"http://127\.0\.0\.1:9/v1/chat/completions does not answer \("):
+        main([str(folder / "docs"), out, "--server", "http://127.0.0.1:9/v1", "--name", "m"])
+    with pytest.raises(UserError, match=r"a folder of text files or a \.jsonl file is needed"):
+        main([str(folder / "none"), out, "--server", "http://127.0.0.1:9/v1", "--name", "m"])
