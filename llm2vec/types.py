@@ -34,6 +34,11 @@ Precision = Literal["float32", "int8", "uint8", "binary", "ubinary"]
 Texts: TypeAlias = "str | Iterable[str | Sequence[str | None]]"
 ReconstructionTarget = Literal["counterpart", "self"]
 AnchorProjection = Literal["none", "scaled", "linear"]
+#: What Stage II compares with what: of a query (`q`) and a document (`d`) one each.
+Direction = Literal["qd", "dq", "qq", "dd"]
+Partition = Literal["joint", "per_direction"]
+Hardened = Literal["hard_negatives", "in_batch_negatives", "all_negatives"]
+MarginKind = Literal["absolute", "relative"]
 MaskTokenType = Literal["blank", "eos", "mask"]
 MaskingScheme = Literal["default", "all_mask"]
 
@@ -98,6 +103,7 @@ class Example(NamedTuple):
         positive: what answers it.
         negatives: hard negatives; every row of a source has as many.
         scores: a teacher's scores of the positive and of each negative; empty = there is no teacher.
+        others: further positives of the query, one of which another epoch may draw.
     """
 
     source: str
@@ -105,6 +111,7 @@ class Example(NamedTuple):
     positive: InstructedText
     negatives: tuple[InstructedText, ...]
     scores: tuple[float, ...] = ()
+    others: tuple[InstructedText, ...] = ()
 
 
 class TokenBatch(TypedDict):

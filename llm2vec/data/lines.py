@@ -63,7 +63,9 @@ def _scores(row: Mapping[str, Any], num_negatives: int, where: str) -> list[floa
     """A teacher's score of the positive and of every negative of a row."""
     for field in ("pos_score", "neg_scores"):
         if field not in row:
-            raise UserError(f"{where}: the field `{field}` is missing, which distillation_weight needs.")
+            raise UserError(
+                f"{where}: the field `{field}` is missing, which distillation_weight needs, and cosent_weight."
+            )
     of_negatives = row["neg_scores"]
     if not isinstance(of_negatives, list) or len(of_negatives) != num_negatives:
         raise UserError(

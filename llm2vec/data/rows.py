@@ -118,12 +118,18 @@ class TrainingRows(Dataset[Example]):
         document_instruction = instruction.text if shared else ""
         document_side: TextSide = "query" if shared else "document"
         positives = row.get("positives") or [row["positive"]]
+        positive = positives.pop((epoch + i) % len(positives))
+
+        def documents(texts: list[str]) -> tuple[InstructedText, ...]:
+            return tuple(InstructedText(document_instruction, text, document_side) for text in texts)
+
         return Example(
             source.name,
             InstructedText(instruction.text, row["query"]),
-            InstructedText(document_instruction, positives[(epoch + i) % len(positives)], document_side),
-            tuple(InstructedText(document_instruction, text, document_side) for text in row["negative"]),
+            *documents([positive]),
+            documents(row["negative"]),
             tuple(row.get("scores", ())),
+            documents(positives),
         )
 
     def place(self, index: int) -> tuple[str, int]:

@@ -40,7 +40,7 @@ def linear_cross_entropy(
     target_N: Tensor,
     term_weight_N: Tensor,
     block_rows: int | None = None,
-    left_out: Callable[[slice], Tensor] | None = None,
+    adjust: Callable[[slice, Tensor], None] | None = None,
     bias_V: Tensor | None = None,
     softcap: float | None = None,
 ) -> CrossEntropy:
@@ -51,12 +51,14 @@ def linear_cross_entropy(
     is summed over the blocks in that precision. Over no rows the sum is 0, and its gradients are zeros.
 
     Args:
-        hidden_ND: states, in the dtype that the product shall be computed in.
+        hidden_ND: states, in the dtype that the product shall be computed in. A row may hold several, [N, G * D], end
+            to end: its softmax is then over the columns of the first, those of the second, ..., G * V.
         weight_VD: the vocabulary projection, or documents.
         target_N: column of each row's target.
         term_weight_N: weight of each row's term; no gradient flows to it.
         block_rows: rows a block; None = as many as make a block of moderate size.
-        left_out: which columns, [rows, V], are missing from some rows' softmax; never a row's target. None = none are.
+        adjust: changes the logits of some rows, [rows, G * V], where they stand: -inf leaves a column out, never a
+            row's target, and what is added is a constant to the gradient. None = they stay.
         bias_V: added to the product.
         softcap: bound that the logits x, bias included, are bent under, softcap * tanh(x / softcap); None = no bound.
     """
@@ -64,8 +66,9 @@ def linear_cross_entropy(
     if torch.is_autocast_enabled(hidden_ND.device.type):
         hidden_ND = hidden_ND.to(torch.get_autocast_dtype(hidden_ND.device.type))
     if block_rows is None:
-        block_rows = rows_of_a_block(len(weight_VD), hidden_ND.device.type)
-    arguments = (hidden_ND, weight_VD, target_N, term_weight_N, block_rows, left_out, bias_V, softcap)
+        states = hidden_ND.shape[1] // weight_VD.shape[1]
+        block_rows = rows_of_a_block(states * len(weight_VD), hidden_ND.device.type)
+    arguments = (hidden_ND, weight_VD, target_N, term_weight_N, block_rows, adjust, bias_V, softcap)
     return CrossEntropy(*_LinearCrossEntropy.apply(*arguments))
 
 
@@ -85,13 +88,14 @@ class _LinearCrossEntropy(torch.autograd.Function):
         target_N: Tensor,
         term_weight_N: Tensor,
         block_rows: int,
-        left_out: Callable[[slice], Tensor] | None,
+        adjust: Callable[[slice, Tensor], None] | None,
         bias_V: Tensor | None,
         softcap: float | None,
     ) -> tuple[Tensor, Tensor, Tensor]:
         # Products run in the states' dtype, which is fast; softmax and sums in `exact`, as half precision is coarse.
         exact = torch.promote_types(hidden_ND.dtype, torch.float32)
-        product_weight_VD = weight_VD.to(hidden_ND.dtype)
+        product_weight_VD, width = weight_VD.to(hidden_ND.dtype), weight_VD.shape[1]
+        hidden_ND = hidden_ND.contiguous()  # so that a row's states can be seen as rows
         terms_N = hidden_ND.new_empty(len(hidden_ND), dtype=exact)
         hits_N = torch.empty(len(hidden_ND), dtype=torch.bool, device=hidden_ND.device)
         # Each row's gradient is final once its block is done; the weight's is a sum over all blocks, so it begins at 0.
@@ -109,16 +113,17 @@ class _LinearCrossEntropy(torch.autograd.Function):
         for start in range(0, len(hidden_ND), at_once):
             gradients = []
             for first in range(start, min(start + at_once, len(hidden_ND)), block_rows):
-                rows = slice(first, min(first + block_rows, start + at_once))
-                logits, slope = (hidden_ND[rows] @ product_weight_VD.T).to(exact), None
+                rows = slice(first, min(first + block_rows, start + at_once, len(hidden_ND)))
+                products = hidden_ND[rows].view(-1, width) @ product_weight_VD.T
+                logits, slope = products.to(exact).view(rows.stop - rows.start, -1), None
                 if bias_V is not None:
                     logits.add_(bias_V)
                 if softcap is not None:
                     share = logits.div_(softcap).tanh_()
                     logits = share * softcap
                     slope = share.square_().neg_().add_(1)  # the derivative of the bend, 1 - tanh^2
-                if left_out is not None:
-                    logits.masked_fill_(left_out(rows), -torch.inf)
+                if adjust is not None:
+                    adjust(rows, logits)
                 terms_N[rows], hits_N[rows], total = _softmax_terms(logits, target_N[rows])
                 if any(ctx.needs_input_grad):
                     # d loss / d logit = weight * (softmax - 1 at the target). The logits, no longer needed, become it.
@@ -133,11 +138,11 @@ class _LinearCrossEntropy(torch.autograd.Function):
                 continue
             # The chain rule through logits = hidden @ weight.T. No more than these blocks' gradient is ever held.
             rows = slice(start, start + at_once)
-            into_logits = gradients[0] if len(gradients) == 1 else torch.cat(gradients)
+            into_logits = (gradients[0] if len(gradients) == 1 else torch.cat(gradients)).view(-1, len(weight_VD))
             if into_hidden_ND is not None:
-                torch.mm(into_logits, product_weight_VD, out=into_hidden_ND[rows])
+                torch.mm(into_logits, product_weight_VD, out=into_hidden_ND[rows].view(-1, width))
             if into_weight_VD is not None:
-                _add_product(into_weight_VD, into_logits.T, hidden_ND[rows])
+                _add_product(into_weight_VD, into_logits.T, hidden_ND[rows].view(-1, width))
         ctx.save_for_backward(into_hidden_ND, into_weight_VD, into_bias_V, largest_weight)
         ctx.weight_dtype = weight_VD.dtype
         ctx.bias_dtype = None if bias_V is None else bias_V.dtype
@@ -181,19 +186,19 @@ def info_nce(
     label_B: Tensor,
     loss_scale: float,
     weight_B: Tensor,
-    left_out: Callable[[slice], Tensor] | None = None,
+    adjust: Callable[[slice, Tensor], None] | None = None,
 ) -> CrossEntropy:
     """Sum over B queries of weight * -log softmax(loss_scale * cosine)[label] (paper Eq. 6), in float32 at least.
 
     Args:
-        query_BD: unit vectors.
+        query_BD: unit vectors; or several a row, end to end, as in `linear_cross_entropy`.
         document_ND: unit vectors of the whole pool.
         label_B: row of each query's positive in the pool.
         loss_scale: 1 / temperature; the paper's temperature 0.05 is a scale of 20.
         weight_B: weight of each query's term.
-        left_out: which documents, [queries, N], are no negatives of some queries; never a query's positive.
+        adjust: of `linear_cross_entropy`: leaves out documents that are no negatives of a query, or makes some harder.
     """
-    return linear_cross_entropy(query_BD * loss_scale, document_ND, label_B, weight_B, left_out=left_out)
+    return linear_cross_entropy(query_BD * loss_scale, document_ND, label_B, weight_B, adjust=adjust)
 
 
 def distillation(
@@ -214,6 +219,35 @@ def distillation(
     student_BG = loss_scale * (query_BD.unsqueeze(1) * document_BGD).sum(dim=-1)
     terms_B = -(teacher_BG.to(student_BG.dtype).softmax(dim=1) * student_BG.log_softmax(dim=1)).sum(dim=1)
     return (terms_B * weight_B).sum()
+
+
+def orthogonality(unit_ND: Tensor) -> tuple[Tensor, Tensor]:
+    """How far from spread out unit vectors are: the squared mean of their cosines, and the mean square's excess.
+
+    Global orthogonal regularisation, the spread-out term (Zhang et al. 2017, arXiv 1708.06320): over all ordered pairs
+    of two, (mean c)^2 and relu(mean c^2 - 1 / D). Both are 0 in the mean for directions drawn at random. Of fewer than
+    two vectors both are 0. No [N, N] is made where N is more than D.
+    """
+    pairs = max(1, len(unit_ND) * (len(unit_ND) - 1))
+    own_N = (unit_ND * unit_ND).sum(dim=1)  # 1, or 0 of a zero vector
+    mean = ((unit_ND.sum(dim=0) ** 2).sum() - own_N.sum()) / pairs
+    # Of U U^T and U^T U the sum of squares is the same.
+    gram = unit_ND.T @ unit_ND if len(unit_ND) > unit_ND.shape[1] else unit_ND @ unit_ND.T
+    square = ((gram * gram).sum() - (own_N * own_N).sum()) / pairs
+    return mean**2, (square - 1 / unit_ND.shape[1]).relu()
+
+
+def cosent(cosine_P: Tensor, label_P: Tensor, loss_scale: float) -> Tensor:
+    """log(1 + sum of exp(loss_scale * (cosine_b - cosine_a)) over all pairs a, b where label_a > label_b).
+
+    CoSENT (Huang et al. 2024): the order of the cosines of P pairs of texts follows that of their labels. Sorted by
+    label, the inner sums are tails of one another, so no [P, P] is made.
+    """
+    label_P, order = label_P.sort()
+    logit_P = loss_scale * cosine_P[order]
+    tails = torch.cat([(-logit_P).flip(0).logcumsumexp(dim=0).flip(0), logit_P.new_full((1,), -torch.inf)])
+    above_P = torch.searchsorted(label_P, label_P, right=True)  # where the higher labels begin
+    return torch.cat([logit_P.new_zeros(1), logit_P + tails[above_P]]).logsumexp(dim=0)
 
 
 def unit(vectors_BD: Tensor) -> Tensor:

@@ -47,8 +47,13 @@ def open_rows(config: Config, num_negatives: int) -> TrainingRows:
         symmetric_instructions=config.symmetric_instructions,
         max_rows=config.max_train_samples,
         num_held_out=config.num_eval_rows,
-        with_scores=config.distillation_weight > 0,
+        with_scores=needs_scores(config),
     )
+
+
+def needs_scores(config: Config) -> bool:
+    """Whether every row must bring scores of its documents."""
+    return config.distillation_weight > 0 or config.cosent_weight > 0
 
 
 def open_texts(config: Config) -> TrainingRows:

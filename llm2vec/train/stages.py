@@ -18,15 +18,16 @@ from llm2vec.data.blocks import SourceTexts, open_blocks
 from llm2vec.data.collation import Collate, CollateSides
 from llm2vec.data.rows import TrainingRows
 from llm2vec.model.settings import EncoderSettings, row_tokenizer
-from llm2vec.objectives.contrastive import ContrastiveLearning, RowFacts
+from llm2vec.objectives.contrastive import ContrastiveLearning
 from llm2vec.objectives.language_modelling import ContrastiveLanguageModelling, LanguageModelling
 from llm2vec.objectives.mntp import MaskedNextTokenPrediction, mask_tokens
+from llm2vec.objectives.negatives import ContrastiveKeys, RowFacts
 from llm2vec.objectives.stage_one import StageOneObjective, stage_one_objective
 from llm2vec.train.config import Config
 from llm2vec.train.config.file import load_config
 from llm2vec.train.model import decoder_of, load_model, set_attention_dropout
 from llm2vec.train.resume import start_or_resume
-from llm2vec.train.rows import Rows, open_rows, open_running_text, open_texts
+from llm2vec.train.rows import Rows, needs_scores, open_rows, open_running_text, open_texts
 from llm2vec.train.run import train
 from llm2vec.types import Objective, Stage
 
@@ -143,6 +144,9 @@ def _contrastive(config: Config, model: Any, settings: EncoderSettings) -> Objec
         config.loss_scale,
         matryoshka_dims=config.matryoshka_dims,
         distillation_weight=config.distillation_weight,
+        how=ContrastiveKeys(
+            **{field.name: getattr(config, field.name) for field in dataclasses.fields(ContrastiveKeys)}
+        ),
     )
     if not config.lm_weight:
         return contrastive
@@ -159,8 +163,9 @@ def _contrastive_collate(
 ) -> Collate:
     facts = RowFacts(
         mask_false_negatives=config.mask_false_negatives,
-        with_scores=config.distillation_weight > 0,
+        with_scores=needs_scores(config),
         own_negatives_only=frozenset(config.own_negatives_only or ()),
+        mask_known_positives=config.mask_known_positives,
     )
     return CollateSides(
         row_tokenizer(tokenizer, settings),

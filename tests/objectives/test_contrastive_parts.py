@@ -9,7 +9,7 @@ import runpy
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, get_args
 
 import pytest
 import reference
@@ -26,14 +26,15 @@ from llm2vec.data.rows import read_rows
 from llm2vec.distributed import sum_over_ranks
 from llm2vec.model.backbone import attach_lora
 from llm2vec.model.settings import EncoderSettings, row_tokenizer
-from llm2vec.objectives.contrastive import ContrastiveLearning, Negatives, RowFacts, hash_of
+from llm2vec.objectives.contrastive import ContrastiveLearning
 from llm2vec.objectives.losses import distillation, info_nce, linear_cross_entropy, unit
+from llm2vec.objectives.negatives import ContrastiveKeys, Pool, RowFacts, Softmax, hash_of
 from llm2vec.processes import rank, world_size
 from llm2vec.text.tokenization import RowTokenizer
 from llm2vec.train.config.file import load_config
 from llm2vec.train.log import LOG_FILE
 from llm2vec.train.step import backward_step, loss_parts, split_batch
-from llm2vec.types import Example, InstructedText, TextFacts, UserError
+from llm2vec.types import Example, Hardened, InstructedText, MarginKind, TextFacts, UserError
 from tests.objectives.test_losses import Largest, Problem, blocked, gradients, plain, problem
 
 ROOT = Path(__file__).parents[2]
@@ -50,8 +51,15 @@ class Parts(NamedTuple):
     mask: bool = False
     own_only: tuple[str, ...] = ()
     weight: float = 0.0
+    known: bool = False
+    stored: bool = False
+    how: ContrastiveKeys = ContrastiveKeys()
 
 
+ALL_DIRECTIONS: Any = ("qd", "dq", "qq", "dd")
+EVERYTHING = ContrastiveKeys(
+    ALL_DIRECTIONS, "joint", 0.1, 0.8, "all_negatives", "stored", 0.1, "relative", 0.9, 0.3, 2.0, 1.5
+)
 EACH = {
     "none": Parts(),
     "matryoshka": Parts(dims=[4, 16, 32]),
@@ -59,6 +67,20 @@ EACH = {
     "own_only": Parts(own_only=("alone",)),
     "distillation": Parts(weight=0.7),
     "all": Parts([5, 32], True, ("alone",), 1.5),
+    "known": Parts(known=True),
+    "self": Parts(how=ContrastiveKeys(guide="self", guide_margin=-0.1)),
+    "self, relative": Parts(how=ContrastiveKeys(guide="self", guide_margin=0.3, guide_margin_kind="relative")),
+    "guide": Parts(stored=True, how=ContrastiveKeys(guide="stored", guide_margin=-0.2)),
+    "joint": Parts(mask=True, how=ContrastiveKeys(ALL_DIRECTIONS)),
+    "joint, dd": Parts(own_only=("alone",), how=ContrastiveKeys(("qd", "dd"))),
+    "joint, qq": Parts(known=True, how=ContrastiveKeys(("qq", "qd"), guide="self", guide_margin=-0.3)),
+    "per_direction": Parts(mask=True, own_only=("alone",), how=ContrastiveKeys(("dq", "qd"), "per_direction")),
+    "positive_margin": Parts(how=ContrastiveKeys(positive_margin=0.2)),
+    "harder own": Parts(how=ContrastiveKeys(hardness_weight=5.0)),
+    "harder others": Parts(how=ContrastiveKeys(hardness_weight=2.0, hardness_of="in_batch_negatives")),
+    "cosent": Parts(how=ContrastiveKeys(contrastive_weight=0.0, cosent_weight=0.5)),
+    "gor": Parts(how=ContrastiveKeys(gor_weight=2.0, gor_mean_weight=0.5)),
+    "everything": Parts([8, 32], True, ("alone",), 0.5, True, True, EVERYTHING),
 }
 
 
@@ -83,6 +105,9 @@ def rows_with_copies() -> list[Example]:
     replace(5, positive=first, at_0=first)  # another row's positive, and a hard negative beside it
     replace(6, at_2=first, at_0=other)
     replace(7, positive=InstructedText("find it", other.text))  # under another instruction: no copy
+    rows[4] = rows[4]._replace(query=rows[2].query)  # one query with two positives
+    rows[0] = rows[0]._replace(others=(rows[4].negatives[1], rows[7].positive))
+    rows[6] = rows[6]._replace(others=(rows[2].positive,))
     return [row._replace(source="alone" if i in (1, 3, 6) else "words") for i, row in enumerate(rows)]
 
 
@@ -99,58 +124,142 @@ def make(parts: Parts, dtype: torch.dtype = torch.float64) -> tuple[ContrastiveL
         LOSS_SCALE,
         matryoshka_dims=parts.dims,
         distillation_weight=parts.weight,
+        how=parts.how,
     )
-    facts = RowFacts(parts.mask, parts.weight > 0, frozenset(parts.own_only))
+    facts = RowFacts(
+        parts.mask,
+        parts.weight + parts.how.cosent_weight > 0,
+        frozenset(parts.own_only),
+        parts.known,
+        (lambda texts: torch.tensor([guide_vector(text) for text in texts])) if parts.stored else None,
+    )
     collate = CollateSides(
         row_tokenizer(family_tokenizer("llama"), SETTINGS), ("query", "positive", "negative"), facts=facts
     )
     return objective.train(), collate
 
 
+def guide_vector(text: InstructedText) -> list[float]:
+    """What a stronger model is taken to say of a text: five numbers, mostly of one direction."""
+    generator = torch.Generator().manual_seed(hash_of(text))
+    return (torch.randn(5, generator=generator) + 1).tolist()
+
+
 # --- one pair at a time ---
 
 
-def one_pair_at_a_time(model: Any, renderer: RowTokenizer, rows: Sequence[Example], parts: Parts) -> dict[str, Tensor]:
+def same(one: InstructedText, other: InstructedText) -> bool:
+    return (one.instruction, one.text) == (other.instruction, other.text)
+
+
+class Reference:
     """The same figures from loops over queries and documents; every text goes through the model alone."""
 
-    def vector(text: InstructedText) -> Tensor:
-        return reference.embedding(model, renderer.rows([text])[0])
+    def __init__(self, model: Any, renderer: RowTokenizer, rows: Sequence[Example], parts: Parts) -> None:
+        def vector(text: InstructedText) -> Tensor:
+            return reference.embedding(model, renderer.rows([text])[0])
 
-    queries = [vector(row.query) for row in rows]
-    groups = [[(text, vector(text)) for text in (row.positive, *row.negatives)] for row in rows]
-    sizes = parts.dims or [len(queries[0])]
-    losses, contrastive, imitations, masked = [], [], [], []
-    for size in sizes:
-        for i, (row, query) in enumerate(zip(rows, queries, strict=True)):
+        self.rows, self.parts, self.how = rows, parts, parts.how
+        self.queries = [vector(row.query) for row in rows]
+        self.groups = [[(text, vector(text)) for text in (row.positive, *row.negatives)] for row in rows]
 
-            def score(document: Tensor, query: Tensor = query, size: int = size) -> Tensor:
-                return LOSS_SCALE * reference.cosine(query[:size], document[:size])
+    def figures(self) -> dict[str, Tensor]:
+        found: dict[str, list[Tensor]] = {}
+        for size in self.parts.dims or [len(self.queries[0])]:
+            for name, value in self.of_size(size).items():
+                found.setdefault(name, []).append(value)
+        return {name: sum(values[1:], values[0]) / len(values) for name, values in found.items()}
 
-            own = [score(document) for _, document in groups[i]]
-            seen, num_masked = [own[0]], 0
-            for j, group in enumerate(groups):
-                for place, (text, document) in enumerate(group):
-                    if (i, 0) == (j, place) or (row.source in parts.own_only and i != j):
-                        continue
-                    copy = (text.instruction, text.text) == (row.positive.instruction, row.positive.text)
-                    if copy and parts.mask:
-                        num_masked += 1
-                    else:
-                        seen.append(score(document))
-            term = torch.stack(seen).logsumexp(0) - own[0]
+    def of_size(self, size: int) -> dict[str, Tensor]:
+        def cosine(one: Tensor, other: Tensor) -> Tensor:
+            return reference.cosine(one[:size], other[:size])
+
+        terms, masked, imitations, pairs = [], [], [], []
+        for i, row in enumerate(self.rows):
+            own = [cosine(self.queries[i], document) for _, document in self.groups[i]]
+            softmaxes = [self.softmax(i, directions, cosine, own[0]) for directions in self.softmaxes()]
+            terms += [sum(term for term, _ in softmaxes) / len(softmaxes)]
+            masked += [sum(share for _, share in softmaxes) / len(softmaxes)]
             teacher = [math.exp(s) / sum(map(math.exp, row.scores)) for s in row.scores]
-            imitation = -sum(t * (s - torch.stack(own).logsumexp(0)) for t, s in zip(teacher, own, strict=True))
-            assert isinstance(imitation, Tensor)
-            contrastive.append(term)
-            imitations.append(imitation)
-            losses.append(term + parts.weight * imitation)
-            masked.append(num_masked / (len(seen) - 1 + num_masked))
-    figures = {"loss": torch.stack(losses).mean(), "loss_contrastive": torch.stack(contrastive).mean()}
-    if parts.weight:
-        figures["loss_distillation"] = torch.stack(imitations).mean()
-    if parts.mask:
-        figures["masked_negatives"] = torch.tensor(sum(masked) / len(masked))
-    return figures
+            normaliser = (LOSS_SCALE * torch.stack(own)).logsumexp(0)
+            imitations += [-sum(t * (LOSS_SCALE * c - normaliser) for t, c in zip(teacher, own, strict=True))]
+            pairs += zip(row.scores, own, strict=True)
+        figures = {"loss_contrastive": torch.stack(terms).mean()}
+        loss = self.how.contrastive_weight * figures["loss_contrastive"]
+        if self.parts.weight:
+            figures["loss_distillation"] = torch.stack(imitations).mean()
+            loss = loss + self.parts.weight * figures["loss_distillation"]
+        if self.parts.mask or self.parts.known or self.how.guide:
+            figures["masked_negatives"] = torch.tensor(sum(masked) / len(masked), dtype=torch.float64)
+        if self.how.cosent_weight:
+            terms = [torch.exp(LOSS_SCALE * (d - c)) for x, c in pairs for y, d in pairs if x > y]
+            figures["loss_cosent"] = torch.log(1 + sum(terms))
+            loss = loss + self.how.cosent_weight * figures["loss_cosent"]
+        if self.how.spreads:
+            columns = [self.queries, *([group[k][1] for group in self.groups] for k in range(1 + NUM_NEGATIVES))]
+            means, squares = [], []
+            for column in columns:
+                cosines = [cosine(a, b) for i, a in enumerate(column) for j, b in enumerate(column) if i != j]
+                means.append((sum(cosines) / len(cosines)) ** 2)
+                squares.append((sum(c**2 for c in cosines) / len(cosines) - 1 / size).relu())
+            figures["gor_mean"], figures["gor_square"] = sum(means) / len(means), sum(squares) / len(squares)
+            loss = loss + self.how.gor_mean_weight * figures["gor_mean"] + self.how.gor_weight * figures["gor_square"]
+        return figures | {"loss": loss}
+
+    def softmaxes(self) -> list[tuple[str, ...]]:
+        directions = tuple(self.how.directions or ("qd",))
+        return [directions] if self.how.partition == "joint" else [(direction,) for direction in directions]
+
+    def softmax(self, i: int, directions: Sequence[str], cosine: Any, positive: Tensor) -> tuple[Tensor, float]:
+        """-log of the positive's share, and the share of the negatives that are left out."""
+        row, how = self.rows[i], self.how
+        own = LOSS_SCALE * (positive - how.positive_margin)
+        logits: list[Tensor] = []
+        kept = masked = 0
+        for left, right in directions:
+            query = (row.query, self.queries[i]) if left == "q" else self.groups[i][0]
+            for j, other in enumerate(self.rows):
+                texts = [(other.query, self.queries[j])] if right == "q" else self.groups[j]
+                for place, (text, vector) in enumerate(texts):
+                    if left == right and i == j:
+                        continue
+                    if left != right and (i, 0) == (j, place):
+                        logits.append(own)
+                        continue
+                    if row.source in self.parts.own_only and i != j:
+                        continue
+                    score = cosine(query[1], vector)
+                    if self.is_false(i, j, place, right, query[0], text, score.item(), positive.item()):
+                        masked += 1
+                        continue
+                    kept += 1
+                    harder = {"hard_negatives": i == j, "in_batch_negatives": i != j, "all_negatives": True}
+                    hardness = how.hardness_weight if left + right == "qd" and harder[how.hardness_of] else 0.0
+                    logits.append(LOSS_SCALE * score + hardness * score.detach())
+        return torch.stack(logits).logsumexp(0) - own, masked / max(1, kept + masked)
+
+    def is_false(
+        self, i: int, j: int, place: int, right: str, left: InstructedText, text: InstructedText, s: float, own: float
+    ) -> bool:
+        row, other = self.rows[i], self.rows[j]
+        if self.parts.mask or self.parts.known:
+            if same(text if right == "d" else other.positive, row.positive):
+                return True
+            if right == "q" and same(other.query, row.query):
+                return True
+        if self.parts.known and place == 0 and same(other.query, row.query):
+            return True
+        if self.parts.known and any(same(known, text if right == "d" else other.positive) for known in row.others):
+            return True
+        if self.how.guide is None:
+            return False
+        if self.how.guide == "stored":
+
+            def guided(one: InstructedText, two: InstructedText) -> float:
+                return float(reference.cosine(*(torch.tensor(guide_vector(t)).double() for t in (one, two))))
+
+            s, own = guided(left, text), guided(row.query, row.positive)
+        return s > own - self.how.guide_margin * (abs(own) if self.how.guide_margin_kind == "relative" else 1)
 
 
 def assert_same_figures(actual: dict[str, Tensor], expected: dict[str, Tensor]) -> None:
@@ -166,7 +275,7 @@ def test_loss_and_every_gradient_equal_the_loops(name: str) -> None:
     parts = EACH[name]
     objective, collate = make(parts)
     rows = rows_with_copies()
-    expected = one_pair_at_a_time(objective.model, collate.tokenizer, rows, parts)
+    expected = Reference(objective.model, collate.tokenizer, rows, parts).figures()
     expected["loss"].backward()
     expected_gradients = reference.gradients(objective)
     batch = collate(rows)
@@ -195,6 +304,24 @@ def test_every_part_changes_the_loss_and_the_gradient(name: str) -> None:
     assert abs(loss / without - 1) > 1e-3
     with pytest.raises(AssertionError, match="apart"):
         reference.assert_same_gradients(of_part, of_none, relative=0.01)
+
+
+NEUTRAL = {
+    "a margin that masks nothing": ContrastiveKeys(guide="self", guide_margin=-3.0),
+    "relative": ContrastiveKeys(guide="self", guide_margin=-1e6, guide_margin_kind="relative"),
+    "weights of 0": ContrastiveKeys(
+        hardness_of="all_negatives", positive_margin=0.0, gor_weight=0.0, cosent_weight=0.0
+    ),
+    "one direction by itself": ContrastiveKeys(("qd",), "per_direction"),
+}
+
+
+@pytest.mark.parametrize("name", NEUTRAL)
+def test_at_its_neutral_value_a_key_changes_no_bit(name: str) -> None:
+    """Of the loss, and of any gradient, in float32."""
+    leaves = [leaf.detach().float().requires_grad_() for leaf in columns()]
+    for one, other in zip(ours(ContrastiveKeys(), leaves), ours(NEUTRAL[name], leaves), strict=True):
+        assert torch.equal(one, other)
 
 
 # --- two ranks ---
@@ -302,7 +429,9 @@ def test_accuracy_is_among_the_documents_that_are_left() -> None:
 
 def test_without_facts_nothing_is_masked() -> None:
     """The ordinary loss does not even ask."""
-    assert Negatives.of({}, 2, 4, torch.device("cpu")).left_out is None
+    pool = Pool.of({}, 2, 4, torch.device("cpu"))
+    assert Softmax(("qd",), ContrastiveKeys(), pool, 20.0).adjust is None
+    assert Softmax(("qd", "qq"), ContrastiveKeys(), pool, 20.0).adjust is not None
     objective, collate = make(Parts())
     assert all(not side["facts"] for side in collate(rows_with_copies()).values())
     assert objective(collate(rows_with_copies()), {}).facts == {}
@@ -340,6 +469,30 @@ def test_facts_follow_their_rows_into_the_pieces() -> None:
 # --- the losses ---
 
 
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
+@pytest.mark.parametrize("block_rows", [1, 5, None])
+def test_several_states_a_row_are_one_softmax(block_rows: int | None, dtype: torch.dtype) -> None:
+    """Two states end to end, against the logits of both beside one another; what is added to them is a constant."""
+    p = problem(rows=13, columns=29, width=12, dtype=dtype)
+    weight_VD = p.weight_VD.detach()[:, :6].contiguous().requires_grad_()
+    target_N = p.target_N + 29 * (torch.arange(13) % 2)
+    added_NV = torch.rand(13, 58, generator=torch.Generator().manual_seed(3), dtype=torch.float64)
+
+    def add(rows: slice, logits: Tensor) -> None:
+        logits += added_NV[rows].to(logits)
+
+    found = linear_cross_entropy(p.hidden_ND, weight_VD, target_N, p.term_weight_N, block_rows, adjust=add)
+    actual = torch.autograd.grad(found.loss, (p.hidden_ND, weight_VD))
+    states, exact = p.hidden_ND.detach().double().requires_grad_(), weight_VD.detach().double().requires_grad_()
+    logits_NV = torch.cat([states[:, :6] @ exact.T, states[:, 6:] @ exact.T], dim=1) + added_NV
+    loss = (torch.nn.functional.cross_entropy(logits_NV, target_N, reduction="none") * p.term_weight_N).sum()
+    expected = torch.autograd.grad(loss, (states, exact))
+    tolerance = 1e-11 if dtype == torch.float64 else 0.02
+    torch.testing.assert_close(found.loss.double(), loss, rtol=tolerance, atol=0)
+    for one, other in zip(actual, expected, strict=True):
+        torch.testing.assert_close(one.double(), other, rtol=tolerance, atol=tolerance * float(other.abs().max()))
+
+
 @pytest.mark.parametrize("block_rows", [1, 2, 5, 12, 13, 14, None])
 def test_leaving_columns_out_does_not_depend_on_the_block(block_rows: int | None) -> None:
     """Value and both gradients are those of logits of minus infinity, however many rows are done at once."""
@@ -348,16 +501,16 @@ def test_leaving_columns_out_does_not_depend_on_the_block(block_rows: int | None
     out_NV = (torch.rand(13, 29, generator=generator) < 0.3).scatter(1, p.target_N.unsqueeze(1), False)
     asked: list[int] = []
 
-    def left_out(rows: slice) -> Tensor:
+    def leave_out(rows: slice, logits: Tensor) -> None:
         asked.extend(range(*rows.indices(13)))
-        return out_NV[rows]
+        logits.masked_fill_(out_NV[rows], -torch.inf)
 
     def with_all_logits(p: Problem) -> Tensor:
         logits_NV = (p.hidden_ND @ p.weight_VD.T).masked_fill(out_NV, -torch.inf)
         return -(logits_NV.log_softmax(dim=1).gather(1, p.target_N.unsqueeze(1))[:, 0] * p.term_weight_N).sum()
 
     def ours(p: Problem) -> Tensor:
-        found = linear_cross_entropy(*p, block_rows=block_rows, left_out=left_out)
+        found = linear_cross_entropy(*p, block_rows=block_rows, adjust=leave_out)
         logits_NV = (p.hidden_ND @ p.weight_VD.T).masked_fill(out_NV, -torch.inf)
         assert found.hits.tolist() == (logits_NV.argmax(dim=1) == p.target_N).tolist()
         return found.loss
@@ -374,16 +527,15 @@ def test_no_mask_is_larger_than_a_block() -> None:
     """Nor does the masked share compare all queries with all documents."""
     hash_N = torch.randint(50, (3000,), generator=torch.Generator().manual_seed(0))
     facts = {"positive": {"hash": hash_N[:1500]}, "negative": {"hash": hash_N[1500:]}}
-    negatives = Negatives.of(facts, 1500, 3000, torch.device("cpu"))
+    softmax = Softmax(("qd",), ContrastiveKeys(), Pool.of(facts, 1500, 3000, torch.device("cpu")), 1.0)
     p = problem(rows=1500, columns=3000, width=4)
     with Largest() as largest:
         linear_cross_entropy(
-            p.hidden_ND, p.weight_VD, negatives.label_B, p.term_weight_N, 64, negatives.left_out
+            p.hidden_ND, p.weight_VD, softmax.label_B, p.term_weight_N, 64, softmax.adjust
         ).loss.backward()
-        share_B = negatives.masked_share(hash_N)
     assert largest.entries == 64 * 3000
     expected = [(int((hash_N == value).sum()) - 1) / 2999 for value in hash_N[:1500]]
-    assert share_B.tolist() == pytest.approx(expected)
+    assert softmax.masked_B is not None and softmax.masked_B.tolist() == pytest.approx(expected)
 
 
 def test_distillation_by_hand() -> None:
@@ -446,6 +598,113 @@ def test_half_precision_vectors(name: str) -> None:
         torch.testing.assert_close(value.double(), exact[part].double(), rtol=0.1, atol=0.02)
 
 
+# --- others' implementations of the same formulas ---
+
+
+def columns(width: int = 6) -> tuple[Tensor, Tensor, Tensor]:
+    """Six queries with a positive and two hard negatives each."""
+    generator = torch.Generator().manual_seed(5)
+    query_BD, positive_BD, negative_BKD = (
+        torch.randn(*shape, width, generator=generator, dtype=torch.float64).requires_grad_()
+        for shape in ((6,), (6,), (6, 2))
+    )
+    return query_BD, positive_BD, negative_BKD
+
+
+def ours(
+    how: ContrastiveKeys, leaves: Sequence[Tensor], facts: TextFacts | None = None, scale: float = 20.0
+) -> list[Tensor]:
+    """The loss and its gradients."""
+    objective = ContrastiveLearning(nn.Module(), SETTINGS, 20.0, how=how)  # type: ignore[arg-type]
+    sides = {"query": leaves[0], "positive": leaves[1], **({"negative": leaves[2].flatten(0, 1)} if leaves[2:] else {})}
+    loss = objective.contrast(sides, facts or {}, {"contrastive": torch.tensor(6.0)})["loss"]
+    return [loss, *torch.autograd.grad(loss, leaves)]
+
+
+def theirs(loss: Tensor, leaves: Sequence[Tensor]) -> list[Tensor]:
+    return [loss, *torch.autograd.grad(loss, leaves)]
+
+
+def assert_equal(one: Sequence[Tensor], other: Sequence[Tensor]) -> None:
+    for actual, expected in zip(one, other, strict=True):
+        torch.testing.assert_close(actual, expected, rtol=1e-9, atol=1e-12)
+
+
+LONG_NAMES = {"qd": "query_to_doc", "dq": "doc_to_query", "qq": "query_to_query", "dd": "doc_to_doc"}
+
+
+@pytest.mark.parametrize(
+    "how",
+    [
+        ContrastiveKeys(),
+        ContrastiveKeys(ALL_DIRECTIONS),
+        ContrastiveKeys(("qd", "qq")),
+        ContrastiveKeys(("qd", "dd")),
+        ContrastiveKeys(("qd", "dq")),
+        ContrastiveKeys(("qd", "dq"), "per_direction"),
+        *(ContrastiveKeys(ALL_DIRECTIONS, hardness_weight=5.0, hardness_of=of) for of in get_args(Hardened)),
+    ],
+    ids=str,
+)
+def test_directions_and_hardness_are_sentence_transformers(how: ContrastiveKeys) -> None:
+    losses = pytest.importorskip("sentence_transformers.sentence_transformer.losses")
+    query_BD, positive_BD, negative_BKD = leaves = columns()
+    directions: Any = tuple(LONG_NAMES[name] for name in how.directions or ("qd",))
+    hardness = {"hardness_mode": how.hardness_of, "hardness_strength": how.hardness_weight}
+    loss = losses.MultipleNegativesRankingLoss(
+        None, directions=directions, partition_mode=how.partition, **(hardness if how.hardness_weight else {})
+    )
+    value = loss.compute_loss_from_embeddings([query_BD, positive_BD, *negative_BKD.unbind(1)], None)
+    assert_equal(ours(how, leaves), theirs(value, leaves))
+
+
+@pytest.mark.parametrize("margin", [0.15, -0.1])
+@pytest.mark.parametrize("kind", get_args(MarginKind))
+def test_the_guide_is_gist(kind: Any, margin: float, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of pairs alone: GIST compares positives with positives, and we a positive with all documents of other rows.
+
+    Where the guide's own pair is nearer than 1 + margin, GIST compares a text with itself; here it never is.
+    """
+    gist = pytest.importorskip("sentence_transformers.sentence_transformer.losses.gist_embed")
+    monkeypatch.setattr(gist, "embed_columns", lambda model, features: model)
+    leaves, (query_BD, positive_BD, _) = columns()[:2], columns(4)
+    guides = [(query_BD + 0.5 * positive_BD).detach(), positive_BD.detach()]
+    assert unit(guides[0]).mul(unit(guides[1])).sum(dim=1).max() < 0.9
+    loss = gist.GISTEmbedLoss.__new__(gist.GISTEmbedLoss)
+    nn.Module.__init__(loss)
+    values = {
+        "model": list(leaves), "guide": guides, "temperature": 0.05, "margin_strategy": kind, "margin": margin,
+        "contrast_anchors": True, "contrast_positives": True, "gather_across_devices": False, "must_retokenize": False,
+        "similarity_fct": nn.CosineSimilarity(dim=-1), "cross_entropy_loss": nn.CrossEntropyLoss(),
+    }  # fmt: skip
+    for name, value in values.items():
+        setattr(loss, name, value)
+    how = ContrastiveKeys(("qd", "qq", "dd"), guide="stored", guide_margin=margin, guide_margin_kind=kind)
+    facts: TextFacts = {"query": {"guide": guides[0]}, "positive": {"guide": guides[1]}}
+    found = ours(how, leaves, facts)
+    assert_equal(found, theirs(loss([], None), leaves))
+    assert found[0] < ours(ContrastiveKeys(("qd", "qq", "dd")), leaves)[0]  # it masks something
+
+
+def test_spreading_out_is_sentence_transformers() -> None:
+    losses = pytest.importorskip("sentence_transformers.sentence_transformer.losses")
+    for width in (4, 9):  # fewer numbers than vectors, and more
+        leaves = columns(width)
+        value = losses.GlobalOrthogonalRegularizationLoss(None, mean_weight=0.3, second_moment_weight=2.0)
+        found = value.compute_loss_from_embeddings([leaves[0], leaves[1], *leaves[2].unbind(1)])
+        how = ContrastiveKeys(contrastive_weight=0.0, gor_mean_weight=0.3, gor_weight=2.0)
+        assert_equal(ours(how, leaves), theirs(found["gor_mean"] + found["gor_second_moment"], leaves))
+
+
+def test_cosent_is_sentence_transformers() -> None:
+    losses = pytest.importorskip("sentence_transformers.sentence_transformer.losses")
+    leaves = columns()[:2]
+    label_B = torch.tensor([0.1, 0.7, 0.7, -0.2, 1.0, 0.1], dtype=torch.float64)
+    value = losses.CoSENTLoss(None).compute_loss_from_embeddings(list(leaves), label_B)
+    how = ContrastiveKeys(contrastive_weight=0.0, cosent_weight=1.0)
+    assert_equal(ours(how, leaves, {"positive": {"score": label_B}}), theirs(value, leaves))
+
+
 # --- encoding ---
 
 
@@ -500,11 +759,20 @@ def test_bad_scores_are_an_error_with_file_and_line(fields: dict[str, Any], mess
         read_rows(file, 2, with_scores=True)
     assert str(error.value).startswith(f"{file}, line 2: ")
     assert message in str(error.value)
-    assert len(read_rows(file, 2)) == 2  # nobody asks for them
-    assert read_rows(write_jsonl(tmp_path / "b.jsonl", [good]), 1, with_scores=True)[0]["scores"] == [2.0, 0.5]
+    assert len(read_rows(file, 2)[0]) == 2  # nobody asks for them
+    assert read_rows(write_jsonl(tmp_path / "b.jsonl", [good]), 1, with_scores=True)[0][0]["scores"] == [2.0, 0.5]
 
 
 # --- the script ---
+
+
+def rows_of_files() -> list[Example]:
+    """The rows with copies but for those that a file's reader leaves out: a negative that is its own row's positive."""
+    other = reference.examples(1, 1, seed=5)[0].negatives[0]
+    return [
+        row._replace(negatives=tuple(other if text.text == row.positive.text else text for text in row.negatives))
+        for row in rows_with_copies()
+    ]
 
 
 @pytest.fixture
@@ -520,7 +788,7 @@ def folder(tmp_path: Path) -> Path:
             "pos_score": row.scores[0],
             "neg_scores": row.scores[1:],
         }
-        for row in rows_with_copies()
+        for row in rows_of_files()
     ]
     for source in ("words", "alone"):
         write_jsonl(tmp_path / f"{source}.jsonl", rows)
@@ -562,12 +830,11 @@ def test_everything_on_trains_and_is_logged(folder: Path, monkeypatch: pytest.Mo
         expected = entry["loss_contrastive"] + 0.5 * entry["loss_distillation"]
         assert entry["loss"] == pytest.approx(expected, abs=2e-4)  # the library rounds it
     shares = {round(entry["masked_negatives"], 4) for entry in log}
-    rows = rows_with_copies()
+    rows = rows_of_files()
     positives = [row.positive.text for row in rows]
     everything = [text for row in rows for text in (row.positive.text, *(n.text for n in row.negatives))]
     in_pool = sum((everything.count(text) - 1) / 31 for text in positives) / 8
-    own = sum(sum(n.text == row.positive.text for n in row.negatives) / 3 for row in rows) / 8
-    assert shares == {round(in_pool, 4), round(own, 4)}
+    assert shares == {round(in_pool, 4), 0.0}  # of the source whose queries see their own row alone
     assert sum(entry["loss"] for entry in log[-4:]) < sum(entry["loss"] for entry in log[:4])
 
 

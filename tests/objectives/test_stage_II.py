@@ -20,6 +20,7 @@ from llm2vec.model.pooling import embed
 from llm2vec.model.recomputation import enable_checkpointing
 from llm2vec.model.settings import EncoderSettings, row_tokenizer
 from llm2vec.objectives import contrastive as llm2vec_contrastive
+from llm2vec.objectives import negatives as llm2vec_negatives
 from llm2vec.objectives.contrastive import ContrastiveLearning
 from llm2vec.train.step import backward_step, loss_parts, split_batch
 from llm2vec.types import Batch
@@ -176,7 +177,7 @@ def test_labels_start_at_this_ranks_positives(monkeypatch: pytest.MonkeyPatch) -
     """On the second of two ranks, the own positives are the columns behind all of the first rank's documents."""
     axes = torch.eye(8, dtype=torch.float64)
     first_rank = axes[4:8]
-    monkeypatch.setattr(llm2vec_contrastive, "rank", lambda: 1)
+    monkeypatch.setattr(llm2vec_negatives, "rank", lambda: 1)
     monkeypatch.setattr(llm2vec_contrastive, "gather_with_gradient", lambda rows: torch.cat([first_rank, rows]))
     parts = between(query=axes[:2].tolist(), positive=axes[:2].tolist(), negative=axes[2:4].tolist())
     assert parts["in_batch_accuracy"] == 1

@@ -20,8 +20,8 @@ from llm2vec.commands.schema import config_schema, meanings_of, schema_text
 from llm2vec.data.sources import read_sources_file
 from llm2vec.model.backbone import LORA_MODULES
 from llm2vec.text.templates import TEMPLATES
-from llm2vec.train import config as config_module
 from llm2vec.train.config import KEYS, LIBRARY_KEYS, LORA_STAGES, Config
+from llm2vec.train.config import arguments as config_module
 from llm2vec.train.config.arguments import training_arguments
 from llm2vec.train.config.file import REPLACED, WITHOUT_EFFECT, load_config
 from llm2vec.types import POOLING_ALIASES, Stage, UserError
@@ -641,6 +641,19 @@ KEYS_OF_STAGES = {
     "examples_per_query": 5,
     "matryoshka_dims": [8, 32],
     "mask_false_negatives": True,
+    "mask_known_positives": True,
+    "guide": "self",
+    "guide_margin": 0.0,
+    "guide_margin_kind": "absolute",
+    "directions": ["qd", "dq"],
+    "partition": "joint",
+    "positive_margin": 0.1,
+    "hardness_weight": 5.0,
+    "hardness_of": "hard_negatives",
+    "contrastive_weight": 2.0,
+    "cosent_weight": 1.0,
+    "gor_weight": 1.0,
+    "gor_mean_weight": 1.0,
     "own_negatives_only": ["nq"],
     "distillation_weight": 0.5,
     "simcse_dropout": 0.2,
@@ -882,7 +895,7 @@ def test_a_file_may_say_whose_it_is(tmp_path: Path) -> None:
 
 
 def test_a_reporter_that_is_not_installed_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("llm2vec.train.config.get_available_reporting_integrations", lambda: ["tensorboard"])
+    monkeypatch.setattr("llm2vec.train.config.arguments.get_available_reporting_integrations", lambda: ["tensorboard"])
     config = load_config(write(tmp_path, minimal(tmp_path), report_to="wandb", use_cpu=True), "stage_I")
     with pytest.raises(UserError, match=r"report_to: 'wandb' is not installed here; .*choose from none, tensorboard"):
         training_arguments(config)

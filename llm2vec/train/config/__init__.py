@@ -23,9 +23,13 @@ from llm2vec.types import (
     POOLING_ALIASES,
     AnchorProjection,
     AttnImplementation,
+    Direction,
     DtypeName,
+    Hardened,
+    MarginKind,
     MaskingScheme,
     MaskTokenType,
+    Partition,
     ReconstructionTarget,
     Reduction,
     Stage,
@@ -136,6 +140,36 @@ class Config:
     """The contrastive loss is the mean over the vectors cut to these sizes. null = not cut."""
     mask_false_negatives: Annotated[bool, Key(stages=("stage_II", "simcse"))] = False
     """A document of the pool that has the text of a query's positive is no negative of it."""
+    mask_known_positives: Annotated[bool, Key(stages=("stage_II",))] = False
+    """Nor is another positive of the same query: one that a row of the batch has for it, or that its own row lists.
+    Masks copies of the positive too."""
+    guide: Annotated[str | None, Key(stages=("stage_II",))] = None
+    """What tells a false negative by its score: the model in training (`self`). null = nothing does."""
+    guide_margin: Annotated[float, Key(stages=("stage_II",))] = 0.0
+    """A negative whose cosine with the query is above the positive's less this is false. Below 0 it must be better."""
+    guide_margin_kind: Annotated[MarginKind, Key(stages=("stage_II",))] = "absolute"
+    """Whether `guide_margin` is a cosine, or a share of the positive's (`relative`)."""
+    directions: Annotated[list[Direction] | None, Key(stages=("stage_II",))] = None
+    """What is compared: queries with documents (`qd`, always), queries with one another (`qq`), positives with queries
+    (`dq`), positives with other rows' documents (`dd`). null = `qd`."""
+    partition: Annotated[Partition, Key(stages=("stage_II",))] = "joint"
+    """One softmax over all directions, or the mean of one each (`per_direction`, of `qd` and `dq`)."""
+    positive_margin: Annotated[float, Key(at_least=0, stages=("stage_II",))] = 0.0
+    """Taken off the positive's cosine."""
+    hardness_weight: Annotated[float, Key(at_least=0, stages=("stage_II",))] = 0.0
+    """A query's negatives weigh more the nearer they are: so many times their cosine is added to their logits, without
+    gradient."""
+    hardness_of: Annotated[Hardened, Key(stages=("stage_II",))] = "hard_negatives"
+    """Which negatives `hardness_weight` concerns; `hard_negatives` are those of the query's own row."""
+    contrastive_weight: Annotated[float, Key(at_least=0, stages=("stage_II",))] = 1.0
+    """Weight of the contrastive loss beside the terms below."""
+    cosent_weight: Annotated[float, Key(at_least=0, stages=("stage_II",))] = 0.0
+    """Weight of CoSENT: all pairs of a query and a document of its row are ordered by cosine as by their scores
+    (`pos_score`, `neg_scores`)."""
+    gor_weight: Annotated[float, Key(at_least=0, stages=("stage_II",))] = 0.0
+    """Weight of the spread-out term: the mean squared cosine of queries, and of documents, beyond random ones'."""
+    gor_mean_weight: Annotated[float, Key(at_least=0, stages=("stage_II",))] = 0.0
+    """Weight of the squared mean of the same cosines."""
     own_negatives_only: Annotated[list[str] | None, Key(stages=("stage_II",))] = None
     """Sources whose queries are compared with their own row's documents only. null = no source."""
     distillation_weight: Annotated[float, Key(at_least=0, stages=("stage_II",))] = 0.0

@@ -8,11 +8,12 @@ from __future__ import annotations
 
 from collections.abc import Container, Iterator
 from pathlib import Path
+from typing import get_args
 
 from llm2vec.objectives.stage_one import STAGE_ONE, stage_one_objective
 from llm2vec.text.templates import TEMPLATES, leaves_join_open, segments_of
 from llm2vec.train.config import DATASET_NAMES, KEYS, LORA_STAGES, Config
-from llm2vec.types import POOLING_ALIASES, UserError
+from llm2vec.types import POOLING_ALIASES, Direction, UserError
 
 #: What `fsdp_config` may say.
 FSDP_KEYS = ("version", "reshard_after_forward", "transformer_layer_cls_to_wrap")
@@ -113,6 +114,21 @@ def _in_the_objective(config: Config) -> Iterator[str]:
         yield f"matryoshka_dims is {dims}; different sizes above 0 are needed."
     if config.own_negatives_only == []:
         yield "own_negatives_only is []; name at least one source, or leave the key out."
+    directions = ["qd"] if config.directions is None else config.directions
+    if {*directions} - {*get_args(Direction)} or "qd" not in directions or len({*directions}) < len(directions):
+        yield f"directions is {directions}; 'qd' is needed, and each of 'dq', 'qq' and 'dd' is possible once."
+    if config.partition == "per_direction" and {*directions} - {"qd", "dq"}:
+        yield "partition is 'per_direction', but only 'qd' and 'dq' hold a positive; take the other directions out."
+    if config.guide not in (None, "self"):
+        yield f"guide is {config.guide!r}; allowed: 'self'."
+    if config.guide is None and (config.guide_margin or config.guide_margin_kind != "absolute"):
+        yield "guide_margin has no effect without guide; set guide, or take it out."
+    if config.hardness_of != "hard_negatives" and not config.hardness_weight:
+        yield "hardness_of has no effect while hardness_weight is 0; set both, or take it out."
+    if config.hardness_weight and config.hardness_of == "hard_negatives" and not config.num_hard_negatives:
+        yield "hardness_weight concerns hard negatives, and num_hard_negatives is 0; set hardness_of to another kind."
+    if not (config.contrastive_weight or config.distillation_weight or config.cosent_weight or config.lm_weight):
+        yield "contrastive_weight is 0, and so is the weight of every other term; nothing would be learnt."
     for key in ("distillation_weight", "own_negatives_only"):
         if getattr(config, key) and not config.num_hard_negatives:
             yield f"{key} is set, but num_hard_negatives is 0, so a row has no documents to tell apart."
