@@ -5,6 +5,7 @@ Used by `stages`, by `run`, and by what says beforehand how a run will go (`plan
 
 from __future__ import annotations
 
+import logging
 from pathlib import Path
 from typing import Any, TypeAlias
 
@@ -16,6 +17,8 @@ from llm2vec.data.rows import TrainingRows
 from llm2vec.data.sources import Instruction, Source, e5_sources, read_sources_file, select_sources
 from llm2vec.train.config import Config
 from llm2vec.types import CHARACTERS_A_TOKEN, UserError
+
+logger = logging.getLogger(__name__)
 
 Rows: TypeAlias = TrainingRows | TextBlocks
 
@@ -34,6 +37,12 @@ def open_rows(config: Config, num_negatives: int) -> TrainingRows:
         if name not in names:
             raise UserError(f"own_negatives_only: {name!r} is not among the sources of this run: {', '.join(names)}.")
     for source in sources:
+        alike = "label" in source.reading.roles and source.name not in (config.own_negatives_only or ())
+        if alike and config.stage == "stage_II":
+            logger.warning(
+                "source %s: texts of one label stand in a batch as each other's negatives; name it in "
+                "own_negatives_only", source.name,
+            )  # fmt: skip
         if source.reading.num_negatives != 0 or not num_negatives:
             continue
         for key, is_set in (("own_negatives_only", source.name in (config.own_negatives_only or ())),

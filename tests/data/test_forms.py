@@ -119,36 +119,61 @@ def test_a_bad_row_is_named_in_every_form(form: str, tmp_path: Path) -> None:
         read(tmp_path, **table)
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("stage", ["stage_I", "stage_II"])
-def test_every_form_trains_the_same_weights(stage: Any, tmp_path: Path) -> None:
-    """Bit for bit; with columns by names of their own, too."""
+def trained(folder: Path, stage: Any, table: Path, **keys: Any) -> dict[str, torch.Tensor]:
+    """The weights that two steps over a table's sources make of the base in `folder`."""
+    out = table.parent / "-".join(("out", *keys))
+    config = {
+        "model_name_or_path": str(folder / "base"), "sources_file": str(table), "output_dir": str(out),
+        "max_seq_length": 32, "per_device_train_batch_size": 4, "max_steps": 2, "report_to": "none",
+        "save_strategy": "no", "disable_tqdm": True, "learning_rate": 1e-2, **keys,
+    }  # fmt: skip
+    (table.parent / "config.json").write_text(json.dumps(config), encoding="utf-8")
+    train_stage(stage, table.parent / "config.json")
+    (file,) = out.glob("*.safetensors")
+    return dict(load_file(file))
+
+
+@pytest.fixture
+def base(tmp_path: Path) -> Path:
+    """A folder with a base model, and the rows as JSONL."""
     tiny_model("llama", True, initializer_range=0.2).save_pretrained(tmp_path / "base")
     family_tokenizer("llama").save_pretrained(tmp_path / "base")
     write_jsonl(tmp_path / "a.jsonl", ROWS)
-    entries = {"jsonl": entry("a.jsonl")}
-    for form in FORMS:
-        (tmp_path / form).mkdir()
-        entries[form] = write_form(tmp_path / form, form, ROWS)
+    return tmp_path
+
+
+def assert_equal(found: dict[str, torch.Tensor], expected: dict[str, torch.Tensor]) -> None:
+    assert found.keys() == expected.keys() and all(torch.equal(found[name], expected[name]) for name in expected)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("stage", ["stage_I", "stage_II"])
+def test_every_form_trains_the_same_weights(stage: Any, base: Path) -> None:
+    """Bit for bit; with columns by names of their own, too."""
+    twin = trained(base, stage, write_table(base, a=entry("a.jsonl")))
     renamed = [{"q": row["query"], "d": row["positive"], "n": row["negative"]} for row in ROWS]
-    (tmp_path / "renamed").mkdir()
-    columns = {"query": "q", "positive": "d", "negative": "n"}
-    entries["renamed"] = write_form(tmp_path / "renamed", "parquet", renamed) | {"columns": columns}
-    weights = {}
-    for form, of_form in entries.items():
-        folder = tmp_path if form == "jsonl" else tmp_path / form
-        config = {
-            "model_name_or_path": str(tmp_path / "base"), "sources_file": str(write_table(folder, a=of_form)),
-            "output_dir": str(folder / "out"), "max_seq_length": 32, "per_device_train_batch_size": 4, "max_steps": 2,
-            "report_to": "none", "save_strategy": "no", "disable_tqdm": True, "learning_rate": 1e-2,
-        }  # fmt: skip
-        (folder / "config.json").write_text(json.dumps(config), encoding="utf-8")
-        train_stage(stage, folder / "config.json")
-        (file,) = (folder / "out").glob("*.safetensors")
-        weights[form] = load_file(file)
-    twin = weights.pop("jsonl")
-    for found in weights.values():
-        assert found.keys() == twin.keys() and all(torch.equal(found[name], twin[name]) for name in twin)
+    columns = {"columns": {"query": "q", "positive": "d", "negative": "n"}}
+    for form in (*FORMS, "renamed"):
+        folder = base / form
+        folder.mkdir()
+        of_form = write_form(folder, form, ROWS) if form in FORMS else write_form(folder, "parquet", renamed) | columns
+        assert_equal(trained(base, stage, write_table(folder, a=of_form)), twin)
+
+
+@pytest.mark.slow
+def test_a_source_without_negatives_trains_beside_others(base: Path) -> None:
+    """Its batches are those of a run without hard negatives, bit for bit; two such sources are one mixture."""
+    without = trained(base, "stage_II", write_table(base, a=entry("a.jsonl")), num_hard_negatives=0)
+    (base / "b").mkdir()
+    write_jsonl(base / "b/a.jsonl", ROWS)
+    table = write_table(base / "b", a=entry("a.jsonl", num_negatives=0))
+    assert_equal(trained(base, "stage_II", table), without)
+    mixed = write_table(base, a=entry("a.jsonl", num_negatives=0), b=entry("a.jsonl"))
+    keys = {"tokens_per_microbatch": 64, "one_source_per": "micro_batch", "gradient_accumulation_steps": 2}
+    assert trained(base, "stage_II", mixed, **keys).keys() == without.keys()
+    for key, value in (("distillation_weight", 1.0), ("own_negatives_only", ["a"])):
+        with pytest.raises(UserError, match=rf"{key}: source 'a' has no hard negatives"):
+            trained(base, "stage_II", mixed, **{key: value})
 
 
 # What the columns are
