@@ -8,7 +8,8 @@ as in the paper's tables are compared with them: anchor, baseline, base (untrain
 alpha_0.5, alpha_0.8, baseline_3000_steps, and anchor@25 for a checkpoint after 25 steps of Stage II. Differences are
 taken from the run named baseline or, if there is none, from the last one.
 
-The record of a comparison (`llm2vec compare`), given alone, is made into its tables again.
+The record of a comparison (`llm2vec compare`), given alone, is made into its tables again; a folder of such records
+into the ledger: one page with all of them, beside the paper's claims.
 
 --losses anchor=LOG.jsonl adds loss curves. --predictions, a folder a run, with --qrels NFCorpus=qrels/test.jsonl
 compares runs query by query where mteb kept the rankings. Writes report.html, report.md, report.json and PNG figures.
@@ -42,6 +43,11 @@ def main(argv: Sequence[str]) -> None:
     args = parser.parse_args(argv)
     if len(args.results) == 1 and (args.results[0] / COMPARISON_RECORD).is_file():
         return _rebuild(args.results[0], args.output_dir)
+    if len(args.results) == 1 and any(args.results[0].glob(f"*/{COMPARISON_RECORD}")):
+        from llm2vec.compare.ledger import write_ledger
+
+        with alone_in(args.output_dir, "report"):
+            return print(f"ledger: {write_ledger(args.results[0], args.output_dir)}")
     from llm2vec.reports.evaluation import build_report  # with matplotlib: seconds
     from llm2vec.reports.paper import read_paper
 

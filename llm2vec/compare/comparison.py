@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import os
 import platform
+import shlex
+import sys
+import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -71,7 +74,16 @@ def compare_recipes(
         "Seeds": ", ".join(map(str, seeds)),
         "Runs at a time": str(workers),
         "Processes of a training run": str(processes),
-        "Machine": f"{platform.machine()}, {os.cpu_count()} cores, {torch.cuda.device_count()} GPUs",
+        "Machine": _machine(),
+        "Date": time.strftime("%Y-%m-%d"),
+        "Command": shlex.join(["llm2vec", *sys.argv[1:]]),
     }
     outcomes = write_record(output_dir / "record", trials, failures, own, facts)
     return RecipeComparison(trials, outcomes, write_comparison(output_dir, outcomes, own, facts))
+
+
+def _machine() -> str:
+    """Processor, cores and cards, in words."""
+    cards = [torch.cuda.get_device_name(index) for index in range(torch.cuda.device_count())]
+    cores = f"{os.cpu_count()} cores of {platform.machine()} with {torch.backends.cpu.get_cpu_capability()}"
+    return ", ".join([cores, *cards])

@@ -42,6 +42,7 @@ class TrialOutcome:
     failure: str | None = None  #: Why there is no score; None = there is
     along: Mapping[int, Mapping[str, float]] = field(default_factory=dict)  #: Step of the last stage -> task -> score
     queries: Mapping[str, Mapping[str, float]] = field(default_factory=dict)  #: Task -> query -> nDCG@10 x 100
+    loss: float | None = None  #: The first that the last stage logged
 
 
 def write_record(
@@ -119,6 +120,7 @@ def _read(folder: Path) -> TrialOutcome:
     costs = [_costs(stage / LOG_FILE) for stage in stages]
     steps = sorted(int(path.name) for path in folder.glob("along/*"))
     queries = folder / "queries.json"
+    losses = [entry["loss"] for entry in read_log(stages[-1] / LOG_FILE) if "loss" in entry] if stages else []
     return TrialOutcome(
         recipe,
         None if seed is None else int(seed),
@@ -127,6 +129,7 @@ def _read(folder: Path) -> TrialOutcome:
         _sum([minutes for _, minutes in costs]),
         along={step: read_results(folder / "along" / str(step)).scores for step in steps},
         queries=read_object(queries) if queries.is_file() else {},
+        loss=losses[0] if losses else None,
     )
 
 

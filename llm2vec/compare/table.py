@@ -10,10 +10,11 @@ import statistics
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
+from typing import NamedTuple
 
 from llm2vec.compare.record import TrialOutcome
 from llm2vec.compare.runs import Recipe
-from llm2vec.reports.comparisons import MIN_UNITS, paired_interval
+from llm2vec.reports.comparisons import MIN_UNITS, Interval, paired_interval
 from llm2vec.reports.figures import Picture, along_figure
 from llm2vec.reports.page import Page
 from llm2vec.table import Cell, Table
@@ -74,40 +75,67 @@ def _mean(values: Sequence[float | None]) -> float | None:
     return statistics.fmean(known) if known and len(known) == len(values) else None
 
 
-def difference_table(outcomes: Sequence[TrialOutcome]) -> Table | None:
-    """Each recipe less the baseline, trained with the same seeds; None where there is nothing to compare with."""
+class Difference(NamedTuple):
+    """What one recipe has more than another, trained with the same seeds."""
+
+    num_seeds: int
+    tasks: float  #: mean over tasks and seeds, x 100
+    error: float | None  #: twice its standard error over seeds; None of one seed
+    queries: Interval | None  #: of nDCG@10 x 100 over queries; None where too few rankings were kept
+
+    def verdict(self) -> str:
+        """In a word: `yes` or `no` where the interval leaves 0 out, else `open`. Seeds decide; of one, the queries."""
+        if self.error is not None:
+            low, high = self.tasks - self.error, self.tasks + self.error
+        elif self.queries is not None:
+            _, low, high, *_ = self.queries
+        else:
+            return "open"
+        return "yes" if low > 0 else "no" if high < 0 else "open"
+
+
+def by_seed(outcomes: Sequence[TrialOutcome]) -> dict[str, dict[int | None, TrialOutcome]]:
+    """Recipe -> seed -> outcome, of trials that did not fail."""
     scored: dict[str, dict[int | None, TrialOutcome]] = {}
     for outcome in outcomes:
         if outcome.failure is None:
             scored.setdefault(outcome.recipe, {})[outcome.seed] = outcome
+    return scored
+
+
+def difference_table(outcomes: Sequence[TrialOutcome]) -> Table | None:
+    """Each recipe less the baseline, trained with the same seeds; None where there is nothing to compare with."""
+    scored = by_seed(outcomes)
     reference = scored.pop(REFERENCE, {})
-    rows = [row for recipe, own in scored.items() if (row := _difference(recipe, own, reference)) is not None]
+    rows: list[list[Cell]] = []
+    for recipe, own in scored.items():
+        if (found := difference_of(own, reference)) is not None:
+            rows.append([recipe, str(found.num_seeds), *found[1:3], *(found.queries or (None,) * 3)[:3]])
     header = [f"Less {REFERENCE}", "Seeds", "Tasks", "2 SE", "Queries", "Lowest", "Highest"]
     return Table(header, rows, "Differences", _DIFFERENCE_NOTE) if rows else None
 
 
-def _difference(
-    recipe: str, own: Mapping[int | None, TrialOutcome], reference: Mapping[int | None, TrialOutcome]
-) -> list[Cell] | None:
+def difference_of(
+    own: Mapping[int | None, TrialOutcome], reference: Mapping[int | None, TrialOutcome]
+) -> Difference | None:
+    """One recipe less another, each seed -> outcome; None where they have no seed or no task in common."""
     # What was not trained has no seed, and is held against every one.
-    pairs = [(own.get(seed, own.get(None)), other) for seed, other in reference.items()]
-    both = [(mine, other) for mine, other in pairs if mine is not None]
+    seeds = sorted({*own, *reference} - {None}, key=int) or [None]  # type: ignore[arg-type]  # None is taken out
+    pairs = [(own.get(seed, own.get(None)), reference.get(seed, reference.get(None))) for seed in seeds]
+    both = [(mine, other) for mine, other in pairs if mine is not None and other is not None]
     shown = [outcome for pair in both for outcome in pair]
     tasks = [task for task in shown[0].scores if all(task in outcome.scores for outcome in shown)] if shown else []
     if not tasks:
         return None
     of_seeds = [statistics.fmean(mine.scores[task] - other.scores[task] for task in tasks) for mine, other in both]
     error = 2 * statistics.stdev(of_seeds) / len(both) ** 0.5 if len(both) > 1 else None
-    row: list[Cell] = [recipe, str(len(both)), statistics.fmean(of_seeds), error]
     sets = [task for task in shown[0].queries if all(task in outcome.queries for outcome in shown)]
     queries = [
         (_over_seeds([mine.queries[task] for mine, _ in both]), _over_seeds([other.queries[task] for _, other in both]))
         for task in sets
     ]
-    if not queries or min(len(mine) for mine, _ in queries) < MIN_UNITS:
-        return [*row, None, None, None]
-    found = paired_interval(*queries)
-    return [*row, found.difference, found.low, found.high]
+    enough = bool(queries) and min(len(mine) for mine, _ in queries) >= MIN_UNITS
+    return Difference(len(both), statistics.fmean(of_seeds), error, paired_interval(*queries) if enough else None)
 
 
 def _over_seeds(of_seeds: Sequence[Mapping[str, float]]) -> dict[str, float]:

@@ -1,0 +1,84 @@
+"""The ledger: claims judged by hand-made numbers, and the committed page made again from the committed records."""
+
+from pathlib import Path
+
+import pytest
+
+from llm2vec.compare.ledger import LEDGER_FILE, claims_table, write_ledger
+from llm2vec.compare.record import TrialOutcome
+from llm2vec.files import write_json
+from tests.helpers import write_jsonl
+
+ROOT = Path(__file__).parents[2]
+
+
+def trial(recipe: str, seed: int | None, score: float, early: float, loss: float) -> TrialOutcome:
+    return TrialOutcome(recipe, seed, {"X": score}, along={0: {"X": 0.0}, 8: {"X": early}}, loss=loss)
+
+
+def test_claims_are_judged_by_two_standard_errors() -> None:
+    """Differences of two seeds d1, d2: their mean, and 2 s / sqrt(2) = |d1 - d2| on both sides of it."""
+    outcomes = [
+        trial("anchor", 1, 50.0, 30.0, 1.0),
+        trial("anchor", 2, 52.0, 10.0, 1.5),
+        trial("baseline", 1, 49.0, 20.0, 3.0),
+        trial("baseline", 2, 50.0, 20.0, 3.0),
+        trial("only_d2q", 1, 60.0, 0.0, 1.0),
+        trial("only_d2q", 2, 61.0, 0.0, 1.0),
+        TrialOutcome("only_q2d", 1, {}, failure="no luck"),
+    ]
+    table = claims_table(outcomes)
+    assert table is not None
+    rows = {(str(row[0]), str(row[1]).partition("(")[2]): row[2:5] for row in table.rows}
+    assert rows[("Tables 1 and 3", "anchor over baseline)")] == ["yes", "+0.50 to +2.50", 1.5]
+    assert rows[("Table 3", "anchor over only_d2q)")] == ["no", "-10.50 to -8.50", -9.5]
+    assert rows[("Table 9, Figure 2", "anchor over baseline)")] == ["open", "-20.00 to +20.00", 0.0]
+    assert rows[("Figure 4", "baseline over anchor)")] == ["yes", "+1.25 to +2.25", 1.75]
+    assert not any("only_q2d" in claim for _, claim in rows), "what failed is not held against anything"
+
+
+def test_one_seed_decides_by_its_queries_or_not_at_all() -> None:
+    def one(recipe: str, lead: float, queries: int) -> TrialOutcome:
+        of = {"X": {f"q{i}": 10.0 + lead + i % 3 for i in range(queries)}} if queries else {}
+        return TrialOutcome(recipe, 42, {"X": 10.0 + lead}, queries=of)
+
+    for queries, verdict in ((0, "open"), (30, "yes")):
+        table = claims_table([one("anchor", 5.0, queries), one("baseline", 0.0, queries)])
+        assert table is not None and table.rows[0][2] == verdict
+
+
+def write_record_of(folder: Path, recipe: str, score: float) -> None:
+    entry = {"main_score": score, "hf_subset": "default", "languages": ["eng-Latn"]}
+    content = {"dataset_revision": "d", "task_name": "STS12", "mteb_version": "2", "scores": {"test": [entry]}}
+    (folder / "scores").mkdir(parents=True)
+    write_json(folder / "scores/STS12.json", content)
+    (folder / "1_stage_II").mkdir()
+    write_json(folder / "1_stage_II/run.json", {"git_commit": "abc", "versions": {"torch": "2.13"}})
+    write_jsonl(folder / "1_stage_II/log.jsonl", [{"step": 1, "loss": 2.0}, {"step": 2, "loss": 1.0}])
+
+
+def test_the_page_says_where_each_record_is_from(tmp_path: Path) -> None:
+    results = tmp_path / "results"
+    for recipe, score in (("anchor-seed1", 0.5), ("baseline-seed1", 0.4)):
+        write_record_of(results / "small" / recipe, recipe, score)
+    write_json(results / "small/record.json", {"facts": {"Run by": "A | B"}, "recipes": {"anchor": "stage_II"}})
+    page = write_ledger(results, tmp_path / "docs").read_text(encoding="utf-8")
+    assert (
+        "## small" in page
+        and "- Run by: A \\| B" in page
+        and "- Commit: abc" in page
+        and "- Versions: torch 2.13" in page
+    )
+    assert "SGPT-125M, NLI | 69.20" in page, "public scores for scale"
+    assert (
+        "| Tables 1 and 3 | Stage I and II beat Stage II alone (anchor over baseline) | open | - | 10.00 | 1.25 |"
+        in page
+    )
+
+
+@pytest.mark.skipif(not (ROOT / "results").is_dir(), reason="needs the repository's results")
+def test_the_published_page_is_what_the_published_records_give(tmp_path: Path) -> None:
+    made = write_ledger(ROOT / "results", tmp_path)
+    published = ROOT / "docs/reproduce"
+    assert made.read_bytes() == (published / LEDGER_FILE).read_bytes()
+    assert {file.name for file in tmp_path.glob("*.png")} == {file.name for file in published.glob("ledger-*.png")}
