@@ -3,9 +3,10 @@
     llm2vec compare train_configs/comparison/quickstart --seeds 42 43        # what `make compare` runs
     llm2vec compare train_configs/comparison/llama3.2_1b --processes 8
 
-The set is a folder of configs (`llm2vec/compare/runs.py` says which). A recipe's stages wait for each other; runs that
-do not are done at the same time, `--workers` of them. What has been done and has not changed since is not done again.
-A run that fails stops its own recipe only, and the exit code is then 1. Everything goes below --output_dir:
+The set is a folder of configs (`llm2vec/compare/recipes.py` says which; its `sweep` tries values of keys). A recipe's
+stages wait for each other; runs that do not are done at the same time, `--workers` of them. What has been done and has
+not changed since is not done again. A run that fails stops its own recipe only, and the exit code is then 1. Everything
+goes below --output_dir:
 
     runs/, evaluations/     checkpoints and scores, a folder a run
     configs/, logs/         the whole config and the output of each run

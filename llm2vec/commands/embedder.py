@@ -35,6 +35,8 @@ STAGE_I_ROWS, STAGE_II_ROWS = 16, 32
 #: Rows that a stage trains on: about an hour for two CPU cores, minutes for a GPU.
 ROWS_ON_CPU, ROWS_ON_GPU = 1536, 32_000
 
+#: Of Stage II on a CPU, GB: without a limit a step would keep 14. Layers beyond it are computed again.
+ACTIVATIONS = 5
 #: Most tokens of a row, and of its text in training. The embedder itself reads texts that fill the row.
 ROW_TOKENS, TEXT_TOKENS = 128, 64
 
@@ -148,6 +150,9 @@ def _write_set(out: Path, base: str, task: str, data: Path, rows: int | None) ->
             "save_steps": -(-steps // 4), "save_total_limit": 1, "logging_steps": 2, **keys,
         }  # fmt: skip
 
+    limit = (
+        {} if on_gpu else {"tokens_per_microbatch": STAGE_II_ROWS * 4 * ROW_TOKENS, "activation_memory_gb": ACTIVATIONS}
+    )
     shared = {
         "all": {
             "model_name_or_path": base, "dataset_file_path": str(data / "train"),
@@ -155,7 +160,7 @@ def _write_set(out: Path, base: str, task: str, data: Path, rows: int | None) ->
             "doc_max_length": TEXT_TOKENS, "bf16": on_gpu, "report_to": "none", "disable_tqdm": True,
         },
         "stage_I": stage(STAGE_I_ROWS, learning_rate=1e-4),
-        "stage_II": stage(STAGE_II_ROWS, learning_rate=5e-4, num_hard_negatives=1),
+        "stage_II": stage(STAGE_II_ROWS, learning_rate=5e-4, num_hard_negatives=1, **limit),
     }  # fmt: skip
     evaluation = {
         "tasks": [task], "local_data_dir": str(data / "eval"), "torch_dtype": "float32", "max_length": ROW_TOKENS,

@@ -14,8 +14,9 @@ from pathlib import Path
 import torch
 
 from llm2vec.compare.execution import Runner, do_all, num_cores
+from llm2vec.compare.recipes import read_set
 from llm2vec.compare.record import TrialOutcome, write_record
-from llm2vec.compare.runs import Planner, Trial, read_set, unique_runs
+from llm2vec.compare.runs import Planner, Trial, unique_runs
 from llm2vec.compare.table import own_keys, write_comparison
 from llm2vec.types import UserError
 

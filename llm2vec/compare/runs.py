@@ -1,12 +1,4 @@
-"""Recipes to be compared on the same data: from a folder of configs to runs, and the order in which they can be done.
-
-    FOLDER/shared.json                      what all recipes share: the keys of `all` stages (base model, data, batch)
-                                            and those of single ones (`stage_I`, `stage_II`, ...); `recipes`: a folder
-                                            with further recipes, which other sets may use, too
-    FOLDER/evaluation.json                  options of `llm2vec eval`: tasks, data, ...; `along`: the tasks that
-                                            checkpoints of the last stage are scored on too
-    FOLDER/<recipe>/<n>_<stage>.json        the recipe's own keys, which go over the shared ones; stage after stage
-    FOLDER/<recipe>/evaluation.json         options over the set's; alone, it names a model to be scored as it is
+"""Runs of the recipes of a set, and the order in which they can be done.
 
 Each stage starts from the folder of the one before it, the first from the shared base. A run's folder is named by a
 hash of all that decides it: its keys, seed and data, the run or base it starts from, and the number of processes where
@@ -16,68 +8,28 @@ not, and a stage that two recipes have in common is trained once.
 
 from __future__ import annotations
 
-import re
 import shutil
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, NamedTuple, get_args
+from typing import Any
 
+from llm2vec.compare.recipes import SHARED_FILE, Recipe, RecipeSet, StageFile
 from llm2vec.data.sources import e5_sources, find_files, read_sources_file, select_sources, table_file
-from llm2vec.files import data_revision, files_hash, json_hash, read_object, write_json
+from llm2vec.files import data_revision, files_hash, json_hash, write_json
 from llm2vec.hub import find_file, without_waiting_for_the_hub
 from llm2vec.model.chain import RUN_FILE, revision_of
 from llm2vec.model.settings import SETTINGS_FILE
 from llm2vec.train.config import Config
-from llm2vec.train.config.file import SCHEMA_KEY, load_config
+from llm2vec.train.config.file import load_config
 from llm2vec.train.resume import checkpoint_folder
 from llm2vec.types import Stage, UserError
 
-SHARED_FILE = "shared.json"
-EVALUATION_FILE = "evaluation.json"
 #: Stage -> the command that trains it.
 STAGE_COMMANDS: dict[Stage, str] = {
     "stage_I": "stage-1", "stage_II": "stage-2", "lm": "lm", "simcse": "simcse", "mntp": "mntp",
 }  # fmt: skip
 EVALUATION_COMMAND = "eval"
-#: Options of the evaluation; the model and where results go are decided here, unless a recipe only names a model.
-EVALUATION_KEYS = (
-    "tasks", "local_data_dir", "task_to_instructions_fp", "batch_size", "max_length", "torch_dtype",
-    "attn_implementation", "device", "save_predictions",
-)  # fmt: skip
-#: Of the set alone: the tasks that a last stage's checkpoints are scored on too, and the model that it starts from.
-ALONG_KEY = "along"
-#: Keys of a run that follow from its place in the set.
-DECIDED_KEYS = ("model_name_or_path", "peft_model_name_or_path", "output_dir", "experiment_id", "seed")
-
-_STAGE_FILE = re.compile(r"(\d+)_(\w+)\.json")
-
-
-class StageFile(NamedTuple):
-    """One stage of a recipe, and the recipe's own keys."""
-
-    stage: Stage
-    keys: dict[str, Any]
-    file: Path
-
-
-@dataclass(frozen=True)
-class Recipe:
-    """One row of the comparison."""
-
-    name: str
-    stages: tuple[StageFile, ...]  #: In order; none where a model is only scored
-    evaluation: dict[str, Any]  #: The set's options with the recipe's own over them
-
-
-@dataclass(frozen=True)
-class RecipeSet:
-    """What a folder holds."""
-
-    folder: Path
-    shared: dict[str, dict[str, Any]]  #: `all` or a stage -> keys
-    recipes: tuple[Recipe, ...]  #: In the order of their names
-    along: tuple[str, ...]  #: Tasks that are scored along the last stage, too
 
 
 @dataclass(frozen=True)
@@ -111,85 +63,6 @@ class Trial:
     def runs(self) -> tuple[Run, ...]:
         """All, in order."""
         return (*self.training, self.evaluation, *self.along.values())
-
-
-def read_set(folder: Path) -> RecipeSet:
-    """Read a folder of configs.
-
-    Raises:
-        UserError: a file is missing, malformed or misnamed.
-    """
-    content = _read_keys(folder / SHARED_FILE)
-    library = content.pop("recipes", None)
-    if not isinstance(library, str | None):
-        raise UserError(f"{folder / SHARED_FILE}: recipes is {library!r}; it must name a folder.")
-    for section, keys in content.items():
-        if section not in ("all", *get_args(Stage)):
-            allowed = ", ".join(["recipes", "all", *get_args(Stage)])
-            raise UserError(f"{folder / SHARED_FILE}: unknown section {section!r}; allowed: {allowed}.")
-        if not isinstance(keys, dict):
-            raise UserError(f"{folder / SHARED_FILE}: {section} must be an object of keys.")
-        _refuse_decided(folder / SHARED_FILE, [key for key in keys if (section, key) != ("all", "model_name_or_path")])
-    if not content.get("all", {}).get("model_name_or_path"):
-        raise UserError(f"{folder / SHARED_FILE}: all.model_name_or_path must name the base model.")
-    evaluation = read_object(folder / EVALUATION_FILE)
-    along = evaluation.pop(ALONG_KEY, [])
-    if not isinstance(along, list) or not set(along) <= set(evaluation.get("tasks", ())):
-        raise UserError(f"{folder / EVALUATION_FILE}: {ALONG_KEY} must list some of the tasks.")
-    found: dict[str, Path] = {}
-    for parent in [folder / library, folder] if library is not None else [folder]:
-        if not parent.is_dir():
-            raise UserError(f"{folder / SHARED_FILE}: recipes names {parent}, and there is no such folder.")
-        found |= {path.name: path for path in parent.iterdir() if path.is_dir() and not path.name.startswith(".")}
-    recipes = tuple(_read_recipe(found[name], evaluation) for name in sorted(found))
-    if not recipes:
-        raise UserError(f"{folder} holds no recipes; each is a folder of files such as 1_stage_II.json.")
-    return RecipeSet(folder, content, recipes, tuple(along))
-
-
-def _read_recipe(folder: Path, evaluation: Mapping[str, Any]) -> Recipe:
-    stages: dict[int, StageFile] = {}
-    own: dict[str, Any] | None = None
-    for file in sorted(folder.glob("*.json")):
-        if file.name == EVALUATION_FILE:
-            own = read_object(file)
-            continue
-        name = _STAGE_FILE.fullmatch(file.name)
-        if name is None or name[2] not in get_args(Stage):
-            raise UserError(f"{file}: the name must be <number>_<stage>.json; stages: {', '.join(get_args(Stage))}.")
-        if int(name[1]) in stages:
-            raise UserError(f"{file}: {stages[int(name[1])].file.name} has the same number.")
-        keys = _read_keys(file)
-        _refuse_decided(file, keys)
-        stages[int(name[1])] = StageFile(name[2], keys, file)  # type: ignore[arg-type]
-    if sorted(stages) != list(range(1, len(stages) + 1)):
-        raise UserError(f"{folder}: the stages are numbered {sorted(stages)}; 1, 2, ... without a gap is needed.")
-    options = {key: value for key, value in {**evaluation, **(own or {})}.items() if value is not None}
-    if ("base_model_name_or_path" in options) == bool(stages):
-        raise UserError(
-            f"{folder}: a recipe has stages (1_<stage>.json) or an {EVALUATION_FILE} with base_model_name_or_path, "
-            f"not {'both' if stages else 'neither'}."
-        )
-    if unknown := [key for key in options if key not in (*EVALUATION_KEYS, "base_model_name_or_path")]:
-        allowed = ", ".join(EVALUATION_KEYS)
-        raise UserError(f"{folder / EVALUATION_FILE}: unknown option {unknown[0]!r}; allowed: {allowed}.")
-    for key in ("base_model_name_or_path", "local_data_dir", "task_to_instructions_fp"):
-        if not isinstance(options.get(key, ""), str):
-            raise UserError(f"{folder / EVALUATION_FILE}: {key} is {options[key]!r}; a string is needed.")
-    tasks = options.get("tasks")
-    if not (isinstance(tasks, list) and tasks and all(isinstance(task, str) for task in tasks)):
-        raise UserError(f"{folder / EVALUATION_FILE}: tasks must list at least one task, here or in the set's file.")
-    return Recipe(folder.name, tuple(stages[number] for number in sorted(stages)), options)
-
-
-def _read_keys(file: Path) -> dict[str, Any]:
-    """A file's content without what only editors read, which decides nothing of a run."""
-    return {key: value for key, value in read_object(file).items() if key != SCHEMA_KEY}
-
-
-def _refuse_decided(file: Path, keys: Iterable[str]) -> None:
-    if decided := [key for key in keys if key in DECIDED_KEYS]:
-        raise UserError(f"{file}: {decided[0]} follows from the set and cannot be given here.")
 
 
 @dataclass

@@ -12,8 +12,8 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import NamedTuple
 
+from llm2vec.compare.recipes import Recipe
 from llm2vec.compare.record import TrialOutcome
-from llm2vec.compare.runs import Recipe
 from llm2vec.reports.comparisons import MIN_UNITS, Interval, paired_interval
 from llm2vec.reports.figures import Picture, along_figure
 from llm2vec.reports.page import Page
@@ -106,13 +106,20 @@ def by_seed(outcomes: Sequence[TrialOutcome]) -> dict[str, dict[int | None, Tria
 def difference_table(outcomes: Sequence[TrialOutcome]) -> Table | None:
     """Each recipe less the baseline, trained with the same seeds; None where there is nothing to compare with."""
     scored = by_seed(outcomes)
-    reference = scored.pop(REFERENCE, {})
     rows: list[list[Cell]] = []
     for recipe, own in scored.items():
-        if (found := difference_of(own, reference)) is not None:
+        reference = _reference(recipe, list(scored))
+        if reference not in (None, recipe) and (found := difference_of(own, scored[reference])) is not None:
             rows.append([recipe, str(found.num_seeds), *found[1:3], *(found.queries or (None,) * 3)[:3]])
     header = [f"Less {REFERENCE}", "Seeds", "Tasks", "2 SE", "Queries", "Lowest", "Highest"]
     return Table(header, rows, "Differences", _DIFFERENCE_NOTE) if rows else None
+
+
+def _reference(recipe: str, names: Sequence[str]) -> str | None:
+    """Which baseline a recipe is held against: of a sweep's, the one with the values that it has, too."""
+    own = set(recipe.split(",")[1:])
+    fits = [name for name in names if name.split(",")[0] == REFERENCE and own.issuperset(name.split(",")[1:])]
+    return max(fits, key=len, default=None)
 
 
 def difference_of(

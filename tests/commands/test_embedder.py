@@ -10,7 +10,8 @@ import reference
 from helpers import family_tokenizer, tiny_model, write_jsonl
 
 from llm2vec.commands import embedder
-from llm2vec.compare.runs import Planner, read_set
+from llm2vec.compare.recipes import read_set
+from llm2vec.compare.runs import Planner
 from llm2vec.files import ORIGIN_FILE
 from llm2vec.types import UserError
 

@@ -25,8 +25,9 @@ from helpers import family_tokenizer, tiny_model, write_jsonl
 from llm2vec.__main__ import COMMANDS
 from llm2vec.compare import runs as compare_runs
 from llm2vec.compare.execution import FINISHED_FILE, clear, do_all, is_finished
+from llm2vec.compare.recipes import read_set
 from llm2vec.compare.record import TrialOutcome, read_record, write_record
-from llm2vec.compare.runs import Planner, Run, Trial, read_set, unique_runs
+from llm2vec.compare.runs import Planner, Run, Trial, unique_runs
 from llm2vec.compare.table import difference_table, failure_lines, outcome_table, own_keys, write_comparison
 from llm2vec.model.chain import INCOMPLETE_MARKER
 from llm2vec.model.settings import SETTINGS_FILE
@@ -247,6 +248,36 @@ def test_a_hidden_folder_is_no_recipe(folder: Path) -> None:
     assert ".ipynb_checkpoints" not in {recipe.name for recipe in read_set(folder / "set").recipes}
 
 
+def test_a_sweep_makes_a_recipe_of_each_combination_that_concerns_it(folder: Path) -> None:
+    sweep = {"stage_II": {"loss_scale": [20, 30]}, "stage_I": {"alpha": [0.1, 0.9]}}
+    change(folder / "set/shared.json", sweep=sweep)
+    trials = trials_of(folder)
+    both = [
+        f"two_stages,stage_II.loss_scale={scale},stage_I.alpha={alpha}" for scale in (20, 30) for alpha in (0.1, 0.9)
+    ]
+    alone = ["one_stage,stage_II.loss_scale=20", "one_stage,stage_II.loss_scale=30"]
+    assert set(both) | set(alone) <= {name for name, _ in trials} and len(trials) == 4 + 4 + 2
+    configs = [[config_of(run) for run in trials[name, 7].training] for name in both]
+    assert [(first["alpha"], second["loss_scale"]) for first, second in configs] == [
+        (0.1, 20), (0.9, 20), (0.1, 30), (0.9, 30),
+    ]  # fmt: skip
+    assert len({trials[name, 7].training[0].name for name in both}) == 2, "Stage I is trained once for each alpha"
+    assert own_keys(read_set(folder / "set").recipes)[both[0]] == "stage_I: alpha 0.1; then stage_II: loss_scale 20"
+
+
+def test_a_sweeps_recipe_is_held_against_the_baseline_with_its_values() -> None:
+    scores = {
+        "anchor,stage_II.loss_scale=20,stage_I.alpha=0.1": 9.0, "baseline,stage_II.loss_scale=20": 4.0,
+        "baseline,stage_II.loss_scale=30": 6.0, "anchor,stage_II.loss_scale=30,stage_I.alpha=0.1": 8.0,
+    }  # fmt: skip
+    table = difference_table([TrialOutcome(name, 1, {"X": score}) for name, score in scores.items()])
+    assert table is not None
+    assert {str(row[0]).split(",")[1]: row[2] for row in table.rows} == {
+        "stage_II.loss_scale=20": 5.0,
+        "stage_II.loss_scale=30": 2.0,
+    }
+
+
 def test_a_model_can_be_scored_as_it_is(folder: Path) -> None:
     """Once, whatever the seeds; null takes an option of the set out."""
     options = {"base_model_name_or_path": "mteb/baseline-bm25s", "torch_dtype": None}
@@ -278,6 +309,16 @@ def test_a_model_can_be_scored_as_it_is(folder: Path) -> None:
             r"shared\.json: seed follows from the set",
         ),
         ("set/shared.json", {"lm": {"model_name_or_path": "x/y"}}, "model_name_or_path follows from the set"),
+        *(
+            ("set/shared.json", {"all": {"model_name_or_path": "x/y"}, "sweep": sweep}, said)
+            for sweep, said in (
+                ([1], "sweep must be an object of sections"),
+                ({"stage_3": {"alpha": [1]}}, "sweep has the unknown section 'stage_3'; allowed: all, stage_I"),
+                ({"stage_II": {"seed": [1]}}, "seed follows from the set"),
+                ({"stage_II": {"loss_scale": 20}}, "sweep.stage_II.loss_scale is 20; a list of numbers or words"),
+                ({"stage_II": {"template": ["../x"]}}, r"sweep.stage_II.template is \['../x'\]; a list of numbers or"),
+            )
+        ),
         ("set/evaluation.json", {}, "tasks must list at least one task"),
         ("set/evaluation.json", {"tasks": "MySet"}, "tasks must list at least one task"),
         ("set/evaluation.json", {"tasks": ["MySet"], "task": "x"}, "unknown option 'task'"),

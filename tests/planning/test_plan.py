@@ -20,7 +20,7 @@ from helpers import family_tokenizer, tiny_model, write_jsonl
 from transformers import GPT2Config, LlamaConfig, MistralConfig, PretrainedConfig, Qwen2Config
 
 from llm2vec.commands.plan import card_of
-from llm2vec.compare.runs import read_set
+from llm2vec.compare.recipes import read_set
 from llm2vec.model.vault import Folder
 from llm2vec.planning import plan as plan_module
 from llm2vec.planning.gpus import CARDS, Card
