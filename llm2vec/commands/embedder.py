@@ -35,7 +35,7 @@ STAGE_I_ROWS, STAGE_II_ROWS = 16, 32
 #: Rows that a stage trains on: about an hour for two CPU cores, minutes for a GPU.
 ROWS_ON_CPU, ROWS_ON_GPU = 1536, 32_000
 
-#: Of Stage II on a CPU, GB: without a limit a step would keep 14. Layers beyond it are computed again.
+#: Activations of Stage II on a CPU, GB. Layers beyond that are computed again.
 ACTIVATIONS = 5
 #: Most tokens of a row, and of its text in training. The embedder itself reads texts that fill the row.
 ROW_TOKENS, TEXT_TOKENS = 128, 64
@@ -153,6 +153,7 @@ def _write_set(out: Path, base: str, task: str, data: Path, rows: int | None) ->
     limit = (
         {} if on_gpu else {"tokens_per_microbatch": STAGE_II_ROWS * 4 * ROW_TOKENS, "activation_memory_gb": ACTIVATIONS}
     )
+    # LoRA without dropout: in so few steps there is nothing to regularise, and each mask costs a CPU time and memory.
     shared = {
         "all": {
             "model_name_or_path": base, "dataset_file_path": str(data / "train"),
@@ -160,7 +161,7 @@ def _write_set(out: Path, base: str, task: str, data: Path, rows: int | None) ->
             "doc_max_length": TEXT_TOKENS, "bf16": on_gpu, "report_to": "none", "disable_tqdm": True,
         },
         "stage_I": stage(STAGE_I_ROWS, learning_rate=1e-4),
-        "stage_II": stage(STAGE_II_ROWS, learning_rate=5e-4, num_hard_negatives=1, **limit),
+        "stage_II": stage(STAGE_II_ROWS, learning_rate=5e-4, num_hard_negatives=1, lora_dropout=0.0, **limit),
     }  # fmt: skip
     evaluation = {
         "tasks": [task], "local_data_dir": str(data / "eval"), "torch_dtype": "float32", "max_length": ROW_TOKENS,
