@@ -19,6 +19,7 @@ from torch.nn.functional import normalize
 
 from llm2vec.choice import ModelChoice
 from llm2vec.corpus.search import BLOCK
+from llm2vec.corpus.server import ask_server
 from llm2vec.data.sources import Instruction
 from llm2vec.files import whole
 from llm2vec.hub import find_file
@@ -92,11 +93,16 @@ def _sentence_transformer(path: str) -> tuple[Encode, str]:
 
 
 def open_reranker(path: str) -> tuple[Callable[[list[tuple[str, str]]], list[float]], str]:
-    """What scores pairs of texts by a sentence-transformers `CrossEncoder`, and its revision.
+    """What scores pairs of a query and a document, by a `CrossEncoder` or a server; and its revision.
+
+    Args:
+        path: folder or hub name; or an address up to `/v1`, `#` and the model's name there.
 
     Raises:
-        UserError: it cannot be loaded, or has no safetensors weights.
+        UserError: it cannot be loaded, has no safetensors weights, or an address names no model.
     """
+    if path.startswith(("http://", "https://")):
+        return _reranking_server(path), path
     from llm2vec.model.chain import revision_of
 
     folder = folder_at(path)
@@ -116,6 +122,23 @@ def open_reranker(path: str) -> tuple[Callable[[list[tuple[str, str]]], list[flo
         return scores
 
     return rescore, revision_of(path)
+
+
+def _reranking_server(address: str) -> Callable[[list[tuple[str, str]]], list[float]]:
+    url, _, model = address.partition("#")
+    if not model:
+        raise UserError(f"--rerank: {address} names no model; write ADDRESS/v1#MODEL.")
+
+    def rescore(pairs: list[tuple[str, str]]) -> list[float]:
+        def read(answer: dict[str, Any]) -> list[float]:
+            found = {result["index"]: float(result["relevance_score"]) for result in answer["results"]}
+            return [found[i] for i in range(len(pairs))]
+
+        body = {"model": model, "query": pairs[0][0], "documents": [text for _, text in pairs]}
+        scores: list[float] = ask_server(f"{url.rstrip('/')}/rerank", body, read)
+        return scores
+
+    return rescore
 
 
 class DenseRetriever:
@@ -175,7 +198,7 @@ class LexicalRetriever:
         aside.rename(folder / "index")
 
     def scores(self, queries: list[str], instruction: Instruction, folder: Path) -> Iterator[tuple[int, Tensor]]:
-        """BM25 of all documents, in one block."""
+        """BM25 of the documents, in blocks of as many as others have."""
         bm25s = _bm25s()
         if self._opened is None or self._opened[0] != folder:
             self._opened = folder, bm25s.BM25.load(folder / "index", mmap=True, load_vocab=True)
@@ -184,7 +207,9 @@ class LexicalRetriever:
         known = [[word for word in of_query if word in index.vocab_dict] for of_query in words]
         num_documents = index.scores["num_docs"]
         found = [index.get_scores(of_query) if of_query else np.zeros(num_documents, np.float32) for of_query in known]
-        yield 0, torch.from_numpy(np.stack(found))
+        scores_QN = torch.from_numpy(np.stack(found))
+        for first in range(0, num_documents, BLOCK):  # what is made of scores takes several times their memory
+            yield first, scores_QN[:, first : first + BLOCK]
 
 
 def _bm25s() -> Any:

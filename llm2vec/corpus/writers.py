@@ -2,10 +2,6 @@
 
 from __future__ import annotations
 
-import json
-import os
-import urllib.error
-import urllib.request
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
@@ -13,8 +9,7 @@ from typing import Any
 import torch
 
 from llm2vec.choice import ModelChoice
-from llm2vec.files import parse_object
-from llm2vec.types import UserError, first_line
+from llm2vec.corpus.server import ask_server
 
 #: What a language model is asked; the passage follows.
 REQUEST = "Write one short question that the following text answers. Write the question alone."
@@ -22,7 +17,6 @@ REQUEST = "Write one short question that the following text answers. Write the q
 MOST_TOKENS, MOST_CHARACTERS = 48, 2000
 #: Passages that are written for at once, and requests that a server gets at a time.
 TEXTS_AT_ONCE, REQUESTS_AT_ONCE = 16, 8
-SECONDS_TO_ANSWER = 120.0
 
 #: One query a passage; empty where nothing was written.
 Write = Callable[[list[str]], list[str]]
@@ -79,31 +73,18 @@ def write_by_anchors(choice: ModelChoice) -> Write:
 
 
 def write_by_server(url: str, model: str) -> Write:
-    """A server with OpenAI's interface, such as vLLM's or llama.cpp's; OPENAI_API_KEY is sent, if it is set.
+    """A server with OpenAI's interface (`server.ask_server`).
 
     Args:
         url: up to `/v1`.
         model: its name there.
     """
-    headers = {"Content-Type": "application/json"}
-    if key := os.environ.get("OPENAI_API_KEY"):
-        headers["Authorization"] = f"Bearer {key}"
     place = f"{url.rstrip('/')}/chat/completions"
 
     def ask(text: str) -> str:
         message = {"role": "user", "content": f"{REQUEST}\n\n{text[:MOST_CHARACTERS]}"}
         body = {"model": model, "messages": [message], "max_tokens": MOST_TOKENS, "temperature": 0}
-        request = urllib.request.Request(place, json.dumps(body).encode(), headers)
-        try:
-            with urllib.request.urlopen(request, timeout=SECONDS_TO_ANSWER) as answer:
-                content = parse_object(answer.read(), place)
-            return _query_of(str(content["choices"][0]["message"]["content"]))
-        except (OSError, ValueError) as error:  # no such host, a refusal, a timeout; no possible address
-            if isinstance(error, UserError):
-                raise
-            raise UserError(f"{place} does not answer ({first_line(error)}).") from error
-        except (KeyError, IndexError, TypeError) as error:
-            raise UserError(f"{place}: the answer holds no text, so it is no chat server.") from error
+        return _query_of(ask_server(place, body, lambda answer: str(answer["choices"][0]["message"]["content"])))
 
     def write(texts: list[str]) -> list[str]:
         with ThreadPoolExecutor(REQUESTS_AT_ONCE) as pool:

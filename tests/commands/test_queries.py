@@ -64,7 +64,7 @@ def test_queries_that_lead_back_stay(
 ) -> None:
     url, asked = server
     flags = [str(folder / "docs"), str(folder / "out"), "--server", url, "--name", "m", "--keep_top", "1"]
-    with pytest.raises(UserError, match="chat/completions: the answer holds no text, so it is no chat server"):
+    with pytest.raises(UserError, match="chat/completions: the answer is not of the form that OpenAI's interface has"):
         main(flags)
     (folder / "docs/sigma/a.md").unlink()
     with pytest.raises(UserError, match="holds queries for other texts or of another writer; give another folder"):

@@ -17,7 +17,7 @@ from transformers import Qwen2Config, Qwen2ForSequenceClassification
 from llm2vec.commands.data.mine import main
 from llm2vec.corpus import mining
 from llm2vec.corpus.mining import Rules, mine
-from llm2vec.corpus.retrievers import DenseRetriever, LexicalRetriever
+from llm2vec.corpus.retrievers import DenseRetriever, LexicalRetriever, open_reranker
 from llm2vec.corpus.rows import open_corpus
 from llm2vec.data.rows import TrainingRows
 from llm2vec.data.sources import Instruction, Source, read_sources_file
@@ -171,6 +171,22 @@ def test_what_cannot_be_mined_is_said(folder: Path) -> None:
     (folder / "c.jsonl").write_text('{"id": "1"}\n', encoding="utf-8")
     with pytest.raises(UserError, match=r"c\.jsonl, line 1: there is no column 'text'"):
         mine(SOURCE, folder, folder / "b", LexicalRetriever(), Rules(), corpus=open_corpus(str(folder / "c.jsonl")))
+
+
+def test_a_server_reranks(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its answer may come in any order; an address must name a model."""
+    asked = []
+
+    def ask(place: str, body: dict[str, Any], read: Any) -> Any:
+        asked.append((place, body))
+        return read({"results": [{"index": 1, "relevance_score": 0.5}, {"index": 0, "relevance_score": 2}]})
+
+    monkeypatch.setattr("llm2vec.corpus.retrievers.ask_server", ask)
+    rescore, revision = open_reranker("http://x/v1/#me/ranker")
+    assert rescore([("q", "a"), ("q", "b")]) == [2.0, 0.5] and "me/ranker" in revision
+    assert asked == [("http://x/v1/rerank", {"model": "me/ranker", "query": "q", "documents": ["a", "b"]})]
+    with pytest.raises(UserError, match="http://x/v1 names no model"):
+        open_reranker("http://x/v1")
 
 
 @pytest.mark.slow

@@ -74,7 +74,9 @@ def _parse_args(argv: Sequence[str]) -> argparse.Namespace:
     parser.add_argument("--sources", nargs="+", help="only these")
     add_model_flags(parser, torch_dtype=True)
     parser.add_argument("--corpus", help="further documents: a .jsonl or .parquet file with `text`, or a hub data set")
-    parser.add_argument("--rerank", metavar="CROSS_ENCODER", help="folder or hub name; reads all --depth candidates")
+    parser.add_argument(
+        "--rerank", metavar="CROSS_ENCODER", help="folder, hub name or SERVER/v1#MODEL; reads all --depth candidates"
+    )
     parser.add_argument("--negatives", type=cli.positive, default=7, help="of a row (7); rows with fewer are left out")
     parser.add_argument("--depth", type=cli.positive, default=100, help="best candidates that are looked at (100)")
     parser.add_argument("--skip", type=int, default=0, help="best candidates that are passed over (0)")

@@ -115,6 +115,7 @@ def _round_trip(
     queries: Sequence[str], chosen: Sequence[int], passages: Sequence[str], keep_top: int, work: Path
 ) -> list[tuple[str, str]]:
     """The queries whose passage BM25 finds among the first, each once, with their passages."""
+    import torch
     from datasets import Dataset
 
     from llm2vec.corpus.retrievers import LexicalRetriever
@@ -126,7 +127,8 @@ def _round_trip(
     pairs = [(query, i) for query, i in zip(queries, chosen, strict=True) if query]
     for start in range(0, len(pairs), PART):
         some = pairs[start : start + PART]
-        ((_, scores_QN),) = retriever.scores([query for query, _ in some], nothing, work)
+        blocks = retriever.scores([query for query, _ in some], nothing, work)
+        scores_QN = torch.cat([scores for _, scores in blocks], dim=1)
         for (query, i), scores_N in zip(some, scores_QN, strict=True):
             if scores_N[i] > 0 and int((scores_N > scores_N[i]).sum()) < keep_top:
                 kept.setdefault(query, passages[i])
