@@ -19,7 +19,7 @@ from torch.nn.functional import normalize
 
 from llm2vec.choice import ModelChoice
 from llm2vec.corpus.search import BLOCK
-from llm2vec.corpus.server import ask_server
+from llm2vec.corpus.server import request_json
 from llm2vec.data.sources import Instruction
 from llm2vec.files import whole
 from llm2vec.hub import find_file
@@ -135,7 +135,7 @@ def _reranking_server(address: str) -> Callable[[list[tuple[str, str]]], list[fl
             return [found[i] for i in range(len(pairs))]
 
         body = {"model": model, "query": pairs[0][0], "documents": [text for _, text in pairs]}
-        scores: list[float] = ask_server(f"{url.rstrip('/')}/rerank", body, read)
+        scores: list[float] = request_json(f"{url.rstrip('/')}/rerank", body, read)
         return scores
 
     return rescore

@@ -15,7 +15,7 @@ from llm2vec.types import UserError, first_line
 PATIENCE = 120.0
 
 
-def ask_server(place: str, body: dict[str, Any], read: Callable[[dict[str, Any]], Any]) -> Any:
+def request_json(place: str, body: dict[str, Any], read: Callable[[dict[str, Any]], Any]) -> Any:
     """What a server answers; OPENAI_API_KEY is sent, if it is set.
 
     Args:

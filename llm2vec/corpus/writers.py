@@ -9,14 +9,14 @@ from typing import Any
 import torch
 
 from llm2vec.choice import ModelChoice
-from llm2vec.corpus.server import ask_server
+from llm2vec.corpus.server import request_json
 
 #: What a language model is asked; the passage follows.
 REQUEST = "Write one short question that the following text answers. Write the question alone."
 #: Tokens of a query, and characters of a passage that are read.
 MOST_TOKENS, MOST_CHARACTERS = 48, 2000
 #: Passages that are written for at once, and requests that a server gets at a time.
-TEXTS_AT_ONCE, REQUESTS_AT_ONCE = 16, 8
+PASSAGES_AT_ONCE, REQUESTS_AT_ONCE = 16, 8
 
 #: One query a passage; empty where nothing was written.
 Write = Callable[[list[str]], list[str]]
@@ -73,7 +73,7 @@ def write_by_anchors(choice: ModelChoice) -> Write:
 
 
 def write_by_server(url: str, model: str) -> Write:
-    """A server with OpenAI's interface (`server.ask_server`).
+    """A server with OpenAI's interface (`server.request_json`).
 
     Args:
         url: up to `/v1`.
@@ -84,7 +84,7 @@ def write_by_server(url: str, model: str) -> Write:
     def ask(text: str) -> str:
         message = {"role": "user", "content": f"{REQUEST}\n\n{text[:MOST_CHARACTERS]}"}
         body = {"model": model, "messages": [message], "max_tokens": MOST_TOKENS, "temperature": 0}
-        return _query_of(ask_server(place, body, lambda answer: str(answer["choices"][0]["message"]["content"])))
+        return _query_of(request_json(place, body, lambda answer: str(answer["choices"][0]["message"]["content"])))
 
     def write(texts: list[str]) -> list[str]:
         with ThreadPoolExecutor(REQUESTS_AT_ONCE) as pool:

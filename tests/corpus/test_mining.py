@@ -181,7 +181,7 @@ def test_a_server_reranks(monkeypatch: pytest.MonkeyPatch) -> None:
         asked.append((place, body))
         return read({"results": [{"index": 1, "relevance_score": 0.5}, {"index": 0, "relevance_score": 2}]})
 
-    monkeypatch.setattr("llm2vec.corpus.retrievers.ask_server", ask)
+    monkeypatch.setattr("llm2vec.corpus.retrievers.request_json", ask)
     rescore, revision = open_reranker("http://x/v1/#me/ranker")
     assert rescore([("q", "a"), ("q", "b")]) == [2.0, 0.5] and "me/ranker" in revision
     assert asked == [("http://x/v1/rerank", {"model": "me/ranker", "query": "q", "documents": ["a", "b"]})]

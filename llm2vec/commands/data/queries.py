@@ -106,9 +106,9 @@ def _writer(args: argparse.Namespace) -> Write:
 
 
 def _in_batches(write: Write, texts: list[str]) -> list[str]:
-    from llm2vec.corpus.writers import TEXTS_AT_ONCE
+    from llm2vec.corpus.writers import PASSAGES_AT_ONCE
 
-    return [query for i in range(0, len(texts), TEXTS_AT_ONCE) for query in write(texts[i : i + TEXTS_AT_ONCE])]
+    return [query for i in range(0, len(texts), PASSAGES_AT_ONCE) for query in write(texts[i : i + PASSAGES_AT_ONCE])]
 
 
 def _round_trip(
