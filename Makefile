@@ -5,7 +5,7 @@ BIN := .venv/bin
 CORE := added_tokens checkpoint config data entrypoints eval_models evaluation llm2vec mntp mteb_adapter packing packed_attention \
 	sentence_transformer_loss simcse stage_I stage_II step tokenization trainer
 
-.PHONY: quickstart embedder compare test test-slow test-lowest test-gpu bench faults docs lint audit clean
+.PHONY: quickstart embedder compare lab test test-slow test-lowest test-gpu bench faults docs lint audit clean
 
 quickstart: .venv/installed  ## the whole method, small, on this machine: about 8 minutes after the install
 	$(BIN)/python experiments/quickstart.py
@@ -13,8 +13,11 @@ quickstart: .venv/installed  ## the whole method, small, on this machine: about 
 embedder: .venv/installed  ## an embedder from a real language model: about an hour on 2 cores, minutes on a GPU
 	$(BIN)/llm2vec embedder
 
-compare: output/quickstart/base/run.json  ## every recipe on the quickstart's text, two seeds; about 40 minutes on 2 free cores
+compare: output/quickstart/base/run.json  ## every recipe on the quickstart's text, two seeds; about 50 minutes on 2 free cores
 	$(BIN)/python experiments/compare.py train_configs/comparison/quickstart --seeds 42 43
+
+lab: output/quickstart/base/run.json  ## rival pre-stages on the quickstart's text, three seeds; about an hour on 2 free cores
+	$(BIN)/llm2vec compare train_configs/comparison/lab --seeds 42 43 44
 
 output/quickstart/base/run.json: | .venv/installed  # as the quickstart makes it
 	$(BIN)/python experiments/make_docstrings.py

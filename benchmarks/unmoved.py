@@ -58,7 +58,6 @@ RUNS: dict[str, tuple[str, dict[str, Any]]] = {
     "mntp": ("run_mntp", {**OF_LINES, "lora_r": 4, "mlm_probability": 0.4}),
     "stage_I": ("run_stage_I", {**HELD_OUT, "alpha": 0.3, "reconstruction_probe": True}),
     "stage_I_self": ("run_stage_I", {**OTHER, "target": "self", "reconstruct_instruction": True}),
-    "stage_I_token_set": ("run_stage_I", {"objective": "token_set", "template": "llara"}),
     "stage_II_cached": ("run_stage_II", {**HELD_OUT, "total_batch_size": 16, "tokens_per_microbatch": 80}),
     "stage_II_negatives": ("run_stage_II", {
         **OTHER, "num_hard_negatives": 2, "mask_false_negatives": True, "matryoshka_dims": [8, 16, 32],

@@ -32,7 +32,13 @@ TextSide = Literal["query", "document"]
 Precision = Literal["float32", "int8", "uint8", "binary", "ubinary"]
 #: What is embedded: one text, or texts and [instruction, text] pairs.
 Texts: TypeAlias = "str | Iterable[str | Sequence[str | None]]"
-ReconstructionTarget = Literal["counterpart", "self"]
+ReconstructionTarget = Literal["counterpart", "self", "both", "next"]
+Bottleneck = Literal["vector", "states"]
+TargetLoss = Literal["ce", "kl", "bag"]
+Trainable = Literal["full", "lora", "tokens"]
+DecoderWeights = Literal["shared", "frozen"]
+#: What a pass is for: all of it is trained; only what goes into it is; or nothing is, and nothing is kept.
+PassKind = Literal["trained", "frozen", "read"]
 AnchorProjection = Literal["none", "scaled", "linear"]
 #: What Stage II compares with what: of a query (`q`) and a document (`d`) one each.
 Direction = Literal["qd", "dq", "qq", "dd"]
@@ -104,6 +110,7 @@ class Example(NamedTuple):
         negatives: hard negatives; every row of a source has as many.
         scores: a teacher's scores of the positive and of each negative; empty = there is no teacher.
         others: further positives of the query, one of which another epoch may draw.
+        draw: which row it is, and in which epoch, as one number; decides what is drawn anew in each epoch.
     """
 
     source: str
@@ -112,6 +119,7 @@ class Example(NamedTuple):
     negatives: tuple[InstructedText, ...]
     scores: tuple[float, ...] = ()
     others: tuple[InstructedText, ...] = ()
+    draw: int = 0
 
 
 class TokenBatch(TypedDict):
@@ -156,6 +164,7 @@ class Pass(NamedTuple):
         prefixes: of each side, how many texts it has and how many tokens they all begin with.
         closing_only: only the states of the texts' last tokens are read.
         targets: how many of the states are multiplied with the vocabulary.
+        kind: what of it is trained.
     """
 
     lengths: tuple[int, ...]
@@ -163,6 +172,7 @@ class Pass(NamedTuple):
     prefixes: tuple[tuple[int, int], ...] = ()
     closing_only: bool = False
     targets: int = 0
+    kind: PassKind = "trained"
 
     @property
     def tokens(self) -> int:

@@ -16,20 +16,31 @@ from llm2vec.model.settings import EncoderSettings, row_tokenizer
 from llm2vec.objectives.contrastive import ContrastiveLearning
 from llm2vec.objectives.language_modelling import ContrastiveLanguageModelling, LanguageModelling
 from llm2vec.objectives.mntp import MaskedNextTokenPrediction, mask_tokens
-from llm2vec.objectives.token_set import TokenSetPrediction
 from llm2vec.text.templates import add_template_tokens
 from llm2vec.types import Batch, Objective
 
-KINDS = ("alpha 0", "alpha 0.2", "self", "token_set", "contrastive", "with dropout", "grit", "lm", "mntp")
+#: Keys of Stage I.
+STAGE_ONE: dict[str, dict[str, Any]] = {
+    "alpha 0": {"alpha": 0.0},
+    "alpha 0.2": {},
+    "self": {"target": "self"},
+    "llara": {"target": "both", "bottleneck": "states", "target_loss": "bag", "alpha": 0.5, "lm_weight": 1.0},
+    "states": {"bottleneck": "states"},
+    "frozen": {"bottleneck": "states", "decoder": "frozen"},
+    "kl": {"bottleneck": "states", "decoder": "frozen", "target_loss": "kl"},
+    "kl below an adapter": {"bottleneck": "states", "decoder": "frozen", "target_loss": "kl"},
+}
+KINDS = (*STAGE_ONE, "contrastive", "with dropout", "grit", "lm", "mntp")
 
 
 def make(kind: str, **shape: Any) -> tuple[Objective, Callable[[int], Batch]]:
     """An objective in training mode, and a batch of so many rows; rows of a side begin with the same tokens."""
     tokenizer = family_tokenizer("llama")
-    template = "llara" if kind == "token_set" else "llama3"
+    keys = STAGE_ONE.get(kind, {})
+    template = "llara" if kind == "llara" else "llama3+memory_2" if "bottleneck" in keys else "llama3"
     new = add_template_tokens(tokenizer, template)
     model: Any = tiny_model("llama", True, tokenizer=tokenizer if new else None, **shape).train()
-    pooling: Any = "mean" if kind == "token_set" else "last"
+    pooling: Any = "mean" if kind == "llara" else "last"
     settings = EncoderSettings(pooling_mode=pooling, attention="causal", template=template)
     renderer = row_tokenizer(tokenizer, settings)
     rows = reference.under_one_instruction(reference.examples(24, 1))
@@ -37,12 +48,13 @@ def make(kind: str, **shape: Any) -> tuple[Objective, Callable[[int], Batch]]:
     def of_sides(*sides: Any) -> Callable[[int], Batch]:
         return lambda number: CollateSides(renderer, sides)(rows[:number])
 
-    if kind in ("alpha 0", "alpha 0.2", "self"):
-        target: Any = "self" if kind == "self" else "counterpart"
-        alpha = 0.0 if kind == "alpha 0" else 0.2
-        return BidirectionalReconstruction(model, settings, alpha, target), of_sides("query", "positive")
-    if kind == "token_set":
-        return TokenSetPrediction(model), of_sides(*TokenSetPrediction.sides)
+    if kind in STAGE_ONE:
+        if kind == "kl below an adapter":
+            model.requires_grad_(False)
+            model.model = attach_lora(model.model, r=2, alpha=4, dropout=0.0, new_tokens=new)
+        sides = BidirectionalReconstruction.sides_of(template, {"target": keys.get("target", "counterpart")})
+        bos_id = tokenizer.bos_token_id
+        return BidirectionalReconstruction(model, settings, **keys, bos_id=bos_id).train(), of_sides(*sides)
     if kind == "mntp":
         blocks = [Block(list(range(20 + i, 40 + i)), 0, i) for i in range(len(rows))]
         return MaskedNextTokenPrediction(model), lambda number: mask_tokens(tokenizer)(blocks[:number])

@@ -12,7 +12,7 @@ from typing import Any, Protocol
 from torch import Tensor
 from transformers import TrainingArguments
 
-from llm2vec.text.batches import pack_rows
+from llm2vec.text.batches import cut_row, pack_rows
 from llm2vec.text.few_shot import check_examples_fit, with_examples
 from llm2vec.text.tokenization import Row, RowTokenizer
 from llm2vec.types import Batch, Example, InstructedText, UserError
@@ -42,9 +42,10 @@ class CollateSides:
     Attributes:
         tokenizer: renders the rows.
         sides: what the objective reads of a row: `query`, `positive`, `negative`, `text` (query and positive as one).
-            `query:document` is the query in the template's form for documents, and so on.
+            `query:document` is the query in the template's form for documents, and so on; `query:prefix` and
+            `query:rest` are the query cut at a place that is drawn anew in each epoch.
         examples_per_query: most few-shot examples before a query.
-        seed: of the run; decides which examples.
+        seed: of the run; decides which examples, and where texts are cut.
         facts: what else to tell of a side's texts, by name, each [texts]; None = nothing.
         text_tokenizer: renders the side `text` in place of `tokenizer`; None = it does not.
     """
@@ -78,7 +79,12 @@ class CollateSides:
         if side == "query" and self.examples_per_query:
             return self.tokenizer.rows(with_examples(examples, self.examples_per_query, self.seed))
         tokenizer = (self.text_tokenizer or self.tokenizer) if side == "text" else self.tokenizer
-        return tokenizer.rows(self.texts(examples, side))
+        name, _, part = side.partition(":")
+        if part not in ("prefix", "rest"):
+            return tokenizer.rows(self.texts(examples, side))
+        rows = zip(tokenizer.rows(self.texts(examples, name)), examples, strict=True)
+        cut = [cut_row(row, (self.seed, example.draw, name == "query")) for row, example in rows]
+        return [prefix if part == "prefix" else rest for prefix, rest in cut]
 
     @staticmethod
     def texts(examples: Sequence[Example], side: str) -> list[InstructedText]:

@@ -48,6 +48,7 @@ class TrainingRows(Dataset[Example]):
         with_scores: read a teacher's scores too; every row must have them.
         texts_alone: rows of one text that is its own positive: a line of a `.txt` file, or the `positive` of a JSONL
             file's row.
+        drawn_anew: whether something is drawn of a row in each epoch, so that it is asked for with the epoch's number.
 
     Raises:
         UserError: a file is missing, or a line is no valid row (file, line number, what is wrong).
@@ -64,8 +65,9 @@ class TrainingRows(Dataset[Example]):
         num_held_out: int = 0,
         with_scores: bool = False,
         texts_alone: bool = False,
+        drawn_anew: bool = False,
     ) -> None:
-        self.drawn_anew = any(source.reading.draw_positives for source in sources)
+        self.drawn_anew = drawn_anew or any(source.reading.draw_positives for source in sources)
         self.files = find_files(folder, sources)
         self.stamps = [place_stamp(file) for file in self.files]
         self.sources = list(sources)
@@ -109,6 +111,7 @@ class TrainingRows(Dataset[Example]):
 
         Where rows are drawn anew, the count goes on from epoch to epoch.
         """
+        draw = int(index) if self.drawn_anew else 0
         epoch, index = divmod(int(index), len(self)) if self.drawn_anew else (0, index)
         which = int(np.searchsorted(self._starts, index, side="right")) - 1
         source, i = self.sources[which], int(index - self._starts[which]) + self._first_rows[which]
@@ -130,6 +133,7 @@ class TrainingRows(Dataset[Example]):
             documents(row["negative"]),
             tuple(row.get("scores", ())),
             documents(positives),
+            draw,
         )
 
     def place(self, index: int) -> tuple[str, int]:

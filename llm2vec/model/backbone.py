@@ -19,7 +19,7 @@ from weakref import WeakKeyDictionary
 
 import torch
 from huggingface_hub import snapshot_download
-from peft import LoraConfig, PeftModel, get_peft_model, get_peft_model_state_dict
+from peft import LoraConfig, PeftModel, TrainableTokensConfig, get_peft_model, get_peft_model_state_dict
 from peft.utils import load_peft_weights
 from torch import Tensor
 from transformers import (
@@ -148,20 +148,18 @@ def attach_lora(
         r: rank.
         alpha: scale.
         dropout: before the adapter.
-        modules: what gets an adapter.
+        modules: what gets an adapter; empty = nothing does, and tokens alone are trained.
         new_tokens: ids whose embeddings are trained and saved with the adapter.
 
     Raises:
         UserError: the model has none of the named modules.
     """
-    config = LoraConfig(
-        r=r,
-        lora_alpha=alpha,
-        lora_dropout=dropout,
-        target_modules=list(modules),
-        bias="none",
-        trainable_token_indices=list(new_tokens) or None,
-    )
+    config: Any = TrainableTokensConfig(token_indices=list(new_tokens))
+    if modules:
+        config = LoraConfig(
+            r=r, lora_alpha=alpha, lora_dropout=dropout, target_modules=list(modules), bias="none",
+            trainable_token_indices=list(new_tokens) or None,
+        )  # fmt: skip
     try:
         return get_peft_model(model, config)
     except ValueError as error:
@@ -213,8 +211,9 @@ def _apply_adapter(model: PreTrainedModel, adapter: Folder, *, on_inner: bool) -
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # of keys that do not match, at length; that is checked below
-            new_tokens = (adapter.adapter or {}).get("trainable_token_indices")
-            make_room(model, new_tokens if isinstance(new_tokens, list) else ())
+            # Of LoRA's config, or of one of tokens alone.
+            given = [(adapter.adapter or {}).get(key) for key in ("trainable_token_indices", "token_indices")]
+            make_room(model, next((tokens for tokens in given if isinstance(tokens, list)), ()))
             wrapped = put_adapter(inner, adapter)
         saved = load_peft_weights(adapter.place, device="cpu")
     except UserError:

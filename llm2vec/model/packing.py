@@ -13,12 +13,13 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterator, Sequence
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from functools import partial
 from typing import Any
 
 import torch
 from peft import PeftModel
+from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
 from torch.nn.utils.rnn import pad_sequence
 from transformers import AttentionInterface
@@ -196,8 +197,39 @@ def compile_layers(model: Any, *, backend: str = "inductor", mode: str | None = 
 
 
 def checkpoint_contexts(model: Any) -> tuple[AbstractContextManager[None], AbstractContextManager[None]]:
-    """For torch.utils.checkpoint's `context_fn`: what was packed in the forward pass is recomputed packed."""
-    return nullcontext(), packed(model) if model.config._attn_implementation == NAME else nullcontext()
+    """For torch.utils.checkpoint's `context_fn`: what was packed in the forward pass is recomputed packed, and what
+    ran without the adapter again without."""
+    was_packed = model.config._attn_implementation == NAME
+    was_off = any(layer.disable_adapters for layer in _adapter_layers(model))
+    return nullcontext(), _both(packed(model) if was_packed else None, adapter_off(model) if was_off else None)
+
+
+@contextmanager
+def _both(*contexts: AbstractContextManager[None] | None) -> Iterator[None]:
+    with ExitStack() as held:
+        for context in filter(None, contexts):
+            held.enter_context(context)
+        yield
+
+
+@contextmanager
+def adapter_off(model: Any) -> Iterator[None]:
+    """Within it, a model with an adapter computes what its base does; nothing happens to which weights are trained.
+
+    peft's own form also freezes the adapter meanwhile, and this one is entered in the middle of a backward pass.
+    """
+    layers = _adapter_layers(model)
+    for layer in layers:
+        layer._disable_adapters = True
+    try:
+        yield
+    finally:
+        for layer in layers:
+            layer._disable_adapters = False
+
+
+def _adapter_layers(model: Any) -> list[Any]:
+    return [module for module in model.modules() if isinstance(module, BaseTunerLayer)]
 
 
 def _forward_at_closing(

@@ -79,20 +79,34 @@ def embed(
         sides: packed texts.
         embeddings: token embeddings [N, D] of all sides' tokens, one side after the other, where they are known.
     """
+    run = embedding_pass(model, settings, sides)
+    states = states_of(model, run, sides, embeddings)
+    if run.closing_only:
+        return states
+    return {
+        name: pool_packed(states[name], side["lengths"], side["pool_mask"], settings.pooling_mode)
+        for name, side in sides.items()
+    }
+
+
+def states_of(
+    model: Any, run: Pass, sides: Mapping[str, TokenBatch], embeddings: Tensor | None = None
+) -> dict[str, Tensor]:
+    """States after the final norm of each side's tokens, or [texts, D] where the pass reads closing tokens alone.
+
+    Args:
+        model: decoder without head, plain or with an adapter on it.
+        run: the pass over the sides' texts. Behind a prefix that it shares, states are what they are without.
+        sides: packed texts.
+        embeddings: as of `embed`.
+    """
     if embeddings is None:
         embeddings = model.get_input_embeddings()(torch.cat([side["input_ids"] for side in sides.values()]))
-    run = embedding_pass(model, settings, sides)
     states = packed_hidden_states(
         model, run.attention, run.lengths, embeddings, prefixes=run.prefixes, closing_only=run.closing_only
     )
-    if run.closing_only:
-        counts = [len(side["lengths"]) for side in sides.values()]
-        return dict(zip(sides, states.split(counts), strict=True))
-    of_sides = states.split([sum(side["lengths"]) for side in sides.values()])
-    return {
-        name: pool_packed(states_ND, side["lengths"], side["pool_mask"], settings.pooling_mode)
-        for (name, side), states_ND in zip(sides.items(), of_sides, strict=True)
-    }
+    counts = [len(side["lengths"]) if run.closing_only else sum(side["lengths"]) for side in sides.values()]
+    return dict(zip(sides, states.split(counts), strict=True))
 
 
 def embed_tokenised(model: Any, settings: EncoderSettings, rows: Sequence[Row], device: torch.device) -> Tensor:

@@ -47,11 +47,27 @@ class Head(NamedTuple):
 
     def cross_entropy(self, states_ND: Tensor, target_N: Tensor, term_weight_N: Tensor) -> CrossEntropy:
         """Sum over N of term_weight * -log softmax(logits)[target]; the logits are never all held."""
+        return self._terms(states_ND, target_N, term_weight_N, None)
+
+    def divergence(self, states_ND: Tensor, teacher_ND: Tensor, term_weight_N: Tensor) -> CrossEntropy:
+        """Sum over N of term_weight * KL(softmax(logits of the teacher's states) || softmax(logits of the states))."""
+        return self._terms(states_ND, None, term_weight_N, teacher_ND)
+
+    def _terms(
+        self, states_ND: Tensor, target_N: Tensor | None, term_weight_N: Tensor, teacher_ND: Tensor | None
+    ) -> CrossEntropy:
         bias_V = self.bias_V
         if self.scale != 1:
             states_ND, bias_V = states_ND * self.scale, None if bias_V is None else bias_V * self.scale
+            teacher_ND = None if teacher_ND is None else teacher_ND * self.scale
         return linear_cross_entropy(
-            states_ND, self.weight_VD, target_N, term_weight_N, bias_V=bias_V, softcap=self.softcap
+            states_ND,
+            self.weight_VD,
+            target_N,
+            term_weight_N,
+            bias_V=bias_V,
+            softcap=self.softcap,
+            teacher_ND=teacher_ND,
         )
 
 

@@ -37,14 +37,18 @@ class CrossEntropy(NamedTuple):
 def linear_cross_entropy(
     hidden_ND: Tensor,
     weight_VD: Tensor,
-    target_N: Tensor,
+    target_N: Tensor | None,
     term_weight_N: Tensor,
     block_rows: int | None = None,
     adjust: Callable[[slice, Tensor], None] | None = None,
     bias_V: Tensor | None = None,
     softcap: float | None = None,
+    teacher_ND: Tensor | None = None,
 ) -> CrossEntropy:
     """Sum over N of term_weight * -log softmax(hidden @ weight.T + bias)[target], without ever holding [N, V].
+
+    With a teacher, what each row imitates is a distribution, p = softmax(teacher @ weight.T + bias), and its term is
+    the divergence sum over V of p * (log p - log softmax(hidden @ weight.T + bias)), in two blocks for one.
 
     Memory is one block of logits and the gradients of `hidden` and `weight`, whatever N times V is. The gradients are
     made with the loss, so nothing is computed twice. The softmax runs in float32 at least, and the gradient of `weight`
@@ -54,21 +58,24 @@ def linear_cross_entropy(
         hidden_ND: states, in the dtype that the product shall be computed in. A row may hold several, [N, G * D], end
             to end: its softmax is then over the columns of the first, those of the second, ..., G * V.
         weight_VD: the vocabulary projection, or documents.
-        target_N: column of each row's target.
+        target_N: column of each row's target; None beside a teacher.
         term_weight_N: weight of each row's term; no gradient flows to it.
         block_rows: rows a block; None = as many as make a block of moderate size.
         adjust: changes the logits of some rows, [rows, G * V], where they stand: -inf leaves a column out, never a
             row's target, and what is added is a constant to the gradient. None = they stay.
         bias_V: added to the product.
         softcap: bound that the logits x, bias included, are bent under, softcap * tanh(x / softcap); None = no bound.
+        teacher_ND: the teacher's states; no gradient flows to them. None = there is no teacher.
     """
     # The products below that write into a given tensor do not heed autocast by themselves.
     if torch.is_autocast_enabled(hidden_ND.device.type):
         hidden_ND = hidden_ND.to(torch.get_autocast_dtype(hidden_ND.device.type))
+    if teacher_ND is not None:
+        teacher_ND = teacher_ND.to(hidden_ND.dtype)
     if block_rows is None:
         states = hidden_ND.shape[1] // weight_VD.shape[1]
         block_rows = rows_of_a_block(states * len(weight_VD), hidden_ND.device.type)
-    arguments = (hidden_ND, weight_VD, target_N, term_weight_N, block_rows, adjust, bias_V, softcap)
+    arguments = (hidden_ND, weight_VD, target_N, term_weight_N, block_rows, adjust, bias_V, softcap, teacher_ND)
     return CrossEntropy(*_LinearCrossEntropy.apply(*arguments))
 
 
@@ -85,12 +92,13 @@ class _LinearCrossEntropy(torch.autograd.Function):
         ctx: Any,
         hidden_ND: Tensor,
         weight_VD: Tensor,
-        target_N: Tensor,
+        target_N: Tensor | None,
         term_weight_N: Tensor,
         block_rows: int,
         adjust: Callable[[slice, Tensor], None] | None,
         bias_V: Tensor | None,
         softcap: float | None,
+        teacher_ND: Tensor | None,
     ) -> tuple[Tensor, Tensor, Tensor]:
         # Products run in the states' dtype, which is fast; softmax and sums in `exact`, as half precision is coarse.
         exact = torch.promote_types(hidden_ND.dtype, torch.float32)
@@ -114,21 +122,24 @@ class _LinearCrossEntropy(torch.autograd.Function):
             gradients = []
             for first in range(start, min(start + at_once, len(hidden_ND)), block_rows):
                 rows = slice(first, min(first + block_rows, start + at_once, len(hidden_ND)))
-                products = hidden_ND[rows].view(-1, width) @ product_weight_VD.T
-                logits, slope = products.to(exact).view(rows.stop - rows.start, -1), None
-                if bias_V is not None:
-                    logits.add_(bias_V)
-                if softcap is not None:
-                    share = logits.div_(softcap).tanh_()
-                    logits = share * softcap
-                    slope = share.square_().neg_().add_(1)  # the derivative of the bend, 1 - tanh^2
+                states = hidden_ND[rows].view(-1, width)
+                logits, slope = _logits(states, product_weight_VD, bias_V, softcap, exact)
+                logits = logits.view(rows.stop - rows.start, -1)
                 if adjust is not None:
                     adjust(rows, logits)
-                terms_N[rows], hits_N[rows], total = _softmax_terms(logits, target_N[rows])
+                target = None if target_N is None else target_N[rows]
+                taught = None
+                if teacher_ND is not None:
+                    taught = _logits(teacher_ND[rows], product_weight_VD, bias_V, softcap, exact)[0].softmax(dim=1)
+                terms_N[rows], hits_N[rows], total = _softmax_terms(logits, target, taught)
                 if any(ctx.needs_input_grad):
-                    # d loss / d logit = weight * (softmax - 1 at the target). The logits, no longer needed, become it.
+                    # d loss / d logit = weight * (softmax - 1 at the target), or less what the teacher has there. The
+                    # logits, no longer needed, become it.
                     into_logits = logits.mul_((relative_N[rows] / total).unsqueeze(1))
-                    into_logits.scatter_add_(1, target_N[rows].unsqueeze(1), -relative_N[rows].unsqueeze(1))
+                    if taught is not None:
+                        into_logits.sub_(taught.mul_(relative_N[rows].unsqueeze(1)))
+                    elif target is not None:
+                        into_logits.scatter_add_(1, target.unsqueeze(1), -relative_N[rows].unsqueeze(1))
                     if slope is not None:
                         into_logits.mul_(slope)
                     if into_bias_V is not None:
@@ -157,18 +168,38 @@ class _LinearCrossEntropy(torch.autograd.Function):
         into_hidden = None if into_hidden_ND is None else into_hidden_ND * scale
         into_weight = None if into_weight_VD is None else into_weight_VD.mul_(scale).to(ctx.weight_dtype)
         into_bias = None if into_bias_V is None else (into_bias_V * scale).to(ctx.bias_dtype)
-        return into_hidden, into_weight, None, None, None, None, into_bias, None
+        return into_hidden, into_weight, None, None, None, None, into_bias, None, None
 
 
-def _softmax_terms(logits: Tensor, target: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Cross-entropy, hit and sum of exponentials of each row of a block of logits.
+def _logits(
+    states: Tensor, weight_VD: Tensor, bias_V: Tensor | None, softcap: float | None, exact: torch.dtype
+) -> tuple[Tensor, Tensor | None]:
+    """A block of logits in `exact`, and the derivative of their bend, if they are bent."""
+    logits = (states @ weight_VD.T).to(exact)
+    if bias_V is not None:
+        logits.add_(bias_V)
+    if softcap is None:
+        return logits, None
+    share = logits.div_(softcap).tanh_()
+    return share * softcap, share.square_().neg_().add_(1)  # 1 - tanh^2
+
+
+def _softmax_terms(logits: Tensor, target: Tensor | None, taught: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
+    """Cross-entropy with a target or divergence from what is taught, hit and sum of exponentials of a block's rows.
 
     The block is overwritten with its exponentials. A second one of its size would double the memory of the loss.
     """
     # Less the largest, no exponential overflows; read before, as the logits are then gone.
-    of_target, largest = logits.gather(1, target.unsqueeze(1)), logits.amax(dim=1, keepdim=True)
+    largest = logits.amax(dim=1, keepdim=True)
+    if taught is None:
+        assert target is not None, "a target or a teacher"
+        of_target = logits.gather(1, target.unsqueeze(1))[:, 0]
+        hit = of_target == largest[:, 0]
+    else:
+        of_target = torch.einsum("nv,nv->n", taught, logits) + torch.special.entr(taught).sum(dim=1)
+        hit = logits.argmax(dim=1) == taught.argmax(dim=1)
     total = logits.sub_(largest).exp_().sum(dim=1)
-    return largest[:, 0] + total.log() - of_target[:, 0], (of_target == largest)[:, 0], total
+    return largest[:, 0] + total.log() - of_target, hit, total
 
 
 def _add_product(total: Tensor, left: Tensor, right: Tensor) -> None:

@@ -13,18 +13,23 @@ from dataclasses import dataclass
 
 import numpy as np
 import torch
+from tokenizers import AddedToken
 from transformers import PreTrainedTokenizerBase
 
 from llm2vec.data.blocks import Block
 from llm2vec.objectives.language_modelling import LanguageModelling
 from llm2vec.text.batches import pack_rows
-from llm2vec.text.templates import mask_token_id
 from llm2vec.text.tokenization import Row
-from llm2vec.types import Batch, MaskingScheme, MaskTokenType
+from llm2vec.types import Batch, MaskingScheme, MaskTokenType, UserError
 
 #: Shares of the chosen tokens that the mask replaces, and that any token of the vocabulary does; the rest stays (BERT,
 #: arXiv 1810.04805).
 SHARES: dict[MaskingScheme, tuple[float, float]] = {"default": (0.8, 0.1), "all_mask": (1.0, 0.0)}
+
+#: What is written for a masked token, where it is no new one.
+BLANK = "_"
+#: What is added for a masked token.
+ADDED_MASK = "<mask>"
 
 
 class MaskedNextTokenPrediction(LanguageModelling):
@@ -111,3 +116,38 @@ def mask_tokens(
         scheme,
         seed,
     )
+
+
+def mask_token_id(tokenizer: PreTrainedTokenizerBase, mask_token_type: MaskTokenType) -> int:
+    """What stands for a masked token: the tokenizer's own mask token, or else what the type says.
+
+    Raises:
+        UserError: there is no such token.
+    """
+    if tokenizer.mask_token_id is not None:
+        return int(tokenizer.mask_token_id)
+    found = {
+        "blank": tokenizer.get_vocab().get(BLANK),
+        "eos": tokenizer.eos_token_id,
+        "mask": tokenizer.get_vocab().get(ADDED_MASK),
+    }[mask_token_type]
+    if found is None:
+        raise UserError(f"mask_token_type is {mask_token_type!r}, but the tokenizer has no such token; choose another.")
+    return int(found)
+
+
+def add_mask_token(tokenizer: PreTrainedTokenizerBase, mask_token_type: MaskTokenType) -> list[int]:
+    """Add a mask token where the type asks for a new one and the tokenizer has none.
+
+    Returns:
+        Its id, or nothing.
+
+    Raises:
+        UserError: the vocabulary has it as an ordinary token, which any text may contain.
+    """
+    if mask_token_type != "mask" or tokenizer.mask_token_id is not None:
+        return []
+    if ADDED_MASK in tokenizer.get_vocab():
+        raise UserError(f"mask_token_type: the base's vocabulary has {ADDED_MASK!r} as an ordinary token; use 'blank'.")
+    tokenizer.add_special_tokens({"mask_token": AddedToken(ADDED_MASK, special=True, normalized=False)})
+    return [mask_token_id(tokenizer, mask_token_type)]

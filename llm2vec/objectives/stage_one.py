@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from importlib import import_module
 from typing import TYPE_CHECKING, Any, Protocol
 
@@ -13,17 +14,17 @@ if TYPE_CHECKING:
 #: The names that a config may give as its `objective`, and their classes. A new objective is its own file and a line.
 STAGE_ONE = {
     "reconstruction": "llm2vec.llm2vec_q2d_d2q.BidirectionalReconstruction",
-    "token_set": "llm2vec.objectives.token_set.TokenSetPrediction",
 }
 
 
 class StageOneObjective(Objective, Protocol):
     """An objective over a query and a document: `class Mine(nn.Module, StageOneObjective)`.
 
-    Its constructor takes the model and, where it names them, `settings` (how a text becomes a vector) and `keys`.
+    Its constructor takes the model and, where it names them, `settings` (how a text becomes a vector), `bos_id` (of the
+    tokenizer) and `keys`.
 
     Attributes:
-        sides: what it reads of a row (`CollateSides`).
+        sides: what it reads of a row (`CollateSides`), whatever the config.
         keys: of a config, those that decide something here, of the ones that Stage I alone reads and `bidirectional`;
             a config that sets another is refused.
     """
@@ -36,7 +37,12 @@ class StageOneObjective(Objective, Protocol):
         def __init__(self, model: Any, **arguments: Any) -> None: ...
 
     @classmethod
-    def check_rendering(cls, tokenizer: RowTokenizer) -> None:
+    def sides_of(cls, template: str | None, keys: Mapping[str, Any]) -> tuple[str, ...]:
+        """What it reads of a row, given the template, if it is known yet, and what the config says of its `keys`."""
+        return cls.sides
+
+    @classmethod
+    def check_rendering(cls, tokenizer: RowTokenizer, keys: Mapping[str, Any]) -> None:
         """Refuse a template that does not serve; most objectives read any.
 
         Raises:

@@ -9,11 +9,13 @@ CUDA's variable-length kernel, in half precision, keeps queries, keys and values
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import torch
+from peft import PeftModel
 from peft.tuners.lora import LoraLayer
 from torch import nn
 from transformers import TrainingArguments
@@ -89,9 +91,18 @@ def reckoned_bytes(model: Any, numbers: Numbers, passes: Sequence[Pass], num_rec
         passes: what runs at once.
         num_recomputed: how many layers are recomputed, the first ones.
     """
-    targets = sum(p.targets for p in passes)
+    targets = sum(p.targets for p in passes if p.kind != "read")
     of_targets = targets * model.config.hidden_size * numbers.compute  # their gradient, which comes with the loss
     return of_targets + sum(kept_by_pass(model, numbers, p, num_recomputed) for p in passes)
+
+
+@functools.lru_cache(maxsize=2)
+def frozen_form(model: Any) -> Any:
+    """A model's decoder as it runs where nothing of it is trained: without an adapter, on the meta device."""
+    inner = inner_decoder(model)
+    inner = inner.get_base_model() if isinstance(inner, PeftModel) else inner  # of an adapter below a head
+    with torch.device("meta"):
+        return type(inner)(inner.config).to(next(inner.parameters()).dtype).requires_grad_(False).train()
 
 
 def kept_by_a_layer(model: Any, numbers: Numbers, p: Pass) -> float:
@@ -139,6 +150,12 @@ def kept_by_layer(model: Any, numbers: Numbers, p: Pass) -> Kept:
 
 def kept_by_pass(model: Any, numbers: Numbers, p: Pass, num_recomputed: int = 0) -> float:
     """Bytes that a pass keeps; arguments as in `reckoned_bytes`."""
+    if p.kind == "read":
+        return 0.0
+    if p.kind == "frozen":
+        return kept_by_pass(frozen_form(model), numbers, p._replace(kind="trained"), num_recomputed) + (
+            0 if num_recomputed else sum(p.lengths) * _below_the_first_adapter(frozen_form(model), numbers)
+        )
     decoder = inner_decoder(model)
     hidden, heads = model.config.hidden_size, model.config.num_attention_heads
     kept = kept_by_layer(model, numbers, p)

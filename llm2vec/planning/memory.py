@@ -20,7 +20,7 @@ from transformers.training_args import OptimizerNames
 from llm2vec.model.packing import inner_decoder
 from llm2vec.objectives.head import language_head
 from llm2vec.objectives.losses import rows_of_a_block
-from llm2vec.planning.activations import Numbers, kept_by_a_layer, kept_by_pass, working
+from llm2vec.planning.activations import Numbers, frozen_form, kept_by_a_layer, kept_by_pass, working
 from llm2vec.types import Pass
 
 #: Optimiser (`optim`) -> numbers of state for each trained weight, and the bytes of one; None = those of the weight.
@@ -73,16 +73,19 @@ def memory_of(model: Any, args: TrainingArguments, numbers: Numbers, step: Step,
         Part("optimiser state", state, optimiser_name(args)),
         *_between_processes(model, args, numbers, gradients.size, num_processes),
     ]
+    if any(p.kind != "trained" for p in step.passes) and all(weight.requires_grad for weight in _matrices(model)):
+        always.append(Part("frozen decoder", _size(model.parameters()), "a copy of what the run starts from"))
     if step.texts is not None:
         always.append(Part("vectors", _vectors(model, numbers, *step.texts), "of the texts that the loss compares"))
-    num_targets = step.scale * sum(p.targets for p in step.passes)
-    copies, loss = _copies(model, numbers, step), _loss(model, numbers, math.ceil(num_targets))
+    num_targets = step.scale * sum(p.targets for p in step.passes if p.kind != "read")
+    copies, loss = _copies(model, numbers, step), _loss(model, numbers, step, math.ceil(num_targets))
     recomputes_all = step.num_recomputed == len(inner_decoder(model).layers)
     kept, at_work = [], []
     for p in step.passes:
         kept.append(step.scale * kept_by_pass(model, numbers, p, step.num_recomputed))
-        again = kept_by_a_layer(model, numbers, p) if recomputes_all else 0.0
-        at_work.append(step.scale * (working(model, numbers, p) + again))
+        run = model if p.kind == "trained" else frozen_form(model)
+        again = kept_by_a_layer(run, numbers, p) if recomputes_all and p.kind != "read" else 0.0
+        at_work.append(step.scale * (working(run, numbers, p) + again))
     targets = num_targets * model.config.hidden_size * numbers.compute
     moments = [copies.size + sum(kept) + targets + loss.size]
     beside = _table(model, tied=True) + (0 if recomputes_all else copies.size)
@@ -136,26 +139,33 @@ def _between_processes(
 
 def _copies(model: Any, numbers: Numbers, step: Step) -> Part:
     """Weights cast to half precision: trained ones once, frozen ones in every pass; not kept by recomputed layers."""
-    decoder = inner_decoder(model)
-    matrices = [module.weight for module in decoder.layers.modules() if isinstance(module, nn.Linear)]
-    kept = 1 - step.num_recomputed / len(decoder.layers)
+    matrices = _matrices(model)
+    kept = 1 - step.num_recomputed / len(inner_decoder(model).layers)
     trained = sum(weight.numel() for weight in matrices if weight.requires_grad)
     frozen = sum(weight.numel() for weight in matrices) - trained
     number = trained + len(step.passes) * kept * frozen
     return Part("half-precision weights", number * numbers.compute if numbers.casts else 0.0, "copies (autocast)")
 
 
-def _loss(model: Any, numbers: Numbers, targets: int) -> Part:
-    """A block of logits with its gradients, and the gradient of the vocabulary's matrix, which is summed in float32."""
+def _matrices(model: Any) -> list[Tensor]:
+    """The weights of the layers' products."""
+    return [module.weight for module in inner_decoder(model).layers.modules() if isinstance(module, nn.Linear)]
+
+
+def _loss(model: Any, numbers: Numbers, step: Step, targets: int) -> Part:
+    """A block of logits with its gradients, and the gradient of the vocabulary's matrix, which is summed in float32.
+    Beside a teacher, two blocks more: what it says, and its product with the logits."""
     if not targets:
         return Part("logits", 0.0)
     head, capped = model.get_output_embeddings().weight, language_head(model).softcap is not None
     rows = rows_of_a_block(len(head), numbers.device)
     entries, blocks = min(rows, targets) * len(head), min(_BLOCKS_JOINED, math.ceil(targets / rows))
-    size = 4.0 * entries * (1 + capped) + (4 * head.numel() if head.requires_grad else 0)
+    is_trained = head.requires_grad and any(p.targets and p.kind == "trained" for p in step.passes)
+    taught = any(p.kind == "read" for p in step.passes)
+    size = 4.0 * entries * (1 + capped + 2 * taught) + (4 * head.numel() if is_trained else 0)
     if numbers.compute == 2:
         size += 2 * entries * blocks * (2 if blocks > 1 else 1)
-        size += 2 * head.numel() * (numbers.casts + head.requires_grad)
+        size += 2 * head.numel() * (numbers.casts + is_trained)
     return Part("logits", size, f"none held: made {rows:,} positions at a time")
 
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, get_args
@@ -41,7 +42,14 @@ from llm2vec.planning.work import Sample, assumed, counted, useful_flops
 from llm2vec.train.config import DATASET_NAMES, KEYS, Config
 from llm2vec.train.config.arguments import training_arguments
 from llm2vec.train.config.file import load_config
-from llm2vec.train.model import add_token_rows, decoder_of, encoder_settings, open_tokenizer, with_adapter
+from llm2vec.train.model import (
+    add_token_rows,
+    decoder_of,
+    encoder_settings,
+    open_tokenizer,
+    trained_tokens,
+    with_adapter,
+)
 from llm2vec.train.rows import Rows, open_running_text, row_orders, sources_of
 from llm2vec.train.run import Schedule, rows_a_step, schedule_of, steps_an_epoch
 from llm2vec.train.stages import cut, open_data, saved_settings, stage_parts
@@ -130,11 +138,12 @@ def make_plan(path: Path, conditions: Conditions) -> Plan:
         tokenizer, settings, new_tokens = None, encoder_settings(config, {}), list[int]()
         if _has(chain.tokenizer_path, "tokenizer_config.json"):
             tokenizer, settings, new_tokens = open_tokenizer(config, chain)
-    model = model_of_shapes(config, shape, new_tokens)
+    tokens = new_tokens if tokenizer is None else trained_tokens(config, tokenizer, settings, new_tokens)
+    model = model_of_shapes(config, shape, new_tokens, tokens)
     if not hasattr(inner_decoder(model), "layers"):
         raise UserError(f"{chain.base}: a {shape.model_type} cannot be planned, its layers are not known here.")
     parts = stage_parts(config)
-    objective = parts.objective(config, model, settings)
+    objective = parts.objective(config, model, settings, tokenizer)
     missing = missing_data(config)
     rows: Rows | None = None
     if missing is None:
@@ -209,8 +218,16 @@ def shape_of(base: str) -> PretrainedConfig:
         ) from error
 
 
-def model_of_shapes(config: Config, shape: PretrainedConfig, new_tokens: list[int]) -> Backbone:
-    """The model that `run_model.load_model` would load, in training mode, but without weights (on the meta device).
+def model_of_shapes(
+    config: Config, shape: PretrainedConfig, new_tokens: Sequence[int], trained: Sequence[int]
+) -> Backbone:
+    """The model that `train.model.load_model` would load, in training mode, but without weights (on the meta device).
+
+    Args:
+        config: of the run.
+        shape: of the base.
+        new_tokens: ids that the base lacks.
+        trained: ids whose embeddings an adapter trains.
 
     Raises:
         UserError: a family that cannot take the adapter or the dropout.
@@ -222,7 +239,7 @@ def model_of_shapes(config: Config, shape: PretrainedConfig, new_tokens: list[in
         if new_tokens:
             add_token_rows(model, new_tokens, 0)
         if config.use_peft:
-            model = with_adapter(config, model, new_tokens)
+            model = with_adapter(config, model, trained)
     model.train()
     return model
 

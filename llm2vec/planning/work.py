@@ -5,6 +5,7 @@ Nothing is computed: an objective tells from a batch's lengths what it runs thro
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
@@ -18,7 +19,7 @@ from llm2vec.model.settings import EncoderSettings
 from llm2vec.train.config import Config
 from llm2vec.train.rows import Rows, sample_of
 from llm2vec.train.stages import stage_parts
-from llm2vec.types import Attention, Batch, Objective, Pass, TokenBatch
+from llm2vec.types import Attention, Batch, Objective, Pass, PassKind, TokenBatch
 
 #: Rows of each source whose tokens are counted for the memory they take.
 ROWS_OF_A_SOURCE = 32
@@ -74,12 +75,14 @@ def assumed_batch(config: Config, settings: EncoderSettings, query: int, documen
         masked = round(config.mlm_probability * config.max_seq_length)
         return {"text": _lengths(settings, num_rows, config.max_seq_length, masked)}
     batch = {}
-    for side in parts.sides(config):
-        name = side.partition(":")[0]
+    for side in parts.sides(dataclasses.replace(config, template=settings.template)):
+        name, _, part = side.partition(":")
         texts = num_rows * (config.num_hard_negatives if name == "negative" else 1)
         tokens = query if name == "query" and parts.rows == "pairs" else document  # `texts` are their own positives
         if name == "text":
             tokens = min(query + document, config.max_seq_length)
+        if part in ("prefix", "rest"):
+            tokens = max(1, tokens // 2)
         batch[side] = _lengths(settings, texts, tokens, tokens)
     return batch
 
@@ -103,17 +106,22 @@ def useful_flops(model: Any, passes: Sequence[Pass]) -> float:
     A matrix costs 2 per weight and token forward, 2 for its inputs' gradient and 2 for its own, which a frozen one
     does not need. Attention costs its two products of each token with those it attends to, forward and twice that
     backward. Padding, recomputation and logits that no loss reads are not useful. What a shared prefix and a last
-    layer at the closing tokens save is still counted, so that the figure depends on the texts alone. The model's
-    weights may be on the meta device.
+    layer at the closing tokens save is still counted, so that the figure depends on the texts alone. A pass that is
+    only read has no backward pass. The model's weights may be on the meta device.
     """
     layers = inner_decoder(model).layers
-    per_token = sum((_flops_of(m.weight) for m in layers.modules() if isinstance(m, nn.Linear)), 0.0)
-    pairs = sum(_pairs(length, p.attention) for p in passes for length in p.lengths)
-    targets = sum(p.targets for p in passes)
-    head = model.get_output_embeddings() if targets else None
-    of_head = 0.0 if head is None else _flops_of(head.weight) * targets
-    attention = 12.0 * len(layers) * width_of_queries(model.config)
-    return per_token * sum(p.tokens for p in passes) + of_head + attention * pairs
+    matrices = [module.weight for module in layers.modules() if isinstance(module, nn.Linear)]
+    is_adapted = not all(weight.requires_grad for weight in matrices)
+    total = 0.0
+    for p in passes:
+        # An adapter is off in a pass that is not trained.
+        run = [w for w in matrices if p.kind == "trained" or not (is_adapted and w.requires_grad)]
+        total += p.tokens * sum(_flops_of(weight, p.kind) for weight in run)
+        pairs = sum(_pairs(length, p.attention) for length in p.lengths)
+        total += (4.0 if p.kind == "read" else 12.0) * len(layers) * width_of_queries(model.config) * pairs
+        if p.targets:
+            total += p.targets * _flops_of(model.get_output_embeddings().weight, p.kind)
+    return total
 
 
 def width_of_queries(config: Any) -> int:
@@ -122,8 +130,10 @@ def width_of_queries(config: Any) -> int:
     return heads * (getattr(config, "head_dim", None) or config.hidden_size // heads)
 
 
-def _flops_of(weight: Tensor) -> float:
-    return (6.0 if weight.requires_grad else 4.0) * weight.numel()
+def _flops_of(weight: Tensor, kind: PassKind) -> float:
+    if kind == "read":
+        return 2.0 * weight.numel()
+    return (6.0 if kind == "trained" and weight.requires_grad else 4.0) * weight.numel()
 
 
 def _pairs(length: int, attention: Attention) -> float:

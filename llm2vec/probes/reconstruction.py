@@ -27,10 +27,9 @@ from llm2vec.llm2vec_q2d_d2q import BidirectionalReconstruction
 from llm2vec.model.backbone import load_backbone, load_tokenizer
 from llm2vec.model.chain import open_chain
 from llm2vec.model.checkpoint import read_beside, weights_beside
-from llm2vec.model.pooling import embed
 from llm2vec.model.proofs import check_attention, check_decoder
 from llm2vec.model.settings import SETTINGS_FILE, EncoderSettings, check_rendering, row_tokenizer, with_template
-from llm2vec.objectives.head import check_head, language_head
+from llm2vec.objectives.head import check_head
 from llm2vec.objectives.losses import CrossEntropy
 from llm2vec.text.batches import pack_rows
 from llm2vec.text.tokenization import Row, RowTokenizer
@@ -83,7 +82,8 @@ class Reconstructor:
         tokenizer = self.tokenizer.tokenizer
         drawn = {} if sampling is None else {"temperature": sampling.temperature, "top_p": sampling.top_p, "top_k": 0}
         num = 1 if sampling is None else sampling.num
-        anchor_BD = self.objective.projection(embed_rows(self.objective, self.tokenizer.rows(texts)))
+        memory_BKD = embed_rows(self.objective, self.tokenizer.rows(texts))
+        memory_BKD = self.objective.projection(memory_BKD.flatten(0, 1)).view_as(memory_BKD)
         config = GenerationConfig(
             max_new_tokens=max_new_tokens,
             do_sample=sampling is not None,
@@ -93,8 +93,8 @@ class Reconstructor:
             **drawn,
         )
         ids = model.generate(
-            inputs_embeds=anchor_BD.unsqueeze(1),
-            attention_mask=torch.ones(len(texts), 1, dtype=torch.long, device=anchor_BD.device),
+            inputs_embeds=memory_BKD,
+            attention_mask=torch.ones(memory_BKD.shape[:2], dtype=torch.long, device=memory_BKD.device),
             generation_config=config,
             is_causal=True,  # whatever the attention of the encoding pass
         )
@@ -145,8 +145,10 @@ def load_reconstructor(model: ModelChoice, device: str | torch.device | None = N
         raise UserError(f"{outermost.path}: there is no {SETTINGS_FILE}, so how its anchors are made is not known.")
     # What an anchor stands for was learnt where the head was: in the base.
     trained = chain.folders[0].run.get("config", {})
-    if trained.get("objective") == "token_set":
-        raise UserError(f"{chain.base}: trained to objective 'token_set', which has no anchor to decode.")
+    if trained.get("objective") == "token_set" or trained.get("target_loss") == "bag":
+        raise UserError(f"{chain.base}: trained to token sets (target_loss 'bag'), which are not decoded.")
+    if trained.get("decoder") == "frozen":
+        raise UserError(f"{chain.base}: trained with decoder 'frozen', so it does not decode its own anchors.")
     tokenizer = load_tokenizer(chain.tokenizer_folder)
     settings = with_template(EncoderSettings(**outermost.settings), tokenizer)
     rows = row_tokenizer(tokenizer, settings, reconstruct_instruction=trained.get("reconstruct_instruction", False))
@@ -159,7 +161,7 @@ def load_reconstructor(model: ModelChoice, device: str | torch.device | None = N
         raise UserError(f"device is {str(place)!r}, where the model cannot be put: {first_line(error)}") from error
     # Of the folder's habits of generating, only its ends: `generate` would fill in its temperature and penalties.
     loaded.generation_config = GenerationConfig(eos_token_id=loaded.generation_config.eos_token_id)
-    learnt = {key: trained[key] for key in ("target", "projection") if key in trained}
+    learnt = {key: trained[key] for key in ("target", "projection", "bottleneck") if key in trained}
     objective = BidirectionalReconstruction(loaded, settings, **learnt)
     read_beside(Path(chain.base), weights_beside(objective))
     check_decoder(objective.decoder, settings.attention)
@@ -179,24 +181,23 @@ def target_ids(row: Row) -> list[int]:
 
 
 def embed_rows(objective: BidirectionalReconstruction, rows: Sequence[Row]) -> Tensor:
-    """Anchors [B, D] of tokenised texts, where the model is and in its dtype; one pass."""
+    """Anchors [B, K, D] of tokenised texts, where the model is and in its dtype; one pass."""
     device = next(objective.decoder.get_input_embeddings().parameters()).device
     side = send_to_device(pack_rows(rows), device)
-    return embed(objective.decoder, objective.settings, {"text": side})["text"]
+    return objective.encode({"text": side})["text"]
 
 
 def score_targets(
-    objective: BidirectionalReconstruction, anchor_BD: Tensor, targets: Sequence[Sequence[int]]
+    objective: BidirectionalReconstruction, anchor: Tensor, targets: Sequence[Sequence[int]]
 ) -> CrossEntropy:
     """Loss and hit of each target token, row after row, as the training step computes them; one pass.
 
     Args:
         objective: whose decoder and head.
-        anchor_BD: one a row.
+        anchor: one a row, [B, K, D] or [B, D].
         targets: token ids of each row.
     """
-    target_N = torch.tensor([token for ids in targets for token in ids], device=anchor_BD.device)
-    embedding_ND = objective.model.get_input_embeddings()(target_N)
-    states_ND = objective.decode(anchor_BD, embedding_ND, [len(ids) for ids in targets])
+    target_N = torch.tensor([token for ids in targets for token in ids], device=anchor.device)
+    states_ND = objective.decode(anchor, objective.token_embeddings(target_N), [len(ids) for ids in targets])
     ones_N = torch.ones_like(target_N, dtype=torch.float32)
-    return language_head(objective.model).cross_entropy(states_ND, target_N, ones_N)
+    return objective.head.cross_entropy(states_ND, target_N, ones_N)

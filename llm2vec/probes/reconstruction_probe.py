@@ -20,6 +20,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from llm2vec.data.collation import CollateSides
 from llm2vec.distributed import sum_over_ranks
 from llm2vec.llm2vec_q2d_d2q import BidirectionalReconstruction
 from llm2vec.probes.reconstruction import embed_rows, score_targets, target_ids
@@ -71,10 +72,9 @@ class ReconstructionProbe:
         self.sources = list(dict.fromkeys(example.source for example in examples))
         self._source_of = [self.sources.index(example.source) for example in examples]
         self._order, self._other = _cycles(self._source_of, self.sources, seed)
-        self._rows: dict[str, list[Row]] = {
-            "query": tokenizer.rows([example.query for example in examples]),
-            "positive": tokenizer.rows([example.positive for example in examples]),
-        }
+        collate = CollateSides(tokenizer, (), seed=seed)
+        sides = dict.fromkeys(side for d in objective.directions for side in (d.source, d.goal))
+        self._rows: dict[str, list[Row]] = {side: collate.rows(examples, side) for side in sides}
         self._targets = {side: [target_ids(row) for row in rows] for side, rows in self._rows.items()}
         longest = max(len(ids) for targets in self._targets.values() for ids in targets)
         self._num_buckets = int(_bucket(torch.tensor(longest))) + 1
@@ -118,11 +118,11 @@ class ReconstructionProbe:
         anchors = self._anchors(direction.source, sorted({*share, *(self._other[i] for i in share)}))
         for batch in token_batches([len(ANCHORS) * len(targets[i]) for i in share], TOKENS_AT_ONCE):
             chosen = [share[k] for k in batch]
-            own_BD = torch.stack([anchors[i] for i in chosen])
-            other_BD = torch.stack([anchors[self._other[i]] for i in chosen])
-            random_BD = self._random_like(own_BD, [(number, i) for i in chosen])
+            own_BKD = torch.stack([anchors[i] for i in chosen])
+            other_BKD = torch.stack([anchors[self._other[i]] for i in chosen])
+            random_BKD = self._random_like(own_BKD, [(number, i) for i in chosen])
             goals = [targets[i] for i in chosen]
-            scored = score_targets(self.objective, torch.cat([own_BD, other_BD, random_BD]), goals * len(ANCHORS))
+            scored = score_targets(self.objective, torch.cat([own_BKD, other_BKD, random_BKD]), goals * len(ANCHORS))
             loss_NA = scored.terms.unflatten(0, (len(ANCHORS), -1)).T.cpu().double()
             hit_NA = scored.hits.unflatten(0, (len(ANCHORS), -1)).T.cpu().double()
             source_N = torch.tensor([self._source_of[i] for i, goal in zip(chosen, goals, strict=True) for _ in goal])
@@ -132,21 +132,21 @@ class ReconstructionProbe:
         return sums
 
     def _anchors(self, side: str, chosen: Sequence[int]) -> dict[int, Tensor]:
-        """The anchors [D] of some rows' texts."""
+        """The anchors [K, D] of some rows' texts."""
         rows = self._rows[side]
         anchors: dict[int, Tensor] = {}
         for batch in token_batches([len(rows[i].ids) for i in chosen], TOKENS_AT_ONCE):
             of_batch = [chosen[k] for k in batch]
-            anchor_BD = embed_rows(self.objective, [rows[i] for i in of_batch])
-            anchors |= zip(of_batch, anchor_BD.unbind(), strict=True)
+            anchor_BKD = embed_rows(self.objective, [rows[i] for i in of_batch])
+            anchors |= zip(of_batch, anchor_BKD.unbind(), strict=True)
         return anchors
 
-    def _random_like(self, anchor_BD: Tensor, keys: Sequence[tuple[int, int]]) -> Tensor:
+    def _random_like(self, anchor_BKD: Tensor, keys: Sequence[tuple[int, int]]) -> Tensor:
         """Random directions with the anchors' norms; a row's is the same whatever the others are."""
-        width = anchor_BD.shape[1]
-        drawn = np.stack([np.random.default_rng([self.seed, *key]).standard_normal(width) for key in keys])
-        unit_BD = torch.from_numpy(drawn / np.linalg.norm(drawn, axis=1, keepdims=True))
-        return unit_BD.to(anchor_BD) * anchor_BD.norm(dim=1, keepdim=True)
+        shape = anchor_BKD.shape[1:]
+        drawn = np.stack([np.random.default_rng([self.seed, *key]).standard_normal(shape) for key in keys])
+        unit_BKD = torch.from_numpy(drawn / np.linalg.norm(drawn, axis=2, keepdims=True))
+        return unit_BKD.to(anchor_BKD) * anchor_BKD.norm(dim=2, keepdim=True)
 
 
 def _cycles(source_of: Sequence[int], sources: Sequence[str], seed: int) -> tuple[list[int], list[int]]:

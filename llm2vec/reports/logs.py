@@ -28,16 +28,19 @@ _LOSSES = {"loss_q2d": "EBQ2D", "loss_d2q": "EBD2Q", "loss_contrastive": "InfoNC
 _COLUMNS = {
     "uniformity_document": ("Uniformity", 1),
     "effective_rank": ("Effective rank", 1),
+    "anisotropy": ("Anisotropy", 1),
+    "anchor_norm": ("Norm of anchors", 1),
+    "embedding_norm": ("Norm of embeddings", 1),
     "cosine_positive": ("Cosine of positives", 1),
     "cosine_hard_negative": ("Cosine of hard negatives", 1),
     "beats_hard_negatives": ("Hard negatives beaten", 100),
     "recall_at_1": ("Recall@1", 100),
 }
 _SPACE_NOTE = (
-    "On rows held out of the training files, which are no test of other data. Uniformity and effective rank: of "
-    "documents. Cosines: means; alignment is 2 - 2 x that of positives. Hard negatives beaten: share of rows, x 100, "
-    "whose positive is closer to the query than each of their hard negatives. Recall@1: the same against all other "
-    "documents of the line's rows; it falls as these grow in number."
+    "On rows held out of the training files, which are no test of other data. Uniformity, effective rank and "
+    "anisotropy (mean cosine of two): of documents. Cosines: means; alignment is 2 - 2 x that of positives. Hard "
+    "negatives beaten: share of rows, x 100, whose positive is closer to the query than each of their hard negatives. "
+    "Recall@1: the same against all other documents of the line's rows; it falls as these grow in number."
 )
 
 

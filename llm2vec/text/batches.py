@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from itertools import accumulate
+from itertools import accumulate, compress
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -18,6 +19,9 @@ TOKENS_PER_ROW = 128
 
 #: Batches that are tokenised ahead of the model.
 ROWS_AHEAD = 8
+
+#: Fewest tokens of a text before a cut, and behind it (LLM2Comp, arXiv 2511.17129).
+LEAST_PART = 10
 
 
 def pack_rows(rows: Sequence[Row]) -> TokenBatch:
@@ -41,6 +45,26 @@ def shared_prefix(rows: Sequence[Row]) -> int:
     # Who shares a prefix gets no states of it, so pooling must not read any.
     most = min(row.pooled.index(True) for row in rows)
     return next((i for i in range(most) if any(row.ids[i] != first.ids[i] for row in rows)), most)
+
+
+def cut_row(row: Row, key: Sequence[int]) -> tuple[Row, Row]:
+    """A row whose text breaks off, and the rest of the text, which is all target.
+
+    The ids stay those of the whole text. A text with fewer than `LEAST_PART` tokens on either side of every place is
+    not cut, and its rest has no target.
+
+    Args:
+        row: of a template that writes its text once.
+        key: decides the place, any of the possible ones as likely as another.
+    """
+    places = list(compress(range(len(row.ids)), row.target))
+    if len(places) < 2 * LEAST_PART:
+        return row, Row(row.ids[-1:], [True], [False])
+    cut = int(np.random.default_rng(key).integers(LEAST_PART, len(places) - LEAST_PART + 1))
+    gone = set(places[cut:])
+    kept = [i not in gone for i in range(len(row.ids))]
+    rest = [row.ids[i] for i in places[cut:]]
+    return Row(*(list(compress(values, kept)) for values in row)), Row(rest, [True] * len(rest), [True] * len(rest))
 
 
 def select_rows(side: TokenBatch, chosen: Sequence[int], ends: Sequence[int] | None = None) -> TokenBatch:

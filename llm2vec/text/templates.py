@@ -1,7 +1,9 @@
 """Templates: how an instruction and a text become one row of tokens, as ordered segments.
 
 A template is data. It is chosen by the `template` key (config, checkpoint, call), never by a model's name; where no
-key is given, `infer_template` reads the tokenizer's special tokens. To add one, add a row to `TEMPLATES`.
+key is given, `infer_template` reads the tokenizer's special tokens. To add one, add a row to `TEMPLATES`. Any row goes
+with a memory behind it: `llama3+memory_8` writes eight added tokens there, and they alone are pooled; `memory_8` is
+`plain+memory_8`.
 
 A template has a form for queries and one for documents; turn templates write both alike. Where a form fixes what stands
 between instruction and text, it writes that as a literal and `instruction_join` has no say; where it leaves it open, it
@@ -16,15 +18,13 @@ method writes, whatever the pooling; one that ends in the text cannot be pooled 
 
 from __future__ import annotations
 
+import re
 from typing import Literal, NamedTuple, get_args
 
 from tokenizers import AddedToken
 from transformers import PreTrainedTokenizerBase
 
-from llm2vec.types import MaskTokenType, PoolingMode, TextSide, UserError
-
-#: What is written for a masked token, and the token that is added for it.
-BLANK, ADDED_MASK = "_", "<mask>"
+from llm2vec.types import PoolingMode, TextSide, UserError
 
 SegmentKind = Literal[
     "bos", "eos", "special", "marker", "literal", "instruction", "join", "text", "examples", "answer"
@@ -65,12 +65,15 @@ class Template(NamedTuple):
         document: segments of a document.
         added_tokens: special tokens that training adds to a base without them.
         example: segments of one few-shot example; empty = the template has no place for them.
+        asks: whether the two forms are two questions about any text: the document's form asks for the text itself, the
+            query's for what goes with it.
     """
 
     query: tuple[Segment, ...]
     document: tuple[Segment, ...]
     added_tokens: tuple[str, ...] = ()
     example: tuple[Segment, ...] = ()
+    asks: bool = False
 
 
 _BOS = Segment("bos")
@@ -248,19 +251,33 @@ TEMPLATES: dict[str, Template] = {
             *(Segment("special", token, pooled=True) for token in _SUMMARY_TOKENS),
         ),
         added_tokens=(*_SUMMARY_TOKENS, *_PREDICTION_TOKENS),
+        asks=True,
     ),
 }
 
+#: A row of the table, and how many tokens stand behind it.
+_WITH_MEMORY = re.compile(r"(?:(\w+)\+)?memory_([1-9]\d{0,2})")
+
 
 def template_named(name: str) -> Template:
-    """A row of the table.
+    """A row of the table, with a memory behind it where the name says so.
 
     Raises:
         UserError: no such template.
     """
-    if not isinstance(name, str) or name not in TEMPLATES:
-        raise UserError(f"template is {name!r}; allowed: {', '.join(TEMPLATES)}.")
-    return TEMPLATES[name]
+    if isinstance(name, str) and name in TEMPLATES:
+        return TEMPLATES[name]
+    memory = _WITH_MEMORY.fullmatch(name) if isinstance(name, str) else None
+    if memory is None or (memory[1] or "plain") not in TEMPLATES:
+        raise UserError(f"template is {name!r}; allowed: {', '.join(TEMPLATES)}, and with K added tokens +memory_K.")
+    row, tokens = TEMPLATES[memory[1] or "plain"], tuple(f"<memory_{i + 1}>" for i in range(int(memory[2])))
+
+    def form(segments: tuple[Segment, ...]) -> tuple[Segment, ...]:
+        # Nothing reads a closing token that only `last` pooling writes.
+        before = (segment._replace(pooled=False) for segment in segments if not segment.only_last_pooling)
+        return (*before, *(Segment("special", token, pooled=True) for token in tokens))
+
+    return row._replace(query=form(row.query), document=form(row.document), added_tokens=(*row.added_tokens, *tokens))
 
 
 def segments_of(template: str, pooling_mode: PoolingMode, side: TextSide = "query") -> tuple[Segment, ...]:
@@ -346,41 +363,6 @@ def add_template_tokens(tokenizer: PreTrainedTokenizerBase, template: str) -> li
     tokenizer.add_tokens([AddedToken(token, special=True, normalized=False) for token in new], special_tokens=True)
     vocabulary = tokenizer.get_vocab()
     return [vocabulary[token] for token in new]
-
-
-def mask_token_id(tokenizer: PreTrainedTokenizerBase, mask_token_type: MaskTokenType) -> int:
-    """What stands for a masked token: the tokenizer's own mask token, or else what the type says.
-
-    Raises:
-        UserError: there is no such token.
-    """
-    if tokenizer.mask_token_id is not None:
-        return int(tokenizer.mask_token_id)
-    found = {
-        "blank": tokenizer.get_vocab().get(BLANK),
-        "eos": tokenizer.eos_token_id,
-        "mask": tokenizer.get_vocab().get(ADDED_MASK),
-    }[mask_token_type]
-    if found is None:
-        raise UserError(f"mask_token_type is {mask_token_type!r}, but the tokenizer has no such token; choose another.")
-    return int(found)
-
-
-def add_mask_token(tokenizer: PreTrainedTokenizerBase, mask_token_type: MaskTokenType) -> list[int]:
-    """Add a mask token where the type asks for a new one and the tokenizer has none.
-
-    Returns:
-        Its id, or nothing.
-
-    Raises:
-        UserError: the vocabulary has it as an ordinary token, which any text may contain.
-    """
-    if mask_token_type != "mask" or tokenizer.mask_token_id is not None:
-        return []
-    if ADDED_MASK in tokenizer.get_vocab():
-        raise UserError(f"mask_token_type: the base's vocabulary has {ADDED_MASK!r} as an ordinary token; use 'blank'.")
-    tokenizer.add_special_tokens({"mask_token": AddedToken(ADDED_MASK, special=True, normalized=False)})
-    return [mask_token_id(tokenizer, mask_token_type)]
 
 
 def bare_instruction(instruction: str, join: str | None) -> str:

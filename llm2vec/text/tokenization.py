@@ -20,7 +20,7 @@ from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from llm2vec.text.long_texts import beginning_of, encode_in_parts
-from llm2vec.text.templates import TEMPLATES, Segment, SegmentKind, bare_instruction, forms_of, template_named
+from llm2vec.text.templates import Segment, SegmentKind, bare_instruction, forms_of, template_named
 from llm2vec.types import InstructedText, InstructionMask, PoolingMode, TextSide, UserError
 
 #: Most tokens of a few-shot example's query, and of its answer (released code of arXiv 2409.15700).
@@ -119,7 +119,7 @@ class RowTokenizer:
         self.target_kinds: tuple[SegmentKind, ...] = ("instruction", "join") if reconstruct_instruction else ()
         self.padding_side = padding_side
         self._forms = forms_of(template, pooling_mode)
-        self._example = TEMPLATES[template].example
+        self._example = template_named(template).example
         self._special_ids = self._resolve_special_ids((*self._forms["query"], *self._forms["document"], *self._example))
         self.closing_token_id = self._special_ids.get(self._forms["query"][-1])
 

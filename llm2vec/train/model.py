@@ -24,7 +24,8 @@ from llm2vec.model.proofs import check_decoder
 from llm2vec.model.recomputation import enable_checkpointing
 from llm2vec.model.settings import EncoderSettings, row_tokenizer, with_template
 from llm2vec.objectives.head import check_head
-from llm2vec.text.templates import add_mask_token, add_template_tokens, leaves_join_open
+from llm2vec.objectives.mntp import add_mask_token
+from llm2vec.text.templates import add_template_tokens, leaves_join_open, template_named
 from llm2vec.train.config import Config
 from llm2vec.types import UserError, first_line
 
@@ -64,7 +65,7 @@ def load_model(
         with _as_asked("gradient_checkpointing_kwargs"):
             enable_checkpointing(model, {**config.checkpointing, "context_fn": contexts})
     if config.use_peft:
-        model = with_adapter(config, model, new_tokens)
+        model = with_adapter(config, model, trained_tokens(config, tokenizer, settings, new_tokens))
     if config.compilation is not None:
         with _as_asked("torch_compile"):
             compile_layers(model, **config.compilation)
@@ -136,13 +137,32 @@ def encoder_settings(config: Config, recorded: dict[str, Any], merged: tuple[str
     )
 
 
-def with_adapter(config: Config, model: Backbone, new_tokens: Sequence[int]) -> Backbone:
-    """The model with a fresh LoRA adapter on its decoder, all else frozen but the new tokens' embeddings."""
+def trained_tokens(
+    config: Config, tokenizer: PreTrainedTokenizerBase, settings: EncoderSettings, new_tokens: Sequence[int]
+) -> Sequence[int]:
+    """Ids whose embeddings an adapter trains: new ones, or all that the template adds, where they alone are trained.
+
+    Raises:
+        UserError: the template adds none, and nothing else is trained.
+    """
+    if config.trainable != "tokens":
+        return new_tokens
+    vocabulary, added = tokenizer.get_vocab(), template_named(str(settings.template)).added_tokens
+    if not added:
+        raise UserError(f"trainable is 'tokens', but template {settings.template!r} adds none.")
+    return [vocabulary[token] for token in added]
+
+
+def with_adapter(config: Config, model: Backbone, tokens: Sequence[int]) -> Backbone:
+    """The model with a fresh adapter on its decoder: LoRA, unless tokens alone are trained, and the embeddings of some
+    tokens. All else is frozen."""
     lora = {"r": config.lora_r, "alpha": config.lora_alpha or 2 * config.lora_r, "dropout": config.lora_dropout}
-    modules = {"modules": config.lora_modules} if config.lora_modules else {}
+    modules: dict[str, Any] = {"modules": config.lora_modules} if config.lora_modules else {}
+    if config.trainable == "tokens":
+        modules = {"modules": ()}
     model.requires_grad_(False)
     decoder = decoder_of(model)
-    adapted = attach_lora(decoder, **lora, **modules, new_tokens=new_tokens)  # type: ignore[arg-type]
+    adapted = attach_lora(decoder, **lora, **modules, new_tokens=tokens)  # type: ignore[arg-type]
     if decoder is model:
         return adapted
     setattr(model, model.base_model_prefix, adapted)

@@ -57,6 +57,7 @@ def open_rows(config: Config, num_negatives: int) -> TrainingRows:
         max_rows=config.max_train_samples,
         num_held_out=config.num_eval_rows,
         with_scores=needs_scores(config),
+        drawn_anew=config.target == "next",
     )
 
 

@@ -39,7 +39,8 @@ class StageParts(NamedTuple):
         rows: `pairs` of a query and its documents; `texts`, each its own positive; or `blocks` of running text.
         sides: what the objective reads of a row.
         kind: the objective's class, by which a model is loaded with or without a head.
-        objective: over a model, whose weights may be on the meta device. Raises UserError: it does not fit the model.
+        objective: over a model, whose weights may be on the meta device; without a tokenizer (in a plan), one like it.
+            Raises UserError: it does not fit the model.
         collate: makes rows into batches, given the tokenizer, how texts become vectors, and the run's seed. Raises
             UserError: the template does not serve the objective, or the tokenizer lacks a token it needs.
     """
@@ -47,7 +48,7 @@ class StageParts(NamedTuple):
     rows: Literal["pairs", "texts", "blocks"]
     sides: Callable[[Config], tuple[str, ...]]
     kind: Callable[[Config], type[Objective]]
-    objective: Callable[[Config, Any, EncoderSettings], Objective]
+    objective: Callable[[Config, Any, EncoderSettings, PreTrainedTokenizerBase | None], Objective]
     collate: Callable[[Config, PreTrainedTokenizerBase, EncoderSettings, int], Collate]
 
 
@@ -67,7 +68,7 @@ def train_stage(stage: Stage, path: Path) -> None:
         model, tokenizer, settings = load_model(config, args.device, with_lm_head=with_lm_head)
         rows = cut(config, opened, tokenizer)
         collate = parts.collate(config, tokenizer, settings, args.seed)
-        objective = parts.objective(config, model, settings)
+        objective = parts.objective(config, model, settings, tokenizer)
         train(config, args, objective, rows, collate, tokenizer, saved_settings(config, settings))
 
 
@@ -114,9 +115,17 @@ def _stage_one(config: Config) -> type[StageOneObjective]:
     return stage_one_objective(config.objective)
 
 
-def _stage_one_objective(config: Config, model: Any, settings: EncoderSettings) -> Objective:
+def _read_keys(config: Config) -> dict[str, Any]:
+    """What the config says of the keys that its objective reads."""
+    return {key: getattr(config, key) for key in _stage_one(config).keys}
+
+
+def _stage_one_objective(
+    config: Config, model: Any, settings: EncoderSettings, tokenizer: PreTrainedTokenizerBase | None
+) -> Objective:
     kind = _stage_one(config)
-    given = {"settings": settings, **{key: getattr(config, key) for key in kind.keys}}
+    bos_id = None if tokenizer is None else tokenizer.bos_token_id
+    given = {"settings": settings, "bos_id": bos_id, **_read_keys(config)}
     taken = inspect.signature(kind).parameters
     return kind(model, **{name: value for name, value in given.items() if name in taken})
 
@@ -125,8 +134,9 @@ def _stage_one_collate(
     config: Config, tokenizer: PreTrainedTokenizerBase, settings: EncoderSettings, seed: int
 ) -> Collate:
     renderer = row_tokenizer(tokenizer, settings, reconstruct_instruction=config.reconstruct_instruction)
-    _stage_one(config).check_rendering(renderer)
-    return CollateSides(renderer, _stage_one(config).sides)
+    kind, keys = _stage_one(config), _read_keys(config)
+    kind.check_rendering(renderer, keys)
+    return CollateSides(renderer, kind.sides_of(renderer.template, keys), seed=seed)
 
 
 # --- contrastive stages ---
@@ -137,7 +147,9 @@ def _contrastive_sides(config: Config) -> tuple[str, ...]:
     return ("query", "positive", *negative, *(("text",) if config.lm_weight else ()))
 
 
-def _contrastive(config: Config, model: Any, settings: EncoderSettings) -> Objective:
+def _contrastive(
+    config: Config, model: Any, settings: EncoderSettings, tokenizer: PreTrainedTokenizerBase | None
+) -> Objective:
     contrastive = ContrastiveLearning(
         decoder_of(model),
         settings,
@@ -153,9 +165,11 @@ def _contrastive(config: Config, model: Any, settings: EncoderSettings) -> Objec
     return ContrastiveLanguageModelling(contrastive, LanguageModelling(model), config.lm_weight)
 
 
-def _simcse(config: Config, model: Any, settings: EncoderSettings) -> Objective:
+def _simcse(
+    config: Config, model: Any, settings: EncoderSettings, tokenizer: PreTrainedTokenizerBase | None
+) -> Objective:
     set_attention_dropout(model, config.simcse_dropout)  # which makes a text's two vectors differ
-    return _contrastive(config, model, settings)
+    return _contrastive(config, model, settings, tokenizer)
 
 
 def _contrastive_collate(
@@ -196,7 +210,11 @@ def _masked(config: Config, tokenizer: PreTrainedTokenizerBase, settings: Encode
 
 STAGES: dict[Stage, StageParts] = {
     "stage_I": StageParts(
-        "pairs", lambda config: _stage_one(config).sides, _stage_one, _stage_one_objective, _stage_one_collate
+        "pairs",
+        lambda config: _stage_one(config).sides_of(config.template, _read_keys(config)),
+        _stage_one,
+        _stage_one_objective,
+        _stage_one_collate,
     ),
     "stage_II": StageParts(
         "pairs",
@@ -212,14 +230,14 @@ STAGES: dict[Stage, StageParts] = {
         "pairs",
         lambda config: ("text",),
         lambda config: LanguageModelling,
-        lambda config, model, settings: LanguageModelling(model),
+        lambda config, model, settings, tokenizer: LanguageModelling(model),
         _running_text,
     ),
     "mntp": StageParts(
         "blocks",
         lambda config: ("text",),
         lambda config: MaskedNextTokenPrediction,
-        lambda config, model, settings: MaskedNextTokenPrediction(model),
+        lambda config, model, settings, tokenizer: MaskedNextTokenPrediction(model),
         _masked,
     ),
 }

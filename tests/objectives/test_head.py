@@ -26,7 +26,6 @@ from llm2vec.objectives.head import Head, check_head
 from llm2vec.objectives.language_modelling import LanguageModelling
 from llm2vec.objectives.mntp import MaskedNextTokenPrediction, mask_tokens
 from llm2vec.objectives.sentence_transformers import BidirectionalReconstructionLoss
-from llm2vec.objectives.token_set import TokenSetPrediction
 from llm2vec.probes.reconstruction import score_targets, target_ids
 from llm2vec.text.templates import add_template_tokens
 from llm2vec.text.tokenization import Row
@@ -155,12 +154,16 @@ def test_every_objective_has_the_models_own_logits(family: str, double: None) ->
     own = own_next_token(model, mask.all_rows(BLOCKS), [list(block.ids) for block in BLOCKS], False)
     assert_equal(MaskedNextTokenPrediction(model), mask(BLOCKS), own)
 
-    collate = CollateSides(sets, TokenSetPrediction.sides)
-    first, second, third, fourth = (collate.rows(ROWS, side) for side in collate.sides)
+    collate = CollateSides(sets, BidirectionalReconstruction.sides_of("llara", {"target": "both"}))
+    first, third, second, fourth = (collate.rows(ROWS, side) for side in collate.sides)
     lm = own_next_token(model, [*first, *third], [row.ids for row in [*first, *third]], True)
     itself = own_token_set(model, [*first, *third], [*first, *third])
     following = own_token_set(model, [*second, *fourth], [*third, *first])
-    assert_equal(TokenSetPrediction(model), collate(ROWS), lm + 0.05 * itself + 0.05 * following)
+    settings = EncoderSettings("mean", template="llara", attention="causal")
+    of_sets = BidirectionalReconstruction(
+        model, settings, 0.5, "both", bottleneck="states", target_loss="bag", lm_weight=1.0
+    )
+    assert_equal(of_sets, collate(ROWS), lm + 0.05 * itself + 0.05 * following)
 
     with torch.no_grad():
         anchors = [model.base_model(input_ids=torch.tensor([row.ids])).last_hidden_state[0, -1] for row in queries]

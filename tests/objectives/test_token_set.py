@@ -16,14 +16,14 @@ from torch import Tensor
 
 from llm2vec import LLM2Vec
 from llm2vec.data.collation import CollateSides
+from llm2vec.llm2vec_q2d_d2q import BidirectionalReconstruction
 from llm2vec.model.settings import EncoderSettings, row_tokenizer
 from llm2vec.objectives import token_set as llm2vec_token_set
 from llm2vec.objectives.head import Head
-from llm2vec.objectives.token_set import TokenSetPrediction, token_set_loss
+from llm2vec.objectives.token_set import token_set_loss
 from llm2vec.text.batches import pack_rows
 from llm2vec.text.templates import add_template_tokens
 from llm2vec.text.tokenization import Row
-from llm2vec.train.config.file import load_config
 from llm2vec.train.log import LOG_FILE
 from llm2vec.train.step import backward_step, loss_parts, split_batch
 from llm2vec.types import Batch, UserError
@@ -33,14 +33,29 @@ ROWS = reference.examples(5)
 BLOCK = 8
 
 
-def make(family: str = "plain", model_family: str = "llama", **model: Any) -> tuple[TokenSetPrediction, CollateSides]:
+SIDES = ("query:document", "query:query", "positive:document", "positive:query")
+
+
+def make(
+    family: str = "plain", model_family: str = "llama", **model: Any
+) -> tuple[BidirectionalReconstruction, CollateSides]:
     """A float64 objective whose vocabulary holds the template's added tokens, and what makes its batches."""
     tokenizer = family_tokenizer(family)
     assert len(add_template_tokens(tokenizer, "llara")) == 2 * BLOCK
     settings = EncoderSettings("mean", 256, template="llara", attention="causal")
     decoder = tiny_model(model_family, True, tokenizer=tokenizer, initializer_range=0.2, **model)
-    collate = CollateSides(row_tokenizer(tokenizer, settings), TokenSetPrediction.sides)
-    return TokenSetPrediction(reference.exact(decoder)), collate
+    assert {*SIDES} == {*BidirectionalReconstruction.sides_of("llara", {"target": "both"})}
+    collate = CollateSides(row_tokenizer(tokenizer, settings), SIDES)
+    objective = BidirectionalReconstruction(
+        reference.exact(decoder), settings, 0.5, "both", bottleneck="states", target_loss="bag", lm_weight=1.0
+    )
+    return objective, collate
+
+
+def both(parts: dict[str, Tensor], of: str) -> Tensor:
+    """EBAE or EBAR: the mean over queries and documents, of which there are as many."""
+    first, second = {"self": ("q2q", "d2d"), "next": ("q2d", "d2q")}[of]
+    return (parts[f"loss_{first}"] + parts[f"loss_{second}"]) / 2
 
 
 def rows_of(collate: CollateSides) -> list[tuple[Row, Row, Row, Row]]:
@@ -60,14 +75,15 @@ def test_loss_and_every_gradient_equal_one_token_at_a_time(tied: bool) -> None:
     gradients = reference.gradients(objective)
     batch = collate(ROWS)
     totals = objective.count(batch)
-    assert totals["self"] == totals["next"] == 2 * len(ROWS)
+    assert {totals[name].item() for name in ("q2q", "d2d", "q2d", "d2q")} == {len(ROWS)}
     half = sum(sum(side["lengths"]) for side in batch.values()) * 2 // 3
     for max_tokens in (None, half, 1):
         parts = backward_step(objective, batch, totals, max_tokens=max_tokens)
-        assert parts.keys() == {"loss", "loss_self", "loss_next", "loss_lm"}
+        of_directions = {"loss_q2q", "loss_d2d", "loss_q2d", "loss_d2q"}
+        assert parts.keys() == {"loss", "loss_lm", "anchor_norm", "embedding_norm"} | of_directions
         torch.testing.assert_close(parts["loss_lm"], expected.lm.detach(), rtol=1e-9, atol=0)
-        torch.testing.assert_close(parts["loss_self"], expected.itself.detach(), rtol=1e-9, atol=0)
-        torch.testing.assert_close(parts["loss_next"], expected.following.detach(), rtol=1e-9, atol=0)
+        torch.testing.assert_close(both(parts, "self"), expected.itself.detach(), rtol=1e-9, atol=0)
+        torch.testing.assert_close(both(parts, "next"), expected.following.detach(), rtol=1e-9, atol=0)
         reference.assert_same_gradients(reference.gradients(objective), gradients)
         figures = loss_parts(objective, batch, totals, max_tokens)
         torch.testing.assert_close(figures["loss"], parts["loss"], rtol=1e-12, atol=0)
@@ -121,9 +137,9 @@ def test_weights_of_the_parts() -> None:
     objective, collate = make()
     batch = collate(ROWS)
     parts = loss_parts(objective, batch, objective.count(batch))
-    by_hand = parts["loss_lm"] + 0.05 * parts["loss_self"] + 0.05 * parts["loss_next"]
+    by_hand = parts["loss_lm"] + 0.05 * both(parts, "self") + 0.05 * both(parts, "next")
     torch.testing.assert_close(parts["loss"], by_hand, rtol=1e-12, atol=0)
-    assert abs(parts["loss_self"] - parts["loss_next"]) > 1e-3
+    assert abs(both(parts, "self") - both(parts, "next")) > 1e-3
 
 
 def test_rows_built_by_hand() -> None:
@@ -151,8 +167,8 @@ def test_rows_built_by_hand() -> None:
         for block in ([90, 91], [92, 93])
     ]
     expected = reference.token_sets(objective.model, [tuple(rows)])  # type: ignore[list-item]
-    torch.testing.assert_close(parts["loss_self"], expected.itself.detach(), rtol=1e-9, atol=0)
-    torch.testing.assert_close(parts["loss_next"], expected.following.detach(), rtol=1e-9, atol=0)
+    torch.testing.assert_close(both(parts, "self"), expected.itself.detach(), rtol=1e-9, atol=0)
+    torch.testing.assert_close(both(parts, "next"), expected.following.detach(), rtol=1e-9, atol=0)
 
 
 # --- the block's loss alone ---
@@ -169,11 +185,11 @@ def random_blocks(num_rows: int = 5, vocabulary: int = 40) -> tuple[Tensor, Tens
 @pytest.mark.parametrize("block_rows", [1, 2, 5, None])
 def test_how_many_rows_are_held_at_once_does_not_matter(block_rows: int | None) -> None:
     blocks, head, targets = random_blocks()
-    total = torch.tensor(7.0)
+    share = torch.tensor(1 / 7, dtype=torch.float64)
     whole = (blocks @ head.T).max(dim=1).values.log_softmax(dim=1)
     expected = sum(-whole[row, target].mean() for row, target in enumerate(targets)) / 7
     by_hand = torch.autograd.grad(expected, (blocks, head))
-    loss = token_set_loss(blocks, Head(head), targets, total, block_rows)
+    loss = token_set_loss(blocks, Head(head), targets, share, block_rows)
     torch.testing.assert_close(loss, expected, rtol=1e-12, atol=0)
     for found, gradient in zip(torch.autograd.grad(loss, (blocks, head)), by_hand, strict=True):
         torch.testing.assert_close(found, gradient, rtol=1e-10, atol=1e-14)
@@ -198,7 +214,7 @@ def test_scores_of_all_rows_are_never_held(monkeypatch: pytest.MonkeyPatch) -> N
         return tensor
 
     with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
-        loss = token_set_loss(blocks, Head(head), [t[:40] for t in targets], torch.tensor(12.0))
+        loss = token_set_loss(blocks, Head(head), [t[:40] for t in targets], torch.tensor(1 / 12))
     assert max(kept, default=0) <= max(blocks.numel(), head.numel())
     loss.backward()
     assert seen == [3] * 8  # four blocks, forward and again backward
@@ -206,10 +222,10 @@ def test_scores_of_all_rows_are_never_held(monkeypatch: pytest.MonkeyPatch) -> N
 
 def test_rows_without_a_target_count_nothing() -> None:
     blocks, head, targets = random_blocks()
-    total = torch.tensor(4.0)
+    share = torch.tensor(0.25)
     nothing = torch.tensor([], dtype=torch.long)
-    loss = token_set_loss(blocks, Head(head), [*targets[:2], nothing, *targets[3:]], total, 1)
-    apart = token_set_loss(blocks[[0, 1, 3, 4]], Head(head), [*targets[:2], *targets[3:]], total)
+    loss = token_set_loss(blocks, Head(head), [*targets[:2], nothing, *targets[3:]], share, 1)
+    apart = token_set_loss(blocks[[0, 1, 3, 4]], Head(head), [*targets[:2], *targets[3:]], share)
     torch.testing.assert_close(loss, apart, rtol=1e-12, atol=0)
     torch.autograd.backward(loss)
     assert not blocks.grad[2].any() and blocks.grad[1].any()
@@ -221,35 +237,25 @@ def test_rows_without_a_target_count_nothing() -> None:
 @pytest.mark.parametrize("template", ["plain", "e5_mistral", "echo"])
 def test_a_template_without_blocks_is_refused(template: str) -> None:
     settings = EncoderSettings("mean", 256, template=template, attention="causal")
-    with pytest.raises(UserError, match="has no block of tokens"):
-        TokenSetPrediction.check_rendering(row_tokenizer(family_tokenizer("plain"), settings))
-
-
-@pytest.mark.parametrize(
-    ("changes", "words"),
-    [
-        ({"alpha": 0.5}, "alpha has no effect under objective 'token_set'"),
-        ({"target": "self"}, "target has no effect under objective 'token_set'"),
-        ({"bidirectional": True}, "bidirectional has no effect under objective 'token_set'; take it out"),
-        ({"objective": "sets"}, "allowed: 'reconstruction', 'token_set'"),
-        ({"objective": "reconstruction", "target": "other"}, "allowed: 'counterpart', 'self'"),
-    ],
-    ids=str,
-)
-def test_a_wrong_key_is_one_sentence(tmp_path: Path, changes: dict[str, Any], words: str) -> None:
-    keys = {"model_name_or_path": "x", "output_dir": "y", "dataset_file_path": "z", "objective": "token_set"}
-    (tmp_path / "c.json").write_text(json.dumps(keys | changes), encoding="utf-8")
-    with pytest.raises(UserError) as error:
-        load_config(tmp_path / "c.json", "stage_I")
-    assert words in str(error.value)
+    with pytest.raises(UserError, match="pools as many tokens as a text has"):
+        keys = {"bottleneck": "states", "target": "both"}
+        BidirectionalReconstruction.check_rendering(row_tokenizer(family_tokenizer("plain"), settings), keys)
 
 
 @pytest.mark.parametrize(
     ("keys", "names"),
     [
         (
-            {"objective": "token_set", "template": "llara", "pooling_mode": "mean"},
-            ("loss_self", "loss_next", "loss_lm"),
+            {
+                "template": "llara",
+                "pooling_mode": "mean",
+                "bottleneck": "states",
+                "target": "both",
+                "target_loss": "bag",
+                "alpha": 0.5,
+                "lm_weight": 1.0,
+            },
+            ("loss_q2q", "loss_d2d", "loss_q2d", "loss_d2q", "loss_lm"),
         ),
         ({"target": "self"}, ("loss_q2q", "loss_d2d")),
     ],

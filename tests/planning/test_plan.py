@@ -105,8 +105,8 @@ SHAPES: dict[str, tuple[PretrainedConfig, int]] = {
 @functools.cache
 def _model(part: str, *keys: Any) -> Any:
     """A model of a base's shape, made once; `keys` is what decides about it."""
-    config, new_tokens = _ASKED[part, *keys]
-    return _MODEL_OF_SHAPES(config, SHAPES[part][0], new_tokens)
+    config, *tokens = _ASKED[part, *keys]
+    return _MODEL_OF_SHAPES(config, SHAPES[part][0], *tokens)
 
 
 _ASKED: dict[Any, Any] = {}
@@ -120,11 +120,11 @@ def hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def shape(folder: Folder) -> PretrainedConfig:
         return next(shape for part, (shape, _) in SHAPES.items() if part in folder.path)
 
-    def model_of_shapes(config: Any, shape: PretrainedConfig, new_tokens: list[int]) -> Any:
+    def model_of_shapes(config: Any, shape: PretrainedConfig, new_tokens: Any, trained: Any) -> Any:
         part = next(part for part, (known, _) in SHAPES.items() if known is shape)
         adapter = config.use_peft and (config.lora_r, config.lora_dropout)
         key = (part, stage_parts(config).kind(config).needs_head, config.torch_dtype, adapter, config.stage == "simcse")
-        _ASKED[key] = (config, new_tokens)
+        _ASKED[key] = (config, new_tokens, trained)
         return _model(*key)
 
     # Where neither models nor data of an earlier run lie.
@@ -189,7 +189,24 @@ def planned(folder: Path, conditions: Conditions | None = None, /, **keys: Any) 
 
 STAGES: dict[str, dict[str, Any]] = {
     "stage_I": {"alpha": 0.2, "gradient_accumulation_steps": 2},
-    "stage_I token_set": {"objective": "token_set", "template": "llara", "pooling_mode": "mean"},
+    "stage_I token sets": {
+        "template": "llara",
+        "pooling_mode": "mean",
+        "bottleneck": "states",
+        "target": "both",
+        "target_loss": "bag",
+        "alpha": 0.5,
+        "lm_weight": 1.0,
+    },
+    "stage_I kl": {
+        "template": "memory_4",
+        "pooling_mode": "mean",
+        "bottleneck": "states",
+        "target": "next",
+        "target_loss": "kl",
+        "decoder": "frozen",
+        "trainable": "lora",
+    },
     "stage_II": {"loss_scale": 20, "num_train_epochs": 3, "max_steps": -1, "stop_after_n_steps": 2},
     "stage_II micro-batches": {
         "one_source_per": "micro_batch",
@@ -688,7 +705,7 @@ def test_wrong_flags(
     ("keys", "stage"),
     [
         ({"alpha": 0.3}, "stage_I"),
-        ({"objective": "token_set"}, "stage_I"),
+        ({"target_loss": "bag"}, "stage_I"),
         ({"loss_scale": 20}, "stage_II"),
         ({"loss_scale": 20, "dataset_name": "Wiki1M"}, "simcse"),
         ({"simcse_dropout": 0.1}, "simcse"),

@@ -117,7 +117,7 @@ def test_generated_texts_are_those_of_a_slow_loop(family: str, attention: Attent
 def test_generate_reads_the_states_that_training_decodes(family: str, attention: Attention) -> None:
     """Step by step through the library's cache, or packed in one pass: the same log-probabilities."""
     one = reconstructor(family, attention)
-    anchor_BD = embed_rows(one.objective, one.tokenizer.rows(TEXTS))
+    anchor_BD = embed_rows(one.objective, one.tokenizer.rows(TEXTS))[:, 0]
     model: Any = one.objective.model
     output = model.generate(
         inputs_embeds=anchor_BD.unsqueeze(1),
@@ -149,7 +149,7 @@ def test_generation_ends_at_the_closing_token() -> None:
 def test_samples_follow_the_models_distribution() -> None:
     """First tokens of 3,000 texts against the softmax over the whole vocabulary, not its likeliest 50."""
     one = reconstructor(spread=0.02)
-    anchor_BD = embed_rows(one.objective, one.tokenizer.rows(TEXTS[:1]))
+    anchor_BD = embed_rows(one.objective, one.tokenizer.rows(TEXTS[:1]))[:, 0]
     vocabulary = one.objective.model.config.vocab_size
     with torch.no_grad():
         first = score_targets(one.objective, anchor_BD.expand(vocabulary, -1), [[token] for token in range(vocabulary)])
@@ -460,14 +460,14 @@ def test_two_processes_log_the_figures_of_one(folder: Path, tmp_path: Path) -> N
 def test_an_adapter_is_decoded_on_its_base(folder: Path) -> None:
     """The anchors are the adapted model's; the head is the base's."""
     loaded = load_reconstructor(ModelChoice(str(folder / "II")), device="cpu")
-    anchors = embed_rows(loaded.objective, loaded.tokenizer.rows(TEXTS))
+    anchors = embed_rows(loaded.objective, loaded.tokenizer.rows(TEXTS))[:, 0]
     texts = [[text.instruction, text.text] if text.instruction else text.text for text in TEXTS]
     encoded = LLM2Vec.from_pretrained(str(folder / "II")).encode(texts, show_progress_bar=False, device="cpu")
     torch.testing.assert_close(anchors, encoded, rtol=1e-4, atol=1e-5)
     first = load_reconstructor(ModelChoice(str(folder / "I")), device="cpu")
     heads = [one.objective.model.get_output_embeddings().weight for one in (loaded, first)]
     assert torch.equal(*heads)
-    assert not torch.equal(anchors, embed_rows(first.objective, first.tokenizer.rows(TEXTS)))
+    assert not torch.equal(anchors, embed_rows(first.objective, first.tokenizer.rows(TEXTS))[:, 0])
 
 
 def copy_of(folder: Path, copy: Path) -> Path:
@@ -491,12 +491,17 @@ def test_habits_of_generating_that_a_folder_brings_have_no_say(folder: Path, tmp
 def test_what_has_no_anchor_to_decode_is_refused(folder: Path, tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"base: there is no llm2vec_config.json"):
         load_reconstructor(ModelChoice(str(folder / "base")))
-    token_set = copy_of(folder / "I", tmp_path / "token_set")
-    run = json.loads((token_set / RUN_FILE).read_text("utf-8"))
-    run["config"]["objective"] = "token_set"
-    (token_set / RUN_FILE).write_text(json.dumps(run), "utf-8")
-    with pytest.raises(UserError, match=r"token_set: trained to objective 'token_set', which has no anchor"):
-        load_reconstructor(ModelChoice(str(token_set)))
+    trained = copy_of(folder / "I", tmp_path / "trained")
+    told = json.loads((trained / RUN_FILE).read_text("utf-8"))
+    for keys, words in (
+        ({"objective": "token_set"}, "trained to token sets .target_loss 'bag'., which are not decoded"),
+        ({"target_loss": "bag"}, "trained to token sets"),
+        ({"decoder": "frozen"}, "trained with decoder 'frozen', so it does not decode its own anchors"),
+    ):
+        run = {**told, "config": told["config"] | keys}
+        (trained / RUN_FILE).write_text(json.dumps(run), "utf-8")
+        with pytest.raises(UserError, match=f"trained: {words}"):
+            load_reconstructor(ModelChoice(str(trained)))
     LLM2Vec.from_pretrained(str(folder / "I")).save(tmp_path / "headless")
     with pytest.raises(UserError, match=r"headless.* lacks 1 of the tensors .*lm_head.weight"):
         load_reconstructor(ModelChoice(str(tmp_path / "headless")))
@@ -637,7 +642,7 @@ def test_a_wrong_call_is_one_sentence(
     [
         ({"eval_strategy": "no"}, "reconstruction_probe is true, but it is taken of held-out rows at evaluations"),
         ({"num_eval_rows": 1}, "num_eval_rows to 2 or more"),
-        ({"objective": "token_set"}, "reconstruction_probe has no effect under objective 'token_set'"),
+        ({"target_loss": "bag"}, "reconstruction_probe has no effect under target_loss 'bag'"),
         ({"fsdp": True, "save_only_model": True}, "reconstruction_probe cannot run with fsdp"),
     ],
     ids=lambda value: next(iter(value)) if isinstance(value, dict) else "",

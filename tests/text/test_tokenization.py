@@ -487,7 +487,7 @@ def test_masks_follow_a_text_that_the_tokenizer_rewrites(instruction: str) -> No
 
 
 def test_unknown_template_names_the_known_ones() -> None:
-    with pytest.raises(UserError, match=rf"template is 'llama2'; allowed: {', '.join(TEMPLATES)}\."):
+    with pytest.raises(UserError, match=rf"template is 'llama2'; allowed: {', '.join(TEMPLATES)}, and with K"):
         segments_of("llama2", "last")
 
 

@@ -400,7 +400,7 @@ def test_data_must_come_from_somewhere(tmp_path: Path) -> None:
         ("dataset_name", "MEDI", "'E5', 'Wiki1M'"),
         ("loss_class", "InfoNCE", "'HardNegativeNLLLoss'"),
         ("pooling_mode", "cls", "last, mean, weighted_mean, first, eos_token, last_token, bos_token"),
-        ("template", "llama-3", ", ".join(TEMPLATES)),
+        ("template", "llama-3", f"{', '.join(TEMPLATES)}, and with K added tokens +memory_K"),
         ("log_level", "loud", "detail, debug, info, warning, error, critical, passive"),
     ],
 )
@@ -525,7 +525,7 @@ def test_the_borders_of_a_range_are_allowed(tmp_path: Path, key: str, value: Any
         ),
         ({"eval_strategy": "steps"}, "stage_I", "eval_strategy is set, but num_eval_rows is 0"),
         ({"nano_beir": "x"}, "stage_II", "nano_beir is set, but eval_strategy is not"),
-        ({"use_peft": True}, "stage_I", "use_peft: stage_I trains all parameters"),
+        ({"use_peft": True}, "stage_I", "use_peft: stage_I says what it trains by `trainable`"),
         ({"use_peft": True}, "lm", "use_peft: lm trains all parameters"),
         (
             {"max_steps": 100, "stop_after_n_steps": 200},
@@ -626,6 +626,10 @@ def test_what_the_trainer_does_not_serve_is_refused(tmp_path: Path, key: str, va
 KEYS_OF_STAGES = {
     "objective": "reconstruction",
     "target": "self",
+    "target_loss": "bag",
+    "bottleneck": "states",
+    "decoder": "frozen",
+    "trainable": "lora",
     "projection": "linear",
     "lm_weight": 1.0,
     "dataset_config_name": "wikitext-103-raw-v1",

@@ -33,6 +33,7 @@ from llm2vec.model.recomputation import enable_checkpointing
 from llm2vec.model.settings import EncoderSettings, row_tokenizer
 from llm2vec.objectives.contrastive import ContrastiveLearning
 from llm2vec.processes import first_of_each_machine_first, rank, rank_zero_first, world_size
+from llm2vec.text.templates import add_template_tokens
 from llm2vec.train.log import LOG_FILE
 from llm2vec.train.step import backward_step, loss_parts, number_of_pieces, split_batch
 from llm2vec.types import Batch
@@ -59,6 +60,23 @@ def stage_one() -> tuple[nn.Module, CollateSides]:
     return BidirectionalReconstruction(model, SETTINGS), collate
 
 
+def kl_below_an_adapter() -> tuple[nn.Module, CollateSides]:
+    """What rivals of Stage I add: states of a memory, a teacher, and a decoder without the adapter."""
+    torch.manual_seed(0)
+    tokenizer = family_tokenizer("llama")
+    new, settings = add_template_tokens(tokenizer, "memory_2"), EncoderSettings("mean", template="memory_2")
+    model: Any = tiny_model("llama", True, tokenizer=tokenizer, initializer_range=0.2).requires_grad_(False)
+    model.model = attach_lora(model.model, r=4, alpha=8, dropout=0.0, new_tokens=new)
+    for name, parameter in model.named_parameters():
+        if "lora_B" in name:
+            nn.init.normal_(parameter, std=0.3)
+    collate = CollateSides(row_tokenizer(tokenizer, settings), ("query", "positive"))
+    objective = BidirectionalReconstruction(
+        reference.exact(model), settings, bottleneck="states", target_loss="kl", decoder="frozen", bos_id=1
+    )
+    return objective.train(), collate
+
+
 def stage_two(checkpointing: bool = False) -> tuple[nn.Module, CollateSides]:
     torch.manual_seed(0)
     decoder = tiny_model("llama", initializer_range=0.2)
@@ -76,6 +94,8 @@ def stage_two(checkpointing: bool = False) -> tuple[nn.Module, CollateSides]:
 STEPS: dict[str, tuple[Callable[[], tuple[nn.Module, CollateSides]], int | None]] = {
     "stage_I": (stage_one, None),
     "stage_I_in_pieces": (stage_one, 45),
+    "kl_lora": (kl_below_an_adapter, None),
+    "kl_lora_in_pieces": (kl_below_an_adapter, 45),
     "stage_II": (stage_two, None),
     "stage_II_in_pieces": (stage_two, 70),
     "stage_II_in_pieces_recomputed": (partial(stage_two, checkpointing=True), 70),
@@ -238,7 +258,7 @@ def test_a_step_of_two_ranks_equals_one_process_with_all_rows(name: str, ranks: 
     assert taken == (max(needed),) * 2
     if "pieces" in name:
         assert 1 < needed[0] < needed[1]
-    assert (max(needed) > 1) == (name not in ("stage_I", "stage_II"))
+    assert (max(needed) > 1) == (name not in ("stage_I", "stage_II", "kl_lora"))
 
 
 @pytest.mark.parametrize("name", list(STEPS))

@@ -104,6 +104,16 @@ CASES: dict[str, tuple[str, dict[str, Any], int]] = {
         1,
     ),
     "stage I, a learnt projection": ("run_stage_I.py", {"projection": "linear"}, 1),
+    "stage I, a frozen copy and texts cut anew": (
+        "run_stage_I.py",
+        {"target": "next", "decoder": "frozen", "target_loss": "kl", "template": "memory_2", "pooling_mode": "mean"},
+        1,
+    ),
+    "stage I, tokens alone": (
+        "run_stage_I.py",
+        {"trainable": "tokens", "decoder": "frozen", "template": "memory_2", "pooling_mode": "mean"},
+        1,
+    ),
     "stage I, bfloat16 autocast": ("run_stage_I.py", {"bf16": True}, 1),
     "stage I, workers fetch the rows": ("run_stage_I.py", {"dataloader_num_workers": 1}, 1),
     "stage I, evaluation every epoch": (
@@ -113,7 +123,16 @@ CASES: dict[str, tuple[str, dict[str, Any], int]] = {
     ),
     "stage I, token set": (
         "run_stage_I.py",
-        {"objective": "token_set", "template": "llara", "pooling_mode": "mean", "max_seq_length": 128},
+        {
+            "template": "llara",
+            "pooling_mode": "mean",
+            "max_seq_length": 128,
+            "bottleneck": "states",
+            "target": "both",
+            "target_loss": "bag",
+            "alpha": 0.5,
+            "lm_weight": 1.0,
+        },
         1,
     ),
     "stage II, gradient caching": ("run_stage_II.py", {"tokens_per_microbatch": 64, "lora_dropout": 0.3}, 1),

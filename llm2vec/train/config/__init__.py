@@ -18,11 +18,12 @@ from typing import Annotated, Any, Literal, get_args, get_type_hints
 
 from transformers import TrainingArguments
 
-from llm2vec.text.templates import TEMPLATES
 from llm2vec.types import (
     POOLING_ALIASES,
     AnchorProjection,
     AttnImplementation,
+    Bottleneck,
+    DecoderWeights,
     Direction,
     DtypeName,
     Hardened,
@@ -34,6 +35,8 @@ from llm2vec.types import (
     Reduction,
     Stage,
     SymmetricInstructions,
+    TargetLoss,
+    Trainable,
 )
 
 #: Stages that train a LoRA adapter unless told otherwise.
@@ -103,7 +106,8 @@ class Config:
     peft_model_name_or_path: Annotated[str | list[str] | None, Key(is_path=True)] = None
     """Adapters to merge into the base first, innermost first."""
     use_peft: bool | None = None
-    """LoRA instead of all parameters. null = on in Stage II, SimCSE and MNTP, off elsewhere."""
+    """LoRA instead of all parameters. null = on in Stage II, SimCSE and MNTP, off elsewhere; Stage I has
+    `trainable`."""
     lora_r: Annotated[int, Key(above=0, at_most=100_000, on_card=True)] = 16
     """Rank of the adapter."""
     lora_alpha: Annotated[int | None, Key(above=0, on_card=True)] = None
@@ -119,15 +123,26 @@ class Config:
 
     # --- the objective ---
     objective: Annotated[str, Key(stages=("stage_I",), on_card=True)] = "reconstruction"
-    """What a vector must tell: the text (`reconstruction`), its tokens in no order (`token_set`), or another name of
-    `objectives/stage_one.py`."""
+    """What a vector must tell: a text (`reconstruction`), or another name of `objectives/stage_one.py`."""
     target: Annotated[ReconstructionTarget, Key(stages=("stage_I",), on_card=True)] = "counterpart"
-    """What an anchor reconstructs: the `counterpart` of its text, or the text itself (`self`)."""
+    """Whose text: the `counterpart` of its text, the text itself (`self`), `both`, or what follows behind a cut
+    (`next`)."""
+    target_loss: Annotated[TargetLoss, Key(stages=("stage_I",), on_card=True)] = "ce"
+    """How it tells it: token by token (`ce`); what the frozen base expects at each token (`kl`); or all tokens at once,
+    in no order and without a decoder (`bag`)."""
+    bottleneck: Annotated[Bottleneck, Key(stages=("stage_I",), on_card=True)] = "vector"
+    """What the decoder gets of a text: its `vector`, or the `states` of all pooled tokens of a template that ends in a
+    block of them."""
+    decoder: Annotated[DecoderWeights, Key(stages=("stage_I",), on_card=True)] = "shared"
+    """Whose weights decode: those in training (`shared`), or those that the run starts from (`frozen`)."""
+    trainable: Annotated[Trainable, Key(stages=("stage_I",), on_card=True)] = "full"
+    """All parameters (`full`), an adapter (`lora`), or the embeddings of the template's added tokens alone
+    (`tokens`)."""
     projection: Annotated[AnchorProjection, Key(stages=("stage_I",), on_card=True)] = "none"
     """What an anchor becomes before it is decoded: itself (`none`, the paper), at the length of an embedding
     (`scaled`), or by a learnt map that Stage II drops (`linear`)."""
     alpha: Annotated[float, Key(at_least=0, at_most=1, stages=("stage_I",), on_card=True)] = 0.2
-    """Weight of EBQ2D, or of the queries under target `self`. 0 and 1 skip the unused pass."""
+    """Weight of EBQ2D, or of what starts at the query under another target. 0 and 1 skip the unused pass."""
     reconstruct_instruction: Annotated[bool, Key(stages=("stage_I",))] = False
     """Whether a query's instruction is a reconstruction target too."""
     reduction: Reduction = "token_mean"
@@ -174,8 +189,8 @@ class Config:
     """Sources whose queries are compared with their own row's documents only. null = no source."""
     distillation_weight: Annotated[float, Key(at_least=0, stages=("stage_II",))] = 0.0
     """Weight of the term that imitates a teacher's scores of a row's own documents (`pos_score`, `neg_scores`)."""
-    lm_weight: Annotated[float, Key(at_least=0, stages=("stage_II",))] = 0.0
-    """Weight of a causal language-modelling loss on the rows' own texts, beside the contrastive one."""
+    lm_weight: Annotated[float, Key(at_least=0, stages=("stage_II", "stage_I"))] = 0.0
+    """Weight of a causal language-modelling loss on the rows' own texts, beside the stage's own."""
     simcse_dropout: Annotated[float, Key(at_least=0, below=1, stages=("simcse",))] = 0.3
     """Attention dropout of the base."""
     mask_token_type: Annotated[MaskTokenType, Key(stages=("mntp",))] = "blank"
@@ -188,8 +203,9 @@ class Config:
     """Upstream's name of the contrastive loss."""
 
     # --- from a text to its vector ---
-    template: Annotated[str | None, Key(choices=tuple(TEMPLATES), on_card=True)] = None
-    """What stands around a text. null = inferred from the tokenizer. Its special tokens are added to a base without."""
+    template: Annotated[str | None, Key(on_card=True)] = None
+    """What stands around a text: a row of `text/templates.py`, with `+memory_8` eight added tokens behind it. null =
+    inferred from the tokenizer. Its special tokens are added to a base without."""
     pooling_mode: Annotated[str, Key(choices=tuple(POOLING_ALIASES), on_card=True)] = "last"
     """How the tokens' states become a vector. MNTP pools nothing, and hands `mean` on where none is named."""
     bidirectional: Annotated[bool, Key(on_card=True)] = False

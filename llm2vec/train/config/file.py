@@ -101,7 +101,7 @@ def load_config(path: str | Path, stage: Stage) -> Config:
     if stage == "simcse":
         values["num_hard_negatives"] = 0  # its rows are texts alone
     if values.get("use_peft") is None:
-        values["use_peft"] = stage in LORA_STAGES
+        values["use_peft"] = stage in LORA_STAGES or values.get("trainable", "full") != "full"
     if values["stage"] != stage:
         raise UserError(f"{path}: stage is {values['stage']!r}, but the script that reads it is that of {stage}.")
     config = Config(**values)

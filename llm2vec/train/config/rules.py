@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import get_args
 
 from llm2vec.objectives.stage_one import STAGE_ONE, stage_one_objective
-from llm2vec.text.templates import TEMPLATES, leaves_join_open, segments_of
+from llm2vec.text.templates import TEMPLATES, leaves_join_open, segments_of, template_named
 from llm2vec.train.config import DATASET_NAMES, KEYS, LORA_STAGES, Config
 from llm2vec.types import POOLING_ALIASES, Direction, UserError
 
@@ -46,7 +46,9 @@ def _in_the_run(config: Config) -> Iterator[str]:
         yield "resume is ''; write auto, never, or a checkpoint's folder."
     if training.get("resume_from_checkpoint"):
         yield "resume_from_checkpoint: write `resume` instead: auto, never, or the checkpoint's folder."
-    if config.use_peft and config.stage not in LORA_STAGES:
+    if config.stage == "stage_I" and config.use_peft != (config.trainable != "full"):
+        yield "use_peft: stage_I says what it trains by `trainable`: full, lora or tokens; take it out."
+    if config.use_peft and config.stage not in (*LORA_STAGES, "stage_I"):
         yield f"use_peft: {config.stage} trains all parameters, the head among them; LoRA belongs to stage_II."
     if config.lora_modules == []:
         yield "lora_modules is []; name at least one, or leave the key out for all."
@@ -96,13 +98,19 @@ def _in_the_rows(config: Config, written: Container[str]) -> Iterator[str]:
 def _in_the_objective(config: Config) -> Iterator[str]:
     """What is predicted or compared."""
     if config.stage == "stage_I":
+        if config.objective == "token_set":
+            yield (
+                "objective 'token_set' is now made of keys; write target_loss 'bag', target 'both', bottleneck "
+                "'states', alpha 0.5 and lm_weight 1 in its place."
+            )
         if config.objective not in STAGE_ONE:
             yield f"objective is {config.objective!r}; allowed: {', '.join(map(repr, STAGE_ONE))}."
         of_stage_one = [name for name, key in KEYS.items() if key.stages == ("stage_I",) and name != "objective"]
         read = stage_one_objective(config.objective).keys
-        for key in (*of_stage_one, "bidirectional"):
+        for key in (*of_stage_one, "lm_weight", "bidirectional"):
             if key not in read and getattr(config, key) != getattr(Config, key):
                 yield f"{key} has no effect under objective {config.objective!r}; take it out."
+        yield from _in_the_pretext(config)
     if config.stage == "mntp" and not config.bidirectional:
         yield "bidirectional is false, but mntp accustoms a model to bidirectional attention; take it out."
     if config.stage == "mntp" and config.max_seq_length < 2:
@@ -134,18 +142,38 @@ def _in_the_objective(config: Config) -> Iterator[str]:
             yield f"{key} is set, but num_hard_negatives is 0, so a row has no documents to tell apart."
 
 
+def _in_the_pretext(config: Config) -> Iterator[str]:
+    """Which of Stage I's keys do not go together."""
+    loss, target, frozen = config.target_loss, config.target, config.decoder == "frozen"
+    if loss == "kl" and not frozen:
+        yield "target_loss is 'kl', but decoder is 'shared', so the teacher would move with its student; use frozen."
+    if loss == "kl" and target in ("self", "both"):
+        yield f"target_loss is 'kl', but target is {target!r}, where its teacher copies; use next or counterpart."
+    if loss == "bag" and (frozen or config.projection != "none" or config.reconstruction_probe):
+        key = "decoder" if frozen else "projection" if config.projection != "none" else "reconstruction_probe"
+        yield f"{key} has no effect under target_loss 'bag', which decodes nothing; take it out."
+    if config.trainable == "tokens" and not frozen and loss != "bag":
+        yield "trainable is 'tokens', but decoder is 'shared': nothing of it is trained, so set it to frozen."
+    if target == "next" and config.reconstruct_instruction:
+        yield "reconstruct_instruction has no effect under target 'next', which cuts the text alone; take it out."
+    if config.lm_weight and config.bidirectional:
+        yield "lm_weight reads the encoding pass, but bidirectional is true, where a token sees itself; take one out."
+
+
 def _in_the_template(config: Config, template: str, written: Container[str]) -> Iterator[str]:
     """What a template does not allow."""
     try:
         segments_of(template, POOLING_ALIASES[config.pooling_mode])
     except UserError as error:
         yield str(error)
+    if config.trainable == "tokens" and not template_named(template).added_tokens:
+        yield f"trainable is 'tokens', but template {template!r} adds none; use {template}+memory_8 or the like."
     if "instruction_join" in written and not leaves_join_open(template):
         yield (
             f"instruction_join has no effect under template {template!r}, which fixes what stands between instruction "
             "and text; take it out."
         )
-    if config.examples_per_query and not TEMPLATES[template].example:
+    if config.examples_per_query and not template_named(template).example:
         takers = ", ".join(name for name, template in TEMPLATES.items() if template.example)
         yield (
             f"examples_per_query is {config.examples_per_query}, but template {template!r} has no place for examples; "
@@ -189,6 +217,8 @@ def _in_sharding(config: Config) -> Iterator[str]:
         yield f"fsdp_config: version is {given['version']!r}; only FSDP2 is supported."
     if config.projection == "linear":
         yield "projection is 'linear', which fsdp would spread over processes and not save; take one of the two out."
+    if config.decoder == "frozen":
+        yield "decoder is 'frozen', of which every process would hold all beside fsdp; take one of the two out."
     if config.use_peft:
         yield (
             "fsdp with use_peft is not supported; LoRA trains a small share of the weights, so take fsdp out and every "
