@@ -43,6 +43,7 @@ SCRIPT = ROOT / "experiments/compare.py"
 IDEAS = {
     "template", "bidirectional", "pooling_mode", "target", "alpha", "objective", "lm_weight", "examples_per_query",
     "loss_scale", "doc_max_length", "target_loss", "bottleneck", "decoder", "trainable", "projection",
+    "guide", "guide_margin", "hardness_weight",
 }  # fmt: skip
 #: And those that match recipes by the tokens that their pre-stages run, in a set of its own recipes.
 BUDGET = {"max_steps", "warmup_steps"}
