@@ -276,9 +276,12 @@ def test_a_dead_adapter_is_named(made: Path, tmp_path: Path, verify: Any) -> Non
 def test_an_adapter_that_stock_libraries_load_over_a_causal_base_is_named(
     made: Path, tmp_path: Path, verify: Any
 ) -> None:
-    """An adapter's folder cannot say how its base attends, and the base's config does not."""
-    folder = shutil.copytree(made / "adapter", tmp_path / "adapter")
-    (folder / RUN_FILE).unlink()
+    """An adapter's folder cannot say how its base attends, and the base's config does not, as one of another library."""
+    folder, base = (shutil.copytree(made / name, tmp_path / name) for name in ("adapter", "base"))
+    for copied in (folder, base):
+        (copied / RUN_FILE).unlink()
+    causal_reload(base)
+    change_json(folder / "adapter_config.json", lambda c: c | {"base_model_name_or_path": str(base)})
     for name in ("1_Pooling", "2_Normalize"):
         shutil.copytree(made / "exported" / name, folder / name)
     names = ("modules.json", "sentence_bert_config.json", "tokenizer.json", "tokenizer_config.json")
