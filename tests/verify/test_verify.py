@@ -276,7 +276,7 @@ def test_a_dead_adapter_is_named(made: Path, tmp_path: Path, verify: Any) -> Non
 def test_an_adapter_that_stock_libraries_load_over_a_causal_base_is_named(
     made: Path, tmp_path: Path, verify: Any
 ) -> None:
-    """An adapter's folder cannot say how its base attends, and the base's config does not, as one of another library."""
+    """An adapter's folder cannot say how its base attends, and the base's does not, as one of another library."""
     folder, base = (shutil.copytree(made / name, tmp_path / name) for name in ("adapter", "base"))
     for copied in (folder, base):
         (copied / RUN_FILE).unlink()
