@@ -49,8 +49,11 @@ def write_by_model(choice: ModelChoice) -> Write:
             [prompt_of(text) for text in texts], return_tensors="pt", padding=True, add_special_tokens=False
         ).to(model.device)
         ids = model.generate(**asked, max_new_tokens=MOST_TOKENS, do_sample=False, pad_token_id=tokenizer.pad_token_id)
-        written = tokenizer.batch_decode(ids[:, asked["input_ids"].shape[1] :], skip_special_tokens=True)
-        return [_query_of(text) for text in written]
+        new = ids[:, asked["input_ids"].shape[1] :]
+        ends = torch.tensor([*_ends_of(model), tokenizer.pad_token_id], device=new.device)
+        has_ended = torch.isin(new[:, -1], ends).tolist()  # what was cut off is no question
+        written = tokenizer.batch_decode(new, skip_special_tokens=True)
+        return [_query_of(text) if ended else "" for text, ended in zip(written, has_ended, strict=True)]
 
     return write
 
@@ -84,13 +87,24 @@ def write_by_server(url: str, model: str) -> Write:
     def ask(text: str) -> str:
         message = {"role": "user", "content": f"{REQUEST}\n\n{text[:MOST_CHARACTERS]}"}
         body = {"model": model, "messages": [message], "max_tokens": MOST_TOKENS, "temperature": 0}
-        return _query_of(request_json(place, body, lambda answer: str(answer["choices"][0]["message"]["content"])))
+        return _query_of(request_json(place, body, _content_of))
 
     def write(texts: list[str]) -> list[str]:
         with ThreadPoolExecutor(REQUESTS_AT_ONCE) as pool:
             return list(pool.map(ask, texts))
 
     return write
+
+
+def _content_of(answer: dict[str, Any]) -> str:
+    choice = answer["choices"][0]
+    return "" if choice.get("finish_reason") == "length" else str(choice["message"]["content"])
+
+
+def _ends_of(model: Any) -> list[int]:
+    """The tokens with which a model ends what it generates."""
+    ends = model.generation_config.eos_token_id
+    return list(ends) if isinstance(ends, list) else [] if ends is None else [ends]
 
 
 def _query_of(written: str) -> str:

@@ -129,7 +129,7 @@ class TrainingRows(Dataset[Example]):
         return Example(
             source.name,
             InstructedText(instruction.text, row["query"]),
-            *documents([positive]),
+            documents([positive])[0],
             documents(row["negative"]),
             tuple(row.get("scores", ())),
             documents(positives),

@@ -33,7 +33,7 @@ def folder(tmp_path: Path) -> Path:
 
 @pytest.fixture
 def server() -> Iterator[tuple[str, list[Any]]]:
-    """Asks for the second word of a passage; of `delta` it asks for something else, of `omega` for nothing."""
+    """Asks for a passage's second word; but of `delta` for another, of `omega` for nothing, and `gamma` it copies."""
     asked: list[Any] = []
 
     class Answers(BaseHTTPRequestHandler):
@@ -41,7 +41,9 @@ def server() -> Iterator[tuple[str, list[Any]]]:
             body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
             asked.append(body)
             word = body["messages"][0]["content"].split("\n\n")[1].split()[1]
-            text = {"delta": "what is beta?", "omega": "\n"}.get(word, f'Question: "what is {word}?"\nI hope it helps.')
+            text = {"delta": "what is beta?", "omega": "\n", "gamma": "The gamma of"}.get(
+                word, f'Question: "what is {word}?"\nI hope it helps.'
+            )
             answer = json.dumps({"choices": [{"message": {"content": text}}]} if word != "sigma" else {}).encode()
             self.send_response(200)
             self.end_headers()
@@ -86,11 +88,11 @@ def test_queries_that_lead_back_stay(
     assert not asked, "what was written is not asked for again"
     assert lines(folder / "out2/pairs.jsonl") == [
         {"query": f"what is {word}?", "positive": f"The {word} of number{i} is long."}
-        for i, word in enumerate(WORDS) if word in ("alpha", "beta", "gamma")
+        for i, word in enumerate(WORDS) if word in ("alpha", "beta")
     ]  # fmt: skip
-    assert "5 passages, 5 queries written, 3 lead back and stay" in capsys.readouterr().out
+    assert "5 passages, 5 queries written, 2 lead back and stay" in capsys.readouterr().out
     rows = TrainingRows(folder / "out2", read_sources_file(folder / "out2/sources.json"), num_negatives=1)
-    assert len(rows) == 3 and rows[0].negatives == ()
+    assert len(rows) == 2 and rows[0].negatives == ()
     assert len(lines(folder / "out2/passages.jsonl")) == 5 and not (folder / "out2/.queries").exists()
 
 
@@ -103,11 +105,12 @@ def test_a_model_writes_the_same_however_it_is_batched(family: str, folder: Path
 
     tokenizer = family_tokenizer(family)
     model = tiny_model("llama", True, tokenizer=tokenizer, initializer_range=0.2)
+    model.generation_config.eos_token_id = list(range(0, len(tokenizer), 9))  # a random model seldom ends by itself
     model.save_pretrained(folder / "model")
     tokenizer.save_pretrained(folder / "model")
     write = write_by_model(ModelChoice(str(folder / "model"), torch_dtype="float32"))
     texts = ["hello world", "who wrote the answer and the question of it", "red"]
-    assert write(texts) == [query for text in texts for query in write([text])]
+    assert write(texts) == [query for text in texts for query in write([text])] and any(write(texts))
     with pytest.raises(UserError, match="no query of 6 leads back to its passage"):
         main([str(folder / "docs"), str(folder / "out"), "--model", str(folder / "model"), "--keep_top", "1"])
 

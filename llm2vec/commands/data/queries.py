@@ -5,9 +5,9 @@
     llm2vec queries my_docs output/pairs --server http://localhost:8000/v1 --name Qwen/Qwen3-8B
 
 DATA is a folder of .md, .py, .rst and .txt files, cut into passages of whole paragraphs, or a JSONL file of objects
-with `text`. A query stays if BM25 finds its passage among the first `--keep_top` (round trip), and comes once. OUT has
-`passages.jsonl`, all passages; `pairs.jsonl`, rows of `query` and `positive`; and `sources.json`, their table. A start
-that was killed is gone on with. docs/guides/adapt.md goes on from here.
+with `text`. A query stays if BM25 finds its passage among the first `--keep_top` (round trip) and it is no copy of its
+words; it comes once. OUT has `passages.jsonl`, all passages; `pairs.jsonl`, rows of `query` and `positive`; and
+`sources.json`, their table. A start that was killed is gone on with. docs/guides/adapt.md goes on from here.
 """
 
 from __future__ import annotations
@@ -124,7 +124,8 @@ def _round_trip(
     retriever, nothing = LexicalRetriever(), Instruction("")
     retriever.prepare(Dataset.from_dict({"text": list(passages)}), nothing, work)
     kept: dict[str, str] = {}
-    pairs = [(query, i) for query, i in zip(queries, chosen, strict=True) if query]
+    # A copy of the passage's own words would lead back, too.
+    pairs = [(query, i) for query, i in zip(queries, chosen, strict=True) if query and query not in passages[i]]
     for start in range(0, len(pairs), PART):
         some = pairs[start : start + PART]
         blocks = retriever.scores([query for query, _ in some], nothing, work)
