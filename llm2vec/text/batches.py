@@ -64,7 +64,8 @@ def cut_row(row: Row, key: Sequence[int]) -> tuple[Row, Row]:
     gone = set(places[cut:])
     kept = [i not in gone for i in range(len(row.ids))]
     rest = [row.ids[i] for i in places[cut:]]
-    return Row(*(list(compress(values, kept)) for values in row)), Row(rest, [True] * len(rest), [True] * len(rest))
+    prefix = Row(list(compress(row.ids, kept)), list(compress(row.pooled, kept)), list(compress(row.target, kept)))
+    return prefix, Row(rest, [True] * len(rest), [True] * len(rest))
 
 
 def select_rows(side: TokenBatch, chosen: Sequence[int], ends: Sequence[int] | None = None) -> TokenBatch:
