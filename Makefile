@@ -5,7 +5,7 @@ BIN := .venv/bin
 CORE := added_tokens checkpoint config data entrypoints eval_models evaluation llm2vec mntp mteb_adapter packing packed_attention \
 	sentence_transformer_loss simcse stage_I stage_II step tokenization trainer
 
-.PHONY: quickstart embedder compare lab test test-slow test-lowest test-gpu bench faults docs lint audit clean
+.PHONY: quickstart embedder compare lab test test-slow test-lowest test-gpu gpu-check bench faults docs lint audit clean
 
 quickstart: .venv/installed  ## the whole method, small, on this machine: about 8 minutes after the install
 	$(BIN)/python experiments/quickstart.py
@@ -35,6 +35,9 @@ test-lowest: .venv-lowest/installed  ## the core's tests with the oldest librari
 
 test-gpu: .venv/installed  ## the tests that need a CUDA device
 	$(BIN)/python -m pytest -q -m gpu
+
+gpu-check:  ## is everything right and fast on this machine's GPU: ten minutes, by the python that is active
+	$(PYTHON) -m benchmarks.gpu_check
 
 bench: .venv/installed  ## speed and memory beside the release's steps and sentence-transformers; about an hour
 	$(BIN)/python -m benchmarks.benchmark

@@ -105,6 +105,19 @@ class Case:
         return torch.autocast(self.device, torch.bfloat16) if self.precision == "autocast" else nullcontext()
 
 
+class InHalf:
+    """An objective as the trainer calls it under `bf16`: its passes in autocast; the loss between vectors, and what is
+    differentiated, outside of it."""
+
+    def __init__(self, objective: Any, computing: AbstractContextManager[Any]) -> None:
+        self.module = objective
+        self._computing = computing
+
+    def __call__(self, batch: Batch, totals: dict[str, Tensor]) -> Any:
+        with self._computing:
+            return self.module(batch, totals)
+
+
 def random_words() -> list[str]:
     """3,000 words to make texts and a tokenizer of."""
     generator = random.Random(0)

@@ -124,7 +124,7 @@ LARGE = CPU._replace(stage_I={**CPU.stage_I, (32, 128_000, "float32"): Must(2.7,
 CUDA = Sizes(
     LARGE_1B,
     {(64, 128_256, "autocast"): Must(None, 0.40)},
-    stage_I_tokens=16_384,
+    stage_I_tokens=8192,
     stage_II={"autocast": None},
     stage_II_rows=64,
     cached_rows=256,

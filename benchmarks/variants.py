@@ -21,6 +21,7 @@ from benchmarks.inputs import (
     LORA_ALPHA,
     LORA_R,
     Case,
+    InHalf,
     Shape,
     batch_indices,
     fill_lora,
@@ -42,12 +43,12 @@ from benchmarks.reference import (
 from llm2vec.llm2vec import LLM2Vec
 from llm2vec.llm2vec_q2d_d2q import BidirectionalReconstruction
 from llm2vec.model.backbone import LORA_MODULES
-from llm2vec.model.recomputation import enable_checkpointing
 from llm2vec.model.settings import EncoderSettings
 from llm2vec.objectives.contrastive import ContrastiveLearning
 from llm2vec.text.entries import as_instructed
 from llm2vec.text.templates import render_instruction
 from llm2vec.text.tokenization import Row
+from llm2vec.train.recomputation import enable_checkpointing
 from llm2vec.train.step import backward_step, split_batch
 
 ALPHA = 0.2
@@ -71,8 +72,8 @@ def _packed_step(case: Case, objective: Any, sides: Sequence[str]) -> Callable[[
     batches = [packed_batch(case, i, sides) for i in batch_indices(case)]
 
     def step(i: int) -> None:
-        with case.computing():
-            backward_step(objective, batches[i], objective.count(batches[i]), max_tokens=case.max_tokens)
+        called: Any = InHalf(objective, case.computing())
+        backward_step(called, batches[i], objective.count(batches[i]), max_tokens=case.max_tokens)
 
     return step
 

@@ -42,6 +42,7 @@ from llm2vec.objectives.language_modelling import next_token_loss, num_predicted
 from llm2vec.objectives.projection import make_projection
 from llm2vec.objectives.stage_one import StageOneObjective
 from llm2vec.objectives.token_set import BAG_WEIGHT, token_set_loss, token_sets
+from llm2vec.text.batches import send, targets_of
 from llm2vec.text.templates import segments_of, template_named
 from llm2vec.text.tokenization import RowTokenizer
 from llm2vec.types import (
@@ -210,7 +211,7 @@ class BidirectionalReconstruction(nn.Module, StageOneObjective):
         directions = self.weighted
         sources = {direction.source: batch[direction.source] for direction in directions}
         goals = [batch[direction.goal] for direction in directions]
-        target_N = torch.cat([goal["input_ids"][goal["target_mask"]] for goal in goals])
+        target_N = torch.cat([targets_of(goal) for goal in goals])
         source_ids = torch.cat([side["input_ids"] for side in sources.values()])
         if self.frozen or self.target_loss == "bag":
             source_embeddings = self.model.get_input_embeddings()(source_ids)
@@ -270,11 +271,11 @@ class BidirectionalReconstruction(nn.Module, StageOneObjective):
         if not any(lengths):  # nothing to predict: the pass is run all the same, as other processes run theirs
             return self._run_decoder([slots], memory_ND[:slots])[:0]
         index, filled = woven_rows(of_parts, int(not reads_end))
-        states_ND = self._run_decoder(filled, torch.cat(parts).index_select(0, index.to(memory_ND.device)))
+        states_ND = self._run_decoder(filled, torch.cat(parts).index_select(0, *send([index], memory_ND.device)))
         read = [length + reads_end for length in lengths if length]
         if read == filled:
             return states_ND
-        return states_ND.index_select(0, last_of(filled, read).to(states_ND.device))
+        return states_ND.index_select(0, *send([last_of(filled, read)], states_ND.device))
 
     def _terms_of(self, num_targets: int) -> int:
         """Terms of a text with so many target tokens."""
@@ -346,10 +347,10 @@ class BidirectionalReconstruction(nn.Module, StageOneObjective):
         if not any(lengths):
             return self._run_decoder([1], self.token_embeddings(torch.cat(ids)[:1]))[:0]
         index, filled = woven_rows([contexts, lengths], 0)
-        inputs = torch.cat([*ids, target_N]).index_select(0, index.to(target_N.device))
+        inputs = torch.cat([*ids, target_N]).index_select(0, *send([index], target_N.device))
         states_ND = self._run_decoder(filled, self.token_embeddings(inputs))
         read = [length + 1 for length in lengths if length]
-        return states_ND.index_select(0, last_of(filled, read).to(states_ND.device))
+        return states_ND.index_select(0, *send([last_of(filled, read)], states_ND.device))
 
     @torch.no_grad()
     def token_embeddings(self, ids: Tensor) -> Tensor:

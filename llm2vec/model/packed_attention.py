@@ -13,7 +13,7 @@ from __future__ import annotations
 import importlib.util
 import inspect
 import logging
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import cache, cached_property
 from typing import Any, NamedTuple
@@ -22,6 +22,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from llm2vec.text.batches import send
 from llm2vec.types import UserError
 
 logger = logging.getLogger(__name__)
@@ -115,14 +116,16 @@ class Layout:
         return any(group.prefix for group in self.groups)
 
     def on(self, device: torch.device) -> _Indices:
-        """The layout's tensors on a device; moved once, as every layer asks for them."""
+        """The layout's tensors on a device; moved once, as every layer asks for them (`place` moves several)."""
         if device not in self._moved:
-            queries = [_size(span.query) for span in self.spans]
-            ends = [torch.tensor([0, *lengths]).cumsum(0).to(torch.int32) for lengths in (queries, self._key_lengths)]
-            keys = torch.cat([torch.arange(s.start, s.stop) for span in self.spans for s in (span.prefix, span.key)])
-            tensors = (self.closing, keys, *ends)
-            self._moved[device] = _Indices(*(tensor.to(device) for tensor in tensors))
+            place(device, [], [self])
         return self._moved[device]
+
+    def _indices(self) -> _Indices:
+        queries = [_size(span.query) for span in self.spans]
+        ends = [torch.tensor([0, *lengths]).cumsum(0).to(torch.int32) for lengths in (queries, self._key_lengths)]
+        keys = torch.cat([torch.arange(s.start, s.stop) for span in self.spans for s in (span.prefix, span.key)])
+        return _Indices(self.closing, keys, *ends)
 
     @cached_property
     def longest(self) -> tuple[int, int]:
@@ -132,6 +135,16 @@ class Layout:
     @cached_property
     def _key_lengths(self) -> list[int]:
         return [_size(span.prefix) + _size(span.key) for span in self.spans]
+
+
+def place(device: torch.device, tensors: Sequence[Tensor], layouts: Sequence[Layout]) -> list[Tensor]:
+    """Tensors of indices on a device, and the layouts' own (`Layout.on`), by one copy (`text.batches.send`)."""
+    flat = [*tensors, *(index for layout in layouts for index in layout._indices())]
+    sent = send(flat, device)
+    for i, layout in enumerate(layouts):
+        first = len(tensors) + i * len(_Indices._fields)
+        layout._moved[device] = _Indices(*sent[first : first + len(_Indices._fields)])
+    return sent[: len(tensors)]
 
 
 # Not compiled: it loops over texts, whose number and lengths are different in every batch.
@@ -171,9 +184,9 @@ def attend(
     return output.transpose(1, 2).to(dtype), None
 
 
-def can_share_prefix(device: torch.device, dtype: torch.dtype, dropout: float) -> bool:
+def can_share_prefix(device: torch.device, dtype: torch.dtype, dropout: float, head_size: int) -> bool:
     """Whether attention over a shared prefix is there for tensors of this kind."""
-    return dropout == 0 and (device.type == "cpu" or _is_half_on_cuda(device, dtype))
+    return dropout == 0 and (device.type == "cpu" or _runs_varlen(device, dtype, head_size))
 
 
 def _text_by_text(
@@ -281,30 +294,35 @@ def _attend_varlen(
     from torch.nn.attention.varlen import varlen_attn  # older versions of torch lack it
 
     half = torch.get_autocast_dtype("cuda") if torch.is_autocast_enabled("cuda") else value.dtype
-    q, k, v = (tensor[0].transpose(0, 1).to(half) for tensor in (query, *_same_heads(query, key, value)))
+    is_grouped = query.shape[1] != key.shape[1] and varlen_takes("enable_gqa")
+    grouped: dict[str, Any] = {"enable_gqa": True} if is_grouped else {}
+    if not grouped:
+        key, value = _same_heads(query, key, value)
+    q, k, v = (tensor.squeeze(0).transpose(0, 1).to(half) for tensor in (query, key, value))
     indices = layout.on(query.device)
     if layout.has_prefix:  # it cannot read a prefix from elsewhere, so each text gets a copy of its keys and values
         k, v = k.index_select(0, indices.keys), v.index_select(0, indices.keys)
     ends = (indices.query_ends, indices.key_ends)
     window = (-1, 0) if causal else (-1, -1)
-    output = varlen_attn(q, k, v, *ends, *layout.longest, scale=scaling, window_size=window)
+    output = varlen_attn(q, k, v, *ends, *layout.longest, scale=scaling, window_size=window, **grouped)
     assert isinstance(output, Tensor), "no log-sum-exp was asked for"
     return output.unsqueeze(0)
 
 
 def _has_varlen_kernel(query: Tensor, dropout: float) -> bool:
-    return dropout == 0 and _is_half_on_cuda(query.device, query.dtype)
+    return dropout == 0 and _runs_varlen(query.device, query.dtype, query.shape[-1])
 
 
-def _is_half_on_cuda(device: torch.device, dtype: torch.dtype) -> bool:
-    half = dtype in (torch.bfloat16, torch.float16)
-    return device.type == "cuda" and (half or torch.is_autocast_enabled("cuda")) and _varlen_is_there()
+def _runs_varlen(device: torch.device, dtype: torch.dtype, head_size: int) -> bool:
+    """FlashAttention computes in half precision, and heads of up to 256 numbers, a multiple of 8."""
+    half = device.type == "cuda" and (dtype in (torch.bfloat16, torch.float16) or torch.is_autocast_enabled("cuda"))
+    return half and head_size % 8 == 0 and head_size <= 256 and _varlen_is_there()
 
 
 @cache
 def _varlen_is_there() -> bool:
     """Whether torch's variable-length kernel can run on this machine's GPU; where it cannot, that is said, once."""
-    if not _varlen_scales():
+    if not varlen_takes("scale", "window_size"):
         missing = f"torch {torch.__version__} has no varlen_attn with a scale (2.11 has)"
     elif torch.cuda.is_available() and torch.cuda.get_device_capability() < (8, 0):
         missing = f"{torch.cuda.get_device_name()} is older than its kernel (compute capability 8.0)"
@@ -314,13 +332,14 @@ def _varlen_is_there() -> bool:
     return False
 
 
-def _varlen_scales() -> bool:
-    """2.10 has an earlier form, without `scale` and `window_size`; before, there was none."""
+@cache
+def varlen_takes(*names: str) -> bool:
+    """Whether there is a variable-length kernel with these parameters: 2.10's has fewer, before there was none."""
     if importlib.util.find_spec("torch.nn.attention.varlen") is None:
         return False
     from torch.nn.attention.varlen import varlen_attn
 
-    return {"scale", "window_size"} <= inspect.signature(varlen_attn).parameters.keys()
+    return set(names) <= inspect.signature(varlen_attn).parameters.keys()
 
 
 def _same_heads(query: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:

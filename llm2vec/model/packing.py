@@ -4,7 +4,8 @@ A packed batch is one row of all tokens, with positions that start again at 0 fo
 apart (`packed_attention`). Everything else in a decoder works token by token and needs no change.
 
 Two more things are saved. A prefix that all texts of a side begin with (header and instruction) runs once, where
-attention is causal. And where only closing tokens are read, the last layer runs at those alone.
+attention is causal. And where only closing tokens are read, the last layer runs at those alone. On a GPU, what a layer
+does besides its products can run fused (`fused_layers`).
 
 Models whose layers do more than attend by scaled products run padded instead, with the same results.
 """
@@ -12,10 +13,10 @@ Models whose layers do more than attend by scaled products run padded instead, w
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from functools import partial
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from peft import PeftModel
@@ -27,7 +28,8 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.models.llama.modeling_llama import apply_rotary_pos_emb
 
 from llm2vec.model.backbone import hidden_states, one_pass
-from llm2vec.model.packed_attention import NAME, Group, Layout, attend, can_share_prefix
+from llm2vec.model.fused_layers import add_and_norm, gated_mlp, is_fused, norm, project, rotate
+from llm2vec.model.packed_attention import NAME, Group, Layout, attend, can_share_prefix, place
 from llm2vec.text.batches import positions_of
 from llm2vec.types import Attention
 
@@ -36,9 +38,9 @@ from llm2vec.types import Attention
 for _cache in ("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "LRU_CACHE_CAPACITY"):
     os.environ.setdefault(_cache, "64")
 
-#: Decoder layers whose last instance can run at some positions only. They attend with all of a head rotated by halves,
+#: Decoder layers that can run at some positions only, and fused. They attend with all of a head rotated by halves,
 #: then run an MLP, each behind its norm and added to the stream as it is. Others with parts of the same names scale the
-#: stream (Granite), clip the heads (OLMo) or rotate otherwise (GLM, Helium, Ernie). Their last layer runs in full.
+#: stream (Granite), clip the heads (OLMo) or rotate otherwise (GLM, Helium, Ernie). They run as the library has them.
 _PLAIN_LAYERS = {
     "LlamaDecoderLayer", "MistralDecoderLayer", "Qwen2DecoderLayer", "Qwen3DecoderLayer", "GemmaDecoderLayer",
 }  # fmt: skip
@@ -49,7 +51,7 @@ _CHECKPOINTS_FORWARD = GradientCheckpointingLayer.__call__ is nn.Module.__call__
 
 def shares_prefix(model: Any, attention: Attention, device: torch.device, dtype: torch.dtype) -> bool:
     """Whether a pass over states of this kind runs a prefix that all texts begin with once."""
-    return attention == "causal" and can_share_prefix(device, dtype, attention_dropout(model))
+    return attention == "causal" and can_share_prefix(device, dtype, attention_dropout(model), head_size(model))
 
 
 def can_pack(model: Any, longest: int) -> bool:
@@ -102,30 +104,35 @@ def packed_hidden_states(
         runs = [(0, len(lengths))]
     kept, groups = _without_repeats(lengths, runs)
     positions = positions_of(lengths)
-    if kept is not None:  # each token keeps the position that it has in its text
-        positions, on_device = positions[kept], kept.to(embeddings.device)
-        embeddings = embeddings.index_select(0, on_device)
     narrow = closing_only and narrowing_layer(model) is not None
     layout = Layout(tuple(groups))
+    closing = Layout(layout.groups, closing_only=True) if narrow else None
+    if kept is not None:  # each token keeps the position that it has in its text
+        positions = positions[kept]
+    # All that the pass asks a layout for, in one copy; and not inside a compiled layer, for which it would be new code.
+    flat = [positions] if kept is None else [positions, kept]
+    positions, *rest = place(embeddings.device, flat, [layout] if closing is None else [layout, closing])
+    if rest:
+        embeddings = embeddings.index_select(0, rest[0])
     with packed(model):
         output = model(
             inputs_embeds=embeddings.unsqueeze(0),
-            position_ids=positions.unsqueeze(0).to(embeddings.device),
+            position_ids=positions.unsqueeze(0),
             is_causal=attention == "causal",
             use_cache=False,
             layout=layout,
             # The library hands what it does not know on to every layer. Only the last one looks at this.
-            closing=Layout(layout.groups, closing_only=True) if narrow else None,
+            closing=closing,
         )
-    states: Tensor = output.last_hidden_state[0]
+    states: Tensor = output.last_hidden_state.squeeze(0)  # `[0]` would have a gradient of its own size
     if narrow:
         return states
     if closing_only:
         return states.index_select(0, layout.on(states.device).closing)
-    if kept is None:
+    if not rest:
         return states
     # Back to where the tokens stand when every text has a copy of its prefix.
-    return states.new_zeros(sum(lengths), states.shape[1]).index_copy(0, on_device, states)
+    return states.new_zeros(sum(lengths), states.shape[1]).index_copy(0, rest[0], states)
 
 
 def _without_repeats(lengths: Sequence[int], runs: Sequence[tuple[int, int]]) -> tuple[Tensor | None, list[Group]]:
@@ -159,7 +166,8 @@ def _padded_hidden_states(
 
 @contextmanager
 def packed(model: Any) -> Iterator[None]:
-    """Within it, the model's attention is packed and its last layer can be narrowed; both need a `layout`.
+    """Within it, the model's attention is packed, its last layer can be narrowed, and layers run fused where that was
+    asked for; all need a `layout`.
 
     The library looks up the attention in the model's config at every pass; a pass cannot choose its own. So the config
     is changed and put back, and no other thread may run the model meanwhile (`one_pass`). It does not stay changed, as
@@ -171,17 +179,20 @@ def packed(model: Any) -> Iterator[None]:
             yield
             return
         AttentionInterface.register(NAME, attend)  # here, as importing this file must change nothing
+        fused = is_fused(inner_decoder(model)) and attention_dropout(model) == 0
+        layers = [layer for layer in inner_decoder(model).layers if fused and _is_plain(layer)]
         last = narrowing_layer(model)
+        replaced = layers if layers or last is None else [last]
         model.config._attn_implementation = NAME
-        if last is not None:
-            # On this one layer, as others of its class must stay as they are.
-            last.forward = partial(_forward_at_closing, last, type(last).forward)
+        for layer in replaced:
+            # On these layers, as others of their class must stay as they are.
+            layer.forward = partial(_forward, layer, type(layer).forward, fused, layer is last)
         try:
             yield
         finally:
             model.config._attn_implementation = previous
-            if last is not None:
-                del last.forward
+            for layer in replaced:
+                del layer.forward
 
 
 def compile_layers(model: Any, *, backend: str = "inductor", mode: str | None = None) -> None:
@@ -232,69 +243,117 @@ def _adapter_layers(model: Any) -> list[Any]:
     return [module for module in model.modules() if isinstance(module, BaseTunerLayer)]
 
 
-def _forward_at_closing(
-    layer: Any, forward: Any, hidden_states: Tensor, *, closing: Layout | None, layout: Layout, **arguments: Any
+class _Parts(NamedTuple):
+    """How a plain layer does what is no matrix product: as the library does, or fused."""
+
+    norm: Callable[[Any, Tensor], Tensor]
+    add_and_norm: Callable[[Any, Tensor, Tensor], tuple[Tensor, Tensor]]
+    rotate: Callable[[Tensor, Tensor, Tensor], Tensor]  #: heads [1, heads, tokens, head size]
+    mlp: Callable[[Any, Tensor], Tensor]
+    project: Callable[[Any, Tensor], Tensor]
+
+
+def _add_then_norm(module: Any, stream: Tensor, branch: Tensor) -> tuple[Tensor, Tensor]:
+    total = stream + branch
+    return total, module(total)
+
+
+def _rotate_plainly(heads: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    # The library rotates queries and keys at the same positions, while these may stand at different ones.
+    rotated: Tensor = apply_rotary_pos_emb(heads, heads, cos, sin)[0]
+    return rotated
+
+
+def _call(module: Any, x: Tensor) -> Tensor:
+    made: Tensor = module(x)
+    return made
+
+
+_PLAIN = _Parts(_call, _add_then_norm, _rotate_plainly, _call, _call)
+_FUSED = _Parts(norm, add_and_norm, rotate, gated_mlp, project)
+
+
+def _forward(
+    layer: Any,
+    forward: Any,
+    fused: bool,
+    narrows: bool,
+    hidden_states: Tensor,
+    *,
+    closing: Layout | None,
+    layout: Layout,
+    **arguments: Any,
 ) -> Tensor:
-    """A decoder layer's forward, run at the closing tokens alone where `closing` says which they are."""
-    if closing is None:
+    """A decoder layer's forward: fused or not; where it `narrows`, at the tokens that `closing` names alone."""
+    closing = closing if narrows else None
+    if closing is None and not fused:
         states: Tensor = forward(layer, hidden_states, layout=layout, **arguments)
         return states
-    narrow = partial(_narrowed, layer, closing, arguments)
+    run = partial(_run_plain_layer, layer, _FUSED if fused else _PLAIN, closing, layout, arguments)
     # Where the library checkpoints a layer's `forward`, that is what stands here, so the checkpoint is made here too.
     if _CHECKPOINTS_FORWARD and layer.gradient_checkpointing and layer.training:
-        recomputed: Tensor = layer._gradient_checkpointing_func(narrow, hidden_states)
+        recomputed: Tensor = layer._gradient_checkpointing_func(run, hidden_states)
         return recomputed
-    return narrow(hidden_states)
+    return run(hidden_states)
 
 
-def _narrowed(layer: Any, closing: Layout, arguments: dict[str, Any], hidden_states: Tensor) -> Tensor:
-    """A decoder layer at the closing tokens. Only attention looks at others; norms, MLP and stream need none."""
-    ends = closing.on(hidden_states.device).closing
-    attended = _attend_at_closing(layer.self_attn, layer.input_layernorm(hidden_states), ends, closing, **arguments)
-    stream = hidden_states.index_select(1, ends) + attended
-    narrowed: Tensor = stream + layer.mlp(layer.post_attention_layernorm(stream))
-    return narrowed
+def _run_plain_layer(
+    layer: Any, parts: _Parts, closing: Layout | None, layout: Layout, arguments: dict[str, Any], stream: Tensor
+) -> Tensor:
+    """A decoder layer; at the closing tokens alone if they are given, as only attention looks at others."""
+    normed = parts.norm(layer.input_layernorm, stream)
+    ends = None if closing is None else closing.on(stream.device).closing
+    attended = _attend(layer.self_attn, parts, normed, ends, closing or layout, **arguments)
+    stream = stream if ends is None else stream.index_select(1, ends)
+    stream, normed = parts.add_and_norm(layer.post_attention_layernorm, stream, attended)
+    return stream + parts.mlp(layer.mlp, normed)
 
 
-def _attend_at_closing(
+def _attend(
     attention: Any,
+    parts: _Parts,
     normed: Tensor,
-    ends: Tensor,
-    closing: Layout,
+    ends: Tensor | None,
+    layout: Layout,
     *,
     position_embeddings: tuple[Tensor, Tensor],
     is_causal: bool,
     **_: Any,  # what else the decoder hands its layers: masks and caches, of which a packed pass has none
 ) -> Tensor:
-    """The attention block's output at the closing tokens: their queries over every token's keys and values."""
+    """The attention block's output at all tokens, or at `ends`: their queries over every token's keys and values."""
     cos, sin = position_embeddings
 
-    def heads(projection: Any, norm: Any, states: Tensor) -> Tensor:
-        split: Tensor = projection(states).unflatten(-1, (-1, attention.head_dim))
-        return (split if norm is None else norm(split)).transpose(1, 2)
+    def heads(projection: Any, qk_norm: Any, states: Tensor) -> Tensor:
+        split = parts.project(projection, states).unflatten(-1, (-1, attention.head_dim))
+        return (split if qk_norm is None else parts.norm(qk_norm, split)).transpose(1, 2)
+
+    def at_ends(states: Tensor) -> Tensor:
+        return states if ends is None else states.index_select(1, ends)
 
     query_norm, key_norm = (getattr(attention, name, None) for name in ("q_norm", "k_norm"))
-    query = heads(attention.q_proj, query_norm, normed.index_select(1, ends))
+    query = heads(attention.q_proj, query_norm, at_ends(normed))
     key, value = heads(attention.k_proj, key_norm, normed), heads(attention.v_proj, None, normed)
-    # The library rotates queries and keys at the same positions, while these stand at different ones: one call each.
-    query = apply_rotary_pos_emb(query, query, cos.index_select(1, ends), sin.index_select(1, ends))[0]
-    key = apply_rotary_pos_emb(key, key, cos, sin)[0]
-    attended = attend(attention, query, key, value, None, 0.0, attention.scaling, is_causal, closing)[0]
-    output: Tensor = attention.o_proj(attended.flatten(2))
-    return output
+    query, key = parts.rotate(query, at_ends(cos), at_ends(sin)), parts.rotate(key, cos, sin)
+    attended = attend(attention, query, key, value, None, 0.0, attention.scaling, is_causal, layout)[0]
+    return parts.project(attention.o_proj, attended.flatten(2))
 
 
 def narrowing_layer(model: Any) -> Any:
-    """The decoder's last layer, if it is of those that `_forward_at_closing` knows; else None."""
+    """The decoder's last layer, if it is of those that `_forward` knows; else None."""
     layer = inner_decoder(model).layers[-1]
+    return layer if _is_plain(layer) and attention_dropout(model) == 0 else None
+
+
+def is_plain(model: Any) -> bool:
+    """Whether all of the decoder's layers are of those that can run fused."""
+    return all(_is_plain(layer) for layer in inner_decoder(model).layers)
+
+
+def _is_plain(layer: Any) -> bool:
     known = any(kind.__name__ in _PLAIN_LAYERS for kind in type(layer).__mro__)  # FSDP makes a class below the layer's
     # accelerate puts a `forward` on an instance too, where a model is spread over devices. That one must stay.
-    replaced = "forward" in vars(layer) and not _is_ours(layer.forward)
-    return layer if known and not replaced and attention_dropout(model) == 0 else None
-
-
-def _is_ours(forward: Any) -> bool:
-    return isinstance(forward, partial) and forward.func is _forward_at_closing
+    own = vars(layer).get("forward")
+    return known and (own is None or (isinstance(own, partial) and own.func is _forward))
 
 
 def inner_decoder(model: Any) -> Any:
@@ -308,6 +367,12 @@ def attention_dropout(model: Any) -> float:
     attention = getattr(inner_decoder(model).layers[0], "self_attn", None)
     of_config = getattr(model.config, "attention_dropout", 0.0)
     return float(getattr(attention, "attention_dropout", of_config)) if model.training else 0.0
+
+
+def head_size(model: Any) -> int:
+    """Numbers of one head of a query."""
+    config = model.config
+    return int(getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads)
 
 
 #: Names in `config.layer_types` of layers that attend: to all tokens, or to a window or chunk of them.

@@ -70,14 +70,19 @@ def check_packing(model: Backbone, attention: Attention) -> None:
             hidden_states(model, attention, torch.ones_like(ids)[None], input_ids=ids[None])[0] for ids in (own, other)
         ]
         embeddings = model.get_input_embeddings()(torch.cat([other, own]))
-        behind = packed_hidden_states(model, attention, [len(other), len(own)], embeddings)[len(other) :]
-    wrong = (behind - alone[0]).float().norm(dim=-1).max()
+        lengths = [len(other), len(own)]
+        behind = [packed_hidden_states(model, attention, lengths, embeddings)[len(other) :]]
+        if exact and embeddings.device.type == "cuda":  # the kernel that trains under autocast is another one
+            with torch.autocast("cuda", torch.bfloat16):
+                behind.append(packed_hidden_states(model, attention, lengths, embeddings)[len(other) :])
     apart = (alone[0][-1] - alone[1][-1]).float().norm()
-    if wrong > (1e-3 if exact else 0.1) * apart:  # half precision gets room for kernels that round otherwise
-        raise UserError(
-            f"{type(model).__name__} computes more than attention over the text's own tokens, in a way that is not "
-            "known here: its texts cannot be laid end to end, so it cannot be used."
-        )
+    for states, is_exact in zip(behind, (exact, False), strict=False):
+        # Half precision gets room for kernels that round otherwise, which adds up over dozens of layers.
+        if (states - alone[0]).float().norm(dim=-1).max() > (1e-3 if is_exact else 0.2) * apart:
+            raise UserError(
+                f"{type(model).__name__} computes more than attention over the text's own tokens, in a way that is not "
+                "known here: its texts cannot be laid end to end, so it cannot be used."
+            )
 
 
 @contextmanager

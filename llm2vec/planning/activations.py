@@ -3,8 +3,8 @@
 Counted tensor by tensor, as the packed passes keep them (`packing`, `packed_attention`), for layers made as Llama's
 are: Mistral, Qwen 2 and 3, Gemma and others with the same seven projections. Compiled layers keep less. CPU and CUDA
 differ in attention: a CPU computes it in float32, text by text, and copies its output for the projection behind it;
-CUDA's variable-length kernel, in half precision, keeps queries, keys and values with as many heads each, its output
-(which the projection reads as it is) and a log-sum-exp.
+CUDA's variable-length kernel, in half precision, keeps queries, keys and values, its output (which the projection reads
+as it is) and a log-sum-exp. Fused layers (`model.fused_layers`) keep what goes into a norm and into a gated product.
 """
 
 from __future__ import annotations
@@ -20,9 +20,10 @@ from peft.tuners.lora import LoraLayer
 from torch import nn
 from transformers import TrainingArguments
 
+from llm2vec.model.packed_attention import varlen_takes
 from llm2vec.model.packing import attention_dropout, inner_decoder, narrowing_layer, shares_prefix
-from llm2vec.model.recomputation import tokens_run
 from llm2vec.planning.work import width_of_queries
+from llm2vec.train.recomputation import tokens_run
 from llm2vec.types import Pass
 
 #: A layer's projections, each with what it reads: those with the same word read the same tensor.
@@ -39,18 +40,19 @@ class Numbers:
     stream: int  #: bytes of a number between the layers
     compute: int  #: bytes of a number that a matrix product gives
     device: str  #: `cpu` or `cuda`
+    fused: bool = False  #: whether layers run fused
 
     @classmethod
-    def of(cls, args: TrainingArguments, model: nn.Module, device: str) -> Numbers:
+    def of(cls, args: TrainingArguments, model: nn.Module, device: str, fused: bool = False) -> Numbers:
         """As the training arguments and the weights' dtype have it."""
         weights = next(model.parameters()).dtype.itemsize
         half = args.bf16 or args.fp16
-        return cls(2 if half and args.fsdp else weights, 2 if half else weights, device)
+        return cls(2 if half and args.fsdp else weights, 2 if half else weights, device, fused)
 
     @property
     def casts(self) -> bool:
         """Whether each product casts what it reads (autocast over float32 weights)."""
-        return self.stream != self.compute
+        return self.stream != self.compute and not self.fused
 
     @property
     def shares(self) -> tuple[torch.device, torch.dtype]:
@@ -134,14 +136,15 @@ def kept_by_layer(model: Any, numbers: Numbers, p: Pass) -> Kept:
     projections = {name: modules[name] for name in PROJECTIONS}
     widths = {"q_norm": modules["q_proj"].out_features, "k_norm": modules["k_proj"].out_features}
     norms = {
-        name: _norm(module, widths.get(name, hidden), numbers)
+        name: _norm(module, widths.get(name, hidden), numbers, numbers.fused)
         for name, module in modules.items()
         if "Norm" in type(module).__name__ and getattr(module, "weight", None) is not None
     }
     attended = _attention(model, numbers, p)
     whole = sum(norms.values()) + attended.query + attended.key
     whole += _inputs(numbers, projections, attended.copied)
-    whole += 3 * modules["gate_proj"].out_features * numbers.compute  # gate, what its activation makes of it, and up
+    # Gate, up and, where it is a tensor of its own, what the activation makes of the gate.
+    whole += (3 - numbers.fused) * modules["gate_proj"].out_features * numbers.compute
     keys_and_values = {name: projections[name] for name in ("k_proj", "v_proj")}
     narrow = norms["input_layernorm"] + norms.get("k_norm", 0) + attended.key
     narrow += _inputs(numbers, keys_and_values, attended.copied)
@@ -179,8 +182,10 @@ def _modules(model: Any) -> dict[str, Any]:
     return modules
 
 
-def _norm(module: Any, width: int, numbers: Numbers) -> float:
-    """A norm keeps its input in float32 and, where it is trained, what its weight is multiplied with."""
+def _norm(module: Any, width: int, numbers: Numbers, fused: bool = False) -> float:
+    """A norm keeps its input, in float32 where it is not fused, and then what a trained weight is multiplied with."""
+    if fused:
+        return width * numbers.stream + 4
     return width * (4 + (numbers.stream if module.weight.requires_grad else 0)) + 4
 
 
@@ -191,7 +196,8 @@ def _attention(model: Any, numbers: Numbers, p: Pass) -> _Attended:
     heads: int = model.config.num_attention_heads
     dropout = attention_dropout(model) > 0
     if numbers.device == "cuda" and numbers.compute == 2 and not dropout:
-        return _Attended(2 * queries * 2 + 4 * heads, 2 * queries * 2, copied=False)
+        wide = keys if varlen_takes("enable_gqa") else queries  # without, keys are copied for each head
+        return _Attended(2 * queries * 2 + 4 * heads, 2 * wide * 2, copied=False)
     if numbers.device == "cpu" and dropout:  # torch's plain products: scores, and twice what dropout makes of them
         return _Attended(4 * queries, 4 * 2 * queries, 4 * 3 * heads)
     size = 4 if numbers.device == "cpu" else numbers.compute
@@ -211,8 +217,10 @@ def _inputs(numbers: Numbers, projections: Mapping[str, Any], copied: bool) -> f
         width = projection.in_features
         if isinstance(projection, LoraLayer):
             total += _adapter_input(projection, numbers)
-            if not numbers.casts and numbers.stream == 4 and not _drops(projection) and (copied or name != "o_proj"):
-                once[PROJECTIONS[name]] = 4 * width
+            whole = numbers.stream if not numbers.fused else numbers.compute
+            is_shared = not numbers.casts and numbers.stream == 4 and not _drops(projection)
+            if is_shared and (copied or name != "o_proj"):
+                once[PROJECTIONS[name]] = whole * width
         elif projection.weight.requires_grad:
             if numbers.casts and PROJECTIONS[name] in ("stream", "middle"):
                 total += width * numbers.compute
@@ -224,7 +232,7 @@ def _inputs(numbers: Numbers, projections: Mapping[str, Any], copied: bool) -> f
 def _adapter_input(projection: Any, numbers: Numbers) -> int:
     """A LoRA adapter's copies: its input cast, a dropout's noise (a byte on CUDA) and result; and its inner numbers."""
     (inner,) = projection.lora_A.values()
-    size = numbers.compute if numbers.casts else inner.weight.dtype.itemsize
+    size = numbers.compute if numbers.stream != numbers.compute else inner.weight.dtype.itemsize
     noise = _noise(projection, numbers) if _drops(projection) else 0
     is_cast = noise or numbers.casts or numbers.stream == 2
     return int(size * (inner.out_features + (projection.in_features if is_cast else 0)) + noise)

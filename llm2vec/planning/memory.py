@@ -144,7 +144,8 @@ def _copies(model: Any, numbers: Numbers, step: Step) -> Part:
     trained = sum(weight.numel() for weight in matrices if weight.requires_grad)
     frozen = sum(weight.numel() for weight in matrices) - trained
     number = trained + len(step.passes) * kept * frozen
-    return Part("half-precision weights", number * numbers.compute if numbers.casts else 0.0, "copies (autocast)")
+    is_cast = numbers.stream != numbers.compute
+    return Part("half-precision weights", number * numbers.compute if is_cast else 0.0, "copies (autocast)")
 
 
 def _matrices(model: Any) -> list[Tensor]:
@@ -165,7 +166,7 @@ def _loss(model: Any, numbers: Numbers, step: Step, targets: int) -> Part:
     size = 4.0 * entries * (1 + capped + 2 * taught) + (4 * head.numel() if is_trained else 0)
     if numbers.compute == 2:
         size += 2 * entries * blocks * (2 if blocks > 1 else 1)
-        size += 2 * head.numel() * (numbers.casts + is_trained)
+        size += 2 * head.numel() * ((numbers.stream != numbers.compute) + is_trained)
     return Part("logits", size, f"none held: made {rows:,} positions at a time")
 
 

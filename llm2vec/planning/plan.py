@@ -32,7 +32,6 @@ from llm2vec.hub import find_file, without_waiting_for_the_hub
 from llm2vec.model.backbone import Backbone, config_of, parse_dtype
 from llm2vec.model.chain import open_chain
 from llm2vec.model.packing import inner_decoder
-from llm2vec.model.recomputation import fit, tokens_run
 from llm2vec.model.settings import EncoderSettings
 from llm2vec.model.vault import folder_at
 from llm2vec.planning.activations import Numbers, is_known, reckoned_bytes
@@ -46,10 +45,12 @@ from llm2vec.train.model import (
     add_token_rows,
     decoder_of,
     encoder_settings,
+    fuses,
     open_tokenizer,
     trained_tokens,
     with_adapter,
 )
+from llm2vec.train.recomputation import fit, tokens_run
 from llm2vec.train.rows import Rows, open_running_text, row_orders, sources_of
 from llm2vec.train.run import Schedule, rows_a_step, schedule_of, steps_an_epoch
 from llm2vec.train.stages import cut, open_data, saved_settings, stage_parts
@@ -102,6 +103,7 @@ class Plan:
     by_source: tuple[Sample, ...]  #: one of each source
     memory: Memory | None = None  #: of a process; None = the model's layers are of another kind
     recomputation: str = ""  #: what is recomputed; empty = nothing
+    num_recomputed: int = 0  #: how many layers are
 
     @property
     def steps(self) -> int | None:
@@ -170,7 +172,8 @@ def make_plan(path: Path, conditions: Conditions) -> Plan:
         assumption = _assumption(config, conditions, missing, query, document)
         all_rows, *by_source = assumed(objective, settings, config, query, document)
     steps_per_epoch = None if order is None else steps_an_epoch(args, len(order), conditions.num_processes)
-    numbers = Numbers.of(args, model, "cpu" if conditions.card is None else "cuda")
+    kind = "cpu" if conditions.card is None else "cuda"
+    numbers = Numbers.of(args, model, kind, fuses(config, model, kind))
     plan = Plan(
         config=config, args=args, conditions=conditions, settings=saved_settings(config, settings), model=model,
         objective=objective, numbers=numbers, rows=rows, collate=collate, order=order,
@@ -301,20 +304,26 @@ def _with_memory(plan: Plan) -> Plan:
             run = sum(tokens_run(plan.model, p, *plan.numbers.shares) for p in sample.passes)
             kept = reckoned_bytes(plan.model, plan.numbers, sample.passes)
             a_token.append((kept / sample.tokens, run / sample.tokens))
-        number, said = fit(decoder_of(plan.model), *max(a_token), bound, budget)
+        number, said = fit(decoder_of(plan.model), *max(a_token), bound, budget, plan.numbers.stream)
     steps = [_step_of(plan, sample, number) for sample in plan.by_source]
     accounts = [memory_of(plan.model, plan.args, plan.numbers, s, plan.conditions.num_processes) for s in steps]
-    return dataclasses.replace(plan, memory=max(accounts, key=lambda account: account.most), recomputation=said)
+    worst = max(accounts, key=lambda account: account.most)
+    return dataclasses.replace(plan, memory=worst, recomputation=said, num_recomputed=number)
 
 
 def _step_of(plan: Plan, sample: Sample, num_recomputed: int) -> Step:
     """What a process has in hand in a step over rows of one source."""
     share = plan.args.per_device_train_batch_size
-    bound = max(plan.config.tokens_per_microbatch or math.inf, *sample.tokens_of_rows)  # a row is never cut in two
-    at_once = min(bound, sample.tokens_of(share))
+    longest = max(sample.tokens_of_rows)
+    bound = max(plan.config.tokens_per_microbatch or math.inf, longest)  # a row is never cut in two
+    most, mean = sample.tokens_of(share), share * float(np.mean(sample.tokens_of_rows))
+    pieces = max(1, math.ceil(most / bound))
+    # Pieces are balanced to a row. They fill the bound only where some step has just as many tokens as so many hold.
+    is_filled = pieces > 1 and (pieces - 1) * bound > 2 * mean - most
+    at_once = bound if is_filled else min(bound, most / pieces + (longest if pieces > 1 else 0.0))
     compared = None
     if plan.objective.contrasts:
         documents = share * plan.conditions.num_processes * (1 + plan.config.num_hard_negatives)
         compared = (share * (2 + plan.config.num_hard_negatives), documents)
-    accumulates = at_once == bound or plan.args.gradient_accumulation_steps > 1
+    accumulates = pieces > 1 or plan.args.gradient_accumulation_steps > 1
     return Step(sample.passes, at_once / sample.tokens, num_recomputed, accumulates, compared)

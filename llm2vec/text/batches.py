@@ -98,6 +98,21 @@ def select_rows(side: TokenBatch, chosen: Sequence[int], ends: Sequence[int] | N
     return selected
 
 
+def targets_of(side: TokenBatch) -> Tensor:
+    """The side's target tokens, text after text. Their number is known, so no device is asked for it."""
+    (index,) = side["target_mask"].nonzero_static(size=sum(side["num_targets"])).unbind(1)
+    return side["input_ids"][index]
+
+
+def send(tensors: Sequence[Tensor], device: torch.device) -> list[Tensor]:
+    """Whole numbers of the host's memory on a device; to a GPU in one copy, for which nobody waits."""
+    if device.type != "cuda":
+        return [tensor.to(device) for tensor in tensors]
+    flat = torch.cat([tensor.flatten().long() for tensor in tensors]).pin_memory().to(device, non_blocking=True)
+    parts = zip(flat.split([tensor.numel() for tensor in tensors]), tensors, strict=True)
+    return [part.view(tensor.shape).to(tensor.dtype) for part, tensor in parts]
+
+
 def starts_of(lengths: Sequence[int]) -> Tensor:
     """Index of each text's first token in the packed row."""
     return torch.tensor([0, *lengths]).cumsum(0)[:-1]
@@ -105,8 +120,9 @@ def starts_of(lengths: Sequence[int]) -> Tensor:
 
 def positions_of(lengths: Sequence[int]) -> Tensor:
     """Position of each token in its text, from 0; all texts at once, as a loop over thousands would be slow."""
-    total = torch.arange(sum(lengths))
-    return total - starts_of(lengths).repeat_interleave(torch.tensor(lengths, dtype=torch.long))
+    number_of = np.asarray(lengths, dtype=np.int64)
+    starts = np.repeat(number_of.cumsum() - number_of, number_of)
+    return torch.from_numpy(np.arange(len(starts)) - starts)
 
 
 def token_batches(lengths: Sequence[int], max_tokens: int) -> list[list[int]]:

@@ -56,6 +56,7 @@ class StepFigures:
         self._num_skipped = 0
         self.skipped_in_a_row = 0  #: steps, since the last one that was taken
         self._num_tokens = 0.0
+        self._unread: list[Tensor] = []  # numbers of tokens; to read them is to wait for the device
         self._waited = 0.0
         self._seconds = 0.0  # of this entry, before this process began
         self._since: float | None = None
@@ -82,9 +83,13 @@ class StepFigures:
         if self._since is not None:
             self._since += time.monotonic() - started
 
-    def add_tokens(self, number: float) -> None:
+    def add_tokens(self, number: Tensor) -> None:
         """Tokens of the step, of all processes."""
-        self._num_tokens += number
+        self._unread.append(number)
+
+    def _read_tokens(self) -> None:
+        self._num_tokens += sum(map(float, self._unread))
+        self._unread = []
 
     def add(self, parts: dict[str, Tensor]) -> None:
         """A micro-batch's loss parts."""
@@ -132,6 +137,7 @@ class StepFigures:
         now = time.monotonic()  # once, so that no time falls between two entries
         seconds = now - (self._since or 0.0)
         entry = self._means()
+        self._read_tokens()
         entry["tokens"] = self._num_tokens
         entry["tokens_per_second"] = self._num_tokens / seconds
         entry["waiting_for_data"] = self._waited / seconds
@@ -161,6 +167,7 @@ class StepFigures:
         # JSON holds floats exactly, so the resumed run's entries are the same to the bit.
         sums = {name: [value.item(), str(value.dtype).removeprefix("torch.")] for name, value in self._sums.items()}
         seconds = 0.0 if self._since is None else time.monotonic() - self._since
+        self._read_tokens()
         counts = {name: getattr(self, name) for name in _COUNTS}
         write_json(checkpoint / file_of_rank(FIGURES_FILE, rank()), {"sums": sums, **counts, "_seconds": seconds})
 

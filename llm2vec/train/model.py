@@ -6,30 +6,63 @@ Used by `stages`, by `run`, and by `planning.plan`, which puts the same together
 from __future__ import annotations
 
 import logging
+import os
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import torch
 from peft import PeftModel
+from peft.tuners.lora import LoraLayer
 from torch import Tensor
 from torch.distributed.fsdp import MixedPrecisionPolicy
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainingArguments, set_seed
 
 from llm2vec.model.backbone import Backbone, attach_lora, load_backbone, load_tokenizer, make_room
 from llm2vec.model.chain import Chain, open_chain
-from llm2vec.model.packing import checkpoint_contexts, compile_layers
+from llm2vec.model.fused_layers import fuse, why_not
+from llm2vec.model.packing import attention_dropout, checkpoint_contexts, compile_layers, inner_decoder, is_plain
 from llm2vec.model.proofs import check_decoder
-from llm2vec.model.recomputation import enable_checkpointing
 from llm2vec.model.settings import EncoderSettings, row_tokenizer, with_template
 from llm2vec.objectives.head import check_head
 from llm2vec.objectives.mntp import add_mask_token
 from llm2vec.text.templates import add_template_tokens, leaves_join_open, template_named
 from llm2vec.train.config import Config
+from llm2vec.train.recomputation import enable_checkpointing
 from llm2vec.types import UserError, first_line
 
 logger = logging.getLogger(__name__)
+
+#: There where the driver is loaded and its GPUs are handed to this process.
+NVIDIA_DEVICE = Path("/dev/nvidiactl")
+
+
+def prepare_device(config: Config) -> None:
+    """Before anything asks for the device: how memory is handed out on a GPU; and that a GPU which is there is used.
+
+    Raises:
+        UserError: torch finds no GPU, though this machine shows one to the process.
+    """
+    if not {"PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF"} & os.environ.keys():
+        # Each micro-batch has another number of tokens. Segments that grow leave no holes between their tensors.
+        os.environ["PYTORCH_CUDA_ALLOC_CONF"] = os.environ["PYTORCH_ALLOC_CONF"] = "expandable_segments:True"
+    is_hidden = os.environ.get("CUDA_VISIBLE_DEVICES") in ("", "-1")
+    if "use_cpu" in config.training or is_hidden or torch.accelerator.is_available() or not NVIDIA_DEVICE.exists():
+        return
+    built = f"is built for CUDA {torch.version.cuda}" if torch.version.cuda else "is a build for CPUs"
+    raise UserError(
+        f"this machine has an NVIDIA GPU, but torch {torch.__version__}, which {built}, finds none: install a torch "
+        'for the CUDA that nvidia-smi shows, or a newer driver; or train on the CPU with "use_cpu": true.'
+    )
+
+
+def describe_device(device: torch.device) -> str:
+    """Where the run computes."""
+    if device.type != "cuda":
+        return f"device      {device.type}, torch {torch.__version__}"
+    return f"device      {device}, {torch.cuda.get_device_name(device)}, torch {torch.__version__}"
 
 
 def load_model(
@@ -69,7 +102,31 @@ def load_model(
     if config.compilation is not None:
         with _as_asked("torch_compile"):
             compile_layers(model, **config.compilation)
+    elif fuses(config, model, device.type):
+        _fuse(config, model, device)
     return model, tokenizer, settings
+
+
+def fuses(config: Config, model: Backbone, device_type: str) -> bool:
+    """Whether a run is to fuse what its layers do besides their products; compiled layers are fused by the compiler."""
+    return (
+        config.fused_layers == "auto" and device_type == "cuda" and config.compilation is None
+        and is_plain(model) and attention_dropout(model) == 0
+    )  # fmt: skip
+
+
+def _fuse(config: Config, model: Backbone, device: torch.device) -> None:
+    """Fuse them if this machine can make the kernels; say which."""
+    reason = why_not(device)
+    if reason is not None:
+        logger.warning("fused_layers: %s; layers run as transformers has them, which is slower.", reason)
+        return
+    fuse(inner_decoder(model))
+    if config.training.get("bf16") or config.training.get("fp16"):
+        for module in model.modules():
+            if isinstance(module, LoraLayer):  # which would cast to float32 what autocast then casts back
+                module.cast_input_dtype_enabled = False
+    logger.info("layers      norms, rotary positions and gated products run fused (fused_layers)")
 
 
 @contextmanager

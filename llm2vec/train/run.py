@@ -11,6 +11,7 @@ import logging
 import math
 import os
 from collections.abc import Callable
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any, NamedTuple, cast
 
@@ -27,7 +28,6 @@ from llm2vec.files import DIAGNOSTICS_FILE
 from llm2vec.llm2vec import LLM2Vec
 from llm2vec.model.chain import mark_of, origin_of, read_run
 from llm2vec.model.checkpoint import read_beside, read_weights, save_checkpoint, weights_beside
-from llm2vec.model.recomputation import fit_activations
 from llm2vec.model.settings import EncoderSettings, row_tokenizer
 from llm2vec.probes.diagnostics import EmbeddingDiagnostics
 from llm2vec.probes.reconstruction_probe import ReconstructionProbe
@@ -35,7 +35,8 @@ from llm2vec.processes import StopSignals, rank, world_size
 from llm2vec.text.probe_texts import probe_ids
 from llm2vec.train.config import Config
 from llm2vec.train.log import drop_entries_after
-from llm2vec.train.model import autocast, decoder_of, part_to_save, plan_sharding
+from llm2vec.train.model import autocast, decoder_of, describe_device, part_to_save, plan_sharding
+from llm2vec.train.recomputation import fit_activations
 from llm2vec.train.resume import (
     checkpoint_folder,
     checkpoints_in,
@@ -80,6 +81,7 @@ def train(
         check_examples(args, rows, collate)
     sampler, held_out = row_orders(config, args, rows, world_size())
     for line in [
+        describe_device(args.device),
         *describe(config, args, objective.model, rows, collate, settings, sampler, world_size()),
         *([describe_negatives(config, args)] if objective.contrasts else []),
         *_fit_activations(config, args, objective, rows, collate),
@@ -165,16 +167,20 @@ def _fit_activations(
     config: Config, args: TrainingArguments, objective: Objective, rows: Rows, collate: Collate
 ) -> list[str]:
     """Recompute so many layers that the activations fit the config's budget, if it has one; the line that says so."""
-    if config.activation_memory_gb is None or config.tokens_per_microbatch is None:
+    tokens, budget = config.tokens_per_microbatch, config.activation_memory_gb
+    if tokens is None or budget is None:
         return []
-    # Measured at two sizes, as what is kept grows with the tokens and has a part that does not.
-    examples = [rows[i] for i in range(min(8, len(rows)))]
-    small, large = (send_to_device(collate(part), args.device) for part in (examples[:1], examples))
-    decoder = decoder_of(objective.model)
-    with autocast(args):
-        return [
-            fit_activations(objective, decoder, small, large, config.tokens_per_microbatch, config.activation_memory_gb)
-        ]
+    batches, first = [], 0  # at two sizes, as what is kept grows with the tokens and has a part that does not
+    for size in rows.sizes:
+        examples = [rows[first + i] for i in range(min(8, size))]
+        if len(examples) > 1:
+            batches.append(tuple(send_to_device(collate(part), args.device) for part in (examples[:1], examples)))
+        first += size
+    if not batches:
+        return []
+    dtype = torch.bfloat16 if args.fsdp and args.bf16 else None  # of the steps' weights; they run without autocast
+    with autocast(args) if dtype is None else nullcontext():
+        return [fit_activations(objective, decoder_of(objective.model), batches, tokens, budget, dtype)]
 
 
 def provenance(config: Config, args: TrainingArguments, rows: Rows, ids: list[list[int]]) -> dict[str, Any]:

@@ -25,7 +25,7 @@ from llm2vec.objectives.negatives import ContrastiveKeys, RowFacts
 from llm2vec.objectives.stage_one import StageOneObjective, stage_one_objective
 from llm2vec.train.config import Config
 from llm2vec.train.config.file import load_config
-from llm2vec.train.model import decoder_of, load_model, set_attention_dropout
+from llm2vec.train.model import decoder_of, load_model, prepare_device, set_attention_dropout
 from llm2vec.train.resume import start_or_resume
 from llm2vec.train.rows import Rows, needs_scores, open_rows, open_running_text, open_texts
 from llm2vec.train.run import train
@@ -60,6 +60,7 @@ def train_stage(stage: Stage, path: Path) -> None:
         RunEnds: there is nothing left to do, or the run was asked to stop, could not write, or diverged.
     """
     config = load_config(path, stage)
+    prepare_device(config)
     with ExitStack() as held:
         args = start_or_resume(config, held)
         parts = stage_parts(config)

@@ -59,7 +59,7 @@ def backward_step(
     if not inner.contrasts or len(pieces) == 1:
         return _backward_whole(objective, inner, pieces, totals, scale, backward, no_sync)
     # Both times that a piece is embedded, dropout must drop the same units.
-    seeds = torch.randint(2**62, (len(pieces),)).tolist()
+    seeds = draw_seeds(len(pieces))
     # The last piece's graph is kept and differentiated first, which saves embedding that piece again. Of many pieces
     # that is a small saving, and the memory is better spent on their vectors.
     keep = len(pieces) <= MOST_PIECES_WITH_A_GRAPH
@@ -132,8 +132,13 @@ def count_terms(
 ) -> tuple[dict[str, Tensor], Tensor]:
     """How many terms of each loss part, and how many tokens, batches hold on all ranks; one sum over the ranks."""
     counts = [{**objective.count(batch), "tokens": _num_tokens(batch)} for batch in batches]
-    of_rank = [torch.stack([count[name].to(device) for count in counts]).sum() for name in counts[0]]
-    totals = dict(zip(counts[0], sum_over_ranks(torch.stack(of_rank)).unbind(), strict=True))
+    sums = [torch.stack([count[name] for count in counts]).sum() for name in counts[0]]
+    if device.type == "cuda" and all(number.device.type == "cpu" for number in sums):
+        # From pinned memory, so that the host need not wait until they are there.
+        of_rank = torch.stack(sums).pin_memory().to(device, non_blocking=True)
+    else:
+        of_rank = torch.stack([number.to(device) for number in sums])
+    totals = dict(zip(counts[0], sum_over_ranks(of_rank).unbind(), strict=True))
     return totals, totals.pop("tokens")
 
 
@@ -295,6 +300,11 @@ def _cut(values: Tensor, lengths: Sequence[int]) -> Iterator[Tensor]:
 def _num_rows(batch: Batch) -> int:
     """As many as the first side has texts; others may have several a row."""
     return len(batch[next(iter(batch))]["lengths"])
+
+
+def draw_seeds(number: int) -> list[int]:
+    """So many, from the CPU's generator."""
+    return torch.randint(2**62, (number,)).tolist()
 
 
 @contextmanager

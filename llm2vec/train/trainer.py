@@ -217,7 +217,7 @@ class EmbedderTrainer(Trainer):
         if not batches:
             return batches, None
         totals, tokens = count_terms(self._objective(), batches, device)
-        self._figures.add_tokens(float(tokens))
+        self._figures.add_tokens(tokens)
         return batches, totals
 
     def training_step(self, model: nn.Module, inputs: dict[str, Any], num_items_in_batch: Any = None) -> Tensor:

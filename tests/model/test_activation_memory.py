@@ -15,15 +15,15 @@ from torch import Tensor
 from llm2vec.data.collation import CollateSides
 from llm2vec.llm2vec_q2d_d2q import BidirectionalReconstruction
 from llm2vec.model.packing import checkpoint_contexts, compile_layers
-from llm2vec.model.recomputation import (
+from llm2vec.model.settings import EncoderSettings, row_tokenizer
+from llm2vec.train.model import decoder_of
+from llm2vec.train.recomputation import (
     bytes_per_token,
     enable_checkpointing,
     fit_activations,
     layers_to_recompute,
     measured_bytes,
 )
-from llm2vec.model.settings import EncoderSettings, row_tokenizer
-from llm2vec.train.model import decoder_of
 from llm2vec.train.step import backward_step
 from llm2vec.types import Batch, UserError
 
@@ -77,7 +77,7 @@ def test_memory_grows_with_tokens_and_shrinks_with_recomputed_layers() -> None:
     objective, small, large = make()
     whole = bytes_per_token(objective, small, large)
     budget = 0.75 * whole * 1000 / 1e9
-    line = fit_activations(objective, objective.decoder, small, large, 1000, budget)
+    line = fit_activations(objective, objective.decoder, [(small, large)], 1000, budget)
     recomputed = [layer.gradient_checkpointing for layer in objective.decoder.layers]
     assert 0 < sum(recomputed) < LAYERS and recomputed == sorted(recomputed, reverse=True)
     assert f"{sum(recomputed)} of {LAYERS} layers are recomputed" in line
@@ -90,7 +90,7 @@ def test_memory_grows_with_tokens_and_shrinks_with_recomputed_layers() -> None:
 
 def test_a_large_budget_recomputes_nothing() -> None:
     objective, small, large = make()
-    line = fit_activations(objective, objective.decoder, small, large, 1000, 100.0)
+    line = fit_activations(objective, objective.decoder, [(small, large)], 1000, 100.0)
     assert "0 of 4 layers" in line
     assert calls_of(objective.decoder.layers[0], objective, large) == 2
 
@@ -99,12 +99,39 @@ def test_results_do_not_depend_on_the_budget() -> None:
     objective, small, large = make()
     loss, gradients = run(objective, large)
     whole = bytes_per_token(objective, small, large)
-    fit_activations(objective, objective.decoder, small, large, 1000, 0.75 * whole * 1000 / 1e9)
+    fit_activations(objective, objective.decoder, [(small, large)], 1000, 0.75 * whole * 1000 / 1e9)
     assert calls_of(objective.decoder.layers[0], objective, large) == 4
     assert calls_of(objective.decoder.layers[-1], objective, large) == 2
     again, same = run(objective, large)
     torch.testing.assert_close(again, loss, rtol=1e-12, atol=0)
     reference.assert_same_gradients(same, gradients)
+
+
+def test_the_source_whose_tokens_keep_most_decides() -> None:
+    """Whichever comes first. Rows of long instructions keep less a token: an instruction is not decoded."""
+    per_source = []
+    for instruction in ("", "find the answer to it who wrote the red green blue calm water " * 4):
+        rows = [row._replace(query=row.query._replace(instruction=instruction)) for row in ROWS]
+        objective, _, _ = make()
+        collate = CollateSides(row_tokenizer(family_tokenizer("llama"), objective.settings), ("query", "positive"))
+        per_source.append((collate(rows[:6]), collate(rows)))
+    kept = [bytes_per_token(objective, *batches) for batches in per_source]
+    assert kept[0] > 1.1 * kept[1]
+    for order in (per_source, per_source[::-1]):
+        line = fit_activations(objective, objective.decoder, order, 1000, 100.0)
+        assert line.startswith(f"activations {kept[0] * 1000 / 1e9:.2f} GB")
+
+
+def test_weights_of_another_precision_are_measured_as_they_will_be() -> None:
+    """FSDP2 computes with bfloat16 copies of float32 weights, before which the budget is measured."""
+    _, small, large = make()
+    model = tiny_model("llama", True, num_hidden_layers=LAYERS).train()
+    settings = EncoderSettings(pooling_mode="last", attention="causal", template="llama3")
+    objective = BidirectionalReconstruction(model, settings)
+    as_run = bytes_per_token(objective, small, large, torch.bfloat16)
+    assert bytes_per_token(objective, small, large) > 1.2 * as_run
+    assert {weight.dtype for weight in objective.parameters()} == {torch.float32}
+    assert as_run == bytes_per_token(objective.bfloat16(), small, large)
 
 
 @pytest.mark.parametrize("kind", every_objective.KINDS)
@@ -117,7 +144,7 @@ def test_a_budget_that_fits_with_all_layers_recomputed_is_not_refused(kind: str)
     enable_checkpointing(decoder, {"use_reentrant": False, "context_fn": partial(checkpoint_contexts, decoder)})
     needed = (bytes_per_token(objective, small, large) + whole / LAYERS) * 1000 / 1e9
     objective, _ = every_objective.make(kind, num_hidden_layers=LAYERS)
-    line = fit_activations(objective, decoder_of(objective.model), small, large, 1000, needed)
+    line = fit_activations(objective, decoder_of(objective.model), [(small, large)], 1000, needed)
     assert f"{LAYERS} of {LAYERS} layers are recomputed" in line
 
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+from collections.abc import Iterator
 from typing import Any, NamedTuple
 
 import pytest
@@ -83,8 +85,11 @@ def attend_to(q: Tensor, k: Tensor, v: Tensor, layout: Layout, causal: bool, sca
 
 def gradients(output: Tensor, leaves: tuple[Tensor, ...]) -> list[Tensor]:
     """Of a sum in which every entry has a weight of its own."""
-    weight = torch.arange(output.numel(), dtype=torch.float64, device=output.device).cos().reshape(output.shape)
-    return list(torch.autograd.grad((output.double() * weight).sum(), leaves))
+    return list(torch.autograd.grad((output.double() * weights_of(output)).sum(), leaves))
+
+
+def weights_of(output: Tensor) -> Tensor:
+    return torch.arange(output.numel(), dtype=torch.float64, device=output.device).cos().reshape(output.shape)
 
 
 def assert_same(actual: Tensor, expected: Tensor, leaves: tuple[Tensor, ...], tolerance: float) -> None:
@@ -252,7 +257,7 @@ def test_dropout_is_applied_text_by_text() -> None:
     """Where attention drops out there is no joining of a prefix, and `can_share_prefix` says so beforehand."""
     groups = (Group(0, (5, 5)),)
     q, k, v = heads(groups)
-    assert can_share_prefix(CPU, torch.float64, 0.0) and not can_share_prefix(CPU, torch.float64, 0.1)
+    assert can_share_prefix(CPU, torch.float64, 0.0, 5) and not can_share_prefix(CPU, torch.float64, 0.1, 5)
     outputs = [
         attend(torch.nn.Module(), q, k, v, None, dropout, None, True, Layout(groups))[0] for dropout in (0.0, 0.5, 0.5)
     ]
@@ -282,10 +287,21 @@ def slow_varlen(
     window_size: tuple[int, int] = (-1, -1),
     enable_gqa: bool = False,
 ) -> Tensor:
-    """What torch's kernel computes, by its documentation: a causal mask is aligned to the end of queries and keys."""
-    assert enable_gqa or query.shape[1] == key.shape[1]
-    assert cu_seq_q.dtype == cu_seq_k.dtype == torch.int32
-    assert (cu_seq_q[-1], cu_seq_k[-1]) == (len(query), len(key))
+    """What torch's kernel computes, by its documentation: a causal mask is aligned to the end of queries and keys.
+
+    It refuses what the kernel refuses (FlashAttention's `mha_varlen_fwd`, and torch's wrapper); dtypes aside, as the
+    tests compare in float64.
+    """
+    assert query.shape[1] == key.shape[1] or (enable_gqa and query.shape[1] % key.shape[1] == 0), "heads"
+    assert query.dtype == key.dtype == value.dtype, "one dtype"
+    for tensor in (query, key, value):
+        assert tensor.dim() == 3 and tensor.stride(-1) == 1, "numbers of a head lie together"
+        assert tensor.shape[-1] % 8 == 0 and tensor.shape[-1] <= 256, "head size"
+    for ends, longest, tensor in ((cu_seq_q, max_q, query), (cu_seq_k, max_k, key)):
+        assert ends.dtype == torch.int32 and ends.is_contiguous() and ends.device == tensor.device, "ends"
+        assert ends[0] == 0 and ends[-1] == len(tensor) and type(longest) is int, "ends"
+        assert ends.diff().min() > 0 and ends.diff().max() == longest, "the longest"
+    assert len(cu_seq_q) == len(cu_seq_k) and key.shape == value.shape
     assert window_size in ((-1, 0), (-1, -1))
     outputs = []
     for i in range(len(cu_seq_q) - 1):
@@ -293,8 +309,8 @@ def slow_varlen(
             tensor[ends[i] : ends[i + 1]].transpose(0, 1)
             for tensor, ends in ((query, cu_seq_q), (key, cu_seq_k), (value, cu_seq_k))
         )
+        k, v = (tensor.repeat_interleave(len(q) // len(k), dim=0) for tensor in (k, v))
         num_queries, num_keys = q.shape[1], k.shape[1]
-        assert num_queries <= max_q and num_keys <= max_k
         scores = q @ k.transpose(1, 2) * (scale if scale is not None else q.shape[-1] ** -0.5)
         if window_size[1] == 0:
             behind = torch.ones(num_queries, num_keys, dtype=torch.bool).triu(num_keys - num_queries + 1)
@@ -303,18 +319,30 @@ def slow_varlen(
     return torch.cat(outputs)
 
 
-@pytest.fixture
-def varlen_calls(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+def varlen_without_groups(
+    query: Tensor, key: Tensor, value: Tensor, cu_seq_q: Tensor, cu_seq_k: Tensor, max_q: int, max_k: int, *,
+    scale: float | None = None, window_size: tuple[int, int] = (-1, -1),
+) -> Tensor:  # fmt: skip
+    """torch 2.11's parameters."""
+    return slow_varlen(query, key, value, cu_seq_q, cu_seq_k, max_q, max_k, scale=scale, window_size=window_size)
+
+
+@pytest.fixture(params=[slow_varlen, varlen_without_groups], ids=["2.13", "2.11"])
+def varlen_calls(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[list[int]]:
     """The CUDA branch on any device, with a slow kernel; a list that grows with each call of it."""
     calls: list[int] = []
 
+    @functools.wraps(request.param)
     def counted(*args: Any, **kwargs: Any) -> Tensor:
         calls.append(1)
-        return slow_varlen(*args, **kwargs)
+        made: Tensor = request.param(*args, **kwargs)
+        return made
 
     monkeypatch.setattr("torch.nn.attention.varlen.varlen_attn", counted)
     monkeypatch.setattr(packed_attention, "_has_varlen_kernel", lambda query, dropout: True)
-    return calls
+    packed_attention.varlen_takes.cache_clear()
+    yield calls
+    packed_attention.varlen_takes.cache_clear()
 
 
 @pytest.mark.parametrize("groups", LAYOUTS, ids=str)
@@ -333,37 +361,69 @@ def test_keys_and_lengths_for_the_variable_length_kernel(
     assert_same(actual, expected, leaves, 1e-12)
 
 
+def rounded_as_flash(half: tuple[Tensor, ...], rows: list[int], mask: Tensor) -> list[Tensor]:
+    """Output, and `gradients` of it, in float32 but for what FlashAttention rounds: shares, their gradient, results."""
+    times = half[0].shape[1] // half[1].shape[1]
+    query, key, value = (leaf.detach().float() for leaf in half)
+    q, k, v = query[:, :, rows], key.repeat_interleave(times, 1), value.repeat_interleave(times, 1)
+    scale = q.shape[-1] ** -0.5
+    share = (q @ k.mT * scale).masked_fill(~mask, -torch.inf).softmax(-1)
+    output = (share.bfloat16().float() @ v).bfloat16()
+    into = weights_of(output.transpose(1, 2)).bfloat16().float().transpose(1, 2)
+    into_share = into @ v.mT
+    delta = (into * output.float()).sum(-1, keepdim=True)
+    into_scores = (share * (into_share - delta)).bfloat16().float() * scale
+    into_query = torch.zeros_like(query).index_add(2, torch.tensor(rows, device=q.device), into_scores @ k)
+    of_heads = (into_scores.mT @ q, share.bfloat16().float().mT @ into)
+    into_key, into_value = (made.unflatten(1, (-1, times)).sum(2).bfloat16() for made in of_heads)
+    return [output.transpose(1, 2), into_query.bfloat16(), into_key, into_value]
+
+
+@pytest.mark.parametrize("groups", LAYOUTS, ids=str)
+def test_the_roundings_stand_around_the_truth(groups: tuple[Group, ...]) -> None:
+    """What the real kernel is measured by, on a GPU, is itself near, and not exact."""
+    half = tuple(leaf.detach().bfloat16().requires_grad_() for leaf in heads(groups))
+    exact = tuple(leaf.detach().double().requires_grad_() for leaf in half)
+    mask, rows = visible(groups, True), list(range(half[0].shape[2]))
+    truth = masked(*exact, mask, None)
+    for right, one in zip([truth, *gradients(truth, exact)], rounded_as_flash(half, rows, mask), strict=True):
+        assert 1e-5 < (one.double() - right).norm() / right.norm() < 0.02
+
+
 @pytest.mark.gpu
 @pytest.mark.parametrize("groups", [*LAYOUTS, (Group(37, (100, 1, 300)), Group(0, (64, 129)))], ids=str)
 @pytest.mark.parametrize("closing_only", [False, True], ids=["all", "closing"])
 @pytest.mark.parametrize("causal", [True, False], ids=["causal", "bidirectional"])
 def test_the_real_kernel_equals_an_explicit_mask(groups: tuple[Group, ...], closing_only: bool, causal: bool) -> None:
-    """bfloat16 on a CUDA device against float64 of the same numbers: no further off than text by text is."""
+    """bfloat16 on a CUDA device against float64 of the same numbers: no further off than its roundings make it."""
     half = tuple(leaf.detach().repeat(1, 1, 1, 8).bfloat16().cuda().requires_grad_() for leaf in heads(groups))
     exact = tuple(leaf.detach().double().requires_grad_() for leaf in half)
     assert packed_attention._has_varlen_kernel(half[0], 0.0)
     rows = closing_of(groups) if closing_only else list(range(half[0].shape[2]))
     mask = visible(groups, causal).cuda()[rows]
     truth = masked(exact[0][:, :, rows], *exact[1:], mask, None)
-    plain = masked(half[0][:, :, rows], *half[1:], mask, None)
     packed = attend_to(half[0][:, :, rows], *half[1:], Layout(groups, closing_only), causal)
     assert packed.dtype == torch.bfloat16
-    of_truth, of_plain, of_packed = (
-        [output, *gradients(output, leaves)] for output, leaves in ((truth, exact), (plain, half), (packed, half))
-    )
-    for right, one, other in zip(of_truth, of_packed, of_plain, strict=True):
+    of_truth, of_packed = ([output, *gradients(output, leaves)] for output, leaves in ((truth, exact), (packed, half)))
+    for right, one, other in zip(of_truth, of_packed, rounded_as_flash(half, rows, mask), strict=True):
         scale = right.norm()
-        assert (one.double() - right).norm() <= 1.5 * (other.double() - right).norm() + 2e-3 * scale
+        assert (one.double() - right).norm() <= 2 * (other.double() - right).norm() + 2e-3 * scale
         assert (one.double() - right).norm() < 0.03 * scale
 
 
 @pytest.mark.gpu
 def test_a_prefix_is_shared_on_a_gpu_in_half_precision_alone() -> None:
     cuda = torch.device("cuda")
-    assert can_share_prefix(cuda, torch.bfloat16, 0.0) and can_share_prefix(cuda, torch.float16, 0.0)
-    assert not can_share_prefix(cuda, torch.float32, 0.0) and not can_share_prefix(cuda, torch.bfloat16, 0.1)
+    assert can_share_prefix(cuda, torch.bfloat16, 0.0, 64) and can_share_prefix(cuda, torch.float16, 0.0, 64)
+    assert not can_share_prefix(cuda, torch.float32, 0.0, 64) and not can_share_prefix(cuda, torch.bfloat16, 0.1, 64)
     with torch.autocast("cuda", torch.bfloat16):
-        assert can_share_prefix(cuda, torch.float32, 0.0)
+        assert can_share_prefix(cuda, torch.float32, 0.0, 64)
+
+
+@pytest.mark.parametrize(("head_size", "fits"), [(8, True), (80, True), (256, True), (12, False), (264, False)])
+def test_heads_that_the_kernel_does_not_take_go_text_by_text(head_size: int, fits: bool) -> None:
+    """It would raise where it is called."""
+    assert can_share_prefix(torch.device("cuda"), torch.bfloat16, 0.0, head_size) is fits
 
 
 def varlen_of_torch_2_10(
@@ -383,12 +443,17 @@ def test_a_torch_without_the_kernel_is_said_once(
     where: str, replacement: Any, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     """Then half precision on a GPU goes text by text, and shares no prefix."""
-    packed_attention._varlen_is_there.cache_clear()
+
+    def forget() -> None:
+        packed_attention._varlen_is_there.cache_clear()
+        packed_attention.varlen_takes.cache_clear()
+
+    forget()
     with monkeypatch.context() as patch:
         patch.setattr(where, replacement)
         for _ in range(2):
-            assert not can_share_prefix(torch.device("cuda"), torch.bfloat16, 0.0)
-    packed_attention._varlen_is_there.cache_clear()
+            assert not can_share_prefix(torch.device("cuda"), torch.bfloat16, 0.0, 64)
+    forget()
     assert len(caplog.records) == 1
     assert f"torch {torch.__version__} has no varlen_attn with a scale (2.11 has)" in caplog.records[0].getMessage()
-    assert can_share_prefix(torch.device("cuda"), torch.bfloat16, 0.0)
+    assert can_share_prefix(torch.device("cuda"), torch.bfloat16, 0.0, 64)

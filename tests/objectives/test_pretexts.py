@@ -21,7 +21,6 @@ from llm2vec.data.collation import CollateSides
 from llm2vec.llm2vec_q2d_d2q import BidirectionalReconstruction
 from llm2vec.model.backbone import LORA_MODULES, attach_lora
 from llm2vec.model.packing import adapter_off, checkpoint_contexts
-from llm2vec.model.recomputation import enable_checkpointing
 from llm2vec.model.settings import EncoderSettings, row_tokenizer
 from llm2vec.objectives.losses import linear_cross_entropy
 from llm2vec.text import batches
@@ -30,6 +29,7 @@ from llm2vec.text.templates import add_template_tokens
 from llm2vec.text.tokenization import Row
 from llm2vec.train.config.file import load_config
 from llm2vec.train.log import LOG_FILE
+from llm2vec.train.recomputation import enable_checkpointing
 from llm2vec.train.step import backward_step, split_batch
 from llm2vec.types import Example, UserError
 

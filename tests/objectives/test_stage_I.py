@@ -21,10 +21,10 @@ from llm2vec.llm2vec_q2d_d2q import BidirectionalReconstruction, LLM2Vec_q2d_d2q
 from llm2vec.model import packing
 from llm2vec.model.packing import checkpoint_contexts
 from llm2vec.model.pooling import embed
-from llm2vec.model.recomputation import enable_checkpointing
 from llm2vec.model.settings import EncoderSettings, row_tokenizer
 from llm2vec.text.tokenization import Row
 from llm2vec.train.log import LOG_FILE
+from llm2vec.train.recomputation import enable_checkpointing
 from llm2vec.train.step import add_up, backward_step, loss_parts, split_batch
 from llm2vec.train.trainer import EmbedderTrainer
 from llm2vec.types import AnchorProjection, Attention, Batch, Example, InstructedText, PoolingMode, Reduction

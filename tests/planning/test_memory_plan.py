@@ -31,7 +31,6 @@ from llm2vec.llm2vec_q2d_d2q import BidirectionalReconstruction
 from llm2vec.model import packed_attention
 from llm2vec.model.backbone import attach_lora
 from llm2vec.model.packing import checkpoint_contexts, packed_hidden_states
-from llm2vec.model.recomputation import enable_checkpointing, measured_bytes, tokens_run
 from llm2vec.model.settings import EncoderSettings, row_tokenizer
 from llm2vec.objectives.contrastive import ContrastiveLearning
 from llm2vec.objectives.losses import linear_cross_entropy
@@ -41,6 +40,7 @@ from llm2vec.planning.memory import Step, memory_of
 from llm2vec.planning.plan import Conditions, make_plan
 from llm2vec.planning.work import useful_flops
 from llm2vec.train.model import set_attention_dropout
+from llm2vec.train.recomputation import enable_checkpointing, measured_bytes, tokens_run
 from llm2vec.train.step import backward_step, split_batch
 from llm2vec.types import Batch, Pass
 

@@ -29,12 +29,12 @@ from llm2vec.distributed import gather_with_gradient, max_over_ranks, sum_over_r
 from llm2vec.llm2vec_q2d_d2q import BidirectionalReconstruction
 from llm2vec.model.backbone import attach_lora
 from llm2vec.model.packing import checkpoint_contexts
-from llm2vec.model.recomputation import enable_checkpointing
 from llm2vec.model.settings import EncoderSettings, row_tokenizer
 from llm2vec.objectives.contrastive import ContrastiveLearning
 from llm2vec.processes import first_of_each_machine_first, rank, rank_zero_first, world_size
 from llm2vec.text.templates import add_template_tokens
 from llm2vec.train.log import LOG_FILE
+from llm2vec.train.recomputation import enable_checkpointing
 from llm2vec.train.step import backward_step, loss_parts, number_of_pieces, split_batch
 from llm2vec.types import Batch
 

@@ -120,6 +120,9 @@ class Config:
     """Type of the weights. null = float32. `bfloat16` without `bf16` is the release's pure bfloat16."""
     attn_implementation: Annotated[AttnImplementation, Key(influence="rounding")] = "sdpa"
     """How attention is computed."""
+    fused_layers: Annotated[Literal["auto", "off"], Key(influence="rounding")] = "auto"
+    """`auto`: on an NVIDIA GPU, norms, rotary positions and gated products run as one kernel each. `off`: they run as
+    transformers has them."""
 
     # --- the objective ---
     objective: Annotated[str, Key(stages=("stage_I",), on_card=True)] = "reconstruction"

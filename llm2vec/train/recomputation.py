@@ -7,6 +7,7 @@ cannot be smaller (one long row, a large base model), recomputing as few layers 
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from functools import partial
 from typing import Any
 
@@ -17,9 +18,20 @@ from llm2vec.model.packing import checkpoint_contexts, inner_decoder, shares_pre
 from llm2vec.types import Batch, Objective, Pass, UserError
 
 
-def measured_bytes(objective: Objective, batch: Batch) -> int:
-    """Bytes that the forward pass of a batch keeps for its backward pass, weights left out."""
-    weights = {weight.untyped_storage().data_ptr() for weight in objective.parameters()}
+def measured_bytes(objective: Objective, batch: Batch, dtype: torch.dtype | None = None) -> int:
+    """Bytes that the forward pass of a batch keeps for its backward pass, weights left out.
+
+    Args:
+        objective: with its weights.
+        batch: on their device.
+        dtype: of the weights that the steps compute with, where it is another one (FSDP2's mixed precision).
+    """
+    module: Any = objective
+    parameters = {
+        name: weight if dtype is None else weight.detach().to(dtype).requires_grad_(weight.requires_grad)
+        for name, weight in module.named_parameters()
+    }
+    weights = {weight.untyped_storage().data_ptr() for weight in parameters.values()}
     kept: dict[int, int] = {}
     alive: list[Tensor] = []  # so that no address is used twice
 
@@ -31,7 +43,10 @@ def measured_bytes(objective: Objective, batch: Batch) -> int:
         return tensor
 
     with torch.enable_grad(), torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor):
-        objective(batch, objective.count(batch))
+        if dtype is None:
+            objective(batch, objective.count(batch))
+        else:
+            torch.func.functional_call(module, parameters, (batch, objective.count(batch)))
     return sum(kept.values())
 
 
@@ -61,9 +76,9 @@ def layers_to_recompute(bytes_per_layer: float, kept_per_layer: float, num_layer
     return number
 
 
-def bytes_per_token(objective: Objective, small: Batch, large: Batch) -> float:
+def bytes_per_token(objective: Objective, small: Batch, large: Batch, dtype: torch.dtype | None = None) -> float:
     """What a further token keeps: the slope between two batches, so that what does not grow with tokens cancels."""
-    kept = measured_bytes(objective, large) - measured_bytes(objective, small)
+    kept = measured_bytes(objective, large, dtype) - measured_bytes(objective, small, dtype)
     return kept / (_num_tokens(large) - _num_tokens(small))
 
 
@@ -73,30 +88,45 @@ def tokens_run(model: Any, run: Pass, device: torch.device, dtype: torch.dtype) 
 
 
 def fit_activations(
-    objective: Objective, decoder: Any, small: Batch, large: Batch, tokens: int, budget_gb: float
+    objective: Objective,
+    decoder: Any,
+    batches: Sequence[tuple[Batch, Batch]],
+    tokens: int,
+    budget_gb: float,
+    dtype: torch.dtype | None = None,
 ) -> str:
     """Recompute as many of the decoder's layers as the budget asks for, and say so.
 
     Args:
         objective: the objective around the decoder.
         decoder: the model without head, plain or with an adapter on it.
-        small: some rows to measure with, on the model's device.
-        large: more of them.
+        batches: some rows to measure with and more of them, on the model's device, of each source: what a token keeps
+            depends on how often it is run, so on how long texts and instructions are. The source that keeps most
+            counts.
         tokens: of a micro-batch.
         budget_gb: for what the layers keep, in 10^9 bytes.
+        dtype: as in `measured_bytes`.
     """
     weight = next(decoder.parameters())
-    run = sum(tokens_run(decoder, p, weight.device, weight.dtype) for p in objective.passes(large))
-    per_token = bytes_per_token(objective, small, large)
-    number, line = fit(decoder, per_token, run / _num_tokens(large), tokens, budget_gb)
+    computed = dtype or weight.dtype
+    a_token = []  # bytes that it keeps in all layers, and how often it goes through them
+    for small, large in batches:
+        run = sum(tokens_run(decoder, p, weight.device, computed) for p in objective.passes(large))
+        a_token.append((bytes_per_token(objective, small, large, dtype), run / _num_tokens(large)))
+    number, line = fit(decoder, *max(a_token), tokens, budget_gb, computed.itemsize)
     if number:
-        enable_checkpointing(decoder, {"use_reentrant": False, "context_fn": partial(checkpoint_contexts, decoder)})
-        for layer in inner_decoder(decoder).layers[number:]:
-            layer.gradient_checkpointing = False
+        recompute_first(decoder, number)
     return line
 
 
-def fit(decoder: Any, per_token: float, runs: float, tokens: int, budget_gb: float) -> tuple[int, str]:
+def recompute_first(decoder: Any, number: int) -> None:
+    """Recompute the decoder's first so many layers in the backward pass."""
+    enable_checkpointing(decoder, {"use_reentrant": False, "context_fn": partial(checkpoint_contexts, decoder)})
+    for layer in inner_decoder(decoder).layers[number:]:
+        layer.gradient_checkpointing = False
+
+
+def fit(decoder: Any, per_token: float, runs: float, tokens: int, budget_gb: float, element: int) -> tuple[int, str]:
     """How many layers to recompute, and a line that says so.
 
     Args:
@@ -105,13 +135,13 @@ def fit(decoder: Any, per_token: float, runs: float, tokens: int, budget_gb: flo
         runs: how often such a token goes through them, in the mean.
         tokens: of a micro-batch.
         budget_gb: for what the layers keep, in 10^9 bytes.
+        element: bytes of a number between the layers.
 
     Raises:
         UserError: not even recomputing all of them is enough.
     """
     num_layers = len(inner_decoder(decoder).layers)
     bytes_per_layer = per_token * tokens / num_layers
-    element = next(decoder.parameters()).element_size()
     kept_per_layer = runs * tokens * decoder.config.hidden_size * element  # a recomputed layer's input
     number = layers_to_recompute(bytes_per_layer, kept_per_layer, num_layers, budget_gb * 1e9)
     return number, (
