@@ -3,7 +3,11 @@ r"""Encode a whole corpus to Parquet files of vectors.
     llm2vec encode corpus.jsonl output/vectors --model output/stage_II/...
     llm2vec encode BeIR/scifact output/scifact --subset corpus --split corpus --id_column _id \
         --model ... --torch_dtype bfloat16 --dtype float16
+    llm2vec encode run.json output/vectors --model ...
     llm2vec encode folder/of/parquet output/vectors --model ... --engine ray --num_workers 64
+
+The third encodes all texts of a Stage II config's rows, as its keys `guide` and `teacher_vectors` want them, into a
+folder of OUTPUT for each side and instruction.
 
 Writes OUTPUT/part-00000.parquet, ... with `id` and `vector`, rows in the input's order, and OUTPUT/_manifest.json.
 Started again with the same arguments, it does only what is missing; another model, setting or input is refused. Every
@@ -13,14 +17,16 @@ whose machines must all see OUTPUT and the model under the same path.
 
 from __future__ import annotations
 
+import json
 import sys
 import time
-from collections.abc import Sequence
-from typing import get_args
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any, get_args
 
 from llm2vec import cli
 from llm2vec.choice import add_model_flags, chosen_model
-from llm2vec.files import check_unicode
+from llm2vec.files import check_unicode, write_text
 from llm2vec.types import TextSide, VectorDtype
 
 
@@ -28,7 +34,7 @@ def main(argv: Sequence[str]) -> None:
     """Encode what is not encoded yet, and say how long it took."""
     started = time.monotonic()
     parser = cli.parser("encode", __doc__)
-    parser.add_argument("input", help=".jsonl or .parquet file, a folder of such files, or a dataset on the hub")
+    parser.add_argument("input", help=".jsonl or .parquet file, folder of such files, dataset on the hub, or run.json")
     parser.add_argument("output", type=cli.path, help="folder to write")
     add_model_flags(parser, torch_dtype=True)
     parser.add_argument("--side", choices=get_args(TextSide), default="document", help="what the texts are (document)")
@@ -51,12 +57,31 @@ def main(argv: Sequence[str]) -> None:
     if args.engine == "ray":
         check_ray_installed()
     encoder = chosen_model(args).resolved()
-    corpus = open_corpus(
-        args.input, text_column=args.text_column, id_column=args.id_column, subset=args.subset, split=args.split
-    )
-    encoding = CorpusEncoding(
-        corpus, args.output.resolve(), encoder, encoder.revision(), side=args.side, instruction=args.instruction,
-        shard_rows=args.shard_rows, dtype=args.dtype, batch_size=args.batch_size,
-    )  # fmt: skip
-    rows = encode_corpus(encoding, encode_on_ray if args.engine == "ray" else encode_locally, args.num_workers)
+    engine, rows = encode_on_ray if args.engine == "ray" else encode_locally, 0
+    for corpus, folder, side, instruction in _of_run(args) if args.input.endswith(".json") else [
+        (open_corpus(
+            args.input, text_column=args.text_column, id_column=args.id_column, subset=args.subset, split=args.split
+        ), args.output, args.side, args.instruction)
+    ]:  # fmt: skip
+        encoding = CorpusEncoding(
+            corpus, folder.resolve(), encoder, encoder.revision(), side=side, instruction=instruction,
+            shard_rows=args.shard_rows, dtype=args.dtype, batch_size=args.batch_size,
+        )  # fmt: skip
+        rows += encode_corpus(encoding, engine, args.num_workers)
     print(f"{args.output}: complete; {rows:,} rows encoded in {time.monotonic() - started:.0f} s", file=sys.stderr)
+
+
+def _of_run(args: Any) -> Iterator[tuple[Any, Path, TextSide, str]]:
+    """The texts of a run: of each side and instruction a corpus, and where its vectors go."""
+    from llm2vec.corpus.rows import Corpus
+    from llm2vec.train.config.file import load_config
+    from llm2vec.train.stages import open_data
+    from llm2vec.train.vectors import all_rows, texts_to_encode
+
+    config = load_config(args.input, "stage_II")
+    groups = texts_to_encode(all_rows(config, open_data(config)))
+    for number, ((side, instruction), texts) in enumerate(sorted(groups.items())):
+        file = args.output / f"{number:02d}.{side}.jsonl"
+        file.parent.mkdir(parents=True, exist_ok=True)
+        write_text(file, "".join(json.dumps({"id": name, "text": text}) + "\n" for name, text in texts.items()))
+        yield Corpus((file,)), file.with_suffix(""), side, args.instruction or instruction

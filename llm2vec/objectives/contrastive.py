@@ -38,9 +38,11 @@ class ContrastiveLearning(nn.Module, Objective):
         distillation_weight: of the term that imitates a teacher (`losses.distillation`); the batch must hold its
             scores.
         how: what else rows are compared by.
+        teacher_width: numbers of a teacher's vectors.
 
     Raises:
-        UserError: a truncation is longer than the vectors.
+        UserError: a truncation is longer than the vectors, or they and the teacher's differ in size without a
+            projection between them.
     """
 
     contrasts = True
@@ -55,6 +57,7 @@ class ContrastiveLearning(nn.Module, Objective):
         matryoshka_dims: Sequence[int] | None = None,
         distillation_weight: float = 0.0,
         how: ContrastiveKeys = ContrastiveKeys(),  # noqa: B008  # frozen
+        teacher_width: int | None = None,
     ) -> None:
         super().__init__()
         if matryoshka_dims is not None and max(matryoshka_dims) > model.config.hidden_size:
@@ -68,6 +71,14 @@ class ContrastiveLearning(nn.Module, Objective):
         self.matryoshka_dims = matryoshka_dims
         self.distillation_weight = distillation_weight
         self.how = how
+        self.projection: nn.Linear | None = None
+        if teacher_width is not None and how.teacher_projection:
+            self.projection = nn.Linear(model.config.hidden_size, teacher_width, device=model.device)
+        elif how.draws_near and teacher_width not in (None, model.config.hidden_size):
+            raise UserError(
+                f"teacher_vectors: they have {teacher_width} numbers, and the model's {model.config.hidden_size}; set "
+                "teacher_projection to true."
+            )
 
     def passes(self, batch: Batch) -> tuple[Pass, ...]:
         """One, of all sides' texts."""
@@ -81,10 +92,36 @@ class ContrastiveLearning(nn.Module, Objective):
         """Vectors [rows, D], not normalised, of the sides `query`, `positive` and, with hard negatives, `negative`;
         and what the batch knows of their texts (`RowFacts`).
 
-        All of the loss lies between vectors, so there are no parts.
+        The loss lies between vectors, so there are no parts but those of a teacher's vectors: `loss`, and detached
+        `loss_teacher_cosine` and `loss_teacher_mse`.
         """
         facts = {side: tokens["facts"] for side, tokens in batch.items() if tokens.get("facts")}
-        return Output({}, embed(self.model, self.settings, batch), facts)
+        vectors = embed(self.model, self.settings, batch)
+        if not totals or not self.how.draws_near:
+            return Output({}, vectors, facts)
+        with torch.autocast(vectors["query"].device.type, enabled=False):
+            return Output(self._imitation(vectors, facts, totals["contrastive"]), vectors, facts)
+
+    def _imitation(self, vectors: dict[str, Tensor], facts: TextFacts, total: Tensor) -> dict[str, Tensor]:
+        """How far each text's vector is from the teacher's; shares of the step's mean over rows."""
+        student_ND = torch.cat(list(vectors.values()))
+        exact = torch.promote_types(student_ND.dtype, torch.float32)
+        teacher_ND = unit(torch.cat([facts[side]["teacher"] for side in vectors]).to(exact))
+        cosines, squares = [], []
+        for size in self.matryoshka_dims or [student_ND.shape[1]]:
+            own_ND = unit(student_ND[:, :size])
+            if self.projection is not None:
+                weight, bias = (weights.to(own_ND) for weights in (self.projection.weight, self.projection.bias))
+                own_ND = nn.functional.linear(own_ND, weight[:, :size], bias)
+            cosines.append((1 - (unit(own_ND) * teacher_ND).sum(dim=1)).sum())
+            squares.append((own_ND - teacher_ND).square().mean(dim=1).sum())
+        share = len(vectors["query"]) / len(student_ND) / total.to(student_ND.device, exact)
+        cosine, square = share * torch.stack(cosines).mean(), share * torch.stack(squares).mean()
+        return {
+            "loss": self.how.teacher_cosine_weight * cosine + self.how.teacher_mse_weight * square,
+            "loss_teacher_cosine": cosine.detach(),
+            "loss_teacher_mse": square.detach(),
+        }
 
     def contrast(self, vectors: dict[str, Tensor], facts: TextFacts, totals: dict[str, Tensor]) -> dict[str, Tensor]:
         """Loss parts of B queries, B positives and K * B negatives; B is the same on every rank.
@@ -97,7 +134,8 @@ class ContrastiveLearning(nn.Module, Objective):
         Returns:
             `loss`, and detached, where they apply: `loss_contrastive`, `in_batch_accuracy` (share of queries whose
             positive has the highest logit of their softmax), `masked_negatives` (share of a row's negatives that are
-            left out as false ones), `loss_distillation`, `loss_cosent`, `gor_mean` and `gor_square`. These rows' share
+            left out as false ones), `loss_distillation`, `loss_cosent`, `loss_teacher_similarity`, `gor_mean` and
+            `gor_square`. These rows' share
             of the step's mean over queries; of truncations, the mean.
         """
         of_side = {side: unit(of_texts) for side, of_texts in vectors.items()}
@@ -149,12 +187,20 @@ class ContrastiveLearning(nn.Module, Objective):
         """Name, weight and value of each term beside the softmax; a term of the whole pool counts by its rows."""
         num_rows, how = len(own["q"]), self.how
         share = num_rows / total
+        weight_B = (1 / total).expand(num_rows)
+        taught = how.teacher_vectors is not None and how.teacher_similarity_weight > 0
+        if taught or self.distillation_weight or how.cosent_weight:
+            document_BGD = _own_group(own["d"][:num_rows], own["d"][num_rows:])
+        if taught:
+            teachers = {side: unit(of_side["teacher"].to(own["q"])) for side, of_side in facts.items()}
+            taught_BGD = _own_group(teachers["positive"], teachers.get("negative", teachers["positive"][:0]))
+            taught_BG = self.loss_scale * (teachers["query"].unsqueeze(1) * taught_BGD).sum(dim=-1)
+            similarity = distillation(own["q"], document_BGD, taught_BG, self.loss_scale, weight_B)
+            yield "loss_teacher_similarity", how.teacher_similarity_weight, similarity
         if self.distillation_weight or how.cosent_weight:
             of_positives = facts["positive"]["score"]
             score_BG = _own_group(of_positives, facts.get("negative", {}).get("score", of_positives[:0]))
-            document_BGD = _own_group(own["d"][:num_rows], own["d"][num_rows:])
         if self.distillation_weight:
-            weight_B = (1 / total).expand(num_rows)
             imitation = distillation(own["q"], document_BGD, score_BG, self.loss_scale, weight_B)
             yield "loss_distillation", self.distillation_weight, imitation
         if how.cosent_weight:

@@ -50,6 +50,12 @@ class ContrastiveKeys:
         gor_weight: of the mean square of `losses.orthogonality`, over queries, positives, and each place of a hard
             negative: the mean over these columns (EmbeddingGemma, arXiv 2509.20354, has their sum).
         gor_mean_weight: of its squared mean.
+        teacher_vectors: what a teacher's stored vectors were read from; None = there is no teacher.
+        teacher_cosine_weight: of 1 - cos of each text's vector and the teacher's (EmbedDistill, Kim et al. 2023, arXiv
+            2301.12005), the mean over queries, positives and each place of a hard negative.
+        teacher_mse_weight: of the mean squared difference of the two, as unit vectors.
+        teacher_similarity_weight: of `losses.distillation` of the teacher's cosines of a row's own documents.
+        teacher_projection: whether the model's unit vectors go through a learnt linear map first.
 
     Example:
         >>> ContrastiveKeys(directions=("qd", "dq"), partition="per_direction").softmaxes
@@ -68,11 +74,21 @@ class ContrastiveKeys:
     cosent_weight: float = 0.0
     gor_weight: float = 0.0
     gor_mean_weight: float = 0.0
+    teacher_vectors: str | None = None
+    teacher_cosine_weight: float = 1.0
+    teacher_mse_weight: float = 0.0
+    teacher_similarity_weight: float = 0.0
+    teacher_projection: bool = False
 
     @property
     def spreads(self) -> bool:
         """Whether vectors are pushed apart whatever they are compared with."""
         return bool(self.gor_weight or self.gor_mean_weight)
+
+    @property
+    def draws_near(self) -> bool:
+        """Whether vectors are drawn to a teacher's."""
+        return self.teacher_vectors is not None and self.teacher_cosine_weight + self.teacher_mse_weight > 0
 
     @property
     def softmaxes(self) -> tuple[tuple[Direction, ...], ...]:
@@ -273,6 +289,7 @@ class RowFacts:
             Li et al. 2024 do outside retrieval (arXiv 2409.15700).
         mask_known_positives: tell hashes, and the queries' other positives (`known`), which are no negatives either.
         guide: gives texts their vectors of a stronger model, [texts, D], to be told as `guide`.
+        teacher: likewise, as `teacher`.
     """
 
     mask_false_negatives: bool = False
@@ -280,6 +297,7 @@ class RowFacts:
     own_negatives_only: frozenset[str] = frozenset()
     mask_known_positives: bool = False
     guide: Callable[[Sequence[InstructedText]], Tensor] | None = None
+    teacher: Callable[[Sequence[InstructedText]], Tensor] | None = None
 
     def __call__(self, rows: Sequence[Example], side: str) -> dict[str, Tensor]:
         """Facts of one side's texts, each [texts, ...], in row order; K negatives a row become K * B texts, row by
@@ -292,6 +310,8 @@ class RowFacts:
             facts["hash"] = torch.tensor([hash_of(text) for text in texts])
         if self.guide is not None:
             facts["guide"] = self.guide(texts)
+        if self.teacher is not None:
+            facts["teacher"] = self.teacher(texts)
         if side == "query" and self.own_negatives_only:
             facts["own_only"] = torch.tensor([row.source in self.own_negatives_only for row in rows])
         if side == "query" and self.mask_known_positives:

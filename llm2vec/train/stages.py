@@ -29,6 +29,7 @@ from llm2vec.train.model import decoder_of, load_model, prepare_device, set_atte
 from llm2vec.train.resume import start_or_resume
 from llm2vec.train.rows import Rows, needs_scores, open_rows, open_running_text, open_texts
 from llm2vec.train.run import train
+from llm2vec.train.vectors import check_vectors, stored_vectors
 from llm2vec.types import Objective, Stage
 
 
@@ -65,6 +66,7 @@ def train_stage(stage: Stage, path: Path) -> None:
         args = start_or_resume(config, held)
         parts = stage_parts(config)
         opened = open_data(config)
+        check_vectors(config, opened)
         with_lm_head = parts.kind(config).needs_head
         model, tokenizer, settings = load_model(config, args.device, with_lm_head=with_lm_head)
         rows = cut(config, opened, tokenizer)
@@ -151,15 +153,15 @@ def _contrastive_sides(config: Config) -> tuple[str, ...]:
 def _contrastive(
     config: Config, model: Any, settings: EncoderSettings, tokenizer: PreTrainedTokenizerBase | None
 ) -> Objective:
+    teacher = stored_vectors(config.teacher_vectors)
     contrastive = ContrastiveLearning(
         decoder_of(model),
         settings,
         config.loss_scale,
         matryoshka_dims=config.matryoshka_dims,
         distillation_weight=config.distillation_weight,
-        how=ContrastiveKeys(
-            **{field.name: getattr(config, field.name) for field in dataclasses.fields(ContrastiveKeys)}
-        ),
+        how=ContrastiveKeys(**{key.name: getattr(config, key.name) for key in dataclasses.fields(ContrastiveKeys)}),
+        teacher_width=None if teacher is None else teacher.width,
     )
     if not config.lm_weight:
         return contrastive
@@ -181,6 +183,8 @@ def _contrastive_collate(
         with_scores=needs_scores(config),
         own_negatives_only=frozenset(config.own_negatives_only or ()),
         mask_known_positives=config.mask_known_positives,
+        guide=stored_vectors(config.guide),
+        teacher=stored_vectors(config.teacher_vectors),
     )
     return CollateSides(
         row_tokenizer(tokenizer, settings),

@@ -8,6 +8,7 @@ import os
 import runpy
 import sys
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple, get_args
 
@@ -60,6 +61,13 @@ ALL_DIRECTIONS: Any = ("qd", "dq", "qq", "dd")
 EVERYTHING = ContrastiveKeys(
     ALL_DIRECTIONS, "joint", 0.1, 0.8, "all_negatives", "stored", 0.1, "relative", 0.9, 0.3, 2.0, 1.5
 )
+TEACHER = ContrastiveKeys(
+    teacher_vectors="stored",
+    teacher_cosine_weight=0.8,
+    teacher_mse_weight=1.5,
+    teacher_similarity_weight=0.6,
+    teacher_projection=True,
+)
 EACH = {
     "none": Parts(),
     "matryoshka": Parts(dims=[4, 16, 32]),
@@ -80,6 +88,8 @@ EACH = {
     "harder others": Parts(how=ContrastiveKeys(hardness_weight=2.0, hardness_of="in_batch_negatives")),
     "cosent": Parts(how=ContrastiveKeys(contrastive_weight=0.0, cosent_weight=0.5)),
     "gor": Parts(how=ContrastiveKeys(gor_weight=2.0, gor_mean_weight=0.5)),
+    "teacher": Parts(how=TEACHER),
+    "teacher, cut": Parts([8, 32], how=replace(TEACHER, teacher_cosine_weight=0.0, teacher_similarity_weight=0.0)),
     "everything": Parts([8, 32], True, ("alone",), 0.5, True, True, EVERYTHING),
 }
 
@@ -92,7 +102,7 @@ def rows_with_copies() -> list[Example]:
     rows = [row._replace(scores=tuple(score)) for row, score in zip(rows, scores.tolist(), strict=True)]
     first, other = rows[0].positive, rows[1].positive
 
-    def replace(i: int, **places: InstructedText) -> None:
+    def put(i: int, **places: InstructedText) -> None:
         negatives = list(rows[i].negatives)
         for place, text in places.items():
             if place == "positive":
@@ -101,10 +111,10 @@ def rows_with_copies() -> list[Example]:
                 negatives[int(place[-1])] = text
         rows[i] = rows[i]._replace(negatives=tuple(negatives))
 
-    replace(3, at_1=rows[3].positive)  # among its own hard negatives
-    replace(5, positive=first, at_0=first)  # another row's positive, and a hard negative beside it
-    replace(6, at_2=first, at_0=other)
-    replace(7, positive=InstructedText("find it", other.text))  # under another instruction: no copy
+    put(3, at_1=rows[3].positive)  # among its own hard negatives
+    put(5, positive=first, at_0=first)  # another row's positive, and a hard negative beside it
+    put(6, at_2=first, at_0=other)
+    put(7, positive=InstructedText("find it", other.text))  # under another instruction: no copy
     rows[4] = rows[4]._replace(query=rows[2].query)  # one query with two positives
     rows[0] = rows[0]._replace(others=(rows[4].negatives[1], rows[7].positive))
     rows[6] = rows[6]._replace(others=(rows[2].positive,))
@@ -125,13 +135,19 @@ def make(parts: Parts, dtype: torch.dtype = torch.float64) -> tuple[ContrastiveL
         matryoshka_dims=parts.dims,
         distillation_weight=parts.weight,
         how=parts.how,
-    )
+        teacher_width=5 if parts.how.teacher_vectors else None,
+    ).to(dtype)
+
+    def stored(texts: Sequence[InstructedText]) -> Tensor:
+        return torch.tensor([guide_vector(text) for text in texts])
+
     facts = RowFacts(
         parts.mask,
         parts.weight + parts.how.cosent_weight > 0,
         frozenset(parts.own_only),
         parts.known,
-        (lambda texts: torch.tensor([guide_vector(text) for text in texts])) if parts.stored else None,
+        stored if parts.stored else None,
+        stored if parts.how.teacher_vectors else None,
     )
     collate = CollateSides(
         row_tokenizer(family_tokenizer("llama"), SETTINGS), ("query", "positive", "negative"), facts=facts
@@ -152,12 +168,21 @@ def same(one: InstructedText, other: InstructedText) -> bool:
     return (one.instruction, one.text) == (other.instruction, other.text)
 
 
+def guided(one: InstructedText, two: InstructedText) -> float:
+    """Cosine of the stronger model's vectors."""
+    return float(reference.cosine(*(torch.tensor(guide_vector(text)).double() for text in (one, two))))
+
+
 class Reference:
     """The same figures from loops over queries and documents; every text goes through the model alone."""
 
-    def __init__(self, model: Any, renderer: RowTokenizer, rows: Sequence[Example], parts: Parts) -> None:
+    def __init__(
+        self, objective: ContrastiveLearning, renderer: RowTokenizer, rows: Sequence[Example], parts: Parts
+    ) -> None:
         def vector(text: InstructedText) -> Tensor:
-            return reference.embedding(model, renderer.rows([text])[0])
+            return reference.embedding(objective.model, renderer.rows([text])[0])
+
+        self.projection = objective.projection
 
         self.rows, self.parts, self.how = rows, parts, parts.how
         self.queries = [vector(row.query) for row in rows]
@@ -204,7 +229,31 @@ class Reference:
                 squares.append((sum(c**2 for c in cosines) / len(cosines) - 1 / size).relu())
             figures["gor_mean"], figures["gor_square"] = sum(means) / len(means), sum(squares) / len(squares)
             loss = loss + self.how.gor_mean_weight * figures["gor_mean"] + self.how.gor_weight * figures["gor_square"]
+        if self.how.teacher_vectors:
+            loss = loss + self.taught(figures, size, cosine)
         return figures | {"loss": loss}
+
+    def taught(self, figures: dict[str, Tensor], size: int, cosine: Any) -> Tensor:
+        """The weighted terms of a teacher, each of them put among the figures."""
+        far, squares, imitations = [], [], []
+        assert self.projection is not None
+        for row, query, group in zip(self.rows, self.queries, self.groups, strict=True):
+            for text, vector in [(row.query, query), *group]:
+                teacher = torch.tensor(guide_vector(text)).double()
+                short = vector[:size] / vector[:size].norm()
+                student = sum(short[k] * self.projection.weight[:, k] for k in range(size)) + self.projection.bias
+                far.append(1 - reference.cosine(student, teacher))
+                squares.append(sum((student - teacher / teacher.norm()) ** 2) / 5)
+            own = LOSS_SCALE * torch.stack([cosine(query, document) for _, document in group])
+            of_teacher = [LOSS_SCALE * guided(row.query, text) for text, _ in group]
+            shares = torch.tensor(of_teacher, dtype=torch.float64).softmax(0)
+            imitations.append(-(shares * (own - own.logsumexp(0))).sum())
+        terms = {"cosine": sum(far) / len(far), "mse": sum(squares) / len(squares)}
+        weights = {name: getattr(self.how, f"teacher_{name}_weight") for name in ("cosine", "mse", "similarity")}
+        if weights["similarity"]:
+            terms["similarity"] = sum(imitations) / len(imitations)
+        figures |= {f"loss_teacher_{name}": term for name, term in terms.items()}
+        return sum(weights[name] * term for name, term in terms.items())
 
     def softmaxes(self) -> list[tuple[str, ...]]:
         directions = tuple(self.how.directions or ("qd",))
@@ -254,10 +303,6 @@ class Reference:
         if self.how.guide is None:
             return False
         if self.how.guide == "stored":
-
-            def guided(one: InstructedText, two: InstructedText) -> float:
-                return float(reference.cosine(*(torch.tensor(guide_vector(t)).double() for t in (one, two))))
-
             s, own = guided(left, text), guided(row.query, row.positive)
         return s > own - self.how.guide_margin * (abs(own) if self.how.guide_margin_kind == "relative" else 1)
 
@@ -275,7 +320,7 @@ def test_loss_and_every_gradient_equal_the_loops(name: str) -> None:
     parts = EACH[name]
     objective, collate = make(parts)
     rows = rows_with_copies()
-    expected = Reference(objective.model, collate.tokenizer, rows, parts).figures()
+    expected = Reference(objective, collate.tokenizer, rows, parts).figures()
     expected["loss"].backward()
     expected_gradients = reference.gradients(objective)
     batch = collate(rows)
@@ -303,7 +348,8 @@ def test_every_part_changes_the_loss_and_the_gradient(name: str) -> None:
     (loss, of_part), (without, of_none) = found
     assert abs(loss / without - 1) > 1e-3
     with pytest.raises(AssertionError, match="apart"):
-        reference.assert_same_gradients(of_part, of_none, relative=0.01)
+        # A projection to a teacher's vectors has gradients of its own.
+        reference.assert_same_gradients({name: of_part[name] for name in of_none}, of_none, relative=0.01)
 
 
 NEUTRAL = {
@@ -694,6 +740,34 @@ def test_spreading_out_is_sentence_transformers() -> None:
         found = value.compute_loss_from_embeddings([leaves[0], leaves[1], *leaves[2].unbind(1)])
         how = ContrastiveKeys(contrastive_weight=0.0, gor_mean_weight=0.3, gor_weight=2.0)
         assert_equal(ours(how, leaves), theirs(found["gor_mean"] + found["gor_second_moment"], leaves))
+
+
+@pytest.mark.parametrize("metric", ["cosine", "mse"])
+def test_a_teachers_vectors_are_sentence_transformers(metric: str) -> None:
+    """Of unit vectors; a projection of theirs has the same weights."""
+    losses = pytest.importorskip("sentence_transformers.sentence_transformer.losses")
+    how = replace(TEACHER, contrastive_weight=0.0, teacher_cosine_weight=float(metric == "cosine"),
+                  teacher_mse_weight=float(metric == "mse"), teacher_similarity_weight=0.0)  # fmt: skip
+    objective, collate = make(Parts(how=how))
+    batch = collate(rows_with_copies())
+    loss = loss_parts(objective, batch, objective.count(batch))["loss"]
+    output = objective(batch, {})
+    assert output.parts == {}
+    students = {side: unit(vectors) for side, vectors in output.vectors.items()}
+    teachers = {side: unit(facts["teacher"]) for side, facts in output.facts.items()}
+    of_columns = [
+        [of["query"], of["positive"], *of["negative"].unflatten(0, (8, NUM_NEGATIVES)).unbind(1)]
+        for of in (students, teachers)
+    ]
+    theirs = losses.EmbedDistillLoss(None, metric)
+    theirs.projection = objective.projection
+    expected = theirs.compute_loss_from_embeddings(*of_columns)
+    torch.testing.assert_close(loss, expected.detach(), rtol=1e-6, atol=0)  # the vectors are stored in float32
+
+
+def test_a_teacher_of_another_size_needs_a_projection() -> None:
+    with pytest.raises(UserError, match=r"teacher_vectors: they have 5 numbers, and the model's 32; set teacher_proj"):
+        make(Parts(how=replace(TEACHER, teacher_projection=False)))
 
 
 def test_cosent_is_sentence_transformers() -> None:

@@ -161,8 +161,9 @@ class Config:
     mask_known_positives: Annotated[bool, Key(stages=("stage_II",))] = False
     """Nor is another positive of the same query: one that a row of the batch has for it, or that its own row lists.
     Masks copies of the positive too."""
-    guide: Annotated[str | None, Key(stages=("stage_II",))] = None
-    """What tells a false negative by its score: the model in training (`self`). null = nothing does."""
+    guide: Annotated[str | None, Key(stages=("stage_II",), is_path=True)] = None
+    """What tells a false negative by its score: the model in training (`self`), or the folder of a stronger model's
+    vectors (`llm2vec encode CONFIG FOLDER`). null = nothing does."""
     guide_margin: Annotated[float, Key(stages=("stage_II",))] = 0.0
     """A negative whose cosine with the query is above the positive's less this is false. Below 0 it must be better."""
     guide_margin_kind: Annotated[MarginKind, Key(stages=("stage_II",))] = "absolute"
@@ -188,6 +189,16 @@ class Config:
     """Weight of the spread-out term: the mean squared cosine of queries, and of documents, beyond random ones'."""
     gor_mean_weight: Annotated[float, Key(at_least=0, stages=("stage_II",))] = 0.0
     """Weight of the squared mean of the same cosines."""
+    teacher_vectors: Annotated[str | None, Key(stages=("stage_II",), is_path=True)] = None
+    """Folder of a teacher's vectors of the rows' texts (`llm2vec encode CONFIG FOLDER`). null = no teacher."""
+    teacher_cosine_weight: Annotated[float, Key(at_least=0, stages=("stage_II",))] = 1.0
+    """Weight of 1 - cos of each text's vector and the teacher's."""
+    teacher_mse_weight: Annotated[float, Key(at_least=0, stages=("stage_II",))] = 0.0
+    """Weight of the mean squared difference of the two, as unit vectors."""
+    teacher_similarity_weight: Annotated[float, Key(at_least=0, stages=("stage_II",))] = 0.0
+    """Weight of the term that imitates the teacher's cosines of a query with its row's own documents."""
+    teacher_projection: Annotated[bool, Key(stages=("stage_II",))] = False
+    """A learnt map from the model's vectors to the teacher's. It is saved beside the model, and dropped in use."""
     own_negatives_only: Annotated[list[str] | None, Key(stages=("stage_II",))] = None
     """Sources whose queries are compared with their own row's documents only. null = no source."""
     distillation_weight: Annotated[float, Key(at_least=0, stages=("stage_II",))] = 0.0

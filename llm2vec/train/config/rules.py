@@ -127,17 +127,24 @@ def _in_the_objective(config: Config) -> Iterator[str]:
         yield f"directions is {directions}; 'qd' is needed, and each of 'dq', 'qq' and 'dd' is possible once."
     if config.partition == "per_direction" and {*directions} - {"qd", "dq"}:
         yield "partition is 'per_direction', but only 'qd' and 'dq' hold a positive; take the other directions out."
-    if config.guide not in (None, "self"):
-        yield f"guide is {config.guide!r}; allowed: 'self'."
     if config.guide is None and (config.guide_margin or config.guide_margin_kind != "absolute"):
         yield "guide_margin has no effect without guide; set guide, or take it out."
     if config.hardness_of != "hard_negatives" and not config.hardness_weight:
         yield "hardness_of has no effect while hardness_weight is 0; set both, or take it out."
     if config.hardness_weight and config.hardness_of == "hard_negatives" and not config.num_hard_negatives:
         yield "hardness_weight concerns hard negatives, and num_hard_negatives is 0; set hardness_of to another kind."
-    if not (config.contrastive_weight or config.distillation_weight or config.cosent_weight or config.lm_weight):
+    weights = "contrastive_weight", "distillation_weight", "cosent_weight", "lm_weight", "teacher_vectors"
+    if not any(getattr(config, key) for key in weights):
         yield "contrastive_weight is 0, and so is the weight of every other term; nothing would be learnt."
-    for key in ("distillation_weight", "own_negatives_only"):
+    of_teachers = [name for name in KEYS if name.startswith("teacher_") and name != "teacher_vectors"]
+    for key in of_teachers if config.teacher_vectors is None else ():
+        if getattr(config, key) != getattr(Config, key):
+            yield f"{key} has no effect without teacher_vectors; set both, or take it out."
+    if config.teacher_vectors is not None and config.lm_weight:
+        yield "teacher_vectors and lm_weight cannot be used together; take one of the two out."
+    if config.teacher_projection and config.training.get("fsdp"):
+        yield "teacher_projection is true, which fsdp would spread over processes and not save; take one out."
+    for key in ("distillation_weight", "own_negatives_only", "teacher_similarity_weight"):
         if getattr(config, key) and not config.num_hard_negatives:
             yield f"{key} is set, but num_hard_negatives is 0, so a row has no documents to tell apart."
 

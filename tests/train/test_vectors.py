@@ -1,0 +1,123 @@
+"""A stronger model's vectors: written by `encode`, found by text, refused where they do not fit the run."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+import torch
+from helpers import family_tokenizer, tiny_model, write_jsonl
+
+from llm2vec.commands import encode, train
+from llm2vec.objectives.negatives import hash_of
+from llm2vec.train.log import LOG_FILE
+from llm2vec.train.vectors import StoredVectors
+from llm2vec.types import Example, InstructedText, UserError
+
+TEXTS = [
+    InstructedText("", "hello world"),
+    InstructedText("find it", "hello world"),
+    InstructedText("", "who wrote it"),
+]
+
+
+def write(folder: Path, vectors: dict[str, list[float]], model: str | None = "a", complete: bool = True) -> Path:
+    """Vectors by id, and whose they are."""
+    folder.mkdir(parents=True)
+    width = len(next(iter(vectors.values())))
+    flat = pa.array([number for vector in vectors.values() for number in vector], pa.float32())
+    table = pa.table({"id": list(vectors), "vector": pa.FixedSizeListArray.from_arrays(flat, width)})
+    pq.write_table(table, folder / "part-00000.parquet")
+    if model is not None:
+        content = {"settings": {"model": model}, "complete": complete}
+        (folder / "_manifest.json").write_text(json.dumps(content), encoding="utf-8")
+    return folder
+
+
+def ids(*texts: InstructedText) -> list[str]:
+    return [f"{hash_of(text):016x}" for text in texts]
+
+
+def test_vectors_are_found_by_instruction_and_text(tmp_path: Path) -> None:
+    first, second, third = ids(*TEXTS)
+    write(tmp_path / "v/0", {second: [1.0, 2.0], third: [3.0, 4.0]})
+    write(tmp_path / "v/1", {first: [5.0, 6.0]}, model=None)
+    vectors = StoredVectors(tmp_path / "v")
+    assert vectors.width == 2
+    assert torch.equal(
+        vectors([TEXTS[2], TEXTS[0], TEXTS[1], TEXTS[2]]), torch.tensor([[3.0, 4], [5, 6], [1, 2], [3, 4]])
+    )
+    missing = InstructedText("find it", "who wrote it")
+    assert vectors.missing([*TEXTS, missing]) == [missing]
+    with pytest.raises(UserError, match="holds no vector of 'who wrote it'; encode"):
+        vectors([missing])
+    vectors.check([Example("a", TEXTS[1], TEXTS[0], (TEXTS[2],))])
+    with pytest.raises(UserError, match="lacks the vectors of 2 of the run's texts, such as 'who wrote it'; encode"):
+        vectors.check([Example("a", missing, TEXTS[0], (TEXTS[2], missing))])
+
+
+def test_what_is_no_folder_of_one_models_vectors_is_refused(tmp_path: Path) -> None:
+    first, second, _ = ids(*TEXTS)
+    write(tmp_path / "width/0", {first: [1.0, 2.0]})
+    write(tmp_path / "width/1", {second: [1.0, 2.0, 3.0]})
+    write(tmp_path / "model/0", {first: [1.0, 2.0]})
+    write(tmp_path / "model/1", {second: [1.0, 2.0]}, model="b")
+    write(tmp_path / "begun/0", {first: [1.0, 2.0]}, complete=False)
+    write(tmp_path / "names/0", {"row 7": [1.0, 2.0]})
+    (tmp_path / "empty").mkdir()
+    (tmp_path / "cut").mkdir()
+    (tmp_path / "cut/part-00000.parquet").write_bytes(b"PAR1")
+    pq.write_table(pa.table({"id": ["a"]}), tmp_path / "columns.parquet")
+    (tmp_path / "columns").mkdir()
+    (tmp_path / "columns.parquet").rename(tmp_path / "columns/a.parquet")
+    expected = {
+        "width": "hold vectors of another width each (2 and 3); encode anew",
+        "model": "hold vectors of another model each (a and b); encode anew",
+        "begun": "not all of it is encoded yet",
+        "names": "the id 'row 7' is no hash of a text",
+        "empty": "holds no Parquet files of vectors",
+        "cut": "not a whole Parquet file",
+        "columns": "the columns `id` and `vector`, of lists of one size, are needed",
+    }
+    for name, sentence in expected.items():
+        with pytest.raises(UserError) as error:
+            StoredVectors(tmp_path / name)
+        assert sentence in str(error.value) and "\n" not in str(error.value)
+
+
+@pytest.mark.slow
+def test_a_run_is_guided_and_taught_by_what_encode_wrote(tmp_path: Path) -> None:
+    """Vectors of a wider model; the projection is saved, and a text that was not encoded is refused."""
+    for name, size in (("base", 32), ("teacher", 48)):
+        tiny_model("llama", True, hidden_size=size, initializer_range=0.2).save_pretrained(tmp_path / name)
+        family_tokenizer("llama").save_pretrained(tmp_path / name)
+    words = ["red", "green", "blue", "black", "white", "one", "two", "three"]
+    rows = [{"query": f"who is {word}", "positive": f"it is {word}", "negative": f"not {word}"} for word in words]
+    write_jsonl(tmp_path / "a.jsonl", rows)
+    (tmp_path / "sources.json").write_text(json.dumps({"a": {"file": "a.jsonl", "instruction": "find it"}}))
+    config: dict[str, Any] = {
+        "model_name_or_path": str(tmp_path / "base"), "output_dir": str(tmp_path / "out"),
+        "sources_file": str(tmp_path / "sources.json"), "max_seq_length": 64, "per_device_train_batch_size": 8,
+        "learning_rate": 1e-2, "lora_r": 4, "max_steps": 12, "logging_steps": 1, "report_to": "none",
+        "disable_tqdm": True, "use_cpu": True, "tokens_per_microbatch": 128,
+        "guide": str(tmp_path / "vectors"), "guide_margin": 0.05, "teacher_vectors": str(tmp_path / "vectors"),
+        "teacher_projection": True, "teacher_mse_weight": 0.5, "teacher_similarity_weight": 0.1,
+    }  # fmt: skip
+    file = tmp_path / "run.json"
+    file.write_text(json.dumps(config), encoding="utf-8")
+    encode.main([str(file), str(tmp_path / "vectors"), "--model", str(tmp_path / "teacher")])
+    assert {path.parent.name for path in (tmp_path / "vectors").rglob("*.parquet")} == {"00.document", "01.query"}
+    train.stage_2([str(file)])
+    log = [json.loads(line) for line in (tmp_path / "out" / LOG_FILE).read_text().splitlines()]
+    far = [entry["loss_teacher_cosine"] for entry in log if "loss_teacher_cosine" in entry]
+    assert len(far) == 12 and far[-1] < 0.9 * far[0]
+    assert all("masked_negatives" in entry for entry in log if "loss" in entry)
+    assert list((tmp_path / "out").rglob("objective.safetensors"))
+    write_jsonl(tmp_path / "a.jsonl", [*rows[:7], {**rows[7], "positive": "it is new"}])
+    file.write_text(json.dumps(config | {"output_dir": str(tmp_path / "other")}), encoding="utf-8")
+    with pytest.raises(UserError, match="lacks the vectors of 1 of the run's texts, such as 'it is new'"):
+        train.stage_2([str(file)])
