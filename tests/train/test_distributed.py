@@ -95,7 +95,7 @@ STEPS: dict[str, tuple[Callable[[], tuple[nn.Module, CollateSides]], int | None]
     "stage_I": (stage_one, None),
     "stage_I_in_pieces": (stage_one, 45),
     "kl_lora": (kl_below_an_adapter, None),
-    "kl_lora_in_pieces": (kl_below_an_adapter, 45),
+    "kl_lora_in_pieces": (kl_below_an_adapter, 38),
     "stage_II": (stage_two, None),
     "stage_II_in_pieces": (stage_two, 70),
     "stage_II_in_pieces_recomputed": (partial(stage_two, checkpointing=True), 70),
