@@ -8,7 +8,7 @@ About an hour on two CPU cores with the defaults, minutes on a GPU; killed, it g
 SmolLM2-135M, takes the docstrings of the installed Python packages or the rows of --data (JSON lines of `query`,
 `positive` and `negative`), holds queries out of them, and trains with and without Stage I. Below --output_dir:
 
-    model/              the embedder, a plain sentence-transformers folder
+    model/              the best of what was trained, a plain sentence-transformers folder
     comparison/         scores, logs and runs of all that was trained; comparison.html
     index/              the held-out documents, to be searched
     base/, set/         what it was made from, and the configs; the data lie beside them
@@ -22,13 +22,10 @@ import time
 from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from llm2vec import cli
 from llm2vec.types import UserError
-
-if TYPE_CHECKING:
-    from llm2vec.compare.comparison import RecipeComparison
 
 #: Rows of a step. Small in Stage I, so that the steps are many; Stage II's are each other's negatives.
 STAGE_I_ROWS, STAGE_II_ROWS = 16, 32
@@ -86,8 +83,13 @@ def main(argv: Sequence[str]) -> int:
         if failed := failure_lines(found.outcomes):
             print(*failed, sep="\n")
             return 1
-        print("3/4 export")
-        trained = _export(found, out, texts / "prompts.json")
+        _, best = max(
+            ((o.scores[task], trial) for trial, o in zip(found.trials, found.outcomes, strict=True) if trial.training),
+            key=lambda pair: pair[0],
+        )
+        print(f"3/4 export of {best.recipe}, the best of those that were trained here")
+        trained = best.training[-1].folder
+        _export(trained, out / "model", texts / "prompts.json")
         print("4/4 search")
         _search(trained, texts / "eval" / task, out / "index", None if args.data else DOCSTRING_QUERIES)
     print(f"\nreport: {found.page}    ({(time.monotonic() - started) / 60:.0f} minutes)")
@@ -165,7 +167,7 @@ def _write_set(out: Path, base: str, task: str, data: Path, rows: int | None) ->
     }  # fmt: skip
     evaluation = {
         "tasks": [task], "local_data_dir": str(data / "eval"), "torch_dtype": "float32", "max_length": ROW_TOKENS,
-        "task_to_instructions_fp": str(data / "eval/instructions.json"),
+        "task_to_instructions_fp": str(data / "eval/instructions.json"), "save_predictions": True,
     }  # fmt: skip
     files = {
         "shared.json": shared,
@@ -185,17 +187,15 @@ def _write_set(out: Path, base: str, task: str, data: Path, rows: int | None) ->
         write_json(file, content)
 
 
-def _export(found: RecipeComparison, out: Path, prompts: Path) -> Path:
-    """Write the Anchor model to `model/`, anew, with its prompts; returns the folder that it was trained in."""
+def _export(trained: Path, to: Path, prompts: Path) -> None:
+    """Write a trained model as a plain folder, anew, with its prompts."""
     import shutil
 
     from llm2vec.commands.models import export
 
-    (trial,) = (trial for trial in found.trials if trial.recipe == "anchor")
-    shutil.rmtree(out / "model", ignore_errors=True)
+    shutil.rmtree(to, ignore_errors=True)
     flags = ["--doc_max_length", str(ROW_TOKENS), "--task_to_instructions_fp", str(prompts)]
-    export.main([str(trial.training[-1].folder), str(out / "model"), *flags])
-    return trial.training[-1].folder
+    export.main([str(trained), str(to), *flags])
 
 
 def _search(model: Path, task: Path, index: Path, queries: Sequence[str] | None) -> None:
