@@ -27,7 +27,7 @@ from llm2vec.data.tables import cached_table, stamp_of
 from llm2vec.files import read_object
 from llm2vec.objectives.negatives import hash_of
 from llm2vec.train.config import Config
-from llm2vec.types import Example, InstructedText, UserError, first_line
+from llm2vec.types import Example, InstructedText, TextSide, UserError, first_line
 
 
 class StoredVectors:
@@ -133,9 +133,9 @@ def all_rows(config: Config, rows: Any) -> Iterator[Example]:
         yield from (of_kind[i] for i in range(len(of_kind)))
 
 
-def texts_to_encode(rows: Iterable[Example]) -> dict[tuple[str, str], dict[str, str]]:
+def texts_to_encode(rows: Iterable[Example]) -> dict[tuple[TextSide, str], dict[str, str]]:
     """All texts of rows: by side and instruction, the id and the text of each once."""
-    found: dict[tuple[str, str], dict[str, str]] = {}
+    found: dict[tuple[TextSide, str], dict[str, str]] = {}
     for row in rows:
         for text in (row.query, row.positive, *row.negatives, *row.others):
             found.setdefault((text.side, text.instruction), {})[f"{hash_of(text):016x}"] = text.text
