@@ -124,7 +124,9 @@ def _origin(record: Path) -> dict[str, str]:
     runs = [read_object(file) for file in sorted(record.glob(f"*/*/{RUN_FILE}"))]
     commits = sorted({str(run["git_commit"])[:12] for run in runs if run.get("git_commit")})
     versions = sorted({f"{name} {version}" for run in runs for name, version in run.get("versions", {}).items()})
-    found = {"Commit": ", ".join(commits), "Versions": ", ".join(versions)}
+    origins = [run["origin"] for run in runs if run.get("origin")]
+    bases = sorted({f"{origin['model']}, from {origin['from']}; weights {origin['weights']}" for origin in origins})
+    found = {"The base is": ", ".join(bases), "Commit": ", ".join(commits), "Versions": ", ".join(versions)}
     return {name: text for name, text in found.items() if text}
 
 
