@@ -591,8 +591,9 @@ def test_shipped_recipes_differ_by_their_ideas_only(shipped: Planner) -> None:
     is_matched = "recipes" not in json.loads((shipped.recipes.folder / "shared.json").read_text(encoding="utf-8"))
     for recipe in shipped.recipes.recipes:
         for stage in recipe.stages:
-            # A frozen decoder, or an adapter, beside a set that shares the weights out.
-            alone = {"fsdp"} if stage.keys.get("decoder") == "frozen" and stage.keys.get("fsdp") is False else set()
+            # A frozen decoder beside a set that shares the weights out, and holds activations to a budget.
+            is_frozen = stage.keys.get("decoder") == "frozen" and stage.keys.get("fsdp") is False
+            alone = {"fsdp", "activation_memory_gb", "gradient_checkpointing"} if is_frozen else set()
             assert set(stage.keys) <= IDEAS | alone | (BUDGET if is_matched else set()), (
                 f"{stage.file}: everything else is shared"
             )

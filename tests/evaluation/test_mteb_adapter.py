@@ -352,7 +352,7 @@ def test_a_model_of_the_hub_is_known_by_its_commit(
 ) -> None:
     assert revision_of("org/never-loaded") == "org/never-loaded"
     cached = "/cache/models--org--name/snapshots/0123abc/config.json"
-    monkeypatch.setattr(chain, "try_to_load_from_cache", lambda *_: cached)
+    monkeypatch.setattr(chain, "try_to_load_from_cache", lambda *_, **__: cached)
     assert revision_of("org/name") == "0123abc"
 
 
