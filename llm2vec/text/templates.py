@@ -257,6 +257,8 @@ TEMPLATES: dict[str, Template] = {
 
 #: A row of the table, and how many tokens stand behind it.
 _WITH_MEMORY = re.compile(r"(?:(\w+)\+)?memory_([1-9]\d{0,2})")
+#: What a name of a template looks like, for the schema of configs.
+TEMPLATE_NAME = rf"^(?:(?:{'|'.join(TEMPLATES)})(?:\+memory_[1-9]\d{{0,2}})?|memory_[1-9]\d{{0,2}})$"
 
 
 def template_named(name: str) -> Template:

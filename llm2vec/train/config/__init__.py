@@ -18,6 +18,7 @@ from typing import Annotated, Any, Literal, get_args, get_type_hints
 
 from transformers import TrainingArguments
 
+from llm2vec.text.templates import TEMPLATE_NAME
 from llm2vec.types import (
     POOLING_ALIASES,
     AnchorProjection,
@@ -62,6 +63,8 @@ class Key:
     """The range of a number. `above` and `below` are outside of it."""
     choices: tuple[str, ...] = ()
     """What a string may be, where the type does not say it."""
+    pattern: str = ""
+    """What a string looks like, for editors; whoever reads it says what is wrong."""
     stages: tuple[Stage, ...] = get_args(Stage)
     """Who reads the key. Elsewhere it would be ignored, so it is refused."""
     influence: Literal["result", "rounding", "nothing"] = "result"
@@ -217,7 +220,7 @@ class Config:
     """Upstream's name of the contrastive loss."""
 
     # --- from a text to its vector ---
-    template: Annotated[str | None, Key(on_card=True)] = None
+    template: Annotated[str | None, Key(pattern=TEMPLATE_NAME, on_card=True)] = None
     """What stands around a text: a row of `text/templates.py`, with `+memory_8` eight added tokens behind it. null =
     inferred from the tokenizer. Its special tokens are added to a base without."""
     pooling_mode: Annotated[str, Key(choices=tuple(POOLING_ALIASES), on_card=True)] = "last"

@@ -204,6 +204,8 @@ def key_schemas() -> dict[str, dict[str, Any]]:
     schemas = {}
     for name, key in KEYS.items():
         schema = _schema_of(hints[name])
+        if key.pattern:
+            schema["pattern"] = key.pattern
         if allowed := key.choices or choices.get(name):
             schema["enum"] = [*allowed, *([None] if "null" in schema["type"] else [])]
         bounds = {word: getattr(key, bound) for bound, (word, _) in _BOUNDS.items()}
