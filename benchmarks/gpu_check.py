@@ -34,6 +34,7 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+from safetensors.torch import load_model, save_model
 from torch import Tensor, nn
 from torch.utils.data import Sampler
 from transformers import AutoModelForCausalLM, TrainingArguments
@@ -369,10 +370,10 @@ def _train(s: Setting, folder: Path, start: Path | None, steps: int = 6) -> Tens
 
     def save(place: Path, weights: Any) -> None:
         place.mkdir(parents=True, exist_ok=True)
-        torch.save(objective.state_dict(), place / "weights.pt")
+        save_model(objective, str(place / "model.safetensors"))
 
     def load(place: Path) -> None:
-        objective.load_state_dict(torch.load(place / "weights.pt", weights_only=True))
+        load_model(objective, place / "model.safetensors")
 
     rows: Any = list(range(24))
     trainer = EmbedderTrainer(

@@ -33,6 +33,7 @@ from peft import PeftModel
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from llm2vec.model.packed_attention import send
 from llm2vec.model.packing import adapter_off, packed_hidden_states
 from llm2vec.model.pooling import embed, embedding_pass, pool_packed, states_of
 from llm2vec.model.settings import EncoderSettings
@@ -42,7 +43,7 @@ from llm2vec.objectives.language_modelling import next_token_loss, num_predicted
 from llm2vec.objectives.projection import make_projection
 from llm2vec.objectives.stage_one import StageOneObjective
 from llm2vec.objectives.token_set import BAG_WEIGHT, token_set_loss, token_sets
-from llm2vec.text.batches import send, targets_of
+from llm2vec.text.batches import targets_of
 from llm2vec.text.templates import segments_of, template_named
 from llm2vec.text.tokenization import RowTokenizer
 from llm2vec.types import (

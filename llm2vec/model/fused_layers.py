@@ -30,23 +30,18 @@ from llm2vec.types import first_line
 #: Norms that are known here, by their class, and what their weight is added to.
 _OFFSETS = {"LlamaRMSNorm": 0, "MistralRMSNorm": 0, "Qwen2RMSNorm": 0, "Qwen3RMSNorm": 0, "GemmaRMSNorm": 1}
 
-#: Decoders whose packed passes run fused, each as the module that holds its layers.
-_fused: WeakSet[nn.Module] = WeakSet()
+#: Decoders whose packed passes run fused (`packing` looks here), each as the module that holds its layers.
+fused_decoders: WeakSet[nn.Module] = WeakSet()
 
 
 def fuse(decoder: nn.Module, on: bool = True) -> None:
-    """Packed passes of a decoder run fused from now on, or no longer (`packing` looks here).
+    """Packed passes of a decoder run fused from now on, or no longer.
 
     Args:
         decoder: the module that holds the layers.
         on: whether they do.
     """
-    (_fused.add if on else _fused.discard)(decoder)
-
-
-def is_fused(decoder: nn.Module) -> bool:
-    """Whether its packed passes run fused."""
-    return decoder in _fused
+    (fused_decoders.add if on else fused_decoders.discard)(decoder)
 
 
 def why_not(device: torch.device) -> str | None:

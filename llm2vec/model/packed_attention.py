@@ -22,7 +22,6 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from llm2vec.text.batches import send
 from llm2vec.types import UserError
 
 logger = logging.getLogger(__name__)
@@ -137,8 +136,17 @@ class Layout:
         return [_size(span.prefix) + _size(span.key) for span in self.spans]
 
 
+def send(tensors: Sequence[Tensor], device: torch.device) -> list[Tensor]:
+    """Whole numbers of the host's memory on a device; to a GPU in one copy, for which nobody waits."""
+    if device.type != "cuda":
+        return [tensor.to(device) for tensor in tensors]
+    flat = torch.cat([tensor.flatten().long() for tensor in tensors]).pin_memory().to(device, non_blocking=True)
+    parts = zip(flat.split([tensor.numel() for tensor in tensors]), tensors, strict=True)
+    return [part.view(tensor.shape).to(tensor.dtype) for part, tensor in parts]
+
+
 def place(device: torch.device, tensors: Sequence[Tensor], layouts: Sequence[Layout]) -> list[Tensor]:
-    """Tensors of indices on a device, and the layouts' own (`Layout.on`), by one copy (`text.batches.send`)."""
+    """Tensors of indices on a device, and the layouts' own (`Layout.on`), by one copy (`send`)."""
     flat = [*tensors, *(index for layout in layouts for index in layout._indices())]
     sent = send(flat, device)
     for i, layout in enumerate(layouts):

@@ -28,7 +28,7 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.models.llama.modeling_llama import apply_rotary_pos_emb
 
 from llm2vec.model.backbone import hidden_states, one_pass
-from llm2vec.model.fused_layers import add_and_norm, gated_mlp, is_fused, norm, project, rotate
+from llm2vec.model.fused_layers import add_and_norm, fused_decoders, gated_mlp, norm, project, rotate
 from llm2vec.model.packed_attention import NAME, Group, Layout, attend, can_share_prefix, place
 from llm2vec.text.batches import positions_of
 from llm2vec.types import Attention
@@ -179,7 +179,7 @@ def packed(model: Any) -> Iterator[None]:
             yield
             return
         AttentionInterface.register(NAME, attend)  # here, as importing this file must change nothing
-        fused = is_fused(inner_decoder(model)) and attention_dropout(model) == 0
+        fused = inner_decoder(model) in fused_decoders and attention_dropout(model) == 0
         layers = [layer for layer in inner_decoder(model).layers if fused and _is_plain(layer)]
         last = narrowing_layer(model)
         replaced = layers if layers or last is None else [last]

@@ -165,7 +165,7 @@ def stock_model(
 def check_expressible(rows: RowTokenizer, settings: EncoderSettings) -> None:
     """Refuse what no tokenizer with prompts can say, by a `UserError` that names the reason."""
     template, skips = rows.template, _skips_instruction(settings)
-    forms = forms_of(template, settings.pooling_mode).values()
+    forms = forms_of(template, settings.pooling_mode)[0].values()
     if any(sum(segment.kind == "text" for segment in form) > 1 for form in forms):
         raise UserError(f"template {template!r} writes the text twice, and a stock tokenizer writes it once.")
     if len({_behind(rows, side) for side in get_args(TextSide)}) > 1:

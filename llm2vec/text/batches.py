@@ -104,15 +104,6 @@ def targets_of(side: TokenBatch) -> Tensor:
     return side["input_ids"][index]
 
 
-def send(tensors: Sequence[Tensor], device: torch.device) -> list[Tensor]:
-    """Whole numbers of the host's memory on a device; to a GPU in one copy, for which nobody waits."""
-    if device.type != "cuda":
-        return [tensor.to(device) for tensor in tensors]
-    flat = torch.cat([tensor.flatten().long() for tensor in tensors]).pin_memory().to(device, non_blocking=True)
-    parts = zip(flat.split([tensor.numel() for tensor in tensors]), tensors, strict=True)
-    return [part.view(tensor.shape).to(tensor.dtype) for part, tensor in parts]
-
-
 def starts_of(lengths: Sequence[int]) -> Tensor:
     """Index of each text's first token in the packed row."""
     return torch.tensor([0, *lengths]).cumsum(0)[:-1]

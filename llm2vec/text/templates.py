@@ -298,13 +298,16 @@ def segments_of(template: str, pooling_mode: PoolingMode, side: TextSide = "quer
     return segments
 
 
-def forms_of(template: str, pooling_mode: PoolingMode) -> dict[TextSide, tuple[Segment, ...]]:
-    """The segments that `template` writes under `pooling_mode`, for each side.
+def forms_of(
+    template: str, pooling_mode: PoolingMode
+) -> tuple[dict[TextSide, tuple[Segment, ...]], tuple[Segment, ...]]:
+    """The segments that `template` writes under `pooling_mode`, for each side; and those of a few-shot example.
 
     Raises:
         UserError: as `segments_of`.
     """
-    return {side: segments_of(template, pooling_mode, side) for side in get_args(TextSide)}
+    forms = {side: segments_of(template, pooling_mode, side) for side in get_args(TextSide)}
+    return forms, template_named(template).example
 
 
 def leaves_join_open(template: str) -> bool:

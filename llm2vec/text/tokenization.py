@@ -118,8 +118,7 @@ class RowTokenizer:
         self.counts_positions = instruction_mask == "counted" and not self.pool_everything
         self.target_kinds: tuple[SegmentKind, ...] = ("instruction", "join") if reconstruct_instruction else ()
         self.padding_side = padding_side
-        self._forms = forms_of(template, pooling_mode)
-        self._example = template_named(template).example
+        self._forms, self._example = forms_of(template, pooling_mode)
         self._special_ids = self._resolve_special_ids((*self._forms["query"], *self._forms["document"], *self._example))
         self.closing_token_id = self._special_ids.get(self._forms["query"][-1])
 

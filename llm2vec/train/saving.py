@@ -213,6 +213,7 @@ def load_shares(folder: Path, optimizer: Optimizer, schedule: Any) -> None:
         for i, values in state["state"].items()
     }
     optimizer.load_state_dict({**state, "state": spread})
+    # The same holds of the schedule's file.
     schedule.load_state_dict(torch.load(folder / SCHEDULER_NAME, weights_only=True))
 
 
