@@ -166,6 +166,8 @@ def attack(cases: Sequence[Case], inputs: Path, say: Callable[[str], object]) ->
     for case in cases:
         end = ending(case, inputs)
         tried[case.kind] += 1
+        if tried.total() % 100 == 0:
+            print(f"{tried.total():,} tried, {held.total():,} of them held", file=sys.stderr)
         held[case.kind] += end.held
         if end.held:
             sentences[case.kind] |= {shape(end.said)} - {""}
@@ -187,6 +189,7 @@ def main(argv: Sequence[str]) -> int:
     parser.add_argument("--share", type=float, default=1.0, help="of the cases, evenly spaced (1)")
     parser.add_argument("--kinds", nargs="+", help="only these")
     args = parser.parse_args(argv)
+    sys.path.insert(0, str(Path(__file__).parents[1]))  # as pytest does: tests import each other by bare names
     from tests.attack.cases import all_cases, make_inputs
 
     with tempfile.TemporaryDirectory(prefix="attack-inputs-") as folder:
