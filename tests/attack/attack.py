@@ -166,9 +166,9 @@ def attack(cases: Sequence[Case], inputs: Path, say: Callable[[str], object]) ->
     for case in cases:
         end = ending(case, inputs)
         tried[case.kind] += 1
-        if tried.total() % 100 == 0:
-            print(f"{tried.total():,} tried, {held.total():,} of them held", file=sys.stderr)
         held[case.kind] += end.held
+        if tried.total() % 100 == 0:
+            sys.stderr.write(f"{tried.total():,} tried, {held.total():,} of them held\n")
         if end.held:
             sentences[case.kind] |= {shape(end.said)} - {""}
         else:
