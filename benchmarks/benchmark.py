@@ -3,6 +3,7 @@
     python -m benchmarks.benchmark                                 # what `make bench` runs: one thread, about an hour
     python -m benchmarks.benchmark --only stage_II,encode --rounds 9
     python -m benchmarks.benchmark --large --pool 8192 --plot docs/growth.svg --out bench.md
+    python -m benchmarks.benchmark --base output/smollm2           # both stages' steps of a real model
     python -m benchmarks.benchmark --device cuda                   # one GPU, 1B shapes, bfloat16 autocast; prints MFU
     python -m benchmarks.benchmark --quick                         # does it run: tiny shapes, one round
 
@@ -42,11 +43,12 @@ def parse_args(argv: Sequence[str]) -> argparse.Namespace:
     parser.add_argument("--max-tokens", type=int, help="of the packed Stage I step at once; a bound on its memory")
     parser.add_argument("--large", action="store_true", help="more rows, Stage I with V = 128,000, too: needs 24 GB")
     parser.add_argument("--pool", type=int, help="memory of a gradient-cached step with so many queries; 8192: an hour")
+    parser.add_argument("--base", help="folder of a real model built as Llama is: its training steps, on a CPU")
     parser.add_argument("--quick", action="store_true", help="tiny shapes and one round, to see that everything runs")
     parser.add_argument("--out", type=Path, help="write the table here, too")
     parser.add_argument("--plot", type=Path, help="draw how cost grows, as .svg or .png")
     args = parser.parse_args(argv)
-    args.only = args.only.split(",")
+    args.only = ["stage_I", "stage_II"] if args.base else args.only.split(",")
     if unknown := [name for name in args.only if name not in SECTIONS]:
         raise UserError(f"--only: {unknown[0]!r} is not known; allowed: {', '.join(SECTIONS)}.")
     if args.device not in ("cpu", "cuda"):
@@ -67,6 +69,8 @@ def main(argv: Sequence[str]) -> None:
     logging.getLogger("benchmarks").setLevel(logging.INFO)
     transformers_logging.disable_progress_bar()
     plan = QUICK if args.quick else CUDA if args.device == "cuda" else LARGE if args.large else CPU
+    if args.base:
+        plan = sections.of_base(args.base)
     options = Options(args.device, 1 if args.quick else args.rounds, args.max_tokens)
     lines: list[Line] = []
     speeds: dict[int, list[float]] = {}

@@ -18,7 +18,7 @@ from typing import Any, Literal, cast
 
 import torch
 from torch import Tensor
-from transformers import LlamaConfig, LlamaForCausalLM, LlamaModel
+from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM, LlamaModel
 
 from llm2vec.model.backbone import attach_lora
 from llm2vec.quickstart.tiny import train_tokenizer
@@ -43,7 +43,7 @@ INSTRUCTION = "Given a web search query, retrieve relevant passages that answer 
 
 @dataclass(frozen=True)
 class Shape:
-    """Sizes of a random Llama; the default is the one that docs/performance.md speaks of."""
+    """Sizes of a random Llama, or of the one in the folder `base`; the default is that of docs/performance.md."""
 
     layers: int = 8
     hidden: int = 512
@@ -51,6 +51,15 @@ class Shape:
     heads: int = 8
     kv_heads: int = 8
     vocabulary: int = 32_000
+    base: str = ""
+
+    @classmethod
+    def of(cls, folder: str) -> Shape:
+        """Of a Llama in a folder; any model that is built as Llama is goes."""
+        c = AutoConfig.from_pretrained(folder)
+        kv_heads = c.num_key_value_heads
+        sizes = (c.num_hidden_layers, c.hidden_size, c.intermediate_size, c.num_attention_heads, kv_heads, c.vocab_size)
+        return cls(*sizes, folder)
 
     @property
     def projections(self) -> list[tuple[int, int]]:
@@ -140,7 +149,10 @@ def write_model(folder: Path, shape: Shape, *, with_head: bool = False) -> None:
 
 
 def random_model(shape: Shape, *, with_head: bool, device: str = "cpu", dtype: torch.dtype = torch.float32) -> Any:
-    """A random Llama in training mode; the same weights every time."""
+    """A Llama in training mode: the shape's base, or a random one with the same weights every time."""
+    if shape.base:
+        loaded: Any = AutoModelForCausalLM if with_head else AutoModel
+        return loaded.from_pretrained(shape.base, dtype=dtype).to(device).train()
     model_class: Any = LlamaForCausalLM if with_head else LlamaModel
     with torch.random.fork_rng(devices=[]), torch.device(device):
         torch.manual_seed(0)

@@ -86,8 +86,9 @@ class Sizes(NamedTuple):
     def describe(self, rounds: int) -> str:
         """The shape of the models, in a sentence."""
         shape = self.shape
+        model = f"The model in {shape.base}" if shape.base else "Random Llama"
         return (
-            f"Random Llama, {shape.layers} layers, hidden size {shape.hidden}, intermediate {shape.intermediate}, "
+            f"{model}, {shape.layers} layers, hidden size {shape.hidden}, intermediate {shape.intermediate}, "
             f"{shape.heads} heads ({shape.kv_heads} for keys and values), V = {shape.vocabulary:,} where not said; "
             f"{rounds} round(s)."
         )
@@ -140,6 +141,14 @@ QUICK = Sizes(
     cached_rows=4, cache_tokens=200, texts=(4, 4), encode={"float32": (None, None)},
     growth={"rows": (1, 2), "vocabulary": (8_000, 9_000)}, growth_rows=1,
 )  # fmt: skip
+
+
+def of_base(folder: str) -> Sizes:
+    """Of a real model, in float32 on a CPU: both stages, no goals."""
+    shape = Shape.of(folder)
+    measured_I: dict[tuple[int, int, Precision], Must] = {(8, shape.vocabulary, "float32"): Must()}
+    plan = CPU._replace(shape=shape, stage_I=measured_I, stage_II={"float32": None}, cached_rows=8)
+    return plan._replace(stage_II_rival=None, cached_memory=None, cached_time=None)
 
 
 @dataclass(frozen=True)
@@ -219,11 +228,12 @@ def stage_II(options: Options, plan: Sizes) -> list[Line]:
     lines = []
     with tempfile.TemporaryDirectory() as folder:
         rival = find_spec("sentence_transformers") is not None
-        if rival:
+        if rival and not plan.shape.base:
             write_model(Path(folder), plan.shape)
         for precision, times in plan.stage_II.items():
             title = f"Stage II, LoRA, {precision}, {plan.stage_II_rows} rows"
-            case = Case(plan.shape, plan.stage_II_rows, precision, options.device, options.rounds, folder=folder)
+            model = plan.shape.base or folder
+            case = Case(plan.shape, plan.stage_II_rows, precision, options.device, options.rounds, folder=model)
             named = {
                 "packed": Variant(variants.packed_stage_II, case),
                 "cached": Variant(variants.packed_stage_II, replace(case, max_tokens=plan.cache_tokens)),

@@ -1,11 +1,13 @@
 """The ledger: claims judged by hand-made numbers, and the committed page made again from the committed records."""
 
+import re
 from pathlib import Path
+from statistics import mean
 
 import pytest
 
 from llm2vec.compare.ledger import LEDGER_FILE, claims_table, write_ledger
-from llm2vec.compare.record import TrialOutcome
+from llm2vec.compare.record import TrialOutcome, read_record
 from llm2vec.files import write_json
 from tests.helpers import write_jsonl
 
@@ -82,3 +84,15 @@ def test_the_published_page_is_what_the_published_records_give(tmp_path: Path) -
     published = ROOT / "docs/reproduce"
     assert made.read_bytes() == (published / LEDGER_FILE).read_bytes()
     assert {file.name for file in tmp_path.glob("*.png")} == {file.name for file in published.glob("ledger-*.png")}
+
+
+@pytest.mark.skipif(not (ROOT / "results").is_dir(), reason="needs the repository's results")
+def test_the_readmes_scores_are_the_records() -> None:
+    """Each row of its table of the real model, by its first word."""
+    readme = (ROOT / "README.md").read_text(encoding="utf-8")
+    rows = re.search(r"^\| SmolLM2-135M.*\n\| --- .*\n((?:\|.*\n)+)", readme, re.M)
+    assert rows is not None
+    shown = {re.findall(r"[\w]+", row)[0].lower(): row.split("|")[2].strip(" *") for row in rows[1].splitlines()}
+    outcomes, _, _ = read_record(ROOT / "results/embedder-smollm2-135m")
+    measured = {outcome.recipe: f"{mean(outcome.scores.values()):.1f}" for outcome in outcomes}
+    assert shown == {("the" if name == "base" else name): score for name, score in measured.items()}
