@@ -69,11 +69,13 @@ class RunEnds(Exception):
 
     Attributes:
         code: the process's exit code: 0 = all is well, 1 = something broke.
+        is_done: whether all of it was done before.
     """
 
-    def __init__(self, message: str, code: int) -> None:
+    def __init__(self, message: str, code: int, is_done: bool = False) -> None:
         super().__init__(message)
         self.code = code
+        self.is_done = is_done
 
 
 class Demonstration(NamedTuple):

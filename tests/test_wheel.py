@@ -114,3 +114,20 @@ def test_its_commands_run_outside_any_clone(site: Path, tmp_path: Path) -> None:
     assert "gives the checkpoint's vectors" in export and (tmp_path / "exported/modules.json").is_file()
     assert "MySet" in dry_run and "MySet" in scores
     assert "MySet" in report and (tmp_path / "output/report/report.html").is_file()
+
+
+@pytest.mark.slow
+def test_its_ten_lines_of_training_run(site: Path, tmp_path: Path) -> None:
+    """Those of docs/guides/python.md, over a model of one's own."""
+    page = (ROOT / "docs/guides/python.md").read_text(encoding="utf-8")
+    lines = page.partition("```python\n")[2].partition("```")[0]
+    assert len([line for line in lines.splitlines() if line.strip()]) <= 10
+    for part in (tiny_model("llama", True), family_tokenizer("llama")):
+        part.save_pretrained(tmp_path / "output/quickstart/stage_I")
+    lines += f"import llm2vec; assert llm2vec.__file__.startswith({str(site)!r})"
+    environment = {**os.environ, "PYTHONPATH": str(site), "HF_HUB_OFFLINE": "1"}
+    done = subprocess.run(
+        [sys.executable, "-c", lines], cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=600
+    )
+    assert done.returncode == 0, done.stderr
+    assert "tensor([[" in done.stdout and (tmp_path / "output/python/adapter_model.safetensors").is_file()

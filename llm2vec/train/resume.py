@@ -88,7 +88,7 @@ def start_or_resume(config: Config, held: ExitStack) -> TrainingArguments:
             end = caught
     # The first process alone says why.
     if ended := max_over_ranks(0 if end is None else 1 if isinstance(end, RunEnds) else 2):
-        raise end or (RunEnds("", code=0) if ended == 1 else UserError(""))
+        raise end or (RunEnds("", code=0, is_done=True) if ended == 1 else UserError(""))
     # The folder that was looked at, by the number in its name: a copy may name another step than its own.
     number = max_over_ranks(-1 if start is None else _number_of(start) if config.resume == "auto" else 0)
     if number >= 0:
@@ -190,6 +190,7 @@ def _end_if_finished(config: Config) -> None:
             f"{output} holds this run, which ended{at}; nothing is left to do. To train it again, choose another "
             'output_dir, or set "resume": "never".',
             code=0,
+            is_done=True,
         )
 
 

@@ -1,11 +1,16 @@
 """The rows of a run: which files its config names, the rows they hold, and the order in which they are trained on.
 
-Used by `stages`, by `run`, and by what says beforehand how a run will go (`planning`).
+Used by `stages`, by `run`, and by what says beforehand how a run will go (`planning`). Rows that a Python program hands
+over become a file first (`table_of`), and are read as any other.
 """
 
 from __future__ import annotations
 
+import hashlib
+import json
 import logging
+import tempfile
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any, TypeAlias
 
@@ -15,6 +20,7 @@ from llm2vec.data.blocks import TEXT_SUFFIXES, SourceTexts, TextBlocks, texts_of
 from llm2vec.data.order import OneSourceBlocks
 from llm2vec.data.rows import TrainingRows
 from llm2vec.data.sources import Instruction, Source, e5_sources, read_sources_file, select_sources
+from llm2vec.files import in_short, write_json
 from llm2vec.train.config import Config
 from llm2vec.types import CHARACTERS_A_TOKEN, UserError
 
@@ -22,6 +28,8 @@ logger = logging.getLogger(__name__)
 
 Rows: TypeAlias = TrainingRows | TextBlocks
 
+#: In the cache of `datasets`: rows that a Python program handed over.
+ROWS_FOLDER = "llm2vec-rows"
 
 #: Where upstream LLM2Vec's sentences for SimCSE are to be had.
 WIKI1M_HINT = (
@@ -59,6 +67,43 @@ def open_rows(config: Config, num_negatives: int) -> TrainingRows:
         with_scores=needs_scores(config),
         drawn_anew=config.target == "next",
     )
+
+
+def table_of(rows: Iterable[Mapping[str, Any]], instruction: str) -> Path:
+    """A `sources_file` of one source, for rows that are in no file yet.
+
+    They are written to the cache of `datasets`, by a name that their content and the instruction make. So the same rows
+    are the same file, whose table is not built again, and a run can go on with them.
+
+    Raises:
+        UserError: a row is nothing that JSON can write, or the cache cannot be written to.
+    """
+    from datasets import config
+
+    folder, digest = Path(config.HF_DATASETS_CACHE) / ROWS_FOLDER, hashlib.sha256(instruction.encode())
+    number = 0
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(dir=folder) as aside:
+            written = Path(aside, "rows")
+            with written.open("wb") as out:
+                for number, row in enumerate(rows, start=1):
+                    try:
+                        line = f"{json.dumps(dict(row))}\n".encode()
+                    except (TypeError, ValueError) as error:
+                        found = f"{in_short(row)} is no row of text ({error})"
+                        raise UserError(f"rows, row {number}: {found}; query, positive and negative are.") from error
+                    digest.update(line)
+                    out.write(line)
+            if not number:
+                raise UserError("rows: there are none.")
+            file = folder / f"{digest.hexdigest()[:32]}.jsonl"
+            if not file.exists():
+                written.rename(file)
+    except OSError as error:
+        raise UserError(f"HF_DATASETS_CACHE: {folder} cannot be written to ({error.strerror}).") from error
+    write_json(file.with_suffix(".json"), {"rows": {"file": file.name, "instruction": instruction}})
+    return file.with_suffix(".json")
 
 
 def needs_scores(config: Config) -> bool:

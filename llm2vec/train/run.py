@@ -10,7 +10,7 @@ import dataclasses
 import logging
 import math
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from pathlib import Path
 from typing import Any, NamedTuple, cast
@@ -18,7 +18,7 @@ from typing import Any, NamedTuple, cast
 import torch
 from accelerate.utils import send_to_device
 from torch import Tensor, nn
-from transformers import PreTrainedTokenizerBase, TrainingArguments
+from transformers import PreTrainedTokenizerBase, TrainerCallback, TrainingArguments
 
 from llm2vec.data.collation import Collate, CollateSides, check_examples
 from llm2vec.data.order import OneSourceBlocks
@@ -61,6 +61,7 @@ def train(
     collate: Collate,
     tokenizer: PreTrainedTokenizerBase,
     settings: EncoderSettings,
+    callbacks: Sequence[TrainerCallback] = (),
 ) -> None:
     """Say what the run will do, run it, and write the last weights into `output_dir`.
 
@@ -72,6 +73,7 @@ def train(
         collate: makes them into batches.
         tokenizer: is saved with the model.
         settings: how texts become vectors; saved too.
+        callbacks: beside the run's own.
 
     Raises:
         UserError: rows, budget or arguments do not go together.
@@ -129,6 +131,7 @@ def train(
         place_of=rows.place,
         should_stop=lambda: signals.received is not None,
         max_skipped_steps=config.max_skipped_steps,
+        callbacks=callbacks,
     )
     if rank() == 0:
         _make_way(config, args.resume_from_checkpoint)
@@ -316,16 +319,12 @@ def describe_weights(args: TrainingArguments, model: nn.Module) -> list[str]:
     trainable = sum(p.numel() for p in model.parameters() if p.requires_grad)
     total = sum(p.numel() for p in model.parameters())
     dtype = str(next(model.parameters()).dtype).removeprefix("torch.")
+    half = "bf16" if args.bf16 else "fp16" if args.fp16 else "no"
+    steps = "steps in bfloat16" if args.bf16 and args.fsdp else f"{half} autocast"
     return [
         f"trainable   {trainable:,} of {total:,} parameters ({trainable / total:.2%})",
-        f"precision   {dtype} weights{' shared by the processes (FSDP2)' if args.fsdp else ''}, {_autocast(args)}",
+        f"precision   {dtype} weights{' shared by the processes (FSDP2)' if args.fsdp else ''}, {steps}",
     ]
-
-
-def _autocast(args: TrainingArguments) -> str:
-    if args.bf16:
-        return "steps in bfloat16" if args.fsdp else "bf16 autocast"
-    return "fp16 autocast" if args.fp16 else "no autocast"
 
 
 def describe_negatives(config: Config, args: TrainingArguments, num_processes: int | None = None) -> str:

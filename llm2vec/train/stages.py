@@ -7,12 +7,12 @@ from __future__ import annotations
 
 import dataclasses
 import inspect
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
-from transformers import PreTrainedTokenizerBase
+from transformers import PreTrainedTokenizerBase, TrainerCallback
 
 from llm2vec.data.blocks import SourceTexts, open_blocks
 from llm2vec.data.collation import Collate, CollateSides
@@ -60,7 +60,11 @@ def train_stage(stage: Stage, path: Path) -> None:
         UserError: config, rows or model do not fit; found before the first step, most of it before weights load.
         RunEnds: there is nothing left to do, or the run was asked to stop, could not write, or diverged.
     """
-    config = load_config(path, stage)
+    run_stage(load_config(path, stage))
+
+
+def run_stage(config: Config, callbacks: Sequence[TrainerCallback] = ()) -> None:
+    """The same of a config that was read and checked, with callbacks of one's own beside the run's."""
     prepare_device(config)
     with ExitStack() as held:
         args = start_or_resume(config, held)
@@ -72,7 +76,7 @@ def train_stage(stage: Stage, path: Path) -> None:
         rows = cut(config, opened, tokenizer)
         collate = parts.collate(config, tokenizer, settings, args.seed)
         objective = parts.objective(config, model, settings, tokenizer)
-        train(config, args, objective, rows, collate, tokenizer, saved_settings(config, settings))
+        train(config, args, objective, rows, collate, tokenizer, saved_settings(config, settings), callbacks)
 
 
 def stage_parts(config: Config) -> StageParts:

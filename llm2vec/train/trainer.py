@@ -40,7 +40,7 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset, Sampler
-from transformers import ProgressCallback, Trainer, TrainingArguments
+from transformers import ProgressCallback, Trainer, TrainerCallback, TrainingArguments
 
 from llm2vec.processes import leave_process_group
 from llm2vec.train.log import LOG_FILE, EndOfRun, JsonLog, ProgressToStop, StepFigures
@@ -74,6 +74,7 @@ class EmbedderTrainer(Trainer):
         place_of: the file, and the place in it, of a row by its index.
         should_stop: whether this process was asked to stop; asked once a step.
         max_skipped_steps: so many skipped steps in a row end the run.
+        callbacks: beside the run's own.
 
     Attributes:
         weights_of_step: the step of the best checkpoint, once its weights are loaded (`load_best_model_at_end`).
@@ -103,6 +104,7 @@ class EmbedderTrainer(Trainer):
         place_of: Callable[[int], tuple[str, int]] = lambda row: ("rows", row),
         should_stop: Callable[[], bool] = lambda: False,
         max_skipped_steps: int = 5,
+        callbacks: Sequence[TrainerCallback] = (),
     ) -> None:
         # Several cards mean torchrun here. DataParallel, which the library would choose, splits the in-batch pool.
         args._n_gpu = min(args.n_gpu, 1)
@@ -110,7 +112,7 @@ class EmbedderTrainer(Trainer):
         args.logging_nan_inf_filter = False
         eval_rows, eval_sampler = held_out or (None, None)
         with _of_arguments():
-            super().__init__(cast(nn.Module, objective), args, collate, train_dataset=rows, eval_dataset=eval_rows)
+            super().__init__(cast(nn.Module, objective), args, collate, rows, eval_rows, callbacks=list(callbacks))
         if args.fsdp_plugin_args is not None and not self.is_fsdp_enabled:
             # accelerate knows FSDP on GPUs only; on CPUs it would train whole copies without a word.
             raise UserError("fsdp shares the weights among GPUs, and this run has none; take fsdp out.")

@@ -23,7 +23,7 @@ from llm2vec.text.templates import TEMPLATES
 from llm2vec.train.config import KEYS, LIBRARY_KEYS, LORA_STAGES, Config
 from llm2vec.train.config import arguments as config_module
 from llm2vec.train.config.arguments import training_arguments
-from llm2vec.train.config.file import REPLACED, WITHOUT_EFFECT, load_config
+from llm2vec.train.config.file import REPLACED, WITHOUT_EFFECT, checked_config, load_config
 from llm2vec.types import POOLING_ALIASES, Stage, UserError
 
 ROOT = Path(__file__).parents[2]
@@ -128,6 +128,14 @@ def test_shipped_config_is_read(path: Path, caplog: pytest.LogCaptureFixture) ->
     assert config.template is None or config.template in TEMPLATES
     assert config.sources_file is None or ROOT / config.sources_file in SOURCE_TABLES
     assert config.use_peft is (stage_of(path) in LORA_STAGES)
+
+
+@pytest.mark.parametrize("path", SHIPPED, ids=lambda path: str(path.relative_to(CONFIGS)))
+def test_a_config_is_read_from_python_as_from_its_file(path: Path) -> None:
+    config = load_config(path, stage_of(path))
+    assert checked_config(config) == config
+    unfilled = dataclasses.replace(config, use_peft=None)
+    assert checked_config(unfilled) == config
 
 
 @pytest.mark.parametrize("path", SOURCE_TABLES, ids=lambda path: str(path.relative_to(CONFIGS)))

@@ -292,9 +292,9 @@ class Config:
     experiment_id: Annotated[str | None, Key(influence="nothing", is_path=True)] = None
     """A folder below `output_dir` to write to."""
     stage: Stage | None = dataclasses.field(default=None, compare=False)
-    """Whose script reads the config. A file need not say."""
+    """Whose script reads the config. A file need not say; in Python it is needed."""
     training: dict[str, Any] = dataclasses.field(default_factory=dict)
-    """The TrainingArguments keys, as written. No key of a file."""
+    """The TrainingArguments keys, as written. No key of a file; in Python, `training={"output_dir": "output/mine"}`."""
 
     @property
     def output_dir(self) -> Path:

@@ -15,12 +15,13 @@ import functools
 import logging
 import math
 import operator
+import os
 import types
 import typing
 from collections.abc import Callable, Iterator
 from enum import Enum
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 from transformers import TrainingArguments
 
@@ -60,6 +61,12 @@ OF_WORD_TASKS = ("model_class", "classifier_dropout", "merge_subwords", "retroac
 
 REQUIRED = ("model_name_or_path", "output_dir")
 
+#: Our keys that begin otherwise in a stage. SimCSE's rows are texts alone.
+OF_STAGE: dict[Stage, dict[str, Any]] = {
+    "mntp": {"bidirectional": True, "pooling_mode": "mean"},
+    "simcse": {"num_hard_negatives": 0},
+}
+
 #: What an editor reads to know the keys. No key itself: it enters no record and no hash.
 SCHEMA_KEY = "$schema"
 
@@ -74,12 +81,34 @@ def load_config(path: str | Path, stage: Stage) -> Config:
     Raises:
         UserError: what is wrong, with file and key.
     """
-    content = _with_current_names(read_object(Path(path), str(path)), path)
+    return _config_of(read_object(Path(path), str(path)), stage, str(path))
+
+
+def checked_config(config: Config) -> Config:
+    """A config that was put together in Python, read as a file of the same keys is; `stage` must be among them.
+
+    Raises:
+        UserError: what is wrong, with the key.
+    """
+    stage = config.stage
+    if stage is None or stage not in get_args(Stage):
+        raise UserError(f"Config: stage is {stage!r}; allowed: {', '.join(map(repr, get_args(Stage)))}.")
+    own = {name: value for name, value in vars(config).items() if name != "training"}
+    begun = {name: getattr(Config, name, None) for name in own}
+    of_stage = begun | OF_STAGE.get(stage, {})
+    written = {name: value for name, value in own.items() if value not in (begun[name], of_stage[name])}
+    keys = {name: os.fspath(value) if isinstance(value, os.PathLike) else value
+            for name, value in {**written, **config.training}.items()}  # fmt: skip
+    return _config_of(keys, stage, "Config")
+
+
+def _config_of(content: dict[str, Any], stage: Stage, path: str) -> Config:
+    content = _with_current_names(content, path)
     own = {field.name for field in dataclasses.fields(Config)}
     values: dict[str, Any] = {"stage": stage, "training": {}}
     for key, value in content.items():
         if key in KEYS:
-            _check_value(key, value, stage, str(path))
+            _check_value(key, value, stage, path)
             (values if key in own else values["training"])[key] = value
         elif key in WITHOUT_EFFECT:
             anew = key == "overwrite_output_dir" and value is True
@@ -96,10 +125,7 @@ def load_config(path: str | Path, stage: Stage) -> Config:
     for required in REQUIRED:
         if not content.get(required):
             raise UserError(f"{path}: {required} must be set.")
-    if stage == "mntp":
-        values = {"bidirectional": True, "pooling_mode": "mean", **values}
-    if stage == "simcse":
-        values["num_hard_negatives"] = 0  # its rows are texts alone
+    values = {**OF_STAGE.get(stage, {}), **values}
     if values.get("use_peft") is None:
         values["use_peft"] = stage in LORA_STAGES or values.get("trainable", "full") != "full"
     if values["stage"] != stage:
@@ -110,7 +136,7 @@ def load_config(path: str | Path, stage: Stage) -> Config:
     return config
 
 
-def _with_current_names(content: dict[str, Any], path: str | Path) -> dict[str, Any]:
+def _with_current_names(content: dict[str, Any], path: str) -> dict[str, Any]:
     """The keys under the names that the current transformers gives them."""
     for key in content:
         if RENAMED.get(key) in content:
@@ -190,7 +216,7 @@ def _has_type(value: Any, schema: dict[str, Any]) -> bool:
         return False  # more than any library counts to
     if isinstance(value, list) and not all(_has_type(entry, schema.get("items", {})) for entry in value):
         return False
-    kind, _ = _KINDS[type(value)]
+    kind, _ = _KINDS.get(type(value), ("", ""))
     return kind in schema["type"] or (kind == "integer" and "number" in schema["type"])
 
 
