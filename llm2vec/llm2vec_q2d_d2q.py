@@ -118,10 +118,8 @@ class BidirectionalReconstruction(nn.Module, StageOneObjective):
         self.projection = make_projection(projection, model)
         self.frozen = decoder == "frozen"
         self._bos_id = bos_id if self.frozen else None
-        # In a tuple, as what is registered would be trained, saved and counted.
-        self._copy: tuple[Any, ...] = ()
         if self.frozen and not isinstance(self.decoder, PeftModel):
-            self._copy = (copy.deepcopy(model).requires_grad_(False).train(),)
+            self.copies = (copy.deepcopy(model).requires_grad_(False).train(),)
             if not lm_weight and not model.config.tie_word_embeddings:
                 model.get_output_embeddings().requires_grad_(False)  # nobody reads it
 
@@ -157,7 +155,7 @@ class BidirectionalReconstruction(nn.Module, StageOneObjective):
     @property
     def head(self) -> Head:
         """That of whoever decodes."""
-        return language_head(self._copy[0] if self._copy else self.model)
+        return language_head(self.copies[0] if self.copies else self.model)
 
     @property
     def weighted(self) -> dict[Reconstruction, float]:
@@ -356,13 +354,13 @@ class BidirectionalReconstruction(nn.Module, StageOneObjective):
     @torch.no_grad()
     def token_embeddings(self, ids: Tensor) -> Tensor:
         """Embeddings without a gradient, by whoever decodes; texts hold no token that an adapter trains."""
-        embeddings: Tensor = (self._copy[0] if self._copy else self.model).get_input_embeddings()(ids)
+        embeddings: Tensor = (self.copies[0] if self.copies else self.model).get_input_embeddings()(ids)
         return embeddings
 
     def _run_decoder(self, lengths: Sequence[int], inputs_ND: Tensor) -> Tensor:
         """States of the decoding pass; it is causal whatever the attention of the encoding pass."""
-        if self._copy:
-            return packed_hidden_states(self._copy[0].base_model, "causal", lengths, inputs_ND)
+        if self.copies:
+            return packed_hidden_states(self.copies[0].base_model, "causal", lengths, inputs_ND)
         with adapter_off(self.decoder) if self.frozen else nullcontext():
             return packed_hidden_states(self.decoder, "causal", lengths, inputs_ND)
 

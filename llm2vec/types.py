@@ -213,11 +213,13 @@ class Objective(Protocol):
         contrasts: whether `forward` returns vectors for `contrast`.
         needs_head: whether `model` must have its language-model head.
         model: what is trained, registered once.
+        copies: frozen models that run beside it; in a tuple, as what is registered would be trained and saved.
     """
 
     contrasts: bool = False
     needs_head: bool = True
     model: PreTrainedModel | PeftModel
+    copies: tuple[PreTrainedModel, ...] = ()
 
     def passes(self, batch: Batch) -> tuple[Pass, ...]:
         """What `forward` runs through the decoder; of the batch only lengths and numbers of targets are read."""

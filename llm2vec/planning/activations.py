@@ -167,7 +167,7 @@ def kept_by_pass(model: Any, numbers: Numbers, p: Pass, num_recomputed: int = 0)
     total = num_recomputed * tokens * kept.recomputed + num_whole * whole
     if p.closing_only and num_whole and narrowing_layer(model) is not None:
         total += tokens * kept.narrow + len(p.lengths) * (kept.whole - kept.narrow) - whole
-    if not num_recomputed and not model.get_input_embeddings().weight.requires_grad:
+    if not num_recomputed and not any(w.requires_grad for w in model.get_input_embeddings().parameters()):
         total -= tokens * _below_the_first_adapter(model, numbers)
     states = len(p.lengths) if p.closing_only else tokens
     sine_and_cosine = 2 * numbers.stream * width_of_queries(model.config) / heads

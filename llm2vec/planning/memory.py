@@ -93,7 +93,8 @@ def memory_of(model: Any, args: TrainingArguments, numbers: Numbers, step: Step,
     of_layers = [weight for weight in inner_decoder(model).layers.parameters() if weight.requires_grad]
     waiting = float(sum(w.numel() * (numbers.compute if args.fsdp else w.itemsize) for w in of_layers))
     for i in reversed(range(len(kept))):
-        moments.append(beside + (waiting if i + 1 < len(kept) else 0.0) + sum(kept[: i + 1]) + at_work[i])
+        waits = any(p.kind == "trained" for p in step.passes[i + 1 :])
+        moments.append(beside + waits * waiting + sum(kept[: i + 1]) + at_work[i])
     before = gradients.size if step.accumulates else 0.0
     most = max(before + max(moments), gradients.size + _table(model) + _table(model, tied=True))
     passing = (gradients, copies, Part("activations", sum(kept) + targets), Part("a layer at work", max(at_work)), loss)

@@ -301,7 +301,7 @@ def _with_memory(plan: Plan) -> Plan:
     if bound is not None and budget is not None:
         a_token = []  # bytes that it keeps in all layers, and how often it goes through them
         for sample in plan.by_source:
-            run = sum(tokens_run(plan.model, p, *plan.numbers.shares) for p in sample.passes)
+            run = sum(tokens_run(plan.model, p, *plan.numbers.shares) for p in sample.passes if p.kind != "read")
             kept = reckoned_bytes(plan.model, plan.numbers, sample.passes)
             a_token.append((kept / sample.tokens, run / sample.tokens))
         number, said = fit(decoder_of(plan.model), *max(a_token), bound, budget, plan.numbers.stream)

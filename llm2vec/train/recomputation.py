@@ -111,11 +111,12 @@ def fit_activations(
     computed = dtype or weight.dtype
     a_token = []  # bytes that it keeps in all layers, and how often it goes through them
     for small, large in batches:
-        run = sum(tokens_run(decoder, p, weight.device, computed) for p in objective.passes(large))
+        kept = [p for p in objective.passes(large) if p.kind != "read"]
+        run = sum(tokens_run(decoder, p, weight.device, computed) for p in kept)
         a_token.append((bytes_per_token(objective, small, large, dtype), run / _num_tokens(large)))
     number, line = fit(decoder, *max(a_token), tokens, budget_gb, computed.itemsize)
-    if number:
-        recompute_first(decoder, number)
+    for run in (decoder, *(copy.base_model for copy in objective.copies)) if number else ():
+        recompute_first(run, number)
     return line
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from functools import partial
 from typing import Any
 
 import every_objective
@@ -14,12 +13,11 @@ from torch import Tensor
 
 from llm2vec.data.collation import CollateSides
 from llm2vec.llm2vec_q2d_d2q import BidirectionalReconstruction
-from llm2vec.model.packing import checkpoint_contexts, compile_layers
+from llm2vec.model.packing import compile_layers
 from llm2vec.model.settings import EncoderSettings, row_tokenizer
 from llm2vec.train.model import decoder_of
 from llm2vec.train.recomputation import (
     bytes_per_token,
-    enable_checkpointing,
     fit_activations,
     layers_to_recompute,
     measured_bytes,
@@ -29,8 +27,6 @@ from llm2vec.types import Batch, UserError
 
 ROWS = reference.examples(12)
 LAYERS = 4
-#: A frozen decoder's layers are none of the budget's, so a config with both is refused.
-WITHOUT_BUDGET = [kind for kind, keys in every_objective.STAGE_ONE.items() if keys.get("decoder") == "frozen"]
 
 
 def make() -> tuple[BidirectionalReconstruction, Batch, Batch]:
@@ -136,14 +132,13 @@ def test_weights_of_another_precision_are_measured_as_they_will_be() -> None:
     assert as_run == bytes_per_token(objective.bfloat16(), small, large)
 
 
-@pytest.mark.parametrize("kind", [kind for kind in every_objective.KINDS if kind not in WITHOUT_BUDGET])
+@pytest.mark.parametrize("kind", every_objective.KINDS)
 def test_a_budget_that_fits_with_all_layers_recomputed_is_not_refused(kind: str) -> None:
     """What is left then is measured, and a layer comes back while it is recomputed."""
     objective, batch_of = every_objective.make(kind, num_hidden_layers=LAYERS)
     small, large = batch_of(8), batch_of(24)
-    decoder: Any = decoder_of(objective.model)
     whole = bytes_per_token(objective, small, large)
-    enable_checkpointing(decoder, {"use_reentrant": False, "context_fn": partial(checkpoint_contexts, decoder)})
+    objective, _ = every_objective.make(kind, recomputes=True, num_hidden_layers=LAYERS)
     needed = (bytes_per_token(objective, small, large) + whole / LAYERS) * 1000 / 1e9
     objective, _ = every_objective.make(kind, num_hidden_layers=LAYERS)
     line = fit_activations(objective, decoder_of(objective.model), [(small, large)], 1000, needed)
