@@ -6,7 +6,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from helpers import write_jsonl
+from helpers import family_tokenizer, tiny_model, write_jsonl
+from sentence_transformers import SentenceTransformer
+from sentence_transformers.models import Pooling, Transformer
 from torch import Tensor, nn
 
 from llm2vec.choice import ModelChoice
@@ -37,6 +39,18 @@ class FakeModel(nn.Module):
         self.sides.append(side)
         counts = [[1.0 + text.lower().count(chr(letter)) for letter in range(97, 123)] for _, text in sentences]
         return torch.tensor(counts)
+
+
+def make_sentence_transformer(folder: Path, seed: int = 0) -> Path:
+    tiny_model("llama", seed=seed, initializer_range=0.2).save_pretrained(folder / "base")
+    tokenizer = family_tokenizer("llama")
+    tokenizer.pad_token = tokenizer.eos_token
+    tokenizer.chat_template = None  # with one, sentence-transformers makes a prompt a turn of its own
+    tokenizer.save_pretrained(folder / "base")
+    transformer = Transformer(str(folder / "base"), max_seq_length=64)
+    model = SentenceTransformer(modules=[transformer, Pooling(32, "mean")], device="cpu", prompts={"query": "own: "})
+    model.save(str(folder / "model"), create_model_card=False)
+    return folder / "model"
 
 
 def write_retrieval(folder: Path) -> None:

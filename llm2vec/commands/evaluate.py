@@ -52,16 +52,22 @@ def main(argv: Sequence[str]) -> None:
         "--workers", type=cli.positive, default=1, help="processes that share the tasks (torchrun: its ranks)"
     )
     parser.add_argument("--save_predictions", action="store_true", help="keep rankings, for llm2vec report")
+    parser.add_argument(
+        "--submission", metavar="ORG/NAME@COMMIT", help="write what the MTEB leaderboard takes, for an export of ours"
+    )
     parser.add_argument("--dry_run", action="store_true", help="only say what it would cost")
     args = parser.parse_args(argv)
     _check_paths(args)
+    _check_submission(args)
     from llm2vec.evaluation.jobs import Request
     from llm2vec.evaluation.models import EvaluatedModel  # with torch and mteb: seconds
     from llm2vec.evaluation.run import dry_run, evaluate_all, expand
+    from llm2vec.evaluation.submission import write_submission
 
     model = EvaluatedModel(
         chosen_model(args), instructions_file=args.task_to_instructions_fp, template=args.template,
         max_length=args.max_length, attn_implementation=args.attn_implementation, device=args.device,
+        as_published=args.submission is not None,
     )  # fmt: skip
     tasks = expand(args.tasks or [args.task_name])
     request = Request(model, tasks, args.output_dir, args.local_data_dir, args.batch_size, args.save_predictions)
@@ -73,6 +79,11 @@ def main(argv: Sequence[str]) -> None:
     _print_scores(outcome.scores)
     if outcome.problems:
         raise UserError(" ".join(outcome.problems))
+    if args.submission is not None:
+        name, _, commit = args.submission.partition("@")
+        found = {task: request.find(task) for task in outcome.scores}
+        draft = write_submission(found, outcome.scores, name, commit, Path(args.output_dir, "submission"))
+        print(f"for the leaderboard: {draft.parent / 'results'}, and a draft of mteb's entry, {draft}")
 
 
 def _check_paths(args: argparse.Namespace) -> None:
@@ -84,6 +95,21 @@ def _check_paths(args: argparse.Namespace) -> None:
         raise UserError(f"There is no file of instructions {args.task_to_instructions_fp}.")
     if args.local_data_dir is not None and not Path(args.local_data_dir).is_dir():
         raise UserError(f"There is no directory of local data {args.local_data_dir}.")
+
+
+def _check_submission(args: argparse.Namespace) -> None:
+    """Refuse what the leaderboard could not repeat: it runs a model as it is published, on the hub's data."""
+    if args.submission is None:
+        return
+    if not re.fullmatch(r"[\w.-]+/[\w.-]+@[0-9a-f]{40}", args.submission):
+        raise UserError(
+            f"--submission is {args.submission!r}; give ORG/NAME@COMMIT, the 40 digits of a commit on the hub."
+        )
+    for flag in ("task_to_instructions_fp", "template", "max_length", "torch_dtype", "local_data_dir"):
+        if getattr(args, flag) is not None:
+            raise UserError(
+                f"--{flag} cannot stand beside --submission: mteb runs the published model on the hub's data."
+            )
 
 
 def _print_scores(scores: Mapping[str, Any]) -> None:

@@ -14,13 +14,14 @@ from sentence_transformers import SentenceTransformer
 from llm2vec.choice import ModelChoice
 from llm2vec.evaluation.files import load_instructions
 from llm2vec.evaluation.mteb_adapter import LLM2VecEncoder, is_registered, registered_model, wrap_sentence_transformer
+from llm2vec.evaluation.provenance import recorded_runs, trained_from, training_sets
 from llm2vec.files import json_hash
 from llm2vec.hub import find_file
 from llm2vec.llm2vec import LLM2Vec
 from llm2vec.model.backbone import open_sentence_transformer, parse_dtype
-from llm2vec.model.chain import model_name, revision_of
+from llm2vec.model.chain import model_name, read_run, revision_of
 from llm2vec.model.settings import SETTINGS_FILE
-from llm2vec.model.vault import MODULES_FILE
+from llm2vec.model.vault import MODULES_FILE, Folder
 from llm2vec.text.entries import INSTRUCTIONS_FILE
 from llm2vec.types import UserError, first_line
 
@@ -46,6 +47,7 @@ class EvaluatedModel:
         max_length: Tokens a text is cut to; None = the model's own.
         attn_implementation: As in transformers.
         device: Where it runs; None = the first CUDA device of the process where there is one.
+        as_published: An export of ours is run as mteb's leaderboard would: by sentence-transformers, with its prompts.
     """
 
     model: ModelChoice
@@ -54,6 +56,7 @@ class EvaluatedModel:
     max_length: int | None = None
     attn_implementation: str | None = None
     device: str | None = None
+    as_published: bool = False
 
 
 def kind_of(asked: EvaluatedModel) -> Kind:
@@ -63,6 +66,13 @@ def kind_of(asked: EvaluatedModel) -> Kind:
     the directory or repository decide.
     """
     base = asked.model.base
+    if asked.as_published:
+        if asked.model.adapters or find_file(base, MODULES_FILE) is None:
+            raise UserError(
+                f"{base} is no model that sentence-transformers loads, which the leaderboard needs: "
+                "export it with its table of instructions (llm2vec export) and score the export."
+            )
+        return "sentence-transformers"
     if asked.model.adapters or PUBLISHED.fullmatch(base):
         return "llm2vec"
     if not Path(base).is_dir() and is_registered(base):
@@ -136,7 +146,19 @@ def _sentence_transformer(asked: EvaluatedModel) -> Any:
             "unless it was trained with instructions, they lower its scores",
             asked.instructions_file, asked.model.base,
         )  # fmt: skip
-    encoder = wrap_sentence_transformer(model, model_name([asked.model.base]), revision)
+    folder = Folder(asked.model.base, read_run(Path(asked.model.base)))
+    runs, parameters = recorded_runs([folder]), list(model.parameters())
+    facts = {
+        "name": model_name([asked.model.base]),
+        "revision": revision,
+        "n_parameters": sum(parameter.numel() for parameter in parameters),
+        "memory_usage_mb": round(sum(parameter.nbytes for parameter in parameters) / 2**20),
+        "use_instructions": any(model.prompts.values()) or prompts is not None,
+        **training_sets(runs),
+    }
+    if (origin := trained_from(asked.model.base, runs)) is not None:
+        facts["adapted_from"] = origin
+    encoder = wrap_sentence_transformer(model, facts)
     return encoder if prompts is None else PromptedEncoder(encoder, model, prompts)
 
 

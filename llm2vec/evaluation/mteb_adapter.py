@@ -34,6 +34,7 @@ from sentence_transformers import SentenceTransformer
 from torch.utils.data import DataLoader
 
 from llm2vec.evaluation.files import retrieval_set_of, use_local_data
+from llm2vec.evaluation.provenance import recorded_runs, training_sets
 from llm2vec.files import data_revision, json_hash
 from llm2vec.llm2vec import LLM2Vec
 from llm2vec.model.chain import model_name, open_chain, revision_of
@@ -89,6 +90,7 @@ class LLM2VecEncoder(AbsEncoder):
                 "max_tokens": model.settings.max_length,
                 "framework": ["LLM2Vec", "PyTorch"],
                 "use_instructions": True,
+                **training_sets(recorded_runs(chain.folders)),
             }
         )
 
@@ -185,11 +187,10 @@ class LLM2VecEncoder(AbsEncoder):
         return vectors[[row_of_text[text] for text in texts]]
 
 
-def wrap_sentence_transformer(model: SentenceTransformer, name: str, revision: str) -> EncoderProtocol:
-    """A sentence-transformers model with its own prompts, under a name and revision that tell it from others."""
+def wrap_sentence_transformer(model: SentenceTransformer, facts: Mapping[str, Any]) -> EncoderProtocol:
+    """A sentence-transformers model with its own prompts; `facts` are values of its `ModelMeta`, name and revision."""
     wrapped = SentenceTransformerEncoderWrapper(model)
-    own = {"name": name, "revision": revision, "loader": None}
-    wrapped.mteb_model_meta = wrapped.mteb_model_meta.model_copy(update=own)
+    wrapped.mteb_model_meta = wrapped.mteb_model_meta.model_copy(update={"loader": None, **facts})
     return wrapped
 
 
@@ -377,6 +378,12 @@ def kept_result(meta: ModelMeta, task: AbsTask, output_dir: str | Path) -> TaskR
         ValueError, KeyError: It cannot be read.
     """
     return ResultCache(output_dir).load_task_result(task.metadata.name, meta)
+
+
+def leaderboard_entry(meta_file: Path, facts: Mapping[str, Any]) -> ModelMeta:
+    """What a `model_meta.json` says, with other facts, of a model that mteb loads by sentence-transformers."""
+    kept = ModelMeta.model_validate_json_resolved(meta_file.read_bytes())
+    return ModelMeta(**{**dict(kept), "loader": SentenceTransformerEncoderWrapper, **facts})
 
 
 def result_file(meta: ModelMeta, task: AbsTask, output_dir: str | Path) -> Path:

@@ -165,7 +165,7 @@ def collect(meta: Any, tasks: Mapping[str, Any], output_dir: str, queue: JobQueu
 
 
 def _say_where(request: Request, encoder: Any, tasks: Mapping[str, Any]) -> None:
-    """Where results go, which of other revisions lie there, and which tasks have no instruction."""
+    """Where results go, which of other revisions lie there, which tasks have no instruction, which were trained on."""
     folder = result_file(encoder.mteb_model_meta, next(iter(tasks.values())), request.output_dir).parent
     logger.info("Results go to %s", folder)
     others = sorted({file.parent.name for file in folder.parent.glob("*/*.json")} - {folder.name})
@@ -177,6 +177,17 @@ def _say_where(request: Request, encoder: Any, tasks: Mapping[str, Any]) -> None
             encoder.instruction(leaf.metadata, None)
         if request.model.instructions_file is None:
             encoder.say_foreign(leaf.metadata.name for leaf in leaves)
+    if request.model.as_published:
+        bare = [name for name in leaves_of(tasks) if name not in encoder.model.prompts]
+        if bare:
+            logger.warning("prompts: the export has none for %d tasks, such as %s", len(bare), bare[0])
+    # mteb counts what sets were made from each other: MSMARCO is seen by who trained on NanoMSMARCO.
+    seen = [name for name in tasks if name in (encoder.mteb_model_meta.get_training_datasets() or ())]
+    if seen:
+        logger.info(
+            "Trained on: %d of %d tasks are of sets that %s was trained on, so its scores there are not zero-shot (%s)",
+            len(seen), len(tasks), encoder.mteb_model_meta.name, ", ".join(seen),
+        )  # fmt: skip
 
 
 def _prepare_process(worker: int, device: str | None) -> None:

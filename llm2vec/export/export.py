@@ -30,10 +30,10 @@ from peft import PeftModel
 from torch.nn.functional import normalize
 
 from llm2vec.choice import ModelChoice
+from llm2vec.evaluation.provenance import recorded_runs, trained_from
 from llm2vec.export.adapter import check_adapter, prove_adapter, write_adapter
 from llm2vec.export.model_card import Facts, model_card
 from llm2vec.export.proof import Proof, encode_texts, prove
-from llm2vec.export.provenance import recorded_runs, trained_from
 from llm2vec.files import alone_in, write_json
 from llm2vec.hub import local_folder
 from llm2vec.llm2vec import LLM2Vec
@@ -111,7 +111,7 @@ def export(what: Export, out: Path) -> Proof:
         del model
         gc.collect()  # two models at once may be more than there is memory for
         proof = prove(folder, form, settings, texts, exact, stored)
-        runs = recorded_runs(chain)
+        runs = recorded_runs(chain.folders)
         facts = Facts(
             name=what.repository or out.resolve().name,
             form=form,
@@ -121,7 +121,7 @@ def export(what: Export, out: Path) -> Proof:
             hidden_size=config.hidden_size,
             dtype=what.dtype,
             adapter_base=base_id if what.adapter else None,
-            base_model=(base_id or "").partition("@")[0] or trained_from(chain, runs),
+            base_model=(base_id or "").partition("@")[0] or trained_from(chain.base, runs),
             license=what.license or (runs[0].record.get("origin", {}).get("license") if runs else None),
             runs=runs,
             results=what.results,

@@ -14,7 +14,7 @@ from typing import Any
 
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
 
-from llm2vec.export.provenance import RecordedRun
+from llm2vec.evaluation.provenance import RecordedRun
 from llm2vec.model.settings import EncoderSettings
 from llm2vec.model.stock_form import BIDIRECTIONAL_SINCE, STRAY_BLANK, StockForm
 from llm2vec.reports.results import Results

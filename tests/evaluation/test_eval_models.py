@@ -11,11 +11,10 @@ import mteb
 import pytest
 import torch
 from datasets import Dataset
-from eval_stubs import CALM, STORM, evaluated
+from eval_stubs import CALM, STORM, evaluated, make_sentence_transformer
 from helpers import family_tokenizer, tiny_model
 from mteb.types import PromptType
 from sentence_transformers import SentenceTransformer
-from sentence_transformers.models import Pooling, Transformer
 from torch.utils.data import DataLoader
 
 from llm2vec.evaluation import models as eval_models
@@ -26,18 +25,6 @@ from llm2vec.llm2vec import LLM2Vec
 from llm2vec.types import UserError
 
 ROOT = Path(__file__).parents[2]
-
-
-def make_sentence_transformer(folder: Path, seed: int = 0) -> Path:
-    tiny_model("llama", seed=seed, initializer_range=0.2).save_pretrained(folder / "base")
-    tokenizer = family_tokenizer("llama")
-    tokenizer.pad_token = tokenizer.eos_token
-    tokenizer.chat_template = None  # with one, sentence-transformers makes a prompt a turn of its own
-    tokenizer.save_pretrained(folder / "base")
-    transformer = Transformer(str(folder / "base"), max_seq_length=64)
-    model = SentenceTransformer(modules=[transformer, Pooling(32, "mean")], device="cpu", prompts={"query": "own: "})
-    model.save(str(folder / "model"), create_model_card=False)
-    return folder / "model"
 
 
 def encode(encoder: Any, task: str, side: PromptType | None, texts: list[str]) -> torch.Tensor:

@@ -25,12 +25,12 @@ from torch import Tensor
 
 from llm2vec import LLM2Vec
 from llm2vec.choice import ModelChoice
+from llm2vec.evaluation.provenance import without_local_paths
 from llm2vec.export import adapter as adapter_module
 from llm2vec.export import export as export_module
 from llm2vec.export import proof as proof_module
 from llm2vec.export.export import Export, export
 from llm2vec.export.proof import Proof
-from llm2vec.export.provenance import without_local_paths
 from llm2vec.files import alone_in
 from llm2vec.hub import upload
 from llm2vec.model.backbone import attach_lora

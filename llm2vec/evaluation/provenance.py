@@ -1,4 +1,4 @@
-"""Where an exported model is from: the training runs behind it, as their `run.json` tells, without local paths."""
+"""Where a model is from: the training runs behind it, as their `run.json` tells, without local paths."""
 
 from __future__ import annotations
 
@@ -11,12 +11,16 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from llm2vec.files import read_object
 from llm2vec.hub import local_folder
-from llm2vec.model.chain import Chain, is_mark_of_folder, mark_of, read_run
+from llm2vec.model.chain import is_mark_of_folder, mark_of, read_run
 from llm2vec.model.vault import Folder
 from llm2vec.train.log import LOG_FILE
 
 logger = logging.getLogger(__name__)
+
+#: Source -> mteb's names of the sets that it was made from; it is enough to name one of mteb's versions of a set.
+TRAINING_SETS = Path(__file__).with_name("training_sets.json")
 
 #: Keys of a run's record that hold local paths, whatever they look like.
 _PATH_KEYS = (
@@ -41,9 +45,13 @@ class RecordedRun:
     log: Sequence[Mapping[str, Any]]
 
 
-def recorded_runs(chain: Chain) -> list[RecordedRun]:
-    """The runs that made a model, as far as they can be followed, the earliest first."""
-    folders = [*reversed(chain.folders)]
+def recorded_runs(opened: Sequence[Folder]) -> list[RecordedRun]:
+    """The runs that made a model, as far as they can be followed, the earliest first.
+
+    Args:
+        opened: `Chain.folders` of the model, or the one folder of an export.
+    """
+    folders = [*reversed(opened)]
     while (parent := _parent(folders[-1])) is not None and parent.path not in {folder.path for folder in folders}:
         folders.append(parent)
     return [run for folder in reversed(folders) for run in _runs_of(folder)]
@@ -93,11 +101,27 @@ def _log(folder: Path) -> list[dict[str, Any]]:
     return [entry for entry in entries if last is None or entry.get("step", 0) <= last]
 
 
-def trained_from(chain: Chain, runs: Sequence[RecordedRun]) -> str | None:
-    """Hub name of the model that the first run started from."""
+def trained_from(base: str, runs: Sequence[RecordedRun]) -> str | None:
+    """Hub name of the model that the first run started from; `base` is what a chain goes on."""
     origins = [run.record.get("origin", {}).get("model") for run in runs[:1]]
-    names = [chain.base, *(run.record.get("parent", {}).get("model_name_or_path") for run in runs[:1]), *origins]
+    names = [base, *(run.record.get("parent", {}).get("model_name_or_path") for run in runs[:1]), *origins]
     return next((name for name in names if name and local_folder(name) is None and name.count("/") == 1), None)
+
+
+def training_sets(runs: Sequence[RecordedRun]) -> dict[str, Any]:
+    """What the leaderboard asks about training data, as keywords of mteb's `ModelMeta`.
+
+    Returns:
+        `training_datasets`: mteb's names of the sets that the sources of the runs were made from; None where no run
+        names a source. `public_training_data`: True where all sources are of the released archive or of the hub table;
+        None where one is not known here.
+    """
+    known = read_object(TRAINING_SETS)
+    sources = {str(data.get("source")) for run in runs for data in run.record.get("data", [])}
+    return {
+        "training_datasets": {task for name in sources for task in known.get(name, [])} if sources else None,
+        "public_training_data": True if sources and sources <= known.keys() else None,
+    }
 
 
 def without_local_paths(value: Any, local: Collection[str] = (), key: str = "") -> Any:
