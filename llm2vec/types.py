@@ -36,6 +36,10 @@ ReconstructionTarget = Literal["counterpart", "self", "both", "next"]
 Bottleneck = Literal["vector", "states"]
 TargetLoss = Literal["ce", "kl", "bag"]
 Trainable = Literal["full", "lora", "tokens"]
+#: Of LoRA's two matrices, in peft's words. Those that would change the base's own weights are not here.
+LoraInit = Literal["gaussian", "orthogonal"]
+#: A frozen base in whole numbers, by bitsandbytes.
+QuantisedBase = Literal["8bit", "4bit"]
 DecoderWeights = Literal["shared", "frozen"]
 #: What a pass is for: all of it is trained; only what goes into it is; or nothing is, and nothing is kept.
 PassKind = Literal["trained", "frozen", "read"]

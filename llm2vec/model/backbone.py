@@ -45,7 +45,7 @@ from llm2vec.model.vault import (
     folder_at,
     model_below,
 )
-from llm2vec.types import Attention, UserError, first_line
+from llm2vec.types import Attention, LoraInit, UserError, first_line
 
 if TYPE_CHECKING:
     from sentence_transformers import SentenceTransformer
@@ -59,7 +59,6 @@ LORA_MODULES = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", 
 
 #: A weight of a numbered layer. A head is none, nor are the tables that older files hold.
 _LAYER_WEIGHT = re.compile(r"\blayers\.\d+\..*\b(weight|bias)$")
-
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
@@ -140,16 +139,18 @@ def attach_lora(
     dropout: float,
     modules: Sequence[str] = LORA_MODULES,
     new_tokens: Sequence[int] = (),
+    use_dora: bool = False,
+    use_rslora: bool = False,
+    init: LoraInit | None = None,
 ) -> PeftModel:
     """Put a fresh LoRA adapter on a model. Everything else is frozen; no bias is trained.
 
     Args:
         model: what is adapted.
-        r: rank.
-        alpha: scale.
-        dropout: before the adapter.
+        r: rank; `alpha` is the scale, `dropout` stands before the adapter.
         modules: what gets an adapter; empty = nothing does, and tokens alone are trained.
         new_tokens: ids whose embeddings are trained and saved with the adapter.
+        use_dora: this, `use_rslora` and `init` (its `init_lora_weights`; None = the default) are peft's.
 
     Raises:
         UserError: the model has none of the named modules.
@@ -158,7 +159,8 @@ def attach_lora(
     if modules:
         config = LoraConfig(
             r=r, lora_alpha=alpha, lora_dropout=dropout, target_modules=list(modules), bias="none",
-            trainable_token_indices=list(new_tokens) or None,
+            trainable_token_indices=list(new_tokens) or None, use_dora=use_dora, use_rslora=use_rslora,
+            init_lora_weights=init or True,
         )  # fmt: skip
     try:
         return get_peft_model(model, config)

@@ -5,6 +5,7 @@ Used by `stages`, by `run`, and by `planning.plan`, which puts the same together
 
 from __future__ import annotations
 
+import importlib.util
 import logging
 import os
 from collections.abc import Iterator, Sequence
@@ -18,9 +19,9 @@ from peft import PeftModel
 from peft.tuners.lora import LoraLayer
 from torch import Tensor
 from torch.distributed.fsdp import MixedPrecisionPolicy
-from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainingArguments, set_seed
+from transformers import BitsAndBytesConfig, PreTrainedModel, PreTrainedTokenizerBase, TrainingArguments, set_seed
 
-from llm2vec.model.backbone import Backbone, attach_lora, load_backbone, load_tokenizer, make_room
+from llm2vec.model.backbone import Backbone, attach_lora, load_backbone, load_tokenizer, make_room, parse_dtype
 from llm2vec.model.chain import Chain, open_chain
 from llm2vec.model.fused_layers import fuse, why_not
 from llm2vec.model.packing import attention_dropout, checkpoint_contexts, compile_layers, inner_decoder, is_plain
@@ -84,12 +85,14 @@ def load_model(
         dtype=config.torch_dtype,
         attn_implementation=config.attn_implementation,
         with_lm_head=with_lm_head,
+        of_weights=_quantised(config, chain, device),
     )
     if new_tokens:
         add_token_rows(model, new_tokens, config.training.get("seed", 42))  # type: ignore[arg-type]
         names = ", ".join(tokenizer.convert_ids_to_tokens(new_tokens))
         logger.info("added tokens: %s; they start at the mean of the other tokens' embeddings", names)
-    model.to(device)  # type: ignore[arg-type]  # FlashAttention cannot be probed on the CPU
+    if config.load_in is None:  # else it is there already, and may not be moved
+        model.to(device)  # type: ignore[arg-type]  # FlashAttention cannot be probed on the CPU
     check_decoder(decoder_of(model), settings.attention)
     if with_lm_head:
         check_head(model)
@@ -105,6 +108,28 @@ def load_model(
     elif fuses(config, model, device.type):
         _fuse(config, model, device)
     return model, tokenizer, settings
+
+
+def _quantised(config: Config, chain: Chain, device: torch.device) -> dict[str, Any]:
+    """transformers' keywords for a base in 8 or 4 bits; the latter as QLoRA has them (NF4, quantised twice).
+
+    Raises:
+        UserError: it cannot be had here, or adapters would have to be merged into it.
+    """
+    if config.load_in is None:
+        return {}
+    if device.type != "cuda":
+        raise UserError(f"load_in is {config.load_in!r}, which needs an NVIDIA GPU, and there is none; take it out.")
+    if importlib.util.find_spec("bitsandbytes") is None:
+        raise UserError(f"load_in is {config.load_in!r}, which needs bitsandbytes: pip install bitsandbytes.")
+    if chain.adapters:
+        raise UserError(f"load_in: {config.model_name_or_path} is an adapter, and merging it would round; export it.")
+    four = {
+        "load_in_4bit": True, "bnb_4bit_quant_type": "nf4", "bnb_4bit_use_double_quant": True,
+        "bnb_4bit_compute_dtype": torch.bfloat16 if config.training.get("bf16") else parse_dtype(config.torch_dtype),
+    }  # fmt: skip
+    quantised = BitsAndBytesConfig(**(four if config.load_in == "4bit" else {"load_in_8bit": True}))
+    return {"quantization_config": quantised, "device_map": {"": device}}
 
 
 def fuses(config: Config, model: Backbone, device_type: str) -> bool:
@@ -214,7 +239,10 @@ def trained_tokens(
 def with_adapter(config: Config, model: Backbone, tokens: Sequence[int]) -> Backbone:
     """The model with a fresh adapter on its decoder: LoRA, unless tokens alone are trained, and the embeddings of some
     tokens. All else is frozen."""
-    lora = {"r": config.lora_r, "alpha": config.lora_alpha or 2 * config.lora_r, "dropout": config.lora_dropout}
+    lora: dict[str, Any] = {
+        "r": config.lora_r, "alpha": config.lora_alpha or 2 * config.lora_r, "dropout": config.lora_dropout,
+        "use_dora": config.use_dora, "use_rslora": config.use_rslora, "init": config.init_lora_weights,
+    }  # fmt: skip
     modules: dict[str, Any] = {"modules": config.lora_modules} if config.lora_modules else {}
     if config.trainable == "tokens":
         modules = {"modules": ()}

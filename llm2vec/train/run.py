@@ -101,12 +101,13 @@ def train(
         raise UserError(f"{start} was this run's, and something changed while it began: {'; '.join(found)}.")
 
     def save_to(folder: Path, weights: dict[str, Tensor] | None) -> None:
-        state = None if weights is None else model_weights(weights, objective.model)  # type: ignore[arg-type]
+        part = part_to_save(objective.model)
+        state = None if weights is None else model_weights(weights, objective.model, part)
         # `trainer` is bound below, before anything is saved.
         at_step = {**(run or {}), "step": trainer.state.global_step}
         if trainer.weights_of_step is not None:
             at_step["weights_of_step"] = trainer.weights_of_step
-        save_checkpoint(folder, part_to_save(objective.model), tokenizer, settings, at_step, state, beside)
+        save_checkpoint(folder, part, tokenizer, settings, at_step, state, beside)
 
     beside = weights_beside(objective)
 

@@ -23,7 +23,7 @@ import torch
 from torch import Tensor
 from torch.distributed.tensor import DTensor
 from torch.optim import Optimizer
-from transformers import PreTrainedModel, TrainerState, TrainingArguments
+from transformers import TrainerState, TrainingArguments
 from transformers.trainer import OPTIMIZER_NAME, SCHEDULER_NAME, TRAINER_STATE_NAME
 
 from llm2vec.distributed import max_over_ranks
@@ -180,14 +180,15 @@ def of_state(checkpoint: str | None) -> Iterator[None]:
 # --- under FSDP ---
 
 
-def model_weights(state: dict[str, Tensor], model: PreTrainedModel) -> dict[str, Tensor]:
-    """The part of an objective's gathered state that is its model's, under the model's own names.
+def model_weights(state: dict[str, Tensor], model: Any, part: Any) -> dict[str, Tensor]:
+    """The part of an objective's gathered state that is its model's, or that of a part of it, under its own names.
 
     Weights that are tied come as copies; here they are one tensor again, so that they are written once.
     """
-    prefix = "model."
+    path = next(name for name, module in model.named_modules() if module is part)
+    prefix = f"model.{path}." if path else "model."
     own = {name.removeprefix(prefix): weight for name, weight in state.items() if name.startswith(prefix)}
-    tied: dict[str, str] = model.all_tied_weights_keys or {}
+    tied: dict[str, str] = part.all_tied_weights_keys or {}
     return own | {name: own[source] for name, source in tied.items() if source in own}
 
 

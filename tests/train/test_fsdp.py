@@ -32,6 +32,19 @@ from llm2vec.types import Stage, UserError
 ROOT = Path(__file__).parents[2]
 STAGE_I_PARTS = ("loss_q2d", "loss_d2q")
 SHARDED = {"fsdp": True, "save_only_model": True}
+RUN: dict[str, Any] = {
+    "max_seq_length": 64,
+    "total_batch_size": 8,
+    "optim": "sgd",  # a step is then as exact as its gradient
+    "learning_rate": 0.5,
+    "lr_scheduler_type": "constant",
+    "max_steps": 4,
+    "logging_steps": 1,
+    "save_strategy": "no",
+    "report_to": "none",
+    "disable_tqdm": True,
+    "use_cpu": True,
+}
 
 
 class Outcome(NamedTuple):
@@ -42,7 +55,8 @@ class Outcome(NamedTuple):
 
     @property
     def weights(self) -> dict[str, Tensor]:
-        return load_file(self.folder / "model.safetensors")
+        (file,) = self.folder.glob("*model.safetensors")
+        return load_file(file)
 
 
 @pytest.fixture(scope="module")
@@ -68,17 +82,7 @@ def train(stage: str, folder: Path, name: str, processes: int = 1, base: str = "
         "model_name_or_path": str(folder / base),
         "output_dir": str(folder / name),
         "sources_file": str(folder / "sources.json"),
-        "max_seq_length": 64,
-        "total_batch_size": 8,
-        "optim": "sgd",  # a step is then as exact as its gradient
-        "learning_rate": 0.5,
-        "lr_scheduler_type": "constant",
-        "max_steps": 4,
-        "logging_steps": 1,
-        "save_strategy": "no",
-        "report_to": "none",
-        "disable_tqdm": True,
-        "use_cpu": True,
+        **RUN,
         **keys,
     }
     file = folder / f"{name}.json"
@@ -99,6 +103,14 @@ def run_rank(process: int, processes: int, script: str, file: Path) -> None:
     else:
         os.environ.pop("WORLD_SIZE", None)
         os.environ.pop("LOCAL_RANK")
+    observe(file.with_suffix(f".{process}"))
+    shard_on_cpu()
+    sys.argv = [script, str(file)]
+    runpy.run_path(str(ROOT / "experiments" / script), run_name="__main__")
+
+
+def observe(file: Path) -> None:
+    """Take down in this process what it holds of the weights."""
     step = EmbedderTrainer.training_step
 
     def observed_step(self: EmbedderTrainer, model: nn.Module, *arguments: Any) -> Tensor:
@@ -106,13 +118,10 @@ def run_rank(process: int, processes: int, script: str, file: Path) -> None:
         whole = sum(p.numel() for p in model.parameters())
         held = sum((p.to_local() if isinstance(p, DTensor) else p).numel() for p in model.parameters())
         units = sum(isinstance(module, FSDPModule) for module in model.modules())
-        file.with_suffix(f".{process}").write_text(json.dumps([held, whole, units]), encoding="utf-8")
+        file.write_text(json.dumps([held, whole, units]), encoding="utf-8")
         return loss
 
     EmbedderTrainer.training_step = observed_step  # type: ignore[method-assign]
-    shard_on_cpu()
-    sys.argv = [script, str(file)]
-    runpy.run_path(str(ROOT / "experiments" / script), run_name="__main__")
 
 
 def holdings(outcome: Outcome, processes: int) -> list[list[int]]:
@@ -208,6 +217,39 @@ def test_stage_II_over_all_parameters(folder: Path) -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize(
+    ("stage", "keys", "parts"),
+    [
+        ("stage_II", {}, ("loss_contrastive", "in_batch_accuracy")),
+        ("stage_II", {"use_dora": True, "tokens_per_microbatch": 128}, ("loss_contrastive",)),
+        ("stage_II", {"template": "gritlm", "pooling_mode": "mean"}, ("loss_contrastive",)),
+        ("stage_I", {"trainable": "lora"}, STAGE_I_PARTS),
+    ],
+    ids=["stage II", "DoRA", "added tokens", "stage I"],
+)
+def test_lora_over_a_shared_base(stage: str, keys: dict[str, Any], parts: tuple[str, ...], folder: Path) -> None:
+    """The frozen base is shared out, the adapter too, which is all that is written."""
+    one, two = (forked(stage, folder, "-".join([stage, *keys]), processes, keys) for processes in (1, 2))
+    assert_same_run(two, one, *parts)
+    assert any("lora_B" in weight for weight in two.weights)
+    assert LLM2Vec.from_pretrained(two.folder).encode(["who wrote it"], show_progress_bar=False).isfinite().all()
+    for held, whole, units in holdings(two, 2):
+        assert held == pytest.approx(whole / 2, rel=0.02) and units == 3
+
+
+def forked(stage: str, folder: Path, name: str, processes: int, keys: dict[str, Any]) -> Outcome:
+    """A run of LoRA in processes that begin with all imports done."""
+    output = folder / f"{name}-{processes}"
+    shared = SHARDED if processes > 1 else {}
+    config = RUN | {"model_name_or_path": str(folder / "base"), "sources_file": str(folder / "sources.json")}
+    said_keys = config | {"lora_dropout": 0.0} | shared | keys
+    codes = run(f"run_{stage}.py", output, said_keys, processes, lambda rank: observe(folder / f"{output.name}.{rank}"))
+    assert codes == [0] * processes, said(output)
+    lines = (output / LOG_FILE).read_text(encoding="utf-8").splitlines()
+    return Outcome([json.loads(line) for line in lines], output)
+
+
+@pytest.mark.slow
 def test_held_out_rows_and_checkpoints_on_the_way(folder: Path) -> None:
     """Figures on held-out rows, and a whole checkpoint at `save_steps`; training goes on undisturbed by both."""
     keys = {"num_eval_rows": 8, "eval_strategy": "steps", "eval_steps": 2, "save_strategy": "steps", "save_steps": 2}
@@ -291,11 +333,11 @@ def test_what_cannot_be_sharded_is_refused(keys: dict[str, Any], message: str, t
     assert message in refusal(tmp_path, **keys)
 
 
-def test_lora_is_refused_with_exit_code_2(
+def test_what_is_refused_ends_with_exit_code_2(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    message = refusal(tmp_path, "stage_II", **SHARDED)
-    assert "fsdp with use_peft is not supported" in message
+    message = refusal(tmp_path, "stage_II", **SHARDED, load_in="4bit")
+    assert "load_in cannot be used with fsdp" in message
     monkeypatch.setattr(sys, "argv", ["run_stage_II.py", str(tmp_path / "config.json")])
     with pytest.raises(SystemExit) as end:
         runpy.run_path(str(ROOT / "experiments/run_stage_II.py"), run_name="__main__")

@@ -198,14 +198,15 @@ def test_bfloat16_weights_with_compensated_updates(folder: Path, keys: dict[str,
 
 
 @pytest.mark.slow
-def test_weights_spread_over_processes(folder: Path, keys: dict[str, Any]) -> None:
+@pytest.mark.parametrize("script", ["run_stage_I.py", "run_stage_II.py"], ids=["all weights", "LoRA"])
+def test_weights_spread_over_processes(script: str, folder: Path, keys: dict[str, Any]) -> None:
     """FSDP2: each process writes and reads its share of the optimiser's state."""
     further = {"fsdp": True, "bf16": True}
-    whole, cut = folder / "fsdp-whole", folder / "fsdp-cut"
-    assert run("run_stage_I.py", whole, keys | further, 2) == [0, 0]
+    whole, cut = folder / f"fsdp-whole-{script}", folder / f"fsdp-cut-{script}"
+    assert run(script, whole, keys | further, 2) == [0, 0]
     for step in (2, 6):
-        assert run("run_stage_I.py", cut, keys | further, 2, kill_within(step)) == [KILLED] * 2
-    assert run("run_stage_I.py", cut, keys | further, 2) == [0, 0]
+        assert run(script, cut, keys | further, 2, kill_within(step)) == [KILLED] * 2
+    assert run(script, cut, keys | further, 2) == [0, 0]
     assert_same_to_the_bit(cut, whole)
 
 

@@ -28,10 +28,12 @@ from llm2vec.types import (
     Direction,
     DtypeName,
     Hardened,
+    LoraInit,
     MarginKind,
     MaskingScheme,
     MaskTokenType,
     Partition,
+    QuantisedBase,
     ReconstructionTarget,
     Reduction,
     Stage,
@@ -119,6 +121,14 @@ class Config:
     """Dropout before the adapter, in training."""
     lora_modules: list[str] | None = None
     """Modules that get an adapter. null = the seven projections of a layer."""
+    use_dora: Annotated[bool, Key(on_card=True)] = False
+    """DoRA: the adapter turns each output's weights, and their length is learnt apart."""
+    use_rslora: Annotated[bool, Key(on_card=True)] = False
+    """rsLoRA: the adapter is scaled by lora_alpha / sqrt(lora_r) in place of lora_alpha / lora_r."""
+    init_lora_weights: LoraInit | None = None
+    """How the adapter begins, in peft's words. null = peft's default. Each begins without effect."""
+    load_in: Annotated[QuantisedBase | None, Key(on_card=True)] = None
+    """The frozen base in 8 or 4 bits, by bitsandbytes, on an NVIDIA GPU. null = as `torch_dtype` says."""
     torch_dtype: Annotated[DtypeName | None, Key(on_card=True)] = None
     """Type of the weights. null = float32. `bfloat16` without `bf16` is the release's pure bfloat16."""
     attn_implementation: Annotated[AttnImplementation, Key(influence="rounding")] = "sdpa"

@@ -50,6 +50,16 @@ def _in_the_run(config: Config) -> Iterator[str]:
         yield "use_peft: stage_I says what it trains by `trainable`: full, lora or tokens; take it out."
     if config.use_peft and config.stage not in (*LORA_STAGES, "stage_I"):
         yield f"use_peft: {config.stage} trains all parameters, the head among them; LoRA belongs to stage_II."
+    adapts = config.use_peft and config.trainable != "tokens"
+    for key in ("use_dora", "use_rslora", "init_lora_weights", "load_in"):
+        if getattr(config, key) and not adapts:
+            yield f"{key} has no effect without a LoRA adapter (use_peft); take it out."
+    if config.init_lora_weights == "orthogonal" and config.lora_r % 2:
+        yield f"init_lora_weights is 'orthogonal', but lora_r is {config.lora_r}; an even one is needed."
+    if config.load_in and config.adapters:
+        yield "load_in is set, but merging peft_model_name_or_path would round it; export the merged model first."
+    if config.load_in and config.compilation is not None:
+        yield "load_in and torch_compile cannot be used together; take one of the two out."
     if config.lora_modules == []:
         yield "lora_modules is []; name at least one, or leave the key out for all."
     horizon, epochs = training.get("max_steps", -1), training.get("num_train_epochs", 1)
@@ -226,11 +236,10 @@ def _in_sharding(config: Config) -> Iterator[str]:
         yield "projection is 'linear', which fsdp would spread over processes and not save; take one of the two out."
     if config.decoder == "frozen":
         yield "decoder is 'frozen', of which every process would hold all beside fsdp; take one of the two out."
-    if config.use_peft:
-        yield (
-            "fsdp with use_peft is not supported; LoRA trains a small share of the weights, so take fsdp out and every "
-            "process holds the frozen base."
-        )
+    if config.load_in:
+        yield "load_in cannot be used with fsdp, which would spread numbers that belong together; take one out."
+    if config.trainable == "tokens":
+        yield "trainable is 'tokens': fsdp cannot share out a few rows of the embeddings; take it out."
     for key in ("nano_beir", "embedding_diagnostics", "reconstruction_probe"):
         if getattr(config, key):
             yield (
