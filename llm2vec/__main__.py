@@ -41,6 +41,7 @@ COMMANDS = {
     "export": Command("models.export", "turn a checkpoint into a plain folder for other libraries"),
     "embedder": Command("embedder", "an embedder from a real language model, on your machine, in about an hour"),
     "base": Command("models.base", "fetch a small pretrained model, also where no hub is reached"),
+    "merge": Command("models.merge", "one model of several checkpoints: mean or slerp of their weights"),
     "verify": Command("models.verify", "whether a model gives the same vectors however it is loaded"),
     "compare": Command("compare", "a set of recipes on the same data: train, evaluate, one table"),
     "reconstruct": Command("models.reconstruct", "write the other side's text from an anchor, or score what it tells"),

@@ -40,6 +40,7 @@ Trainable = Literal["full", "lora", "tokens"]
 LoraInit = Literal["gaussian", "orthogonal"]
 #: A frozen base in whole numbers, by bitsandbytes.
 QuantisedBase = Literal["8bit", "4bit"]
+MergeKind = Literal["mean", "slerp"]
 DecoderWeights = Literal["shared", "frozen"]
 #: What a pass is for: all of it is trained; only what goes into it is; or nothing is, and nothing is kept.
 PassKind = Literal["trained", "frozen", "read"]
