@@ -1,6 +1,7 @@
 """What a config's training step asks of a GPU, without one: kernels, operations, bytes, memory, and the least time.
 
     python -m benchmarks.simulate CONFIG --num_processes 8 --card H200 --tokens_query 24 --tokens_document 170
+    python -m benchmarks.simulate train_configs/*/*.json --out FILE.json   # a table, the plan's memory beside it
 
 The project's own step runs over tensors without values (torch's FakeTensorMode; the device is `benchmarks.fakecuda`),
 and every kernel is counted with what it reads and writes. What is fused (`model.fused_layers`) is one kernel. The time
@@ -16,12 +17,15 @@ from benchmarks import fakecuda  # before torch
 # isort: split
 import argparse
 import gc
+import json
+import tempfile
 import weakref
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass
 from functools import partial
+from hashlib import sha256
 from pathlib import Path
 from typing import Any, NamedTuple
 from unittest.mock import patch
@@ -37,13 +41,17 @@ from torch.utils._pytree import tree_flatten
 from transformers.activations import SiLUActivation
 
 from benchmarks.inputs import InHalf
+from benchmarks.shapes import SHAPES, shape_for
 from llm2vec import llm2vec_q2d_d2q
 from llm2vec.cli import run_command
+from llm2vec.files import write_json
 from llm2vec.model import fused_layers, packed_attention
 from llm2vec.model.packing import inner_decoder
+from llm2vec.objectives import language_modelling
 from llm2vec.planning.gpus import CARDS, Card
 from llm2vec.planning.plan import Conditions, Plan, make_plan
 from llm2vec.planning.work import assumed_batch, useful_flops
+from llm2vec.table import Table
 from llm2vec.train import step
 from llm2vec.train.model import decoder_of, fuses, plan_sharding
 from llm2vec.train.recomputation import recompute_first
@@ -262,6 +270,12 @@ def simulate(plan: Plan, *, fused: bool | None = None, rows: int | None = None) 
         batch = _batch(plan, rows or plan.args.per_device_train_batch_size)
         bound = plan.config.tokens_per_microbatch
         totals = {name: torch.empty((), device="cuda") for name in objective.count(batch)}
+        if (
+            plan.args.gradient_accumulation_steps > 1
+        ):  # the last micro-batch is run, which adds to the others' gradients
+            with tracer.during("gradients"):
+                for weight in trained:
+                    weight.grad = torch.empty_like(weight)
         tracer.counts, tracer.peak, tracer.parts = True, tracer.total, Counter()
         with tracer.during("step"):
             half = bool(plan.args.bf16 or plan.args.fp16) and not plan.args.fsdp
@@ -336,6 +350,21 @@ class _Silu(torch.autograd.Function):
         return _Silu.tracer.one_kernel(_like, x, *gradients)
 
 
+class _Targets:
+    """Stands for a mask of target tokens, of which without values only the number is known."""
+
+    def __init__(self, number: int) -> None:
+        self._number = number
+
+    def nonzero(self) -> Tensor:
+        """Their places."""
+        return torch.empty(self._number, 1, dtype=torch.long, device="cuda")
+
+    def sum(self, dtype: torch.dtype) -> Tensor:
+        """How many there are."""
+        return torch.empty((), dtype=dtype, device="cuda")
+
+
 def _like(x: Tensor, *_: Tensor) -> Tensor:
     return torch.empty_like(x)
 
@@ -359,6 +388,7 @@ def _without_values(tracer: _Tracer) -> Iterator[None]:
         for where, name, stand_in in (
             (packed_attention, "send", send),
             (llm2vec_q2d_d2q, "send", send),
+            (language_modelling, "_targets", lambda text: _Targets(sum(text["num_targets"]))),
             (packed_attention, "_varlen_is_there", lambda: True),
             (fused_layers, "_run", tracer.one_kernel),
             (step, "draw_seeds", lambda number: [0] * number),
@@ -393,6 +423,57 @@ def report(plan: Plan, simulation: Simulation, card: Card) -> Iterator[str]:
         yield f"            {name:<44} {precision:<8} {phase:<10} {number:>6,} x {size / 1e9:>8.2f} GB"
 
 
+def simulate_all(paths: Sequence[Path], plan_of: Callable[[Path], Plan], out: Path, card: Card) -> None:
+    """Simulate configs, each kind of step once, and write what was found to a file, which an earlier start may have.
+
+    Args:
+        paths: of the configs.
+        plan_of: plans one.
+        out: the file.
+        card: by which time is reckoned.
+    """
+    found: dict[str, Any] = json.loads(out.read_text(encoding="utf-8")) if out.is_file() else {}
+    for path in paths:
+        plan = plan_of(path)
+        assert plan.memory is not None, f"{path}: layers of another kind"
+        parts = [(part.name, part.size) for part in plan.memory.parts]
+        share = plan.args.per_device_train_batch_size
+        key = sha256(repr((parts, plan.all_rows, share, plan.config.tokens_per_microbatch)).encode()).hexdigest()[:12]
+        name = f"{path.parent.name}/{path.stem}"
+        if key not in found:
+            s = simulate(plan)
+            found[key] = {
+                "configs": [], "tokens": s.tokens, "pieces": s.pieces, "recomputed": plan.num_recomputed,
+                "kernels": s.total("number"), "flops": s.total("flops"), "useful": s.useful,
+                "bytes_of_products": s.total("bytes", products=True),
+                "bytes_of_others": s.total("bytes", products=False),
+                "planned": plan.memory.most, "peak": s.peak, "parts": s.parts,
+                "seconds": s.seconds(card), "of_the_peak": s.utilisation(card),
+            }  # fmt: skip
+        if name not in found[key]["configs"]:
+            found[key]["configs"].append(name)
+        write_json(out, found)
+        planned, simulated = found[key]["planned"] / 1e9, found[key]["peak"] / 1e9
+        print(f"{name}: planned {planned:.1f} GB, simulated {simulated:.1f} GB", flush=True)
+
+
+def table(found: dict[str, Any], card: Card) -> Table:
+    """What `simulate_all` wrote, a row a step; the configs that share it stand in its first cell."""
+    header = ["configs", "tokens; pieces", "layers recomputed", "kernels", "bytes, GB; not products"]
+    header += ["plan, GB", "simulated, GB", "plan / simulated", f"{card.name}: ms; of its peak"]
+    rows = []
+    for of_step in sorted(found.values(), key=lambda of_step: of_step["configs"][0]):
+        everything, others = of_step["bytes_of_products"] + of_step["bytes_of_others"], of_step["bytes_of_others"]
+        planned, simulated = of_step["planned"] / 1e9, of_step["peak"] / 1e9
+        rows.append([
+            ", ".join(f"`{name}`" for name in of_step["configs"]), f"{of_step['tokens']:,}; {of_step['pieces']}",
+            str(of_step["recomputed"]), f"{of_step['kernels']:,}", f"{everything / 1e9:,.0f}; {others / 1e9:,.0f}",
+            f"{planned:.1f}", f"{simulated:.1f}", f"{planned / simulated:.2f}",
+            f"{of_step['seconds'] * 1e3:,.0f}; {of_step['of_the_peak']:.0%}",
+        ])  # fmt: skip
+    return Table(header, rows)
+
+
 def start_processes(number: int) -> None:
     """A group of so many processes, of which the others are not there."""
     from torch.testing._internal.distributed.fake_pg import FakeStore
@@ -404,28 +485,44 @@ def start_processes(number: int) -> None:
 def main(argv: Sequence[str]) -> None:
     """Simulate the step of the config on the command line."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
-    parser.add_argument("config", type=Path, help="a training config")
+    parser.add_argument("configs", type=Path, nargs="+", metavar="CONFIG", help="training configs; several: a table")
     parser.add_argument("--num_processes", type=int, default=1, help="that share the step")
     parser.add_argument("--card", choices=list(BANDWIDTH), default="H200", help="by which time is reckoned")
-    parser.add_argument("--base", help="model whose shape stands for a base that is not there yet")
+    parser.add_argument(
+        "--base", help="model whose shape stands for the base's; by default the published shape is known"
+    )
     parser.add_argument("--tokens_query", type=int, default=24, help="of a row's query, template included")
     parser.add_argument("--tokens_document", type=int, default=170, help="of each of its documents")
     parser.add_argument("--rows", type=int, help="that the process holds, where it is not what the config says")
     parser.add_argument(
         "--fused", choices=["auto", "on", "off"], default="auto", help="fused layers; auto = as the config"
     )
+    parser.add_argument("--out", type=Path, default=Path("simulation.json"), help="where the table's figures go")
     given = parser.parse_args(argv)
     fakecuda.install()
     card = CARDS[given.card]
     start_processes(given.num_processes)
-    conditions = Conditions(
-        num_processes=given.num_processes, card=card, base=given.base,
-        tokens_query=given.tokens_query, tokens_document=given.tokens_document,
-    )  # fmt: skip
-    plan = make_plan(given.config, conditions)
-    fused = None if given.fused == "auto" else given.fused == "on"
-    for line in report(plan, simulate(plan, fused=fused, rows=given.rows), card):
-        print(line)
+    with tempfile.TemporaryDirectory() as folder:
+
+        def plan_of(path: Path) -> Plan:
+            base = given.base
+            if base is None and (name := shape_for(path.read_text(encoding="utf-8"))) is not None:
+                base = str(Path(folder, name))
+                SHAPES[name][0].save_pretrained(base)
+            conditions = Conditions(
+                num_processes=given.num_processes, card=card, base=base,
+                tokens_query=given.tokens_query, tokens_document=given.tokens_document,
+            )  # fmt: skip
+            return make_plan(path, conditions)
+
+        if len(given.configs) > 1:
+            simulate_all(given.configs, plan_of, given.out, card)
+            print(table(json.loads(given.out.read_text(encoding="utf-8")), card).markdown())
+            return
+        fused = None if given.fused == "auto" else given.fused == "on"
+        plan = plan_of(given.configs[0])
+        for line in report(plan, simulate(plan, fused=fused, rows=given.rows), card):
+            print(line)
 
 
 if __name__ == "__main__":

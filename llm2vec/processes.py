@@ -11,8 +11,14 @@ import signal
 import sys
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager
+from datetime import timedelta
+from functools import cache
 from types import FrameType
 from typing import Any
+
+#: How long a process waits for one that works alone: on a table, a checkpoint, sums over one. A step's collectives end
+#: much sooner (`ddp_timeout`), as there a process that does not come hangs.
+PATIENCE = timedelta(days=7)
 
 #: What an error of a collective says whose partner is gone; torch has no type for all of them.
 SIGNS_OF_A_LOST_PROCESS = (
@@ -57,13 +63,34 @@ def first_of_each_machine_first() -> AbstractContextManager[None]:
 
 @contextmanager
 def _before_others(goes_first: bool) -> Iterator[None]:
+    _patient_group()  # formed by all, before one begins its work
     if not goes_first:
-        _meet()
+        wait_for_all()
     try:
         yield
     finally:
         if goes_first:
-            _meet()
+            wait_for_all()
+
+
+def wait_for_all() -> None:
+    """Wait until all processes have come here, however long one of them works; one that is gone is an error.
+
+    The first call, too, must not follow what only some of them do.
+    """
+    if (group := _patient_group()) is not None:
+        sys.modules["torch.distributed"].barrier(group)
+
+
+def _patient_group() -> Any:
+    """The same processes, over the CPU and without the step's timeout; None for a single one."""
+    dist = _group()
+    return _patient(dist, dist.group.WORLD) if dist is not None and dist.get_world_size() > 1 else None
+
+
+@cache
+def _patient(dist: Any, world: Any) -> Any:
+    return dist.new_group(backend="gloo", timeout=PATIENCE)
 
 
 def shut_down() -> None:
@@ -79,12 +106,6 @@ def is_of_lost_process(error: RuntimeError) -> bool:
     if group is None or group.get_world_size() == 1:
         return False
     return isinstance(error, group.DistError) or any(sign in str(error) for sign in SIGNS_OF_A_LOST_PROCESS)
-
-
-def _meet() -> None:
-    """Wait for all processes of the run."""
-    if world_size() > 1:
-        sys.modules["torch.distributed"].barrier()
 
 
 def _group() -> Any:

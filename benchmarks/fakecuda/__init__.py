@@ -116,7 +116,9 @@ def waits() -> Iterator[list[tuple[str, str]]]:
 
     def note(what: bytes) -> None:
         frames = [f for f in traceback.extract_stack() if "/llm2vec/" in f.filename]
-        where = f"{frames[-1].filename.rpartition('/llm2vec/')[2]}:{frames[-1].lineno}" if frames else "libraries"
+        where = "libraries"
+        if frames:
+            where = f"{frames[-1].filename.rpartition('/llm2vec/')[2]}:{frames[-1].lineno} {frames[-1].name}"
         seen.append((what.decode(), where))
 
     callback = ctypes.CFUNCTYPE(None, ctypes.c_char_p)(note)

@@ -212,12 +212,10 @@ class TextIndex:
 
     def search(self, model: LLM2Vec, queries: Sequence[str], k: int, instruction: str = "") -> list[list[Hit]]:
         """The k best passages for each query, or all; among equal scores the earlier one of the index first."""
-        import torch
-
         from llm2vec.corpus.search import blocks, from_keys, top_k
 
         vectors_QD = _unit_vectors(model, [[instruction, query] for query in queries], "query")
-        vectors_QD = vectors_QD.cuda() if torch.cuda.is_available() else vectors_QD
+        vectors_QD = vectors_QD.to(next(model.parameters()).device)  # which that has moved the model to
         k, num_passages = min(k, len(self._lines)), len(self._lines)
         documents = ((block.start, self._vectors_ND[block.start : block.stop]) for block in blocks(num_passages))
         keys = top_k(vectors_QD, documents, lambda q_QD, d_ND: q_QD @ d_ND.float().T, k).cpu()

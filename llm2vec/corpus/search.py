@@ -160,7 +160,7 @@ class CorpusSearch:
         queries: Rows with `id`.
         query_texts: What the encoder reads of each query; by it, queries are equal or not.
         corpus: Rows with `id`.
-        encode: Float32 vectors of rows, given their side.
+        encode: Float32 vectors of rows, given their side, on the device that is to score them.
         similarity: Scores [Q, N] of vectors.
     """
 
@@ -225,8 +225,7 @@ class CorpusSearch:
         return results
 
     def _query_vectors(self) -> Tensor:
-        vectors_QD = self.encode(self._unique, "query")
-        return vectors_QD.cuda() if torch.cuda.is_available() else vectors_QD
+        return self.encode(self._unique, "query")
 
     def _document_vectors(self, rows: Dataset, block: range) -> Tensor:
         from datasets import Dataset  # a second to import

@@ -36,6 +36,7 @@ from llm2vec.evaluation.mteb_adapter import (
 )
 from llm2vec.evaluation.scores import TaskScore, kept_score, score_aggregate
 from llm2vec.files import alone_in, write_text
+from llm2vec.processes import PATIENCE
 from llm2vec.types import UserError
 
 logger = logging.getLogger(__name__)
@@ -198,7 +199,7 @@ def _prepare_process(worker: int, device: str | None) -> None:
 
 def _wait_for_all_ranks() -> None:
     """No rank begins before the first has made the queue; nothing else is ever exchanged."""
-    dist.init_process_group("gloo")
+    dist.init_process_group("gloo", timeout=PATIENCE)
     dist.barrier()
     dist.destroy_process_group()
 

@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 from datasets import Dataset
-from torch import Tensor
+from torch import Tensor, nn
 
 from llm2vec.corpus.search import CorpusSearch
 from llm2vec.evaluation.mteb_adapter import batches_of, prompt_type_of
@@ -93,10 +93,18 @@ class StreamingSearch:
                 prompt_type=prompt_type_of(side),
                 **encode_kwargs,
             )
-            return torch.as_tensor(vectors).float()
+            return torch.as_tensor(vectors).to(_device_of(self.encoder), torch.float32)
 
         def similarity(queries_QD: Tensor, documents_ND: Tensor) -> Tensor:
             return torch.as_tensor(self.encoder.similarity(queries_QD, documents_ND))
 
         texts = list(batches_of(queries, task_metadata, "query", size).dataset["text"])
         return CorpusSearch(f"{subset}/{split}", queries, texts, corpus, encode, similarity)
+
+
+def _device_of(encoder: Any) -> torch.device:
+    """Where an encoder's model computes, now that it has; of one that is not known here, a GPU if there is one."""
+    model = getattr(encoder, "model", None)
+    if isinstance(model, nn.Module):
+        return next(model.parameters()).device
+    return torch.device("cuda" if torch.cuda.is_available() else "cpu")

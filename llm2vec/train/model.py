@@ -85,7 +85,7 @@ def load_model(
         dtype=config.torch_dtype,
         attn_implementation=config.attn_implementation,
         with_lm_head=with_lm_head,
-        of_weights=_quantised(config, chain, device),
+        of_weights=_placed(config, chain, device),
     )
     if new_tokens:
         add_token_rows(model, new_tokens, config.training.get("seed", 42))  # type: ignore[arg-type]
@@ -110,14 +110,17 @@ def load_model(
     return model, tokenizer, settings
 
 
-def _quantised(config: Config, chain: Chain, device: torch.device) -> dict[str, Any]:
-    """transformers' keywords for a base in 8 or 4 bits; the latter as QLoRA has them (NF4, quantised twice).
+def _placed(config: Config, chain: Chain, device: torch.device) -> dict[str, Any]:
+    """transformers' keywords for where weights go, and for a base in 8 or 4 bits, the latter as QLoRA has them (NF4,
+    quantised twice).
+
+    Each tensor goes to its GPU as it is read: in host memory, all processes share the file's own pages.
 
     Raises:
         UserError: it cannot be had here, or adapters would have to be merged into it.
     """
     if config.load_in is None:
-        return {}
+        return {"device_map": {"": device}} if device.type == "cuda" else {}
     if device.type != "cuda":
         raise UserError(f"load_in is {config.load_in!r}, which needs an NVIDIA GPU, and there is none; take it out.")
     if importlib.util.find_spec("bitsandbytes") is None:

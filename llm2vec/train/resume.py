@@ -37,7 +37,7 @@ from llm2vec.distributed import join_on_cpu, max_over_ranks
 from llm2vec.files import alone_in, checked, read_object, remove
 from llm2vec.model.chain import RUN_FILE, mark_of, open_folder, read_run
 from llm2vec.model.checkpoint import SUMS_FILE, check_sums, environment
-from llm2vec.processes import rank, world_size
+from llm2vec.processes import rank, wait_for_all, world_size
 from llm2vec.train.config import KEYS, Config
 from llm2vec.train.config.arguments import training_arguments
 from llm2vec.train.rows import sources_of, text_file_of
@@ -77,6 +77,7 @@ def start_or_resume(config: Config, held: ExitStack) -> TrainingArguments:
         join_on_cpu(config.training.get("ddp_timeout", TrainingArguments.ddp_timeout))
     args = training_arguments(config)
     assert args.device is not None  # joins the processes
+    wait_for_all()
     start: Path | None = None
     end: UserError | RunEnds | None = None
     if rank() == 0:  # files are read once, and all processes start from the same step
@@ -86,6 +87,7 @@ def start_or_resume(config: Config, held: ExitStack) -> TrainingArguments:
             start = find_start(config)
         except (UserError, RunEnds) as caught:
             end = caught
+    wait_for_all()  # sums over a large checkpoint take long
     # The first process alone says why.
     if ended := max_over_ranks(0 if end is None else 1 if isinstance(end, RunEnds) else 2):
         raise end or (RunEnds("", code=0, is_done=True) if ended == 1 else UserError(""))

@@ -31,7 +31,7 @@ from llm2vec.model.checkpoint import read_beside, read_weights, save_checkpoint,
 from llm2vec.model.settings import EncoderSettings, row_tokenizer
 from llm2vec.probes.diagnostics import EmbeddingDiagnostics
 from llm2vec.probes.reconstruction_probe import ReconstructionProbe
-from llm2vec.processes import StopSignals, rank, world_size
+from llm2vec.processes import StopSignals, rank, wait_for_all, world_size
 from llm2vec.text.probe_texts import probe_ids
 from llm2vec.train.config import Config
 from llm2vec.train.log import drop_entries_after
@@ -96,6 +96,7 @@ def train(
     # Gathered now, so that run.json tells what the run began with, whatever becomes of the files meanwhile.
     ids = probe_ids(row_tokenizer(tokenizer, settings))
     run = provenance(config, args, rows, ids) if args.should_save else None
+    wait_for_all()  # which reads all data once more
     start = args.resume_from_checkpoint
     if run is not None and start is not None and (found := differences(read_run(Path(start)), config)):
         raise UserError(f"{start} was this run's, and something changed while it began: {'; '.join(found)}.")
@@ -368,8 +369,7 @@ def probes_of(
     probes: list[Callable[[int], dict[str, float]]] = []
     if held_out is None:
         return probes
-    model: Any = objective.model
-    encoder = LLM2Vec(decoder_of(model), tokenizer, **dataclasses.asdict(settings))
+    encoder = LLM2Vec(decoder_of(cast(Any, objective.model)), tokenizer, **dataclasses.asdict(settings))
     if config.nano_beir is not None:
         probes.append(_nano_beir(encoder, config.nano_beir, args.per_device_eval_batch_size, args.device))
     if config.embedding_diagnostics:

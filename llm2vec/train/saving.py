@@ -29,7 +29,7 @@ from transformers.trainer import OPTIMIZER_NAME, SCHEDULER_NAME, TRAINER_STATE_N
 from llm2vec.distributed import max_over_ranks
 from llm2vec.files import file_error, remove
 from llm2vec.model.checkpoint import write_sums
-from llm2vec.processes import is_of_lost_process, rank
+from llm2vec.processes import is_of_lost_process, rank, wait_for_all
 from llm2vec.train.resume import checkpoint_folder, checkpoints_in, file_of_rank, last_checkpoint
 from llm2vec.types import RunEnds, UserError, first_line
 
@@ -100,6 +100,7 @@ class CheckpointWriter:
             if not isinstance(caught, (RuntimeError, RunEnds)) and file_error(caught) is None:
                 raise
             error = caught
+        wait_for_all()  # a slow disk is no process that hangs
         failed = max_over_ranks(0 if error is None else 1 + rank())  # 0 = none; else one of them can be named
         if not failed:
             return

@@ -237,6 +237,15 @@ def test_a_small_index_gives_what_it_has_and_ties_go_to_the_earlier(tmp_path: Pa
     assert [hit.where for hit in red] == ["texts.jsonl:1", "texts.jsonl:3"] and red[0].score == red[1].score
 
 
+def test_a_model_on_the_cpu_searches_there(index: TextIndex, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Also on a machine with a GPU."""
+    model = index.load_model()
+    expected = index.search(model, ["red"], 3)
+    model.placed = True  # as with a device map
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    assert index.search(model, ["red"], 3) == expected
+
+
 def test_texts_come_back_as_they_were(tmp_path: Path, model_folder: Path) -> None:
     texts = ["é\n\u2028 zwei", "\n  c \n\n", "日本"]
     file = write_jsonl(tmp_path / "texts.jsonl", [{"text": text} for text in texts])

@@ -16,7 +16,7 @@ from mteb.mocks.mock_tasks import reranking, retrieval
 from mteb.models.model_meta import ModelMeta, ScoringFunction
 from mteb.models.search_wrappers import SearchEncoderWrapper
 from mteb.types import PromptType
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn.functional import normalize
 from torch.utils.data import DataLoader
 
@@ -136,6 +136,17 @@ def test_equal_queries_are_encoded_once_and_answered_each(queries: Dataset, corp
         assert results["q0"]["d1" if ranked else next(iter(results["q5"]))] == next(iter(results["q5"].values()))
         results["q0"].clear()
         assert results["q5"], "mteb removes entries in place"
+
+
+def test_vectors_are_scored_where_the_model_computes(
+    queries: Dataset, corpus: Dataset, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """On the CPU, where that was asked for on a machine with a GPU."""
+    encoder: Any = RandomEncoder()
+    encoder.model = nn.Linear(1, 1)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    assert len(ask(StreamingSearch(encoder), queries, corpus, top_k=3)) == len(queries)
+    assert ask(StreamingSearch(encoder), queries, corpus, top_k=1, top_ranked={"q0": ["d1"]})["q0"]
 
 
 @pytest.mark.parametrize("num_shards", [1, 3, 9])

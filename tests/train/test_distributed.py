@@ -189,7 +189,8 @@ def test_a_machines_first_process_comes_before_its_others(monkeypatch: pytest.Mo
     monkeypatch.setattr(processes_module, "world_size", lambda: 4)
     monkeypatch.setattr(processes_module, "rank", lambda: here.rank)
     monkeypatch.setattr(processes_module, "local_rank", lambda: here.rank % 2)
-    monkeypatch.setattr(torch.distributed, "barrier", barrier.wait)
+    monkeypatch.setattr(processes_module, "_patient_group", lambda: None)
+    monkeypatch.setattr(processes_module, "wait_for_all", barrier.wait)
 
     def process(number: int) -> None:
         here.rank = number

@@ -133,10 +133,10 @@ def test_few_bits_without_bitsandbytes_and_over_an_adapter(
     over_an_adapter: Any = SimpleNamespace(adapters=("adapter",))
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
     with pytest.raises(UserError, match=r"load_in is '8bit', which needs bitsandbytes: pip install bitsandbytes."):
-        model_of_a_run._quantised(config, chain, gpu)
+        model_of_a_run._placed(config, chain, gpu)
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: object())
     with pytest.raises(UserError, match=r"load_in: .* is an adapter, and merging it would round"):
-        model_of_a_run._quantised(config, over_an_adapter, gpu)
+        model_of_a_run._placed(config, over_an_adapter, gpu)
 
 
 @pytest.mark.parametrize(
@@ -160,7 +160,7 @@ def test_few_bits_are_asked_for_as_transformers_has_them(
     """The base goes to this process's own card. Nothing is loaded: that needs the card."""
     config = load_config(write(tmp_path, keys, **changes), "stage_II")
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: object())
-    asked = model_of_a_run._quantised(config, open_chain(config.model_name_or_path), torch.device("cuda", 1))
+    asked = model_of_a_run._placed(config, open_chain(config.model_name_or_path), torch.device("cuda", 1))
     assert asked["device_map"] == {"": torch.device("cuda", 1)}
     assert asked["quantization_config"].to_dict().items() >= expected.items()
 

@@ -1,0 +1,79 @@
+"""The GPU's branches, executed without one: on a device made of CPU memory that is checked as FlashAttention checks."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+from filelock import FileLock
+from torch import version
+
+ROOT = Path(__file__).parents[2]
+#: Functions that save and load; what they wait for is no step's.
+BESIDE_STEPS = ("_write_files", "_save", "save", "train", "_load_optimizer_and_scheduler", "load")
+
+pytestmark = pytest.mark.skipif(
+    version.cuda is not None or shutil.which("g++") is None, reason="needs a torch without CUDA, g++"
+)
+
+
+@pytest.fixture(scope="module")
+def found(tmp_path_factory: pytest.TempPathFactory, worker_id: str) -> Any:
+    """What `gpu_steps.py` found; it runs once, however many workers share the tests."""
+    folder = tmp_path_factory.getbasetemp()
+    file = (folder if worker_id == "master" else folder.parent) / "gpu_steps.json"
+    with FileLock(file.with_suffix(".lock")):
+        if not file.is_file():
+            environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+            command = [sys.executable, "tests/benchmarks/gpu_steps.py"]
+            ended = subprocess.run(command, capture_output=True, text=True, env=environment, cwd=ROOT)
+            assert ended.returncode == 0, ended.stdout[-2000:] + ended.stderr[-4000:]
+            file.write_text(ended.stdout.splitlines()[-1], encoding="utf-8")
+    return json.loads(file.read_text(encoding="utf-8"))
+
+
+def test_kernels_take_what_they_are_given_and_give_what_they_must(found: Any) -> None:
+    """Attention against float64, gradients of both stages, fused and not, against float32 text by text, cached
+    gradients; a run that goes on ends with the same weights."""
+    for part in [*found["parts"], found["training"]["part"]]:
+        assert not part["error"], part["error"]
+        assert part["figures"] and not [f for f in part["figures"] if f["passed"] is False]
+
+
+@pytest.mark.parametrize("stage", ["Stage I", "Stage II"])
+def test_the_host_does_not_wait_within_a_step(stage: str, found: Any) -> None:
+    """A wait leaves the card idle while the host prepares what comes next."""
+    step = found["steps"][stage]
+    assert step["pieces"] >= 3 and not step["waits"]
+
+
+def test_the_host_hardly_waits_between_steps(found: Any) -> None:
+    """Twelve steps, each of them logged: its findings, its norm, its loss, its parts and its tokens are read."""
+    waits = {what: n for what, n in found["training"]["waits"].items() if not what.endswith("libraries")}
+    of_steps = {what: n for what, n in waits.items() if what.rsplit(" ", 1)[1] not in BESIDE_STEPS}
+    # Of the run that goes on, accelerate copies the batches of its three steps another way, tensor by tensor.
+    assert 0 < sum(of_steps.values()) <= 12 * 5 + 3 * 6, of_steps
+
+
+def test_the_kernel_that_trains_is_the_one_that_is_proven(found: Any) -> None:
+    """With float32 weights it runs under autocast alone."""
+    assert found["kernels_of_probe"] == 2  # once a layer
+
+
+def test_a_model_is_loaded_onto_its_device_and_not_by_way_of_the_host(found: Any) -> None:
+    """So that eight processes of a machine do not hold eight copies in its memory."""
+    loading = found["loading"]
+    assert loading["devices"] == ["cuda:0"]
+    assert loading["weights"] > 1.8e8 and loading["host"] < 0.6 * loading["weights"], loading
+
+
+def test_a_process_computes_on_the_card_of_its_local_rank(found: Any) -> None:
+    placement = found["placement"]
+    assert (placement["device"], placement["rows"]) == ("cuda:3", 2)
+    assert placement["chosen"] == ["cuda:3", "0", "3", "1", "cuda:5"]  # the last ones by turns, named, and on a CPU
