@@ -40,6 +40,7 @@ COMMANDS = {
     "search": Command("search", "search in your own texts with a trained model"),
     "export": Command("models.export", "turn a checkpoint into a plain folder for other libraries"),
     "embedder": Command("embedder", "an embedder from a real language model, on your machine, in about an hour"),
+    "adapt": Command("adapt", "an embedder of your domain from a folder of raw texts, end to end"),
     "base": Command("models.base", "fetch a small pretrained model, also where no hub is reached"),
     "merge": Command("models.merge", "one model of several checkpoints: mean or slerp of their weights"),
     "verify": Command("models.verify", "whether a model gives the same vectors however it is loaded"),

@@ -18,8 +18,9 @@ from __future__ import annotations
 
 import argparse
 import json
+import shutil
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -38,6 +39,12 @@ ROWS_ON_CPU, ROWS_ON_GPU = 1536, 32_000
 TOKENS_AT_ONCE, ACTIVATIONS = 16_384, 5
 #: Most tokens of a row, and of its text in training. The embedder itself reads texts that fill the row.
 ROW_TOKENS, TEXT_TOKENS = 128, 64
+
+#: What is trained: Stage II without and with Stage I before it.
+RECIPES: Mapping[str, Mapping[str, Any]] = {
+    "baseline": {"1_stage_II.json": {}},
+    "anchor": {"1_stage_I.json": {}, "2_stage_II.json": {}},
+}
 
 #: What is asked at the end where the docstrings are the data.
 DOCSTRING_QUERIES = (
@@ -71,37 +78,23 @@ def main(argv: Sequence[str]) -> int:
     out: Path = args.output_dir
     with alone_in(out, "embedder") as lock:
         print("1/4 base model and data")
-        base = _base(args.base, out)
+        base = base_folder(args.base, out)
         task, texts = _data(args, out)
         print("2/4 training and scores")
-        _write_set(out, base, task, texts, args.rows)
-        from llm2vec.compare.comparison import compare_recipes
-        from llm2vec.compare.table import failure_lines, outcome_table
-
-        found = compare_recipes(
-            out / "set", out / "comparison", seeds=[42], lock=lock, say=partial(print, flush=True), workers=1
-        )
-        print("", outcome_table(found.outcomes).text(), "", sep="\n")
-        if failed := failure_lines(found.outcomes):
-            print(*failed, sep="\n")
+        write_set(out, base, task, texts, args.rows)
+        trained = train_and_export(out, lock, task, texts / "prompts.json", "3/4")
+        if trained is None:
             return 1
-        _, best = max(
-            ((o.scores[task], trial) for trial, o in zip(found.trials, found.outcomes, strict=True) if trial.training),
-            key=lambda pair: pair[0],
-        )
-        print(f"3/4 export of {best.recipe}, the best of those that were trained here")
-        trained = best.training[-1].folder
-        _export(trained, out / "model", texts / "prompts.json")
         print("4/4 search")
         _search(trained, texts / "eval" / task, out / "index", None if args.data else DOCSTRING_QUERIES)
-    print(f"\nreport: {found.page}    ({(time.monotonic() - started) / 60:.0f} minutes)")
+    print(f"\nreport: {out / 'comparison/comparison.html'}    ({(time.monotonic() - started) / 60:.0f} minutes)")
     print(f'next: llm2vec search query {out / "index"} "what you look for"')
     print(f"      llm2vec search index FOLDER_OF_TEXTS NEW_FOLDER --model {trained}")
     print(f'      python -c "from sentence_transformers import SentenceTransformer as S; S({str(out / "model")!r})"')
     return 0
 
 
-def _base(name: str, out: Path) -> str:
+def base_folder(name: str, out: Path) -> str:
     """A folder or hub name to start from; one of the known bases is fetched once."""
     from llm2vec.quickstart.base import BASES, make_base
 
@@ -138,8 +131,28 @@ def _data(args: argparse.Namespace, out: Path) -> tuple[str, Path]:
     return task, folder
 
 
-def _write_set(out: Path, base: str, task: str, data: Path, rows: int | None) -> None:
-    """The comparison's configs."""
+def write_set(
+    out: Path,
+    base: str,
+    task: str,
+    data: Path,
+    rows: int | None,
+    recipes: Mapping[str, Mapping[str, Any]] = RECIPES,
+    rates: tuple[float, float] = (1e-4, 5e-4),
+    rows_II: int | None = None,
+) -> None:
+    """The comparison's configs, into `out/set`: the recipes, the base as it is, and BM25.
+
+    Args:
+        out: of the command.
+        base: folder or hub name.
+        task: the held-out set below `data/eval`.
+        data: the folder of `train/`, `eval/` and `sources.json`.
+        rows: that a stage trains on; None = what suits the machine.
+        recipes: name -> the files of its stages, and the keys of each.
+        rates: learning rates, of all parameters before Stage II and of Stage II.
+        rows_II: of a step of Stage II; None = what suits the machine.
+    """
     import torch
 
     from llm2vec.files import write_json
@@ -155,7 +168,8 @@ def _write_set(out: Path, base: str, task: str, data: Path, rows: int | None) ->
         }  # fmt: skip
 
     limit = {} if on_gpu else {"tokens_per_microbatch": TOKENS_AT_ONCE, "activation_memory_gb": ACTIVATIONS}
-    rows_II = STAGE_II_ROWS_ON_GPU if on_gpu else STAGE_II_ROWS
+    rows_II = rows_II or (STAGE_II_ROWS_ON_GPU if on_gpu else STAGE_II_ROWS)
+    before = stage(STAGE_I_ROWS, learning_rate=rates[0])
     # LoRA without dropout: in so few steps there is nothing to regularise, and each mask costs a CPU time and memory.
     shared = {
         "all": {
@@ -163,14 +177,15 @@ def _write_set(out: Path, base: str, task: str, data: Path, rows: int | None) ->
             "sources_file": str(data / "sources.json"), "max_seq_length": ROW_TOKENS,
             "doc_max_length": TEXT_TOKENS, "bf16": on_gpu, "report_to": "none", "disable_tqdm": True,
         },
-        "stage_I": stage(STAGE_I_ROWS, learning_rate=1e-4),
-        "stage_II": stage(rows_II, learning_rate=5e-4, num_hard_negatives=1, lora_dropout=0.0, **limit),
+        "stage_I": before,
+        "mntp": {**before, "use_peft": False},
+        "stage_II": stage(rows_II, learning_rate=rates[1], num_hard_negatives=1, lora_dropout=0.0, **limit),
     }  # fmt: skip
     evaluation = {
         "tasks": [task], "local_data_dir": str(data / "eval"), "torch_dtype": "float32", "max_length": ROW_TOKENS,
         "task_to_instructions_fp": str(data / "eval/instructions.json"), "save_predictions": True,
     }  # fmt: skip
-    files = {
+    files: dict[str, Mapping[str, Any]] = {
         "shared.json": shared,
         "evaluation.json": evaluation,
         "bm25/evaluation.json": {
@@ -178,20 +193,50 @@ def _write_set(out: Path, base: str, task: str, data: Path, rows: int | None) ->
             "max_length": None,
         },
         "base/evaluation.json": {"base_model_name_or_path": base},
-        "baseline/1_stage_II.json": {},
-        "anchor/1_stage_I.json": {},
-        "anchor/2_stage_II.json": {},
+        **{f"{name}/{file}": keys for name, stages in recipes.items() for file, keys in stages.items()},
     }  # fmt: skip
+    shutil.rmtree(out / "set", ignore_errors=True)  # of a start that asked for other recipes
     for name, content in files.items():
         file = out / "set" / name
         file.parent.mkdir(parents=True, exist_ok=True)
         write_json(file, content)
 
 
+def train_and_export(out: Path, lock: int, task: str, prompts: Path, part: str) -> Path | None:
+    """Do the set, show its scores, and export the best of what was trained to `out/model`.
+
+    Args:
+        out: holds `set/`; gets `comparison/` and `model/`.
+        lock: file descriptor of the lock on it.
+        task: decides which is the best.
+        prompts: of the export.
+        part: of the command, such as `3/4`.
+
+    Returns:
+        The folder of the best; None where a run failed, which is then said.
+    """
+    from llm2vec.compare.comparison import compare_recipes
+    from llm2vec.compare.table import failure_lines, outcome_table
+
+    found = compare_recipes(
+        out / "set", out / "comparison", seeds=[42], lock=lock, say=partial(print, flush=True), workers=1
+    )
+    print("", outcome_table(found.outcomes).text(), "", sep="\n")
+    if failed := failure_lines(found.outcomes):
+        print(*failed, sep="\n")
+        return None
+    _, best = max(
+        ((o.scores[task], trial) for trial, o in zip(found.trials, found.outcomes, strict=True) if trial.training),
+        key=lambda pair: pair[0],
+    )
+    print(f"{part} export of {best.recipe}, the best of those that were trained here")
+    trained = best.training[-1].folder
+    _export(trained, out / "model", prompts)
+    return trained
+
+
 def _export(trained: Path, to: Path, prompts: Path) -> None:
     """Write a trained model as a plain folder, anew, with its prompts."""
-    import shutil
-
     from llm2vec.commands.models import export
 
     shutil.rmtree(to, ignore_errors=True)

@@ -33,8 +33,10 @@ import torch
 
 from llm2vec.choice import ModelChoice
 from llm2vec.corpus.queue import Job, JobQueue
+from llm2vec.corpus.retrievers import foreign_encoder, is_foreign
 from llm2vec.corpus.rows import Corpus, cut_into_shards
 from llm2vec.corpus.workers import beside, take_gpu
+from llm2vec.data.sources import Instruction
 from llm2vec.files import LOCK_FILE, alone_in, read_object, remove, sha256, write_json, write_text
 from llm2vec.types import TextSide, UserError, VectorDtype
 
@@ -136,7 +138,7 @@ class ShardEncoder:
         if encoding.encoder.revision() != encoding.revision:
             raise UserError(f"{encoding.encoder.base} holds another model here than where the encoding was started.")
         self.encoding = encoding
-        self.model = encoding.encoder.load()
+        self._encode = _encoder(encoding)
 
     def __call__(self, shard: int) -> int:
         """Write the file of one shard; returns its rows.
@@ -147,15 +149,26 @@ class ShardEncoder:
         encoding = self.encoding
         rows = pq.read_table(encoding.output / INPUT_FOLDER / part_name(shard))
         texts = rows["text"].to_pylist()
-        vectors_ND = self.model.encode(
-            [[encoding.instruction, text] for text in texts] if encoding.instruction else texts,
+        _write_part(encoding.output / part_name(shard), rows["id"], self._encode(texts), encoding.dtype)
+        return len(texts)
+
+
+def _encoder(encoding: CorpusEncoding) -> Callable[[list[str]], np.ndarray[Any, Any]]:
+    """What makes vectors [texts, D] under the encoding's instruction."""
+    instruction, is_query = encoding.instruction, encoding.side == "query"
+    if is_foreign(encoding.encoder):
+        of_foreign = foreign_encoder(encoding.encoder.base)
+        return lambda texts: of_foreign(texts, Instruction(instruction), is_query).cpu().numpy()
+    model = encoding.encoder.load()
+    return lambda texts: np.asarray(
+        model.encode(
+            [[instruction, text] for text in texts] if instruction else texts,
             batch_size=encoding.batch_size,
             show_progress_bar=False,
             convert_to_numpy=True,
             side=encoding.side,
         )
-        _write_part(encoding.output / part_name(shard), rows["id"], np.asarray(vectors_ND), encoding.dtype)
-        return len(texts)
+    )
 
 
 def encode_locally(encoding: CorpusEncoding, shards: Sequence[int], num_workers: int | None) -> list[str]:

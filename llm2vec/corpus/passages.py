@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import textwrap
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from itertools import groupby
 from pathlib import Path
 
@@ -19,8 +19,15 @@ SUFFIXES = (".md", ".py", ".rst", ".txt")
 PASSAGE_CHARACTERS = 1000
 
 
-def passages_of(source: Path, most: int = PASSAGE_CHARACTERS) -> Iterator[dict[str, str]]:
-    """`where`, `title` and `text` of each passage; `most` characters in one of a text file.
+def passages_of(
+    source: Path, most: int = PASSAGE_CHARACTERS, suffixes: Collection[str] = SUFFIXES
+) -> Iterator[dict[str, str]]:
+    """`where`, `title` and `text` of each passage.
+
+    Args:
+        source: a folder of text files, or a JSONL file of objects with `text`.
+        most: characters of a passage of a text file.
+        suffixes: of the text files that are read.
 
     Raises:
         UserError: there is no such folder or file, or a row has no text.
@@ -30,7 +37,7 @@ def passages_of(source: Path, most: int = PASSAGE_CHARACTERS) -> Iterator[dict[s
         return
     if not source.is_dir():
         raise UserError(f"{source}: a folder of text files or a .jsonl file is needed.")
-    for file in sorted(file for file in source.rglob("*") if file.suffix in SUFFIXES):
+    for file in sorted(file for file in source.rglob("*") if file.suffix in suffixes):
         where = file.relative_to(source).as_posix()
         if where.startswith(".") or "/." in where:  # .git, .venv
             continue

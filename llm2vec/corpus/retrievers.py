@@ -1,4 +1,4 @@
-"""What scores the documents of a corpus for queries, block by block: BM25, our models, sentence-transformers models.
+"""What scores the documents of a corpus for queries, block by block: BM25, models, or, as a control, chance.
 
 What a retriever needs of the documents it keeps in files of the folder that it is given. So the corpus may be larger
 than the memory, and what a killed start has finished is not made again.
@@ -21,14 +21,16 @@ from llm2vec.choice import ModelChoice
 from llm2vec.corpus.search import BLOCK
 from llm2vec.corpus.server import request_json
 from llm2vec.data.sources import Instruction
-from llm2vec.files import whole
+from llm2vec.files import json_hash, whole
 from llm2vec.hub import find_file
 from llm2vec.model.settings import SETTINGS_FILE
 from llm2vec.model.vault import MODULES_FILE, folder_at, weights_of
 from llm2vec.types import TextSide, UserError, first_line
 
-#: The name of BM25, where others are names of models.
-BM25 = "bm25"
+#: The names of BM25 and of chance, where others are names of models.
+BM25, RANDOM = "bm25", "random"
+#: Texts whose vectors a rescoring embedder holds at most.
+MOST_HELD = 50_000
 
 #: Vectors [texts, D] of texts under an instruction; the last argument says whether they are queries.
 Encode = Callable[[list[str], Instruction, bool], Tensor]
@@ -53,15 +55,15 @@ class Retriever(Protocol):
 
 
 def open_retriever(choice: ModelChoice) -> Retriever:
-    """The retriever of a name: `bm25`, or a model's.
+    """The retriever of a name: `bm25`, `random`, or a model's.
 
     Raises:
         UserError: it cannot be opened.
     """
-    if choice.base == BM25:
-        return LexicalRetriever()
-    if find_file(choice.base, SETTINGS_FILE) is None and find_file(choice.base, MODULES_FILE) is not None:
-        return DenseRetriever(*_sentence_transformer(choice.base))
+    if choice.base in (BM25, RANDOM):
+        return LexicalRetriever() if choice.base == BM25 else RandomRetriever()
+    if is_foreign(choice):
+        return DenseRetriever(foreign_encoder(choice.base), choice.revision())
     model = choice.load()
 
     def encode(texts: list[str], instruction: Instruction, is_query: bool) -> Tensor:
@@ -73,10 +75,22 @@ def open_retriever(choice: ModelChoice) -> Retriever:
     return DenseRetriever(encode, choice.revision())
 
 
-def _sentence_transformer(path: str) -> tuple[Encode, str]:
-    """It reads queries and documents with prompts of its own."""
+def is_foreign(choice: ModelChoice) -> bool:
+    """Whether only sentence-transformers knows how a model makes its vectors."""
+    there = find_file(choice.base, SETTINGS_FILE), find_file(choice.base, MODULES_FILE)
+    return not choice.adapters and there[0] is None and there[1] is not None
+
+
+def foreign_encoder(path: str) -> Encode:
+    """A model that sentence-transformers has written, with prompts of its own for queries and for documents.
+
+    Args:
+        path: folder or hub name.
+
+    Raises:
+        UserError: it cannot be loaded.
+    """
     from llm2vec.model.backbone import open_sentence_transformer
-    from llm2vec.model.chain import revision_of
 
     try:
         model = open_sentence_transformer(path)
@@ -89,11 +103,12 @@ def _sentence_transformer(path: str) -> tuple[Encode, str]:
         encode_side = model.encode_query if is_query else model.encode_document
         return encode_side(texts, show_progress_bar=False, convert_to_tensor=True)
 
-    return encode, revision_of(path)
+    return encode
 
 
 def open_reranker(path: str) -> tuple[Callable[[list[tuple[str, str]]], list[float]], str]:
-    """What scores pairs of a query and a document, by a `CrossEncoder` or a server; and its revision.
+    """What scores pairs of a query and a document: a `CrossEncoder`, a server, or the cosines of a stronger embedder of
+    sentence-transformers; and its revision.
 
     Args:
         path: folder or hub name; or an address up to `/v1`, `#` and the model's name there.
@@ -106,7 +121,11 @@ def open_reranker(path: str) -> tuple[Callable[[list[tuple[str, str]]], list[flo
     from llm2vec.model.chain import revision_of
 
     folder = folder_at(path)
+    if folder.config is None:
+        raise UserError(f"--rerank: there is no model {path}: no folder or hub repository with a config.json.")
     weights_of(folder)
+    if (modules := find_file(path, MODULES_FILE)) is not None and b"Pooling" in Path(modules).read_bytes():
+        return _cosines(foreign_encoder(path)), revision_of(path)
     try:
         from sentence_transformers import CrossEncoder  # seconds to import, and an extra
 
@@ -122,6 +141,24 @@ def open_reranker(path: str) -> tuple[Callable[[list[tuple[str, str]]], list[flo
         return scores
 
     return rescore, revision_of(path)
+
+
+def _cosines(encode: Encode) -> Callable[[list[tuple[str, str]]], list[float]]:
+    """Of pairs, by an embedder; a document that many queries name is encoded once."""
+    held: dict[str, Tensor] = {}
+
+    def rescore(pairs: list[tuple[str, str]]) -> list[float]:
+        if len(held) > MOST_HELD:
+            held.clear()
+        nothing = Instruction("")
+        queries, new = ([*dict.fromkeys(texts)] for texts in zip(*pairs, strict=True))
+        if new := [text for text in new if text not in held]:
+            held.update(zip(new, normalize(encode(new, nothing, False).float(), dim=-1), strict=True))
+        vectors = dict(zip(queries, normalize(encode(queries, nothing, True).float(), dim=-1), strict=True))
+        # What is encoded together decides the last digits, and after a killed start that is something else.
+        return [round(float(vectors[query] @ held[document]), 4) for query, document in pairs]
+
+    return rescore
 
 
 def _reranking_server(address: str) -> Callable[[list[tuple[str, str]]], list[float]]:
@@ -174,6 +211,23 @@ class DenseRetriever:
 
     def _unit(self, texts: Sequence[str], instruction: Instruction, is_query: bool) -> Tensor:
         return normalize(self._encode(list(texts), instruction, is_query).float(), dim=-1)
+
+
+class RandomRetriever:
+    """Scores by chance, the same for the same query: the negatives that others are held against."""
+
+    revision = "random, PCG64"
+
+    def prepare(self, documents: Any, instruction: Instruction, folder: Path) -> None:
+        """Note how many documents there are."""
+        self._num_documents = len(documents)
+
+    def scores(self, queries: list[str], instruction: Instruction, folder: Path) -> Iterator[tuple[int, Tensor]]:
+        """Uniform in [0, 1)."""
+        drawn = [np.random.default_rng(int(json_hash(q), 16)).random(self._num_documents, np.float32) for q in queries]
+        scores_QN = torch.from_numpy(np.stack(drawn))
+        for first in range(0, self._num_documents, BLOCK):
+            yield first, scores_QN[:, first : first + BLOCK]
 
 
 class LexicalRetriever:

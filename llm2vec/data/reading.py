@@ -8,6 +8,7 @@ from __future__ import annotations
 import random
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
+from itertools import islice
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -98,8 +99,8 @@ def rows_of(
     left_out: Counter[str] | None = None,
     on_error: Callable[[UserError], None] | None = None,
 ) -> Iterator[dict[str, Any]]:
-    """The rows of a source: `row` (the record's number, from 1), `query`, `positive`, `negative` (a list) and, if asked
-    for, `scores`. A record of several positives makes a row of each.
+    """The rows of a source, the first `max_rows` of them: `row` (the record's number, from 1), `query`, `positive`,
+    `negative` (a list) and, if asked for, `scores`. A record of several positives makes a row of each.
 
     Args:
         place: its file or data set.
@@ -116,7 +117,18 @@ def rows_of(
     counts = Counter[str]() if left_out is None else left_out
     if reading.num_negatives is not None:
         num_negatives = min(reading.num_negatives, reading.num_negatives if num_negatives is None else num_negatives)
-    records = records_of(place, reading, name)
+    rows = _all_rows(records_of(place, reading, name), reading, num_negatives, with_scores, counts, on_error)
+    return islice(rows, reading.max_rows)
+
+
+def _all_rows(
+    records: Iterator[Placed],
+    reading: Reading,
+    num_negatives: int | None,
+    with_scores: bool | None,
+    counts: Counter[str],
+    on_error: Callable[[UserError], None] | None,
+) -> Iterator[dict[str, Any]]:
     if "label" in reading.roles:
         yield from _rows_of_labels(records, reading, num_negatives, with_scores, counts)
         return

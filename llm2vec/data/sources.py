@@ -199,25 +199,6 @@ def find_files(folder: Path, sources: Sequence[Source]) -> list[Path]:
     return [source.place(folder) for source in sources]
 
 
-def sources_there(folder: Path, table: Path | None, names: Sequence[str] | None) -> tuple[list[Source], list[str]]:
-    """The sources whose files lie in `folder`, and the files that do not.
-
-    Args:
-        folder: where to look.
-        table: of one's own sources; None = the released archive's.
-        names: which; None = all that are there.
-
-    Raises:
-        UserError: a source asked for by name has no file, or none has.
-    """
-    sources = select_sources(e5_sources() if table is None else read_sources_file(table), names)
-    there = [source for source in sources if source.is_there(folder)]
-    missing = [source.file for source in sources if source not in there]
-    if missing and (names or not there):
-        raise UserError(f"{folder} lacks {', '.join(missing)}{archive_hint(sources)}.")
-    return there, missing
-
-
 def archive_hint(sources: Sequence[Source]) -> str:
     """The end of a sentence that says where the sources' files are to be had; empty for one's own."""
     of_archive = {(source.name, source.file) for source in e5_sources()}

@@ -42,7 +42,7 @@ def test_what_is_trained_is_an_ordinary_comparison(folder: Path) -> None:
     task, data = embedder._data(args, args.output_dir)
     assert (task, len((data / "eval" / task / "queries.jsonl").read_text().splitlines())) == ("HeldOut-mine", 10)
     assert embedder._data(args, args.output_dir) == (task, data), "the same rows are split once"
-    embedder._write_set(folder / "out", str(folder / "base"), task, data, args.rows)
+    embedder.write_set(folder / "out", str(folder / "base"), task, data, args.rows)
     found = read_set(folder / "out/set")
     assert [recipe.name for recipe in found.recipes] == ["anchor", "base", "baseline", "bm25"]
     trials = {trial.recipe: trial for trial in Planner(found, folder / "out/comparison").trials([42])}

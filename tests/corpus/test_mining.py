@@ -6,19 +6,23 @@ import json
 from pathlib import Path
 from typing import Any
 
+import pyarrow.parquet as pq
 import pytest
 import torch
 from datasets import Dataset
 from helpers import family_tokenizer, tiny_model, write_jsonl
 from sentence_transformers import SentenceTransformer
+from sentence_transformers.base.modules import Transformer
+from sentence_transformers.sentence_transformer.modules import Pooling
 from sentence_transformers.util import mine_hard_negatives
 from transformers import Qwen2Config, Qwen2ForSequenceClassification
 
 from llm2vec.commands.data.mine import main
 from llm2vec.corpus import mining
 from llm2vec.corpus.mining import Rules, mine
-from llm2vec.corpus.retrievers import DenseRetriever, LexicalRetriever, open_reranker
+from llm2vec.corpus.retrievers import DenseRetriever, LexicalRetriever, RandomRetriever, open_reranker
 from llm2vec.corpus.rows import open_corpus
+from llm2vec.data.reading import Reading
 from llm2vec.data.rows import TrainingRows
 from llm2vec.data.sources import Instruction, Source, read_sources_file
 from llm2vec.types import UserError
@@ -187,6 +191,8 @@ def test_a_server_reranks(monkeypatch: pytest.MonkeyPatch) -> None:
     assert asked == [("http://x/v1/rerank", {"model": "me/ranker", "query": "q", "documents": ["a", "b"]})]
     with pytest.raises(UserError, match="http://x/v1 names no model"):
         open_reranker("http://x/v1")
+    with pytest.raises(UserError, match="--rerank: there is no model /nowhere: no folder or hub repository"):
+        open_reranker("/nowhere")
 
 
 @pytest.mark.slow
@@ -213,3 +219,52 @@ def test_models_mine_and_rerank(folder: Path) -> None:
     (folder / "reranker/model.safetensors").rename(folder / "reranker/pytorch_model.bin")
     with pytest.raises(UserError, match="only safetensors are opened"):
         main([str(folder), str(folder / "out2"), *flags])
+
+
+@pytest.fixture
+def embedder(tmp_path: Path) -> Path:
+    """A model that sentence-transformers wrote, whose vectors are means: no settings of ours tell of that."""
+    tiny_model("qwen2").save_pretrained(tmp_path / "plain")
+    family_tokenizer("qwen2").save_pretrained(tmp_path / "plain")
+    transformer = Transformer(str(tmp_path / "plain"), max_seq_length=16)
+    model = SentenceTransformer(modules=[transformer, Pooling(32, "mean")], device="cpu", prompts={"query": "find: "})
+    model.save(str(tmp_path / "stock"))
+    return tmp_path / "stock"
+
+
+@pytest.mark.slow
+def test_an_embedder_of_sentence_transformers_encodes_mines_and_rescores_as_it_does_itself(
+    folder: Path, embedder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A teacher's vectors were those of a template and of the last token once."""
+    from llm2vec.commands.encode import main as encode
+
+    stock = SentenceTransformer(str(embedder), device="cpu")
+    texts = ["hello world", "red", "who wrote the answer"]
+    (folder / "t.jsonl").write_text("".join(json.dumps({"text": text}) + "\n" for text in texts), encoding="utf-8")
+    for side, vectors in (("document", stock.encode_document(texts)), ("query", stock.encode_query(texts))):
+        encode([str(folder / "t.jsonl"), str(folder / side), "--model", str(embedder), "--side", side])
+        found = pq.read_table(folder / side / "part-00000.parquet")["vector"].to_pylist()
+        torch.testing.assert_close(torch.tensor(found), torch.from_numpy(vectors))
+    rescore, _ = open_reranker(str(embedder))
+    expected = stock.similarity(stock.encode_query(["red"]), stock.encode_document(texts))[0]
+    assert rescore([("red", text) for text in texts]) == pytest.approx(expected.tolist(), abs=1e-4)
+    monkeypatch.setattr(SentenceTransformer, "encode_document", lambda *_: pytest.fail("encoded twice"))
+    assert len(rescore([("world", text) for text in texts])) == 3
+
+
+def test_chance_is_the_same_for_the_same_query(folder: Path) -> None:
+    """In blocks of any size; all documents but the positives are as likely."""
+    for name in ("one", "two"):
+        mine(SOURCE, folder, folder / name, RandomRetriever(), Rules(negatives=1, relative_margin=None))
+    assert (folder / "one/a.jsonl").read_bytes() == (folder / "two/a.jsonl").read_bytes()
+    drawn = [row["negative"][0] for row in lines(folder / "one/a.jsonl")]
+    assert len(drawn) == 60 and len(set(drawn)) > 25
+
+
+def test_a_source_is_mined_up_to_its_cap(folder: Path) -> None:
+    """`max_rows` of a table is that of training; what is mined of it was all rows."""
+    report = mine(
+        SOURCE._replace(reading=Reading(max_rows=7)), folder, folder / "out", RandomRetriever(), Rules(negatives=1)
+    )
+    assert (report.rows, report.documents) == (7, 7)

@@ -1,1 +1,34 @@
-"""Commands over training data, before anything is trained on it."""
+"""Commands about training data; what they share of their command lines."""
+
+from __future__ import annotations
+
+import argparse
+
+from llm2vec import cli
+from llm2vec.data.sources import Source, archive_hint, e5_sources, read_sources_file, select_sources
+from llm2vec.types import UserError
+
+
+def add_source_flags(parser: argparse.ArgumentParser) -> None:
+    """Let a command line name a folder and sources in it; `chosen_sources` reads it."""
+    parser.add_argument("folder", type=cli.path, metavar="DATA", help="where the sources' files lie")
+    table = "table of sources; default: the released archive's; hub: a ready one"
+    parser.add_argument("--sources_file", type=cli.path, help=table)
+    parser.add_argument("--sources", nargs="+", help="only these")
+
+
+def chosen_sources(args: argparse.Namespace) -> list[Source]:
+    """The sources that a command line names, or all whose files are there; of the others it is said.
+
+    Raises:
+        UserError: a source asked for by name has no file, or none has.
+    """
+    table = e5_sources() if args.sources_file is None else read_sources_file(args.sources_file)
+    sources = select_sources(table, args.sources)
+    there = [source for source in sources if source.is_there(args.folder)]
+    missing = [source.file for source in sources if source not in there]
+    if missing and (args.sources or not there):
+        raise UserError(f"{args.folder} lacks {', '.join(missing)}{archive_hint(sources)}.")
+    if missing:
+        print(f"not there: {', '.join(missing)}")
+    return there

@@ -15,6 +15,7 @@ import statistics
 from collections.abc import Sequence
 
 from llm2vec import cli
+from llm2vec.commands.data import add_source_flags, chosen_sources
 from llm2vec.data.check import (
     OVERLAP_WORDS,
     CountTokens,
@@ -24,7 +25,6 @@ from llm2vec.data.check import (
     language_of,
     record_hashes,
 )
-from llm2vec.data.sources import sources_there
 from llm2vec.table import Table
 from llm2vec.types import CHARACTERS_A_TOKEN
 
@@ -34,18 +34,12 @@ logger = logging.getLogger(__name__)
 def main(argv: Sequence[str]) -> int:
     """Check and print; returns the exit code."""
     parser = cli.parser("check-data", __doc__)
-    parser.add_argument("folder", type=cli.path, help="where the files lie")
-    parser.add_argument(
-        "--sources_file", type=cli.path, help="table of one's own sources; default: the released archive's"
-    )
-    parser.add_argument("--sources", nargs="+", help="only these")
+    add_source_flags(parser)
     parser.add_argument("--tokenizer", help="folder or hub name; default: tokens are guessed, 4 characters each")
     parser.add_argument("--max_length", type=cli.positive, default=512, help="where training cuts (default 512 tokens)")
     parser.add_argument("--test_sets", nargs="+", type=cli.path, default=[], help="folders of test sets to look for")
     args = parser.parse_args(argv)
-    sources, missing = sources_there(args.folder, args.sources_file, args.sources)
-    if missing:
-        logger.info("not there: %s", ", ".join(missing))
+    sources = chosen_sources(args)
     count_tokens = _token_counter(args.tokenizer)
     test_texts = TestTexts(args.test_sets) if args.test_sets else None
     reports = []

@@ -12,27 +12,20 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from llm2vec import cli
+from llm2vec.commands.data import add_source_flags, chosen_sources
 from llm2vec.data.held_out import TRAINED_FOR_ONE_HELD_OUT, hold_out
-from llm2vec.data.sources import sources_there
 from llm2vec.table import Cell, Table
 
 
 def main(argv: Sequence[str]) -> None:
     """Split and say what became of each source."""
     parser = cli.parser("hold-out", __doc__)
-    parser.add_argument("folder", type=cli.path, metavar="DATA", help="where the files lie")
+    add_source_flags(parser)
     parser.add_argument("out", type=cli.path, metavar="OUT", help="folder to write; must not be there, or be empty")
-    parser.add_argument(
-        "--sources_file", type=cli.path, help="table of one's own sources; default: the released archive's"
-    )
-    parser.add_argument("--sources", nargs="+", help="only these")
     parser.add_argument("--queries", type=cli.positive, default=100, help="held out of each source (default 100)")
     parser.add_argument("--seed", type=int, default=42, help="of the draw (default 42)")
     args = parser.parse_args(argv)
-    sources, missing = sources_there(args.folder, args.sources_file, args.sources)
-    if missing:
-        print(f"not there: {', '.join(missing)}")
-    splits = hold_out(args.folder, sources, args.out, args.queries, args.seed)
+    splits = hold_out(args.folder, chosen_sources(args), args.out, args.queries, args.seed)
     rows: list[list[Cell]] = [[split.source, *(f"{number:,}" for number in split[1:])] for split in splits]
     print(Table(["source", "rows left", "rows out", "queries", "documents"], rows).text())
     if small := [split.source for split in splits if not split.queries]:

@@ -22,8 +22,8 @@ from typing import TYPE_CHECKING
 
 from llm2vec import cli
 from llm2vec.choice import add_model_flags, chosen_model
+from llm2vec.commands.data import add_source_flags, chosen_sources
 from llm2vec.data.held_out import entry_of
-from llm2vec.data.sources import sources_there
 from llm2vec.files import alone_in, json_lines, remove, write_json
 from llm2vec.table import Cell, Table
 
@@ -37,9 +37,7 @@ EXAMPLES = 3
 def main(argv: Sequence[str]) -> None:
     """Mine, and say what was found."""
     args = _parse_args(argv)
-    sources, missing = sources_there(args.folder, args.sources_file, args.sources)
-    if missing:
-        print(f"not there: {', '.join(missing)}")
+    sources = chosen_sources(args)
     from llm2vec.corpus.mining import WORK_FOLDER, Rules, mine  # seconds to import, with torch
     from llm2vec.corpus.retrievers import open_reranker, open_retriever
     from llm2vec.corpus.rows import open_corpus
@@ -66,16 +64,14 @@ def main(argv: Sequence[str]) -> None:
 
 def _parse_args(argv: Sequence[str]) -> argparse.Namespace:
     parser = cli.parser("mine", __doc__)
-    parser.add_argument("folder", type=cli.path, metavar="DATA", help="where the sources' files lie")
+    add_source_flags(parser)
     parser.add_argument("out", type=cli.path, metavar="OUT", help="folder to write")
-    parser.add_argument(
-        "--sources_file", type=cli.path, help="table of sources; default: the released archive's; hub: a ready one"
-    )
-    parser.add_argument("--sources", nargs="+", help="only these")
     add_model_flags(parser, torch_dtype=True)
     parser.add_argument("--corpus", help="further documents: a .jsonl or .parquet file with `text`, or a hub data set")
     parser.add_argument(
-        "--rerank", metavar="CROSS_ENCODER", help="folder, hub name or SERVER/v1#MODEL; reads all --depth candidates"
+        "--rerank",
+        metavar="MODEL",
+        help="a cross-encoder, a stronger embedder of sentence-transformers, or SERVER/v1#MODEL; reads all candidates",
     )
     parser.add_argument("--negatives", type=cli.positive, default=7, help="of a row (7); rows with fewer are left out")
     parser.add_argument("--depth", type=cli.positive, default=100, help="best candidates that are looked at (100)")

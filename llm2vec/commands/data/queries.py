@@ -1,13 +1,17 @@
-"""Training pairs from raw text: its passages, and a query for each, written by a model (doc2query).
+"""Training pairs from raw text: its passages, and a query for each, written by a model (doc2query) or taken from it.
 
     llm2vec queries my_docs output/pairs --model HuggingFaceTB/SmolLM2-135M-Instruct --most 2000
     llm2vec queries my_docs output/pairs --anchors output/stage_I/...
     llm2vec queries my_docs output/pairs --server http://localhost:8000/v1 --name Qwen/Qwen3-8B
+    llm2vec queries my_docs output/pairs --titles
 
 DATA is a folder of .md, .py, .rst and .txt files, cut into passages of whole paragraphs, or a JSONL file of objects
-with `text`. A query stays if BM25 finds its passage among the first `--keep_top` (round trip) and it is no copy of its
-words; it comes once. OUT has `passages.jsonl`, all passages; `pairs.jsonl`, rows of `query` and `positive`; and
-`sources.json`, their table. A start that was killed is gone on with. docs/guides/adapt.md goes on from here.
+with `text`. With `--titles` no model writes: the query is a row's `title`, a passage's heading or first sentence, or a
+docstring's summary, and the passage is what follows it; passages without one are left out.
+
+A query stays if BM25 finds its passage among the first `--keep_top` (round trip) and it is no copy of its words; it
+comes once. OUT has `passages.jsonl`, all passages; `pairs.jsonl`, rows of `query` and `positive`; and `sources.json`,
+their table. A start that was killed is gone on with. docs/guides/adapt.md goes on from here.
 """
 
 from __future__ import annotations
@@ -15,13 +19,13 @@ from __future__ import annotations
 import argparse
 import json
 import random
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from llm2vec import cli
 from llm2vec.choice import ModelChoice
-from llm2vec.corpus.passages import passages_of
+from llm2vec.corpus.passages import SUFFIXES, passages_of
 from llm2vec.files import alone_in, json_hash, parse_json, read_object, remove, whole, write_json
 from llm2vec.types import UserError
 
@@ -36,12 +40,15 @@ QUERIES_FOLDER = ".queries"
 def main(argv: Sequence[str]) -> None:
     """Cut, write, filter; say how many are left."""
     args = _parse_args(argv)
-    passages = list(dict.fromkeys(row["text"] for row in passages_of(args.folder)))
+    titles = _titles(args.folder) if args.titles else {}
+    passages = list(titles) if args.titles else list(dict.fromkeys(row["text"] for row in passages_of(args.folder)))
+    if args.titles and not titles:
+        raise UserError(f"{args.folder} has no text with a title, or with a first sentence and more behind it.")
     if not passages:
         raise UserError(f"{args.folder} has no text.")
     chosen = sorted(random.Random(args.seed).sample(range(len(passages)), min(args.most or 2**62, len(passages))))
     with alone_in(args.out, "query writing"):
-        written = _write(args, passages, chosen, args.out / QUERIES_FOLDER)
+        written = _write(args, passages, chosen, args.out / QUERIES_FOLDER, titles)
         kept = _round_trip(written, chosen, passages, args.keep_top, args.out / QUERIES_FOLDER)
         if not kept:
             raise UserError(f"no query of {len(written)} leads back to its passage; see {args.out / QUERIES_FOLDER}.")
@@ -61,6 +68,7 @@ def _parse_args(argv: Sequence[str]) -> argparse.Namespace:
     writer.add_argument("--model", type=ModelChoice.parse, help="a causal language model, best an instruct one")
     writer.add_argument("--anchors", type=ModelChoice.parse, metavar="STAGE_I", help="a Stage I checkpoint")
     writer.add_argument("--server", metavar="URL", help="a server with OpenAI's interface, up to /v1; needs --name")
+    writer.add_argument("--titles", action="store_true", help="titles and first sentences of the texts themselves")
     parser.add_argument("--name", help="of the server's model")
     parser.add_argument("--most", type=cli.positive, help="queries to write, for passages that are drawn; default: all")
     parser.add_argument("--keep_top", type=cli.positive, default=10, help="how far a passage is looked for (10)")
@@ -72,8 +80,29 @@ def _parse_args(argv: Sequence[str]) -> argparse.Namespace:
     return args
 
 
-def _write(args: argparse.Namespace, passages: Sequence[str], chosen: Sequence[int], work: Path) -> list[str]:
+def _titles(source: Path) -> dict[str, str]:
+    """What follows a title or a first sentence, and that title; of Python files by their docstrings."""
+    from llm2vec.quickstart.docstrings import read_passages, source_files, split_docstring, without_duplicates
+
+    files = source_files({source.name: source}) if source.is_dir() else []
+    found = [(passage.body, passage.query) for passage in without_duplicates(read_passages(files)[0])]
+    for row in passages_of(source, suffixes=[suffix for suffix in SUFFIXES if suffix != ".py"]):
+        pair = (row["title"], row["text"]) if row["title"] else split_docstring(row["text"].lstrip("# "))
+        found += [(pair[1], pair[0])] if pair else []
+    titles: dict[str, str] = {}
+    for text, title in found:
+        titles.setdefault(text, title)
+    return titles
+
+
+def _write(
+    args: argparse.Namespace, passages: Sequence[str], chosen: Sequence[int], work: Path, titles: Mapping[str, str]
+) -> list[str]:
     """A query for each chosen passage, part by part."""
+    if titles:
+        remove(work)
+        work.mkdir(parents=True)
+        return [titles[passages[i]] for i in chosen]
     writer = {"server": args.server, "name": args.name}
     writer |= {key: getattr(args, key) and getattr(args, key).place for key in ("model", "anchors")}
     settings = {"passages": json_hash([passages, chosen]), "writer": writer}

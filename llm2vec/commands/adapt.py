@@ -1,0 +1,150 @@
+"""An embedder of your own domain or language from a folder of raw texts, measured beside BM25 and its base.
+
+    llm2vec adapt my_docs --base HuggingFaceTB/SmolLM2-135M-Instruct --output_dir output/adapted
+    llm2vec adapt my_docs --base output/quickstart/base --server http://localhost:8000/v1 --name Qwen/Qwen3-8B
+
+Every step is an ordinary command with a folder behind it; killed, the whole goes on where it was. Below --output_dir:
+
+    data-*/pairs/     passages, and a query for each       llm2vec queries
+    data-*/mined/     the same with hard negatives         llm2vec mine
+    data-*/split/     rows to train on, queries held out   llm2vec hold-out
+    set/, comparison/ configs, runs, scores                llm2vec compare
+    model/            the best of what was trained         llm2vec export
+
+Without a writer of queries (`--model`, `--anchors` or `--server`), the texts' own titles, headings and first sentences
+are the queries. Trained are Stage II alone, and Stage II behind a pre-stage on the texts themselves.
+"""
+
+from __future__ import annotations
+
+import argparse
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from llm2vec import cli
+from llm2vec.commands.embedder import base_folder, train_and_export, write_set
+from llm2vec.types import UserError
+
+#: Files of the stages of each pre-stage.
+PRE_STAGES: dict[str, dict[str, dict[str, Any]]] = {
+    "reconstruction": {"1_stage_I.json": {"target": "self"}, "2_stage_II.json": {}},
+    "mntp": {
+        "1_mntp.json": {},
+        "2_stage_II.json": {"bidirectional": True, "pooling_mode": "mean"},
+    },
+}
+#: Rows that a stage trains on. A base of a million parameters takes minutes for it, one of 135 million hours on a CPU.
+ROWS = 3200
+#: Rows of a step of Stage II.
+STEP_ROWS = 32
+#: Learning rates times the model's width: wide models want smaller ones, of all parameters and of Stage II's LoRA.
+RATES = (0.1, 0.2)
+#: Hard negatives that are mined for each pair: Stage II takes one, and the held-out queries' are documents to search.
+NEGATIVES = 2
+
+
+def main(argv: Sequence[str]) -> int:
+    """Pairs, negatives, split, training, export; returns the exit code: 1 where a run failed."""
+    started, args = time.monotonic(), _parse_args(argv)
+    from llm2vec.files import alone_in, read_object, write_json
+
+    out: Path = args.output_dir
+    with alone_in(out, "adaptation") as lock:
+        base = base_folder(args.base, out)
+        rates = _rates(base)  # opens it, before anything is written for it
+        data = _data(args)
+        print("3/4 training and scores")
+        split = data / "split"
+        instructions = read_object(split / "eval/instructions.json")
+        (task, instruction), *_ = instructions.items()
+        write_json(data / "prompts.json", {"query": instruction})
+        recipes: dict[str, dict[str, Any]] = {"baseline": {"1_stage_II.json": {}}}
+        recipes |= {name: PRE_STAGES[name] for name in args.pre_stage}
+        passages = {"dataset_file_path": str(data / "pairs/passages.jsonl"), "sources_file": None}
+        recipes |= {name: {**stages, "1_mntp.json": passages} for name, stages in recipes.items() if name == "mntp"}
+        write_set(out, base, task, split, args.rows, recipes, rates, STEP_ROWS)
+        if train_and_export(out, lock, task, data / "prompts.json", "4/4") is None:
+            return 1
+    minutes = (time.monotonic() - started) / 60
+    print(f"\nreport: {out / 'comparison/comparison.html'}    ({minutes:.0f} minutes)")
+    print(f"next: llm2vec search index {args.folder} NEW_FOLDER --model {out / 'model'}")
+    return 0
+
+
+def _parse_args(argv: Sequence[str]) -> argparse.Namespace:
+    parser = cli.parser("adapt", __doc__)
+    parser.add_argument("folder", type=cli.path, metavar="DATA", help="folder of text files, or a .jsonl file")
+    parser.add_argument("--base", required=True, help="of `llm2vec base`, a folder, or a hub name")
+    parser.add_argument("--output_dir", type=cli.path, required=True)
+    writer = parser.add_mutually_exclusive_group()
+    for flag, of in {"model": "a causal language model", "anchors": "a Stage I checkpoint", "server": "URL"}.items():
+        writer.add_argument(f"--{flag}", help=f"who writes the queries: {of}, as in `llm2vec queries`")
+    parser.add_argument("--name", help="of the server's model")
+    parser.add_argument("--most", type=cli.positive, help="queries to write; default: one for each passage")
+    parser.add_argument("--instruction", help="what a query asks for, in a sentence")
+    parser.add_argument("--queries", type=cli.positive, default=200, help="held out to be scored on (200)")
+    parser.add_argument("--pre_stage", nargs="*", choices=list(PRE_STAGES), default=["reconstruction"])
+    parser.add_argument("--rows", type=cli.positive, default=ROWS, help=f"that a stage trains on ({ROWS:,})")
+    args = parser.parse_args(argv)
+    if (args.server is None) != (args.name is None):
+        parser.error("--server and --name go together")
+    if not args.folder.exists():
+        raise UserError(f"{args.folder}: a folder of text files or a .jsonl file is needed.")
+    return args
+
+
+def _data(args: argparse.Namespace) -> Path:
+    """The folder of pairs, mined rows and their split, made as far as it is not there.
+
+    It is named by all that decides it, so other texts or another writer leave no old pairs in use.
+    """
+    from llm2vec.commands.data import hold_out, mine, queries
+    from llm2vec.files import json_hash
+
+    asked = {flag: getattr(args, flag) for flag in ("model", "anchors", "server", "name", "most", "instruction")}
+    given = [part for flag, value in asked.items() if value is not None for part in (f"--{flag}", str(value))]
+    if not {"--model", "--anchors", "--server"} & set(given):
+        given.append("--titles")
+    data: Path = args.output_dir / f"data-{json_hash([_content_of(args.folder), given, args.queries])[:8]}"
+    pairs, mined, split = (data / name for name in ("pairs", "mined", "split"))
+    print("1/4 passages and queries", flush=True)
+    if not (pairs / "sources.json").is_file():  # written last
+        queries.main([str(args.folder), str(pairs), *given])
+    print("2/4 hard negatives, and queries held out", flush=True)
+    if not (mined / "report.json").is_file():  # written last
+        table, passages = (str(pairs / name) for name in ("sources.json", "passages.jsonl"))
+        flags = ["--sources_file", table, "--corpus", passages, "--model", "bm25", "--negatives", str(NEGATIVES)]
+        mine.main([str(pairs), str(mined), *flags])
+    if not (split / "eval/instructions.json").is_file():
+        hold_out.main(
+            [str(mined), str(split), "--sources_file", str(mined / "sources.json"), "--queries", str(args.queries)]
+        )
+    with (split / "train/pairs.jsonl").open("rb") as rows:
+        if (left := sum(1 for _ in rows)) < STEP_ROWS:
+            raise UserError(
+                f"{args.folder}: {left} pairs are left to train on, and a step takes {STEP_ROWS}; "
+                "give more texts, or hold out fewer --queries."
+            )
+    return data
+
+
+def _content_of(source: Path) -> str:
+    """A hash of the texts' files."""
+    from llm2vec.corpus.passages import SUFFIXES
+    from llm2vec.files import files_hash
+
+    files = source.rglob("*") if source.is_dir() else [source]
+    return files_hash(source.parent, sorted(f for f in files if f.is_file() and f.suffix in (*SUFFIXES, ".jsonl")))
+
+
+def _rates(base: str) -> tuple[float, float]:
+    """Learning rates for a base of this width."""
+    from llm2vec.choice import ModelChoice
+
+    config = ModelChoice(base).opened().folders[0].config or {}
+    width = config.get("text_config", config).get("hidden_size")
+    if not isinstance(width, int):
+        raise UserError(f"{base}: its config.json has no hidden_size.")
+    return round(RATES[0] / width, 6), round(RATES[1] / width, 6)
