@@ -49,6 +49,7 @@ COMMANDS = {
     "check-data": Command("data.check_data", "look at training data before training on it"),
     "hold-out": Command("data.hold_out", "split training data into rows to train on and queries to evaluate on"),
     "queries": Command("data.queries", "training pairs from raw text: passages, and a query written for each"),
+    "answers": Command("data.answers", "a model's own answers to queries, as texts for Stage I to tell"),
     "mine": Command("data.mine", "hard negatives for training data: search, margin, reranker"),
     "schema": Command("schema", "print the JSON Schema of training configs, for editors"),
 }

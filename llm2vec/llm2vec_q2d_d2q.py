@@ -19,6 +19,9 @@ That is the paper, and the default. Rival pre-stages differ in a few things, eac
     decoder      shared: the weights in training. frozen: those that the run began with, behind a BOS where there is one
     projection   what a memory becomes before it is decoded (`objectives/projection.py`)
     lm_weight    of the next-token loss of the source texts, in the same pass
+    imitation_weight
+                 of the mean squared difference of W mean(projected memory) + b, learnt, and a teacher's stored vector
+                 of the text that is to be brought forth (LLM2Vec-Gen)
 """
 
 from __future__ import annotations
@@ -40,7 +43,7 @@ from llm2vec.model.settings import EncoderSettings
 from llm2vec.objectives.directions import Reconstruction, contexts_of, directions_of, last_of, woven_rows
 from llm2vec.objectives.head import Head, language_head
 from llm2vec.objectives.language_modelling import next_token_loss, num_predicted
-from llm2vec.objectives.projection import make_projection
+from llm2vec.objectives.projection import Imitation, make_projection
 from llm2vec.objectives.stage_one import StageOneObjective
 from llm2vec.objectives.token_set import BAG_WEIGHT, token_set_loss, token_sets
 from llm2vec.text.batches import targets_of
@@ -77,6 +80,8 @@ class BidirectionalReconstruction(nn.Module, StageOneObjective):
         decoder: whose weights decode. `frozen` are the base's below an adapter, else a copy, taken now.
         lm_weight: of the next-token loss of the source texts.
         bos_id: what stands before the memory where the decoder is frozen; None = nothing.
+        imitation_weight: of the distance to a teacher's vectors, which the goal sides have as the fact `teacher`.
+        teacher_width: numbers of such a vector.
 
     Example:
         >>> objective = BidirectionalReconstruction(model, settings, alpha=0.2)
@@ -86,7 +91,7 @@ class BidirectionalReconstruction(nn.Module, StageOneObjective):
     model: PreTrainedModel
     keys = (
         "alpha", "target", "projection", "bottleneck", "target_loss", "decoder", "lm_weight", "trainable",
-        "reconstruct_instruction", "reconstruction_probe", "bidirectional",
+        "imitation_weight", "reconstruct_instruction", "reconstruction_probe", "bidirectional",
     )  # fmt: skip
 
     def __init__(
@@ -102,6 +107,8 @@ class BidirectionalReconstruction(nn.Module, StageOneObjective):
         decoder: DecoderWeights = "shared",
         lm_weight: float = 0.0,
         bos_id: int | None = None,
+        imitation_weight: float = 0.0,
+        teacher_width: int | None = None,
     ) -> None:
         super().__init__()
         self.model = model
@@ -116,8 +123,12 @@ class BidirectionalReconstruction(nn.Module, StageOneObjective):
         self.directions = directions_of(target, settings.template)
         self.weights = [alpha, 1 - alpha] * (len(self.directions) // 2)
         self.projection = make_projection(projection, model)
+        self.imitation_weight = imitation_weight
+        if imitation_weight:
+            assert teacher_width is not None, "vectors to imitate"
+            self.imitation = Imitation(model.config.hidden_size, teacher_width, device=model.device)
         self.frozen = decoder == "frozen"
-        self._bos_id = bos_id if self.frozen else None
+        self.bos_id = bos_id if self.frozen else None
         if self.frozen and not isinstance(self.decoder, PeftModel):
             self.copies = (copy.deepcopy(model).requires_grad_(False).train(),)
             if not lm_weight and not model.config.tie_word_embeddings:
@@ -155,7 +166,12 @@ class BidirectionalReconstruction(nn.Module, StageOneObjective):
     @property
     def head(self) -> Head:
         """That of whoever decodes."""
-        return language_head(self.copies[0] if self.copies else self.model)
+        return language_head(self.decoding_model)
+
+    @property
+    def decoding_model(self) -> Any:
+        """Whoever decodes, with its head: the model in training, its adapter off where it is `frozen`; or a copy."""
+        return self.copies[0] if self.copies else self.model
 
     @property
     def weighted(self) -> dict[Reconstruction, float]:
@@ -171,7 +187,7 @@ class BidirectionalReconstruction(nn.Module, StageOneObjective):
         if self.target_loss == "bag":
             return (encoded._replace(targets=modelled + self.slots * len(goals)),)
         reads_end = self.target_loss == "kl"
-        before = self.slots - 1 + reads_end + (self._bos_id is not None)
+        before = self.slots - 1 + reads_end + (self.bos_id is not None)
         scored = sum(n + reads_end for n in goals if n)
         kind: PassKind = "frozen" if self.frozen else "trained"
         decoded = Pass(tuple(before + n for n in goals if n), "causal", targets=scored, kind=kind)
@@ -188,6 +204,8 @@ class BidirectionalReconstruction(nn.Module, StageOneObjective):
         goals = {d.name: batch[d.goal]["num_targets"] for d in self.directions}
         counts = {name: sum(self._terms_of(n) for n in numbers) for name, numbers in goals.items()}
         counts["anchors"] = sum(len(batch[side]["lengths"]) for side in {d.source: None for d in self.weighted})
+        if self.imitation_weight:
+            counts["imitation"] = len(batch[self.directions[0].goal]["lengths"])
         if self.target_loss != "ce":
             counts["targets"] = sum(sum(batch[d.goal]["num_targets"]) for d in self.weighted)
         found = {name: torch.tensor(float(number)) for name, number in counts.items()}
@@ -204,8 +222,9 @@ class BidirectionalReconstruction(nn.Module, StageOneObjective):
 
         Returns:
             `loss`, and detached `loss_q2d` and `loss_d2q` (or as the directions are called) where their direction has
-            a weight, and `loss_lm`: these rows' shares of the step's means. Alike `anchor_norm` and `embedding_norm`,
-            the mean lengths of what is decoded, before it is projected, and of the target tokens' embeddings.
+            a weight, `loss_lm` and `loss_imitation`: these rows' shares of the step's means. Alike `anchor_norm` and
+            `embedding_norm`, the mean lengths of what is decoded, before it is projected, and of the target tokens'
+            embeddings.
         """
         directions = self.weighted
         sources = {direction.source: batch[direction.source] for direction in directions}
@@ -235,6 +254,9 @@ class BidirectionalReconstruction(nn.Module, StageOneObjective):
         parts = {f"loss_{d.name}": of.detach() for d, of in zip(directions, losses, strict=True)}
         if lm is not None:
             loss, parts["loss_lm"] = loss + self.lm_weight * lm, lm.detach()
+        if self.imitation_weight:
+            apart = self._imitated(memories, batch) / totals["imitation"].to(loss)
+            loss, parts["loss_imitation"] = loss + self.imitation_weight * apart, apart.detach()
         of_targets = totals.get("targets", torch.stack([totals[direction.name] for direction in directions]).sum())
         for name, vectors, total in (
             ("anchor_norm", torch.cat(list(memories.values())), totals["anchors"]),
@@ -264,8 +286,8 @@ class BidirectionalReconstruction(nn.Module, StageOneObjective):
         rows, slots, _ = memory_BKD.shape
         memory_ND = self.projection(memory_BKD.flatten(0, 1)).to(target_ND.dtype)
         parts, of_parts = [memory_ND, target_ND], [[slots] * rows, list(lengths)]
-        if self._bos_id is not None:
-            bos = torch.full((rows,), self._bos_id, device=memory_ND.device)
+        if self.bos_id is not None:
+            bos = torch.full((rows,), self.bos_id, device=memory_ND.device)
             parts, of_parts = [self.token_embeddings(bos), *parts], [[1] * rows, *of_parts]
         if not any(lengths):  # nothing to predict: the pass is run all the same, as other processes run theirs
             return self._run_decoder([slots], memory_ND[:slots])[:0]
@@ -335,6 +357,16 @@ class BidirectionalReconstruction(nn.Module, StageOneObjective):
             loss, terms_N, _ = self.head.cross_entropy(states_ND, target_N, weight_N)
         return loss, [terms.sum() * share for terms, share in zip(terms_N.split(sizes), shares, strict=True)]
 
+    def _imitated(self, memories: Mapping[str, Tensor], batch: Batch) -> Tensor:
+        """Sum over these rows of their mean squared distance to the teacher's vectors, directions weighted."""
+        apart = []
+        for direction, weight in self.weighted.items():
+            memory_BKD = memories[direction.source]
+            told_BKD = self.projection(memory_BKD.flatten(0, 1)).view_as(memory_BKD)
+            teacher_BW = batch[direction.goal]["facts"]["teacher"]
+            apart.append(weight * self.imitation.distances(told_BKD.mean(dim=1), teacher_BW).sum())
+        return torch.stack(apart).sum()
+
     @torch.no_grad()
     def _taught(self, target_N: Tensor, batch: Batch, lengths: Sequence[int]) -> Tensor:
         """The frozen base's states [N, D] over the targets, one more for each text, behind the sources themselves."""
@@ -354,15 +386,13 @@ class BidirectionalReconstruction(nn.Module, StageOneObjective):
     @torch.no_grad()
     def token_embeddings(self, ids: Tensor) -> Tensor:
         """Embeddings without a gradient, by whoever decodes; texts hold no token that an adapter trains."""
-        embeddings: Tensor = (self.copies[0] if self.copies else self.model).get_input_embeddings()(ids)
+        embeddings: Tensor = self.decoding_model.get_input_embeddings()(ids)
         return embeddings
 
     def _run_decoder(self, lengths: Sequence[int], inputs_ND: Tensor) -> Tensor:
         """States of the decoding pass; it is causal whatever the attention of the encoding pass."""
-        if self.copies:
-            return packed_hidden_states(self.copies[0].base_model, "causal", lengths, inputs_ND)
-        with adapter_off(self.decoder) if self.frozen else nullcontext():
-            return packed_hidden_states(self.decoder, "causal", lengths, inputs_ND)
+        with adapter_off(self.decoder) if self.frozen and not self.copies else nullcontext():
+            return packed_hidden_states(self.decoding_model.base_model, "causal", lengths, inputs_ND)
 
 
 #: The name under which the paper's release imports Stage I.

@@ -6,8 +6,8 @@ r"""Encode a whole corpus to Parquet files of vectors.
     llm2vec encode run.json output/vectors --model ...
     llm2vec encode folder/of/parquet output/vectors --model ... --engine ray --num_workers 64
 
-The third encodes all texts of a Stage II config's rows, as its keys `guide` and `teacher_vectors` want them, into a
-folder of OUTPUT for each side and instruction.
+The third encodes all texts of a config's rows, as the keys `guide` and `teacher_vectors` of Stage II and
+`teacher_vectors` of Stage I want them, into a folder of OUTPUT for each side and instruction.
 
 Writes OUTPUT/part-00000.parquet, ... with `id` and `vector`, rows in the input's order, and OUTPUT/_manifest.json.
 Started again with the same arguments, it does only what is missing; another model, setting or input is refused. Every
@@ -26,7 +26,7 @@ from typing import Any, get_args
 
 from llm2vec import cli
 from llm2vec.choice import add_model_flags, chosen_model
-from llm2vec.files import check_unicode, write_text
+from llm2vec.files import check_unicode, read_object, write_text
 from llm2vec.types import TextSide, VectorDtype
 
 
@@ -78,7 +78,7 @@ def _of_run(args: Any) -> Iterator[tuple[Any, Path, TextSide, str]]:
     from llm2vec.train.stages import open_data
     from llm2vec.train.vectors import all_rows, texts_to_encode
 
-    config = load_config(args.input, "stage_II")
+    config = load_config(args.input, "stage_I" if "imitation_weight" in read_object(Path(args.input)) else "stage_II")
     groups = texts_to_encode(all_rows(config, open_data(config)))
     for number, ((side, instruction), texts) in enumerate(sorted(groups.items())):
         file = args.output / f"{number:02d}.{side}.jsonl"

@@ -1,29 +1,93 @@
-"""Who writes a query for a passage (doc2query): a language model, the decoder of Stage I, or a server."""
+"""Who writes a query for a passage (doc2query), or an answer to a query: a language model, the decoder of Stage I, or a
+server."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import json
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from typing import Any
+from pathlib import Path
+from typing import Any, NamedTuple
 
 import torch
 
 from llm2vec.choice import ModelChoice
 from llm2vec.corpus.server import request_json
+from llm2vec.files import json_hash, parse_json, read_object, remove, whole, write_json
+from llm2vec.types import UserError
 
-#: What a language model is asked; the passage follows.
-REQUEST = "Write one short question that the following text answers. Write the question alone."
-#: Tokens of a query, and characters of a passage that are read.
-MOST_TOKENS, MOST_CHARACTERS = 48, 2000
-#: Passages that are written for at once, and requests that a server gets at a time.
-PASSAGES_AT_ONCE, REQUESTS_AT_ONCE = 16, 8
+#: Characters of a text that are read.
+MOST_CHARACTERS = 2000
+#: Texts that are written for at once, and requests that a server gets at a time.
+TEXTS_AT_ONCE, REQUESTS_AT_ONCE = 16, 8
 
-#: One query a passage; empty where nothing was written.
+#: One query or answer a text; empty where nothing was written.
 Write = Callable[[list[str]], list[str]]
 
 
-def write_by_model(choice: ModelChoice) -> Write:
-    """A causal language model with its chat template, or without one a line that begins with "Question:".
+class Task(NamedTuple):
+    """What is written for a text."""
+
+    request: str  #: stands before the text in a chat's turn
+    without_chat: str  #: what a model without a chat template goes on from, with the text as `{}`
+    most_tokens: int  #: of what is written
+    is_line: bool  #: whether it is one line, and nothing where it was cut off
+
+    def turn(self, text: str) -> str:
+        """What a chat model is asked."""
+        return f"{self.request}{text[:MOST_CHARACTERS]}"
+
+    def read(self, written: str, ended: bool) -> str:
+        """What of the writing stays."""
+        if not self.is_line:
+            return written.strip()
+        return _query_of(written) if ended else ""
+
+
+_ASKS_QUERY = "Write one short question that the following text answers. Write the question alone.\n\n"
+QUERY = Task(_ASKS_QUERY, "{}\n\nQuestion:", most_tokens=48, is_line=True)
+ANSWER = Task("", "Question: {}\n\nAnswer:", most_tokens=500, is_line=False)
+
+
+def write_in_parts(
+    writer: Callable[[], Write], texts: Sequence[str], work: Path, settings: Mapping[str, Any], part: int
+) -> list[str]:
+    """What is written for each text, by parts that are files, so that a killed start is gone on with.
+
+    Args:
+        writer: opens who writes; not called where nothing is left to write.
+        texts: to write for.
+        work: folder of the parts.
+        settings: what else decides what is written.
+        part: texts of a part.
+
+    Raises:
+        UserError: the folder holds what was written for other texts, or under other settings.
+    """
+    settings = {"texts": json_hash(list(texts)), **settings}
+    if (work / "settings.json").is_file():
+        if read_object(work / "settings.json") != settings:
+            raise UserError(f"{work} holds what was written for other texts or by another writer; give another folder.")
+    else:
+        remove(work)
+        work.mkdir(parents=True)
+        write_json(work / "settings.json", settings)
+    write: Write | None = None
+    found: list[str] = []
+    for start in range(0, len(texts), part):
+        file = work / f"part-{start:010d}.json"
+        if not file.is_file():
+            write, some = write or writer(), list(texts[start : start + part])
+            at_once = range(0, len(some), TEXTS_AT_ONCE)
+            written = [one for i in at_once for one in write(some[i : i + TEXTS_AT_ONCE])]
+            with whole(file) as aside:
+                aside.write_text(json.dumps(written), encoding="utf-8")
+        found += parse_json(file.read_bytes(), str(file))
+    return found
+
+
+def write_by_model(choice: ModelChoice, task: Task = QUERY) -> Write:
+    """A causal language model with its chat template, or without one by going on from a line.
 
     Raises:
         UserError: it cannot be loaded.
@@ -39,21 +103,23 @@ def write_by_model(choice: ModelChoice) -> Write:
 
     def prompt_of(text: str) -> str:
         if not tokenizer.chat_template:
-            return f"{text[:MOST_CHARACTERS]}\n\nQuestion:"
-        asked = [{"role": "user", "content": f"{REQUEST}\n\n{text[:MOST_CHARACTERS]}"}]
-        return str(tokenizer.apply_chat_template(asked, tokenize=False, add_generation_prompt=True))
+            return task.without_chat.format(text[:MOST_CHARACTERS])
+        asked = [{"role": "user", "content": task.turn(text)}]
+        form: dict[str, Any] = {"tokenize": False, "add_generation_prompt": True, "enable_thinking": False}
+        return str(tokenizer.apply_chat_template(asked, **form))
 
     @torch.no_grad()
     def write(texts: list[str]) -> list[str]:
         asked = tokenizer(
             [prompt_of(text) for text in texts], return_tensors="pt", padding=True, add_special_tokens=False
         ).to(model.device)
-        ids = model.generate(**asked, max_new_tokens=MOST_TOKENS, do_sample=False, pad_token_id=tokenizer.pad_token_id)
+        how = {"max_new_tokens": task.most_tokens, "do_sample": False, "pad_token_id": tokenizer.pad_token_id}
+        ids = model.generate(**asked, **how)
         new = ids[:, asked["input_ids"].shape[1] :]
         ends = torch.tensor([*_ends_of(model), tokenizer.pad_token_id], device=new.device)
         has_ended = torch.isin(new[:, -1], ends).tolist()  # what was cut off is no question
         written = tokenizer.batch_decode(new, skip_special_tokens=True)
-        return [_query_of(text) if ended else "" for text, ended in zip(written, has_ended, strict=True)]
+        return [task.read(text, ended) for text, ended in zip(written, has_ended, strict=True)]
 
     return write
 
@@ -70,24 +136,25 @@ def write_by_anchors(choice: ModelChoice) -> Write:
 
     def write(texts: list[str]) -> list[str]:
         sides = [text_of_side("document", text) for text in texts]
-        return [_query_of(one) for (one,) in reconstructor.generate(sides, MOST_TOKENS)]
+        return [_query_of(one) for (one,) in reconstructor.generate(sides, QUERY.most_tokens)]
 
     return write
 
 
-def write_by_server(url: str, model: str) -> Write:
+def write_by_server(url: str, model: str, task: Task = QUERY) -> Write:
     """A server with OpenAI's interface (`server.request_json`).
 
     Args:
         url: up to `/v1`.
         model: its name there.
+        task: what is written for a text.
     """
     place = f"{url.rstrip('/')}/chat/completions"
 
     def ask(text: str) -> str:
-        message = {"role": "user", "content": f"{REQUEST}\n\n{text[:MOST_CHARACTERS]}"}
-        body = {"model": model, "messages": [message], "max_tokens": MOST_TOKENS, "temperature": 0}
-        return _query_of(request_json(place, body, _content_of))
+        message = {"role": "user", "content": task.turn(text)}
+        body = {"model": model, "messages": [message], "max_tokens": task.most_tokens, "temperature": 0}
+        return task.read(*request_json(place, body, _content_of))
 
     def write(texts: list[str]) -> list[str]:
         with ThreadPoolExecutor(REQUESTS_AT_ONCE) as pool:
@@ -96,9 +163,9 @@ def write_by_server(url: str, model: str) -> Write:
     return write
 
 
-def _content_of(answer: dict[str, Any]) -> str:
+def _content_of(answer: dict[str, Any]) -> tuple[str, bool]:
     choice = answer["choices"][0]
-    return "" if choice.get("finish_reason") == "length" else str(choice["message"]["content"])
+    return str(choice["message"]["content"]), choice.get("finish_reason") != "length"
 
 
 def _ends_of(model: Any) -> list[int]:

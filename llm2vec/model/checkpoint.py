@@ -154,14 +154,14 @@ def weights_beside(objective: Any) -> dict[str, Tensor]:
 
 
 @torch.no_grad()
-def read_beside(folder: Path, own: Mapping[str, Tensor]) -> None:
-    """Put what `save_checkpoint` wrote of `weights_beside` back into these tensors.
+def read_beside(folder: Path, own: Mapping[str, Tensor], unread: str | None = None) -> None:
+    """Put what `save_checkpoint` wrote of `weights_beside` back into these tensors; but nothing of the module `unread`.
 
     Raises:
         UserError: the folder holds others.
     """
     saved = load_file(folder / BESIDE_FILE) if (folder / BESIDE_FILE).is_file() else {}
-    _check_names(folder, saved.keys() ^ own.keys())
+    _check_names(folder, {name for name in saved if name.partition(".")[0] != unread} ^ own.keys())
     for name, tensor in own.items():
         tensor.copy_(saved[name])
 

@@ -303,7 +303,7 @@ class RowFacts:
         """Facts of one side's texts, each [texts, ...], in row order; K negatives a row become K * B texts, row by
         row."""
         facts: dict[str, Tensor] = {}
-        if side not in ("query", "positive", "negative"):
+        if side.partition(":")[0] not in ("query", "positive", "negative"):
             return facts
         texts = CollateSides.texts(rows, side)
         if self.mask_false_negatives or self.mask_known_positives:

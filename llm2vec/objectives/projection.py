@@ -61,3 +61,14 @@ class Linear(nn.Linear):
         with torch.no_grad():
             nn.init.eye_(self.weight)
             nn.init.zeros_(self.bias)
+
+
+class Imitation(nn.Linear):
+    """A learnt map from the mean of a projected memory to where a teacher has the text that it is to tell."""
+
+    def distances(self, mean_BD: Tensor, teacher_BW: Tensor) -> Tensor:
+        """Mean squared difference [B] of each text's map and vector, in float32 at least."""
+        with torch.autocast(mean_BD.device.type, enabled=False):
+            mean_BD = mean_BD.to(torch.promote_types(mean_BD.dtype, torch.float32))
+            own_BW = nn.functional.linear(mean_BD, self.weight.to(mean_BD), self.bias.to(mean_BD))
+            return (own_BW - teacher_BW.to(own_BW)).square().mean(dim=1)

@@ -25,7 +25,7 @@ from transformers import GenerationConfig
 from llm2vec.choice import ModelChoice
 from llm2vec.llm2vec_q2d_d2q import BidirectionalReconstruction
 from llm2vec.model.backbone import load_backbone, load_tokenizer
-from llm2vec.model.chain import open_chain
+from llm2vec.model.chain import Chain, open_chain
 from llm2vec.model.checkpoint import read_beside, weights_beside
 from llm2vec.model.proofs import check_attention, check_decoder
 from llm2vec.model.settings import SETTINGS_FILE, EncoderSettings, check_rendering, row_tokenizer, with_template
@@ -78,12 +78,15 @@ class Reconstructor:
         Returns:
             For each text one generated text, or `sampling.num` of them.
         """
-        model: Any = self.objective.model
+        model = self.objective.decoding_model
         tokenizer = self.tokenizer.tokenizer
         drawn = {} if sampling is None else {"temperature": sampling.temperature, "top_p": sampling.top_p, "top_k": 0}
         num = 1 if sampling is None else sampling.num
         memory_BKD = embed_rows(self.objective, self.tokenizer.rows(texts))
         memory_BKD = self.objective.projection(memory_BKD.flatten(0, 1)).view_as(memory_BKD)
+        if self.objective.bos_id is not None:
+            bos_B = torch.full((len(memory_BKD),), self.objective.bos_id, device=memory_BKD.device)
+            memory_BKD = torch.cat([self.objective.token_embeddings(bos_B).unsqueeze(1), memory_BKD], dim=1)
         config = GenerationConfig(
             max_new_tokens=max_new_tokens,
             do_sample=sampling is not None,
@@ -111,7 +114,7 @@ class Reconstructor:
 
     def _end_ids(self) -> list[int]:
         """The tokens that end a text: the model's and the tokenizer's EOS, and the closing token of the template."""
-        model: Any = self.objective.model
+        model = self.objective.decoding_model
         of_model = model.generation_config.eos_token_id
         candidates = [self.tokenizer.tokenizer.eos_token_id, self.tokenizer.closing_token_id]
         candidates += of_model if isinstance(of_model, list) else [of_model]
@@ -143,31 +146,45 @@ def load_reconstructor(model: ModelChoice, device: str | torch.device | None = N
     outermost = chain.outermost
     if not outermost.settings:
         raise UserError(f"{outermost.path}: there is no {SETTINGS_FILE}, so how its anchors are made is not known.")
-    # What an anchor stands for was learnt where the head was: in the base.
-    trained = chain.folders[0].run.get("config", {})
+    # What an anchor stands for was learnt in Stage I: in the base, or in an adapter on it.
+    of_stage_one = [f for f in chain.folders if f.run.get("config", {}).get("stage") == "stage_I"]
+    learnt_in = of_stage_one[-1] if of_stage_one else chain.folders[0]
+    trained = learnt_in.run.get("config", {})
     if trained.get("objective") == "token_set" or trained.get("target_loss") == "bag":
-        raise UserError(f"{chain.base}: trained to token sets (target_loss 'bag'), which are not decoded.")
-    if trained.get("decoder") == "frozen":
-        raise UserError(f"{chain.base}: trained with decoder 'frozen', so it does not decode its own anchors.")
+        raise UserError(f"{learnt_in.path}: trained to token sets (target_loss 'bag'), which are not decoded.")
     tokenizer = load_tokenizer(chain.tokenizer_folder)
     settings = with_template(EncoderSettings(**outermost.settings), tokenizer)
     rows = row_tokenizer(tokenizer, settings, reconstruct_instruction=trained.get("reconstruct_instruction", False))
     check_rendering(outermost.path, outermost.run.get("probe_ids"), rows)
-    loaded: Any = load_backbone(chain, dtype=model.torch_dtype, with_lm_head=True)
     place = device or ("cuda" if torch.cuda.is_available() else "cpu")
+    loaded = _on_device(chain, model, place)
+    learnt = {key: trained[key] for key in ("target", "projection", "bottleneck") if key in trained}
+    objective = BidirectionalReconstruction(loaded, settings, **learnt)
+    read_beside(Path(learnt_in.path), weights_beside(objective), unread="imitation")
+    if trained.get("decoder") == "frozen":
+        parent = learnt_in.run["parent"]
+        try:
+            decoding = _on_device(open_chain(parent["model_name_or_path"], parent["adapters"]), model, place)
+        except UserError as error:
+            raise UserError(f"{learnt_in.path}: it is decoded by what it was trained from, and {error}") from error
+        objective.copies, objective.frozen = (decoding.eval(),), True
+        objective.bos_id = tokenizer.bos_token_id
+    check_decoder(objective.decoder, settings.attention)
+    check_attention(objective.decoder, "causal")  # of the pass that decodes
+    check_head(loaded)
+    return Reconstructor(objective, rows)
+
+
+def _on_device(chain: Chain, model: ModelChoice, place: str | torch.device) -> Any:
+    """A chain's model with its head."""
+    loaded: Any = load_backbone(chain, dtype=model.torch_dtype, with_lm_head=True)
     try:
         loaded.to(place)
     except (RuntimeError, AssertionError) as error:  # no such device, none of this torch, or too small a one
         raise UserError(f"device is {str(place)!r}, where the model cannot be put: {first_line(error)}") from error
     # Of the folder's habits of generating, only its ends: `generate` would fill in its temperature and penalties.
     loaded.generation_config = GenerationConfig(eos_token_id=loaded.generation_config.eos_token_id)
-    learnt = {key: trained[key] for key in ("target", "projection", "bottleneck") if key in trained}
-    objective = BidirectionalReconstruction(loaded, settings, **learnt)
-    read_beside(Path(chain.base), weights_beside(objective))
-    check_decoder(objective.decoder, settings.attention)
-    check_attention(objective.decoder, "causal")  # of the pass that decodes
-    check_head(loaded)
-    return Reconstructor(objective, rows)
+    return loaded
 
 
 def text_of_side(side: TextSide, text: str, instruction: str = "") -> InstructedText:

@@ -132,7 +132,9 @@ def _stage_one_objective(
 ) -> Objective:
     kind = _stage_one(config)
     bos_id = None if tokenizer is None else tokenizer.bos_token_id
-    given = {"settings": settings, "bos_id": bos_id, **_read_keys(config)}
+    teacher = stored_vectors(config.teacher_vectors)
+    width = None if teacher is None else teacher.width
+    given = {"settings": settings, "bos_id": bos_id, "teacher_width": width, **_read_keys(config)}
     taken = inspect.signature(kind).parameters
     return kind(model, **{name: value for name, value in given.items() if name in taken})
 
@@ -143,7 +145,9 @@ def _stage_one_collate(
     renderer = row_tokenizer(tokenizer, settings, reconstruct_instruction=config.reconstruct_instruction)
     kind, keys = _stage_one(config), _read_keys(config)
     kind.check_rendering(renderer, keys)
-    return CollateSides(renderer, kind.sides_of(renderer.template, keys), seed=seed)
+    teacher = stored_vectors(config.teacher_vectors)
+    facts = None if teacher is None else RowFacts(teacher=teacher)
+    return CollateSides(renderer, kind.sides_of(renderer.template, keys), seed=seed, facts=facts)
 
 
 # --- contrastive stages ---

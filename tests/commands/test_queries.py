@@ -69,7 +69,7 @@ def test_queries_that_lead_back_stay(
     with pytest.raises(UserError, match="chat/completions: the answer is not of the form that OpenAI's interface has"):
         main(flags)
     (folder / "docs/sigma/a.md").unlink()
-    with pytest.raises(UserError, match="holds queries for other texts or of another writer; give another folder"):
+    with pytest.raises(UserError, match="holds what was written for other texts or by another writer; give"):
         main(flags)
     flags[1] = str(folder / "out2")
     monkeypatch.setattr(queries, "PART", 2)

@@ -143,6 +143,8 @@ def test_a_budget_that_fits_with_all_layers_recomputed_is_not_refused(kind: str)
     objective, _ = every_objective.make(kind, num_hidden_layers=LAYERS)
     line = fit_activations(objective, decoder_of(objective.model), [(small, large)], 1000, needed)
     assert f"{LAYERS} of {LAYERS} layers are recomputed" in line
+    left = bytes_per_token(objective, small, large)  # those of a frozen copy, too
+    assert (left + whole / LAYERS) * 1000 / 1e9 == pytest.approx(needed, rel=1e-3)
 
 
 @pytest.mark.parametrize(("budget", "number"), [(40.0, 0), (39.9, 2), (33.0, 2), (32.0, 2), (31.9, 3), (14.0, 4)])

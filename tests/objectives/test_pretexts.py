@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -17,12 +17,15 @@ from torch import Tensor, nn
 
 from llm2vec import LLM2Vec
 from llm2vec.__main__ import main
+from llm2vec.choice import ModelChoice
 from llm2vec.data.collation import CollateSides
 from llm2vec.llm2vec_q2d_d2q import BidirectionalReconstruction
 from llm2vec.model.backbone import LORA_MODULES, attach_lora
 from llm2vec.model.packing import adapter_off, checkpoint_contexts
 from llm2vec.model.settings import EncoderSettings, row_tokenizer
 from llm2vec.objectives.losses import linear_cross_entropy
+from llm2vec.objectives.negatives import RowFacts, hash_of
+from llm2vec.probes.reconstruction import embed_rows, load_reconstructor, target_ids, text_of_side
 from llm2vec.text import batches
 from llm2vec.text.batches import cut_row, pack_rows
 from llm2vec.text.templates import add_template_tokens
@@ -31,7 +34,7 @@ from llm2vec.train.config.file import load_config
 from llm2vec.train.log import LOG_FILE
 from llm2vec.train.recomputation import enable_checkpointing
 from llm2vec.train.step import backward_step, split_batch
-from llm2vec.types import Example, UserError
+from llm2vec.types import Example, InstructedText, UserError
 
 ROWS = reference.examples(6)
 
@@ -40,6 +43,15 @@ ROWS = reference.examples(6)
 def short_texts_are_cut(monkeypatch: pytest.MonkeyPatch) -> None:
     """The rows here are a few words long."""
     monkeypatch.setattr(batches, "LEAST_PART", 2)
+
+
+TEACHER_WIDTH = 5
+
+
+def teacher_of(texts: Sequence[InstructedText]) -> Tensor:
+    """Some vector of each text."""
+    seeds = [hash_of(text) for text in texts]
+    return torch.stack([torch.randn(TEACHER_WIDTH, generator=torch.Generator().manual_seed(seed)) for seed in seeds])
 
 
 class Made:
@@ -56,6 +68,7 @@ class Made:
         recomputes: bool = False,
         **keys: Any,
     ) -> None:
+        torch.manual_seed(0)  # of the map that imitates
         tokenizer = family_tokenizer("llama")
         new = add_template_tokens(tokenizer, template)
         base: Any = tiny_model("llama", True, tokenizer=tokenizer, initializer_range=0.2, **(model or {}))
@@ -75,11 +88,14 @@ class Made:
         self.renderer = row_tokenizer(tokenizer, self.settings)
         checked = {"target": keys.get("target", "counterpart"), "bottleneck": keys.get("bottleneck", "vector")}
         BidirectionalReconstruction.check_rendering(self.renderer, checked)
-        self.collate = CollateSides(self.renderer, BidirectionalReconstruction.sides_of(template, checked), seed=3)
+        facts = RowFacts(teacher=teacher_of) if keys.get("imitation_weight") else None
+        sides = BidirectionalReconstruction.sides_of(template, checked)
+        self.collate = CollateSides(self.renderer, sides, seed=3, facts=facts)
         self.bos_id = tokenizer.bos_token_id
         self.objective = BidirectionalReconstruction(
-            reference.exact(base), self.settings, bos_id=self.bos_id, **keys
-        ).train()
+            reference.exact(base), self.settings, bos_id=self.bos_id, teacher_width=TEACHER_WIDTH, **keys
+        )
+        self.objective.train().double()
 
     def reference(self, rows: list[Example]) -> dict[str, Tensor]:
         """The loss and its parts, one row, one token and one word of the vocabulary at a time."""
@@ -98,7 +114,28 @@ class Made:
             modelled = [row for side in read.values() for row in sides[side]]
             parts["loss_lm"] = reference.language_modelling(objective.model, modelled)
             loss = loss + objective.lm_weight * parts["loss_lm"]
+        if objective.imitation_weight:
+            parts["loss_imitation"] = self._imitation(rows, sides)
+            loss = loss + objective.imitation_weight * parts["loss_imitation"]
         return {"loss": loss, **parts}
+
+    def _imitation(self, rows: list[Example], sides: dict[str, list[Row]]) -> Tensor:
+        """Row by row and number by number: W mean(projected states) + b against the teacher's vector of the goal."""
+        objective = self.objective
+        total = torch.zeros((), dtype=torch.float64)
+        for direction, weight in objective.weighted.items():
+            for number, source in enumerate(sides[direction.source]):
+                hidden = reference.states(objective.decoder, self.settings.attention, ids=source.ids)
+                memory = [hidden[i] for i in range(len(source.ids)) if source.pooled[i]]
+                if objective.bottleneck == "vector":
+                    memory = [sum(memory[1:], memory[0]) / len(memory)]
+                told = [objective.projection(state.unsqueeze(0))[0] for state in memory]
+                mean = sum(told[1:], told[0]) / len(told)
+                taught = teacher_of([getattr(rows[number], direction.goal.partition(":")[0])])[0].double()
+                for w in range(TEACHER_WIDTH):
+                    own = objective.imitation.weight[w] @ mean + objective.imitation.bias[w]
+                    total = total + weight * (own - taught[w]) ** 2 / TEACHER_WIDTH / len(rows)
+        return total
 
     def _terms(self, source: Row, goal: Row) -> list[Tensor]:
         objective = self.objective
@@ -156,6 +193,13 @@ CASES: dict[str, dict[str, Any]] = {
     "kl below an adapter, recomputed": {**KL, "trainable": "lora", "recomputes": True},
     "kl of the counterpart, one vector": {**FROZEN, "target_loss": "kl", "template": "llama3", "pooling_mode": "last"},
     "tokens": {**KL, "trainable": "tokens", "target_loss": "ce", "projection": "linear"},
+    "gen": {
+        **STATES, **FROZEN, "trainable": "tokens", "projection": "linear", "alpha": 1.0, "imitation_weight": 0.7,
+    },
+    "imitation of one vector": {"imitation_weight": 1.5},
+    "bag of itself, and imitation": {
+        **STATES, "target": "self", "target_loss": "bag", "alpha": 0.5, "imitation_weight": 1.0,
+    },
     "bag of itself": {**STATES, "target": "self", "target_loss": "bag", "alpha": 0.5},
     "bag of one vector": {"target": "counterpart", "target_loss": "bag"},
     "llara": {
@@ -400,8 +444,30 @@ def test_a_stage(name: str, folder: Path) -> None:
             size = len(own[key]) if "embed" in key else None
             assert torch.equal(value[:size], own[key]), key
         assert (folder / name / "objective.safetensors").is_file() and min(ids) >= len(own["embed_tokens.weight"])
+    if keys.get("decoder") == "frozen":
+        assert_decoded_by_the_base(folder / name)
     beyond = {"model_name_or_path": str(folder / name), "max_steps": 1, "num_hard_negatives": 0, "loss_scale": 20}
     main(["stage-2", str(config_of(folder, f"{name}_2", template=keys.get("template", "memory_3"), **beyond))])
+
+
+def assert_decoded_by_the_base(checkpoint: Path) -> None:
+    """`reconstruct` scores and writes as what the run began with does, from the memory that the run learnt."""
+    found, base = (
+        load_reconstructor(ModelChoice(str(checkpoint), torch_dtype="float32")),
+        tiny_model("llama", True, initializer_range=0.2),
+    )
+    text, goal = text_of_side("document", "hello world, red"), text_of_side("document", "who wrote it")
+    source, target = found.tokenizer.rows([text, goal])
+    table, ids = base.get_input_embeddings(), target_ids(target)
+    with torch.no_grad():
+        (memory_KD,) = embed_rows(found.objective, [source])
+        bos = table(torch.tensor([found.tokenizer.tokenizer.bos_token_id]))
+        inputs = torch.cat([bos, found.objective.projection(memory_KD), table(torch.tensor(ids[:-1]))])
+        log_share = base(inputs_embeds=inputs[None]).logits[0].log_softmax(dim=1)[len(memory_KD) :]
+    expected = [-log_share[i, token].item() for i, token in enumerate(ids)]
+    assert [token.loss for token in found.score(text, goal)] == pytest.approx(expected, rel=1e-4)
+    likeliest = found.tokenizer.tokenizer.decode([int(log_share[0].argmax())], skip_special_tokens=True)
+    assert found.generate([text], 1) == [[likeliest.strip()]]
 
 
 @pytest.mark.parametrize(
@@ -416,6 +482,10 @@ def test_a_stage(name: str, folder: Path) -> None:
         ({"trainable": "tokens", "decoder": "frozen", "template": "llama3"}, "template 'llama3' adds none"),
         ({"target": "next", "reconstruct_instruction": True}, "has no effect under target 'next', which cuts"),
         ({"lm_weight": 1, "bidirectional": True}, "a token sees itself"),
+        ({"imitation_weight": 1}, "imitation_weight and teacher_vectors go together"),
+        ({"teacher_vectors": "v"}, "imitation_weight and teacher_vectors go together"),
+        ({"imitation_weight": 1, "teacher_vectors": "v", "target": "next"}, "target 'next' cuts them anew"),
+        ({"imitation_weight": 1, "teacher_vectors": "v", "fsdp": True}, "imitation_weight learns a map, which fsdp"),
         ({"use_peft": True}, "stage_I says what it trains by `trainable`"),
         ({"trainable": "lora", "use_peft": False}, "stage_I says what it trains by `trainable`"),
         ({"decoder": "frozen", "fsdp": True}, "decoder is 'frozen', of which every process would hold all"),

@@ -496,12 +496,16 @@ def test_what_has_no_anchor_to_decode_is_refused(folder: Path, tmp_path: Path) -
     for keys, words in (
         ({"objective": "token_set"}, "trained to token sets .target_loss 'bag'., which are not decoded"),
         ({"target_loss": "bag"}, "trained to token sets"),
-        ({"decoder": "frozen"}, "trained with decoder 'frozen', so it does not decode its own anchors"),
     ):
         run = {**told, "config": told["config"] | keys}
         (trained / RUN_FILE).write_text(json.dumps(run), "utf-8")
         with pytest.raises(UserError, match=f"trained: {words}"):
             load_reconstructor(ModelChoice(str(trained)))
+    run = {**told, "config": told["config"] | {"decoder": "frozen"}}
+    run["parent"] |= {"model_name_or_path": str(tmp_path / "gone")}
+    (trained / RUN_FILE).write_text(json.dumps(run), "utf-8")
+    with pytest.raises(UserError, match=r"trained: it is decoded by what it was trained from, and .*gone"):
+        load_reconstructor(ModelChoice(str(trained)))
     LLM2Vec.from_pretrained(str(folder / "I")).save(tmp_path / "headless")
     with pytest.raises(UserError, match=r"headless.* lacks 1 of the tensors .*lm_head.weight"):
         load_reconstructor(ModelChoice(str(tmp_path / "headless")))

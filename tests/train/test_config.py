@@ -19,7 +19,7 @@ from transformers import TrainingArguments
 from llm2vec.commands.schema import config_schema, meanings_of, schema_text
 from llm2vec.data.sources import read_sources_file
 from llm2vec.model.backbone import LORA_MODULES
-from llm2vec.text.templates import TEMPLATES
+from llm2vec.text.templates import TEMPLATES, template_named
 from llm2vec.train.config import KEYS, LIBRARY_KEYS, LORA_STAGES, Config
 from llm2vec.train.config import arguments as config_module
 from llm2vec.train.config.arguments import training_arguments
@@ -125,9 +125,9 @@ def test_shipped_config_is_read(path: Path, caplog: pytest.LogCaptureFixture) ->
     """Without an error, a warning, or a file name that points nowhere."""
     config = load_config(path, stage_of(path))
     assert not caplog.records
-    assert config.template is None or config.template in TEMPLATES
+    assert config.template is None or template_named(config.template)
     assert config.sources_file is None or ROOT / config.sources_file in SOURCE_TABLES
-    assert config.use_peft is (stage_of(path) in LORA_STAGES)
+    assert config.use_peft is (stage_of(path) in LORA_STAGES or config.trainable != "full")
 
 
 @pytest.mark.parametrize("path", SHIPPED, ids=lambda path: str(path.relative_to(CONFIGS)))
@@ -667,6 +667,7 @@ KEYS_OF_STAGES = {
     "gor_weight": 1.0,
     "gor_mean_weight": 1.0,
     "teacher_vectors": "vectors",
+    "imitation_weight": 1.0,
     "teacher_cosine_weight": 1.0,
     "teacher_mse_weight": 0.0,
     "teacher_similarity_weight": 0.0,
@@ -685,7 +686,9 @@ def test_every_key_of_few_stages_is_tried_below() -> None:
 @pytest.mark.parametrize("key", KEYS_OF_STAGES)
 def test_a_key_of_another_stage_is_refused(tmp_path: Path, key: str, stage: Stage) -> None:
     """It would be ignored; where it is at home it is read."""
-    path = write(tmp_path, minimal(tmp_path), **{key: KEYS_OF_STAGES[key]})
+    together = {"teacher_vectors", "imitation_weight"} if stage == "stage_I" else {key}  # each needs the other there
+    keys = {name: KEYS_OF_STAGES[name] for name in {key} | (together if key in together else set())}
+    path = write(tmp_path, minimal(tmp_path), **keys)
     if stage in KEYS[key].stages:
         assert getattr(load_config(path, stage), key) == KEYS_OF_STAGES[key]
     else:

@@ -13,6 +13,7 @@ from contextlib import nullcontext
 from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
+from unittest import mock
 
 import pytest
 import reference
@@ -27,11 +28,13 @@ from llm2vec import processes as processes_module
 from llm2vec.data.collation import CollateSides
 from llm2vec.distributed import gather_with_gradient, max_over_ranks, sum_over_ranks
 from llm2vec.llm2vec_q2d_d2q import BidirectionalReconstruction
-from llm2vec.model.backbone import attach_lora
+from llm2vec.model.backbone import LORA_MODULES, attach_lora
 from llm2vec.model.packing import checkpoint_contexts
 from llm2vec.model.settings import EncoderSettings, row_tokenizer
 from llm2vec.objectives.contrastive import ContrastiveLearning
+from llm2vec.objectives.negatives import RowFacts, hash_of
 from llm2vec.processes import first_of_each_machine_first, rank, rank_zero_first, world_size
+from llm2vec.text import batches
 from llm2vec.text.templates import add_template_tokens
 from llm2vec.train.log import LOG_FILE
 from llm2vec.train.recomputation import enable_checkpointing
@@ -60,21 +63,48 @@ def stage_one() -> tuple[nn.Module, CollateSides]:
     return BidirectionalReconstruction(model, SETTINGS), collate
 
 
-def kl_below_an_adapter() -> tuple[nn.Module, CollateSides]:
-    """What rivals of Stage I add: states of a memory, a teacher, and a decoder without the adapter."""
+#: What rivals of Stage I add: states of a memory, a teacher, a rest, a bag, a map, and what is trained.
+PRETEXTS: dict[str, dict[str, Any]] = {
+    "kl_lora": {"trainable": "lora", "decoder": "frozen", "target_loss": "kl"},
+    "gen_tokens": {
+        "trainable": "tokens", "decoder": "frozen", "alpha": 1.0, "projection": "linear", "imitation_weight": 0.7,
+    },
+    "next_copy": {"target": "next", "decoder": "frozen", "target_loss": "kl"},
+    "bag_modelling": {"target": "self", "target_loss": "bag", "lm_weight": 1.0},
+}  # fmt: skip
+
+
+def pretext(name: str) -> tuple[nn.Module, Callable[[Any], Batch]]:
+    """One of them, over a memory of two states."""
     torch.manual_seed(0)
+    keys = dict(PRETEXTS[name])
+    trainable = keys.pop("trainable", "full")
     tokenizer = family_tokenizer("llama")
     new, settings = add_template_tokens(tokenizer, "memory_2"), EncoderSettings("mean", template="memory_2")
-    model: Any = tiny_model("llama", True, tokenizer=tokenizer, initializer_range=0.2).requires_grad_(False)
-    model.model = attach_lora(model.model, r=4, alpha=8, dropout=0.0, new_tokens=new)
-    for name, parameter in model.named_parameters():
-        if "lora_B" in name:
-            nn.init.normal_(parameter, std=0.3)
-    collate = CollateSides(row_tokenizer(tokenizer, settings), ("query", "positive"))
+    model: Any = tiny_model("llama", True, tokenizer=tokenizer, initializer_range=0.2)
+    if trainable != "full":
+        modules = LORA_MODULES if trainable == "lora" else ()
+        model.requires_grad_(False)
+        model.model = attach_lora(model.model, r=4, alpha=8, dropout=0.0, modules=modules, new_tokens=new)
+        for weight_name, parameter in model.named_parameters():
+            if "lora_B" in weight_name:
+                nn.init.normal_(parameter, std=0.3)
     objective = BidirectionalReconstruction(
-        reference.exact(model), settings, bottleneck="states", target_loss="kl", decoder="frozen", bos_id=1
+        reference.exact(model), settings, bottleneck="states", bos_id=1, teacher_width=4, **keys
     )
-    return objective.train(), collate
+    sides = BidirectionalReconstruction.sides_of("memory_2", {"target": keys.get("target", "counterpart")})
+    sides_of = CollateSides(row_tokenizer(tokenizer, settings), sides, facts=RowFacts(teacher=some_vectors))
+
+    def collate(rows: Any) -> Batch:
+        with mock.patch.object(batches, "LEAST_PART", 2):  # the rows here are a few words long
+            return sides_of(rows)
+
+    return objective.train().double(), collate
+
+
+def some_vectors(texts: Any) -> Tensor:
+    """Four numbers for each text."""
+    return torch.tensor([[hash_of(text) >> 9 * i & 511 for i in range(4)] for text in texts]).double().sin()
 
 
 def stage_two(checkpointing: bool = False) -> tuple[nn.Module, CollateSides]:
@@ -91,11 +121,11 @@ def stage_two(checkpointing: bool = False) -> tuple[nn.Module, CollateSides]:
 
 
 #: Objectives, and the most tokens at once. The budgets are such that the second rank needs more pieces.
-STEPS: dict[str, tuple[Callable[[], tuple[nn.Module, CollateSides]], int | None]] = {
+STEPS: dict[str, tuple[Callable[[], tuple[nn.Module, Callable[[Any], Batch]]], int | None]] = {
     "stage_I": (stage_one, None),
     "stage_I_in_pieces": (stage_one, 45),
-    "kl_lora": (kl_below_an_adapter, None),
-    "kl_lora_in_pieces": (kl_below_an_adapter, 38),
+    **{name: (partial(pretext, name), None) for name in PRETEXTS},
+    **{f"{name}_in_pieces": (partial(pretext, name), 38) for name in PRETEXTS},
     "stage_II": (stage_two, None),
     "stage_II_in_pieces": (stage_two, 70),
     "stage_II_in_pieces_recomputed": (partial(stage_two, checkpointing=True), 70),
@@ -259,7 +289,7 @@ def test_a_step_of_two_ranks_equals_one_process_with_all_rows(name: str, ranks: 
     assert taken == (max(needed),) * 2
     if "pieces" in name:
         assert 1 < needed[0] < needed[1]
-    assert (max(needed) > 1) == (name not in ("stage_I", "stage_II", "kl_lora"))
+    assert (max(needed) > 1) == ("pieces" in name or "row_by_row" in name)
 
 
 @pytest.mark.parametrize("name", list(STEPS))

@@ -26,7 +26,7 @@ from typing import TYPE_CHECKING, Any
 from llm2vec import cli
 from llm2vec.choice import ModelChoice
 from llm2vec.corpus.passages import SUFFIXES, passages_of
-from llm2vec.files import alone_in, json_hash, parse_json, read_object, remove, whole, write_json
+from llm2vec.files import alone_in, remove, whole, write_json
 from llm2vec.types import UserError
 
 if TYPE_CHECKING:
@@ -103,41 +103,19 @@ def _write(
         remove(work)
         work.mkdir(parents=True)
         return [titles[passages[i]] for i in chosen]
+    from llm2vec.corpus.writers import write_in_parts  # seconds to import, with torch
+
     writer = {"server": args.server, "name": args.name}
     writer |= {key: getattr(args, key) and getattr(args, key).place for key in ("model", "anchors")}
-    settings = {"passages": json_hash([passages, chosen]), "writer": writer}
-    if (work / "settings.json").is_file():
-        if read_object(work / "settings.json") != settings:
-            raise UserError(f"{args.out} holds queries for other texts or of another writer; give another folder.")
-    else:
-        remove(work)
-        work.mkdir(parents=True)
-        write_json(work / "settings.json", settings)
-    write: Write | None = None
-    found: list[str] = []
-    for start in range(0, len(chosen), PART):
-        file = work / f"part-{start:010d}.json"
-        if not file.is_file():
-            write = write or _writer(args)
-            part = _in_batches(write, [passages[i] for i in chosen[start : start + PART]])
-            with whole(file) as aside:
-                aside.write_text(json.dumps(part), encoding="utf-8")
-        found += parse_json(file.read_bytes(), str(file))
-    return found
+    return write_in_parts(lambda: _writer(args), [passages[i] for i in chosen], work, writer, PART)
 
 
 def _writer(args: argparse.Namespace) -> Write:
-    from llm2vec.corpus import writers  # seconds to import, with torch
+    from llm2vec.corpus import writers
 
     if args.server is not None:
         return writers.write_by_server(args.server, args.name)
     return writers.write_by_model(args.model) if args.anchors is None else writers.write_by_anchors(args.anchors)
-
-
-def _in_batches(write: Write, texts: list[str]) -> list[str]:
-    from llm2vec.corpus.writers import PASSAGES_AT_ONCE
-
-    return [query for i in range(0, len(texts), PASSAGES_AT_ONCE) for query in write(texts[i : i + PASSAGES_AT_ONCE])]
 
 
 def _round_trip(

@@ -159,6 +159,9 @@ class Config:
     (`scaled`), or by a learnt map that Stage II drops (`linear`)."""
     alpha: Annotated[float, Key(at_least=0, at_most=1, stages=("stage_I",), on_card=True)] = 0.2
     """Weight of EBQ2D, or of what starts at the query under another target. 0 and 1 skip the unused pass."""
+    imitation_weight: Annotated[float, Key(at_least=0, stages=("stage_I",), on_card=True)] = 0.0
+    """Weight of the mean squared difference of a text's mean state, behind `projection` and a learnt map, and the
+    vector that `teacher_vectors` has of the text to tell."""
     reconstruct_instruction: Annotated[bool, Key(stages=("stage_I",))] = False
     """Whether a query's instruction is a reconstruction target too."""
     reduction: Reduction = "token_mean"
@@ -202,7 +205,7 @@ class Config:
     """Weight of the spread-out term: the mean squared cosine of queries, and of documents, beyond random ones'."""
     gor_mean_weight: Annotated[float, Key(at_least=0, stages=("stage_II",))] = 0.0
     """Weight of the squared mean of the same cosines."""
-    teacher_vectors: Annotated[str | None, Key(stages=("stage_II",), is_path=True)] = None
+    teacher_vectors: Annotated[str | None, Key(stages=("stage_II", "stage_I"), is_path=True)] = None
     """Folder of a teacher's vectors of the rows' texts (`llm2vec encode CONFIG FOLDER`). null = no teacher."""
     teacher_cosine_weight: Annotated[float, Key(at_least=0, stages=("stage_II",))] = 1.0
     """Weight of 1 - cos of each text's vector and the teacher's."""

@@ -150,7 +150,7 @@ def _in_the_objective(config: Config) -> Iterator[str]:
     for key in of_teachers if config.teacher_vectors is None else ():
         if getattr(config, key) != getattr(Config, key):
             yield f"{key} has no effect without teacher_vectors; set both, or take it out."
-    if config.teacher_vectors is not None and config.lm_weight:
+    if config.teacher_vectors is not None and config.lm_weight and config.stage == "stage_II":
         yield "teacher_vectors and lm_weight cannot be used together; take one of the two out."
     if config.teacher_projection and config.training.get("fsdp"):
         yield "teacher_projection is true, which fsdp would spread over processes and not save; take one out."
@@ -169,6 +169,10 @@ def _in_the_pretext(config: Config) -> Iterator[str]:
     if loss == "bag" and (frozen or config.projection != "none" or config.reconstruction_probe):
         key = "decoder" if frozen else "projection" if config.projection != "none" else "reconstruction_probe"
         yield f"{key} has no effect under target_loss 'bag', which decodes nothing; take it out."
+    if (config.imitation_weight > 0) != (config.teacher_vectors is not None):
+        yield "imitation_weight and teacher_vectors go together; set both, or take one out."
+    if config.imitation_weight and target == "next":
+        yield "imitation_weight needs vectors of the texts to tell, and target 'next' cuts them anew; take one out."
     if config.trainable == "tokens" and not frozen and loss != "bag":
         yield "trainable is 'tokens', but decoder is 'shared': nothing of it is trained, so set it to frozen."
     if target == "next" and config.reconstruct_instruction:
@@ -232,6 +236,8 @@ def _in_sharding(config: Config) -> Iterator[str]:
             yield f"fsdp_config: {key!r} is not supported; allowed: {', '.join(FSDP_KEYS)}."
     if given.get("version", 2) != 2:
         yield f"fsdp_config: version is {given['version']!r}; only FSDP2 is supported."
+    if config.imitation_weight:
+        yield "imitation_weight learns a map, which fsdp would spread over processes and not save; take one out."
     if config.projection == "linear":
         yield "projection is 'linear', which fsdp would spread over processes and not save; take one of the two out."
     if config.decoder == "frozen":

@@ -1,0 +1,95 @@
+"""A model's own answers to queries, as rows: who is asked what, and that a killed start goes on."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+from helpers import family_tokenizer, tiny_model, write_jsonl
+
+from llm2vec.choice import ModelChoice
+from llm2vec.commands.data import answers
+from llm2vec.commands.data.answers import main
+from llm2vec.corpus import writers
+from llm2vec.data.rows import TrainingRows
+from llm2vec.data.sources import read_sources_file
+from llm2vec.types import UserError
+
+QUERIES = ["who is red?", "what is blue?", "who is red?", "where is green?"]
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    """Four rows, of which two have one query."""
+    rows = [{"query": query, "positive": f"a text {i}", "negative": "another"} for i, query in enumerate(QUERIES)]
+    write_jsonl(tmp_path / "data/faq.jsonl", rows)
+    table = {"faq": {"file": "faq.jsonl", "instruction": "Given a question, find it", "num_negatives": 1}}
+    (tmp_path / "data/sources.json").write_text(json.dumps(table), encoding="utf-8")
+    return tmp_path
+
+
+def flags(folder: Path, *more: str) -> list[str]:
+    data = folder / "data"
+    return [str(data), str(folder / "out"), "--sources_file", str(data / "sources.json"), *more]
+
+
+def test_answers_are_rows_and_a_killed_start_goes_on(
+    folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """A server is asked the bare query, once each; what it does not answer is no row, what is cut off is one."""
+    asked: list[Any] = []
+
+    def request(place: str, body: dict[str, Any], read: Any) -> Any:
+        query = body["messages"][0]["content"]
+        if query == "where is green?" and len(asked) < 3:
+            raise KeyboardInterrupt
+        asked.append((place, query, body["max_tokens"]))
+        content = " " if "blue" in query else f"  It is:\n{query}  "
+        return read({"choices": [{"message": {"content": content}, "finish_reason": "length"}]})
+
+    monkeypatch.setattr(writers, "request_json", request)
+    monkeypatch.setattr(writers, "REQUESTS_AT_ONCE", 1)
+    monkeypatch.setattr(answers, "PART", 2)
+    server = flags(folder, "--server", "http://x/v1", "--name", "m", "--most_tokens", "7")
+    with pytest.raises(KeyboardInterrupt):
+        main(server)
+    with pytest.raises(UserError, match="was written for other texts or by another writer"):
+        main([*server[:-1], "8"])
+    asked.append("a third")
+    main(server)
+    place = "http://x/v1/chat/completions"
+    assert asked == [(place, QUERIES[0], 7), (place, QUERIES[1], 7), "a third", (place, QUERIES[3], 7)]
+    assert "faq: 2 of 3 queries have an answer" in capsys.readouterr().out
+    rows = TrainingRows(folder / "out", read_sources_file(folder / "out/sources.json"), num_negatives=1)
+    found = [
+        (row.query.instruction, row.query.text, row.positive.text, row.negatives)
+        for row in map(rows.__getitem__, (0, 1))
+    ]
+    instruction = "Given a question, find it"
+    assert found == [(instruction, query, f"It is:\n{query}", ()) for query in (QUERIES[0], QUERIES[3])]
+    assert len(rows) == 2 and not (folder / "out/.answers").exists()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("family", ["qwen2", "plain"], ids=["chat template", "none"])
+def test_a_model_answers_the_same_however_it_is_batched(family: str, folder: Path) -> None:
+    """Cut off at its most tokens, in a turn of the query alone where there are turns."""
+    tokenizer = family_tokenizer(family)
+    model = tiny_model("llama", True, tokenizer=tokenizer, initializer_range=0.2)
+    model.generation_config.eos_token_id = None
+    model.save_pretrained(folder / "model")
+    tokenizer.save_pretrained(folder / "model")
+    write = writers.write_by_model(ModelChoice(str(folder / "model"), torch_dtype="float32"), writers.ANSWER)
+    assert write(QUERIES) == [answer for query in QUERIES for answer in write([query])] and all(write(QUERIES))
+    main(flags(folder, "--model", str(folder / "model"), "--most_tokens", "6"))
+    lines = (folder / "out/faq.jsonl").read_text(encoding="utf-8").splitlines()
+    assert [json.loads(line)["query"] for line in lines] == list(dict.fromkeys(QUERIES))
+
+
+def test_mistakes_are_said(folder: Path) -> None:
+    with pytest.raises(UserError, match="one of the arguments --model --server is required"):
+        main(flags(folder))
+    with pytest.raises(UserError, match="--server and --name go together"):
+        main(flags(folder, "--server", "http://x/v1"))
