@@ -147,3 +147,23 @@ def test_what_a_page_says_does_run(page: Path, workspace: Path) -> None:
         file = workspace / "program.py"
         file.write_text(program, encoding="utf-8")
         assert_runs("python program.py", workspace)
+
+
+NOTEBOOK = ROOT / "docs/guides/notebook.ipynb"
+
+
+def test_the_notebook_is_stored_without_what_a_run_leaves() -> None:
+    for cell in json.loads(NOTEBOOK.read_text(encoding="utf-8"))["cells"]:
+        assert not cell.get("outputs") and cell.get("execution_count") is None
+
+
+@pytest.mark.slow
+def test_the_notebook_trains_searches_and_plots(tmp_path: Path) -> None:
+    """Its cells one after the other, in one namespace; the training must be of use."""
+    cells = json.loads(NOTEBOOK.read_text(encoding="utf-8"))["cells"]
+    code = ["".join(cell["source"]) for cell in cells if cell["cell_type"] == "code"]
+    program = tmp_path / "notebook.py"
+    program.write_text("\n".join([*code, 'assert found["after"] > found["before"], found']), encoding="utf-8")
+    (tmp_path / "llm2vec").symlink_to(ROOT / "llm2vec")
+    assert_runs("MPLBACKEND=Agg python notebook.py", tmp_path)
+    assert (tmp_path / "output/notebook/figure.png").stat().st_size > 10_000

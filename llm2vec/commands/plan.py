@@ -4,6 +4,7 @@ r"""What a run will be, before anything loads: schedule, tokens, negatives, memo
     llm2vec plan my_config.json --card_memory_gb 48 --card_tflops 180 --utilisation 0.3
     llm2vec plan train_configs/stage_II/MetaLlama3.2_1b_stage1_2000steps_stage2.json \
         --base meta-llama/Llama-3.2-1B-Instruct --tokens_query 24 --tokens_document 170 --card H200
+    llm2vec plan --bases HuggingFaceTB/SmolLM2-135M meta-llama/Llama-3.2-1B   # what fits on which card, a table
 
 No weights are read: of the base, `config.json` and the tokenizer; of the data, everything is checked as the run would
 (once, then cached), and a sample tokenised. Where data or tokenizer are not at hand, --tokens_query and
@@ -27,7 +28,8 @@ from llm2vec.types import Stage, UserError
 def main(argv: Sequence[str]) -> None:
     """Plan and print."""
     parser = cli.parser("plan", __doc__)
-    parser.add_argument("config", type=cli.path)
+    parser.add_argument("config", type=cli.path, nargs="?")
+    parser.add_argument("--bases", nargs="+", help="in place of a config: a table of what fits on which card")
     parser.add_argument("--stage", choices=get_args(Stage), help="which stage reads it; default: as its keys tell")
     parser.add_argument("--num_processes", type=int, default=1, help="GPUs of the run (default 1)")
     parser.add_argument("--card", help=f"one of {', '.join(CARDS)}")
@@ -38,6 +40,13 @@ def main(argv: Sequence[str]) -> None:
     parser.add_argument("--tokens_query", type=int, help="mean tokens of a query, template included")
     parser.add_argument("--tokens_document", type=int, help="mean tokens of a document, template included")
     args = parser.parse_args(argv)
+    if (args.bases is None) == (args.config is None):
+        raise UserError("a config is needed, or --bases for a table of what fits on which card.")
+    if args.bases is not None:
+        from llm2vec.planning.fits import table_of_cards
+
+        print(*table_of_cards(args.bases), sep="\n")
+        return
     card = card_of(args)
     from llm2vec.planning.plan import Conditions, make_plan  # with torch: seconds
     from llm2vec.planning.words import report

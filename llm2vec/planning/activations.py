@@ -32,6 +32,9 @@ PROJECTIONS = {
     "gate_proj": "middle", "up_proj": "middle", "down_proj": "product",
 }  # fmt: skip
 
+#: `load_in` -> bits of a weight: in 4 bits a block of 64 shares a scale of 8 bits, 256 of those one of 32.
+BITS_OF_BASE = {None: None, "8bit": 8.0, "4bit": 4 + 8 / 64 + 32 / (64 * 256)}
+
 
 @dataclass(frozen=True)
 class Numbers:
@@ -41,13 +44,16 @@ class Numbers:
     compute: int  #: bytes of a number that a matrix product gives
     device: str  #: `cpu` or `cuda`
     fused: bool = False  #: whether layers run fused
+    bits: float | None = None  #: of a weight of the frozen layers (`load_in`); None = as they stand
 
     @classmethod
-    def of(cls, args: TrainingArguments, model: nn.Module, device: str, fused: bool = False) -> Numbers:
+    def of(
+        cls, args: TrainingArguments, model: nn.Module, device: str, fused: bool = False, bits: float | None = None
+    ) -> Numbers:
         """As the training arguments and the weights' dtype have it."""
         weights = next(model.parameters()).dtype.itemsize
         half = args.bf16 or args.fp16
-        return cls(2 if half and args.fsdp else weights, 2 if half else weights, device, fused)
+        return cls(2 if half and args.fsdp else weights, 2 if half else weights, device, fused, bits)
 
     @property
     def casts(self) -> bool:

@@ -69,7 +69,7 @@ def memory_of(model: Any, args: TrainingArguments, numbers: Numbers, step: Step,
     state = sum(optimiser_bytes(weight, args) for weight in trained) / shares
     gradients = Part("gradients", _size(trained) / shares)
     always = [
-        Part("weights", _size(model.parameters()) / shares),
+        Part("weights", (_size(model.parameters()) - _saved_by_few_bits(model, numbers)) / shares),
         Part("optimiser state", state, optimiser_name(args)),
         *_between_processes(model, args, numbers, gradients.size, num_processes),
     ]
@@ -99,6 +99,11 @@ def memory_of(model: Any, args: TrainingArguments, numbers: Numbers, step: Step,
     most = max(before + max(moments), gradients.size + _table(model) + _table(model, tied=True))
     passing = (gradients, copies, Part("activations", sum(kept) + targets), Part("a layer at work", max(at_work)), loss)
     return Memory((*always, *passing), sum(part.size for part in always) + most)
+
+
+def _saved_by_few_bits(model: Any, numbers: Numbers) -> float:
+    frozen = [weight for weight in _matrices(model) if not weight.requires_grad]
+    return 0.0 if numbers.bits is None else sum(w.nbytes - w.numel() * numbers.bits / 8 for w in frozen)
 
 
 def _size(weights: Iterable[Tensor]) -> float:
@@ -145,7 +150,7 @@ def _copies(model: Any, numbers: Numbers, step: Step) -> Part:
     trained = sum(weight.numel() for weight in matrices if weight.requires_grad)
     frozen = sum(weight.numel() for weight in matrices) - trained
     number = trained + len(step.passes) * kept * frozen
-    is_cast = numbers.stream != numbers.compute
+    is_cast = numbers.stream != numbers.compute and numbers.bits is None
     return Part("half-precision weights", number * numbers.compute if is_cast else 0.0, "copies (autocast)")
 
 

@@ -34,7 +34,7 @@ from llm2vec.model.chain import open_chain
 from llm2vec.model.packing import inner_decoder
 from llm2vec.model.settings import EncoderSettings
 from llm2vec.model.vault import folder_at
-from llm2vec.planning.activations import Numbers, is_known, reckoned_bytes
+from llm2vec.planning.activations import BITS_OF_BASE, Numbers, is_known, reckoned_bytes
 from llm2vec.planning.gpus import Card
 from llm2vec.planning.memory import Memory, Step, memory_of
 from llm2vec.planning.work import Sample, assumed, counted, useful_flops
@@ -129,7 +129,11 @@ def make_plan(path: Path, conditions: Conditions) -> Plan:
         UserError: what the run would refuse; or the base's shape, or the lengths of texts, can be had nowhere; or a
             family whose layers are not known.
     """
-    config = load_config(path, conditions.stage or stage_of(path))
+    return plan_of(load_config(path, conditions.stage or stage_of(path)), conditions)
+
+
+def plan_of(config: Config, conditions: Conditions) -> Plan:
+    """The same of a config that was read and checked."""
     args = training_arguments(config, conditions.num_processes)
     base = conditions.base or config.model_name_or_path
     with without_waiting_for_the_hub():
@@ -173,7 +177,7 @@ def make_plan(path: Path, conditions: Conditions) -> Plan:
         all_rows, *by_source = assumed(objective, settings, config, query, document)
     steps_per_epoch = None if order is None else steps_an_epoch(args, len(order), conditions.num_processes)
     kind = "cpu" if conditions.card is None else "cuda"
-    numbers = Numbers.of(args, model, kind, fuses(config, model, kind))
+    numbers = Numbers.of(args, model, kind, fuses(config, model, kind), BITS_OF_BASE.get(config.load_in))
     plan = Plan(
         config=config, args=args, conditions=conditions, settings=saved_settings(config, settings), model=model,
         objective=objective, numbers=numbers, rows=rows, collate=collate, order=order,
