@@ -134,8 +134,7 @@ class Config:
     attn_implementation: Annotated[AttnImplementation, Key(influence="rounding")] = "sdpa"
     """How attention is computed."""
     fused_layers: Annotated[Literal["auto", "off"], Key(influence="rounding")] = "auto"
-    """`auto`: on an NVIDIA GPU, norms, rotary positions and gated products run as one kernel each. `off`: they run as
-    transformers has them."""
+    """`auto`: on an NVIDIA GPU, norms, rotary positions and gated products run as one kernel each. `off`: as several."""
 
     # --- the objective ---
     objective: Annotated[str, Key(stages=("stage_I",), on_card=True)] = "reconstruction"
@@ -255,8 +254,7 @@ class Config:
 
     # --- the rows ---
     dataset_name: str = "E5"
-    """`E5`: the released archive's 14 sources. `Wiki1M`: a sentence a line, for SimCSE. For MNTP also a hub dataset
-    with a column `text`."""
+    """`E5`: the archive's 14 sources. `Wiki1M`: a sentence a line, for SimCSE. MNTP: or a hub dataset with `text`."""
     dataset_config_name: Annotated[str | None, Key(stages=("mntp",))] = None
     """Which of a hub dataset's configurations."""
     dataset_file_path: Annotated[str | None, Key(is_path=True)] = None
