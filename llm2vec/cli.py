@@ -1,4 +1,4 @@
-"""What all commands share: a user's mistake told in one sentence, what is logged, and flags.
+"""What all commands share: a user's mistake told in one sentence, what is logged, what is printed, and flags.
 
 This loads no torch. Where a run of several processes needs more (to leave together, to speak once), torch is there
 already; `llm2vec.processes` looks.
@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import argparse
 import io
+import json
 import logging
 import math
 import os
@@ -22,6 +23,7 @@ from typing import NoReturn
 
 from llm2vec.files import as_path, file_error
 from llm2vec.processes import is_first_process, is_of_lost_process, local_rank, rank, shut_down
+from llm2vec.table import Table
 from llm2vec.types import RunEnds, UserError, first_line
 
 #: How long a process waits with what the first one of its machine may say for it. On a machine under load that one may
@@ -140,22 +142,61 @@ def _end_without_the_others(error: RuntimeError) -> NoReturn:
     os._exit(1)
 
 
+# --- what is printed ---
+
+
+class Output:
+    """What a command prints. Under `--json` each table is a line of JSON, and all else goes to standard error.
+
+    Args:
+        as_json: what `--json` says; `parser(..., prints_tables=True)` has the flag.
+
+    Example:
+        >>> Output(as_json=True).table(Table(["Run", "Score"], [["anchor", 46.0]]))
+        {"title": "", "rows": [{"Run": "anchor", "Score": 46.0}], "note": ""}
+    """
+
+    def __init__(self, as_json: bool) -> None:
+        self.as_json = as_json
+
+    def say(self, *lines: str) -> None:
+        """Print lines."""
+        print(*lines, sep="\n", file=sys.stderr if self.as_json else sys.stdout, flush=True)
+
+    def table(self, table: Table, text: str | None = None) -> None:
+        """Print a table; `text` is how it looks on a terminal, where not as tables do."""
+        if text is None:
+            text = table.text()
+        shown = json.dumps(table.record(), ensure_ascii=False) if self.as_json else text
+        sys.stdout.write(f"{shown}\n")
+        sys.stdout.flush()
+
+
 # --- flags ---
 
 
-def parser(command: str, doc: str | None) -> argparse.ArgumentParser:
+def parser(command: str, doc: str | None, prints_tables: bool = False) -> argparse.ArgumentParser:
     """A command's parser, to which it adds its flags.
 
     Args:
         command: its name behind `llm2vec`.
         doc: the help; a command gives its module's docstring.
+        prints_tables: whether it takes `--json`, for its `Output`.
     """
-    return _Parser(
+    made = _Parser(
         prog=f"llm2vec {command}",
         description=doc,
         formatter_class=argparse.RawDescriptionHelpFormatter,
         allow_abbrev=False,
     )
+    if prints_tables:
+        add_json_flag(made)
+    return made
+
+
+def add_json_flag(to: argparse.ArgumentParser) -> None:
+    """`--json`, for a command, or one of its own commands, whose output is a table."""
+    to.add_argument("--json", action="store_true", help="print each table as a line of JSON, all else to stderr")
 
 
 class _Parser(argparse.ArgumentParser):

@@ -2,13 +2,19 @@
 
 from __future__ import annotations
 
+import math
+import re
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from html import escape
-from typing import TypeAlias
+from typing import Any, TypeAlias
 
 #: A word, a number, which is shown with two decimals, or None for what is missing, which is shown as a dash.
 Cell: TypeAlias = str | float | None
+
+#: A count that a table shows with commas.
+_COUNT = re.compile(r"-?\d{1,3}(,?\d{3})*")
 
 #: Cells of these words have a colour of their own on a page.
 _COLOURED = ("within", "near", "off")
@@ -60,6 +66,16 @@ class Table:
         rule = ["---" if i < self.num_names else "---:" for i in range(len(header))]
         return "\n".join(f"| {' | '.join(line)} |" for line in [header, rule, *rows])
 
+    def record(self) -> dict[str, Any]:
+        """For programs: title, note, and an object a row, column to cell.
+
+        A missing cell is None. What stands in a column of numbers and is one, such as `1,024` or `0.0100`, is a number.
+        """
+        rows = [dict(zip(self.header, row, strict=True)) for row in self.rows]
+        for row in rows:
+            row |= {name: number_of(row[name]) for name in self.header[self.num_names :]}
+        return {"title": self.title, "rows": rows, "note": self.note}
+
     def html(self) -> str:
         """An HTML table, its cells escaped, with the classes that `reports/page.html.jinja` gives a style."""
         lines = [[f"<th{self._classes(i)}>{escape(name)}</th>" for i, name in enumerate(self.header)]]
@@ -82,3 +98,15 @@ def shown(cell: Cell) -> str:
     if cell is None:
         return "-"
     return cell if isinstance(cell, str) else f"{cell:.2f}"
+
+
+def number_of(cell: Cell) -> Cell:
+    """A cell as a number where it is one, however it is written."""
+    if not isinstance(cell, str):
+        return cell
+    if _COUNT.fullmatch(cell):
+        return int(cell.replace(",", ""))
+    with suppress(ValueError):
+        if math.isfinite(number := float(cell)):
+            return number
+    return None if cell == "-" else cell

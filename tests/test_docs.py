@@ -82,13 +82,37 @@ def test_every_page_is_in_the_menu() -> None:
         assert f" {page.relative_to(ROOT / 'docs').as_posix()}\n" in menu
 
 
+def test_llms_txt_leads_to_pages_and_names_the_commands_with_json() -> None:
+    """Its links are those of the built site, where the file lies at the root."""
+    text = (ROOT / "docs/llms.txt").read_text(encoding="utf-8")
+    links = re.findall(r"\]\((\S+)\.html\): \S", text)
+    assert len(links) >= 16 and text.startswith("# ") and "\n> " in text
+    for link in links:
+        assert (ROOT / f"docs/{link}.md").is_file(), link
+    pattern = r"prints_tables=True|add_json_flag"
+    sources = [
+        file for file in (ROOT / "llm2vec/commands").rglob("*.py") if re.search(pattern, file.read_text("utf-8"))
+    ]
+    commands = re.search(r"`--json` on ([^`]*?) prints", " ".join(text.split()))
+    assert commands is not None
+    named = {name.replace("-", "_").replace("eval", "evaluate") for name in re.split(r", | and ", commands[1])}
+    assert named == {file.stem for file in sources}
+
+
+def test_the_skill_has_the_front_matter_of_skills() -> None:
+    lines = (ROOT / "docs/skill/SKILL.md").read_text(encoding="utf-8").splitlines()
+    keys = {line.partition(": ")[0]: line.partition(": ")[2] for line in lines[1 : lines.index("---", 1)]}
+    assert set(keys) == {"name", "description"} and len(keys["description"]) < 1024
+
+
 @pytest.mark.slow
 def test_site_builds_without_a_warning(tmp_path: Path) -> None:
     pytest.importorskip("mkdocs")
     command = [sys.executable, "-m", "mkdocs", "build", "--strict", "--site-dir", str(tmp_path / "site")]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
-    assert (tmp_path / "site" / "index.html").is_file()
+    for name in ("index.html", "llms.txt", "skill/SKILL.html"):
+        assert (tmp_path / "site" / name).is_file()
 
 
 @pytest.fixture(scope="module")

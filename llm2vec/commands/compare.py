@@ -19,7 +19,6 @@ from __future__ import annotations
 import argparse
 import time
 from collections.abc import Sequence
-from functools import partial
 from pathlib import Path
 
 from llm2vec import cli
@@ -27,7 +26,7 @@ from llm2vec.types import UserError
 
 
 def _parse_args(argv: Sequence[str]) -> argparse.Namespace:
-    parser = cli.parser("compare", __doc__)
+    parser = cli.parser("compare", __doc__, prints_tables=True)
     parser.add_argument("folder", type=cli.path, help="the set of configs")
     parser.add_argument("--seeds", type=int, nargs="+", default=[42], help="each recipe is trained with each of them")
     parser.add_argument("--recipes", nargs="+", help="only these (default: all of the set)")
@@ -44,6 +43,7 @@ def _parse_args(argv: Sequence[str]) -> argparse.Namespace:
 def main(argv: Sequence[str]) -> int:
     """Plan, run, report; returns the exit code: 1 where a run failed."""
     started, args = time.monotonic(), _parse_args(argv)
+    out = cli.Output(args.json)
     from llm2vec.files import alone_in
 
     with alone_in(args.output_dir, "comparison, or a run of an earlier one,") as lock:
@@ -55,12 +55,14 @@ def main(argv: Sequence[str]) -> int:
             args.output_dir,
             seeds=args.seeds,
             lock=lock,
-            say=partial(print, flush=True),
+            say=out.say,
             recipes=args.recipes,
             workers=args.workers,
             processes=args.processes,
         )
     failed = failure_lines(found.outcomes)
-    print("", outcome_table(found.outcomes).text(), "", *failed, sep="\n")
-    print(f"report: {found.page}    ({(time.monotonic() - started) / 60:.1f} minutes)")
+    out.say("")
+    out.table(outcome_table(found.outcomes))
+    out.say("", *failed)
+    out.say(f"report: {found.page}    ({(time.monotonic() - started) / 60:.1f} minutes)")
     return 1 if failed else 0

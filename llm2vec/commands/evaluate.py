@@ -27,12 +27,13 @@ from typing import Any, get_args
 
 from llm2vec import cli
 from llm2vec.choice import add_model_flags, chosen_model
+from llm2vec.table import Cell, Table
 from llm2vec.types import AttnImplementation, DtypeName, UserError
 
 
 def main(argv: Sequence[str]) -> None:
     """Do the evaluation and print its table; a problem with a task is said after the others' scores."""
-    parser = cli.parser("eval", __doc__)
+    parser = cli.parser("eval", __doc__, prints_tables=True)
     add_model_flags(parser)
     which = parser.add_mutually_exclusive_group(required=True)
     which.add_argument("--task_name", help="one task of mteb, or a folder in --local_data_dir")
@@ -57,6 +58,7 @@ def main(argv: Sequence[str]) -> None:
     )
     parser.add_argument("--dry_run", action="store_true", help="only say what it would cost")
     args = parser.parse_args(argv)
+    out = cli.Output(args.json)
     _check_paths(args)
     _check_submission(args)
     from llm2vec.evaluation.jobs import Request
@@ -72,18 +74,20 @@ def main(argv: Sequence[str]) -> None:
     tasks = expand(args.tasks or [args.task_name])
     request = Request(model, tasks, args.output_dir, args.local_data_dir, args.batch_size, args.save_predictions)
     if args.dry_run:
-        return print("\n".join(dry_run(request, args.workers)))
+        costs = dry_run(request, args.workers)
+        return out.table(costs, text=f"{costs.text()}\n{costs.note}")
     outcome = evaluate_all(request, args.workers)
     if outcome is None:  # the first rank has it
         return
-    _print_scores(outcome.scores)
+    if outcome.scores:
+        out.table(_score_table(outcome.scores), text=_score_text(outcome.scores))
     if outcome.problems:
         raise UserError(" ".join(outcome.problems))
     if args.submission is not None:
         name, _, commit = args.submission.partition("@")
         found = {task: request.find(task) for task in outcome.scores}
         draft = write_submission(found, outcome.scores, name, commit, Path(args.output_dir, "submission"))
-        print(f"for the leaderboard: {draft.parent / 'results'}, and a draft of mteb's entry, {draft}")
+        out.say(f"for the leaderboard: {draft.parent / 'results'}, and a draft of mteb's entry, {draft}")
 
 
 def _check_paths(args: argparse.Namespace) -> None:
@@ -112,16 +116,27 @@ def _check_submission(args: argparse.Namespace) -> None:
             )
 
 
-def _print_scores(scores: Mapping[str, Any]) -> None:
-    """A table of the scores; of a single task also its splits and subsets, and where they lie."""
+def _score_table(scores: Mapping[str, Any]) -> Table:
+    """A row a task, split and subset, x 100; the mean of a task has no split."""
+    rows: list[list[Cell]] = []
+    for task, result in scores.items():
+        rows.append([task, result["metric"], None, None, 100 * result["main_score"]])
+        for split, subsets in result["scores"].items():
+            rows += [[task, result["metric"], split, subset, 100 * score] for subset, score in subsets.items()]
+    return Table(["task", "metric", "split", "subset", "score"], rows, "Scores", "main scores x 100", num_names=4)
+
+
+def _score_text(scores: Mapping[str, Any]) -> str:
+    """A line a task; of a single task also its splits and subsets, and where they lie."""
     if len(scores) != 1:
-        for task, result in scores.items():
-            print(f"{task:<42}{result['metric']:<36}{100 * result['main_score']:8.2f}")
-        return
+        lines = [(task, result["metric"], 100 * result["main_score"]) for task, result in scores.items()]
+        return "\n".join(f"{task:<42}{metric:<36}{score:8.2f}" for task, metric, score in lines)
     ((task, result),) = scores.items()
-    print(f"\n{task}, {result['metric']} x100")
-    for split, subsets in result["scores"].items():
-        for subset, score in subsets.items():
-            print(f"  {split:<12}{subset:<12}{100 * score:8.2f}")
-    print(f"  {'mean':<24}{100 * result['main_score']:8.2f}")
-    print(f"Results: {result['result_file']}")
+    of_subsets = [
+        f"  {split:<12}{subset:<12}{100 * score:8.2f}"
+        for split, subsets in result["scores"].items()
+        for subset, score in subsets.items()
+    ]
+    mean = f"  {'mean':<24}{100 * result['main_score']:8.2f}"
+    heading = f"\n{task}, {result['metric']} x100"
+    return "\n".join([heading, *of_subsets, mean, f"Results: {result['result_file']}"])

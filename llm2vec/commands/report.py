@@ -32,7 +32,7 @@ if TYPE_CHECKING:
 
 def main(argv: Sequence[str]) -> None:
     """Read, compare, print and write."""
-    parser = cli.parser("report", __doc__)
+    parser = cli.parser("report", __doc__, prints_tables=True)
     parser.add_argument("results", nargs="+", type=cli.path, metavar="RESULTS")
     parser.add_argument("--names", nargs="+", help="a name for each RESULTS (default: the models' own)")
     parser.add_argument("--paper_model", help="model of the paper to compare with, e.g. LLaMA-3.2-1B-Instruct")
@@ -41,13 +41,14 @@ def main(argv: Sequence[str]) -> None:
     parser.add_argument("--qrels", nargs="+", default=[], metavar="TASK=FILE", help="judgements for --predictions")
     parser.add_argument("--output_dir", type=cli.path, default=Path("output/report"))
     args = parser.parse_args(argv)
+    out = cli.Output(args.json)
     if len(args.results) == 1 and (args.results[0] / COMPARISON_RECORD).is_file():
-        return _rebuild(args.results[0], args.output_dir)
+        return _rebuild(args.results[0], args.output_dir, out)
     if len(args.results) == 1 and any(args.results[0].glob(f"*/{COMPARISON_RECORD}")):
         from llm2vec.compare.ledger import write_ledger
 
         with alone_in(args.output_dir, "report"):
-            return print(f"ledger: {write_ledger(args.results[0], args.output_dir)}")
+            return out.say(f"ledger: {write_ledger(args.results[0], args.output_dir)}")
     from llm2vec.reports.evaluation import build_report  # with matplotlib: seconds
     from llm2vec.reports.paper import read_paper
 
@@ -55,10 +56,14 @@ def main(argv: Sequence[str]) -> None:
     report = build_report(_read_runs(args), read_paper(), args.paper_model, losses)
     with alone_in(args.output_dir, "report"):
         page = report.write(args.output_dir / "report.html")
-    print(f"{report.text()}\n\nreport: {page}")
+    out.say(*report.sentences or [""])
+    for table in report.tables:
+        out.say("")
+        out.table(table, text=f"{table.title}\n{table.text()}\n{table.note}")
+    out.say(f"\nreport: {page}")
 
 
-def _rebuild(record: Path, output_dir: Path) -> None:
+def _rebuild(record: Path, output_dir: Path, out: cli.Output) -> None:
     """The tables of a comparison, from its record."""
     from llm2vec.compare.record import read_record
     from llm2vec.compare.table import outcome_table, write_comparison
@@ -66,7 +71,8 @@ def _rebuild(record: Path, output_dir: Path) -> None:
     outcomes, own, facts = read_record(record)
     with alone_in(output_dir, "report"):
         page = write_comparison(output_dir, outcomes, own, facts)
-    print(f"{outcome_table(outcomes).text()}\n\nreport: {page}")
+    out.table(outcome_table(outcomes))
+    out.say(f"\nreport: {page}")
 
 
 def _assignments(values: Sequence[str], option: str) -> dict[str, Path]:

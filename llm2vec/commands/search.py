@@ -31,6 +31,7 @@ from llm2vec import cli
 from llm2vec.choice import ModelChoice, add_model_flags, chosen_model
 from llm2vec.corpus.passages import PASSAGE_CHARACTERS, SUFFIXES, passages_of
 from llm2vec.files import alone_in, check_unicode, parse_object, sha256, whole, write_text
+from llm2vec.table import Table
 from llm2vec.types import TextSide, UserError
 
 if TYPE_CHECKING:
@@ -72,6 +73,7 @@ def main(argv: Sequence[str]) -> None:
     if args.command == "demo":
         args.index, args.model = _demo_index(), None
         args.instruction = json.loads(DEMO_SOURCES.read_text(encoding="utf-8"))["docstrings"]["instruction"]
+    out = cli.Output(args.json)
     index = TextIndex(args.index)
     moved = None if args.model is None else replace(chosen_model(args), torch_dtype=index.model.torch_dtype)
     model = index.load_model(moved)
@@ -82,7 +84,8 @@ def main(argv: Sequence[str]) -> None:
         for hit in hits:
             first = (hit.title or hit.text).strip().partition("\n")[0].expandtabs()[:100]
             lines.append(f"{hit.score:7.4f}  {hit.where:<{width}}  {first}")
-        print(cli.plain("\n".join(lines)))
+        rows = [[hit.score, hit.where, hit.title or None, hit.text] for hit in hits]
+        out.table(Table(["score", "where", "title", "text"], rows, query, num_names=4), cli.plain("\n".join(lines)))
 
 
 def _parse_args(argv: Sequence[str]) -> argparse.Namespace:
@@ -99,6 +102,7 @@ def _parse_args(argv: Sequence[str]) -> argparse.Namespace:
     add_model_flags(query, required=False)  # where it lies now, if it was moved
     for command in (query, commands.add_parser("demo", help="search in the quickstart's held-out docstrings")):
         command.add_argument("text", nargs="?", help="default: a query a line from standard input")
+        cli.add_json_flag(command)
         command.add_argument("--top_k", type=cli.positive, default=10, help="passages a query (10)")
     args = parser.parse_args(argv)
     if getattr(args, "text", None) is not None and not check_unicode(args.text, "TEXT", "command line").strip():

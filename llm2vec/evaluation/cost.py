@@ -93,8 +93,8 @@ def longest(sizes: Sequence[float], num_workers: int) -> float:
     return max(loads)
 
 
-def table(costs: Mapping[str, Cost | None], speed: float, jobs: Sequence[float], num_workers: int) -> Iterator[str]:
-    """Lines of a table of tasks with their texts, tokens and hours, at `speed` tokens a second of one worker.
+def cost_table(costs: Mapping[str, Cost | None], speed: float, jobs: Sequence[float], num_workers: int) -> Table:
+    """A table of tasks with their texts, tokens and hours, at `speed` tokens a second of one worker.
 
     `jobs` are the tokens of each job that workers can take.
     """
@@ -109,13 +109,13 @@ def table(costs: Mapping[str, Cost | None], speed: float, jobs: Sequence[float],
     if num_workers > 1:
         hours = longest(jobs, num_workers) / speed / 3600
         rows.append([f"on {num_workers} workers of that speed", "", "", f"{hours:.3f}"])
-    yield from Table(["task", "texts", "M tokens", "hours"], rows).text().splitlines()
-    if len(known) < len(costs):
-        yield f"{len(costs) - len(known)} tasks without statistics in mteb (?) are not in the sum."
-    yield (
+    note = (
         f"Encoding only, at {speed:,.0f} tokens a second, measured here on a short sample; a token is taken to be "
         f"{CHARACTERS_A_TOKEN} characters, equal texts are counted once."
     )
+    if len(known) < len(costs):
+        note = f"{len(costs) - len(known)} tasks without statistics in mteb (?) are not in the sum.\n{note}"
+    return Table(["task", "texts", "M tokens", "hours"], rows, note=note)
 
 
 def _splits(task: Any) -> Iterator[tuple[str, Mapping[str, Any]]]:

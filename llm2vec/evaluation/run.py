@@ -21,7 +21,7 @@ import torch.distributed as dist
 
 from llm2vec.corpus.queue import JobQueue
 from llm2vec.corpus.workers import beside, take_gpu
-from llm2vec.evaluation.cost import MAX_TOKENS, measure_speed, table, task_cost
+from llm2vec.evaluation.cost import MAX_TOKENS, cost_table, measure_speed, task_cost
 from llm2vec.evaluation.files import parts_of
 from llm2vec.evaluation.jobs import Request, jobs_of, leaves_of, plan, prepare, work
 from llm2vec.evaluation.models import load_encoder
@@ -37,6 +37,7 @@ from llm2vec.evaluation.mteb_adapter import (
 from llm2vec.evaluation.scores import TaskScore, kept_score, score_aggregate
 from llm2vec.files import alone_in, write_text
 from llm2vec.processes import PATIENCE
+from llm2vec.table import Table
 from llm2vec.types import UserError
 
 logger = logging.getLogger(__name__)
@@ -127,8 +128,8 @@ def evaluate_all(request: Request, num_workers: int = 1) -> Outcome | None:
     return outcome
 
 
-def dry_run(request: Request, num_workers: int) -> list[str]:
-    """Lines that say what an evaluation would cost, at the speed of the model here; no data are read."""
+def dry_run(request: Request, num_workers: int) -> Table:
+    """A table that says what an evaluation would cost, at the speed of the model here; no data are read."""
     _prepare_process(0, request.model.device)
     tasks = {name: request.find(name) for name in request.tasks}
     encoder = load_encoder(request.model)
@@ -141,7 +142,7 @@ def dry_run(request: Request, num_workers: int) -> list[str]:
     leaves = leaves_of(tasks)
     costs = {name: task_cost(leaf, max_tokens) for name, leaf in leaves.items()}
     jobs = [job.size for leaf in leaves.values() for job in jobs_of(leaf, is_dense(encoder), max_tokens)]
-    return list(table(costs, speed, jobs, num_workers))
+    return cost_table(costs, speed, jobs, num_workers)
 
 
 def collect(meta: Any, tasks: Mapping[str, Any], output_dir: str, queue: JobQueue) -> Outcome:

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 
+from llm2vec.cli import Output
 from llm2vec.model.backbone import DTYPES
 from llm2vec.model.settings import EncoderSettings
 from llm2vec.table import Table
@@ -14,13 +15,11 @@ from llm2vec.verify.compare import Answer, Parity, ask_server, ask_way, bundled_
 from llm2vec.verify.loaded import open_way
 from llm2vec.verify.ways import LABELS, Choice, choices_of, rendering_of
 
-_HEADER = ["Way", "Of", "Texts", "Token ids", "Least cosine", "Mean", "Needed", "Largest diff.", "Lengths", ""]
+_HEADER = ["Way", "Of", "Texts", "Token ids", "Least cosine", "Mean", "Needed", "Largest diff.", "Lengths", "Verdict"]
 
 
-def compare_ways(
-    ways: Sequence[str], texts_file: Path | None, dtype: str, threshold: float | None, say: Callable[[str], object]
-) -> int:
-    """Ask the reference, which is the first, then every other way, and `say` how they compare.
+def compare_ways(ways: Sequence[str], texts_file: Path | None, dtype: str, threshold: float | None, out: Output) -> int:
+    """Ask the reference, which is the first, then every other way, and print how they compare.
 
     Arguments as on the command line. The exit code: 1 if a way differs, else 2 if one could not be asked, else 0.
 
@@ -32,7 +31,7 @@ def compare_ways(
         found, notes = choices_of(argument)
         choices += [choice for choice in found if choice not in choices]
         for note in notes:
-            say(f"note: {note}")
+            out.say(f"note: {note}")
     if len(choices) < 2:
         raise UserError(f"{ways[0]} can be loaded in one way only; give another way to compare it with.")
     rendering = rendering_of(choices)
@@ -41,7 +40,7 @@ def compare_ways(
     texts = read_own_texts(texts_file) if texts_file else bundled_texts(limit.max_length)
     names, asked = list(texts), list(texts.values())
     reference = ask_way(first, asked) if first else ask_server(choices[0], asked, rendering)
-    say(f"reference: {reference.name}, {dtype}, {len(texts)} texts")
+    out.say(f"reference: {reference.name}, {dtype}, {len(texts)} texts")
     rows: list[list[str]] = []
     lines = _refusals(reference, names)
     unanswered: list[str] = []
@@ -62,7 +61,9 @@ def compare_ways(
         if not parity.passes:
             lines.append(f"FAIL: {answer.name}: {find_cause(reference, parity, asked)}")
         del answer, parity  # what is loaded is let go before the next way is
-    say("\n".join([Table(_HEADER, rows, num_names=2).text(), *lines, *unanswered]))
+    out.table(Table(_HEADER, rows, num_names=2))
+    if lines or unanswered:
+        out.say(*lines, *unanswered)
     return 1 if any(row[-1] == "FAIL" for row in rows) else 2 if unanswered else 0
 
 

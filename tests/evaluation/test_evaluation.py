@@ -278,7 +278,8 @@ def test_a_dry_run_reads_no_data(monkeypatch: pytest.MonkeyPatch, tmp_path: Path
     encoder = LLM2VecEncoder(FakeModel(), [tmp_path], {})  # type: ignore[arg-type]
     monkeypatch.setattr(evaluation, "load_encoder", lambda _: encoder)
     request = Request(evaluated("x"), expand(["NFCorpus", "STS12", "MSMARCO"]), str(tmp_path / "out"))
-    lines = dry_run(request, num_workers=8)
+    costs = dry_run(request, num_workers=8)
+    lines = [*costs.text().splitlines(), costs.note]
     assert [line.split()[:2] for line in lines[2:5]] == [
         ["NFCorpus", "3,916"],
         ["STS12", "5,033"],

@@ -33,7 +33,7 @@ logger = logging.getLogger(__name__)
 
 def main(argv: Sequence[str]) -> int:
     """Check and print; returns the exit code."""
-    parser = cli.parser("check-data", __doc__)
+    parser = cli.parser("check-data", __doc__, prints_tables=True)
     add_source_flags(parser)
     parser.add_argument("--tokenizer", help="folder or hub name; default: tokens are guessed, 4 characters each")
     parser.add_argument("--max_length", type=cli.positive, default=512, help="where training cuts (default 512 tokens)")
@@ -46,7 +46,10 @@ def main(argv: Sequence[str]) -> int:
     for source in sources:
         logger.info("reading %s", source.file)
         reports.append(check_source(source, args.folder, count_tokens, test_texts))
-    lines = _table_lines(reports, args.max_length, guessed=args.tokenizer is None)
+    table = _table(reports, args.max_length)
+    if args.json:  # on a terminal, the table is part of what is logged
+        cli.Output(args.json).table(table)
+    lines = [table.text(), *_legend(args.max_length, guessed=args.tokenizer is None)]
     for source, report in zip(sources, reports, strict=True):
         notes = [f"{number:,} {what}" for what, number in report.left_out.items()]
         notes += [f"{report.beaten:,} rows score a negative above the positive"] * bool(report.beaten)
@@ -76,8 +79,8 @@ def _token_counter(name: str | None) -> CountTokens:
     return lambda texts: [len(ids) for ids in tokenizer(list(texts), add_special_tokens=False)["input_ids"]]
 
 
-def _table_lines(reports: Sequence[SourceReport], max_length: int, guessed: bool) -> list[str]:
-    """A line a source, and what the columns mean."""
+def _table(reports: Sequence[SourceReport], max_length: int) -> Table:
+    """A row a source."""
     header = ["source", "rows", "bad", "twice", "query+", "q=p", "p=n", "no neg", "query", "positive", "cut"]
     rows = []
     for report in reports:
@@ -93,9 +96,13 @@ def _table_lines(reports: Sequence[SourceReport], max_length: int, guessed: bool
         rows.append([report.name, *(f"{count:,}" for count in counts), *medians, f"{cut:.1%}", languages])
     whole = [f"{sum(report.rows for report in reports):,}", f"{sum(report.bad for report in reports):,}"]
     rows.append(["all", *whole, *[""] * (len(header) - 2)])
+    return Table([*header, "languages (query; positive)"], rows)
+
+
+def _legend(max_length: int, guessed: bool) -> list[str]:
+    """What the columns mean."""
     counted = "guessed from characters, 4 each" if guessed else "without the template's own"
     lines = [
-        Table([*header, "languages (query; positive)"], rows).text(),
         "bad: lines that training refuses; twice: query and positive seen before; query+: query seen before",
         "q=p, p=n: query and positive, positive and a negative are one text; no neg: no hard negative",
         f"query, positive: median tokens ({counted}); cut: documents of more than {max_length} of them; both and the "

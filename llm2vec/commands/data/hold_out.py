@@ -19,15 +19,16 @@ from llm2vec.table import Cell, Table
 
 def main(argv: Sequence[str]) -> None:
     """Split and say what became of each source."""
-    parser = cli.parser("hold-out", __doc__)
+    parser = cli.parser("hold-out", __doc__, prints_tables=True)
     add_source_flags(parser)
     parser.add_argument("out", type=cli.path, metavar="OUT", help="folder to write; must not be there, or be empty")
     parser.add_argument("--queries", type=cli.positive, default=100, help="held out of each source (default 100)")
     parser.add_argument("--seed", type=int, default=42, help="of the draw (default 42)")
     args = parser.parse_args(argv)
+    out = cli.Output(args.json)
     splits = hold_out(args.folder, chosen_sources(args), args.out, args.queries, args.seed)
     rows: list[list[Cell]] = [[split.source, *(f"{number:,}" for number in split[1:])] for split in splits]
-    print(Table(["source", "rows left", "rows out", "queries", "documents"], rows).text())
+    out.table(Table(["source", "rows left", "rows out", "queries", "documents"], rows))
     if small := [split.source for split in splits if not split.queries]:
         fewest = args.queries * (1 + TRAINED_FOR_ONE_HELD_OUT)
-        print(f"nothing held out of {', '.join(small)}: fewer than {fewest:,} different queries")
+        out.say(f"nothing held out of {', '.join(small)}: fewer than {fewest:,} different queries")

@@ -37,6 +37,7 @@ EXAMPLES = 3
 def main(argv: Sequence[str]) -> None:
     """Mine, and say what was found."""
     args = _parse_args(argv)
+    out = cli.Output(args.json)
     sources = chosen_sources(args)
     from llm2vec.corpus.mining import WORK_FOLDER, Rules, mine  # seconds to import, with torch
     from llm2vec.corpus.retrievers import open_reranker, open_retriever
@@ -59,11 +60,11 @@ def main(argv: Sequence[str]) -> None:
         mined = [source._replace(reading=source.reading._replace(num_negatives=None)) for source in sources]
         write_json(args.out / "sources.json", {s.name: entry_of(s, f"{s.name}.jsonl") for s in mined})
         write_json(args.out / "report.json", [dataclasses.asdict(report) for report in reports])
-    _say(reports, args.out)
+    _say(reports, args.out, out)
 
 
 def _parse_args(argv: Sequence[str]) -> argparse.Namespace:
-    parser = cli.parser("mine", __doc__)
+    parser = cli.parser("mine", __doc__, prints_tables=True)
     add_source_flags(parser)
     parser.add_argument("out", type=cli.path, metavar="OUT", help="folder to write")
     add_model_flags(parser, torch_dtype=True)
@@ -88,7 +89,7 @@ def _parse_args(argv: Sequence[str]) -> argparse.Namespace:
     return args
 
 
-def _say(reports: Sequence[MiningReport], out: Path) -> None:
+def _say(reports: Sequence[MiningReport], folder: Path, out: cli.Output) -> None:
     rows: list[list[Cell]] = []
     for report in reports:
         shares = (report.mined / max(1, report.rows), report.too_near / max(1, report.candidates))
@@ -96,10 +97,12 @@ def _say(reports: Sequence[MiningReport], out: Path) -> None:
         scores = [f"{report.positive_score:.3f}", f"{report.negative_score:.3f}"]
         rows.append([report.source, *numbers, f"{shares[1]:.1%}", *scores])
     header = ["source", "documents", "rows", "mined", "too near", "positive", "negatives"]
-    print(Table(header, rows).text())
-    print("too near: candidates that lie too little below the positive; positive, negatives: mean scores of mined rows")
+    out.table(Table(header, rows))
+    out.say(
+        "too near: candidates that lie too little below the positive; positive, negatives: mean scores of mined rows"
+    )
     for report in reports:
-        for _, (_, row) in zip(range(EXAMPLES), json_lines(out / f"{report.source}.jsonl"), strict=False):
+        for _, (_, row) in zip(range(EXAMPLES), json_lines(folder / f"{report.source}.jsonl"), strict=False):
             texts = (("", row["query"]), ("+", row["positive"]), ("-", row["negative"][0]))
             lines = [f"{mark:>3} {' '.join(text.split())[:100]}" for mark, text in texts]
-            print(cli.plain("\n".join(["", *lines])))
+            out.say(cli.plain("\n".join(["", *lines])))

@@ -12,7 +12,6 @@ embedder, without a language model's head. Whether OUT gives the same vectors in
 from __future__ import annotations
 
 from collections.abc import Sequence
-from functools import partial
 from typing import get_args
 
 from llm2vec import cli
@@ -32,4 +31,4 @@ def main(argv: Sequence[str]) -> int:
     from llm2vec.verify.table import compare_ways
 
     write_merged([ModelChoice.parse(model) for model in args.models], args.how, args.weights, args.out)
-    return compare_ways([str(args.out)], None, "float32", None, partial(print, flush=True))
+    return compare_ways([str(args.out)], None, "float32", None, cli.Output(as_json=False))

@@ -23,7 +23,6 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Sequence
-from functools import partial
 
 from llm2vec import cli
 from llm2vec.hub import without_waiting_for_the_hub
@@ -32,7 +31,7 @@ from llm2vec.types import UserError
 
 def main(argv: Sequence[str]) -> int:
     """Ask the reference, then every other way; returns the exit code."""
-    parser = cli.parser("verify", __doc__)
+    parser = cli.parser("verify", __doc__, prints_tables=True)
     parser.add_argument("ways", nargs="+", metavar="WAY", help="the first is the reference")
     parser.add_argument(
         "--texts", type=cli.path, help="a text a line, or .jsonl of text, instruction, side (default: own)"
@@ -49,4 +48,4 @@ def main(argv: Sequence[str]) -> int:
     logging.getLogger("sentence_transformers").setLevel(logging.WARNING)
     transformers_logging.set_verbosity_error()  # such as of the text that is longer than a row
     with without_waiting_for_the_hub():
-        return compare_ways(args.ways, args.texts, args.dtype, args.threshold, partial(print, flush=True))
+        return compare_ways(args.ways, args.texts, args.dtype, args.threshold, cli.Output(args.json))
