@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import os
 import re
 import signal
@@ -95,9 +96,8 @@ def test_slurm_asks_for_one_task_a_machine() -> None:
 
 @pytest.mark.parametrize(("size", "machines", "processes"), [("1x1", 1, 1), ("1x8", 1, 8), ("2x8", 2, 16)])
 def test_accelerate_reads_its_files(size: str, machines: int, processes: int) -> None:
-    from accelerate.commands.config.config_args import load_config_from_file
-
-    config = load_config_from_file(str(LAUNCH / f"accelerate_{size}.yaml"))
+    reader: Any = importlib.import_module("accelerate.commands.config.config_args")
+    config = reader.load_config_from_file(str(LAUNCH / f"accelerate_{size}.yaml"))
     assert (config.num_machines, config.num_processes) == (machines, processes)
     assert not config.fsdp_config and not config.deepspeed_config and config.mixed_precision == "no"
 

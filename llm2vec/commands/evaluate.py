@@ -120,9 +120,10 @@ def _score_table(scores: Mapping[str, Any]) -> Table:
     """A row a task, split and subset, x 100; the mean of a task has no split."""
     rows: list[list[Cell]] = []
     for task, result in scores.items():
-        rows.append([task, result["metric"], None, None, 100 * result["main_score"]])
+        metric = result["metric"]
+        rows.append([task, metric, None, None, round(100 * result["main_score"], 4)])
         for split, subsets in result["scores"].items():
-            rows += [[task, result["metric"], split, subset, 100 * score] for subset, score in subsets.items()]
+            rows += [[task, metric, split, subset, round(100 * score, 4)] for subset, score in subsets.items()]
     return Table(["task", "metric", "split", "subset", "score"], rows, "Scores", "main scores x 100", num_names=4)
 
 

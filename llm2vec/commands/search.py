@@ -31,7 +31,7 @@ from llm2vec import cli
 from llm2vec.choice import ModelChoice, add_model_flags, chosen_model
 from llm2vec.corpus.passages import PASSAGE_CHARACTERS, SUFFIXES, passages_of
 from llm2vec.files import alone_in, check_unicode, parse_object, sha256, whole, write_text
-from llm2vec.table import Table
+from llm2vec.table import Cell, Table
 from llm2vec.types import TextSide, UserError
 
 if TYPE_CHECKING:
@@ -84,7 +84,7 @@ def main(argv: Sequence[str]) -> None:
         for hit in hits:
             first = (hit.title or hit.text).strip().partition("\n")[0].expandtabs()[:100]
             lines.append(f"{hit.score:7.4f}  {hit.where:<{width}}  {first}")
-        rows = [[hit.score, hit.where, hit.title or None, hit.text] for hit in hits]
+        rows: list[list[Cell]] = [[hit.score, hit.where, hit.title or None, hit.text] for hit in hits]
         out.table(Table(["score", "where", "title", "text"], rows, query, num_names=4), cli.plain("\n".join(lines)))
 
 
