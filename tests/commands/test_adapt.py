@@ -11,6 +11,8 @@ from helpers import family_tokenizer, tiny_model
 
 from llm2vec.commands import adapt
 from llm2vec.commands.data import queries
+from llm2vec.compare.recipes import read_set
+from llm2vec.compare.runs import Planner
 from llm2vec.types import UserError
 
 
@@ -70,6 +72,20 @@ def test_each_step_is_done_once_and_anew_for_other_texts(folder: Path, monkeypat
     (folder / "docs/a0.md").unlink()
     assert adapt._data(args) != data
     assert adapt._rates(str(folder / "base"))[1] == round(0.2 / 32, 6)
+
+
+def test_what_is_trained_is_an_ordinary_comparison(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Both pre-stages, in the configs that their commands read; MNTP's texts are all passages."""
+    monkeypatch.setattr(adapt, "train_and_export", lambda *_: None)
+    assert adapt.main(options(folder, "--pre_stage", "reconstruction", "mntp")) == 1
+    trials = Planner(read_set(folder / "out/set"), folder / "out/comparison").trials([42])
+    commands = {trial.recipe: [run.command for run in trial.training] for trial in trials}
+    assert commands == {
+        "baseline": ["stage-2"], "reconstruction": ["stage-1", "stage-2"], "mntp": ["mntp", "stage-2"],
+        "base": [], "bm25": [],
+    }  # fmt: skip
+    (mntp,) = [json.loads(Path(t.training[0].arguments[0]).read_text()) for t in trials if t.recipe == "mntp"]
+    assert mntp["dataset_file_path"].endswith("pairs/passages.jsonl") and mntp["sources_file"] is None
 
 
 @pytest.mark.parametrize(
