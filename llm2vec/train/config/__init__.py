@@ -134,7 +134,7 @@ class Config:
     attn_implementation: Annotated[AttnImplementation, Key(influence="rounding")] = "sdpa"
     """How attention is computed."""
     fused_layers: Annotated[Literal["auto", "off"], Key(influence="rounding")] = "auto"
-    """`auto`: on an NVIDIA GPU, norms, rotary positions and gated products run as one kernel each. `off`: as several."""
+    """`auto`: on an NVIDIA GPU, norms, rotary positions and gated products run as one kernel each. `off`: not so."""
 
     # --- the objective ---
     objective: Annotated[str, Key(stages=("stage_I",), on_card=True)] = "reconstruction"
