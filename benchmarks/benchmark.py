@@ -25,12 +25,13 @@ from transformers.utils import logging as transformers_logging
 from benchmarks import sections
 from benchmarks.growth import growth, growth_figure, growth_lines
 from benchmarks.measure import Line, lines_table, surroundings, worker_environment
+from benchmarks.pretexts import pretexts
 from benchmarks.processes import process_lines, speed_over_processes
 from benchmarks.sections import CPU, CUDA, LARGE, QUICK, Options
 from llm2vec.cli import run_command
 from llm2vec.types import UserError
 
-SECTIONS = ("stage_I", "stage_II", "encode", "growth", "processes")
+SECTIONS = ("stage_I", "stage_II", "encode", "growth", "processes", "pretexts")
 
 
 def parse_args(argv: Sequence[str]) -> argparse.Namespace:
@@ -90,6 +91,8 @@ def main(argv: Sequence[str]) -> None:
         on_cpu = args.device == "cpu"
         speeds = speed_over_processes(plan.shape, counts, rows=plan.growth_rows, rounds=options.rounds, on_cpu=on_cpu)
         lines += process_lines(speeds, plan.growth_rows)
+    if "pretexts" in args.only:
+        lines += pretexts(options, plan)
     if args.plot is not None:
         growth_figure(points, speeds).savefig(args.plot)
     text = f"{where}\n\n{plan.describe(options.rounds)}\n\n{lines_table(lines)}\n"

@@ -74,6 +74,8 @@ class Sizes(NamedTuple):
     #: Axis -> values; `growth_rows` is the batch where rows are not the axis.
     growth: dict[str, tuple[int, ...]]
     growth_rows: int
+    #: Of a step of Stage I whose pretexts are compared.
+    pretext_rows: int = 4
     #: Numbers of processes to train with; on GPUs, those that there are cards for.
     processes: tuple[int, ...] = (1, 2)
     #: Times sentence-transformers' step.

@@ -50,6 +50,7 @@ from llm2vec.text.templates import render_instruction
 from llm2vec.text.tokenization import Row
 from llm2vec.train.recomputation import enable_checkpointing
 from llm2vec.train.step import backward_step, split_batch
+from llm2vec.types import Batch
 
 ALPHA = 0.2
 LOSS_SCALE = 20.0
@@ -69,7 +70,11 @@ class EncodeCase:
 
 
 def _packed_step(case: Case, objective: Any, sides: Sequence[str]) -> Callable[[int], None]:
-    batches = [packed_batch(case, i, sides) for i in batch_indices(case)]
+    return step_over(case, objective, [packed_batch(case, i, sides) for i in batch_indices(case)])
+
+
+def step_over(case: Case, objective: Any, batches: Sequence[Batch]) -> Callable[[int], None]:
+    """A step of an objective over one of some packed batches."""
 
     def step(i: int) -> None:
         called: Any = InHalf(objective, case.computing())

@@ -31,6 +31,7 @@ from benchmarks.measure import (
     ratios,
     take_turns,
 )
+from benchmarks.pretexts import ANCHOR, RECIPES, PretextCase, keys_of, pretext_step
 from benchmarks.reference import pad, release_stage_I_loss, release_stage_II_loss
 from benchmarks.sections import QUICK, lowest_cosine, peaks
 from benchmarks.variants import (
@@ -121,6 +122,20 @@ def test_packed_stage_II_does_the_release_styles_work(max_tokens: int | None) ->
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("recipe", RECIPES)
+def test_a_pretexts_step_is_its_recipes(recipe: str) -> None:
+    """It trains what the recipe trains, and the text itself takes as many tokens as the counterpart."""
+    work = pretext_step(PretextCase(CASE, keys_of(recipe)))
+    work.step(0)
+    assert work.model is not None
+    trained = {name: w.grad for name, w in work.model.named_parameters() if w.grad is not None}
+    assert any(gradient.abs().max() > 0 for gradient in trained.values())
+    assert all("lora" in name or "tokens" in name for name in trained) == recipe.endswith(("lora", "tokens"))
+    anchors = pretext_step(PretextCase(CASE, keys_of(ANCHOR)))
+    assert len(work.tokens) == len(work.flops) == CASE.batches
+    assert (work.tokens == anchors.tokens) == (recipe in (ANCHOR, "target_self"))
+
+
 def test_sentence_transformers_step_does_the_same_work(tmp_path: Path) -> None:
     write_model(tmp_path, SHAPE)
     rival = sentence_transformers_stage_II(replace(CASE, folder=str(tmp_path)))
@@ -317,9 +332,8 @@ def test_the_script_measures_and_writes_everything(tmp_path: Path) -> None:
     assert out.read_text(encoding="utf-8") == finished.stdout
     assert "1 thread(s)" in finished.stdout
     rows = [line for line in finished.stdout.splitlines() if line.startswith("| ") and "---" not in line]
-    assert (
-        len(rows) == 3 + 6 + 2 + 4 + 2 * sum(len(values) for values in QUICK.growth.values()) + len(QUICK.processes) + 1
-    )
+    of_growth = 2 * sum(len(values) for values in QUICK.growth.values())
+    assert len(rows) == 3 + 6 + 2 + 4 + of_growth + len(QUICK.processes) + 1 + len(RECIPES)
     assert "not measured" not in finished.stdout
     cosines = [float(line.split("lowest cosine ")[1].split()[0]) for line in rows if "lowest cosine" in line]
     assert len(cosines) == 2 and min(cosines) > 0.99999
