@@ -419,27 +419,36 @@ def several_cards(s: Setting) -> Iterator[Figure]:
     objective, batch = objective_of("Stage I", case), packed_batch(case, 0, SIDES["Stage I"])
     loss = float(run_step(objective, batch, case))
     norm = float(torch.stack([g.norm() for g in gradients(objective)]).norm())
-    for way in ("ddp", "fsdp"):
-        command = ["torch.distributed.run", "--standalone", f"--nproc_per_node={number}", "-m", "benchmarks.gpu_check"]
-        more = ["--worker", way, "--device", s.device, *(["--tiny"] if s.shape == TINY else [])]
-        ended = subprocess.run([sys.executable, "-m", *command, *more], capture_output=True, text=True, timeout=240)
-        if ended.returncode:
-            raise UserError(f"{way}: {ended.stderr.strip()[-400:]}")
-        found = json.loads(ended.stdout.strip().splitlines()[-1])
+    command = ["torch.distributed.run", "--standalone", f"--nproc_per_node={number}", "-m", "benchmarks.gpu_check"]
+    more = ["--worker", "--device", s.device, *(["--tiny"] if s.shape == TINY else [])]
+    ended = subprocess.run([sys.executable, "-m", *command, *more], capture_output=True, text=True, timeout=240)
+    if ended.returncode:
+        raise UserError(f"{number} processes: {ended.stderr.strip()[-400:]}")
+    for line in ended.stdout.strip().splitlines()[-2:]:
+        found = json.loads(line)
+        way = found["way"]
         yield at_most(f"{way}, {number} processes: loss, relative difference", abs(found["loss"] / loss - 1), 1e-4)
         yield at_most(f"{way}, {number} processes: gradient's norm, the same", abs(found["norm"] / norm - 1), 1e-3)
         yield Figure(f"{way}, {number} processes: a step", found["seconds"], "s")
 
 
-def work(s: Setting, way: str) -> None:
-    """A process of `several_cards`: its share of the rows; the first one prints what was found."""
+def work(s: Setting) -> None:
+    """A process of `several_cards`: its share of the rows, both ways; the first one prints what was found."""
+    dist.init_process_group("gloo" if s.device == "cpu" else "nccl")
+    if s.device == "cuda":
+        torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
+    for way in ("ddp", "fsdp"):
+        found = _shared_step(s, way)
+        if dist.get_rank() == 0:
+            print(json.dumps({"way": way, **found}))
+    dist.destroy_process_group()
+
+
+def _shared_step(s: Setting, way: str) -> dict[str, Any]:
     from torch.distributed.device_mesh import init_device_mesh
     from torch.distributed.fsdp import fully_shard
 
-    dist.init_process_group("gloo" if s.device == "cpu" else "nccl")
     rank, number = dist.get_rank(), dist.get_world_size()
-    if s.device == "cuda":
-        torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
     case = s.case(shape=replace(s.shape, layers=2), rows=4 * number, precision="float32")
     objective = objective_of("Stage I", case)
     batch = packed_batch(case, 0, SIDES["Stage I"])
@@ -460,9 +469,7 @@ def work(s: Setting, way: str) -> None:
     dist.all_reduce(loss)
     grads = [weight.grad for weight in objective.parameters() if weight.grad is not None]
     squares = torch.stack([(g.full_tensor() if hasattr(g, "full_tensor") else g).square().sum() for g in grads]).sum()
-    if rank == 0:
-        print(json.dumps({"loss": float(loss), "norm": float(squares.sqrt()), "seconds": seconds}))
-    dist.destroy_process_group()
+    return {"loss": float(loss), "norm": float(squares.sqrt()), "seconds": seconds}
 
 
 def _share(batch: Batch, rank: int, number: int) -> Batch:
@@ -597,7 +604,7 @@ def main(argv: Sequence[str]) -> int:
     parser.add_argument("--only", default=",".join(PARTS), help=f"some of {','.join(PARTS)}")
     parser.add_argument("--base", type=Path, help="folder of a real base, for real_base")
     parser.add_argument("--out", type=Path, default=Path("gpu-check"), help="the files' name, without .json and .md")
-    parser.add_argument("--worker", choices=["ddp", "fsdp"], help=argparse.SUPPRESS)
+    parser.add_argument("--worker", action="store_true", help=argparse.SUPPRESS)
     given = parser.parse_args(argv)
     names = given.only.split(",")
     if unknown := set(names) - PARTS.keys():
@@ -606,7 +613,7 @@ def main(argv: Sequence[str]) -> int:
     if given.tiny:
         s = Setting(given.device, TINY, 4, (400,), (8, 16), 8, given.base)
     if given.worker:
-        work(s, given.worker)
+        work(s)
         return 0
     found, parts = machine(s), []
     for name in names:

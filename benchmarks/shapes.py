@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 from transformers import LlamaConfig, MistralConfig, PretrainedConfig, Qwen2Config
 
-_LLAMA3 = {"vocab_size": 128256, "num_key_value_heads": 8}
+_LLAMA3: dict[str, Any] = {"vocab_size": 128256, "num_key_value_heads": 8}
 _LLAMA_8B = LlamaConfig(
     **_LLAMA3, hidden_size=4096, intermediate_size=14336, num_hidden_layers=32, num_attention_heads=32
 )  # fmt: skip

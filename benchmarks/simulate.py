@@ -282,7 +282,9 @@ def simulate(plan: Plan, *, fused: bool | None = None, rows: int | None = None) 
             called: Any = InHalf(objective, torch.autocast("cuda", torch.bfloat16, enabled=half))
             step.backward_step(called, batch, totals, max_tokens=bound, backward=_backward)
         with tracer.during("optimiser"):
-            tracer.quiet = True  # the norm of the gradients is one kernel here, and taken apart without values
+            # The norm of the gradients is one kernel, which is taken apart without values. And under FSDP2 DTensor asks
+            # tensors without values of the whole weights' size what it will give: 32 GB for 8B, which no card holds.
+            tracer.quiet = True
             tracer.kernels["optimiser", "norm and clip", "float32"] = [3, 0, 3 * sum(w.nbytes for w in trained)]
             tracer.quiet = False
             optimiser.step()

@@ -13,6 +13,7 @@ from typing import Any
 import pytest
 from filelock import FileLock
 from torch import version
+from transformers import LlamaConfig
 
 ROOT = Path(__file__).parents[2]
 #: Functions that save and load; what they wait for is no step's.
@@ -23,6 +24,15 @@ pytestmark = pytest.mark.skipif(
 )
 
 
+def run(*arguments: str) -> str:
+    """What python says of these arguments, in a process that asks for CUDA anew."""
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
+    command = [sys.executable, *arguments]
+    ended = subprocess.run(command, capture_output=True, text=True, env=environment, cwd=ROOT)
+    assert ended.returncode == 0, ended.stdout[-2000:] + ended.stderr[-4000:]
+    return ended.stdout
+
+
 @pytest.fixture(scope="module")
 def found(tmp_path_factory: pytest.TempPathFactory, worker_id: str) -> Any:
     """What `gpu_steps.py` found; it runs once, however many workers share the tests."""
@@ -30,11 +40,7 @@ def found(tmp_path_factory: pytest.TempPathFactory, worker_id: str) -> Any:
     file = (folder if worker_id == "master" else folder.parent) / "gpu_steps.json"
     with FileLock(file.with_suffix(".lock")):
         if not file.is_file():
-            environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
-            command = [sys.executable, "tests/benchmarks/gpu_steps.py"]
-            ended = subprocess.run(command, capture_output=True, text=True, env=environment, cwd=ROOT)
-            assert ended.returncode == 0, ended.stdout[-2000:] + ended.stderr[-4000:]
-            file.write_text(ended.stdout.splitlines()[-1], encoding="utf-8")
+            file.write_text(run("tests/benchmarks/gpu_steps.py").splitlines()[-1], encoding="utf-8")
     return json.loads(file.read_text(encoding="utf-8"))
 
 
@@ -77,3 +83,26 @@ def test_a_process_computes_on_the_card_of_its_local_rank(found: Any) -> None:
     placement = found["placement"]
     assert (placement["device"], placement["rows"]) == ("cuda:3", 2)
     assert placement["chosen"] == ["cuda:3", "0", "3", "1", "cuda:5"]  # the last ones by turns, named, and on a CPU
+
+
+def test_plan_and_simulation_agree(tmp_path: Path) -> None:
+    """The plan's memory beside that of the step's own tensors: Stage I, with FSDP2, and Stage II, cached."""
+    shape = LlamaConfig(
+        vocab_size=16_000, hidden_size=1024, intermediate_size=4096, num_hidden_layers=4, num_attention_heads=16,
+        num_key_value_heads=4, tie_word_embeddings=True,
+    )  # fmt: skip
+    shape.save_pretrained(tmp_path / "base")
+    shared = {"template": "llama3", "dataset_file_path": "nowhere", "output_dir": str(tmp_path / "out"), "bf16": True}
+    shared |= {"model_name_or_path": "base", "per_device_train_batch_size": 64, "tokens_per_microbatch": 8192}
+    configs = {"stage_I": {"alpha": 0.2}, "sharded": {"alpha": 0.2, "fsdp": True}}
+    configs["stage_II"] = {"use_peft": True, "loss_scale": 20.0}
+    for name, keys in configs.items():
+        (tmp_path / f"{name}.json").write_text(json.dumps(shared | keys), encoding="utf-8")
+    files, out = [str(tmp_path / f"{name}.json") for name in configs], tmp_path / "found.json"
+    arguments = ("--base", str(tmp_path / "base"), "--num_processes", "2", "--out", str(out))
+    table = run("-m", "benchmarks.simulate", *files, *arguments)
+    steps = list(json.loads(out.read_text(encoding="utf-8")).values())
+    assert [step["pieces"] for step in steps] == [2, 2, 3]
+    for step in steps:
+        assert 0.95 < step["planned"] / step["peak"] < 1.15, step
+        assert f"/{step['configs'][0].partition('/')[2]}`" in table
