@@ -22,9 +22,12 @@ INSTRUCTION = "Given a summary, retrieve its description"
 QUERY = "add an item to a list"
 DOCUMENTS = ["Append object to the end of the list.", "Return the hash of the object."]
 PACKAGES = {
-    "LangChain": "langchain_huggingface", "LlamaIndex": "llama_index.embeddings.huggingface", "Haystack": "haystack",
-    "Chroma": "chromadb", "Qdrant": "qdrant_client",
-}  # fmt: skip
+    "LangChain": "langchain_huggingface",
+    "LlamaIndex": "llama_index.embeddings.huggingface",
+    "Haystack": "haystack_integrations.components.embedders.sentence_transformers",
+    "Chroma": "chromadb",
+    "Qdrant": "qdrant_client",
+}
 
 
 def snippet_of(client: str) -> str:
