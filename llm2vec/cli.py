@@ -145,14 +145,14 @@ def _end_without_the_others(error: RuntimeError) -> NoReturn:
 # --- what is printed ---
 
 
-class Output:
+class Printer:
     """What a command prints. Under `--json` each table is a line of JSON, and all else goes to standard error.
 
     Args:
         as_json: what `--json` says; `parser(..., prints_tables=True)` has the flag.
 
     Example:
-        >>> Output(as_json=True).table(Table(["Run", "Score"], [["anchor", 46.0]]))
+        >>> Printer(as_json=True).table(Table(["Run", "Score"], [["anchor", 46.0]]))
         {"title": "", "rows": [{"Run": "anchor", "Score": 46.0}], "note": ""}
     """
 
@@ -181,7 +181,7 @@ def parser(command: str, doc: str | None, prints_tables: bool = False) -> argpar
     Args:
         command: its name behind `llm2vec`.
         doc: the help; a command gives its module's docstring.
-        prints_tables: whether it takes `--json`, for its `Output`.
+        prints_tables: whether it takes `--json`, for its `Printer`.
     """
     made = _Parser(
         prog=f"llm2vec {command}",

@@ -9,7 +9,7 @@ import pytest
 from helpers import write_jsonl
 
 from llm2vec.__main__ import main
-from llm2vec.cli import Output
+from llm2vec.cli import Printer
 from llm2vec.table import Table, escape_markdown
 
 
@@ -57,12 +57,12 @@ def test_a_record_has_numbers_as_numbers() -> None:
 
 def test_a_command_prints_its_tables_alone_as_json(capsys: pytest.CaptureFixture[str]) -> None:
     table = Table(["Run", "Score"], [["anchor", 46.0]])
-    out = Output(as_json=False)
+    out = Printer(as_json=False)
     out.say("first", "second")
     out.table(table)
     out.table(table, text="as said")
     assert capsys.readouterr() == (f"first\nsecond\n{table.text()}\nas said\n", "")
-    out = Output(as_json=True)
+    out = Printer(as_json=True)
     out.say("first", "second")
     out.table(table, text="as said")
     printed, said = capsys.readouterr()

@@ -43,7 +43,7 @@ def _parse_args(argv: Sequence[str]) -> argparse.Namespace:
 def main(argv: Sequence[str]) -> int:
     """Plan, run, report; returns the exit code: 1 where a run failed."""
     started, args = time.monotonic(), _parse_args(argv)
-    out = cli.Output(args.json)
+    out = cli.Printer(args.json)
     from llm2vec.files import alone_in
 
     with alone_in(args.output_dir, "comparison, or a run of an earlier one,") as lock:

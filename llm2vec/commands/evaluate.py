@@ -58,7 +58,7 @@ def main(argv: Sequence[str]) -> None:
     )
     parser.add_argument("--dry_run", action="store_true", help="only say what it would cost")
     args = parser.parse_args(argv)
-    out = cli.Output(args.json)
+    out = cli.Printer(args.json)
     _check_paths(args)
     _check_submission(args)
     from llm2vec.evaluation.jobs import Request

@@ -41,7 +41,7 @@ def main(argv: Sequence[str]) -> None:
     parser.add_argument("--qrels", nargs="+", default=[], metavar="TASK=FILE", help="judgements for --predictions")
     parser.add_argument("--output_dir", type=cli.path, default=Path("output/report"))
     args = parser.parse_args(argv)
-    out = cli.Output(args.json)
+    out = cli.Printer(args.json)
     if len(args.results) == 1 and (args.results[0] / COMPARISON_RECORD).is_file():
         return _rebuild(args.results[0], args.output_dir, out)
     if len(args.results) == 1 and any(args.results[0].glob(f"*/{COMPARISON_RECORD}")):
@@ -63,7 +63,7 @@ def main(argv: Sequence[str]) -> None:
     out.say(f"\nreport: {page}")
 
 
-def _rebuild(record: Path, output_dir: Path, out: cli.Output) -> None:
+def _rebuild(record: Path, output_dir: Path, out: cli.Printer) -> None:
     """The tables of a comparison, from its record."""
     from llm2vec.compare.record import read_record
     from llm2vec.compare.table import outcome_table, write_comparison

@@ -73,7 +73,7 @@ def main(argv: Sequence[str]) -> None:
     if args.command == "demo":
         args.index, args.model = _demo_index(), None
         args.instruction = json.loads(DEMO_SOURCES.read_text(encoding="utf-8"))["docstrings"]["instruction"]
-    out = cli.Output(args.json)
+    out = cli.Printer(args.json)
     index = TextIndex(args.index)
     moved = None if args.model is None else replace(chosen_model(args), torch_dtype=index.model.torch_dtype)
     model = index.load_model(moved)

@@ -12,7 +12,7 @@ from llm2vec.files import parse_object
 from llm2vec.types import UserError, first_line
 
 #: Seconds that a server may take to answer.
-PATIENCE = 120.0
+SECONDS_TO_ANSWER = 120.0
 
 
 def request_json(place: str, body: dict[str, Any], read: Callable[[dict[str, Any]], Any]) -> Any:
@@ -31,7 +31,7 @@ def request_json(place: str, body: dict[str, Any], read: Callable[[dict[str, Any
         headers["Authorization"] = f"Bearer {key}"
     try:
         request = urllib.request.Request(place, json.dumps(body).encode(), headers)
-        with urllib.request.urlopen(request, timeout=PATIENCE) as answer:
+        with urllib.request.urlopen(request, timeout=SECONDS_TO_ANSWER) as answer:
             content = answer.read()
     except (OSError, ValueError) as error:  # no such host, a refusal, a timeout; no possible address
         raise UserError(f"{place} does not answer ({first_line(error)}).") from error

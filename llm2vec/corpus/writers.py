@@ -25,7 +25,7 @@ TEXTS_AT_ONCE, REQUESTS_AT_ONCE = 16, 8
 Write = Callable[[list[str]], list[str]]
 
 
-class Task(NamedTuple):
+class Writing(NamedTuple):
     """What is written for a text."""
 
     request: str  #: stands before the text in a chat's turn
@@ -45,8 +45,8 @@ class Task(NamedTuple):
 
 
 _ASKS_QUERY = "Write one short question that the following text answers. Write the question alone.\n\n"
-QUERY = Task(_ASKS_QUERY, "{}\n\nQuestion:", most_tokens=48, is_line=True)
-ANSWER = Task("", "Question: {}\n\nAnswer:", most_tokens=500, is_line=False)
+QUERY = Writing(_ASKS_QUERY, "{}\n\nQuestion:", most_tokens=48, is_line=True)
+ANSWER = Writing("", "Question: {}\n\nAnswer:", most_tokens=500, is_line=False)
 
 
 def write_in_parts(
@@ -86,7 +86,7 @@ def write_in_parts(
     return found
 
 
-def write_by_model(choice: ModelChoice, task: Task = QUERY) -> Write:
+def write_by_model(choice: ModelChoice, task: Writing = QUERY) -> Write:
     """A causal language model with its chat template, or without one by going on from a line.
 
     Raises:
@@ -141,7 +141,7 @@ def write_by_anchors(choice: ModelChoice) -> Write:
     return write
 
 
-def write_by_server(url: str, model: str, task: Task = QUERY) -> Write:
+def write_by_server(url: str, model: str, task: Writing = QUERY) -> Write:
     """A server with OpenAI's interface (`server.request_json`).
 
     Args:

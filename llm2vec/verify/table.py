@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 
-from llm2vec.cli import Output
+from llm2vec.cli import Printer
 from llm2vec.model.backbone import DTYPES
 from llm2vec.model.settings import EncoderSettings
 from llm2vec.table import Table
@@ -18,7 +18,9 @@ from llm2vec.verify.ways import LABELS, Choice, choices_of, rendering_of
 _HEADER = ["Way", "Of", "Texts", "Token ids", "Least cosine", "Mean", "Needed", "Largest diff.", "Lengths", "Verdict"]
 
 
-def compare_ways(ways: Sequence[str], texts_file: Path | None, dtype: str, threshold: float | None, out: Output) -> int:
+def compare_ways(
+    ways: Sequence[str], texts_file: Path | None, dtype: str, threshold: float | None, out: Printer
+) -> int:
     """Ask the reference, which is the first, then every other way, and print how they compare.
 
     Arguments as on the command line. The exit code: 1 if a way differs, else 2 if one could not be asked, else 0.

@@ -51,7 +51,7 @@ def test_answers_are_rows_and_a_killed_start_goes_on(
 
     monkeypatch.setattr(writers, "request_json", request)
     monkeypatch.setattr(writers, "REQUESTS_AT_ONCE", 1)
-    monkeypatch.setattr(answers, "PART", 2)
+    monkeypatch.setattr(answers, "ANSWERS_A_PART", 2)
     server = flags(folder, "--server", "http://x/v1", "--name", "m", "--most_tokens", "7")
     with pytest.raises(KeyboardInterrupt):
         main(server)

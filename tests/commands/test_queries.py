@@ -72,7 +72,7 @@ def test_queries_that_lead_back_stay(
     with pytest.raises(UserError, match="holds what was written for other texts or by another writer; give"):
         main(flags)
     flags[1] = str(folder / "out2")
-    monkeypatch.setattr(queries, "PART", 2)
+    monkeypatch.setattr(queries, "QUERIES_A_PART", 2)
     whole = queries._round_trip
 
     def killed(*_: Any) -> Any:

@@ -30,5 +30,5 @@ def chosen_sources(args: argparse.Namespace) -> list[Source]:
     if missing and (args.sources or not there):
         raise UserError(f"{args.folder} lacks {', '.join(missing)}{archive_hint(sources)}.")
     if missing:
-        cli.Output(vars(args).get("json", False)).say(f"not there: {', '.join(missing)}")
+        cli.Printer(vars(args).get("json", False)).say(f"not there: {', '.join(missing)}")
     return there

@@ -30,7 +30,7 @@ if TYPE_CHECKING:
     from llm2vec.corpus.writers import Write
 
 #: Answers of a part: what a killed start loses at most.
-PART = 64
+ANSWERS_A_PART = 64
 ANSWERS_FOLDER = ".answers"
 
 
@@ -71,7 +71,7 @@ def _answer(args: argparse.Namespace, source: Source, work: Path) -> None:
     queries = list(dict.fromkeys(rows[i].query.text for i in range(len(rows))))
     writer = {"model": args.model and args.model.place, "server": args.server, "name": args.name}
     answers = write_in_parts(
-        partial(_writer, args), queries, work / source.name, {**writer, "most_tokens": args.most_tokens}, PART
+        partial(_writer, args), queries, work / source.name, {**writer, "most_tokens": args.most_tokens}, ANSWERS_A_PART
     )
     found = [(query, answer) for query, answer in zip(queries, answers, strict=True) if answer]
     with whole(args.out / f"{source.name}.jsonl") as aside, aside.open("w", encoding="utf-8") as out:

@@ -48,7 +48,7 @@ def main(argv: Sequence[str]) -> int:
         reports.append(check_source(source, args.folder, count_tokens, test_texts))
     table = _table(reports, args.max_length)
     if args.json:  # on a terminal, the table is part of what is logged
-        cli.Output(args.json).table(table)
+        cli.Printer(args.json).table(table)
     lines = [table.text(), *_legend(args.max_length, guessed=args.tokenizer is None)]
     for source, report in zip(sources, reports, strict=True):
         notes = [f"{number:,} {what}" for what, number in report.left_out.items()]

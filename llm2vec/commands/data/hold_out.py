@@ -25,7 +25,7 @@ def main(argv: Sequence[str]) -> None:
     parser.add_argument("--queries", type=cli.positive, default=100, help="held out of each source (default 100)")
     parser.add_argument("--seed", type=int, default=42, help="of the draw (default 42)")
     args = parser.parse_args(argv)
-    out = cli.Output(args.json)
+    out = cli.Printer(args.json)
     splits = hold_out(args.folder, chosen_sources(args), args.out, args.queries, args.seed)
     rows: list[list[Cell]] = [[split.source, *(f"{number:,}" for number in split[1:])] for split in splits]
     out.table(Table(["source", "rows left", "rows out", "queries", "documents"], rows))

@@ -37,7 +37,7 @@ EXAMPLES = 3
 def main(argv: Sequence[str]) -> None:
     """Mine, and say what was found."""
     args = _parse_args(argv)
-    out = cli.Output(args.json)
+    out = cli.Printer(args.json)
     sources = chosen_sources(args)
     from llm2vec.corpus.mining import WORK_FOLDER, Rules, mine  # seconds to import, with torch
     from llm2vec.corpus.retrievers import open_reranker, open_retriever
@@ -89,7 +89,7 @@ def _parse_args(argv: Sequence[str]) -> argparse.Namespace:
     return args
 
 
-def _say(reports: Sequence[MiningReport], folder: Path, out: cli.Output) -> None:
+def _say(reports: Sequence[MiningReport], folder: Path, out: cli.Printer) -> None:
     rows: list[list[Cell]] = []
     for report in reports:
         shares = (report.mined / max(1, report.rows), report.too_near / max(1, report.candidates))

@@ -33,7 +33,7 @@ if TYPE_CHECKING:
     from llm2vec.corpus.writers import Write
 
 #: Passages of a part: what a killed start loses at most.
-PART = 64
+QUERIES_A_PART = 64
 QUERIES_FOLDER = ".queries"
 
 
@@ -107,7 +107,7 @@ def _write(
 
     writer = {"server": args.server, "name": args.name}
     writer |= {key: getattr(args, key) and getattr(args, key).place for key in ("model", "anchors")}
-    return write_in_parts(lambda: _writer(args), [passages[i] for i in chosen], work, writer, PART)
+    return write_in_parts(lambda: _writer(args), [passages[i] for i in chosen], work, writer, QUERIES_A_PART)
 
 
 def _writer(args: argparse.Namespace) -> Write:
@@ -133,8 +133,8 @@ def _round_trip(
     kept: dict[str, str] = {}
     # A copy of the passage's own words would lead back, too.
     pairs = [(query, i) for query, i in zip(queries, chosen, strict=True) if query and query not in passages[i]]
-    for start in range(0, len(pairs), PART):
-        some = pairs[start : start + PART]
+    for start in range(0, len(pairs), QUERIES_A_PART):
+        some = pairs[start : start + QUERIES_A_PART]
         blocks = retriever.scores([query for query, _ in some], nothing, work)
         scores_QN = torch.cat([scores for _, scores in blocks], dim=1)
         for (query, i), scores_N in zip(some, scores_QN, strict=True):

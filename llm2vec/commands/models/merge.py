@@ -31,4 +31,4 @@ def main(argv: Sequence[str]) -> int:
     from llm2vec.verify.table import compare_ways
 
     write_merged([ModelChoice.parse(model) for model in args.models], args.how, args.weights, args.out)
-    return compare_ways([str(args.out)], None, "float32", None, cli.Output(as_json=False))
+    return compare_ways([str(args.out)], None, "float32", None, cli.Printer(as_json=False))

@@ -48,4 +48,4 @@ def main(argv: Sequence[str]) -> int:
     logging.getLogger("sentence_transformers").setLevel(logging.WARNING)
     transformers_logging.set_verbosity_error()  # such as of the text that is longer than a row
     with without_waiting_for_the_hub():
-        return compare_ways(args.ways, args.texts, args.dtype, args.threshold, cli.Output(args.json))
+        return compare_ways(args.ways, args.texts, args.dtype, args.threshold, cli.Printer(args.json))
