@@ -41,7 +41,7 @@ setup(
     install_requires=[
         "torch>=2.6",
         # Before 5.6, accelerate divides a step's loss by its micro-batches once more. A later minor release may rename
-        # a hook of the Trainer that `llm2vec.train.trainer` overrides; its test says which.
+        # a hook of the Trainer that `llm2vec.training.trainer` overrides; its test says which.
         "transformers>=5.6,<5.24",
         "peft>=0.18",
         "accelerate>=1.10",

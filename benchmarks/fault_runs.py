@@ -24,8 +24,8 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from llm2vec.quickstart.tiny import tiny_llama, train_tokenizer
-from llm2vec.train.log import LOG_FILE
-from llm2vec.train.resume import checkpoints_in, why_unusable
+from llm2vec.training.log import LOG_FILE
+from llm2vec.training.resume import checkpoints_in, why_unusable
 from llm2vec.types import UserError
 
 SCRIPTS = Path(__file__).parents[1] / "experiments"

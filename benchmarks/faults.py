@@ -45,8 +45,8 @@ from benchmarks.fault_runs import (
 )
 from llm2vec.cli import run_command
 from llm2vec.table import Table
-from llm2vec.train.log import LOG_FILE
-from llm2vec.train.resume import checkpoints_in
+from llm2vec.training.log import LOG_FILE
+from llm2vec.training.resume import checkpoints_in
 from llm2vec.types import UserError
 
 BEGIN, END = "<!-- faults: begin -->", "<!-- faults: end -->"

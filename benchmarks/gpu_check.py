@@ -68,9 +68,9 @@ from llm2vec.planning.memory import Step, memory_of
 from llm2vec.planning.work import useful_flops
 from llm2vec.table import Table
 from llm2vec.text.batches import pack_rows
-from llm2vec.train.model import decoder_of
-from llm2vec.train.step import backward_step, split_batch
-from llm2vec.train.trainer import EmbedderTrainer
+from llm2vec.training.model import decoder_of
+from llm2vec.training.step import backward_step, split_batch
+from llm2vec.training.trainer import EmbedderTrainer
 from llm2vec.types import Batch, InstructedText, UserError
 
 PACKAGES = ("torch", "transformers", "peft", "accelerate", "triton", "sentence-transformers")

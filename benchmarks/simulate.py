@@ -52,9 +52,9 @@ from llm2vec.planning.gpus import CARDS, Card
 from llm2vec.planning.plan import Conditions, Plan, make_plan
 from llm2vec.planning.work import assumed_batch, useful_flops
 from llm2vec.table import Table
-from llm2vec.train import step
-from llm2vec.train.model import decoder_of, fuses, plan_sharding
-from llm2vec.train.recomputation import recompute_first
+from llm2vec.training import step
+from llm2vec.training.model import decoder_of, fuses, plan_sharding
+from llm2vec.training.recomputation import recompute_first
 from llm2vec.types import Batch
 
 #: Bytes a second of a card's memory (the makers' figures).

@@ -48,8 +48,8 @@ from llm2vec.objectives.contrastive import ContrastiveLearning
 from llm2vec.text.entries import as_instructed
 from llm2vec.text.templates import render_instruction
 from llm2vec.text.tokenization import Row
-from llm2vec.train.recomputation import enable_checkpointing
-from llm2vec.train.step import backward_step, split_batch
+from llm2vec.training.recomputation import enable_checkpointing
+from llm2vec.training.step import backward_step, split_batch
 from llm2vec.types import Batch
 
 ALPHA = 0.2

@@ -30,7 +30,7 @@ from llm2vec.compare.execution import is_over, last_step
 from llm2vec.compare.runs import STAGE_COMMANDS
 from llm2vec.files import alone_in
 from llm2vec.quickstart.docstrings import TRAIN_FILE
-from llm2vec.train.config.file import load_config
+from llm2vec.training.config.file import load_config
 from llm2vec.types import Stage, UserError
 
 OUTPUT = Path("output/quickstart")

@@ -16,8 +16,8 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from llm2vec.llm2vec import LLM2Vec
     from llm2vec.llm2vec_q2d_d2q import BidirectionalReconstruction, LLM2Vec_q2d_d2q
-    from llm2vec.train import train_model as train
-    from llm2vec.train.config import Config
+    from llm2vec.training import train
+    from llm2vec.training.config import Config
 
 __version__ = "2.0.0"
 
@@ -26,15 +26,14 @@ __all__ = ["BidirectionalReconstruction", "Config", "LLM2Vec", "LLM2Vec_q2d_d2q"
 #: Public name -> the module that defines it.
 _HOMES = {
     "BidirectionalReconstruction": "llm2vec.llm2vec_q2d_d2q",
-    "Config": "llm2vec.train.config",
+    "Config": "llm2vec.training.config",
     "LLM2Vec": "llm2vec.llm2vec",
     "LLM2Vec_q2d_d2q": "llm2vec.llm2vec_q2d_d2q",
+    "train": "llm2vec.training",
 }
 
 
 def __getattr__(name: str) -> Any:
-    if name == "train":  # a package that can be called
-        return import_module("llm2vec.train")
     if name not in _HOMES:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     return getattr(import_module(_HOMES[name]), name)

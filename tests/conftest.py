@@ -16,7 +16,7 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 import pytest  # noqa: E402
 import torch  # noqa: E402
 
-from llm2vec.train import step  # noqa: E402
+from llm2vec.training import step  # noqa: E402
 
 pytest_plugins = ["verify_folders"]
 

@@ -19,7 +19,7 @@ from llm2vec.objectives.contrastive import ContrastiveLearning
 from llm2vec.objectives.language_modelling import ContrastiveLanguageModelling, LanguageModelling
 from llm2vec.objectives.mntp import MaskedNextTokenPrediction, mask_tokens
 from llm2vec.text.templates import add_template_tokens
-from llm2vec.train.recomputation import enable_checkpointing
+from llm2vec.training.recomputation import enable_checkpointing
 from llm2vec.types import Batch, Objective
 
 #: Keys of Stage I.

@@ -17,10 +17,10 @@ from torch.utils.data import DataLoader
 
 from llm2vec.cli import user_errors_in_one_sentence
 from llm2vec.processes import rank, world_size
-from llm2vec.train.config.arguments import training_arguments
-from llm2vec.train.config.file import load_config
-from llm2vec.train.rows import open_rows, row_orders
-from llm2vec.train.run import provenance
+from llm2vec.training.config.arguments import training_arguments
+from llm2vec.training.config.file import load_config
+from llm2vec.training.rows import open_rows, row_orders
+from llm2vec.training.run import provenance
 
 ROWS_AT_ONCE = 16
 NUM_BATCHES = 200

@@ -26,8 +26,8 @@ from helpers import family_tokenizer, tiny_model, write_jsonl
 from safetensors.torch import load_file
 
 import llm2vec.cli
-from llm2vec.train.log import LOG_FILE
-from llm2vec.train.trainer import EmbedderTrainer
+from llm2vec.training.log import LOG_FILE
+from llm2vec.training.trainer import EmbedderTrainer
 
 SCRIPTS = Path(__file__).parents[1] / "experiments"
 

@@ -32,9 +32,9 @@ from llm2vec.cli import QUIET, parser, positive, positive_float
 from llm2vec.model.chain import INCOMPLETE_MARKER, RUN_FILE, open_chain
 from llm2vec.model.checkpoint import save_checkpoint
 from llm2vec.model.settings import SETTINGS_FILE, EncoderSettings
-from llm2vec.train.config import Config
-from llm2vec.train.log import LOG_FILE
-from llm2vec.train.model import open_tokenizer
+from llm2vec.training.config import Config
+from llm2vec.training.log import LOG_FILE
+from llm2vec.training.model import open_tokenizer
 from llm2vec.types import UserError
 
 ROOT = Path(__file__).parents[1]

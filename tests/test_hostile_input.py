@@ -36,7 +36,7 @@ from llm2vec.reports.results import read_results
 from llm2vec.table import Table
 from llm2vec.text.templates import TEMPLATES
 from llm2vec.text.tokenization import RowTokenizer
-from llm2vec.train.config.file import load_config
+from llm2vec.training.config.file import load_config
 from llm2vec.types import InstructedText, UserError
 from tests.helpers import family_tokenizer, tiny_model
 

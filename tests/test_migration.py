@@ -33,9 +33,9 @@ from llm2vec.model.proofs import check_attention
 from llm2vec.model.settings import SETTINGS_FILE, EncoderSettings
 from llm2vec.models import LlamaBiModel
 from llm2vec.objectives.losses import info_nce
-from llm2vec.train.config import Config
-from llm2vec.train.config.arguments import training_arguments
-from llm2vec.train.config.file import load_config
+from llm2vec.training.config import Config
+from llm2vec.training.config.arguments import training_arguments
+from llm2vec.training.config.file import load_config
 from llm2vec.types import Stage, UserError
 
 PAGE = Path(__file__).parents[1] / "docs/migration.md"

@@ -74,9 +74,9 @@ def main(argv: Sequence[str]) -> None:
 def _of_run(args: Any) -> Iterator[tuple[Any, Path, TextSide, str]]:
     """The texts of a run: of each side and instruction a corpus, and where its vectors go."""
     from llm2vec.corpus.rows import Corpus
-    from llm2vec.train.config.file import load_config
-    from llm2vec.train.stages import open_data
-    from llm2vec.train.vectors import all_rows, texts_to_encode
+    from llm2vec.training.config.file import load_config
+    from llm2vec.training.stages import open_data
+    from llm2vec.training.vectors import all_rows, texts_to_encode
 
     config = load_config(args.input, "stage_I" if "imitation_weight" in read_object(Path(args.input)) else "stage_II")
     groups = texts_to_encode(all_rows(config, open_data(config)))

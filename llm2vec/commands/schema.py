@@ -37,8 +37,8 @@ def config_schema() -> dict[str, Any]:
 
     from transformers import TrainingArguments  # with torch: seconds, which --help does not wait for
 
-    from llm2vec.train.config import KEYS, Config
-    from llm2vec.train.config.file import RENAMED, REQUIRED, SCHEMA_KEY, WITHOUT_EFFECT, key_schemas
+    from llm2vec.training.config import KEYS, Config
+    from llm2vec.training.config.file import RENAMED, REQUIRED, SCHEMA_KEY, WITHOUT_EFFECT, key_schemas
 
     meanings = {field.name: field.metadata.get("help", "") for field in fields(TrainingArguments)} | meanings_of(Config)
     defaults = {field.name: {"default": field.default} for field in fields(Config) if field.default is not MISSING}

@@ -82,7 +82,7 @@ def supervised(argv: Sequence[str]) -> None:
     """
     path = _config("supervised", supervised, argv)
     if path.is_file() and "loss_scale" not in read_object(path):
-        from llm2vec.train.config import Config
+        from llm2vec.training.config import Config
 
         logger.warning("loss_scale is left out and is %g here; upstream llm2vec's default is 50.", Config.loss_scale)
     _train("stage_II", path)
@@ -104,6 +104,6 @@ def _config(command: str, function: Callable[[Sequence[str]], None], argv: Seque
 
 
 def _train(stage: Stage, path: Path) -> None:
-    from llm2vec.train.stages import train_stage  # with torch: seconds, which --help does not wait for
+    from llm2vec.training.stages import train_stage  # with torch: seconds, which --help does not wait for
 
     train_stage(stage, path)

@@ -21,7 +21,7 @@ from tqdm import tqdm
 
 from llm2vec.compare.runs import EVALUATION_COMMAND, Run, Trial, unique_runs
 from llm2vec.model.chain import RUN_FILE, open_folder
-from llm2vec.train.log import LOG_FILE
+from llm2vec.training.log import LOG_FILE
 from llm2vec.types import UserError
 
 #: What a run starts, behind Python's name.

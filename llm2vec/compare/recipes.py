@@ -22,7 +22,7 @@ from pathlib import Path
 from typing import Any, NamedTuple, get_args
 
 from llm2vec.files import read_object
-from llm2vec.train.config.file import SCHEMA_KEY
+from llm2vec.training.config.file import SCHEMA_KEY
 from llm2vec.types import Stage, UserError
 
 SHARED_FILE = "shared.json"

@@ -22,7 +22,7 @@ from llm2vec.files import COMPARISON_RECORD, read_object, write_json
 from llm2vec.model.chain import RUN_FILE
 from llm2vec.reports.logs import read_log
 from llm2vec.reports.results import read_query_scores, read_results
-from llm2vec.train.log import LOG_FILE
+from llm2vec.training.log import LOG_FILE
 from llm2vec.types import UserError
 
 _TRIAL = re.compile(r"(.+?)(?:-seed(\d+))?")

@@ -20,9 +20,9 @@ from llm2vec.files import data_revision, files_hash, json_hash, write_json
 from llm2vec.hub import find_file, without_waiting_for_the_hub
 from llm2vec.model.chain import RUN_FILE, revision_of
 from llm2vec.model.settings import SETTINGS_FILE
-from llm2vec.train.config import Config
-from llm2vec.train.config.file import load_config
-from llm2vec.train.resume import checkpoint_folder
+from llm2vec.training.config import Config
+from llm2vec.training.config.file import load_config
+from llm2vec.training.resume import checkpoint_folder
 from llm2vec.types import Stage, UserError
 
 #: Stage -> the command that trains it.

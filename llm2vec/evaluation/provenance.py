@@ -15,7 +15,7 @@ from llm2vec.files import read_object
 from llm2vec.hub import local_folder
 from llm2vec.model.chain import is_mark_of_folder, mark_of, read_run
 from llm2vec.model.vault import Folder
-from llm2vec.train.log import LOG_FILE
+from llm2vec.training.log import LOG_FILE
 
 logger = logging.getLogger(__name__)
 

@@ -19,7 +19,7 @@ from llm2vec.model.settings import EncoderSettings
 from llm2vec.model.stock_form import BIDIRECTIONAL_SINCE, STRAY_BLANK, StockForm
 from llm2vec.reports.results import Results
 from llm2vec.table import Table
-from llm2vec.train.config import KEYS
+from llm2vec.training.config import KEYS
 from llm2vec.types import PoolingMode
 
 #: Stages as headings.

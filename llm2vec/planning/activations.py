@@ -23,7 +23,7 @@ from transformers import TrainingArguments
 from llm2vec.model.packed_attention import varlen_takes
 from llm2vec.model.packing import attention_dropout, inner_decoder, narrowing_layer, shares_prefix
 from llm2vec.planning.work import width_of_queries
-from llm2vec.train.recomputation import tokens_run
+from llm2vec.training.recomputation import tokens_run
 from llm2vec.types import Pass
 
 #: A layer's projections, each with what it reads: those with the same word read the same tensor.

@@ -11,8 +11,8 @@ from typing import Any
 from llm2vec.planning.gpus import Card
 from llm2vec.planning.plan import Conditions, plan_of
 from llm2vec.planning.words import FULL
-from llm2vec.train.config import Config
-from llm2vec.train.config.file import checked_config
+from llm2vec.training.config import Config
+from llm2vec.training.config.file import checked_config
 
 #: Of the cards, in 10^9 bytes.
 CARDS_GB = (8, 16, 24, 48, 80)

@@ -38,10 +38,10 @@ from llm2vec.planning.activations import BITS_OF_BASE, Numbers, is_known, reckon
 from llm2vec.planning.gpus import Card
 from llm2vec.planning.memory import Memory, Step, memory_of
 from llm2vec.planning.work import Sample, assumed, counted, useful_flops
-from llm2vec.train.config import DATASET_NAMES, KEYS, Config
-from llm2vec.train.config.arguments import training_arguments
-from llm2vec.train.config.file import load_config
-from llm2vec.train.model import (
+from llm2vec.training.config import DATASET_NAMES, KEYS, Config
+from llm2vec.training.config.arguments import training_arguments
+from llm2vec.training.config.file import load_config
+from llm2vec.training.model import (
     add_token_rows,
     decoder_of,
     encoder_settings,
@@ -50,10 +50,10 @@ from llm2vec.train.model import (
     trained_tokens,
     with_adapter,
 )
-from llm2vec.train.recomputation import fit, tokens_run
-from llm2vec.train.rows import Rows, open_running_text, row_orders, sources_of
-from llm2vec.train.run import Schedule, rows_a_step, schedule_of, steps_an_epoch
-from llm2vec.train.stages import cut, open_data, saved_settings, stage_parts
+from llm2vec.training.recomputation import fit, tokens_run
+from llm2vec.training.rows import Rows, open_running_text, row_orders, sources_of
+from llm2vec.training.run import Schedule, rows_a_step, schedule_of, steps_an_epoch
+from llm2vec.training.stages import cut, open_data, saved_settings, stage_parts
 from llm2vec.types import Objective, Stage, UserError
 
 

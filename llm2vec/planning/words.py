@@ -13,9 +13,9 @@ from transformers.trainer_utils import SaveStrategy
 from llm2vec.model.packing import can_pack
 from llm2vec.planning.memory import STATES, optimiser_bytes, optimiser_name
 from llm2vec.planning.plan import Plan
-from llm2vec.train.resume import check_writable
-from llm2vec.train.rows import sample_of
-from llm2vec.train.run import (
+from llm2vec.training.resume import check_writable
+from llm2vec.training.rows import sample_of
+from llm2vec.training.run import (
     describe,
     describe_model,
     describe_negatives,

@@ -16,9 +16,9 @@ from torch import Tensor, nn
 from llm2vec.data.collation import Collate
 from llm2vec.model.packing import inner_decoder
 from llm2vec.model.settings import EncoderSettings
-from llm2vec.train.config import Config
-from llm2vec.train.rows import Rows, sample_of
-from llm2vec.train.stages import stage_parts
+from llm2vec.training.config import Config
+from llm2vec.training.rows import Rows, sample_of
+from llm2vec.training.stages import stage_parts
 from llm2vec.types import Attention, Batch, Objective, Pass, PassKind, TokenBatch
 
 #: Rows of each source whose tokens are counted for the memory they take.

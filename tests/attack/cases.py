@@ -29,7 +29,7 @@ from safetensors.torch import load_file, save_file
 from llm2vec.__main__ import COMMANDS
 from llm2vec.choice import ModelChoice
 from llm2vec.llm2vec import LLM2Vec
-from llm2vec.train.config import KEYS
+from llm2vec.training.config import KEYS
 from tests.attack.attack import Case, command, in_a_process
 from tests.eval_stubs import write_retrieval
 from tests.helpers import WORDS, family_tokenizer, tiny_model, write_jsonl

@@ -28,10 +28,10 @@ from llm2vec.model.fused_layers import fuse
 from llm2vec.model.packing import inner_decoder
 from llm2vec.model.proofs import check_packing
 from llm2vec.quickstart.tiny import train_tokenizer
-from llm2vec.train.config.arguments import training_arguments
-from llm2vec.train.config.file import load_config
-from llm2vec.train.model import decoder_of, load_model
-from llm2vec.train.step import split_batch
+from llm2vec.training.config.arguments import training_arguments
+from llm2vec.training.config.file import load_config
+from llm2vec.training.model import decoder_of, load_model
+from llm2vec.training.step import split_batch
 
 fakecuda.install()
 fused_layers._compiled = lambda function: function  # there is no such card to compile for
@@ -113,7 +113,7 @@ def loading() -> dict[str, object]:
         watcher = threading.Thread(target=watch)
         watcher.start()
         # What a proof computes is not what loading takes.
-        with patch("llm2vec.train.model.check_decoder"), patch("llm2vec.train.model.check_head"):
+        with patch("llm2vec.training.model.check_decoder"), patch("llm2vec.training.model.check_head"):
             model, *_ = load_model(config, torch.device("cuda", 0), with_lm_head=True)
         done.set()
         watcher.join()

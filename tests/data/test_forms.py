@@ -21,7 +21,7 @@ from llm2vec.commands.data.check_data import main as check_data
 from llm2vec.data.held_out import hold_out
 from llm2vec.data.rows import TrainingRows
 from llm2vec.data.sources import READY_TABLES, read_sources_file
-from llm2vec.train.stages import train_stage
+from llm2vec.training.stages import train_stage
 from llm2vec.types import Example, UserError
 
 #: Texts that a reader may spoil: digits, "NA", line breaks, quotes, commas, tabs.

@@ -14,7 +14,7 @@ from helpers import write_jsonl
 from llm2vec.data.order import OneSourceBlocks, block_order, blocks_taken
 from llm2vec.data.rows import TrainingRows
 from llm2vec.data.sources import read_sources_file
-from llm2vec.train.rows import describe_mixture
+from llm2vec.training.rows import describe_mixture
 from llm2vec.types import UserError
 
 SIZES, BLOCK = [21, 8, 50], 4

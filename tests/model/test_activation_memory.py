@@ -15,14 +15,14 @@ from llm2vec.data.collation import CollateSides
 from llm2vec.llm2vec_q2d_d2q import BidirectionalReconstruction
 from llm2vec.model.packing import compile_layers
 from llm2vec.model.settings import EncoderSettings, row_tokenizer
-from llm2vec.train.model import decoder_of
-from llm2vec.train.recomputation import (
+from llm2vec.training.model import decoder_of
+from llm2vec.training.recomputation import (
     bytes_per_token,
     fit_activations,
     layers_to_recompute,
     measured_bytes,
 )
-from llm2vec.train.step import backward_step
+from llm2vec.training.step import backward_step
 from llm2vec.types import Batch, UserError
 
 ROWS = reference.examples(12)

@@ -26,8 +26,8 @@ from llm2vec.model.checkpoint import save_checkpoint
 from llm2vec.model.settings import SETTINGS_FILE, EncoderSettings, row_tokenizer
 from llm2vec.probes.reconstruction import load_reconstructor
 from llm2vec.text.probe_texts import probe_ids
-from llm2vec.train.config import Config
-from llm2vec.train.model import load_model
+from llm2vec.training.config import Config
+from llm2vec.training.model import load_model
 from llm2vec.types import UserError
 
 SETTINGS = EncoderSettings("last", 64, template="llama3", instruction_join="; ", attention="bidirectional")

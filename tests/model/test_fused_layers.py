@@ -16,7 +16,7 @@ from llm2vec.model import fused_layers
 from llm2vec.model.backbone import attach_lora
 from llm2vec.model.fused_layers import fuse, fused_decoders, why_not
 from llm2vec.model.packing import checkpoint_contexts, inner_decoder, packed_hidden_states
-from llm2vec.train.recomputation import enable_checkpointing
+from llm2vec.training.recomputation import enable_checkpointing
 from llm2vec.types import Attention
 
 #: Three texts that begin alike, then two that begin alike in another way.

@@ -30,7 +30,7 @@ from llm2vec.model.proofs import check_attention, check_packing
 from llm2vec.model.settings import EncoderSettings, row_tokenizer
 from llm2vec.text.batches import pack_rows, positions_of, select_rows, shared_prefix, starts_of
 from llm2vec.text.tokenization import Row
-from llm2vec.train.recomputation import enable_checkpointing
+from llm2vec.training.recomputation import enable_checkpointing
 from llm2vec.types import Attention, InstructedText, PoolingMode, TokenBatch, UserError
 
 IDS = [[5, 9, 12, 7, 30, 8], [11], [6, 6, 21, 40], [14, 13]]

@@ -32,9 +32,9 @@ from llm2vec.objectives.losses import distillation, info_nce, linear_cross_entro
 from llm2vec.objectives.negatives import ContrastiveKeys, Pool, RowFacts, Softmax, hash_of
 from llm2vec.processes import rank, world_size
 from llm2vec.text.tokenization import RowTokenizer
-from llm2vec.train.config.file import load_config
-from llm2vec.train.log import LOG_FILE
-from llm2vec.train.step import backward_step, loss_parts, split_batch
+from llm2vec.training.config.file import load_config
+from llm2vec.training.log import LOG_FILE
+from llm2vec.training.step import backward_step, loss_parts, split_batch
 from llm2vec.types import Example, Hardened, InstructedText, MarginKind, TextFacts, UserError
 from tests.objectives.test_losses import Largest, Problem, blocked, gradients, plain, problem
 

@@ -26,9 +26,9 @@ from llm2vec.model.settings import EncoderSettings, row_tokenizer
 from llm2vec.objectives.contrastive import ContrastiveLearning
 from llm2vec.objectives.language_modelling import ContrastiveLanguageModelling, LanguageModelling
 from llm2vec.processes import rank, world_size
-from llm2vec.train.config.file import load_config
-from llm2vec.train.log import LOG_FILE
-from llm2vec.train.step import backward_step, loss_parts, split_batch
+from llm2vec.training.config.file import load_config
+from llm2vec.training.log import LOG_FILE
+from llm2vec.training.step import backward_step, loss_parts, split_batch
 from llm2vec.types import UserError
 
 ROOT = Path(__file__).parents[2]

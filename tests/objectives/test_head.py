@@ -29,9 +29,9 @@ from llm2vec.objectives.sentence_transformers import BidirectionalReconstruction
 from llm2vec.probes.reconstruction import score_targets, target_ids
 from llm2vec.text.templates import add_template_tokens
 from llm2vec.text.tokenization import Row
-from llm2vec.train.config import Config
-from llm2vec.train.model import load_model
-from llm2vec.train.step import backward_step
+from llm2vec.training.config import Config
+from llm2vec.training.model import load_model
+from llm2vec.training.step import backward_step
 from llm2vec.types import Batch, Objective, UserError
 
 #: Families whose head does more than multiply, with a number that shows.

@@ -14,10 +14,10 @@ from llm2vec.model.packing import checkpoint_contexts
 from llm2vec.model.settings import EncoderSettings, row_tokenizer
 from llm2vec.objectives.language_modelling import LanguageModelling
 from llm2vec.text.batches import pack_rows
-from llm2vec.train.config import Config
-from llm2vec.train.recomputation import enable_checkpointing
-from llm2vec.train.stages import STAGES
-from llm2vec.train.step import backward_step, loss_parts, split_batch
+from llm2vec.training.config import Config
+from llm2vec.training.recomputation import enable_checkpointing
+from llm2vec.training.stages import STAGES
+from llm2vec.training.step import backward_step, loss_parts, split_batch
 from llm2vec.types import InstructedText
 
 ROWS = reference.examples(5)

@@ -37,11 +37,11 @@ from llm2vec.model.chain import RUN_FILE, open_folder
 from llm2vec.model.packing import checkpoint_contexts
 from llm2vec.model.settings import EncoderSettings, row_tokenizer
 from llm2vec.objectives.mntp import MaskedNextTokenPrediction, MaskTokens, add_mask_token, mask_token_id, mask_tokens
-from llm2vec.train.config import KEYS
-from llm2vec.train.config.file import load_config
-from llm2vec.train.log import LOG_FILE
-from llm2vec.train.recomputation import enable_checkpointing
-from llm2vec.train.step import backward_step, loss_parts, split_batch
+from llm2vec.training.config import KEYS
+from llm2vec.training.config.file import load_config
+from llm2vec.training.log import LOG_FILE
+from llm2vec.training.recomputation import enable_checkpointing
+from llm2vec.training.step import backward_step, loss_parts, split_batch
 from llm2vec.types import InstructedText, UserError
 
 ROOT = Path(__file__).parents[2]

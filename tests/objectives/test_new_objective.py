@@ -21,7 +21,7 @@ from helpers import family_tokenizer, tiny_model
 
 from llm2vec.data.collation import CollateSides
 from llm2vec.model.settings import EncoderSettings, row_tokenizer
-from llm2vec.train.step import backward_step
+from llm2vec.training.step import backward_step
 
 ROOT = Path(__file__).parents[2]
 GUIDE = (ROOT / "docs/guides/recipe.md").read_text(encoding="utf-8").split("## A new objective")[1]

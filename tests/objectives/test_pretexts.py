@@ -30,10 +30,10 @@ from llm2vec.text import batches
 from llm2vec.text.batches import cut_row, pack_rows
 from llm2vec.text.templates import add_template_tokens
 from llm2vec.text.tokenization import Row
-from llm2vec.train.config.file import load_config
-from llm2vec.train.log import LOG_FILE
-from llm2vec.train.recomputation import enable_checkpointing
-from llm2vec.train.step import backward_step, split_batch
+from llm2vec.training.config.file import load_config
+from llm2vec.training.log import LOG_FILE
+from llm2vec.training.recomputation import enable_checkpointing
+from llm2vec.training.step import backward_step, split_batch
 from llm2vec.types import Example, InstructedText, UserError
 
 ROWS = reference.examples(6)

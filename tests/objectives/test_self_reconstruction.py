@@ -12,7 +12,7 @@ from helpers import family_tokenizer, tiny_model
 from llm2vec.data.collation import CollateSides
 from llm2vec.llm2vec_q2d_d2q import BidirectionalReconstruction
 from llm2vec.model.settings import EncoderSettings, row_tokenizer
-from llm2vec.train.step import backward_step, loss_parts, split_batch
+from llm2vec.training.step import backward_step, loss_parts, split_batch
 
 ROWS = reference.examples(6)
 

@@ -25,13 +25,13 @@ from llm2vec.model.packing import checkpoint_contexts, packed_hidden_states
 from llm2vec.model.pooling import embed
 from llm2vec.model.settings import SETTINGS_FILE, EncoderSettings, row_tokenizer
 from llm2vec.objectives.contrastive import ContrastiveLearning
-from llm2vec.train.config import Config
-from llm2vec.train.config.file import load_config
-from llm2vec.train.log import LOG_FILE
-from llm2vec.train.model import set_attention_dropout
-from llm2vec.train.recomputation import enable_checkpointing
-from llm2vec.train.rows import open_texts
-from llm2vec.train.step import backward_step, seeded, split_batch
+from llm2vec.training.config import Config
+from llm2vec.training.config.file import load_config
+from llm2vec.training.log import LOG_FILE
+from llm2vec.training.model import set_attention_dropout
+from llm2vec.training.recomputation import enable_checkpointing
+from llm2vec.training.rows import open_texts
+from llm2vec.training.step import backward_step, seeded, split_batch
 from llm2vec.types import Example, InstructedText, Output, UserError
 
 ROOT = Path(__file__).parents[2]

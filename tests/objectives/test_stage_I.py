@@ -23,10 +23,10 @@ from llm2vec.model.packing import checkpoint_contexts
 from llm2vec.model.pooling import embed
 from llm2vec.model.settings import EncoderSettings, row_tokenizer
 from llm2vec.text.tokenization import Row
-from llm2vec.train.log import LOG_FILE
-from llm2vec.train.recomputation import enable_checkpointing
-from llm2vec.train.step import add_up, backward_step, loss_parts, split_batch
-from llm2vec.train.trainer import EmbedderTrainer
+from llm2vec.training.log import LOG_FILE
+from llm2vec.training.recomputation import enable_checkpointing
+from llm2vec.training.step import add_up, backward_step, loss_parts, split_batch
+from llm2vec.training.trainer import EmbedderTrainer
 from llm2vec.types import AnchorProjection, Attention, Batch, Example, InstructedText, PoolingMode, Reduction
 
 ROWS = reference.examples(8)

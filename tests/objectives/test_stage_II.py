@@ -21,8 +21,8 @@ from llm2vec.model.settings import EncoderSettings, row_tokenizer
 from llm2vec.objectives import contrastive as llm2vec_contrastive
 from llm2vec.objectives import negatives as llm2vec_negatives
 from llm2vec.objectives.contrastive import ContrastiveLearning
-from llm2vec.train.recomputation import enable_checkpointing
-from llm2vec.train.step import backward_step, loss_parts, split_batch
+from llm2vec.training.recomputation import enable_checkpointing
+from llm2vec.training.step import backward_step, loss_parts, split_batch
 from llm2vec.types import Batch
 
 

@@ -24,8 +24,8 @@ from llm2vec.objectives.token_set import token_set_loss
 from llm2vec.text.batches import pack_rows
 from llm2vec.text.templates import add_template_tokens
 from llm2vec.text.tokenization import Row
-from llm2vec.train.log import LOG_FILE
-from llm2vec.train.step import backward_step, loss_parts, split_batch
+from llm2vec.training.log import LOG_FILE
+from llm2vec.training.step import backward_step, loss_parts, split_batch
 from llm2vec.types import Batch, UserError
 
 ROOT = Path(__file__).parents[2]

@@ -41,9 +41,9 @@ from llm2vec.planning.memory import Step, memory_of
 from llm2vec.planning.plan import Conditions, make_plan
 from llm2vec.planning.work import useful_flops
 from llm2vec.text import batches
-from llm2vec.train.model import set_attention_dropout
-from llm2vec.train.recomputation import enable_checkpointing, measured_bytes, tokens_run
-from llm2vec.train.step import backward_step, split_batch
+from llm2vec.training.model import set_attention_dropout
+from llm2vec.training.recomputation import enable_checkpointing, measured_bytes, tokens_run
+from llm2vec.training.step import backward_step, split_batch
 from llm2vec.types import Batch, Pass
 
 ROOT = Path(__file__).parents[2]
@@ -444,7 +444,7 @@ def test_processes_that_share_the_weights() -> None:
 #: Runs a training script and prints the most memory it held above what it held before the model was loaded.
 MEASURED_RUN = """
 import runpy, sys
-from llm2vec.train import model as run_model
+from llm2vec.training import model as run_model
 from benchmarks.measure import Meter
 
 meter, load = Meter("cpu"), run_model.load_backbone

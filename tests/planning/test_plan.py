@@ -27,11 +27,11 @@ from llm2vec.planning import plan as plan_module
 from llm2vec.planning.gpus import CARDS, Card
 from llm2vec.planning.plan import Conditions, Plan, make_plan, stage_of
 from llm2vec.planning.words import as_the_run_says, num_checkpoints, report, warnings_of
-from llm2vec.train import run as run_module
-from llm2vec.train.run import Schedule
-from llm2vec.train.stages import stage_parts
+from llm2vec.training import run as run_module
+from llm2vec.training.run import Schedule
+from llm2vec.training.stages import stage_parts
 from llm2vec.types import Stage, UserError
-from tests.train import test_config
+from tests.training import test_config
 
 ROOT = Path(__file__).parents[2]
 SCRIPT = ROOT / "experiments/plan.py"
@@ -186,7 +186,7 @@ def test_a_plan_says_what_the_run_says(
     monkeypatch.setattr(sys, "argv", [str(script), str(path)])
     with pytest.raises(_Begun):
         runpy.run_path(str(script), run_name="__main__")
-    said = [record.getMessage() for record in caplog.records if record.name == "llm2vec.train.run"]
+    said = [record.getMessage() for record in caplog.records if record.name == "llm2vec.training.run"]
     said = said[next(i for i, line in enumerate(said) if line.startswith("model ")) :]
     plan = make_plan(path, Conditions(stage=stage))
     assert as_the_run_says(plan) == said

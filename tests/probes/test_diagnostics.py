@@ -36,7 +36,7 @@ from llm2vec.probes.diagnostics import (
     measure,
     uniformity,
 )
-from llm2vec.train.config.file import load_config
+from llm2vec.training.config.file import load_config
 from llm2vec.types import Example, RunEnds, Stage, UserError
 
 ROOT = Path(__file__).parents[2]

@@ -42,8 +42,8 @@ from llm2vec.probes.reconstruction import (
 )
 from llm2vec.probes.reconstruction_probe import ANCHORS, Figure, ReconstructionProbe, as_table
 from llm2vec.text.batches import pack_rows
-from llm2vec.train.config.file import load_config
-from llm2vec.train.log import LOG_FILE
+from llm2vec.training.config.file import load_config
+from llm2vec.training.log import LOG_FILE
 from llm2vec.types import Attention, Example, InstructedText, ReconstructionTarget, UserError
 
 ROOT = Path(__file__).resolve().parents[2]

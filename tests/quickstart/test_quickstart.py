@@ -13,7 +13,7 @@ import pytest
 from llm2vec.__main__ import COMMANDS
 from llm2vec.files import alone_in
 from llm2vec.quickstart.docstrings import TRAIN_FILE
-from llm2vec.train.config.file import load_config
+from llm2vec.training.config.file import load_config
 from llm2vec.types import UserError
 
 ROOT = Path(__file__).parents[2]

@@ -20,7 +20,7 @@ from llm2vec.reports.logs import Shapes, read_shapes, read_spaces, space_table
 from llm2vec.reports.paper import read_paper
 from llm2vec.reports.results import Results, read_results
 from llm2vec.reports.scores import ScoredStage
-from llm2vec.train.log import drop_entries_after
+from llm2vec.training.log import drop_entries_after
 from llm2vec.types import UserError
 from tests.reports.test_results import write_results
 

@@ -32,9 +32,9 @@ from llm2vec.text.few_shot import check_examples_fit, with_examples
 from llm2vec.text.probe_texts import probe_ids
 from llm2vec.text.templates import add_template_tokens
 from llm2vec.text.tokenization import RowTokenizer
-from llm2vec.train.config import Config
-from llm2vec.train.model import add_token_rows, load_model
-from llm2vec.train.run import train
+from llm2vec.training.config import Config
+from llm2vec.training.model import add_token_rows, load_model
+from llm2vec.training.run import run_training
 from llm2vec.types import Example, InstructedText, UserError
 
 CPU = torch.device("cpu")
@@ -408,7 +408,7 @@ def training(base: Path, tmp_path: Path, **changes: Any) -> Config:
     model, tokenizer, settings = load_model(config, CPU, with_lm_head=False)
     objective = ContrastiveLearning(model, settings)
     collate = CollateSides(row_tokenizer(tokenizer, settings), ("query", "positive", "negative"), 3, args.seed)
-    train(config, args, objective, rows, collate, tokenizer, settings)
+    run_training(config, args, objective, rows, collate, tokenizer, settings)
     return config
 
 

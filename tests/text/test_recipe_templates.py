@@ -19,7 +19,7 @@ from llm2vec.text.entries import as_instructed
 from llm2vec.text.probe_texts import PROBE_TEXTS, probe_ids
 from llm2vec.text.templates import TEMPLATES, add_template_tokens, leaves_join_open
 from llm2vec.text.tokenization import EXAMPLE_PART, Row, RowTokenizer
-from llm2vec.train.config.file import load_config
+from llm2vec.training.config.file import load_config
 from llm2vec.types import Demonstration, InstructedText, PoolingMode, TextSide, UserError
 
 #: Each method's template and the pooling it is used with.

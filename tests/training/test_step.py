@@ -23,9 +23,9 @@ from llm2vec.model.backbone import attach_lora
 from llm2vec.model.packing import checkpoint_contexts
 from llm2vec.model.settings import EncoderSettings, row_tokenizer
 from llm2vec.objectives.contrastive import ContrastiveLearning
-from llm2vec.train import step
-from llm2vec.train.recomputation import enable_checkpointing
-from llm2vec.train.step import add_up, backward_step, balanced, loss_parts, number_of_pieces, seeded, split_batch
+from llm2vec.training import step
+from llm2vec.training.recomputation import enable_checkpointing
+from llm2vec.training.step import add_up, backward_step, balanced, loss_parts, number_of_pieces, seeded, split_batch
 from llm2vec.types import Batch, Output, TextFacts, TokenBatch
 
 SETTINGS = EncoderSettings(pooling_mode="last", attention="causal")

@@ -20,8 +20,8 @@ from llm2vec.data.rows import TrainingRows
 from llm2vec.data.sources import Instruction, Source
 from llm2vec.llm2vec_q2d_d2q import BidirectionalReconstruction
 from llm2vec.model.settings import EncoderSettings, row_tokenizer
-from llm2vec.train.config import Config
-from llm2vec.train.rows import row_orders
+from llm2vec.training.config import Config
+from llm2vec.training.rows import row_orders
 from llm2vec.types import UserError
 
 ROOT = Path(__file__).resolve().parents[2]

@@ -21,7 +21,7 @@ from llm2vec.data.order import OneSourceBlocks
 from llm2vec.data.rows import TrainingRows
 from llm2vec.data.sources import Instruction, Source, e5_sources, read_sources_file, select_sources
 from llm2vec.files import in_short, write_json
-from llm2vec.train.config import Config
+from llm2vec.training.config import Config
 from llm2vec.types import CHARACTERS_A_TOKEN, UserError
 
 logger = logging.getLogger(__name__)

@@ -43,10 +43,10 @@ from torch.utils.data import DataLoader, Dataset, Sampler
 from transformers import ProgressCallback, Trainer, TrainerCallback, TrainingArguments
 
 from llm2vec.processes import leave_process_group
-from llm2vec.train.log import LOG_FILE, EndOfRun, JsonLog, ProgressToStop, StepFigures
-from llm2vec.train.resume import last_checkpoint, step_of
-from llm2vec.train.saving import CheckpointWriter, load_shares, of_state, save_shares
-from llm2vec.train.step import backward_step, count_terms, mean_parts
+from llm2vec.training.log import LOG_FILE, EndOfRun, JsonLog, ProgressToStop, StepFigures
+from llm2vec.training.resume import last_checkpoint, step_of
+from llm2vec.training.saving import CheckpointWriter, load_shares, of_state, save_shares
+from llm2vec.training.step import backward_step, count_terms, mean_parts
 from llm2vec.types import Batch, Objective, Reduction, RunEnds, UserError, first_line
 
 logger = logging.getLogger(__name__)

@@ -12,7 +12,7 @@ from typing import get_args
 
 from llm2vec.objectives.stage_one import STAGE_ONE, stage_one_objective
 from llm2vec.text.templates import TEMPLATES, leaves_join_open, segments_of, template_named
-from llm2vec.train.config import DATASET_NAMES, KEYS, LORA_STAGES, Config
+from llm2vec.training.config import DATASET_NAMES, KEYS, LORA_STAGES, Config
 from llm2vec.types import POOLING_ALIASES, Direction, UserError
 
 #: What `fsdp_config` may say.

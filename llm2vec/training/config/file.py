@@ -26,8 +26,8 @@ from typing import Any, Literal, get_args
 from transformers import TrainingArguments
 
 from llm2vec.files import as_path, in_short, read_object
-from llm2vec.train.config import KEYS, LORA_STAGES, Config
-from llm2vec.train.config.rules import contradictions
+from llm2vec.training.config import KEYS, LORA_STAGES, Config
+from llm2vec.training.config.rules import contradictions
 from llm2vec.types import Stage, UserError
 
 logger = logging.getLogger(__name__)

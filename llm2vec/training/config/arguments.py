@@ -10,7 +10,7 @@ from transformers import TrainingArguments
 from transformers.integrations.integration_utils import get_available_reporting_integrations
 from transformers.training_args import ParallelMode
 
-from llm2vec.train.config import DONE_AT_LOADING, Config
+from llm2vec.training.config import DONE_AT_LOADING, Config
 from llm2vec.types import UserError, first_line
 
 

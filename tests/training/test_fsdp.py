@@ -22,11 +22,11 @@ from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor
 
 from llm2vec import LLM2Vec
-from llm2vec.train.config.arguments import training_arguments
-from llm2vec.train.config.file import load_config
-from llm2vec.train.log import LOG_FILE
-from llm2vec.train.model import plan_sharding
-from llm2vec.train.trainer import EmbedderTrainer
+from llm2vec.training.config.arguments import training_arguments
+from llm2vec.training.config.file import load_config
+from llm2vec.training.log import LOG_FILE
+from llm2vec.training.model import plan_sharding
+from llm2vec.training.trainer import EmbedderTrainer
 from llm2vec.types import Stage, UserError
 
 ROOT = Path(__file__).parents[2]

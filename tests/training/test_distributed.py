@@ -36,9 +36,9 @@ from llm2vec.objectives.negatives import RowFacts, hash_of
 from llm2vec.processes import first_of_each_machine_first, rank, rank_zero_first, world_size
 from llm2vec.text import batches
 from llm2vec.text.templates import add_template_tokens
-from llm2vec.train.log import LOG_FILE
-from llm2vec.train.recomputation import enable_checkpointing
-from llm2vec.train.step import backward_step, loss_parts, number_of_pieces, split_batch
+from llm2vec.training.log import LOG_FILE
+from llm2vec.training.recomputation import enable_checkpointing
+from llm2vec.training.step import backward_step, loss_parts, number_of_pieces, split_batch
 from llm2vec.types import Batch
 
 ROOT = Path(__file__).parents[2]

@@ -14,9 +14,9 @@ from helpers import tiny_model
 from llm2vec.model.backbone import attach_lora
 from llm2vec.model.fused_layers import fused_decoders
 from llm2vec.model.packing import inner_decoder
-from llm2vec.train import model as model_module
-from llm2vec.train.config import Config
-from llm2vec.train.model import fuses, prepare_device, set_attention_dropout
+from llm2vec.training import model as model_module
+from llm2vec.training.config import Config
+from llm2vec.training.model import fuses, prepare_device, set_attention_dropout
 from llm2vec.types import UserError
 
 ALLOCATOR = ("PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF")

@@ -33,11 +33,11 @@ from llm2vec.probes.diagnostics import EmbeddingDiagnostics
 from llm2vec.probes.reconstruction_probe import ReconstructionProbe
 from llm2vec.processes import StopSignals, rank, wait_for_all, world_size
 from llm2vec.text.probe_texts import probe_ids
-from llm2vec.train.config import Config
-from llm2vec.train.log import drop_entries_after
-from llm2vec.train.model import autocast, decoder_of, describe_device, part_to_save, plan_sharding
-from llm2vec.train.recomputation import fit_activations
-from llm2vec.train.resume import (
+from llm2vec.training.config import Config
+from llm2vec.training.log import drop_entries_after
+from llm2vec.training.model import autocast, decoder_of, describe_device, part_to_save, plan_sharding
+from llm2vec.training.recomputation import fit_activations
+from llm2vec.training.resume import (
     checkpoint_folder,
     checkpoints_in,
     command_to_resume,
@@ -45,15 +45,15 @@ from llm2vec.train.resume import (
     remove_checkpoints,
     step_of,
 )
-from llm2vec.train.rows import Rows, describe_left_out, describe_mixture, row_orders, sample_of
-from llm2vec.train.saving import model_weights
-from llm2vec.train.trainer import EmbedderTrainer
+from llm2vec.training.rows import Rows, describe_left_out, describe_mixture, row_orders, sample_of
+from llm2vec.training.saving import model_weights
+from llm2vec.training.trainer import EmbedderTrainer
 from llm2vec.types import Objective, RunEnds, UserError
 
 logger = logging.getLogger(__name__)
 
 
-def train(
+def run_training(
     config: Config,
     args: TrainingArguments,
     objective: Objective,

@@ -20,9 +20,9 @@ from llm2vec import LLM2Vec
 from llm2vec.model.backbone import attach_lora, load_backbone
 from llm2vec.model.chain import open_chain
 from llm2vec.planning.plan import model_of_shapes
-from llm2vec.train import model as model_of_a_run
-from llm2vec.train.config.file import load_config
-from llm2vec.train.stages import train_stage
+from llm2vec.training import model as model_of_a_run
+from llm2vec.training.config.file import load_config
+from llm2vec.training.stages import train_stage
 from llm2vec.types import Stage, UserError
 
 TEXTS = ["who wrote it", "the red one"]

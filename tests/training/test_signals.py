@@ -19,9 +19,9 @@ import pytest
 from forked_runs import Setup, assert_same_to_the_bit, log_of, make_data, run, said, signal_within
 
 from llm2vec.processes import STOP_SIGNALS, StopSignals
-from llm2vec.train import step, trainer
-from llm2vec.train.log import LOG_FILE
-from llm2vec.train.resume import checkpoints_in, why_unusable
+from llm2vec.training import step, trainer
+from llm2vec.training.log import LOG_FILE
+from llm2vec.training.resume import checkpoints_in, why_unusable
 
 ROOT = Path(__file__).parents[2]
 

@@ -15,7 +15,7 @@ from forked_runs import Setup, make_data, run, said
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from llm2vec.processes import rank_zero_first, wait_for_all
-from llm2vec.train import step as step_module
+from llm2vec.training import step as step_module
 
 
 class Recorded(TorchDispatchMode):

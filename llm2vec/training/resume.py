@@ -38,9 +38,9 @@ from llm2vec.files import alone_in, checked, read_object, remove
 from llm2vec.model.chain import RUN_FILE, mark_of, open_folder, read_run
 from llm2vec.model.checkpoint import SUMS_FILE, check_sums, environment
 from llm2vec.processes import rank, wait_for_all, world_size
-from llm2vec.train.config import KEYS, Config
-from llm2vec.train.config.arguments import training_arguments
-from llm2vec.train.rows import sources_of, text_file_of
+from llm2vec.training.config import KEYS, Config
+from llm2vec.training.config.arguments import training_arguments
+from llm2vec.training.rows import sources_of, text_file_of
 from llm2vec.types import RunEnds, UserError
 
 logger = logging.getLogger(__name__)

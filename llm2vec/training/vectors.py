@@ -26,7 +26,7 @@ from torch import Tensor
 from llm2vec.data.tables import cached_table, stamp_of
 from llm2vec.files import read_object
 from llm2vec.objectives.negatives import hash_of
-from llm2vec.train.config import Config
+from llm2vec.training.config import Config
 from llm2vec.types import Example, InstructedText, TextSide, UserError, first_line
 
 

@@ -17,8 +17,8 @@ from transformers import ProgressCallback, TrainerCallback, TrainerControl, Trai
 from llm2vec.distributed import sum_over_ranks
 from llm2vec.files import read_object, write_json, write_text
 from llm2vec.processes import rank
-from llm2vec.train.resume import FIGURES_FILE, file_of_rank, last_checkpoint
-from llm2vec.train.step import add_up
+from llm2vec.training.resume import FIGURES_FILE, file_of_rank, last_checkpoint
+from llm2vec.training.step import add_up
 from llm2vec.types import RunEnds
 
 logger = logging.getLogger(__name__)

@@ -1,4 +1,4 @@
-"""Training. From Python, the package itself is what one calls; the commands lead to the same run (`stages`).
+"""A training run: its config, stages, trainer and step; and the door to it from Python, beside the commands'.
 
 from llm2vec import Config, train
 model, figures = train(Config(...), rows)
@@ -7,10 +7,7 @@ model, figures = train(Config(...), rows)
 from __future__ import annotations
 
 import dataclasses
-import inspect
-import sys
 from collections.abc import Iterable, Mapping, Sequence
-from types import ModuleType
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from llm2vec.files import json_lines
@@ -21,7 +18,7 @@ if TYPE_CHECKING:
     from transformers import TrainerCallback
 
     from llm2vec.llm2vec import LLM2Vec
-    from llm2vec.train.config import Config
+    from llm2vec.training.config import Config
 
 
 class Trained(NamedTuple):
@@ -36,7 +33,7 @@ class Trained(NamedTuple):
     figures: list[dict[str, Any]]
 
 
-def train_model(
+def train(
     config: Config,
     rows: Iterable[Mapping[str, Any]] | None = None,
     *,
@@ -63,10 +60,10 @@ def train_model(
         RunEnds: the run was asked to stop, could not write, or diverged.
     """
     from llm2vec.llm2vec import LLM2Vec
-    from llm2vec.train.config.file import checked_config
-    from llm2vec.train.log import LOG_FILE
-    from llm2vec.train.rows import table_of
-    from llm2vec.train.stages import run_stage  # all with torch: seconds, which `import llm2vec` does not wait for
+    from llm2vec.training.config.file import checked_config
+    from llm2vec.training.log import LOG_FILE
+    from llm2vec.training.rows import table_of
+    from llm2vec.training.stages import run_stage  # all with torch: seconds, which `import llm2vec` does not wait for
 
     if rows is not None:
         for key in ("dataset_file_path", "sources_file", "sources"):
@@ -85,14 +82,3 @@ def train_model(
     with rank_zero_first():  # which has written it all
         figures = [entry for _, entry in json_lines(log)] if log.is_file() else []
         return Trained(LLM2Vec.from_pretrained(config.output_dir), figures)
-
-
-class _Callable(ModuleType):
-    """A module of this class can be called. `train` names the package, which no function of that name can replace: each
-    import of one of its modules would put the package in its place again."""
-
-    __call__ = staticmethod(train_model)
-
-
-sys.modules[__name__].__class__ = _Callable
-__signature__ = inspect.signature(train_model)

@@ -20,10 +20,10 @@ from llm2vec.commands.schema import config_schema, meanings_of, schema_text
 from llm2vec.data.sources import read_sources_file
 from llm2vec.model.backbone import LORA_MODULES
 from llm2vec.text.templates import TEMPLATES, template_named
-from llm2vec.train.config import KEYS, LIBRARY_KEYS, LORA_STAGES, Config
-from llm2vec.train.config import arguments as config_module
-from llm2vec.train.config.arguments import training_arguments
-from llm2vec.train.config.file import REPLACED, WITHOUT_EFFECT, checked_config, load_config
+from llm2vec.training.config import KEYS, LIBRARY_KEYS, LORA_STAGES, Config
+from llm2vec.training.config import arguments as config_module
+from llm2vec.training.config.arguments import training_arguments
+from llm2vec.training.config.file import REPLACED, WITHOUT_EFFECT, checked_config, load_config
 from llm2vec.types import POOLING_ALIASES, Stage, UserError
 
 ROOT = Path(__file__).parents[2]
@@ -915,7 +915,9 @@ def test_a_file_may_say_whose_it_is(tmp_path: Path) -> None:
 
 
 def test_a_reporter_that_is_not_installed_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("llm2vec.train.config.arguments.get_available_reporting_integrations", lambda: ["tensorboard"])
+    monkeypatch.setattr(
+        "llm2vec.training.config.arguments.get_available_reporting_integrations", lambda: ["tensorboard"]
+    )
     config = load_config(write(tmp_path, minimal(tmp_path), report_to="wandb", use_cpu=True), "stage_I")
     with pytest.raises(UserError, match=r"report_to: 'wandb' is not installed here; .*choose from none, tensorboard"):
         training_arguments(config)

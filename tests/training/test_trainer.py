@@ -30,9 +30,9 @@ from llm2vec.model.chain import open_folder
 from llm2vec.model.settings import SETTINGS_FILE
 from llm2vec.text.batches import pack_rows, starts_of
 from llm2vec.text.tokenization import Row
-from llm2vec.train.log import LOG_FILE
-from llm2vec.train.run import steps_an_epoch
-from llm2vec.train.trainer import EmbedderTrainer
+from llm2vec.training.log import LOG_FILE
+from llm2vec.training.run import steps_an_epoch
+from llm2vec.training.trainer import EmbedderTrainer
 from llm2vec.types import Batch, Example, InstructedText, Output, Reduction, RunEnds, UserError
 
 ROOT = Path(__file__).parents[2]
@@ -250,7 +250,7 @@ def test_tokens_per_second_by_hand(tmp_path: Path, monkeypatch: pytest.MonkeyPat
     """Real tokens since the last entry over the seconds since then; here the clock moves ten seconds a look, of which
     there are three a step: before and after the rows are fetched, and at the entry."""
     clock = iter(range(0, 10_000, 10))
-    monkeypatch.setattr("llm2vec.train.log.time", SimpleNamespace(monotonic=lambda: next(clock)))
+    monkeypatch.setattr("llm2vec.training.log.time", SimpleNamespace(monotonic=lambda: next(clock)))
     _, _, log = run(tmp_path, num_rows=8, gradient_accumulation_steps=2)
     looks = [entry["tokens_per_second"] for entry in entries(log)]
     assert looks[-1] == pytest.approx(10 / 30)  # four rows of 2, 3, 2 and 3 tokens
@@ -261,7 +261,7 @@ def test_waiting_for_data_by_hand(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
     """The share of the time that went by while rows were fetched; here the clock moves there, three seconds a row,
     and in the model, one second a row."""
     now = [0.0]
-    monkeypatch.setattr("llm2vec.train.log.time", SimpleNamespace(monotonic=lambda: now[0]))
+    monkeypatch.setattr("llm2vec.training.log.time", SimpleNamespace(monotonic=lambda: now[0]))
     module, quick_collate, quick_forward = sys.modules[__name__], collate, Toy.forward
 
     def slow_collate(rows: list[int]) -> Batch:

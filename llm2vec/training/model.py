@@ -30,8 +30,8 @@ from llm2vec.model.settings import EncoderSettings, row_tokenizer, with_template
 from llm2vec.objectives.head import check_head
 from llm2vec.objectives.mntp import add_mask_token
 from llm2vec.text.templates import add_template_tokens, leaves_join_open, template_named
-from llm2vec.train.config import Config
-from llm2vec.train.recomputation import enable_checkpointing
+from llm2vec.training.config import Config
+from llm2vec.training.recomputation import enable_checkpointing
 from llm2vec.types import UserError, first_line
 
 logger = logging.getLogger(__name__)

@@ -33,19 +33,19 @@ from llm2vec.files import LOCK_FILE, alone_in
 from llm2vec.model import checkpoint as checkpoint_module
 from llm2vec.model.chain import RUN_FILE, mark_of, revision_of
 from llm2vec.model.checkpoint import SUMS_FILE, check_sums
-from llm2vec.train import model as run_model
-from llm2vec.train import saving
-from llm2vec.train.config import Config
-from llm2vec.train.config.file import load_config
-from llm2vec.train.log import LOG_FILE
-from llm2vec.train.resume import (
+from llm2vec.training import model as run_model
+from llm2vec.training import saving
+from llm2vec.training.config import Config
+from llm2vec.training.config.file import load_config
+from llm2vec.training.log import LOG_FILE
+from llm2vec.training.resume import (
     checkpoints_in,
     command_to_resume,
     differences,
     find_start,
     why_unusable,
 )
-from llm2vec.train.trainer import EmbedderTrainer
+from llm2vec.training.trainer import EmbedderTrainer
 from llm2vec.types import RunEnds, Stage, UserError
 
 KILLED = -signal.SIGKILL

@@ -30,7 +30,7 @@ from llm2vec.distributed import max_over_ranks
 from llm2vec.files import file_error, remove
 from llm2vec.model.checkpoint import write_sums
 from llm2vec.processes import is_of_lost_process, rank, wait_for_all
-from llm2vec.train.resume import checkpoint_folder, checkpoints_in, file_of_rank, last_checkpoint
+from llm2vec.training.resume import checkpoint_folder, checkpoints_in, file_of_rank, last_checkpoint
 from llm2vec.types import RunEnds, UserError, first_line
 
 logger = logging.getLogger(__name__)

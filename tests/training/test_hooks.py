@@ -8,7 +8,7 @@ import pytest
 import transformers
 from transformers import Trainer
 
-from llm2vec.train.trainer import EmbedderTrainer
+from llm2vec.training.trainer import EmbedderTrainer
 
 #: Methods and their parameters. Those with an underscore are private: a release may change them without a word.
 HOOKS = {

@@ -17,10 +17,10 @@ from torch import Tensor
 from llm2vec.data.order import OneSourceBlocks
 from llm2vec.data.rows import TrainingRows
 from llm2vec.data.sources import Source
-from llm2vec.train.trainer import EmbedderTrainer
+from llm2vec.training.trainer import EmbedderTrainer
 from llm2vec.types import Batch, Output, RunEnds
-from tests.train import test_trainer
-from tests.train.test_trainer import Toy, entries
+from tests.training import test_trainer
+from tests.training.test_trainer import Toy, entries
 
 
 def diverge(monkeypatch: pytest.MonkeyPatch, numbers: set[int], how: str) -> None:

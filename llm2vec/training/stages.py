@@ -23,13 +23,13 @@ from llm2vec.objectives.language_modelling import ContrastiveLanguageModelling, 
 from llm2vec.objectives.mntp import MaskedNextTokenPrediction, mask_tokens
 from llm2vec.objectives.negatives import ContrastiveKeys, RowFacts
 from llm2vec.objectives.stage_one import StageOneObjective, stage_one_objective
-from llm2vec.train.config import Config
-from llm2vec.train.config.file import load_config
-from llm2vec.train.model import decoder_of, load_model, prepare_device, set_attention_dropout
-from llm2vec.train.resume import start_or_resume
-from llm2vec.train.rows import Rows, needs_scores, open_rows, open_running_text, open_texts
-from llm2vec.train.run import train
-from llm2vec.train.vectors import check_vectors, stored_vectors
+from llm2vec.training.config import Config
+from llm2vec.training.config.file import load_config
+from llm2vec.training.model import decoder_of, load_model, prepare_device, set_attention_dropout
+from llm2vec.training.resume import start_or_resume
+from llm2vec.training.rows import Rows, needs_scores, open_rows, open_running_text, open_texts
+from llm2vec.training.run import run_training
+from llm2vec.training.vectors import check_vectors, stored_vectors
 from llm2vec.types import Objective, Stage
 
 
@@ -76,7 +76,7 @@ def run_stage(config: Config, callbacks: Sequence[TrainerCallback] = ()) -> None
         rows = cut(config, opened, tokenizer)
         collate = parts.collate(config, tokenizer, settings, args.seed)
         objective = parts.objective(config, model, settings, tokenizer)
-        train(config, args, objective, rows, collate, tokenizer, saved_settings(config, settings), callbacks)
+        run_training(config, args, objective, rows, collate, tokenizer, saved_settings(config, settings), callbacks)
 
 
 def stage_parts(config: Config) -> StageParts:

@@ -14,8 +14,8 @@ from helpers import family_tokenizer, tiny_model, write_jsonl
 
 from llm2vec.commands import encode, train
 from llm2vec.objectives.negatives import hash_of
-from llm2vec.train.log import LOG_FILE
-from llm2vec.train.vectors import StoredVectors
+from llm2vec.training.log import LOG_FILE
+from llm2vec.training.vectors import StoredVectors
 from llm2vec.types import Example, InstructedText, UserError
 
 TEXTS = [
