@@ -7,7 +7,7 @@ CORE := added_tokens checkpoint config data entrypoints eval_models evaluation l
 
 .PHONY: quickstart embedder compare lab test test-slow test-lowest test-gpu gpu-check bench faults docs lint audit clean
 
-quickstart: .venv/installed  ## the whole method, small, on this machine: about 8 minutes after the install
+quickstart: .venv/installed  ## the whole method, small, on this machine: about ten minutes after the install
 	$(BIN)/python experiments/quickstart.py
 
 embedder: .venv/installed  ## an embedder from a real language model: about an hour on 2 cores, minutes on a GPU
