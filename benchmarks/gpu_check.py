@@ -481,11 +481,19 @@ def _share(batch: Batch, rank: int, number: int) -> Batch:
 
 @part
 def real_base(s: Setting) -> Iterator[Figure]:
-    """A short Stage I and Stage II of a base that is given: their losses fall."""
-    if s.base is None:
+    """A short Stage I and Stage II of a base that is given: their losses fall. Under --tiny, of a random one."""
+    if s.base is not None:
+        yield from _both_stages(s, s.base)
+    elif s.shape == TINY:
+        with tempfile.TemporaryDirectory() as folder:
+            write_model(Path(folder), s.shape, with_head=True)
+            yield from _both_stages(s, Path(folder))
+    else:
         yield Figure("no --base was given", 0)
-        return
-    tokenizer = load_tokenizer(str(s.base))
+
+
+def _both_stages(s: Setting, base: Path) -> Iterator[Figure]:
+    tokenizer = load_tokenizer(str(base))
     renderer = row_tokenizer(tokenizer, with_template(SETTINGS, tokenizer))
     texts = [
         InstructedText("", f"{f.__name__}: {f.__doc__}")
@@ -499,7 +507,7 @@ def real_base(s: Setting) -> Iterator[Figure]:
         for name, side in (("query", queries), ("positive", documents))
     }
     model = AutoModelForCausalLM.from_pretrained(
-        s.base, dtype=torch.float32, use_safetensors=True, trust_remote_code=False
+        base, dtype=torch.float32, use_safetensors=True, trust_remote_code=False
     )
     model.to(s.device)  # type: ignore[arg-type]
     model.train()
