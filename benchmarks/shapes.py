@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from transformers import LlamaConfig, MistralConfig, PretrainedConfig, Qwen2Config
+from transformers import LlamaConfig, MistralConfig, PretrainedConfig, Qwen2Config, Qwen3Config
 
 _LLAMA3: dict[str, Any] = {"vocab_size": 128256, "num_key_value_heads": 8}
 _LLAMA_8B = LlamaConfig(
@@ -41,6 +41,13 @@ SHAPES: dict[str, tuple[PretrainedConfig, int]] = {
             num_key_value_heads=2, tie_word_embeddings=True,
         ),
         1_543_714_304,
+    ),
+    "Qwen3-0.6B": (
+        Qwen3Config(
+            vocab_size=151936, hidden_size=1024, intermediate_size=3072, num_hidden_layers=28, num_attention_heads=16,
+            num_key_value_heads=8, head_dim=128, tie_word_embeddings=True,
+        ),
+        596_049_920,
     ),
     "Mistral-7B": (
         MistralConfig(

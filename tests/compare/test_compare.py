@@ -43,7 +43,7 @@ SCRIPT = ROOT / "experiments/compare.py"
 IDEAS = {
     "template", "bidirectional", "pooling_mode", "target", "alpha", "objective", "lm_weight", "examples_per_query",
     "loss_scale", "doc_max_length", "target_loss", "bottleneck", "decoder", "trainable", "projection",
-    "guide", "guide_margin", "hardness_weight",
+    "guide", "guide_margin", "hardness_weight", "dataset_file_path", "teacher_vectors", "teacher_projection",
 }  # fmt: skip
 #: And those that match recipes by the tokens that their pre-stages run, in a set of its own recipes.
 BUDGET = {"max_steps", "warmup_steps"}
@@ -578,6 +578,9 @@ def shipped(request: pytest.FixtureRequest, tmp_path: Path, monkeypatch: pytest.
         write(tmp_path / "cache/echo-split/train" / source.file, "")
     (tmp_path / "cache/echo-split/eval").mkdir()
     write(tmp_path / "output/smollm2/model.safetensors", "")
+    for name in ("random", "mined", "margin", "rescored", "vectors"):
+        write(tmp_path / "cache/negatives" / name / "squad.jsonl", "")
+    write(tmp_path / "cache/negatives/split/eval/instructions.json", {})
     return Planner(read_set(Path("train_configs/comparison", request.param)), tmp_path / "out")
 
 
