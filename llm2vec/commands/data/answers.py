@@ -22,7 +22,6 @@ from llm2vec import cli
 from llm2vec.choice import ModelChoice
 from llm2vec.commands.data import add_source_flags, chosen_sources
 from llm2vec.data.held_out import entry_of
-from llm2vec.data.rows import TrainingRows
 from llm2vec.data.sources import Source
 from llm2vec.files import alone_in, remove, whole, write_json
 
@@ -66,6 +65,7 @@ def _parse_args(argv: Sequence[str]) -> argparse.Namespace:
 def _answer(args: argparse.Namespace, source: Source, work: Path) -> None:
     """A source's rows, each query once."""
     from llm2vec.corpus.writers import write_in_parts  # seconds to import, with torch
+    from llm2vec.data.rows import TrainingRows
 
     rows = TrainingRows(args.folder, [source], num_negatives=0, max_rows=args.most)
     queries = list(dict.fromkeys(rows[i].query.text for i in range(len(rows))))
