@@ -54,6 +54,7 @@ def main(argv: Sequence[str]) -> None:
     from llm2vec.corpus.rows import open_corpus
 
     check_unicode(args.instruction, "--instruction", "command line")
+    check_unicode(str(args.output), "output", "command line")  # pyarrow writes to no other path
     if args.engine == "ray":
         check_ray_installed()
     encoder = chosen_model(args).resolved()

@@ -572,6 +572,11 @@ def test_what_is_wrong_is_one_sentence(folder: Path, tmp_path: Path, more: list[
     assert not (tmp_path / "script").exists()
 
 
+def test_a_folder_that_parquet_cannot_name_is_refused(folder: Path, tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="command line: `output` holds half a surrogate pair, or is not UTF-8"):
+        runpy.run_path(str(SCRIPT))["main"](arguments(folder, tmp_path / "\udcff"))
+
+
 @pytest.mark.parametrize("more", [["--side", "neither"], ["--dtype", "int8"], ["--engine", "spark"]])
 def test_an_unknown_word_is_refused(folder: Path, tmp_path: Path, more: list[str]) -> None:
     with pytest.raises(UserError, match=f"^{more[0]}: invalid choice: '{more[1]}' .*; see llm2vec encode --help"):
