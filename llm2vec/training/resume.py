@@ -14,6 +14,7 @@ from. Anything else is refused.
 
 from __future__ import annotations
 
+import codecs
 import dataclasses
 import enum
 import json
@@ -288,7 +289,10 @@ def file_of_rank(name: str, process: int) -> str:
 
 def step_of(folder: Path) -> int:
     """The optimiser step of a checkpoint, by its own account."""
-    step: int = read_object(folder / STATE_FILES[0], shape=STATE)["global_step"]
+    file = folder / STATE_FILES[0]
+    step: int = read_object(file, shape=STATE)["global_step"]
+    if file.read_bytes().startswith(codecs.BOM_UTF8):  # which transformers' own reader does not take
+        raise UserError(f"{file}: begins with a byte order mark; this file was not written by a run.")
     return step
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import codecs
 import importlib.util
 import json
 import os
@@ -43,6 +44,7 @@ from llm2vec.training.resume import (
     command_to_resume,
     differences,
     find_start,
+    step_of,
     why_unusable,
 )
 from llm2vec.training.trainer import EmbedderTrainer
@@ -333,6 +335,15 @@ def test_a_damaged_checkpoint_is_left_out(
     damage(cut / "checkpoint-4" / file)
     assert find_start(config_of(cut, keys)) == cut / "checkpoint-2"
     assert str(cut / "checkpoint-4") in caplog.text and "It is left out." in caplog.text
+
+
+def test_a_byte_order_mark_before_the_state_is_refused(cut: Path) -> None:
+    """Though its sum be right: transformers' own reader does not take it."""
+    file = cut / "checkpoint-4/trainer_state.json"
+    assert step_of(file.parent) == 4
+    file.write_bytes(codecs.BOM_UTF8 + file.read_bytes())
+    with pytest.raises(UserError, match=r"checkpoint-4/trainer_state\.json: begins with a byte order mark"):
+        step_of(file.parent)
 
 
 def test_going_on_before_a_damaged_checkpoint(cut: Path, keys: dict[str, Any], undisturbed: Path) -> None:
