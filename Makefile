@@ -25,13 +25,13 @@ output/quickstart/base/run.json: | .venv/installed  # as the quickstart makes it
 	$(BIN)/torchrun --standalone --nproc_per_node=2 experiments/run_lm.py train_configs/quickstart/pretrain.json
 
 test: .venv/installed  ## all fast tests, offline
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n 2
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n 2 --dist loadgroup
 
 test-slow: .venv/installed  ## the tests that take longer, too
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n 2 -m "not gpu"
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n 2 --dist loadgroup -m "not gpu"
 
 test-lowest: .venv-lowest/installed  ## the core's tests with the oldest libraries that setup.py allows
-	OMP_NUM_THREADS=1 .venv-lowest/bin/python -m pytest -q -n 2 $(foreach name,$(CORE),$(wildcard tests/test_$(name).py tests/*/test_$(name).py))
+	OMP_NUM_THREADS=1 .venv-lowest/bin/python -m pytest -q -n 2 --dist loadgroup $(foreach name,$(CORE),$(wildcard tests/test_$(name).py tests/*/test_$(name).py))
 
 test-gpu: .venv/installed  ## the tests that need a CUDA device
 	$(BIN)/python -m pytest -q -m gpu

@@ -40,6 +40,9 @@ from llm2vec.training.config.file import load_config
 from llm2vec.types import InstructedText, UserError
 from tests.helpers import family_tokenizer, tiny_model
 
+#: All in one process, as the last test counts what the others tried.
+pytestmark = pytest.mark.xdist_group("hostile_input")
+
 CASES: Counter[str] = Counter()
 SENTENCES: Counter[str] = Counter()
 
