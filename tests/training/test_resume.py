@@ -783,7 +783,7 @@ def test_rows_that_were_replaced_while_the_model_loaded_are_noticed(folder: Path
 
 
 @pytest.mark.parametrize("name", ["special_tokens_map.json", "vocab.json", "merges.txt", "tokenizer.model"])
-def test_every_file_of_a_tokenizer_makes_another_model(name: str, folder: Path) -> None:
+def test_every_file_of_a_tokenizer_makes_another_model(name: str, folder: Path, keys: dict[str, Any]) -> None:
     copy = folder / f"with-{name}"
     shutil.copytree(folder / "base", copy)
     before = mark_of(str(copy)), revision_of(str(copy))
