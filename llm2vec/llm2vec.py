@@ -285,7 +285,7 @@ class LLM2Vec(nn.Module):
         for part in texts_at_once(sentences):
             texts, device = check_encoding(part, batch_size, device, side, truncate_dim, hidden_size)
             place = {text: i for i, text in enumerate(dict.fromkeys(texts))}  # each different text is computed once
-            different, target = list(place), self.eval()._place(device)
+            different, target = list(place), self.eval()._place(device)  # torch's mode without dropout
             vectors = torch.zeros(len(place), truncate_dim or hidden_size)
             with tqdm(total=len(place), desc="Texts", disable=not show_progress_bar) as progress:
                 for chosen, embedded in self._embedded(different, batch_size, target, side):

@@ -63,7 +63,8 @@ def main(argv: Sequence[str]) -> int:
         recipes: dict[str, dict[str, Any]] = {"baseline": {"1_stage_II.json": {}}}
         recipes |= {name: PRE_STAGES[name] for name in args.pre_stage}
         passages = {"dataset_file_path": str(data / "pairs/passages.jsonl"), "sources_file": None}
-        recipes |= {name: {**stages, "1_mntp.json": passages} for name, stages in recipes.items() if name == "mntp"}
+        if "mntp" in recipes:
+            recipes["mntp"] = {**recipes["mntp"], "1_mntp.json": passages}
         write_set(out, base, task, split, args.rows, recipes, rates, STEP_ROWS)
         if train_and_export(out, lock, task, data / "prompts.json", "4/4") is None:
             return 1

@@ -97,7 +97,7 @@ def write_by_model(choice: ModelChoice, task: Writing = QUERY) -> Write:
     chain = choice.opened()
     tokenizer = load_tokenizer(chain.tokenizer_path)
     model: Any = load_backbone(chain, dtype=choice.torch_dtype, with_lm_head=True)
-    model.to("cuda" if torch.cuda.is_available() else "cpu").eval()
+    model.to("cuda" if torch.cuda.is_available() else "cpu").eval()  # torch's mode without dropout
     tokenizer.padding_side = "left"
     tokenizer.pad_token = tokenizer.pad_token or tokenizer.eos_token
 

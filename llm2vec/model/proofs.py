@@ -89,7 +89,7 @@ def check_packing(model: Backbone, attention: Attention) -> None:
 def probing(model: Backbone) -> Iterator[bool]:
     """For a short pass that proves something: no dropout, no graph. Yields whether it computes in float32 or better."""
     was_training = model.training
-    model.eval()
+    model.eval()  # torch's mode without dropout
     weight = next(model.parameters())
     # FlashAttention computes in half precision only; training float32 weights with it means autocast, so the probe too.
     flash = model.config._attn_implementation == "flash_attention_2"

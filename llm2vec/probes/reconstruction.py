@@ -61,7 +61,7 @@ class Reconstructor:
     """
 
     def __init__(self, objective: BidirectionalReconstruction, tokenizer: RowTokenizer) -> None:
-        self.objective = objective.eval()
+        self.objective = objective.eval()  # torch's mode without dropout
         self.tokenizer = tokenizer
 
     @torch.no_grad()
@@ -167,7 +167,7 @@ def load_reconstructor(model: ModelChoice, device: str | torch.device | None = N
             decoding = _on_device(open_chain(parent["model_name_or_path"], parent["adapters"]), model, place)
         except UserError as error:
             raise UserError(f"{learnt_in.path}: it is decoded by what it was trained from, and {error}") from error
-        objective.copies, objective.frozen = (decoding.eval(),), True
+        objective.copies, objective.frozen = (decoding.eval(),), True  # the same mode
         objective.bos_id = tokenizer.bos_token_id
     check_decoder(objective.decoder, settings.attention)
     check_attention(objective.decoder, "causal")  # of the pass that decodes

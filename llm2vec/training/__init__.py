@@ -1,7 +1,9 @@
-"""A training run: its config, stages, trainer and step; and the door to it from Python, beside the commands'.
+"""A training run: its config, stages, trainer and step; and the door to it from Python.
 
-from llm2vec import Config, train
-model, figures = train(Config(...), rows)
+    from llm2vec import Config, train
+    model, figures = train(Config(...), rows)
+
+The commands lead to the same run (`stages`).
 """
 
 from __future__ import annotations
