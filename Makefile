@@ -16,7 +16,7 @@ embedder: .venv/installed  ## an embedder from a real language model: about an h
 compare: output/quickstart/base/run.json  ## every recipe on the quickstart's text, two seeds; about 50 minutes on 2 free cores
 	$(BIN)/python experiments/compare.py train_configs/comparison/quickstart --seeds 42 43
 
-lab: output/quickstart/base/run.json  ## rival pre-stages on the quickstart's text, three seeds; about an hour on 2 free cores
+lab: output/quickstart/base/run.json  ## rival pre-stages on the quickstart's text, three seeds; about four hours on 2 free cores
 	$(BIN)/llm2vec compare train_configs/comparison/lab --seeds 42 43 44
 
 output/quickstart/base/run.json: | .venv/installed  # as the quickstart makes it
