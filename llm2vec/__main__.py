@@ -13,17 +13,11 @@ from llm2vec.types import UserError
 
 
 class Command(NamedTuple):
-    """One command.
+    """One command."""
 
-    Attributes:
-        module: of `llm2vec.commands`; loaded only when the command is asked for, as many load torch.
-        line: what it does.
-        function: of the module; takes the arguments and returns the exit code, None for 0.
-    """
-
-    module: str
-    line: str
-    function: str = "main"
+    module: str  #: of `llm2vec.commands`; loaded only when the command is asked for, as many load torch
+    line: str  #: what it does
+    function: str = "main"  #: of the module; takes the arguments and returns the exit code, None for 0
 
 
 COMMANDS = {

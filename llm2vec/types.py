@@ -92,66 +92,40 @@ class Demonstration(NamedTuple):
 
 
 class InstructedText(NamedTuple):
-    """A text and how it is read.
+    """A text and how it is read."""
 
-    Attributes:
-        instruction: what it is read under; empty means none.
-        text: the text.
-        side: which of a template's two forms it takes; a template with one form does not ask.
-        examples: few-shot examples before it, in the templates that have a place for them.
-    """
-
-    instruction: str
-    text: str
-    side: TextSide = "query"
+    instruction: str  #: what it is read under; empty means none
+    text: str  #: the text
+    side: TextSide = "query"  #: which of a template's two forms it takes; a template with one form does not ask
+    #: few-shot examples before it, in the templates that have a place for them
     examples: tuple[Demonstration, ...] = ()
 
 
 class Example(NamedTuple):
-    """One training row.
+    """One training row."""
 
-    Attributes:
-        source: where it is from.
-        query: what is asked.
-        positive: what answers it.
-        negatives: hard negatives; every row of a source has as many.
-        scores: a teacher's scores of the positive and of each negative; empty = there is no teacher.
-        others: further positives of the query, one of which another epoch may draw.
-        draw: which row it is, and in which epoch, as one number; decides what is drawn anew in each epoch.
-    """
-
-    source: str
-    query: InstructedText
-    positive: InstructedText
-    negatives: tuple[InstructedText, ...]
+    source: str  #: where it is from
+    query: InstructedText  #: what is asked
+    positive: InstructedText  #: what answers it
+    negatives: tuple[InstructedText, ...]  #: hard negatives; every row of a source has as many
+    #: a teacher's scores of the positive and of each negative; empty = there is no teacher
     scores: tuple[float, ...] = ()
-    others: tuple[InstructedText, ...] = ()
-    draw: int = 0
+    others: tuple[InstructedText, ...] = ()  #: further positives of the query, one of which another epoch may draw
+    draw: int = 0  #: which row it is, and in which epoch, as one number; decides what is drawn anew in each epoch
 
 
 class TokenBatch(TypedDict):
-    """One tokenised side of a batch, packed: text after text, nothing between them.
+    """One tokenised side of a batch, packed: text after text, nothing between them."""
 
-    Attributes:
-        input_ids: [N] ids of all texts.
-        lengths: tokens of each text.
-        pool_mask: [N] positions that pooling reads.
-        target_mask: [N] positions that are reconstructed.
-        num_targets: marked positions of each text in `target_mask`.
-        prefix: number of tokens that all texts begin with and none is pooled over.
-        closed: whether every text's last token is pooled over.
-        facts: what else an objective knows of each text, by name, [texts, ...].
-        labels: [N] what is to be predicted at each position, where that is not the token that stands there.
-    """
-
-    input_ids: Tensor
-    lengths: list[int]
-    pool_mask: Tensor
-    target_mask: Tensor
-    num_targets: list[int]
-    prefix: int
-    closed: bool
-    facts: NotRequired[dict[str, Tensor]]
+    input_ids: Tensor  #: [N] ids of all texts
+    lengths: list[int]  #: tokens of each text
+    pool_mask: Tensor  #: [N] positions that pooling reads
+    target_mask: Tensor  #: [N] positions that are reconstructed
+    num_targets: list[int]  #: marked positions of each text in `target_mask`
+    prefix: int  #: number of tokens that all texts begin with and none is pooled over
+    closed: bool  #: whether every text's last token is pooled over
+    facts: NotRequired[dict[str, Tensor]]  #: what else an objective knows of each text, by name, [texts, ...]
+    #: [N] what is to be predicted at each position, where that is not the token that stands there
     labels: NotRequired[Tensor]
 
 
@@ -163,23 +137,15 @@ TextFacts: TypeAlias = "dict[str, dict[str, Tensor]]"
 
 
 class Pass(NamedTuple):
-    """Texts that run through the decoder together.
+    """Texts that run through the decoder together."""
 
-    Attributes:
-        lengths: tokens of each text.
-        attention: of each text within itself.
-        prefixes: of each side, how many texts it has and how many tokens they all begin with.
-        closing_only: only the states of the texts' last tokens are read.
-        targets: how many of the states are multiplied with the vocabulary.
-        kind: what of it is trained.
-    """
-
-    lengths: tuple[int, ...]
-    attention: Attention
+    lengths: tuple[int, ...]  #: tokens of each text
+    attention: Attention  #: of each text within itself
+    #: of each side, how many texts it has and how many tokens they all begin with
     prefixes: tuple[tuple[int, int], ...] = ()
-    closing_only: bool = False
-    targets: int = 0
-    kind: PassKind = "trained"
+    closing_only: bool = False  #: only the states of the texts' last tokens are read
+    targets: int = 0  #: how many of the states are multiplied with the vocabulary
+    kind: PassKind = "trained"  #: what of it is trained
 
     @property
     def tokens(self) -> int:
@@ -193,17 +159,14 @@ class Pass(NamedTuple):
 
 
 class Output(NamedTuple):
-    """What an objective makes of a batch.
+    """What an objective makes of a batch."""
 
-    Attributes:
-        parts: `loss` and detached figures, each this batch's share of the step's (empty if all the loss lies
-            between vectors).
-        vectors: for each side, an embedding a row, [rows, D]; what `contrast` compares (empty if nothing is).
-        facts: what else `contrast` needs to know of each side's rows; no gradient flows to it.
-    """
-
+    #: `loss` and detached figures, each this batch's share of the step's (empty if all the loss lies between
+    #: vectors)
     parts: dict[str, Tensor]
+    #: for each side, an embedding a row, [rows, D]; what `contrast` compares (empty if nothing is)
     vectors: dict[str, Tensor]
+    #: what else `contrast` needs to know of each side's rows; no gradient flows to it
     facts: TextFacts = {}  # noqa: RUF012  # an empty default that nobody writes to
 
 

@@ -38,24 +38,16 @@ PUBLISHED_WITHOUT_TEMPLATE = re.compile(r".+/LLM2Vec-Meta-Llama-31-.+-mntp(?:-su
 
 @dataclass(frozen=True)
 class EvaluatedModel:
-    """A model to be scored, and how it is run.
+    """A model to be scored, and how it is run."""
 
-    Attributes:
-        model: The model; no dtype = `DTYPE` for our models, the model's own for others.
-        instructions_file: Table of instructions; None = `INSTRUCTIONS_FILE` for our models, the model's own for others.
-        template: Key of `templates.TEMPLATES`, for our models; None = the model's own.
-        max_length: Tokens a text is cut to; None = the model's own.
-        attn_implementation: As in transformers.
-        device: Where it runs; None = the first CUDA device of the process where there is one.
-        as_published: An export of ours is run as mteb's leaderboard would: by sentence-transformers, with its prompts.
-    """
-
-    model: ModelChoice
+    model: ModelChoice  #: The model; no dtype = `DTYPE` for our models, the model's own for others
+    #: Table of instructions; None = `INSTRUCTIONS_FILE` for our models, the model's own for others
     instructions_file: str | None = None
-    template: str | None = None
-    max_length: int | None = None
-    attn_implementation: str | None = None
-    device: str | None = None
+    template: str | None = None  #: Key of `templates.TEMPLATES`, for our models; None = the model's own
+    max_length: int | None = None  #: Tokens a text is cut to; None = the model's own
+    attn_implementation: str | None = None  #: As in transformers
+    device: str | None = None  #: Where it runs; None = the first CUDA device of the process where there is one
+    #: An export of ours is run as mteb's leaderboard would: by sentence-transformers, with its prompts
     as_published: bool = False
 
 

@@ -58,202 +58,124 @@ class Segment(NamedTuple):
 
 
 class Template(NamedTuple):
-    """A row of the table.
+    """A row of the table."""
 
-    Attributes:
-        query: segments of a query, and of every text of a symmetric task.
-        document: segments of a document.
-        added_tokens: special tokens that training adds to a base without them.
-        example: segments of one few-shot example; empty = the template has no place for them.
-        asks: whether the two forms are two questions about any text: the document's form asks for the text itself, the
-            query's for what goes with it.
-    """
-
-    query: tuple[Segment, ...]
-    document: tuple[Segment, ...]
-    added_tokens: tuple[str, ...] = ()
-    example: tuple[Segment, ...] = ()
+    query: tuple[Segment, ...]  #: segments of a query, and of every text of a symmetric task
+    document: tuple[Segment, ...]  #: segments of a document
+    added_tokens: tuple[str, ...] = ()  #: special tokens that training adds to a base without them
+    example: tuple[Segment, ...] = ()  #: segments of one few-shot example; empty = the template has no place for them
+    #: whether the two forms are two questions about any text: the document's form asks for the text itself, the
+    #: query's for what goes with it
     asks: bool = False
 
 
 _BOS = Segment("bos")
 _INSTRUCTION = Segment("instruction")
-_JOIN = Segment("join")
 _TEXT = Segment("text", pooled=True, truncate=True)
 _UNREAD_TEXT = Segment("text", truncate=True)
+_CONTENT = (_INSTRUCTION, Segment("join"), _TEXT)
 _EOS = Segment("eos", pooled=True)
 _EOS_IF_LAST = Segment("eos", pooled=True, only_last_pooling=True)
 
 
-def _literal(value: str) -> Segment:
-    return Segment("literal", value)
+def _token(value: str, pooled: bool = False) -> Segment:
+    return Segment("special", value, pooled)
 
 
-def _special(value: str) -> Segment:
-    return Segment("special", value)
+def _as_segment(part: Segment | str) -> Segment:
+    return Segment("literal", part) if isinstance(part, str) else part
 
 
-def _if_instructed(segment: Segment) -> Segment:
-    return segment._replace(only_with_instruction=True)
+def _if_asked(part: Segment | str) -> Segment:
+    return _as_segment(part)._replace(only_with_instruction=True)
 
 
-def _apart(segment: Segment | str) -> Segment:
-    return (_literal(segment) if isinstance(segment, str) else segment)._replace(apart=True)
+def _apart(part: Segment | str) -> Segment:
+    return _as_segment(part)._replace(apart=True)
 
 
-def _one_form(*segments: Segment) -> Template:
-    return Template(segments, segments)
+def _form(*parts: Segment | str) -> tuple[Segment, ...]:
+    """Segments in order; a string is a literal."""
+    return tuple(map(_as_segment, parts))
 
 
+def _one_form(*parts: Segment | str) -> Template:
+    return Template(_form(*parts), _form(*parts))
+
+
+_INSTRUCT = (_if_asked("Instruct: "), _INSTRUCTION, _if_asked("\n"))
+_ICL_QUERY = (_if_asked(_token("<instruct>")), _INSTRUCTION, _if_asked("\n"), _token("<query>"))
 #: The eight-token blocks of `llara`: what a document's embedding is read from, and a query's.
 _SUMMARY_TOKENS = tuple(f"<s{i}>" for i in range(1, 9))
 _PREDICTION_TOKENS = tuple(f"<s{i}>" for i in range(9, 17))
 
+# fmt: off
 TEMPLATES: dict[str, Template] = {
     "llama3": _one_form(
-        _BOS,
-        _special("<|start_header_id|>"),
-        _literal("user"),
-        _special("<|end_header_id|>"),
-        _literal("\n\n"),
-        _INSTRUCTION,
-        _JOIN,
-        _TEXT,
-        Segment("special", "<|eot_id|>", pooled=True),
+        _BOS, _token("<|start_header_id|>"), "user", _token("<|end_header_id|>"), "\n\n",
+        *_CONTENT, _token("<|eot_id|>", pooled=True),
     ),
-    "qwen2": _one_form(
-        _special("<|im_start|>"),
-        _literal("user\n"),
-        _INSTRUCTION,
-        _JOIN,
-        _TEXT,
-        Segment("special", "<|im_end|>", pooled=True),
-    ),
-    "gemma": _one_form(
-        _BOS,
-        _special("<start_of_turn>"),
-        _literal("user\n"),
-        _INSTRUCTION,
-        _JOIN,
-        _TEXT,
-        Segment("special", "<end_of_turn>", pooled=True),
-    ),
+    "qwen2": _one_form(_token("<|im_start|>"), "user\n", *_CONTENT, _token("<|im_end|>", pooled=True)),
+    "gemma": _one_form(_BOS, _token("<start_of_turn>"), "user\n", *_CONTENT, _token("<end_of_turn>", pooled=True)),
     "mistral": _one_form(
-        _BOS,
-        Segment("marker", "[INST]"),
-        _INSTRUCTION,
-        _JOIN,
-        _TEXT,
-        Segment("marker", "[/INST]", pooled=True),
-        _EOS_IF_LAST,
+        _BOS, Segment("marker", "[INST]"), *_CONTENT, Segment("marker", "[/INST]", pooled=True), _EOS_IF_LAST
     ),
-    "plain": _one_form(_BOS, _INSTRUCTION, _JOIN, _TEXT, _EOS_IF_LAST),
+    "plain": _one_form(_BOS, *_CONTENT, _EOS_IF_LAST),
     # Echo embeddings (arXiv 2402.15449): every token of the second copy has seen the whole text. `mean` and `last`.
     # Instruction with its comma, phrases and texts are each tokenised apart.
     "echo": Template(
-        query=(
-            _BOS,
-            _if_instructed(_literal("Instruct:")),
-            _apart(_INSTRUCTION),
-            _if_instructed(_literal(",")),
-            _if_instructed(_apart("\n")),
-            _literal("Query:"),
-            _apart(_UNREAD_TEXT),
-            _apart("\nQuery again:"),
-            _apart(_TEXT),
-            _EOS,
+        query=_form(
+            _BOS, _if_asked("Instruct:"), _apart(_INSTRUCTION), _if_asked(","), _if_asked(_apart("\n")),
+            "Query:", _apart(_UNREAD_TEXT), _apart("\nQuery again:"), _apart(_TEXT), _EOS,
         ),
-        document=(_BOS, _literal("Document:"), _apart(_UNREAD_TEXT), _apart("\nDocument again:"), _apart(_TEXT), _EOS),
+        document=_form(
+            _BOS, "Document:", _apart(_UNREAD_TEXT), _apart("\nDocument again:"), _apart(_TEXT), _EOS
+        ),
     ),
     # E5-Mistral (arXiv 2401.00368).
     "e5_mistral": Template(
-        query=(
-            _BOS,
-            _if_instructed(_literal("Instruct: ")),
-            _INSTRUCTION,
-            _if_instructed(_literal("\n")),
-            _literal("Query: "),
-            _TEXT,
-            _EOS,
-        ),
-        document=(_BOS, _TEXT, _EOS),
+        query=_form(_BOS, *_INSTRUCT, "Query: ", _TEXT, _EOS),
+        document=_form(_BOS, _TEXT, _EOS),
     ),
     # Qwen3 Embedding (arXiv 2506.05176): no space after the second colon.
     "qwen3_embedding": Template(
-        query=(
-            _BOS,
-            _if_instructed(_literal("Instruct: ")),
-            _INSTRUCTION,
-            _if_instructed(_literal("\n")),
-            _literal("Query:"),
-            _TEXT,
-            _EOS,
-        ),
-        document=(_BOS, _TEXT, _EOS),
+        query=_form(_BOS, *_INSTRUCT, "Query:", _TEXT, _EOS),
+        document=_form(_BOS, _TEXT, _EOS),
     ),
     # RepLLaMA (arXiv 2310.08319): one task, so no instruction.
     "repllama": Template(
-        query=(_BOS, _literal("query: "), _TEXT, _EOS),
-        document=(_BOS, _literal("passage: "), _TEXT, _EOS),
+        query=_form(_BOS, "query: ", _TEXT, _EOS),
+        document=_form(_BOS, "passage: ", _TEXT, _EOS),
     ),
     # bge-en-icl (arXiv 2409.15700); zero-shot where a row has no examples.
     "bge_en_icl": Template(
-        query=(
-            _BOS,
-            Segment("examples"),
-            _if_instructed(_special("<instruct>")),
-            _INSTRUCTION,
-            _if_instructed(_literal("\n")),
-            _special("<query>"),
-            _TEXT,
-            _literal("\n"),
-            _special("<response>"),
-            _EOS,
-        ),
-        document=(_BOS, _TEXT, _EOS),
+        query=_form(_BOS, Segment("examples"), *_ICL_QUERY, _TEXT, "\n", _token("<response>"), _EOS),
+        document=_form(_BOS, _TEXT, _EOS),
         added_tokens=("<instruct>", "<query>", "<response>"),
-        example=(
-            _if_instructed(_special("<instruct>")),
-            _INSTRUCTION,
-            _if_instructed(_literal("\n")),
-            _special("<query>"),
-            _UNREAD_TEXT,
-            _literal("\n"),
-            _special("<response>"),
-            Segment("answer", truncate=True),
-            _literal("\n\n"),
+        example=_form(
+            *_ICL_QUERY, _UNREAD_TEXT, "\n", _token("<response>"), Segment("answer", truncate=True), "\n\n"
         ),
     ),
     # GritLM (arXiv 2402.09906): its markers are plain text, and nothing closes the row.
     "gritlm": _one_form(
-        _BOS,
-        _if_instructed(_literal("<|user|>\n")),
-        _INSTRUCTION,
-        _if_instructed(_literal("\n")),
-        _literal("<|embed|>\n"),
-        _TEXT,
+        _BOS, _if_asked("<|user|>\n"), _INSTRUCTION, _if_asked("\n"), "<|embed|>\n", _TEXT
     ),
     # LLaMA2Vec (arXiv 2312.15503) in the form of its released code: a query is asked for what follows it, a document
     # for its summary, and `mean` reads the eight added tokens alone. Quotation mark, text and phrase are apart.
     "llara": Template(
-        query=(
-            _BOS,
-            _literal('"'),
-            _apart(_UNREAD_TEXT),
-            _apart('", predict the following passage within eight words: '),
-            *(Segment("special", token, pooled=True) for token in _PREDICTION_TOKENS),
+        query=_form(
+            _BOS, '"', _apart(_UNREAD_TEXT), _apart('", predict the following passage within eight words: '),
+            *(_token(token, pooled=True) for token in _PREDICTION_TOKENS),
         ),
-        document=(
-            _BOS,
-            _literal('"'),
-            _apart(_UNREAD_TEXT),
-            _apart('", summarize the above passage within eight words: '),
-            *(Segment("special", token, pooled=True) for token in _SUMMARY_TOKENS),
+        document=_form(
+            _BOS, '"', _apart(_UNREAD_TEXT), _apart('", summarize the above passage within eight words: '),
+            *(_token(token, pooled=True) for token in _SUMMARY_TOKENS),
         ),
         added_tokens=(*_SUMMARY_TOKENS, *_PREDICTION_TOKENS),
         asks=True,
     ),
 }
+# fmt: on
 
 #: A row of the table, and how many tokens stand behind it.
 _WITH_MEMORY = re.compile(r"(?:(\w+)\+)?memory_([1-9]\d{0,2})")
@@ -277,7 +199,7 @@ def template_named(name: str) -> Template:
     def form(segments: tuple[Segment, ...]) -> tuple[Segment, ...]:
         # Nothing reads a closing token that only `last` pooling writes.
         before = (segment._replace(pooled=False) for segment in segments if not segment.only_last_pooling)
-        return (*before, *(Segment("special", token, pooled=True) for token in tokens))
+        return (*before, *(_token(token, pooled=True) for token in tokens))
 
     return row._replace(query=form(row.query), document=form(row.document), added_tokens=(*row.added_tokens, *tokens))
 
