@@ -59,11 +59,7 @@ def help_text() -> str:
 
 
 def main(argv: Sequence[str]) -> int | None:
-    """Run one command; returns its exit code, None for 0.
-
-    Raises:
-        UserError: there is no command of this name.
-    """
+    """Run one command; returns its exit code, None for 0. A name of none is a `UserError` with the nearest."""
     name, *arguments = argv or ["--help"]
     if name in ("-h", "--help"):
         print(help_text())

@@ -48,11 +48,7 @@ class ModelChoice:
         return "+".join((self.base, *self.adapters))
 
     def opened(self) -> Chain:
-        """Its folders, opened.
-
-        Raises:
-            UserError: something is not found, or does not belong together.
-        """
+        """Its folders, opened; a `UserError` where one is not found, or they do not belong together."""
         from llm2vec.model.chain import open_chain
 
         chain = open_chain(self.base, self.adapters)
@@ -61,10 +57,7 @@ class ModelChoice:
         return chain
 
     def resolved(self) -> ModelChoice:
-        """The same with the true base, every adapter and the dtype spelled out, folders by their full path.
-
-        Raises:
-            UserError: as `opened`.
+        """The same with the true base, every adapter and the dtype spelled out, folders by their full path; opens it.
         """
         paths = [folder.path for folder in self.opened().folders]
         base, *adapters = (str(Path(path).resolve()) if Path(path).is_dir() else path for path in paths)
@@ -73,10 +66,8 @@ class ModelChoice:
     def revision(self) -> str:
         """A hash of all weights, tokenizers, settings and the dtype; of a hub repository its commit. Loads nothing.
 
-        It stands in what a command writes, so that vectors of different models never meet in one index or corpus.
-
-        Raises:
-            UserError: as `opened`, or a folder holds no safetensors weights.
+        It stands in what a command writes, so that vectors of different models never meet in one index or corpus. A
+        folder without safetensors weights is a `UserError`.
         """
         from llm2vec.model.chain import revision_of
 
@@ -84,11 +75,7 @@ class ModelChoice:
         return json_hash({"checkpoints": checkpoints, "torch_dtype": self.torch_dtype or "float32"})
 
     def load(self) -> LLM2Vec:
-        """The model.
-
-        Raises:
-            UserError: it cannot be loaded.
-        """
+        """The model; a `UserError` where it cannot be loaded."""
         from llm2vec.llm2vec import LLM2Vec
 
         return LLM2Vec.from_pretrained(self.opened(), torch_dtype=self.torch_dtype)
@@ -125,11 +112,7 @@ def add_model_flags(
 
 
 def chosen_model(args: argparse.Namespace) -> ModelChoice:
-    """The model that a command line names, with the dtype that its `--torch_dtype` says, if it has that.
-
-    Raises:
-        UserError: it names none, or two.
-    """
+    """The model that a command line names, with the dtype of its `--torch_dtype`, if it has that; it must name one."""
     place: str | None = getattr(args, "place", None)
     if (place is None) == (args.model is None):
         raise UserError(

@@ -17,9 +17,6 @@ def load_dataset(
     shuffle_individual_datasets: bool = True,
 ) -> E5Data | Wiki1M:
     """A data set by its name; arguments as of `E5Data` and `Wiki1M`, whose default files are taken where none is given.
-
-    Raises:
-        UserError: no such data set; or as the data set itself.
     """
     files: dict[str, Any] = {} if file_path is None else {"file_path": file_path}
     if dataset_name == "Wiki1M":

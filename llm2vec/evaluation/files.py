@@ -29,11 +29,7 @@ class RetrievalSet(NamedTuple):
 
 
 def load_instructions(path: str | Path) -> dict[str, str]:
-    """A table of instructions, as `test_configs/mteb/task_to_instructions.json`: task name -> instruction.
-
-    Raises:
-        UserError: The file is missing, is not JSON or holds anything else.
-    """
+    """A table of instructions, as `test_configs/mteb/task_to_instructions.json`: task name -> instruction."""
     table = read_object(Path(path), f"The instructions {path}")
     if not all(isinstance(value, str) for value in table.values()):
         raise UserError(f"The instructions {path} must be one JSON object, task name -> instruction (a string).")
@@ -46,11 +42,7 @@ def parts_of(task: Task) -> list[Task]:
 
 
 def load_data(task: Task) -> None:
-    """Read the data of a task, or of all its parts.
-
-    Raises:
-        UserError: A data set is missing, unreachable or malformed.
-    """
+    """Read the data of a task, or of all its parts; a `UserError` where a set is missing, unreachable or malformed."""
     for part in parts_of(task) or [task]:
         path = part.metadata.dataset["path"]
         try:
@@ -67,11 +59,7 @@ def load_data(task: Task) -> None:
 
 
 def use_local_data(task: Task, folder: Path) -> None:
-    """Point a task at copies of its data sets. Their content makes the revision: nothing else can vouch for it.
-
-    Raises:
-        UserError: A copy is not there.
-    """
+    """Point a task at copies of its data sets. Their content makes the revision: nothing else can vouch for it."""
     from datasets import get_dataset_config_names  # seconds
 
     leaves = parts_of(task) or [task]
@@ -93,8 +81,7 @@ def _set_dataset(task: Task, **values: str) -> None:
 def retrieval_set_of(folder: Path) -> RetrievalSet:
     """Read corpus.jsonl (`_id`, `text`, perhaps `title`), queries.jsonl and qrels/test.jsonl.
 
-    Raises:
-        UserError: A file is missing, a line is malformed, or there is nothing to score.
+    A `UserError` where a file is missing, a line is malformed, or there is nothing to score.
     """
     if missing := [name for name in RETRIEVAL_FILES if not (folder / name).is_file()]:
         raise UserError(f"The retrieval set {folder} lacks {', '.join(missing)}.")
@@ -126,11 +113,7 @@ def _read_texts(path: Path, keys: tuple[str, ...]) -> Iterator[dict[str, str]]:
 
 
 def read_judgements(path: Path) -> dict[str, dict[str, int]]:
-    """Query -> document -> grade, of JSON lines with query-id, corpus-id and score.
-
-    Raises:
-        UserError: The file cannot be read, or a line is malformed.
-    """
+    """Query -> document -> grade, of JSON lines with query-id, corpus-id and score; a bad line is a `UserError`."""
     relevant: dict[str, dict[str, int]] = {}
     for where, row in _read_jsonl(path, ("query-id", "corpus-id", "score")):
         query, document = (check_unicode(str(row[key]), key, where) for key in ("query-id", "corpus-id"))

@@ -74,11 +74,8 @@ def kind_of(asked: EvaluatedModel) -> Kind:
 
 
 def load_encoder(asked: EvaluatedModel) -> Any:
-    """Load a model for `mteb_adapter.evaluate`, and say how.
-
-    Raises:
-        UserError: It cannot be loaded, or an option has no effect on it.
-    """
+    """Load a model for `scores.evaluate`, and say how; a `UserError` where it cannot be, or an option has no effect on
+    it."""
     kind = kind_of(asked)
     encoder = {"llm2vec": _llm2vec, "sentence-transformers": _sentence_transformer, "mteb": _registered}[kind](asked)
     prompts = f"prompts of {asked.instructions_file}" if asked.instructions_file else "with its own prompts"

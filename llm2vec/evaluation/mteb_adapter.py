@@ -200,11 +200,7 @@ def is_registered(name: str) -> bool:
 
 
 def registered_model(name: str, device: str | None) -> MTEBModels:
-    """A model from mteb's registry.
-
-    Raises:
-        UserError: mteb cannot load it here.
-    """
+    """A model from mteb's registry; a `UserError` where mteb cannot load it here."""
     try:
         return mteb.get_model(name, device=device)
     except (ImportError, OSError, NotImplementedError, ValueError) as error:
@@ -372,11 +368,8 @@ def run_task(
 
 
 def kept_result(meta: ModelMeta, task: AbsTask, output_dir: str | Path) -> TaskResult | None:
-    """The result of a task in `output_dir`, of whatever data; None if there is none.
-
-    Raises:
-        ValueError, KeyError: It cannot be read.
-    """
+    """The result of a task in `output_dir`, of whatever data; None if there is none. A torn one is a ValueError or
+    KeyError."""
     return ResultCache(output_dir).load_task_result(task.metadata.name, meta)
 
 

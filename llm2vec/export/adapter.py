@@ -23,11 +23,8 @@ from llm2vec.types import InstructedText, UserError
 
 
 def check_adapter(chain: Chain, base_id: str | None) -> str:
-    """The hub name of an adapter's base, where the adapter alone is of use to others.
-
-    Raises:
-        UserError: there is no adapter, others are merged below it, or its base has no name on the hub.
-    """
+    """The hub name of an adapter's base; a `UserError` where the adapter alone is of no use to others: there is none,
+    others are merged below it, or its base has no name on the hub."""
     if not chain.adapters:
         raise UserError("--adapter: the checkpoint is a full model; leave --adapter out.")
     if others := len(chain.adapters) - 1:
@@ -68,11 +65,8 @@ def write_adapter(
 
 
 def prove_adapter(folder: Path, form: StockForm, texts: Sequence[InstructedText], exact: Tensor, base_id: str) -> None:
-    """Compare the adapter on its base with the checkpoint; then give the base its name on the hub.
-
-    Raises:
-        UserError: stock libraries give other tokens or vectors.
-    """
+    """Compare the adapter on its base with the checkpoint, as `compare_vectors`; then give the base its name on the
+    hub."""
     stock = open_sentence_transformer(str(folder), dtype=torch.float32)
     compare_vectors(stock, form, texts, exact)
     shutil.rmtree(folder.with_name("base"))

@@ -35,11 +35,8 @@ def prove(
     folder: Path, form: StockForm, settings: EncoderSettings, texts: Sequence[InstructedText], exact: Tensor,
     stored: Tensor,
 ) -> Proof:  # fmt: skip
-    """Load a written folder by stock sentence-transformers, in float32, and compare.
-
-    Raises:
-        UserError: tokens or vectors are others; says which.
-    """
+    """Load a written folder by stock sentence-transformers, in float32; a `UserError` names tokens or vectors that
+    differ."""
     if probe_ids(row_tokenizer(load_tokenizer(str(folder)), settings)) != probe_ids(form.rows):
         raise UserError("the exported tokenizer renders this project's own template to other tokens.")
     stock = open_sentence_transformer(str(folder), dtype=torch.float32)

@@ -7,11 +7,7 @@ from llm2vec.types import UserError
 
 
 def load_loss(loss_class: str, *, scale: float = 20.0) -> HardNegativeNLLLoss:
-    """The loss of a name.
-
-    Raises:
-        UserError: there is no such loss.
-    """
+    """The loss of a name; a `UserError` where there is none."""
     if loss_class != "HardNegativeNLLLoss":
         raise UserError(f"loss_class is {loss_class!r}; allowed: HardNegativeNLLLoss.")
     return HardNegativeNLLLoss(scale)

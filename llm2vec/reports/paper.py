@@ -98,11 +98,7 @@ class Paper:
         return next((one for one in found if not one.judged), None)
 
     def check_names(self, model: str, names: Sequence[str]) -> None:
-        """Refuse a model that the paper does not have, and names of which it has none.
-
-        Raises:
-            UserError: the model is not in Table 1, or no table prints a score of any of the runs.
-        """
+        """Refuse, by a `UserError`, a model that the paper does not have, and names of which it has none."""
         if model not in self.models:
             raise UserError(f"paper_model: the paper has no {model}; choose one of {', '.join(self.models)}.")
         known = {run: None for models in self.tables.values() for run in models.get(model, {}) if run != "delta"}

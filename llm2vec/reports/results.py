@@ -164,8 +164,7 @@ def _read_json(path: Path) -> dict[str, Any]:
 def _main_score(task: str, content: Mapping[str, Any]) -> float:
     """Mean main score, a fraction, of the split and the subset that count.
 
-    Raises:
-        ValueError: There is none; the message goes on after the file's name.
+    A ValueError where there is none; its message goes on after the file's name.
     """
     if not content:
         raise ValueError("is cut off or is not valid JSON")

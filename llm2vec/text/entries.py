@@ -23,11 +23,7 @@ TEXTS_KEPT = 1 << 14
 def check_encoding(
     sentences: Any, batch_size: Any, device: Any, side: Any, truncate_dim: Any, hidden_size: int
 ) -> tuple[list[InstructedText], torch.device | None]:
-    """The arguments of `LLM2Vec.encode`, read: its texts, and its device if one is named.
-
-    Raises:
-        UserError: one of them is not what it may be.
-    """
+    """The arguments of `LLM2Vec.encode`, read: its texts, and its device if one is named; else a `UserError`."""
     if not _is_whole(batch_size) or batch_size < 1:
         raise UserError(f"batch_size is {in_short(batch_size)}; give a number above 0.")
     if truncate_dim is not None and not (_is_whole(truncate_dim) and 1 <= truncate_dim <= hidden_size):
@@ -55,11 +51,7 @@ def texts_at_once(sentences: Any) -> Iterator[Any]:
 
 
 def instruction_of(task: str) -> str:
-    """The paper's instruction for a task of MTEB.
-
-    Raises:
-        UserError: it has none; names the nearest.
-    """
+    """The paper's instruction for a task of MTEB; a `UserError` with the nearest names where it has none."""
     known = read_object(INSTRUCTIONS_FILE)
     if task not in known:
         near = difflib.get_close_matches(task, known, n=3)
@@ -82,11 +74,8 @@ def _is_whole(value: Any) -> bool:
 
 
 def as_instructed(texts: Texts, side: TextSide | None = None) -> list[InstructedText]:
-    """Texts or [instruction, text] pairs, each as an InstructedText; arguments as in `LLM2Vec.encode`.
-
-    Raises:
-        UserError: an entry is neither, or there is no such side.
-    """
+    """Texts or [instruction, text] pairs, each as an InstructedText; arguments as in `LLM2Vec.encode`, else a
+    `UserError`."""
     if not isinstance(side, str | None) or side not in (None, *get_args(TextSide)):
         raise UserError(f"side is {in_short(side)}; allowed: {', '.join(get_args(TextSide))}, None.")
     texts = texts.tolist() if isinstance(texts, np.ndarray) else texts

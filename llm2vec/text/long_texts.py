@@ -57,11 +57,7 @@ def beginning_of(text: str, start: int, most: int, tokenizer: PreTrainedTokenize
 
 
 def encode_in_parts(tokenizer: PreTrainedTokenizerBase, texts: Iterable[str]) -> Iterator[Encoded]:
-    """Ids and offsets of each text; no special token is read or written.
-
-    Raises:
-        UserError: a text holds half a surrogate pair.
-    """
+    """Ids and offsets of each text; no special token is read or written. Half a surrogate pair is a `UserError`."""
     for part in in_parts(texts):
         try:
             output = tokenizer(part, add_special_tokens=False, return_offsets_mapping=True, split_special_tokens=True)

@@ -184,11 +184,7 @@ TEMPLATE_NAME = rf"^(?:(?:{'|'.join(TEMPLATES)})(?:\+memory_[1-9]\d{{0,2}})?|mem
 
 
 def template_named(name: str) -> Template:
-    """A row of the table, with a memory behind it where the name says so.
-
-    Raises:
-        UserError: no such template.
-    """
+    """A row of the table, with a memory behind it where the name says so; a `UserError` where there is none."""
     if isinstance(name, str) and name in TEMPLATES:
         return TEMPLATES[name]
     memory = _WITH_MEMORY.fullmatch(name) if isinstance(name, str) else None
@@ -207,8 +203,7 @@ def template_named(name: str) -> Template:
 def segments_of(template: str, pooling_mode: PoolingMode, side: TextSide = "query") -> tuple[Segment, ...]:
     """The segments that `template` writes under `pooling_mode` for one side.
 
-    Raises:
-        UserError: no such template, or `last` pooling where no closing token is written.
+    A `UserError` where there is no such template, or `last` pooling has no closing token to read.
     """
     form = getattr(template_named(template), side)
     segments = tuple(s for s in form if pooling_mode == "last" or not s.only_last_pooling)
@@ -223,11 +218,7 @@ def segments_of(template: str, pooling_mode: PoolingMode, side: TextSide = "quer
 def forms_of(
     template: str, pooling_mode: PoolingMode
 ) -> tuple[dict[TextSide, tuple[Segment, ...]], tuple[Segment, ...]]:
-    """The segments that `template` writes under `pooling_mode`, for each side; and those of a few-shot example.
-
-    Raises:
-        UserError: as `segments_of`.
-    """
+    """What `segments_of` gives for each side; and the segments of a few-shot example."""
     forms = {side: segments_of(template, pooling_mode, side) for side in get_args(TextSide)}
     return forms, template_named(template).example
 

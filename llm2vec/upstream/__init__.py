@@ -34,21 +34,14 @@ def setting(name: str) -> Any:
 
 
 def refuse_overrides(encoder: type) -> None:
-    """Refuse a subclass that overrides a step of upstream's which nothing here calls.
-
-    Raises:
-        UserError: it does; says what takes the step's place.
-    """
+    """Refuse, by a `UserError`, a subclass that overrides a step of upstream's which nothing here calls."""
     for name in GONE.keys() & set(dir(encoder)):
         raise UserError(f"{encoder.__name__} overrides {name}, which nothing here calls: {GONE[name]}; {PAGE}.")
 
 
 def model_class(config_class_name: str, enable_bidirectional: bool) -> Any:
-    """Upstream's class for the model of a config (`LlamaConfig`); `LLM2Vec` needs none.
-
-    Raises:
-        ValueError: as upstream's, for a family that has no class of its own.
-    """
+    """Upstream's class for the model of a config (`LlamaConfig`); a ValueError, as upstream's, for a family without
+    one."""
     from llm2vec.models import bidirectional_class  # four families' code
 
     return bidirectional_class(config_class_name) if enable_bidirectional else AutoModel

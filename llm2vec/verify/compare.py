@@ -111,11 +111,7 @@ class Answer:
 
 
 def ask_way(way: LocalWay, texts: Sequence[InstructedText]) -> Answer:
-    """Run the texts through a loaded way.
-
-    Raises:
-        UserError: it fails on them.
-    """
+    """Run the texts through a loaded way; a `UserError` where it fails on them."""
     try:
         return Answer(way.choice, [row.ids for row in way.rows(texts)], way.encode(texts), way=way)
     except Exception as error:  # such as a token without an embedding, or a limit that is no number
@@ -123,11 +119,8 @@ def ask_way(way: LocalWay, texts: Sequence[InstructedText]) -> Answer:
 
 
 def ask_server(choice: Choice, texts: Sequence[InstructedText], rendering: Rendering | None) -> Answer:
-    """Send the texts to a server; of texts that are cut its token ids say nothing, as its `/tokenize` does not cut.
-
-    Raises:
-        UserError: it does not answer as an embedding server does, or refuses every text.
-    """
+    """Send the texts to a server; of texts that are cut its token ids say nothing, as its `/tokenize` does not cut. A
+    `UserError` where it does not answer as an embedding server does, or refuses every text."""
     server = EmbeddingServer(choice.model.base)
     prompt = prompt_writer(rendering)
     strings = [prompt(text) + text.text for text in texts]

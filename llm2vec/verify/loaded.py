@@ -59,11 +59,8 @@ class LocalWay:
 
 
 def open_way(choice: Choice, dtype: torch.dtype, rendering: Rendering | None) -> LocalWay:
-    """Load any way but a server, with weights of a dtype; `rendering` says what stands before a text.
-
-    Raises:
-        UserError: it cannot be loaded in this way.
-    """
+    """Load any way but a server, with weights of a dtype; `rendering` says what stands before a text. A `UserError`
+    where it cannot be loaded in this way."""
     verbosity = transformers_logging.get_verbosity()
     transformers_logging.set_verbosity_error()  # what it would warn of is what the comparison finds
     try:
@@ -191,11 +188,7 @@ def _read_modules(folder: str) -> list[str]:
 
 
 def _read_pooling(folder: str) -> tuple[PoolingMode, bool]:
-    """The pooling mode of a folder's `1_Pooling/config.json`, and whether the prompt is pooled over.
-
-    Raises:
-        UserError: there is no such file, its two spellings say different things, or it is a mode that we lack.
-    """
+    """The pooling mode of a folder's `1_Pooling/config.json`, and whether the prompt is pooled over."""
     config = read_json_of(folder, POOLING_FILE)
     if config is None:
         raise UserError(f"no {POOLING_FILE}, so nothing says how the hidden states are pooled.")

@@ -52,11 +52,8 @@ class Choice(NamedTuple):
 
 
 def choices_of(argument: str) -> tuple[list[Choice], list[str]]:
-    """The ways that an argument stands for, and a line for each that does not apply to such a folder.
-
-    Raises:
-        UserError: there is no such folder or file in it.
-    """
+    """The ways that an argument stands for, and a line for each that does not apply to such a folder, which must be
+    there."""
     if argument.startswith(("http://", "https://")):
         return [Choice("server", ModelChoice(argument))], []
     kind, colon, rest = argument.partition(":")
@@ -155,10 +152,6 @@ def shared_start(first: Sequence[int], second: Sequence[int]) -> int:
 
 
 def read_json_of(folder: str, name: str) -> dict[str, Any] | None:
-    """The JSON object of a folder's file; None where it has no such file.
-
-    Raises:
-        UserError: as `files.read_object`.
-    """
+    """The JSON object of a folder's file; None where it has no such file."""
     file = find_file(folder, name)
     return None if file is None else read_object(Path(file))
