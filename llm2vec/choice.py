@@ -88,13 +88,10 @@ def add_model_flags(
     required: bool = True,
     torch_dtype: bool = False,
 ) -> None:
-    """Let a command line name a model; `chosen_model` reads it.
+    """Give a parser `--model` and `--peft`, and with `torch_dtype` `--torch_dtype`, too; `chosen_model` reads them.
 
-    Args:
-        parser: gets `--model` and `--peft`.
-        positional: MODEL[+ADAPTER ...] may stand as an argument instead, in this place.
-        required: whether the parser refuses a command without a model; with `positional`, `chosen_model` does.
-        torch_dtype: whether it gets `--torch_dtype` too, of which float32 is the default.
+    With `positional`, MODEL[+ADAPTER ...] may stand as an argument instead, in this place, and `chosen_model` refuses a
+    command without a model; else the parser does, where one is `required`.
     """
     if positional:
         parser.add_argument("place", nargs="?", metavar="MODEL", help="model or adapter, or MODEL+ADAPTER")

@@ -68,9 +68,8 @@ def max_over_ranks(value: int) -> int:
 def join_on_cpu(seconds: int) -> None:
     """Form the group of the processes that torchrun started, by gloo; nothing for one process, or where there is one.
 
-    Args:
-        seconds: how long a collective waits for a process. accelerate, which forms the group otherwise, hands this on
-            for GPUs only.
+    A collective waits so many `seconds` for a process. accelerate, which forms the group otherwise, hands this on for
+    GPUs only.
     """
     if int(os.environ.get("WORLD_SIZE", "1")) > 1 and not dist.is_initialized():
         dist.init_process_group("gloo", timeout=timedelta(seconds=seconds))

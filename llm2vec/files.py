@@ -43,14 +43,10 @@ COMPARISON_RECORD = "record.json"
 
 
 def parse_json(text: bytes | str, where: str) -> Any:
-    """What a piece of JSON says; a byte order mark in front of bytes does not count.
+    """What a piece of JSON says, of UTF-8 where it is bytes; a byte order mark in front of these does not count.
 
-    Args:
-        text: the JSON; bytes are UTF-8.
-        where: file, or file and line; a message begins with it.
-
-    Raises:
-        UserError: it is no JSON, no UTF-8, nested too deeply, or writes a key twice.
+    A `UserError`, which begins with `where` (file, or file and line), where it is no JSON, no UTF-8, nested too deeply,
+    or writes a key twice.
     """
     try:
         decoded = text.decode("utf-8-sig") if isinstance(text, bytes) else text
@@ -150,10 +146,7 @@ def sha256(file: Path) -> str:
 def files_hash(folder: Path, files: Iterable[Path], tail_bytes: int | None = None) -> str:
     """A short hash (16 hexadecimal digits) of files below a folder: their names there, sizes and content, in order.
 
-    Args:
-        folder: their names are taken from here.
-        files: what is read; the order counts.
-        tail_bytes: of a safetensors file, read only so many bytes at its end; None = all.
+    Of a safetensors file, only `tail_bytes` at its end are read; None = all.
     """
     digest = hashlib.sha256()
     for file in files:
@@ -180,12 +173,8 @@ def json_hash(content: Any) -> str:
 def as_path(text: str, where: str) -> Path:
     """A user's words as a path; nothing need be there.
 
-    Args:
-        text: the path.
-        where: what says it, such as `config.json: output_dir`; a message begins with it.
-
-    Raises:
-        UserError: no file can have this name: too long, a loop of links, a NUL, or half a surrogate pair.
+    A `UserError`, which begins with `where`, such as `config.json: output_dir`, where no file can have this name: too
+    long, a loop of links, a NUL, or half a surrogate pair.
     """
     path = Path(text)
     try:
@@ -257,13 +246,8 @@ def write_json(file: Path, content: Any) -> None:
 def json_lines(file: Path, *, skip_blank: bool = True, shape: Shape = None) -> Iterator[tuple[str, dict[str, Any]]]:
     """The objects of a JSONL file, each with its place (`FILE, line 3`) to begin a message with.
 
-    Args:
-        file: what to read.
-        skip_blank: whether lines without any character but blanks are passed over, or refused.
-        shape: of each object, as `checked` takes it; None = any.
-
-    Raises:
-        UserError: the file cannot be read, or a line is no JSON object.
+    Lines of blanks are passed over, or refused without `skip_blank`; `shape` of each object is as `checked` takes it. A
+    `UserError` where the file cannot be read, or a line is no such object.
     """
     try:
         if file.is_char_device() or file.is_block_device():
@@ -278,12 +262,9 @@ def json_lines(file: Path, *, skip_blank: bool = True, shape: Shape = None) -> I
 
 
 def check_unicode(text: str, field: str, where: str) -> str:
-    """The text itself, unless it holds what JSON can write and UTF-8 cannot.
+    """The text itself, unless it holds half a surrogate pair, which JSON can write and UTF-8 cannot: a `UserError`.
 
     Bytes on the command line or the standard input that are not UTF-8 come to Python in the same form.
-
-    Raises:
-        UserError: half a surrogate pair; begins with `where`.
     """
     if not text.isascii():
         try:
@@ -309,18 +290,10 @@ def alone_in(folder: Path, work: str) -> Iterator[int]:
 
     The lock is `flock`'s: it dies with its process, and machines that share the folder see each other's where their
     file system passes locks on. NFS and Lustre do, unless mounted with `local_lock` or `localflock`. Of a run of
-    several processes, one holds it for all.
+    several processes, one holds it for all. `work` is what is done there, for the `UserError` where another holds it.
 
-    Args:
-        folder: where the files go.
-        work: what is done there, for the message.
-
-    Yields:
-        The lock's file descriptor. A program that is started with it (`pass_fds`) holds the folder, too, and goes on
-        doing so when this process is killed.
-
-    Raises:
-        UserError: another process holds it, or it cannot be made.
+    Yields the lock's file descriptor. A program that is started with it (`pass_fds`) holds the folder, too, and goes on
+    doing so when this process is killed.
     """
     is_new, file = not folder.exists(), folder / LOCK_FILE
     try:

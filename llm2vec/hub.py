@@ -28,16 +28,8 @@ _asks_first: ContextVar[bool] = ContextVar("_asks_first", default=False)
 
 
 def find_file(path: str, name: str, revision: str | None = None) -> str | None:
-    """A file of a folder or hub repository; None where it has none of that name, or the hub is out of reach.
-
-    Args:
-        path: folder or hub name.
-        name: of the file.
-        revision: of the repository; None = its newest.
-
-    Raises:
-        UserError: `path` is neither a folder nor a possible name of a repository.
-    """
+    """A file of a folder or hub repository, of its newest revision or the one given; None where it has none of that
+    name, or the hub is out of reach. A `path` that can name neither is a `UserError`."""
     if (folder := local_folder(path)) is not None:
         return str(folder / name) if (folder / name).is_file() else None
     if _asks_first.get():
@@ -130,13 +122,8 @@ _NOW = {
 def read_keywords(given: Mapping[str, Any], beside: Collection[str]) -> dict[str, Any]:
     """Those of a caller's further keywords that go to transformers with a model's weights; what has no effect is said.
 
-    Args:
-        given: names and values.
-        beside: names of the arguments that the caller has anyway, for the message.
-
-    Raises:
-        TypeError: there is no such keyword; names the nearest.
-        UserError: `quantization_config` is of another library than bitsandbytes.
+    A TypeError where there is no such keyword, with the nearest, also among those `beside` it that the caller has
+    anyway; a `UserError` where `quantization_config` is of another library than bitsandbytes.
     """
     for name in given.keys() - LoadingKeywords.__annotations__.keys():
         near = difflib.get_close_matches(name, [*beside, *LoadingKeywords.__annotations__], n=1)
@@ -163,16 +150,8 @@ def asking_with(given: Mapping[str, Any]) -> Iterator[None]:
 
 
 def upload(folder: Path, repository: str, private: bool = False) -> str:
-    """Upload a folder to the hub, making the repository if it is not there; returns its address.
-
-    Args:
-        folder: what is uploaded.
-        repository: its name.
-        private: whether a repository that is made now is for its owner alone; one that is there stays as it is.
-
-    Raises:
-        UserError: the hub refuses, or is out of reach.
-    """
+    """Upload a folder to the hub, making the repository, a `private` one or not, if it is not there; returns its
+    address. A `UserError` where the hub refuses, or is out of reach."""
     from huggingface_hub import HfApi  # a second to import
 
     api = HfApi()

@@ -122,11 +122,7 @@ STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT)
 
 
 class StopSignals:
-    """Notes the stop signals while it is entered, as a context manager in the main thread.
-
-    Attributes:
-        received: the first one; None = none yet.
-    """
+    """Notes the first stop signal, `received`, while it is entered, as a context manager in the main thread."""
 
     def __init__(self) -> None:
         self.received: signal.Signals | None = None

@@ -40,7 +40,8 @@ class TrainSample:
 class E5Data(Dataset[TrainSample]):
     """The released training archive, a source a batch; instructions stand before a separator, as in upstream's texts.
 
-    Python's `random` decides the order. Rows that fill no batch of their source are left out.
+    Python's `random` decides the order. Rows that fill no batch of their source are left out. A missing file, or a line
+    that is no valid row, is a `UserError`.
 
     Args:
         dataset_name: not read.
@@ -49,9 +50,6 @@ class E5Data(Dataset[TrainSample]):
         effective_batch_size: rows of a batch over all processes.
         shuffle_individual_datasets: shuffle a source's rows before they are cut into batches.
         separator: between instruction and text. `LLM2Vec` here takes pairs instead: split the texts there.
-
-    Raises:
-        UserError: another split, a file is missing, or a line is no valid row.
     """
 
     def __init__(
@@ -91,16 +89,8 @@ class E5Data(Dataset[TrainSample]):
 
 
 class Wiki1M(Dataset[TrainSample]):
-    """A text file, a sentence a line; each is its own positive.
-
-    Args:
-        dataset_name: not read.
-        split: only `train` has samples.
-        file_path: the file.
-
-    Raises:
-        UserError: another split, or the file cannot be read.
-    """
+    """A text file (`file_path`), a sentence a line; each is its own positive. `dataset_name` is not read, and only the
+    `split` `train` has samples. A file that cannot be read is a `UserError`."""
 
     def __init__(
         self,

@@ -52,11 +52,8 @@ class EvaluatedModel:
 
 
 def kind_of(asked: EvaluatedModel) -> Kind:
-    """How a model is loaded.
-
-    A name of mteb's registry means mteb's own way to run it, unless adapters are given; else the files that lie in
-    the directory or repository decide.
-    """
+    """How a model is loaded: a name of mteb's registry as mteb runs it, unless adapters are given; else its files
+    decide."""
     base = asked.model.base
     if asked.as_published:
         if asked.model.adapters or find_file(base, MODULES_FILE) is None:
@@ -160,17 +157,14 @@ def _registered(asked: EvaluatedModel) -> Any:
 
 
 class PromptedEncoder:
-    """A sentence-transformers model whose prompts come from a table (Instructor: one for each task)."""
+    """A sentence-transformers model whose prompts come from a table (Instructor: one for each task).
+
+    `prompts`: task name -> what is put before its texts, word for word; in retrieval and reranking that is before the
+    queries, and `<task name>-document` may name a prompt for the documents. mteb's own encoder does the tasks that the
+    table leaves out.
+    """
 
     def __init__(self, encoder: Any, model: SentenceTransformer, prompts: Mapping[str, str]) -> None:
-        """Put a table before an encoder.
-
-        Args:
-            encoder: mteb's encoder of the model; does the tasks that the table leaves out.
-            model: The model.
-            prompts: Task name -> what is put before its texts, word for word. In retrieval and reranking that is
-                before the queries; `<task name>-document` may name a prompt for the documents.
-        """
         self.encoder, self.model, self.prompts = encoder, model, prompts
         self.mteb_model_meta = encoder.mteb_model_meta
         self.similarity = encoder.similarity

@@ -106,15 +106,8 @@ class LLM2VecEncoder(AbsEncoder):
         )
 
     def instruction(self, task_metadata: TaskMetadata, prompt_type: PromptType | None) -> str:
-        """The instruction that texts of one side of a task carry.
-
-        Args:
-            task_metadata: The task.
-            prompt_type: query or document in retrieval and reranking, None in all other tasks.
-
-        Returns:
-            The instruction; empty for documents.
-        """
+        """The instruction that texts of one side of a task carry; empty for documents. The side is None in tasks other
+        than retrieval and reranking."""
         if prompt_type == PromptType.document:
             return ""
         name = task_metadata.name
@@ -159,19 +152,8 @@ class LLM2VecEncoder(AbsEncoder):
     ) -> Array:
         """Encode one side of a task; equal texts are encoded once.
 
-        Args:
-            inputs: Batches of dicts; the texts are under "text".
-            task_metadata: The task, for its instruction.
-            hf_split: Part of mteb's protocol; not used.
-            hf_subset: Part of mteb's protocol; not used.
-            prompt_type: Side of a retrieval or reranking task, None in other tasks.
-            **kwargs: `batch_size`, texts a forward pass, default 32; `show_progress_bar`, default False.
-
-        Returns:
-            Vectors [N, D], a row for each input text in input order, not normalised.
-
-        Raises:
-            UserError: `kwargs` holds anything else.
+        `kwargs` may hold `batch_size`, texts a forward pass (32), and `show_progress_bar` (False); anything else is a
+        `UserError`. Split and subset are not read. Returns vectors [N, D] in the order of the texts, not normalised.
         """
         if unknown := kwargs.keys() - {"batch_size", "show_progress_bar"}:
             raise UserError(f"LLM2VecEncoder has no {', '.join(sorted(unknown))}; take it out of encode_kwargs.")
@@ -254,23 +236,14 @@ def descriptions() -> str:
 
 
 def find_task(name: str, local_data_dir: str | Path | None = None, benchmark: str = BENCHMARK) -> AbsTask:
-    """Find a task by name; its data are not read.
+    """Find a task by name, one of its own, to which mteb keeps no reference; its data are not read.
 
     A name of the benchmark gives the task as that benchmark defines it (MTEB(eng, v1): English subsets, MSMARCO on
-    dev), any other name of mteb gives mteb's task, and the name of a folder in `local_data_dir` with a retrieval set
-    in the hub's layout (or just corpus.jsonl, queries.jsonl and qrels/test.jsonl) gives a retrieval task of that name.
+    dev), any other name of mteb gives mteb's task, and the name of a folder in `local_data_dir` with a retrieval set in
+    the hub's layout (or just corpus.jsonl, queries.jsonl and qrels/test.jsonl) gives a retrieval task of that name.
 
-    Args:
-        name: Name of the task.
-        local_data_dir: Where data sets are read from instead of the hub: a set lies under its hub path, say
-            `mteb/scifact/`. Default: the hub.
-        benchmark: One of mteb's benchmarks.
-
-    Returns:
-        A task of its own: mteb keeps no reference to it.
-
-    Raises:
-        UserError: The name is unknown, or a local data set is missing.
+    With `local_data_dir` sets are read from there, each under its hub path, say `mteb/scifact/`, and not from the hub.
+    An unknown name, or a set that is missing there, is a `UserError`.
     """
     folder = None if local_data_dir is None else Path(local_data_dir)
     defined = _defined_tasks(benchmark)

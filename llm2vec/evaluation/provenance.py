@@ -46,11 +46,8 @@ class RecordedRun:
 
 
 def recorded_runs(opened: Sequence[Folder]) -> list[RecordedRun]:
-    """The runs that made a model, as far as they can be followed, the earliest first.
-
-    Args:
-        opened: `Chain.folders` of the model, or the one folder of an export.
-    """
+    """The runs that made a model, as far as they can be followed, the earliest first; of `Chain.folders`, or of an
+    export."""
     folders = [*reversed(opened)]
     while (parent := _parent(folders[-1])) is not None and parent.path not in {folder.path for folder in folders}:
         folders.append(parent)
@@ -111,10 +108,8 @@ def trained_from(base: str, runs: Sequence[RecordedRun]) -> str | None:
 def training_sets(runs: Sequence[RecordedRun]) -> dict[str, Any]:
     """What the leaderboard asks about training data, as keywords of mteb's `ModelMeta`.
 
-    Returns:
-        `training_datasets`: mteb's names of the sets that the sources of the runs were made from; None where no run
-        names a source. `public_training_data`: True where all sources are of the released archive or of the hub table;
-        None where one is not known here.
+    `training_datasets`: mteb's names of the sets that the sources of the runs were made from; None where no run names a
+    source. `public_training_data`: True where all sources are of the released archive or of the hub table, else None.
     """
     known = read_object(TRAINING_SETS)
     sources = {str(data.get("source")) for run in runs for data in run.record.get("data", [])}
@@ -127,10 +122,7 @@ def training_sets(runs: Sequence[RecordedRun]) -> dict[str, Any]:
 def without_local_paths(value: Any, local: Collection[str] = (), key: str = "") -> Any:
     """A record without tokens, and with each local path in it cut to its last part; names on the hub stay whole.
 
-    Args:
-        value: the record.
-        local: paths that are known to be local, even if nothing is there any more.
-        key: whose value it is.
+    `local` are paths that are known to be local, even if nothing is there any more; `key` is whose value it is.
     """
     if isinstance(value, dict):
         kept = {k: v for k, v in value.items() if not k.endswith(_SECRET)}

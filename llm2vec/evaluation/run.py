@@ -58,14 +58,10 @@ class Outcome(NamedTuple):
 
 
 def expand(words: Sequence[str]) -> dict[str, str]:
-    """Tasks that words stand for.
+    """Tasks that words stand for, each once, in this order: task -> the benchmark that defines it.
 
-    Args:
-        words: `subset15` (Table 8 of the paper), `mteb56` (MTEB(eng, v1)), `beir14` (BEIR without MSMARCO), names of
-            mteb's benchmarks, names of tasks.
-
-    Returns:
-        Task -> the benchmark that defines it, in the order given, each once.
+    A word is `subset15` (Table 8 of the paper), `mteb56` (MTEB(eng, v1)), `beir14` (BEIR without MSMARCO), a benchmark
+    of mteb, or a task.
     """
     tasks: dict[str, str] = {}
     for word in words:
@@ -84,19 +80,10 @@ def expand(words: Sequence[str]) -> dict[str, str]:
 
 
 def evaluate_all(request: Request, num_workers: int = 1) -> Outcome | None:
-    """Do an evaluation, or what is left of it.
+    """Do an evaluation, or what is left of it; what came out, or None on other ranks than the first.
 
-    Under torchrun every rank calls this and is a worker; otherwise this process is one and starts the others.
-
-    Args:
-        request: The evaluation.
-        num_workers: How many processes; left at 1 under torchrun.
-
-    Returns:
-        What came out; None on other ranks than the first.
-
-    Raises:
-        UserError: A name is unknown, the model cannot be loaded, or there are two numbers of workers.
+    Under torchrun every rank calls this and is a worker, and `num_workers` stays 1; otherwise this process is one and
+    starts the others. A `UserError` where a name is unknown, or the model cannot be loaded.
     """
     rank, num_ranks = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
     if num_ranks > 1 and num_workers > 1:

@@ -60,15 +60,12 @@ def evaluate(
 
     Args:
         model: An `LLM2VecEncoder`, or any other model mteb takes.
-        tasks: Tasks from `load_tasks`.
+        tasks: Tasks from `load_tasks`. mteb seeds the process's generators whenever it makes one or scores one.
         output_dir: Root of the result files, `results/<model>/<revision>/<task>.json`.
         batch_size: Texts a forward pass.
         show_progress_bar: Whether progress is shown.
         found: Merged hits from `jobs.search_shard` of the only task in `tasks`; default: the search is made here.
         prediction_folder: Where mteb keeps rankings and other predictions of tasks it scores; None = not kept.
-
-    Note:
-        mteb seeds the process's generators (`random`, numpy, torch) whenever it makes a task or scores one.
     """
     meta = model.mteb_model_meta
     if is_dense(model):

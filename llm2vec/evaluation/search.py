@@ -15,18 +15,13 @@ from llm2vec.types import TextSide, UserError
 
 
 class StreamingSearch:
-    """An encoder with mteb's search protocol on top: the corpus streams by in blocks (see `search`).
+    """An encoder of one dense vector a text with mteb's search protocol on top: the corpus streams by in blocks.
 
-    Only retrieval and reranking ask for the search; all other tasks see the encoder.
+    Only retrieval and reranking ask for the search; all other tasks see the encoder. Searches whose merged hits are
+    `found` (by `jobs.search_shard`) are not made again.
     """
 
     def __init__(self, encoder: Any, found: Mapping[str, Tensor] | None = None) -> None:
-        """Wrap an encoder.
-
-        Args:
-            encoder: Gives one dense vector a text.
-            found: Merged hits from `jobs.search_shard`; these searches are not made again.
-        """
         self.encoder = encoder
         self.found = found
         self.mteb_model_meta = encoder.mteb_model_meta

@@ -44,20 +44,12 @@ _OPEN = (
 def write_submission(
     tasks: Mapping[str, Any], scores: Mapping[str, TaskScore], name: str, commit: str, root: Path
 ) -> Path:
-    """Write the results of one model for the leaderboard; the results themselves are copied to the byte.
+    """Write the results of one model for the leaderboard, copied to the byte, and the draft of its entry, whose path it
+    returns.
 
-    Args:
-        tasks: mteb's tasks by name; of an aggregate, its parts are written too.
-        scores: Of the same tasks, all of one model and revision.
-        name: What the model is called on the hub, `organisation/name`.
-        commit: The commit there that holds its weights.
-        root: The folder `submission`.
-
-    Returns:
-        The draft of the entry.
-
-    Raises:
-        UserError: mteb refuses what is known of the model.
+    `tasks` are mteb's by name (of an aggregate, its parts are written too), `scores` those of one model and revision,
+    `name` and `commit` those of the weights on the hub, `root` the folder `submission`. A `UserError` where mteb
+    refuses what is known of the model.
     """
     source = Path(next(iter(scores.values()))["result_file"]).parent
     try:

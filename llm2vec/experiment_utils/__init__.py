@@ -43,12 +43,10 @@ def generate_experiment_id(
 
 
 def parse_experiment_id(experiment_id: str) -> dict[str, Any]:
-    """The settings in such a name, by upstream's keys (`model_name_or_path` for the model).
+    """The settings in such a name, by upstream's keys (`model_name_or_path` for the model); a `UserError` where it is
+    none.
 
     Folders before and behind it are passed over.
-
-    Raises:
-        UserError: it is no such name.
     """
     marks = "".join(f"_{mark}(?P<{key}>[\\w./-]+?)" for key, (mark, _) in _MARKS.items())
     found = re.fullmatch(rf"(?:[\w./-]*/)?(?P<name>[\w.-]+?){marks}(?:/[\w./-]*)?", experiment_id)

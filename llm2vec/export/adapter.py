@@ -42,10 +42,8 @@ def write_adapter(
 ) -> None:
     """Write the adapter of a model that is not merged yet as a folder that sentence-transformers loads.
 
-    Its base (`base`, a folder or hub name) has a stand-in beside it until `prove_adapter` has compared.
-
-    Raises:
-        UserError: the hub's base (`base_id`, with its revision) would attend otherwise.
+    Its base (`base`, a folder or hub name) has a stand-in beside it until `prove_adapter` has compared. A `UserError`
+    where the hub's base (`base_id`, with its revision) would attend otherwise.
     """
     if model.settings.attention == "bidirectional":
         _check_bidirectional(base_id)

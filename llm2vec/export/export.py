@@ -73,9 +73,8 @@ class Export:
 def export(what: Export, out: Path) -> Proof:
     """Write a checkpoint to `out` for stock libraries, and prove that they give its vectors.
 
-    Raises:
-        UserError: something is missing or contradicts itself, the template or pooling cannot be said, the stock
-            libraries give other tokens or vectors, or `out` cannot be written. Nothing is left in `out` then.
+    A `UserError`, and nothing in `out`, where something is missing or contradicts itself, template or pooling cannot be
+    said, the stock libraries give other tokens or vectors, or `out` cannot be written.
     """
     try:
         if what.repository is not None:  # a name that the hub would refuse, before anything is computed

@@ -50,10 +50,8 @@ def compare_vectors(
 ) -> tuple[float, float | None]:
     """Largest difference of a number from unit vectors [N, D]: of all texts but strays, and of strays.
 
-    A stray is a text whose mean reads the blank before it, in stock libraries alone.
-
-    Raises:
-        UserError: tokens are others, or a vector differs by `TOLERANCE` or more.
+    A stray is a text whose mean reads the blank before it, in stock libraries alone. A `UserError` where tokens are
+    others, or a vector differs by `TOLERANCE` or more.
     """
     compared = [compare_text(stock, form, text) for text in texts]
     for comparison in compared:

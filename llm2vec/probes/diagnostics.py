@@ -104,11 +104,8 @@ class EmbeddingDiagnostics:
         self._file_mode = "a" if goes_on else "w"
 
     def __call__(self, step: int) -> dict[str, float]:
-        """The figures under their names, those of a source as `name/source`; a line of histograms goes to the file.
-
-        Raises:
-            RunEnds: the file cannot be written, as on a full disk.
-        """
+        """The figures under their names, those of a source as `name/source`; a line of histograms goes to the file, or
+        the run ends."""
         vectors_ND = self._vectors()
         figures, of_all = measure(vectors_ND, self._rows)
         of_sources: dict[str, dict[str, list[int]]] = {}
@@ -137,14 +134,11 @@ class EmbeddingDiagnostics:
 
 
 def measure(vectors_ND: Tensor, rows: RowTexts) -> tuple[dict[str, float], dict[str, list[int]]]:
-    """Figures of some rows, from unit vectors of different texts, and histograms.
+    """Figures of some rows, from unit vectors of different texts; and histograms: counts of cosines in `NUM_BINS` equal
+    bins from -1 to 1, of a query with its `positive`, its `hard_negative`s, and at `random` another row's document.
 
     Figures of pairs are left out where there are not two different texts to make one, those of hard negatives where
     rows have none. A comparison that ends level is lost. Pairs are never held all at once.
-
-    Returns:
-        The figures, as described at the top; and counts of cosines in `NUM_BINS` equal bins from -1 to 1: of a query
-        with its `positive`, its `hard_negative`s, and at `random` another row's document.
     """
     query_BD = vectors_ND[rows.query_B]
     positive_B = (query_BD * vectors_ND[rows.positive_B]).sum(dim=1)

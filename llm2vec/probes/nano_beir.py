@@ -42,13 +42,10 @@ class NanoBeirProbe:
 
     Args:
         model: what is being trained, sharing its weights.
-        dataset_id: hub name, or a local folder in the same layout.
+        dataset_id: hub name, or a local folder in the same layout; a `UserError` where a set cannot be read.
         names: which of the 13 sets.
         batch_size: texts a forward pass.
         device: where to compute.
-
-    Raises:
-        UserError: a set cannot be read.
     """
 
     def __init__(

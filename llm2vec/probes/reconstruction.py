@@ -53,11 +53,7 @@ class ScoredToken(NamedTuple):
 
 
 class Reconstructor:
-    """Generates and scores texts from anchors.
-
-    Args:
-        objective: how an anchor is made and decoded, over a model with its head.
-        tokenizer: renders texts as in training.
+    """Generates and scores texts from anchors: `objective` makes and decodes them, `tokenizer` renders as in training.
     """
 
     def __init__(self, objective: BidirectionalReconstruction, tokenizer: RowTokenizer) -> None:
@@ -68,15 +64,10 @@ class Reconstructor:
     def generate(
         self, texts: Sequence[InstructedText], max_new_tokens: int, sampling: Sampling | None = None
     ) -> list[list[str]]:
-        """The texts that the decoder writes behind each text's anchor, without blanks around them.
+        """The texts that the decoder writes behind each text's anchor, without blanks around them; all at once.
 
-        Args:
-            texts: whose anchors are decoded; all at once.
-            max_new_tokens: where a text ends that does not end by itself.
-            sampling: how tokens are drawn; None = always the likeliest one.
-
-        Returns:
-            For each text one generated text, or `sampling.num` of them.
+        A text ends after `max_new_tokens` where it does not end by itself. For each there is one, of the likeliest
+        tokens, or `sampling.num` that are drawn.
         """
         model = self.objective.decoding_model
         tokenizer = self.tokenizer.tokenizer
@@ -132,15 +123,11 @@ class Reconstructor:
 
 
 def load_reconstructor(model: ModelChoice, device: str | torch.device | None = None) -> Reconstructor:
-    """Load a checkpoint with its head: a Stage I folder, or adapters, merged, on one.
+    """Load a checkpoint with its head: a Stage I folder, or adapters, merged, on one; on a CUDA device, where there is
+    one.
 
-    Args:
-        model: folders that this project's training wrote.
-        device: where to compute; None = a CUDA device where there is one, else the CPU.
-
-    Raises:
-        UserError: it has no settings or no head, or was trained to another objective; or it does not load, or not
-            onto the device.
+    A `UserError` where it has no settings or no head, or was trained to another objective; or does not load, or not
+    onto the device.
     """
     chain = open_chain(model.base, model.adapters)
     outermost = chain.outermost
@@ -209,10 +196,7 @@ def score_targets(
 ) -> CrossEntropy:
     """Loss and hit of each target token, row after row, as the training step computes them; one pass.
 
-    Args:
-        objective: whose decoder and head.
-        anchor: one a row, [B, K, D] or [B, D].
-        targets: token ids of each row.
+    `anchor` is one a row, [B, K, D] or [B, D]; `targets` are the token ids of each row.
     """
     target_N = torch.tensor([token for ids in targets for token in ids], device=anchor.device)
     states_ND = objective.decode(anchor, objective.token_embeddings(target_N), [len(ids) for ids in targets])

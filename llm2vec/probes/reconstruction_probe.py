@@ -51,16 +51,14 @@ class Figure(NamedTuple):
 class ReconstructionProbe:
     """Scores an objective's reconstructions of held-out rows; every rank takes its share and learns all figures.
 
-    The figures do not depend on the number of ranks, nor on what goes through the model together.
+    The figures do not depend on the number of ranks, nor on what goes through the model together. An instruction that
+    leaves no room for a text is a `UserError`.
 
     Args:
         objective: what is being trained, or a loaded checkpoint's.
         tokenizer: renders the rows as in training.
         rows: none of them trained on; at least two of each source.
         seed: of the references: who gets whose anchor, and the random directions.
-
-    Raises:
-        UserError: a source has one row only, or an instruction leaves no room for a text.
     """
 
     def __init__(

@@ -58,15 +58,11 @@ BASES = {
 
 
 def make_base(name: str, out: Path) -> dict[str, Any]:
-    """Write a base's weights and tokenizer to a folder, as a whole or not at all; returns its origin.
+    """Write the weights and tokenizer of one of `BASES` to a new or empty folder, whole or not at all; returns its
+    origin.
 
-    Args:
-        name: key of `BASES`.
-        out: folder that is not there yet, or empty.
-
-    Raises:
-        UserError: no such base, the folder holds something or is being written, the disk is too small, or the model is
-            to be had nowhere.
+    A `UserError` where there is no such base, the folder holds something or is being written, the disk is too small, or
+    the model is to be had nowhere.
     """
     if name not in BASES:
         raise UserError(f"there is no base {name!r}; known: {', '.join(BASES)}.")

@@ -95,9 +95,8 @@ def source_files(roots: Mapping[str, Path]) -> list[tuple[str, Path]]:
 def read_docstrings(path: Path) -> list[tuple[int, str]]:
     """Line and docstring of a file's module, classes, functions and methods, in order, without running any of it.
 
-    Raises:
-        SyntaxError: The file is not valid for the running Python.
-        ValueError: The file holds null bytes, or does not decode as it declares itself.
+    A SyntaxError or ValueError where the file is not valid for the running Python, or does not decode as it declares
+    itself.
     """
     source = path.read_bytes()
     if b'"""' not in source and b"'''" not in source:  # a docstring worth a pair spans lines; saves the parsing
@@ -223,15 +222,12 @@ def write_corpus(output_dir: Path, roots: Mapping[str, Path]) -> dict[str, Any]:
     `eval/DocstringRetrieval/qrels/test.jsonl`, `eval/DocstringRetrieval/README.md`, `manifest.json` (last).
 
     Args:
-        output_dir: Folder to write; made if missing.
-        roots: Label and folder of each source tree, see `installed_roots`.
+        output_dir: Folder to write; made if missing, or a `UserError`.
+        roots: Label and folder of each source tree, see `installed_roots`; too little in them is a `UserError`.
 
     Returns:
         The manifest: `made_from` (a hash of this file, whose rules they are, Python version, versions of the
         distributions), `counts`, `sha256`.
-
-    Raises:
-        UserError: The folder cannot be made, or the source trees hold too little for either split.
     """
     try:
         output_dir.mkdir(parents=True, exist_ok=True)

@@ -23,12 +23,9 @@ SPECIAL_TOKENS = (BOS, "<|end_of_text|>", "<|start_header_id|>", "<|end_header_i
 def train_tokenizer(texts: Iterable[str], vocab_size: int) -> PreTrainedTokenizerFast:
     """Learn a byte-level BPE vocabulary with the Llama-3 family's special tokens; it puts `<|begin_of_text|>` first.
 
-    Words keep the blank before them and numbers are cut in runs of three digits, as Llama 3 does. Every text can
-    be encoded and comes back unchanged, because all 256 bytes are in the vocabulary. `vocab_size` counts special
-    tokens; fewer come out if the texts hold too few pairs.
-
-    Raises:
-        UserError: `vocab_size` leaves no room for the 256 bytes and the special tokens.
+    Words keep the blank before them and numbers are cut in runs of three digits, as Llama 3 does. Every text can be
+    encoded and comes back unchanged, because all 256 bytes are in the vocabulary. `vocab_size` counts special tokens,
+    for which it must have room, too; fewer come out if the texts hold too few pairs.
     """
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
     if vocab_size < len(alphabet) + len(SPECIAL_TOKENS):

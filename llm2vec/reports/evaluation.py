@@ -66,6 +66,8 @@ def build_report(
 ) -> EvaluationReport:
     """Compare the runs with one another and with the paper.
 
+    A `UserError` where two runs share a name, the paper lacks the model or all of the names, or a log cannot be read.
+
     Args:
         runs: Runs of different names; those the paper knows are compared with it.
         paper: The paper's data.
@@ -75,10 +77,6 @@ def build_report(
         title: Of the page.
         note: A remark below it; default: which model of the paper's is compared with.
         facts: What else is to be said of how the numbers came about.
-
-    Raises:
-        UserError: Two runs share a name, the paper lacks the model or all of the names, or a log is of no
-            stage or cannot be read.
     """
     names = [run.name for run in runs]
     if twice := [name for name, count in Counter(names).items() if count > 1]:

@@ -90,9 +90,7 @@ def early_stage_figure(curves: Sequence[Score], what: str) -> Figure:
 def along_figure(lines: Mapping[str, Mapping[int, Sequence[float]]], label: str) -> Figure:
     """Score against step, one line a recipe: mean over seeds, band from lowest to highest.
 
-    Args:
-        lines: recipe -> step -> score with each seed.
-        label: of the score's axis.
+    `lines`: recipe -> step -> score with each seed; `label` is the score axis'.
     """
     figure, axes = _new_axes()
     for index, (recipe, points) in enumerate(lines.items()):

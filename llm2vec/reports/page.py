@@ -70,9 +70,6 @@ class Page:
         """Write the HTML, and beside it the figures as PNG files and, where there are `data`, .md and .json.
 
         `file` has the figures inside, is written last, and is returned. All text is escaped.
-
-        Raises:
-            UserError: The folder cannot be made.
         """
         try:
             file.parent.mkdir(parents=True, exist_ok=True)

@@ -52,11 +52,8 @@ class Results:
 def read_results(folder: Path) -> Results:
     """Read the results of one model.
 
-    Args:
-        folder: An output directory of the evaluation, its `results`, or the folder of a model or a revision in there.
-
-    Raises:
-        UserError: There is no result below the folder, or there are results of several models or revisions.
+    `folder` is an output directory of the evaluation, its `results`, or the folder of a model or a revision in there.
+    Without a result below it, or with those of several models or revisions, a `UserError`.
     """
     if not folder.is_dir():
         raise UserError(f"There is no results folder {folder}.")
@@ -82,15 +79,14 @@ def read_results(folder: Path) -> Results:
 def read_query_scores(predictions: Path, task: str, qrels: Path, main_score: float) -> dict[str, float]:
     """nDCG@10 x 100 of each query of a retrieval task, from predictions that mteb kept.
 
+    The mean over queries must be the recorded score: else a `UserError`, as predictions, judgements and results do not
+    belong together.
+
     Args:
         predictions: The `prediction_folder` of the evaluation, with `<task>_predictions.json`.
         task: Name of the task.
         qrels: Judgements, JSON lines of query-id, corpus-id, score.
-        main_score: The recorded score x 100, which the mean must reproduce.
-
-    Raises:
-        UserError: A file is missing or malformed, or the mean over queries is not the recorded score, so that
-            predictions, judgements and results do not belong together.
+        main_score: The recorded score x 100.
     """
     judged = read_judgements(qrels)
     relevant = {query: grades for query, grades in judged.items() if any(grade > 0 for grade in grades.values())}
@@ -117,9 +113,6 @@ def ndcg_at_10(
     Args:
         rankings: Query -> document -> score of the model.
         relevant: Query -> document -> grade; documents that are not in it have grade 0.
-
-    Raises:
-        UserError: pytrec_eval is not there.
     """
     try:
         from pytrec_eval import RelevanceEvaluator

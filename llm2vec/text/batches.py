@@ -48,14 +48,11 @@ def shared_prefix(rows: Sequence[Row]) -> int:
 
 
 def cut_row(row: Row, key: Sequence[int]) -> tuple[Row, Row]:
-    """A row whose text breaks off, and the rest of the text, which is all target.
+    """A row whose text breaks off, and the rest of the text, which is all target; of a template that writes its text
+    once.
 
-    The ids stay those of the whole text. A text with fewer than `LEAST_PART` tokens on either side of every place is
-    not cut, and its rest has no target.
-
-    Args:
-        row: of a template that writes its text once.
-        key: decides the place, any of the possible ones as likely as another.
+    The ids stay those of the whole text. `key` decides the place, any as likely as another; a text with fewer than
+    `LEAST_PART` tokens on either side of every place is not cut, and its rest has no target.
     """
     places = list(compress(range(len(row.ids)), row.target))
     if len(places) < 2 * LEAST_PART:
@@ -69,12 +66,10 @@ def cut_row(row: Row, key: Sequence[int]) -> tuple[Row, Row]:
 
 
 def select_rows(side: TokenBatch, chosen: Sequence[int], ends: Sequence[int] | None = None) -> TokenBatch:
-    """Some rows of a packed side, in the order given.
+    """The `chosen` rows of a packed side, in the order given.
 
-    Args:
-        side: packed texts.
-        chosen: which of them.
-        ends: where each of the side's texts ends, for a caller that selects thousands of times; None = summed up here.
+    `ends` says where each of the side's texts ends, for a caller that selects thousands of times; None = summed up
+    here.
     """
     if ends is None:
         ends = list(accumulate(side["lengths"]))

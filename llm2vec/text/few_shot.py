@@ -22,14 +22,10 @@ MOST_DRAWS = 64
 
 
 def with_examples(rows: Sequence[Example], most: int, seed: int) -> list[InstructedText]:
-    """Each row's query with 0 to `most` examples before it, each number as likely as the others.
+    """The query of each row of a micro-batch with 0 to `most` examples before it, each number as likely as the others.
 
-    A row is never its own example, nor is one with the same query or the same positive, which would tell the answer.
-
-    Args:
-        rows: of one micro-batch.
-        most: examples a query; fewer where few other rows may be shown.
-        seed: of the run.
+    A row is never its own example, nor is one with the same query or the same positive, which would tell the answer; so
+    there are fewer where few other rows may be shown. `seed` is the run's.
     """
     texts = "\n".join(f"{len(row.query.text)} {row.query.text} {row.positive.text}" for row in rows)
     digest = hashlib.sha256(f"{seed} {texts}".encode()).hexdigest()
@@ -51,14 +47,9 @@ def with_examples(rows: Sequence[Example], most: int, seed: int) -> list[Instruc
 
 
 def check_examples_fit(rows: Sequence[Example], tokenizer: RowTokenizer) -> None:
-    """Refuse a length under which no query has room for an example.
+    """Refuse a template without a place for examples, and a length under which no query has room for one.
 
-    Args:
-        rows: a sample, each shown as the next one's example if it is of the same source.
-        tokenizer: renders them.
-
-    Raises:
-        UserError: the template has no place for examples, or not one of the sampled queries has room for one.
+    Of the sampled rows each is shown as the next one's example, if that is of the same source.
     """
     if not tokenizer.takes_examples:
         raise UserError(

@@ -29,13 +29,9 @@ CHARACTERS_AT_ONCE = 1 << 20
 
 
 def beginning_of(text: str, start: int, most: int, tokenizer: PreTrainedTokenizerBase) -> str:
-    """The beginning of a text that has the same first tokens, or the text itself.
+    """The beginning of a text that has the same first tokens by a fast tokenizer, or the text itself.
 
-    Args:
-        text: what is tokenised in one go.
-        start: where the part begins that gives way; tokens before it all count.
-        most: tokens of that part that count.
-        tokenizer: a fast one.
+    Tokens before the character `start` all count; `most` do of the part that begins there, which gives way.
     """
     if len(text) <= LONG:
         return text

@@ -231,11 +231,8 @@ def leaves_join_open(template: str) -> bool:
 def infer_template(tokenizer: PreTrainedTokenizerBase) -> str:
     """The template of the family that the tokenizer's special tokens belong to.
 
-    A tokenizer with the turn tokens of exactly one family gets that family's template; one without any turn token
-    and without a chat format is a base model's and gets `plain`.
-
-    Raises:
-        UserError: turn tokens of several families, or a chat format that none of our templates writes.
+    A tokenizer with the turn tokens of exactly one family gets that family's template; one without any turn token and
+    without a chat format is a base model's and gets `plain`. Any other is a `UserError`.
     """
     special = {str(token) for token in tokenizer.added_tokens_decoder.values()} | set(tokenizer.all_special_tokens)
     chat_format = str(tokenizer.chat_template or "")
@@ -259,13 +256,10 @@ def infer_template(tokenizer: PreTrainedTokenizerBase) -> str:
 
 
 def add_template_tokens(tokenizer: PreTrainedTokenizerBase, template: str) -> list[int]:
-    """Add the special tokens of a template that the tokenizer lacks.
+    """Add the special tokens of a template that the tokenizer lacks; the new tokens' ids, in the template's order.
 
-    Returns:
-        The new tokens' ids, in the template's order; a special token that is there already is used as it is.
-
-    Raises:
-        UserError: one of them is an ordinary token of the vocabulary, which any text may contain.
+    A special token that is there already is used as it is. An ordinary one of that name, which any text may contain, is
+    a `UserError`.
     """
     vocabulary, known = tokenizer.get_vocab(), tokenizer.added_tokens_decoder
     new = []
