@@ -57,7 +57,7 @@ class ModelChoice:
         return chain
 
     def resolved(self) -> ModelChoice:
-        """The same with the true base, every adapter and the dtype spelled out, folders by their full path; opens it."""
+        """The same with the true base, every adapter and the dtype spelled out, folders by full path; opens it."""
         paths = [folder.path for folder in self.opened().folders]
         base, *adapters = (str(Path(path).resolve()) if Path(path).is_dir() else path for path in paths)
         return ModelChoice(base, tuple(adapters), self.torch_dtype or "float32")

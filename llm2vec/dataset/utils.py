@@ -16,7 +16,7 @@ def load_dataset(
     effective_batch_size: int = 32,
     shuffle_individual_datasets: bool = True,
 ) -> E5Data | Wiki1M:
-    """A data set by its name; arguments as of `E5Data` and `Wiki1M`, whose default files are taken where none is given."""
+    """A data set by its name; arguments as of `E5Data` and `Wiki1M`, whose files are taken where none is given."""
     files: dict[str, Any] = {} if file_path is None else {"file_path": file_path}
     if dataset_name == "Wiki1M":
         return Wiki1M(split=split, **files)

@@ -15,26 +15,19 @@ from sentence_transformers.util import cos_sim
 from torch import Tensor
 
 from llm2vec.distributed import sum_over_ranks
+from llm2vec.files import read_object
 from llm2vec.llm2vec import LLM2Vec
 from llm2vec.processes import rank, world_size
+from llm2vec.text.entries import INSTRUCTIONS_FILE
 from llm2vec.types import UserError, first_line
 
-#: The sets, with the paper's instructions for them (Table 13).
-INSTRUCTIONS = {
-    "climatefever": "Given a claim about climate change, retrieve documents that support or refute the claim",
-    "dbpedia": "Given a query, retrieve relevant entity descriptions from DBPedia",
-    "fever": "Given a claim, retrieve documents that support or refute the claim",
-    "fiqa2018": "Given a financial question, retrieve user replies that best answer the question",
-    "hotpotqa": "Given a multi-hop question, retrieve documents that can help answer the question",
-    "msmarco": "Given a web search query, retrieve relevant passages that answer the query",
-    "nfcorpus": "Given a question, retrieve relevant documents that best answer the question",
-    "nq": "Given a question, retrieve Wikipedia passages that answer the question",
-    "quoraretrieval": "Given a question, retrieve questions that are semantically equivalent to the given question",
-    "scidocs": "Given a scientific paper title, retrieve paper abstracts that are cited by the given paper",
-    "arguana": "Given a claim, find documents that refute the claim",
-    "scifact": "Given a scientific claim, retrieve documents that support or refute the claim",
-    "touche2020": "Given a question, retrieve detailed and persuasive arguments that answer the question",
-}
+_SETS = (
+    "climatefever", "dbpedia", "fever", "fiqa2018", "hotpotqa", "msmarco", "nfcorpus", "nq", "quoraretrieval",
+    "scidocs", "arguana", "scifact", "touche2020",
+)  # fmt: skip
+_OF_PAPER = {task.lower(): text.removesuffix(":") for task, text in read_object(INSTRUCTIONS_FILE).items()}
+#: The sets, with the paper's instructions for the tasks that they are samples of (Table 13).
+INSTRUCTIONS: dict[str, str] = {name: _OF_PAPER[name] for name in _SETS}
 
 
 class NanoBeirProbe:

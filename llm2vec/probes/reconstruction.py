@@ -53,7 +53,7 @@ class ScoredToken(NamedTuple):
 
 
 class Reconstructor:
-    """Generates and scores texts from anchors: `objective` makes and decodes them, `tokenizer` renders as in training."""
+    """Generates and scores texts from anchors: `objective` makes and decodes them, `tokenizer` renders texts."""
 
     def __init__(self, objective: BidirectionalReconstruction, tokenizer: RowTokenizer) -> None:
         self.objective = objective.eval()  # torch's mode without dropout

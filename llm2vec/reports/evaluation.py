@@ -8,7 +8,6 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any, cast, get_args
@@ -17,7 +16,6 @@ from llm2vec.reports import figures
 from llm2vec.reports.comparisons import (
     TOLERANCES,
     Check,
-    Comparison,
     EvaluatedRun,
     Verdict,
     compare_runs,
@@ -40,20 +38,6 @@ _MTEB_CHANGED = (
 _FIGURE_STAGES = ("base", "stage_I", "baseline", "anchor")
 
 
-@dataclass(frozen=True)
-class EvaluationReport(Page):
-    """The page, and what programs ask of it.
-
-    Example:
-        >>> runs = [EvaluatedRun(name, read_results(Path("results", name))) for name in ("anchor", "baseline")]
-        >>> print(build_report(runs, read_paper(), "LLaMA-3.2-1B-Instruct", losses={}).text())
-    """
-
-    comparisons: list[Comparison] = field(default_factory=list)
-    #: Title of a table -> what it compares with the paper, each comparison under a name.
-    checks: dict[str, dict[str, Check]] = field(default_factory=dict)
-
-
 def build_report(
     runs: Sequence[EvaluatedRun],
     paper: Paper,
@@ -63,8 +47,11 @@ def build_report(
     title: str = "Evaluation on MTEB",
     note: str = "",
     facts: Mapping[str, str] = MappingProxyType({}),
-) -> EvaluationReport:
-    """Compare the runs with one another and with the paper.
+) -> Page:
+    """The page that compares the runs with one another and with the paper; its `data` are the same for programs.
+
+        >>> runs = [EvaluatedRun(name, read_results(Path("results", name))) for name in ("anchor", "baseline")]
+        >>> print(build_report(runs, read_paper(), "LLaMA-3.2-1B-Instruct", losses={}).text())
 
     A `UserError` where two runs share a name, the paper lacks the model or all of the names, or a log cannot be read.
 
@@ -131,7 +118,7 @@ def build_report(
     }  # scores x 100 and not rounded
     note = note or (f"Compared with {paper_model} of the paper." if paper_model else "")
     blocks: list[Table | Picture] = [tables[0], *pictures, *tables[1:]]
-    return EvaluationReport(title, blocks, note, sentences, facts, data, comparisons, checks)
+    return Page(title, blocks, note, sentences, facts, data)
 
 
 def _coverage(run: EvaluatedRun, paper: Paper) -> str:

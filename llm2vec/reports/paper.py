@@ -115,7 +115,7 @@ def mean_of(scores: Mapping[str, float], tasks: Sequence[str]) -> float | None:
 
 
 def read_paper(folder: Path = PAPER_DATA) -> Paper:
-    """Read the data files, of a folder with `paper` and `expected`; a `UserError` where one is not what it should be."""
+    """Read the data files, in `paper` and `expected`; a `UserError` where one is not what it should be."""
 
     def read(path: Path) -> dict[str, Any]:
         return read_object(path, f"The paper's data file {path}")

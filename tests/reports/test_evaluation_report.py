@@ -12,8 +12,9 @@ from pathlib import Path
 
 import pytest
 
-from llm2vec.reports.comparisons import EvaluatedRun
-from llm2vec.reports.evaluation import EvaluationReport, build_report
+from llm2vec.reports.comparisons import EvaluatedRun, Interval
+from llm2vec.reports.evaluation import build_report
+from llm2vec.reports.page import Page
 from llm2vec.reports.paper import read_paper
 from llm2vec.reports.results import PARTS, read_results
 from llm2vec.table import Cell, Table
@@ -47,7 +48,7 @@ def subset(run: str, by: float) -> dict[str, float]:
     return {task: score for task, score in shifted(run, by).items() if task in PAPER.subset}
 
 
-def table(report: EvaluationReport, title: str) -> Table:
+def table(report: Page, title: str) -> Table:
     title = f"({title})" if title.startswith("Table") else title
     (found,) = [one for one in report.tables if title in one.title]
     return found
@@ -65,12 +66,12 @@ def test_the_papers_own_scores_reproduce_the_paper(make_run: MakeRun) -> None:
         runs = [make_run(f"{arm}-{model}", PAPER.expected[model][arm]) for arm in ("anchor", "baseline")]
         runs = [EvaluatedRun(run.name.partition("-")[0], run.results) for run in runs]
         report = build_report(runs, PAPER, model, {})
-        verdicts = [check.verdict for checks in report.checks.values() for check in checks.values()]
+        verdicts = [check["verdict"] for checks in report.data["checks"].values() for check in checks.values()]
         assert set(verdicts) <= {"within", "not judged", None}
         assert verdicts.count("within") >= 3 * 56 + 2 * 8
         by_category = table(report, "Table 1")
         assert row(by_category, "anchor")["Avg"] == pytest.approx(PAPER.printed(1, model, "anchor", "Avg"), abs=0.011)
-        assert row(by_category, "anchor - baseline")["Avg"] == f"{report.comparisons[0].interval.difference:+.2f}"
+        assert row(by_category, "anchor - baseline")["Avg"] == f"{report.data['comparisons'][0]['difference']:+.2f}"
 
 
 def test_table_1_has_values_paper_difference_and_verdict(make_run: MakeRun) -> None:
@@ -145,7 +146,7 @@ def test_no_mean_of_a_part_is_shown(make_run: MakeRun) -> None:
     assert row(table(report, "Table 11"), "anchor")["mean"] == "13/14"
     assert "anchor (org/anchor): 54 of 56 tasks, so there is no mean of 56; missing: FEVER, SICK-R." in report.sentences
     assert [cells[0] for cells in table(report, "Table 2").rows][-1] == "baseline (this evaluation)"
-    assert report.comparisons[0].interval.num_units == 54
+    assert report.data["comparisons"][0]["num_units"] == 54
 
 
 def test_few_tasks_are_named_by_what_is_there(make_run: MakeRun) -> None:
@@ -157,7 +158,7 @@ def test_few_tasks_are_named_by_what_is_there(make_run: MakeRun) -> None:
         in report.sentences
     )
     assert "a - b: +1.00 over NFCorpus, the one task both have, too few for an interval." in report.sentences
-    assert report.comparisons == [] and row(table(report, "by task"), "Mine")["b"] is None
+    assert report.data["comparisons"] == [] and row(table(report, "by task"), "Mine")["b"] is None
 
 
 def test_cells_the_paper_contradicts_are_marked_and_not_judged(make_run: MakeRun) -> None:
@@ -223,8 +224,8 @@ def test_runs_of_another_model_are_compared_with_one_another_only(make_run: Make
     runs = [make_run("mine", shifted("anchor", 1)), make_run("theirs", shifted("anchor", 0))]
     report = build_report(runs, PAPER, None, {})
     assert table(report, "by task").header == ["Task", "mine", "theirs", "mine - theirs"]
-    assert all(check.printed is None for checks in report.checks.values() for check in checks.values())
-    assert [c.label for c in report.comparisons] == ["mine - theirs"] and "paper's own" not in report.text()
+    assert all(check["printed"] is None for checks in report.data["checks"].values() for check in checks.values())
+    assert [c["label"] for c in report.data["comparisons"]] == ["mine - theirs"] and "paper's own" not in report.text()
     assert not [one for one in report.tables if one.title == "Beside the paper"]
 
 
@@ -232,7 +233,8 @@ def test_interval_of_the_papers_own_scores_stands_beside(make_run: MakeRun) -> N
     report = build_report(
         [make_run("anchor", shifted("anchor", 0)), make_run("baseline", shifted("baseline", 0))], PAPER, ONE, {}
     )
-    interval = report.comparisons[0].interval
+    found = {name: value for name, value in report.data["comparisons"][0].items() if name in Interval._fields}
+    interval = Interval(**found)
     assert interval.difference == pytest.approx(1.25, abs=0.006) and interval.low > 0.5 and interval.num_ahead == 38
     assert f"The paper's own scores, anchor - baseline: {interval.sentence('tasks')}." in report.sentences
 

@@ -10,9 +10,10 @@ import pytest
 from matplotlib.colors import to_hex
 
 from llm2vec.reports.comparisons import EvaluatedRun
-from llm2vec.reports.evaluation import EvaluationReport, build_report
+from llm2vec.reports.evaluation import build_report
 from llm2vec.reports.figures import STAGE_COLOURS, by_stage_figure, early_stage_figure, losses_figure
 from llm2vec.reports.logs import read_log
+from llm2vec.reports.page import Page
 from llm2vec.reports.paper import read_paper
 from llm2vec.reports.results import Results
 from llm2vec.reports.scores import Score, ScoredStage, in_order
@@ -42,7 +43,7 @@ def run_of(name: str, **scores: float) -> EvaluatedRun:
     return EvaluatedRun(name, Results(name, "r", Path(name), scores, {}, {}, ("2",)))
 
 
-def report(along: list[Score], losses: dict[ScoredStage, Path], **facts: str) -> EvaluationReport:
+def report(along: list[Score], losses: dict[ScoredStage, Path], **facts: str) -> Page:
     """A report on runs that have one task, which is none of the paper's."""
     runs = [run_of(score.stage, Docs=score.value) for score in finished()]
     runs += [run_of(f"{score.stage}@{score.step}", Docs=score.value) for score in along]
