@@ -72,9 +72,8 @@ class UserError(ValueError):
 class RunEnds(Exception):
     """A run is over before its last step, or has nothing left to do; the message says why and how to go on.
 
-    Attributes:
-        code: the process's exit code: 0 = all is well, 1 = something broke.
-        is_done: whether all of it was done before.
+    `code` is the process's exit code (0 = all is well, 1 = something broke), `is_done` whether all of it was done
+    before.
     """
 
     def __init__(self, message: str, code: int, is_done: bool = False) -> None:

@@ -52,8 +52,7 @@ class EvaluatedModel:
 
 
 def kind_of(asked: EvaluatedModel) -> Kind:
-    """How a model is loaded: a name of mteb's registry as mteb runs it, unless adapters are given; else its files
-    decide."""
+    """How a model is loaded: a name of mteb's registry as mteb runs it, unless adapters are given; else by its files."""
     base = asked.model.base
     if asked.as_published:
         if asked.model.adapters or find_file(base, MODULES_FILE) is None:
@@ -71,8 +70,7 @@ def kind_of(asked: EvaluatedModel) -> Kind:
 
 
 def load_encoder(asked: EvaluatedModel) -> Any:
-    """Load a model for `scores.evaluate`, and say how; a `UserError` where it cannot be, or an option has no effect on
-    it."""
+    """Load a model for `scores.evaluate`, and say how; a `UserError` where it or one of its options is of no use."""
     kind = kind_of(asked)
     encoder = {"llm2vec": _llm2vec, "sentence-transformers": _sentence_transformer, "mteb": _registered}[kind](asked)
     prompts = f"prompts of {asked.instructions_file}" if asked.instructions_file else "with its own prompts"

@@ -106,8 +106,7 @@ class LLM2VecEncoder(AbsEncoder):
         )
 
     def instruction(self, task_metadata: TaskMetadata, prompt_type: PromptType | None) -> str:
-        """The instruction that texts of one side of a task carry; empty for documents. The side is None in tasks other
-        than retrieval and reranking."""
+        """The instruction of one side of a task (None where it has no sides); empty for documents."""
         if prompt_type == PromptType.document:
             return ""
         name = task_metadata.name
@@ -341,8 +340,8 @@ def run_task(
 
 
 def kept_result(meta: ModelMeta, task: AbsTask, output_dir: str | Path) -> TaskResult | None:
-    """The result of a task in `output_dir`, of whatever data; None if there is none. A torn one is a ValueError or
-    KeyError."""
+    """The result of a task in `output_dir`, of whatever data; None if there is none, ValueError or KeyError if it is
+    torn."""
     return ResultCache(output_dir).load_task_result(task.metadata.name, meta)
 
 

@@ -46,8 +46,7 @@ class RecordedRun:
 
 
 def recorded_runs(opened: Sequence[Folder]) -> list[RecordedRun]:
-    """The runs that made a model, as far as they can be followed, the earliest first; of `Chain.folders`, or of an
-    export."""
+    """The runs that made a model (`Chain.folders`) or an export, as far as they can be followed, the earliest first."""
     folders = [*reversed(opened)]
     while (parent := _parent(folders[-1])) is not None and parent.path not in {folder.path for folder in folders}:
         folders.append(parent)

@@ -63,8 +63,7 @@ def write_adapter(
 
 
 def prove_adapter(folder: Path, form: StockForm, texts: Sequence[InstructedText], exact: Tensor, base_id: str) -> None:
-    """Compare the adapter on its base with the checkpoint, as `compare_vectors`; then give the base its name on the
-    hub."""
+    """Compare the adapter on its base with the checkpoint; then give the base its name on the hub."""
     stock = open_sentence_transformer(str(folder), dtype=torch.float32)
     compare_vectors(stock, form, texts, exact)
     shutil.rmtree(folder.with_name("base"))

@@ -35,8 +35,7 @@ def prove(
     folder: Path, form: StockForm, settings: EncoderSettings, texts: Sequence[InstructedText], exact: Tensor,
     stored: Tensor,
 ) -> Proof:  # fmt: skip
-    """Load a written folder by stock sentence-transformers, in float32; a `UserError` names tokens or vectors that
-    differ."""
+    """Load a written folder by stock sentence-transformers, in float32, and compare; other tokens are a `UserError`."""
     if probe_ids(row_tokenizer(load_tokenizer(str(folder)), settings)) != probe_ids(form.rows):
         raise UserError("the exported tokenizer renders this project's own template to other tokens.")
     stock = open_sentence_transformer(str(folder), dtype=torch.float32)

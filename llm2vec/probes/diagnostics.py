@@ -104,8 +104,7 @@ class EmbeddingDiagnostics:
         self._file_mode = "a" if goes_on else "w"
 
     def __call__(self, step: int) -> dict[str, float]:
-        """The figures under their names, those of a source as `name/source`; a line of histograms goes to the file, or
-        the run ends."""
+        """The figures under their names, those of a source as `name/source`; a line of histograms goes to the file."""
         vectors_ND = self._vectors()
         figures, of_all = measure(vectors_ND, self._rows)
         of_sources: dict[str, dict[str, list[int]]] = {}

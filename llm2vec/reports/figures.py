@@ -12,7 +12,6 @@ from typing import NamedTuple, get_args
 
 import numpy as np
 from matplotlib.axes import Axes
-from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.colors import to_rgba
 from matplotlib.figure import Figure
 from matplotlib.patches import Patch
@@ -260,10 +259,8 @@ def _plot_smoothed(
 
 
 def _new_figure(width: float, height: float) -> Figure:
-    """A figure with its own canvas, in inches: no window system and no global state of pyplot."""
-    figure = Figure(figsize=(width, height), dpi=150, layout="constrained")
-    FigureCanvasAgg(figure)
-    return figure
+    """A figure in inches: no window system and no global state of pyplot."""
+    return Figure(figsize=(width, height), dpi=150, layout="constrained")
 
 
 def _new_axes() -> tuple[Figure, Axes]:

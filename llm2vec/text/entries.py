@@ -74,8 +74,7 @@ def _is_whole(value: Any) -> bool:
 
 
 def as_instructed(texts: Texts, side: TextSide | None = None) -> list[InstructedText]:
-    """Texts or [instruction, text] pairs, each as an InstructedText; arguments as in `LLM2Vec.encode`, else a
-    `UserError`."""
+    """Texts or [instruction, text] pairs as InstructedTexts; arguments as in `LLM2Vec.encode`, else a `UserError`."""
     if not isinstance(side, str | None) or side not in (None, *get_args(TextSide)):
         raise UserError(f"side is {in_short(side)}; allowed: {', '.join(get_args(TextSide))}, None.")
     texts = texts.tolist() if isinstance(texts, np.ndarray) else texts

@@ -17,6 +17,7 @@ from typing import NamedTuple, TypeAlias
 
 import torch
 from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
 from transformers import PreTrainedTokenizerBase
 
 from llm2vec.text.long_texts import beginning_of, encode_in_parts
@@ -175,23 +176,17 @@ class RowTokenizer:
 
     def pad(self, rows: Sequence[Row]) -> dict[str, Tensor]:
         """Pad rows to the longest of them, on `padding_side`."""
-        length, side = max(len(row.ids) for row in rows), self.padding_side or self.tokenizer.padding_side
-        pad_id = self.tokenizer.pad_token_id if self.tokenizer.pad_token_id is not None else 0
-        shape = (len(rows), length)
-        batch: dict[str, Tensor] = {
-            "input_ids": torch.full(shape, pad_id),
-            "attention_mask": torch.zeros(shape, dtype=torch.long),
-            "pool_mask": torch.zeros(shape, dtype=torch.bool),
-            "target_mask": torch.zeros(shape, dtype=torch.bool),
+
+        def padded(lists: Iterator[Sequence[int]], filler: int = 0) -> Tensor:
+            side = self.padding_side or self.tokenizer.padding_side
+            return pad_sequence(list(map(torch.tensor, lists)), True, filler, side)
+
+        return {
+            "input_ids": padded((row.ids for row in rows), self.tokenizer.pad_token_id or 0),
+            "attention_mask": padded([1] * len(row.ids) for row in rows),
+            "pool_mask": padded(row.pooled for row in rows),
+            "target_mask": padded(row.target for row in rows),
         }
-        for i, row in enumerate(rows):
-            n = len(row.ids)
-            span = slice(0, n) if side == "right" else slice(length - n, length)
-            batch["input_ids"][i, span] = torch.tensor(row.ids, dtype=torch.long)
-            batch["attention_mask"][i, span] = 1
-            batch["pool_mask"][i, span] = torch.tensor(row.pooled, dtype=torch.bool)
-            batch["target_mask"][i, span] = torch.tensor(row.target, dtype=torch.bool)
-        return batch
 
     def _resolve_special_ids(self, segments: _Form) -> dict[Segment, int]:
         """Ids of the template's special tokens; a BOS the tokenizer does not have, and a marker that is ordinary
@@ -264,7 +259,9 @@ class RowTokenizer:
 
     def _tokenise(self, rows: Sequence[Sequence[_Piece]]) -> list[_Tokens]:
         """Tokens of each row's pieces; all runs go through the tokenizer at once."""
-        encoded = self._encode([piece.text for row in rows for piece in row if isinstance(piece, _Run)])
+        encoded = encode_in_parts(
+            self.tokenizer, [piece.text for row in rows for piece in row if isinstance(piece, _Run)]
+        )
         tokens = []
         for row in rows:
             ids: list[int] = []
@@ -279,10 +276,6 @@ class RowTokenizer:
                 owners.extend(_owner(piece, start, end) for start, end in offsets)
             tokens.append(_Tokens(ids, owners))
         return tokens
-
-    def _encode(self, texts: list[str]) -> Iterator[tuple[list[int], list[tuple[int, int]]]]:
-        """Ids and offsets of each text; no special token is read or written."""
-        return encode_in_parts(self.tokenizer, texts)
 
     def _assemble(self, form: _Form, row: _Written, text: InstructedText, examples: Sequence[_Written]) -> Row:
         """Ids and masks of a whole row, with the text cut to what the rest leaves."""
@@ -318,7 +311,7 @@ class RowTokenizer:
         if not runs or not form[runs[-1][1].segment].pooled:
             return row
         run, cut = runs[-1]
-        ((alone, _),) = self._encode([run.text[cut.start :]])
+        ((alone, _),) = encode_in_parts(self.tokenizer, [run.text[cut.start :]])
         behind = {span.segment for span in run.spans if span.segment >= cut.segment}
         more = len(alone) - sum(owner in behind for owner in tokens.owners)
         first = min(len(row.ids) - sum(row.pooled) - more, len(row.ids) - 1)

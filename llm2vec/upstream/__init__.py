@@ -40,8 +40,7 @@ def refuse_overrides(encoder: type) -> None:
 
 
 def model_class(config_class_name: str, enable_bidirectional: bool) -> Any:
-    """Upstream's class for the model of a config (`LlamaConfig`); a ValueError, as upstream's, for a family without
-    one."""
+    """Upstream's class for a model's config (`LlamaConfig`); a ValueError, as upstream's, where a family has none."""
     from llm2vec.models import bidirectional_class  # four families' code
 
     return bidirectional_class(config_class_name) if enable_bidirectional else AutoModel

@@ -52,8 +52,7 @@ class Choice(NamedTuple):
 
 
 def choices_of(argument: str) -> tuple[list[Choice], list[str]]:
-    """The ways that an argument stands for, and a line for each that does not apply to such a folder, which must be
-    there."""
+    """The ways that an argument stands for, and a line for each that does not apply to such a folder."""
     if argument.startswith(("http://", "https://")):
         return [Choice("server", ModelChoice(argument))], []
     kind, colon, rest = argument.partition(":")
