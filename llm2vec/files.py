@@ -68,7 +68,7 @@ def parse_object(text: bytes | str, where: str, shape: Shape = None) -> dict[str
 
 
 def read_object(file: Path, where: str | None = None, shape: Shape = None) -> dict[str, Any]:
-    """The object in a file; `where` begins a message in place of the file's name. An unreadable one is a `UserError`."""
+    """The object in a file; `where` begins a message in place of the file's name."""
     where = str(file) if where is None else where
     try:
         if file.is_char_device() or file.is_block_device():  # /dev/zero has no end

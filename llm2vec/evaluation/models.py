@@ -52,7 +52,7 @@ class EvaluatedModel:
 
 
 def kind_of(asked: EvaluatedModel) -> Kind:
-    """How a model is loaded: a name of mteb's registry as mteb runs it, unless adapters are given; else by its files."""
+    """How a model is loaded: a name of mteb's registry by mteb, unless adapters are given; else by its files."""
     base = asked.model.base
     if asked.as_published:
         if asked.model.adapters or find_file(base, MODULES_FILE) is None:
