@@ -697,3 +697,18 @@ def test_token_batches_hold_every_row_once_and_keep_to_the_budget() -> None:
     assert batches == [[1], [3, 4], [0, 5, 2]]
     assert token_batches([4, 8, 4, 4], 20) == [[1, 0, 2, 3]]
     assert token_batches([], 20) == []
+
+
+@pytest.mark.parametrize("normalize", [False, True])
+def test_encode_cuts_then_normalises(normalize: bool) -> None:
+    model = LLM2Vec(tiny_model("llama"), family_tokenizer("llama"), "last", normalize=normalize, template="llama3")
+    texts = ["hello world", "who wrote it", "hello world"]
+    whole, cut = (model.encode(texts, show_progress_bar=False, device="cpu", truncate_dim=d) for d in (None, 8))
+    assert isinstance(whole, Tensor) and isinstance(cut, Tensor)
+    assert (whole.shape, cut.shape) == ((3, 32), (3, 8))
+    torch.testing.assert_close(cut, torch.nn.functional.normalize(whole[:, :8], dim=-1) if normalize else whole[:, :8])
+    full = model.encode(texts, show_progress_bar=False, device="cpu", truncate_dim=32)
+    assert isinstance(full, Tensor) and torch.equal(full, whole)
+    for wrong in (0, 33, -1):
+        with pytest.raises(UserError, match=f"truncate_dim is {wrong}; it must lie between 1 and the hidden size 32"):
+            model.encode(texts, truncate_dim=wrong)
