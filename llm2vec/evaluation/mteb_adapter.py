@@ -299,14 +299,10 @@ def _own_task(name: str, folder: Path | None) -> AbsTask:
     return OwnTask()
 
 
-@functools.cache
-def _known_names() -> list[str]:
-    tasks = [task.metadata.name for task in mteb.get_tasks(exclude_superseded=False)]
-    return [*tasks, *TASK_SETS, *(benchmark.name for benchmark in mteb.get_benchmarks())]
-
-
 def _unknown_task(name: str, folder: Path | None) -> str:
-    near = difflib.get_close_matches(name, _known_names(), n=3)
+    tasks = [task.metadata.name for task in mteb.get_tasks(exclude_superseded=False)]
+    known = [*tasks, *TASK_SETS, *(benchmark.name for benchmark in mteb.get_benchmarks())]
+    near = difflib.get_close_matches(name, known, n=3)
     said = f"mteb knows no task {name}" + (f" (nearest: {', '.join(near)})" if near else "")
     if folder is None:
         return f"{said}; a retrieval set of your own is read from <local_data_dir>/{name}."

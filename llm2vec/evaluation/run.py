@@ -21,19 +21,11 @@ import torch.distributed as dist
 
 from llm2vec.corpus.queue import JobQueue
 from llm2vec.corpus.workers import beside, take_gpu
+from llm2vec.evaluation import mteb_adapter
 from llm2vec.evaluation.cost import MAX_TOKENS, cost_table, measure_speed, task_cost
 from llm2vec.evaluation.files import parts_of
 from llm2vec.evaluation.jobs import Request, jobs_of, leaves_of, plan, prepare, work
 from llm2vec.evaluation.models import load_encoder
-from llm2vec.evaluation.mteb_adapter import (
-    BENCHMARK,
-    LLM2VecEncoder,
-    benchmark_tasks,
-    descriptions,
-    encode_documents,
-    is_dense,
-    result_file,
-)
 from llm2vec.evaluation.scores import TaskScore, kept_score, score_aggregate
 from llm2vec.files import alone_in, write_text
 from llm2vec.processes import PATIENCE
@@ -65,14 +57,14 @@ def expand(words: Sequence[str]) -> dict[str, str]:
     """
     tasks: dict[str, str] = {}
     for word in words:
-        benchmark, names = BENCHMARK, [word]
+        benchmark, names = mteb_adapter.BENCHMARK, [word]
         if word == "subset15":
             names = list(SUBSET15)
         elif word == "mteb56":
-            names = benchmark_tasks(BENCHMARK) or []
+            names = mteb_adapter.benchmark_tasks(mteb_adapter.BENCHMARK) or []
         elif word == "beir14":
-            names = [name for name in benchmark_tasks("BEIR") or [] if name != "MSMARCO"]
-        elif (of_benchmark := benchmark_tasks(word)) is not None:
+            names = [name for name in mteb_adapter.benchmark_tasks("BEIR") or [] if name != "MSMARCO"]
+        elif (of_benchmark := mteb_adapter.benchmark_tasks(word)) is not None:
             benchmark, names = word, of_benchmark
         for name in names:
             tasks.setdefault(name, benchmark)
@@ -94,13 +86,17 @@ def evaluate_all(request: Request, num_workers: int = 1) -> Outcome | None:
     tasks = {name: request.find(name) for name in names}
     encoder = load_encoder(request.model)
     meta = encoder.mteb_model_meta
-    folder = _queue_folder(request, meta, tasks)
+    root = Path(request.output_dir)
+    of_revision = mteb_adapter.result_file(meta, next(iter(tasks.values())), root).parent
+    folder = root / "queue" / of_revision.relative_to(root / "results")
     with alone_in(folder, "evaluation of this model") if rank == 0 else contextlib.nullcontext():
         if rank == 0:
             _say_where(request, encoder, tasks)
             prepare(folder, plan(encoder, tasks, request.output_dir))
-        if num_ranks > 1:
-            _wait_for_all_ranks()
+        if num_ranks > 1:  # no rank begins before the first has made the queue; nothing else is ever exchanged
+            dist.init_process_group("gloo", timeout=PATIENCE)
+            dist.barrier()
+            dist.destroy_process_group()
         queue = JobQueue(folder)
         num_workers = min(num_workers, len(queue.unfinished()))
         with beside(num_workers, folder, _worker, request, folder):
@@ -123,12 +119,12 @@ def dry_run(request: Request, num_workers: int) -> Table:
     max_tokens = encoder.mteb_model_meta.max_tokens or MAX_TOKENS
 
     def encode(texts: list[str]) -> object:
-        return encode_documents(encoder, texts, request.batch_size)
+        return mteb_adapter.encode_documents(encoder, texts, request.batch_size)
 
-    speed = measure_speed(encode, descriptions(), max_tokens, request.batch_size)
+    speed = measure_speed(encode, mteb_adapter.descriptions(), max_tokens, request.batch_size)
     leaves = leaves_of(tasks)
     costs = {name: task_cost(leaf, max_tokens) for name, leaf in leaves.items()}
-    jobs = [job.size for leaf in leaves.values() for job in jobs_of(leaf, is_dense(encoder), max_tokens)]
+    jobs = [job.size for leaf in leaves.values() for job in jobs_of(leaf, mteb_adapter.is_dense(encoder), max_tokens)]
     return cost_table(costs, speed, jobs, num_workers)
 
 
@@ -155,12 +151,12 @@ def collect(meta: Any, tasks: Mapping[str, Any], output_dir: str, queue: JobQueu
 
 def _say_where(request: Request, encoder: Any, tasks: Mapping[str, Any]) -> None:
     """Where results go, which of other revisions lie there, which tasks have no instruction, which were trained on."""
-    folder = result_file(encoder.mteb_model_meta, next(iter(tasks.values())), request.output_dir).parent
+    folder = mteb_adapter.result_file(encoder.mteb_model_meta, next(iter(tasks.values())), request.output_dir).parent
     logger.info("Results go to %s", folder)
     others = sorted({file.parent.name for file in folder.parent.glob("*/*.json")} - {folder.name})
     if others:
         logger.info("Not used: results of %d other revisions of this name (%s)", len(others), ", ".join(others))
-    if isinstance(encoder, LLM2VecEncoder):
+    if isinstance(encoder, mteb_adapter.LLM2VecEncoder):
         leaves = leaves_of(tasks).values()
         for leaf in leaves:
             encoder.instruction(leaf.metadata, None)
@@ -185,28 +181,15 @@ def _prepare_process(worker: int, device: str | None) -> None:
     take_gpu(worker, device)
 
 
-def _wait_for_all_ranks() -> None:
-    """No rank begins before the first has made the queue; nothing else is ever exchanged."""
-    dist.init_process_group("gloo", timeout=PATIENCE)
-    dist.barrier()
-    dist.destroy_process_group()
-
-
 def _worker(worker: int, request: Request, folder: Path) -> None:
     """What another process than the first does."""
     _prepare_process(worker, request.model.device)
     work(request, load_encoder(request.model), JobQueue(folder), worker)
 
 
-def _queue_folder(request: Request, meta: Any, tasks: Mapping[str, Any]) -> Path:
-    root = Path(request.output_dir)
-    of_revision = result_file(meta, next(iter(tasks.values())), root).parent
-    return root / "queue" / of_revision.relative_to(root / "results")
-
-
 def _merge_run_settings(meta: Any, tasks: Mapping[str, Any], output_dir: str, folder: Path) -> None:
     """What mteb notes about each run, a line a task: one file from all workers'; not a worker's to write."""
-    target = result_file(meta, next(iter(tasks.values())), output_dir).with_name("run_settings.jsonl")
+    target = mteb_adapter.result_file(meta, next(iter(tasks.values())), output_dir).with_name("run_settings.jsonl")
     lines: dict[tuple[str, ...], str] = {}
     for file in [target, *sorted(folder.glob("worker-*/results/**/run_settings.jsonl"))]:
         for line in file.read_text(encoding="utf-8").splitlines() if file.is_file() else []:
