@@ -24,16 +24,11 @@ _SMALLEST_SINE = 1e-6
 
 
 def write_merged(models: Sequence[ModelChoice], how: MergeKind, shares: Sequence[float] | None, out: Path) -> None:
-    """Write a full checkpoint in float32. Adapters are merged into their bases first, so that the mean is exactly that
-    of what they do. Two models are in memory at a time.
+    """Write a full checkpoint in float32 to a folder that is empty or not there. Two models are in memory at a time.
 
-    A `UserError` where the models do not go together, `shares` are wrong, or the folder holds something.
-
-    Args:
-        models: two or more of one family and size, whose texts become vectors in the same way.
-        how: `mean`; or `slerp`, of two.
-        shares: of each model, in any scale; None = equal ones.
-        out: folder; must not be there, or be empty.
+    The `models` are two or more (`slerp`: two) of one family and size, whose texts become vectors in the same way;
+    `shares` are theirs, in any scale, or equal; else a `UserError`. Adapters are merged into their bases first, so
+    that the mean is exactly that of what they do.
     """
     given = [1.0] * len(models) if shares is None else list(shares)
     if len(models) < 2 or (how == "slerp" and len(models) > 2):

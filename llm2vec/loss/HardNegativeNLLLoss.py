@@ -17,12 +17,8 @@ from llm2vec.types import UserError
 class HardNegativeNLLLoss:
     """InfoNCE over cosines: each query against all positives and all hard negatives of all processes.
 
-    Args:
-        scale: 1 / temperature. Upstream's default here is 20, and 50 in its training script.
-        similarity_fct: only `cos_sim`.
-
-    Raises:
-        UserError: another similarity.
+    `scale` is 1 / temperature: upstream's default here is 20, and 50 in its training script. Another
+    `similarity_fct` than `cos_sim` is a `UserError`.
     """
 
     def __init__(self, scale: float = 20.0, similarity_fct: Callable[[Tensor, Tensor], Tensor] = cos_sim) -> None:

@@ -66,14 +66,9 @@ class RowTexts(NamedTuple):
 class EmbeddingDiagnostics:
     """The figures of a model on held-out rows, over all of them and, where there are several sources, by source.
 
-    Every rank encodes its share of the texts; all of them learn all figures.
-
-    Args:
-        model: what is being trained, sharing its weights.
-        rows: held-out rows; two of each source at least.
-        device: where to compute; it must know float64.
-        file: where the histograms go, a line a call.
-        goes_on: whether this is a resumed run, which adds to the file; else the first call starts it anew.
+    Every rank encodes its share of the texts on `device`, which must know float64; all of them learn all figures. Of
+    each source two rows are needed. Histograms go to `file`, a line a call; a resumed run (`goes_on`) adds to it,
+    else the first call starts it anew.
     """
 
     def __init__(

@@ -33,12 +33,8 @@ INSTRUCTIONS: dict[str, str] = {name: _OF_PAPER[name] for name in _SETS}
 class NanoBeirProbe:
     """nDCG@10 of a model on NanoBEIR; every rank scores its share of the sets and all of them learn all scores.
 
-    Args:
-        model: what is being trained, sharing its weights.
-        dataset_id: hub name, or a local folder in the same layout; a `UserError` where a set cannot be read.
-        names: which of the 13 sets.
-        batch_size: texts a forward pass.
-        device: where to compute.
+    `dataset_id` is a hub name, or a local folder in the same layout; a set in it that cannot be read is a
+    `UserError`. `names` say which of the 13 sets.
     """
 
     def __init__(

@@ -51,14 +51,9 @@ class Figure(NamedTuple):
 class ReconstructionProbe:
     """Scores an objective's reconstructions of held-out rows; every rank takes its share and learns all figures.
 
-    The figures do not depend on the number of ranks, nor on what goes through the model together. An instruction that
-    leaves no room for a text is a `UserError`.
-
-    Args:
-        objective: what is being trained, or a loaded checkpoint's.
-        tokenizer: renders the rows as in training.
-        rows: none of them trained on; at least two of each source.
-        seed: of the references: who gets whose anchor, and the random directions.
+    The figures do not depend on the number of ranks, nor on what goes through the model together. Of each source two
+    rows are needed. `seed` decides the references: who gets whose anchor, and the random directions. An instruction
+    that leaves no room for a text is a `UserError`.
     """
 
     def __init__(

@@ -221,13 +221,8 @@ def write_corpus(output_dir: Path, roots: Mapping[str, Path]) -> dict[str, Any]:
     Files below `output_dir`: `train/docstrings.jsonl`, `eval/DocstringRetrieval/{corpus,queries}.jsonl`,
     `eval/DocstringRetrieval/qrels/test.jsonl`, `eval/DocstringRetrieval/README.md`, `manifest.json` (last).
 
-    Args:
-        output_dir: Folder to write; made if missing, or a `UserError`.
-        roots: Label and folder of each source tree, see `installed_roots`; too little in them is a `UserError`.
-
-    Returns:
-        The manifest: `made_from` (a hash of this file, whose rules they are, Python version, versions of the
-        distributions), `counts`, `sha256`.
+    `roots` are as of `installed_roots`; too little in them is a `UserError`. Returns the manifest: `made_from` (a
+    hash of this file, whose rules they are, Python version, versions of the distributions), `counts`, `sha256`.
     """
     try:
         output_dir.mkdir(parents=True, exist_ok=True)

@@ -53,17 +53,10 @@ def build_report(
         >>> runs = [EvaluatedRun(name, read_results(Path("results", name))) for name in ("anchor", "baseline")]
         >>> print(build_report(runs, read_paper(), "LLaMA-3.2-1B-Instruct", losses={}).text())
 
-    A `UserError` where two runs share a name, the paper lacks the model or all of the names, or a log cannot be read.
-
-    Args:
-        runs: Runs of different names; those the paper knows are compared with it.
-        paper: The paper's data.
-        paper_model: Which of the paper's models the runs are compared with; None: with none.
-        losses: Training log of each stage, for the figure of the losses, and for those of the embedding space where
-            the run logged its diagnostics; empty leaves them out.
-        title: Of the page.
-        note: A remark below it; default: which model of the paper's is compared with.
-        facts: What else is to be said of how the numbers came about.
+    Runs that the paper knows by name are compared with its `paper_model`; None: with none. `losses` are the training
+    log of each stage, for figures of the losses and, where diagnostics were logged, of the embedding space. `note`
+    and `facts` are what else is to be said. A `UserError` where two runs share a name, the paper lacks the model or
+    all of the names, or a log cannot be read.
     """
     names = [run.name for run in runs]
     if twice := [name for name, count in Counter(names).items() if count > 1]:

@@ -79,14 +79,9 @@ def read_results(folder: Path) -> Results:
 def read_query_scores(predictions: Path, task: str, qrels: Path, main_score: float) -> dict[str, float]:
     """nDCG@10 x 100 of each query of a retrieval task, from predictions that mteb kept.
 
-    The mean over queries must be the recorded score: else a `UserError`, as predictions, judgements and results do not
-    belong together.
-
-    Args:
-        predictions: The `prediction_folder` of the evaluation, with `<task>_predictions.json`.
-        task: Name of the task.
-        qrels: Judgements, JSON lines of query-id, corpus-id, score.
-        main_score: The recorded score x 100.
+    `predictions` is the `prediction_folder` of the evaluation, with `<task>_predictions.json`; `qrels` are
+    judgements, JSON lines of query-id, corpus-id, score. The mean over queries must be the recorded `main_score` x
+    100: else a `UserError`, as predictions, judgements and results do not belong together.
     """
     judged = read_judgements(qrels)
     relevant = {query: grades for query, grades in judged.items() if any(grade > 0 for grade in grades.values())}
@@ -108,11 +103,8 @@ def ndcg_at_10(
 ) -> dict[str, float]:
     """nDCG@10, a fraction, of each query that has both a ranking and judgements, by trec_eval as mteb asks it.
 
-    trec_eval's gain is the grade. It rounds scores to 32 bits and puts equal ones in falling order of document id.
-
-    Args:
-        rankings: Query -> document -> score of the model.
-        relevant: Query -> document -> grade; documents that are not in it have grade 0.
+    `rankings`: query -> document -> score of the model; `relevant`: query -> document -> grade, else 0. trec_eval's
+    gain is the grade. It rounds scores to 32 bits and puts equal ones in falling order of document id.
     """
     try:
         from pytrec_eval import RelevanceEvaluator
