@@ -177,11 +177,9 @@ def as_path(text: str, where: str) -> Path:
     path = Path(text)
     try:
         path.stat()
-    except ValueError as error:  # a NUL, or what UTF-8 cannot write
-        raise UserError(f"{where} is {in_short(text)}; no file can have that name ({error}).".lstrip()) from error
-    except OSError as error:
-        if error.errno in (errno.ENAMETOOLONG, errno.ELOOP):
-            reason = error.strerror
+    except (OSError, ValueError) as error:  # ValueError: a NUL, or what UTF-8 cannot write
+        if isinstance(error, ValueError) or error.errno in (errno.ENAMETOOLONG, errno.ELOOP):
+            reason = getattr(error, "strerror", error)
             raise UserError(f"{where} is {in_short(text)}; no file can have that name ({reason}).".lstrip()) from error
     return path
 

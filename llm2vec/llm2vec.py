@@ -56,16 +56,8 @@ class LLM2Vec(nn.Module):
     Args:
         model: the decoder without language-model head, plain or with an adapter on it.
         tokenizer: its tokenizer.
-        pooling_mode: this and the other settings are those of `model.settings.EncoderSettings`.
-        max_length: most tokens of a row.
-        doc_max_length: most tokens of the text alone.
-        skip_instruction: whether the instruction is left out of the pooled positions.
-        template: key of `templates.TEMPLATES`; None is inferred from the tokenizer, and said.
-        instruction_join: what stands between instruction and text.
-        attention: `causal` or `bidirectional`; None = what the model's own config says, causal if nothing.
-        normalize: whether `encode` returns unit vectors.
-        parent_adapters: the adapters merged into the base below this model's own.
-        instruction_mask: how the instruction is left out; `counted` for a model of upstream LLM2Vec.
+        pooling_mode: this and all below are the settings of `model.settings.EncoderSettings`. Here a `template` of None is
+            inferred from the tokenizer, and said; an `attention` of None is what the model's config says, else causal.
 
     Attributes:
         placed: whether the model was loaded with a device map, so that `encode` leaves it where it is.
