@@ -56,7 +56,7 @@ class LLM2Vec(nn.Module):
     Args:
         model: the decoder without language-model head, plain or with an adapter on it.
         tokenizer: its tokenizer.
-        pooling_mode: this and all below are the settings of `model.settings.EncoderSettings`. Here a `template` of None is
+        pooling_mode: this and all below are the settings of `model.settings.EncoderSettings`. A `template` of None is
             inferred from the tokenizer, and said; an `attention` of None is what the model's config says, else causal.
 
     Attributes:

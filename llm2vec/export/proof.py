@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Hashable, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple, TypeVar
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -15,8 +15,6 @@ from llm2vec.model.settings import EncoderSettings, row_tokenizer
 from llm2vec.model.stock_form import StockForm, compare_text
 from llm2vec.text.probe_texts import probe_ids
 from llm2vec.types import InstructedText, TextSide, UserError
-
-_Key = TypeVar("_Key", bound=Hashable)
 
 #: Most that a number of a unit vector may differ in float32.
 TOLERANCE = 1e-5
@@ -70,7 +68,7 @@ def compare_vectors(
     return difference, float(apart_N[strays_N].max()) if strays_N.any() else None
 
 
-def in_groups(keys: Sequence[_Key], embed: Callable[[_Key, list[int]], Tensor]) -> Tensor:
+def in_groups(keys: Sequence[str], embed: Callable[[Any, list[int]], Tensor]) -> Tensor:
     """Vectors [N, D], those of a key at once: `embed` takes it and the places that have it."""
     vectors: list[Tensor] = [torch.empty(0)] * len(keys)
     for key in dict.fromkeys(keys):
