@@ -19,7 +19,7 @@ method writes, whatever the pooling; one that ends in the text cannot be pooled 
 from __future__ import annotations
 
 import re
-from typing import Literal, NamedTuple
+from typing import Literal, NamedTuple, get_args
 
 from tokenizers import AddedToken
 from transformers import PreTrainedTokenizerBase
@@ -213,6 +213,14 @@ def segments_of(template: str, pooling_mode: PoolingMode, side: TextSide = "quer
             "use mean, weighted_mean or first."
         )
     return segments
+
+
+def forms_of(
+    template: str, pooling_mode: PoolingMode
+) -> tuple[dict[TextSide, tuple[Segment, ...]], tuple[Segment, ...]]:
+    """What `segments_of` gives for each side; and the segments of a few-shot example."""
+    forms = {side: segments_of(template, pooling_mode, side) for side in get_args(TextSide)}
+    return forms, template_named(template).example
 
 
 def leaves_join_open(template: str) -> bool:

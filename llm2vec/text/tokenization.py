@@ -13,7 +13,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from itertools import chain
-from typing import NamedTuple, TypeAlias, get_args
+from typing import NamedTuple, TypeAlias
 
 import torch
 from torch import Tensor
@@ -21,7 +21,7 @@ from torch.nn.utils.rnn import pad_sequence
 from transformers import PreTrainedTokenizerBase
 
 from llm2vec.text.long_texts import beginning_of, encode_in_parts
-from llm2vec.text.templates import Segment, SegmentKind, bare_instruction, segments_of, template_named
+from llm2vec.text.templates import Segment, SegmentKind, bare_instruction, forms_of, template_named
 from llm2vec.types import InstructedText, InstructionMask, PoolingMode, TextSide, UserError
 
 #: Most tokens of a few-shot example's query, and of its answer (released code of arXiv 2409.15700).
@@ -119,10 +119,7 @@ class RowTokenizer:
         self.counts_positions = instruction_mask == "counted" and not self.pool_everything
         self.target_kinds: tuple[SegmentKind, ...] = ("instruction", "join") if reconstruct_instruction else ()
         self.padding_side = padding_side
-        self._forms: dict[TextSide, _Form] = {
-            side: segments_of(template, pooling_mode, side) for side in get_args(TextSide)
-        }
-        self._example = template_named(template).example
+        self._forms, self._example = forms_of(template, pooling_mode)
         self._special_ids = self._resolve_special_ids((*self._forms["query"], *self._forms["document"], *self._example))
         self.closing_token_id = self._special_ids.get(self._forms["query"][-1])
 
