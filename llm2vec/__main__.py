@@ -59,7 +59,7 @@ def help_text() -> str:
 
 
 def main(argv: Sequence[str]) -> int | None:
-    """Run one command; returns its exit code, None for 0. A name of none is a `UserError` with the nearest."""
+    """Run one command; returns its exit code, None for 0. An unknown name is a `UserError`, with the nearest one."""
     name, *arguments = argv or ["--help"]
     if name in ("-h", "--help"):
         print(help_text())

@@ -57,7 +57,7 @@ class ModelChoice:
         return chain
 
     def resolved(self) -> ModelChoice:
-        """The same with the true base, every adapter and the dtype spelled out, folders by full path; opens it."""
+        """The same, opened: the true base, every adapter and the dtype spelled out, folders by their full path."""
         paths = [folder.path for folder in self.opened().folders]
         base, *adapters = (str(Path(path).resolve()) if Path(path).is_dir() else path for path in paths)
         return ModelChoice(base, tuple(adapters), self.torch_dtype or "float32")
@@ -108,7 +108,7 @@ def add_model_flags(
 
 
 def chosen_model(args: argparse.Namespace) -> ModelChoice:
-    """The model that a command line names, with the dtype of its `--torch_dtype`, if it has that; it must name one."""
+    """The one model that a command line must name, with the dtype of its `--torch_dtype`, if it has that."""
     place: str | None = getattr(args, "place", None)
     if (place is None) == (args.model is None):
         raise UserError(

@@ -58,7 +58,8 @@ def parse_json(text: bytes | str, where: str) -> Any:
 
 
 def parse_object(text: bytes | str, where: str, shape: Shape = None) -> dict[str, Any]:
-    """The same for a JSON object, of the shape that `checked` takes, if one is given."""
+    """The same for a JSON object, of the shape that `checked` takes, if one is given; anything else is a
+    `UserError`."""
     content = parse_json(text, where)
     if not isinstance(content, dict):
         raise UserError(f"{where}: a JSON object is needed, not a {type(content).__name__}.")
@@ -68,7 +69,7 @@ def parse_object(text: bytes | str, where: str, shape: Shape = None) -> dict[str
 
 
 def read_object(file: Path, where: str | None = None, shape: Shape = None) -> dict[str, Any]:
-    """The object in a file; `where` begins a message in place of the file's name."""
+    """The object in a file, which must be readable; `where` begins a message in place of the file's name."""
     where = str(file) if where is None else where
     try:
         if file.is_char_device() or file.is_block_device():  # /dev/zero has no end

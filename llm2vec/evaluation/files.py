@@ -29,7 +29,7 @@ class RetrievalSet(NamedTuple):
 
 
 def load_instructions(path: str | Path) -> dict[str, str]:
-    """A table of instructions, as `test_configs/mteb/task_to_instructions.json`: task name -> instruction."""
+    """The table of instructions in a file, task name -> instruction (a string); a `UserError` where it is none."""
     table = read_object(Path(path), f"The instructions {path}")
     if not all(isinstance(value, str) for value in table.values()):
         raise UserError(f"The instructions {path} must be one JSON object, task name -> instruction (a string).")
@@ -59,7 +59,8 @@ def load_data(task: Task) -> None:
 
 
 def use_local_data(task: Task, folder: Path) -> None:
-    """Point a task at copies of its data sets. Their content makes the revision: nothing else can vouch for it."""
+    """Point a task at copies of its data sets, which must be there. Their content makes the revision: nothing else
+    can vouch for it."""
     from datasets import get_dataset_config_names  # seconds
 
     leaves = parts_of(task) or [task]

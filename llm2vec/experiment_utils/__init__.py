@@ -43,8 +43,8 @@ def generate_experiment_id(
 
 
 def parse_experiment_id(experiment_id: str) -> dict[str, Any]:
-    """The settings in such a name, by upstream's keys (`model_name_or_path` for the model); a `UserError` where it is
-    none.
+    """The settings in such a name, by upstream's keys (`model_name_or_path` for the model); any other is a
+    `UserError`.
 
     Folders before and behind it are passed over.
     """

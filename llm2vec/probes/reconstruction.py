@@ -122,7 +122,7 @@ class Reconstructor:
 
 
 def load_reconstructor(model: ModelChoice, device: str | torch.device | None = None) -> Reconstructor:
-    """Load a checkpoint with its head: a Stage I folder, or adapters, merged, on one; on a CUDA device, where there is
+    """Load a checkpoint with its head: a Stage I folder, or adapters, merged, on one; to a CUDA device, if there is
     one.
 
     A `UserError` where it has no settings or no head, or was trained to another objective; or does not load, or not

@@ -82,7 +82,8 @@ def curve(log: Sequence[Mapping[str, float]], key: str) -> tuple[list[float], li
 
 
 def read_spaces(logs: Mapping[ScoredStage, Path]) -> dict[ScoredStage, Space]:
-    """What the runs logged of their embedding space, those that did; the histograms lie beside each log."""
+    """What the runs logged of their embedding space, those that did; the histograms lie beside each log. Errors are
+    as of `read_log` and `read_shapes`."""
     spaces: dict[ScoredStage, Space] = {}
     for stage, path in logs.items():
         evaluations = [entry for entry in read_log(path) if "eval_alignment" in entry]

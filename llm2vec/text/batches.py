@@ -68,8 +68,8 @@ def cut_row(row: Row, key: Sequence[int]) -> tuple[Row, Row]:
 def select_rows(side: TokenBatch, chosen: Sequence[int], ends: Sequence[int] | None = None) -> TokenBatch:
     """The `chosen` rows of a packed side, in the order given.
 
-    `ends` says where each of the side's texts ends, for a caller that selects thousands of times; None = summed up
-    here.
+    `ends` says where each of the side's texts ends, for a caller that selects thousands of times; else it is summed
+    up.
     """
     if ends is None:
         ends = list(accumulate(side["lengths"]))

@@ -188,7 +188,7 @@ def _read_modules(folder: str) -> list[str]:
 
 
 def _read_pooling(folder: str) -> tuple[PoolingMode, bool]:
-    """The pooling mode of a folder's `1_Pooling/config.json`, and whether the prompt is pooled over."""
+    """The pooling mode that a folder's `1_Pooling/config.json` says, and whether the prompt is pooled over."""
     config = read_json_of(folder, POOLING_FILE)
     if config is None:
         raise UserError(f"no {POOLING_FILE}, so nothing says how the hidden states are pooled.")

@@ -52,7 +52,8 @@ class Choice(NamedTuple):
 
 
 def choices_of(argument: str) -> tuple[list[Choice], list[str]]:
-    """The ways that an argument stands for, and a line for each that does not apply to such a folder."""
+    """The ways that an argument stands for, and a line for each that does not apply to such a folder. A `UserError`
+    where there is no such folder, or no model in it."""
     if argument.startswith(("http://", "https://")):
         return [Choice("server", ModelChoice(argument))], []
     kind, colon, rest = argument.partition(":")
