@@ -58,7 +58,7 @@ from llm2vec.cli import run_command
 from llm2vec.llm2vec_q2d_d2q import BidirectionalReconstruction
 from llm2vec.model.backbone import attach_lora, load_tokenizer
 from llm2vec.model.fused_layers import fuse, why_not
-from llm2vec.model.packed_attention import Group, Layout, attend
+from llm2vec.model.packed_attention import Group, Layout, attend, load_kernel
 from llm2vec.model.packing import inner_decoder
 from llm2vec.model.settings import row_tokenizer, with_template
 from llm2vec.objectives.contrastive import ContrastiveLearning
@@ -102,6 +102,7 @@ class Setting:
     texts: int  #: that are encoded
     base: Path | None = None
     precision: Any = "autocast"
+    kernel: str | None = None  #: of the hub, whose attention is compared in place of torch's
 
     def case(self, **changes: Any) -> Case:
         """For `benchmarks.inputs`."""
@@ -163,12 +164,14 @@ def gradients(objective: nn.Module) -> list[Tensor]:
 @part
 def attention(s: Setting) -> Iterator[Figure]:
     """Packed attention in bfloat16 against a mask in float64: output and the gradients of query, key and value."""
+    if s.kernel is not None:
+        load_kernel(s.kernel)
     groups = (Group(37, (100, 1, 300)), Group(0, (64, 129)))
     layout_mask = _visible(groups).to(s.device)
     for size in (64, 128, 256):
         for closing in (False, True):
             heads = [torch.randn(1, n, len(layout_mask), size, device=s.device).bfloat16() for n in (8, 2, 2)]
-            layout = Layout(groups, closing_only=closing)
+            layout = Layout(groups, closing, s.kernel)
             rows = layout.on(torch.device(s.device)).closing if closing else torch.arange(len(layout_mask))
             made = []
             for exact in (False, True):
@@ -612,14 +615,15 @@ def main(argv: Sequence[str]) -> int:
     parser.add_argument("--only", default=",".join(PARTS), help=f"some of {','.join(PARTS)}")
     parser.add_argument("--base", type=Path, help="folder of a real base, for real_base")
     parser.add_argument("--out", type=Path, default=Path("gpu-check"), help="the files' name, without .json and .md")
+    parser.add_argument("--kernel", help="FlashAttention of the hub by its name, for attention")
     parser.add_argument("--worker", action="store_true", help=argparse.SUPPRESS)
     given = parser.parse_args(argv)
     names = given.only.split(",")
     if unknown := set(names) - PARTS.keys():
         raise UserError(f"--only: {min(unknown)!r} is not known; allowed: {', '.join(PARTS)}.")
-    s = Setting(given.device, LARGE_1B, 64, (8192, 16_384), (512, 8192), 2048, given.base)
+    s = Setting(given.device, LARGE_1B, 64, (8192, 16_384), (512, 8192), 2048, given.base, kernel=given.kernel)
     if given.tiny:
-        s = Setting(given.device, TINY, 4, (400,), (8, 16), 8, given.base)
+        s = Setting(given.device, TINY, 4, (400,), (8, 16), 8, given.base, kernel=given.kernel)
     if given.worker:
         work(s)
         return 0

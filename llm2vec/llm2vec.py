@@ -23,6 +23,7 @@ from llm2vec.hub import LoadingKeywords, asking_with, read_keywords, upload
 from llm2vec.model.backbone import Backbone, hidden_states, load_backbone, load_tokenizer
 from llm2vec.model.chain import Chain, open_chain
 from llm2vec.model.checkpoint import save_checkpoint
+from llm2vec.model.packed_attention import attends_in_half, hub_kernel
 from llm2vec.model.pooling import check_finite, embed_tokenised, pool
 from llm2vec.model.proofs import check_decoder
 from llm2vec.model.settings import (
@@ -143,7 +144,7 @@ class LLM2Vec(nn.Module):
                 `instruction_mask` are those of `model.settings.EncoderSettings`.
             torch_dtype: of the weights; a torch dtype, its name, or "auto". Default float32. `dtype` is its newer name.
             device_map: as in transformers.
-            attn_implementation: `eager`, `sdpa` or `flash_attention_2`.
+            attn_implementation: as in `types.AttnImplementation`.
             of_transformers: `token`, `cache_dir` and `local_files_only`, for all that is fetched; `revision` of the
                 first argument; `quantization_config` of bitsandbytes, `max_memory`, `offload_folder`. Some more are
                 taken and said to have no effect (`hub.LoadingKeywords`), among them `trust_remote_code`.
@@ -182,7 +183,9 @@ class LLM2Vec(nn.Module):
                 merge_last=merge_peft,
                 of_weights={"device_map": device_map, **of_weights},
             )
-        if getattr(model, "hf_device_map", None) is None and model.config._attn_implementation == "flash_attention_2":
+        if hub_kernel(model) and next(model.parameters()).dtype == torch.float32:
+            raise UserError(f"attn_implementation: {hub_kernel(model)} computes in half precision; set torch_dtype.")
+        if getattr(model, "hf_device_map", None) is None and attends_in_half(model):
             model.to("cuda")  # type: ignore[arg-type]  # where `encode` would move it, and the only place this attention runs
         check_decoder(model, settings.attention)
         loaded = cls(model, tokenizer, **dataclasses.asdict(settings))

@@ -22,7 +22,10 @@ InstructionMask = Literal["offsets", "counted"]
 
 PoolingMode = Literal["last", "mean", "weighted_mean", "first"]
 Attention = Literal["causal", "bidirectional"]
-AttnImplementation = Literal["eager", "sdpa", "flash_attention_2"]
+AttnImplementation = Literal[
+    "eager", "sdpa", "flash_attention_2",
+    "kernels-community/flash-attn2", "kernels-community/flash-attn3", "kernels-community/flash-attn4",
+]  # fmt: skip
 DtypeName = Literal["auto", "bfloat16", "float16", "float32"]
 VectorDtype = Literal["float32", "float16"]
 Reduction = Literal["token_mean", "micro_batch_mean"]

@@ -35,6 +35,7 @@ from transformers.utils import logging as transformers_logging
 
 from llm2vec.hub import HUB_CLIENT, local_folder
 from llm2vec.model.chain import Chain
+from llm2vec.model.packed_attention import load_kernel
 from llm2vec.model.vault import (
     CONFIG_FILE,
     Folder,
@@ -80,7 +81,7 @@ def load_backbone(
     Args:
         chain: base and adapters, as `open_chain` found them.
         dtype: of the weights; None = float32, "auto" = as stored.
-        attn_implementation: `eager`, `sdpa` or `flash_attention_2`; None = the library's choice.
+        attn_implementation: as in `types.AttnImplementation`; None = the library's choice.
         with_lm_head: load the language model's head too (needed for reconstruction).
         merge_last: merge the outermost adapter as well; False leaves it as a PeftModel.
         of_weights: further keywords of transformers for the base: `device_map`, and those of `hub.read_keywords`.
@@ -88,13 +89,9 @@ def load_backbone(
     Raises:
         UserError: the base is not found, an adapter does not fit it, or an adapter has no effect.
     """
-    model = _load_base(
-        AutoModelForCausalLM if with_lm_head else AutoModel,
-        chain.folders[0],
-        dtype=parse_dtype(dtype),
-        attn_implementation=attn_implementation,
-        of_weights=of_weights,
-    )
+    model_class = AutoModelForCausalLM if with_lm_head else AutoModel
+    how = {"dtype": parse_dtype(dtype), "attn_implementation": attn_implementation, "of_weights": of_weights}
+    model = _load_base(model_class, chain.folders[0], **how)
     for number, adapter in enumerate(chain.folders[1:], start=1):
         # An adapter was trained on the decoder. Under a head it is merged into the decoder in place.
         wrapped = _apply_adapter(model, adapter, on_inner=with_lm_head)
@@ -180,13 +177,9 @@ def hidden_states(
     """Last layer's states after the final norm, [B, T, D], from ids [B, T] or from embeddings [B, T, D]."""
     with one_pass(model):
         output = model(
-            input_ids=input_ids,
-            inputs_embeds=inputs_embeds,
-            attention_mask=attention_mask,
-            is_causal=attention == "causal",
-            use_cache=False,
-            **({} if position_ids is None else {"position_ids": position_ids}),
-        )
+            input_ids=input_ids, inputs_embeds=inputs_embeds, attention_mask=attention_mask, use_cache=False,
+            is_causal=attention == "causal", **({} if position_ids is None else {"position_ids": position_ids}),
+        )  # fmt: skip
     states: Tensor = output.last_hidden_state
     return states
 
@@ -221,9 +214,8 @@ def _apply_adapter(model: PreTrainedModel, adapter: Folder, *, on_inner: bool) -
     except UserError:
         raise
     except Exception as error:  # not found, other shapes, cut short: peft raises many types
-        raise UserError(
-            f"peft_model_name_or_path: {path!r} could not be put on the base: {first_line(error)}"
-        ) from error
+        where = f"peft_model_name_or_path: {path!r}"
+        raise UserError(f"{where} could not be put on the base: {first_line(error)}") from error
     expected = get_peft_model_state_dict(wrapped, save_embedding_layers=False)
     unmatched = sorted(set(saved) ^ set(expected))
     if unmatched:
@@ -345,7 +337,13 @@ def _check_model(folder: Folder, model_class: Any, asked: str | None) -> str | N
 
 
 def available_attention(attn_implementation: str | None) -> str | None:
-    """`attn_implementation`; or torch's own, with a warning, where FlashAttention was asked for and cannot run."""
+    """`attn_implementation`; or torch's own, with a warning, where FlashAttention was asked for and cannot run.
+
+    Raises:
+        UserError: a kernel of the hub was asked for, and cannot run.
+    """
+    if attn_implementation is not None and "/" in attn_implementation:
+        load_kernel(attn_implementation)
     if attn_implementation != "flash_attention_2":
         return attn_implementation
     if not torch.cuda.is_available():

@@ -3,7 +3,7 @@
 One function, `attend`, is registered with transformers under `NAME` and serves every decoder that uses its attention
 interface. It reads how the texts lie from a `Layout`, which the caller hands to the model as the argument `layout`:
 
-    CUDA, half precision     torch's variable-length FlashAttention: one kernel for all texts
+    CUDA, half precision     torch's variable-length FlashAttention, or a kernel of the hub: one for all texts
     CPU, a shared prefix     torch's fused CPU kernel twice a text, joined by the log-sum-exp (`_SharedPrefix`)
     anything else            torch's scaled_dot_product_attention text by text
 """
@@ -16,18 +16,23 @@ import logging
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import cache, cached_property
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, get_args
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from transformers.modeling_flash_attention_utils import _flash_attention_forward, lazy_import_flash_attention
+from transformers.utils import import_utils
 
-from llm2vec.types import UserError
+from llm2vec.types import AttnImplementation, UserError, first_line
 
 logger = logging.getLogger(__name__)
 
 #: What this attention is called in a model's config while a packed pass runs.
 NAME = "llm2vec_packed"
+
+#: FlashAttention from the hub, which transformers fetches by the package `kernels`: foreign code, so by its name alone.
+HUB_KERNELS = {name for name in get_args(AttnImplementation) if "/" in name}
 
 # The kernels behind scaled_dot_product_attention on a CPU. Called directly, they also give the log-sum-exp.
 _flash = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
@@ -80,10 +85,12 @@ class Layout:
     Attributes:
         groups: in the order in which they stand.
         closing_only: the queries are the last token of each text alone; keys and values are all tokens.
+        kernel: of `HUB_KERNELS`, for CUDA; None = torch's.
     """
 
     groups: tuple[Group, ...]
     closing_only: bool = False
+    kernel: str | None = None
     _moved: dict[torch.device, _Indices] = field(default_factory=dict)
 
     @cached_property
@@ -176,7 +183,7 @@ def attend(
     if layout is None:
         raise UserError(f"{type(module).__name__} hands no arguments on to its attention; its family cannot be packed.")
     dtype = value.dtype  # queries and keys may be in float32, where rotation has made them so
-    if _has_varlen_kernel(query, dropout):
+    if dropout == 0 and _runs_varlen(query.device, query.dtype, query.shape[-1], layout.kernel):
         return _attend_varlen(query, key, value, layout, bool(is_causal), scaling), None
     if query.device.type == "cpu" and dtype in (torch.bfloat16, torch.float16):
         # The half-precision backward of the CPU kernel is slower than float32's, and less exact. The mode decides, not
@@ -192,9 +199,11 @@ def attend(
     return output.transpose(1, 2).to(dtype), None
 
 
-def can_share_prefix(device: torch.device, dtype: torch.dtype, dropout: float, head_size: int) -> bool:
-    """Whether attention over a shared prefix is there for tensors of this kind."""
-    return dropout == 0 and (device.type == "cpu" or _runs_varlen(device, dtype, head_size))
+def can_share_prefix(
+    device: torch.device, dtype: torch.dtype, dropout: float, head_size: int, kernel: str | None = None
+) -> bool:
+    """Whether attention over a shared prefix is there for tensors of this kind, by torch or by a kernel of the hub."""
+    return dropout == 0 and (device.type == "cpu" or _runs_varlen(device, dtype, head_size, kernel))
 
 
 def _text_by_text(
@@ -204,15 +213,8 @@ def _text_by_text(
     widths = [_size(span.query) for span in layout.spans]
     lengths = [_size(span.key) for span in layout.spans]
     for q, k, v in zip(query.split(widths, 2), key.split(lengths, 2), value.split(lengths, 2), strict=True):
-        yield F.scaled_dot_product_attention(
-            q,
-            k,
-            v,
-            dropout_p=dropout,
-            is_causal=causal and q.shape[2] > 1,
-            scale=scaling,
-            enable_gqa=query.shape[1] != key.shape[1],
-        )
+        is_causal, grouped = causal and q.shape[2] > 1, query.shape[1] != key.shape[1]
+        yield F.scaled_dot_product_attention(q, k, v, None, dropout, is_causal, scale=scaling, enable_gqa=grouped)
 
 
 class _SharedPrefix(torch.autograd.Function):
@@ -260,16 +262,9 @@ class _SharedPrefix(torch.autograd.Function):
         def add(queries: slice, keys: slice, causal: bool) -> None:
             places = (queries, keys, keys)
             parts = _flash_backward(
-                gradients[0][:, :, queries],
-                query[:, :, queries],
-                key[:, :, keys],
-                value[:, :, keys],
-                output[:, :, queries],
-                log_sum[:, :, queries],
-                0.0,
-                causal,
-                scale=ctx.scaling,
-            )
+                gradients[0][:, :, queries], query[:, :, queries], key[:, :, keys], value[:, :, keys],
+                output[:, :, queries], log_sum[:, :, queries], 0.0, causal, scale=ctx.scaling,
+            )  # fmt: skip
             # Added, as a query has two sets of keys, and a prefix's keys many texts.
             for total, place, part in zip(into, places, parts, strict=True):
                 total[:, :, place] += part
@@ -295,36 +290,41 @@ def _sharing(layout: Layout) -> list[tuple[slice, slice]]:
 def _attend_varlen(
     query: Tensor, key: Tensor, value: Tensor, layout: Layout, causal: bool, scaling: float | None
 ) -> Tensor:
-    """torch's variable-length kernel; a text's keys are its prefix's and its own.
+    """A variable-length kernel, torch's or the layout's; a text's keys are its prefix's and its own.
 
     Where there are more keys than queries, the kernel takes the queries for the last ones, which they are.
     """
-    from torch.nn.attention.varlen import varlen_attn  # older versions of torch lack it
-
     half = torch.get_autocast_dtype("cuda") if torch.is_autocast_enabled("cuda") else value.dtype
-    is_grouped = query.shape[1] != key.shape[1] and varlen_takes("enable_gqa")
+    is_grouped = query.shape[1] != key.shape[1] and layout.kernel is None and varlen_takes("enable_gqa")
     grouped: dict[str, Any] = {"enable_gqa": True} if is_grouped else {}
-    if not grouped:
+    if layout.kernel is None and not grouped:
         key, value = _same_heads(query, key, value)
     q, k, v = (tensor.squeeze(0).transpose(0, 1).to(half) for tensor in (query, key, value))
     indices = layout.on(query.device)
     if layout.has_prefix:  # it cannot read a prefix from elsewhere, so each text gets a copy of its keys and values
         k, v = k.index_select(0, indices.keys), v.index_select(0, indices.keys)
     ends = (indices.query_ends, indices.key_ends)
+    if layout.kernel is not None:
+        most_queries, most_keys = layout.longest
+        by_row: Tensor = _flash_attention_forward(
+            q.unsqueeze(0), k.unsqueeze(0), v.unsqueeze(0), None, len(q), causal, softmax_scale=scaling,
+            cu_seq_lens_q=ends[0], cu_seq_lens_k=ends[1], max_length_q=most_queries, max_length_k=most_keys,
+            attn_implementation=layout.kernel,
+        )  # fmt: skip
+        return by_row
+    from torch.nn.attention.varlen import varlen_attn  # older versions of torch lack it
+
     window = (-1, 0) if causal else (-1, -1)
     output = varlen_attn(q, k, v, *ends, *layout.longest, scale=scaling, window_size=window, **grouped)
     assert isinstance(output, Tensor), "no log-sum-exp was asked for"
     return output.unsqueeze(0)
 
 
-def _has_varlen_kernel(query: Tensor, dropout: float) -> bool:
-    return dropout == 0 and _runs_varlen(query.device, query.dtype, query.shape[-1])
-
-
-def _runs_varlen(device: torch.device, dtype: torch.dtype, head_size: int) -> bool:
-    """FlashAttention computes in half precision, and heads of up to 256 numbers, a multiple of 8."""
+def _runs_varlen(device: torch.device, dtype: torch.dtype, head_size: int, kernel: str | None = None) -> bool:
+    """FlashAttention computes in half precision, and torch's heads of up to 256 numbers, a multiple of 8; what a kernel
+    of the hub takes was tried at loading."""
     half = device.type == "cuda" and (dtype in (torch.bfloat16, torch.float16) or torch.is_autocast_enabled("cuda"))
-    return half and head_size % 8 == 0 and head_size <= 256 and _varlen_is_there()
+    return half and (kernel is not None or (head_size % 8 == 0 and head_size <= 256 and _varlen_is_there()))
 
 
 @cache
@@ -348,6 +348,37 @@ def varlen_takes(*names: str) -> bool:
     from torch.nn.attention.varlen import varlen_attn
 
     return set(names) <= inspect.signature(varlen_attn).parameters.keys()
+
+
+def load_kernel(name: str) -> None:
+    """Fetch and load a kernel of `HUB_KERNELS`, as transformers does, which keeps it; say so.
+
+    Raises:
+        UserError: another name, no CUDA device, no package `kernels`, or the hub gives none for this torch.
+    """
+    if name not in HUB_KERNELS:
+        raise UserError(f"attn_implementation is {name!r}; known kernels of the hub: {', '.join(sorted(HUB_KERNELS))}.")
+    least, below = import_utils.KERNELS_MIN_VERSION, import_utils.KERNELS_MAX_VERSION
+    if not torch.cuda.is_available():
+        raise UserError(f"attn_implementation: {name} needs a CUDA device, and there is none.")
+    if not import_utils.is_kernels_available():
+        raise UserError(f'attn_implementation: {name} needs kernels: pip install "kernels>={least},<{below}".')
+    try:
+        lazy_import_flash_attention(name)
+    except Exception as error:  # out of reach, no build for this torch, a kernel of another kind: each its own type
+        raise UserError(f"attn_implementation: {name} could not be loaded: {first_line(error)}") from error
+    logger.info("attention   %s, code of the Hugging Face hub, as attn_implementation asks", name)
+
+
+def hub_kernel(model: Any) -> str | None:
+    """Which kernel of the hub a model attends by; None = none."""
+    name = model.config._attn_implementation
+    return name if name in HUB_KERNELS else None
+
+
+def attends_in_half(model: Any) -> bool:
+    """Whether a model's own attention is FlashAttention, which knows no float32 and runs on CUDA alone."""
+    return hub_kernel(model) is not None or model.config._attn_implementation == "flash_attention_2"
 
 
 def _same_heads(query: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:

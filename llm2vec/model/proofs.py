@@ -13,18 +13,24 @@ import torch
 from torch import Tensor
 
 from llm2vec.model.backbone import Backbone, hidden_states
+from llm2vec.model.packed_attention import attends_in_half, hub_kernel
 from llm2vec.model.packing import ATTENTION_LAYERS, packed_hidden_states
-from llm2vec.types import Attention, UserError
+from llm2vec.types import Attention, UserError, first_line
 
 
 def check_decoder(model: Backbone, attention: Attention) -> None:
     """Prove both, where the model will run: `check_attention`, then `check_packing`.
 
     Raises:
-        UserError: as they do.
+        UserError: as they do; or a kernel of the hub does not take this model, or this card.
     """
-    check_attention(model, attention)
-    check_packing(model, attention)
+    try:
+        check_attention(model, attention)
+        check_packing(model, attention)
+    except Exception as error:
+        if isinstance(error, UserError) or hub_kernel(model) is None:
+            raise
+        raise UserError(f"attn_implementation: {hub_kernel(model)} cannot run here: {first_line(error)}") from error
 
 
 def check_attention(model: Backbone, attention: Attention) -> None:
@@ -92,7 +98,7 @@ def probing(model: Backbone) -> Iterator[bool]:
     model.eval()  # torch's mode without dropout
     weight = next(model.parameters())
     # FlashAttention computes in half precision only; training float32 weights with it means autocast, so the probe too.
-    flash = model.config._attn_implementation == "flash_attention_2"
+    flash = attends_in_half(model)
     rounds = flash and weight.dtype == torch.float32
     try:
         with torch.no_grad(), torch.autocast(weight.device.type, torch.bfloat16, enabled=rounds):

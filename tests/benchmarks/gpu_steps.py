@@ -13,15 +13,22 @@ import threading
 from collections import Counter
 from dataclasses import asdict
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 from unittest.mock import patch
 
 import torch
 from accelerate.state import AcceleratorState, PartialState
+from torch import Tensor
+from torch.nn.attention.varlen import varlen_attn
 from torch.testing._internal.distributed.fake_pg import FakeStore
 from transformers import LlamaConfig, LlamaForCausalLM
+from transformers.integrations import hub_kernels
+from transformers.utils import import_utils
 
 from benchmarks.gpu_check import SIDES, Setting, objective_of, run_part, run_step
 from benchmarks.inputs import Shape, packed_batch
+from llm2vec import LLM2Vec
 from llm2vec.corpus.workers import take_gpu
 from llm2vec.model import fused_layers, packed_attention
 from llm2vec.model.fused_layers import fuse
@@ -32,6 +39,7 @@ from llm2vec.training.config.arguments import training_arguments
 from llm2vec.training.config.file import load_config
 from llm2vec.training.model import decoder_of, load_model
 from llm2vec.training.step import split_batch
+from llm2vec.types import UserError
 
 fakecuda.install()
 fused_layers._compiled = lambda function: function  # there is no such card to compile for
@@ -73,18 +81,69 @@ def kernels_of_probe() -> int:
     return len(calls)
 
 
-def write_base(folder: Path) -> Path:
-    """A base of 48 million parameters in half precision, and a config that starts from it, in float32."""
+def kernel_of_the_hub() -> dict[str, object]:
+    """An embedder by a slow kernel of the hub, against torch's: texts' vectors, passes, and what its folder says of it.
+
+    The proof at loading runs the kernel on padded rows, too.
+    """
+    name, calls = "kernels-community/flash-attn2", []
+
+    def varlen(
+        q: Tensor, k: Tensor, v: Tensor, cu_seqlens_q: Tensor, cu_seqlens_k: Tensor, max_seqlen_q: int,
+        max_seqlen_k: int, softmax_scale: float | None = None, causal: bool = False,
+    ) -> Any:  # fmt: skip
+        calls.append(len(cu_seqlens_q) - 1)
+        ends, window = (cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k), (-1, 0 if causal else -1)
+        return varlen_attn(q, k, v, *ends, scale=softmax_scale, window_size=window, enable_gqa=True)
+
+    def equally_long(q: Tensor, k: Tensor, v: Tensor, softmax_scale: float | None = None, causal: bool = False) -> Any:
+        ends = torch.arange(len(q) + 1, dtype=torch.int32, device=q.device) * q.shape[1]
+        flat = (tensor.flatten(0, 1) for tensor in (q, k, v))
+        return varlen(*flat, ends, ends, q.shape[1], q.shape[1], softmax_scale, causal).view(q.shape)
+
+    kernel = SimpleNamespace(flash_attn_func=equally_long, flash_attn_varlen_func=varlen)
+    with (
+        patch.object(import_utils, "is_kernels_available", lambda: True),
+        patch.object(hub_kernels, "is_kernels_available", lambda: True),
+        patch.object(hub_kernels, "get_kernel", lambda *_, **__: kernel),
+        tempfile.TemporaryDirectory() as folder,
+    ):
+        write_base(Path(folder), hidden_size=64, intermediate_size=96, num_key_value_heads=2)
+        how: dict[str, Any] = {"enable_bidirectional": False, "torch_dtype": "bfloat16", "template": "plain"}
+        vectors = []
+        for attention in ("sdpa", name):
+            embedder = LLM2Vec.from_pretrained(f"{folder}/base", attn_implementation=attention, **how)
+            at_load = list(calls)
+            vectors.append(embedder.encode(["hello", "find the answer user hello", "user"]))
+        try:
+            LLM2Vec.from_pretrained(f"{folder}/base", attn_implementation=name)
+        except UserError as error:
+            refused = str(error)
+        embedder.save(f"{folder}/saved")
+        told = Path(folder, "saved", "config.json").read_text(encoding="utf-8")
+    return {
+        "at_load": at_load, "encoding": calls[len(at_load) :], "told": "kernels" in told, "refused": refused,
+        "lowest cosine": float(torch.nn.functional.cosine_similarity(*vectors).min()),
+    }  # fmt: skip
+
+
+def write_base(folder: Path, **smaller: int) -> Path:
+    """A base in half precision, and a config that starts from it, in float32.
+
+    It has 48 million parameters that are 0, or is smaller and random.
+    """
     tokenizer = train_tokenizer(("user hello find the answer" for _ in range(9)), 400)
     shape = LlamaConfig(
         vocab_size=16_000, hidden_size=1024, intermediate_size=2048, num_hidden_layers=3, num_attention_heads=8,
-        num_key_value_heads=8, tie_word_embeddings=True,
+        num_key_value_heads=8, tie_word_embeddings=True, initializer_range=0.3,
     )  # fmt: skip
-    with torch.device("meta"):
+    shape.update(smaller)
+    with torch.device("cpu" if smaller else "meta"):
         model = LlamaForCausalLM(shape).bfloat16()
-    model.to_empty(device="cpu")
-    for weight in model.parameters():
-        torch.nn.init.zeros_(weight)
+    if not smaller:
+        model.to_empty(device="cpu")
+        for weight in model.parameters():
+            torch.nn.init.zeros_(weight)
     model.save_pretrained(folder / "base")
     tokenizer.save_pretrained(folder / "base")
     file = folder / "config.json"
@@ -154,6 +213,7 @@ FINDINGS = {
     "steps": lambda: {stage: waits_of_step(stage) for stage in SIDES},
     "training": waits_of_training,
     "kernels_of_probe": kernels_of_probe,
+    "kernel_of_the_hub": kernel_of_the_hub,
     "loading": loading,
     "placement": placement,
 }

@@ -72,6 +72,15 @@ def test_the_kernel_that_trains_is_the_one_that_is_proven(found: Any) -> None:
     assert found["kernels_of_probe"] == 2  # once a layer
 
 
+def test_an_embedder_attends_by_a_kernel_of_the_hub(found: Any) -> None:
+    """Where it was asked for by name: in each layer, of padded rows (the proof at loading) and packed ones."""
+    kernel = found["kernel_of_the_hub"]
+    assert kernel["at_load"] == [4] * 3 + [1] * 6 + [2] * 3  # changed last tokens, two texts alone, and packed
+    assert kernel["encoding"] == [4] * 3  # three texts and the prefix that they share
+    assert kernel["lowest cosine"] > 0.999 and not kernel["told"], kernel
+    assert kernel["refused"].endswith("flash-attn2 computes in half precision; set torch_dtype.")  # and not float32
+
+
 def test_a_model_is_loaded_onto_its_device_and_not_by_way_of_the_host(found: Any) -> None:
     """So that eight processes of a machine do not hold eight copies in its memory."""
     loading = found["loading"]

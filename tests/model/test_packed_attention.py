@@ -3,16 +3,21 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from types import SimpleNamespace
 from typing import Any, NamedTuple
 
 import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from transformers import modeling_flash_attention_utils
+from transformers.integrations import hub_kernels
+from transformers.utils import import_utils
 
 from llm2vec.model import packed_attention
-from llm2vec.model.packed_attention import Group, Layout, attend, can_share_prefix
+from llm2vec.model.backbone import available_attention
+from llm2vec.model.packed_attention import HUB_KERNELS, Group, Layout, attend, can_share_prefix
 from llm2vec.types import UserError
 
 CPU = torch.device("cpu")
@@ -313,7 +318,7 @@ def slow_varlen(
         num_queries, num_keys = q.shape[1], k.shape[1]
         scores = q @ k.transpose(1, 2) * (scale if scale is not None else q.shape[-1] ** -0.5)
         if window_size[1] == 0:
-            behind = torch.ones(num_queries, num_keys, dtype=torch.bool).triu(num_keys - num_queries + 1)
+            behind = torch.ones_like(scores[0], dtype=torch.bool).triu(num_keys - num_queries + 1)
             scores = scores.masked_fill(behind, -torch.inf)
         outputs.append((scores.softmax(dim=-1) @ v).transpose(0, 1))
     return torch.cat(outputs)
@@ -339,7 +344,7 @@ def varlen_calls(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch
         return made
 
     monkeypatch.setattr("torch.nn.attention.varlen.varlen_attn", counted)
-    monkeypatch.setattr(packed_attention, "_has_varlen_kernel", lambda query, dropout: True)
+    monkeypatch.setattr(packed_attention, "_runs_varlen", lambda *_: True)
     packed_attention.varlen_takes.cache_clear()
     yield calls
     packed_attention.varlen_takes.cache_clear()
@@ -359,6 +364,137 @@ def test_keys_and_lengths_for_the_variable_length_kernel(
     actual = attend_to(q[:, :, rows], k, v, Layout(groups, closing_only), causal, 0.3)
     assert varlen_calls == [1]
     assert_same(actual, expected, leaves, 1e-12)
+
+
+# --- kernels of the hub ---
+
+
+def flash_attn2(
+    q: Tensor, k: Tensor, v: Tensor, cu_seqlens_q: Tensor, cu_seqlens_k: Tensor, max_seqlen_q: int, max_seqlen_k: int,
+    dropout_p: float = 0.0, softmax_scale: float | None = None, causal: bool = False,
+    window_size: tuple[int, int] = (-1, -1), softcap: float = 0.0, alibi_slopes: Any = None,
+    deterministic: bool = False, return_attn_probs: bool = False, block_table: Any = None,
+) -> Tensor:  # fmt: skip
+    """FlashAttention 2's parameters, and what it refuses (`slow_varlen`)."""
+    assert (dropout_p, window_size, softcap, alibi_slopes, block_table) == (0.0, (-1, -1), 0.0, None, None)
+    ends = cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k
+    window = (-1, 0 if causal else -1)
+    return slow_varlen(q, k, v, *ends, scale=softmax_scale, window_size=window, enable_gqa=True)
+
+
+def flash_attn3(
+    q: Tensor, k: Tensor, v: Tensor, cu_seqlens_q: Tensor, cu_seqlens_k: Tensor, max_seqlen_q: int, max_seqlen_k: int,
+    seqused_q: Any = None, seqused_k: Any = None, softmax_scale: float | None = None, causal: bool = False,
+    qv: Any = None, window_size: tuple[int, int] = (-1, -1), softcap: float = 0.0, num_splits: int = 1,
+    deterministic: bool = False, sm_margin: int = 0,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    """FlashAttention 3's: no dropout, and the log-sum-exp beside the output."""
+    ends = cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k
+    return flash_attn2(q, k, v, *ends, 0.0, softmax_scale, causal, window_size), torch.zeros(1)
+
+
+def flash_attn4(
+    q: Tensor, k: Tensor, v: Tensor, cu_seqlens_q: Tensor | None = None, cu_seqlens_k: Tensor | None = None,
+    seqused_q: Any = None, seqused_k: Any = None, page_table: Any = None, softmax_scale: float | None = None,
+    causal: bool = False, window_size: tuple[int | None, int | None] = (None, None), learnable_sink: Any = None,
+    softcap: float = 0.0, num_splits: int = 1, pack_gqa: bool | None = None, deterministic: bool = False,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    """FlashAttention 4's: it finds the longest text itself, as its first versions did."""
+    assert cu_seqlens_q is not None and cu_seqlens_k is not None and window_size == (None, None)
+    longest = (int(ends.diff().max()) for ends in (cu_seqlens_q, cu_seqlens_k))
+    return flash_attn2(q, k, v, cu_seqlens_q, cu_seqlens_k, *longest, 0.0, softmax_scale, causal), torch.zeros(1)
+
+
+KERNELS = {f"kernels-community/flash-attn{2 + i}": f for i, f in enumerate((flash_attn2, flash_attn3, flash_attn4))}
+
+
+def offer(monkeypatch: pytest.MonkeyPatch, get: Callable[..., Any]) -> None:
+    """A machine with a GPU and the package `kernels`, which gets them by this function; transformers knows none yet."""
+    monkeypatch.setattr("torch.cuda.is_available", lambda: True)
+    monkeypatch.setattr(import_utils, "is_kernels_available", lambda: True)
+    monkeypatch.setattr(hub_kernels, "is_kernels_available", lambda: True)
+    monkeypatch.setattr(hub_kernels, "get_kernel", get)
+    monkeypatch.setattr(modeling_flash_attention_utils, "_loaded_implementation", None)
+
+
+@pytest.fixture
+def kernel_calls(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """Kernels of the hub on any device, slow ones; which of them were called."""
+    calls: list[str] = []
+
+    def get(name: str, **how: Any) -> Any:
+        assert how.get("allow_all_kernels") is False
+
+        @functools.wraps(KERNELS[name])
+        def counted(*args: Any, **kwargs: Any) -> Any:
+            calls.append(name)
+            return KERNELS[name](*args, **kwargs)
+
+        return SimpleNamespace(flash_attn_varlen_func=counted, flash_attn_func=None)
+
+    offer(monkeypatch, get)
+    monkeypatch.setattr(packed_attention, "_runs_varlen", lambda *_: True)
+    return calls
+
+
+@pytest.mark.parametrize("name", KERNELS)
+@pytest.mark.parametrize("groups", LAYOUTS, ids=str)
+@pytest.mark.parametrize("closing_only", [False, True], ids=["all", "closing"])
+@pytest.mark.parametrize("causal", [True, False], ids=["causal", "bidirectional"])
+@pytest.mark.parametrize("kv_heads", [2, 4], ids=["grouped", "equal"])
+def test_a_kernel_of_the_hub_equals_an_explicit_mask(
+    name: str, groups: tuple[Group, ...], closing_only: bool, causal: bool, kv_heads: int, kernel_calls: list[str]
+) -> None:
+    """By transformers' own way to it, in value and gradient; each has other parameters and gives other things back."""
+    q, k, v = leaves = heads(groups, kv_heads)
+    rows = closing_of(groups) if closing_only else list(range(q.shape[2]))
+    expected = masked(q[:, :, rows], k, v, visible(groups, causal)[rows], 0.3)
+    actual = attend_to(q[:, :, rows], k, v, Layout(groups, closing_only, name), causal, 0.3)
+    assert kernel_calls == [name]
+    assert_same(actual, expected, leaves, 1e-12)
+
+
+def test_each_kernel_that_can_be_asked_for_is_tried_here() -> None:
+    assert set(KERNELS) == HUB_KERNELS
+
+
+def test_a_kernel_is_loaded_and_said(kernel_calls: list[str], caplog: pytest.LogCaptureFixture) -> None:
+    with caplog.at_level("INFO", "llm2vec"):
+        assert available_attention("kernels-community/flash-attn3") == "kernels-community/flash-attn3"
+    assert "attention   kernels-community/flash-attn3, code of the Hugging Face hub" in caplog.text
+
+
+def out_of_reach(name: str, **how: Any) -> Any:
+    """As the hub's client does where it may not ask and has no copy."""
+    raise FileNotFoundError(f"{name} is not there, and outgoing traffic has been disabled")
+
+
+@pytest.mark.parametrize(
+    ("name", "missing", "said"),
+    [
+        (
+            "evil/kernel",
+            "",
+            "attn_implementation is 'evil/kernel'; known kernels of the hub: kernels-c",
+        ),
+        ("kernels-community/flash-attn2", "torch.cuda.is_available", "flash-attn2 needs a CUDA device, and there is"),
+        ("kernels-community/flash-attn2", "is_kernels_available", 'needs kernels: pip install "kernels>='),
+        ("kernels-community/flash-attn2", "the hub", "flash-attn2 could not be loaded: .*outgoing traffic"),
+        ("kernels-community/flash-attn2", "the function", "flash-attn2 could not be loaded: "),
+    ],
+    ids=lambda value: value or "name",
+)
+def test_a_kernel_that_cannot_be_had_is_a_sentence(
+    name: str, missing: str, said: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """And never another attention in its place."""
+    offer(monkeypatch, out_of_reach if missing == "the hub" else lambda *_, **__: SimpleNamespace())
+    if missing == "torch.cuda.is_available":
+        monkeypatch.setattr(missing, lambda: False)
+    if missing == "is_kernels_available":
+        monkeypatch.setattr(import_utils, missing, lambda: False)
+    with pytest.raises(UserError, match=said):
+        available_attention(name)
 
 
 def rounded_as_flash(half: tuple[Tensor, ...], rows: list[int], mask: Tensor) -> list[Tensor]:
@@ -398,7 +534,7 @@ def test_the_real_kernel_equals_an_explicit_mask(groups: tuple[Group, ...], clos
     """bfloat16 on a CUDA device against float64 of the same numbers: no further off than its roundings make it."""
     half = tuple(leaf.detach().repeat(1, 1, 1, 8).bfloat16().cuda().requires_grad_() for leaf in heads(groups))
     exact = tuple(leaf.detach().double().requires_grad_() for leaf in half)
-    assert packed_attention._has_varlen_kernel(half[0], 0.0)
+    assert packed_attention._runs_varlen(half[0].device, torch.bfloat16, half[0].shape[-1])
     rows = closing_of(groups) if closing_only else list(range(half[0].shape[2]))
     mask = visible(groups, causal).cuda()[rows]
     truth = masked(exact[0][:, :, rows], *exact[1:], mask, None)

@@ -115,6 +115,11 @@ def test_a_trained_adapter_is_peft_s(kind: str, folder: Path, keys: dict[str, An
         ("stage_II", {"load_in": "2bit"}, "load_in is '2bit'; allowed: '8bit', '4bit'."),
         ("stage_II", {"load_in": "4bit", "fsdp": True}, "load_in cannot be used with fsdp"),
         ("stage_II", {"load_in": "4bit", "peft_model_name_or_path": "a"}, "merging peft_model_name_or_path would"),
+        (
+            "stage_I",
+            {"attn_implementation": "kernels-community/flash-attn3", "bf16": False},
+            "attn_implementation is 'kernels-community/flash-attn3', which computes in half precision; set bf16.",
+        ),
         ("stage_II", {"load_in": "4bit", "torch_compile": True}, "load_in and torch_compile cannot be used together"),
         ("stage_II", {"load_in": "4bit"}, "load_in is '4bit', which needs an NVIDIA GPU, and there is none;"),
     ],

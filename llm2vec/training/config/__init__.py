@@ -132,7 +132,7 @@ class Config:
     torch_dtype: Annotated[DtypeName | None, Key(on_card=True)] = None
     """Type of the weights. null = float32. `bfloat16` without `bf16` is the release's pure bfloat16."""
     attn_implementation: Annotated[AttnImplementation, Key(influence="rounding")] = "sdpa"
-    """How attention is computed."""
+    """How attention is computed. A name with a slash is FlashAttention from the hub, for packed texts on CUDA too."""
     fused_layers: Annotated[Literal["auto", "off"], Key(influence="rounding")] = "auto"
     """`auto`: on an NVIDIA GPU, norms, rotary positions and gated products run as one kernel each. `off`: not so."""
 

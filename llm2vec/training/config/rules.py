@@ -60,6 +60,9 @@ def _in_the_run(config: Config) -> Iterator[str]:
         yield "load_in is set, but merging peft_model_name_or_path would round it; export the merged model first."
     if config.load_in and config.compilation is not None:
         yield "load_in and torch_compile cannot be used together; take one of the two out."
+    half = training.get("bf16") or training.get("fp16") or config.torch_dtype not in (None, "float32")
+    if "/" in config.attn_implementation and not half:
+        yield f"attn_implementation is {config.attn_implementation!r}, which computes in half precision; set bf16."
     if config.lora_modules == []:
         yield "lora_modules is []; name at least one, or leave the key out for all."
     horizon, epochs = training.get("max_steps", -1), training.get("num_train_epochs", 1)
