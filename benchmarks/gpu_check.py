@@ -368,7 +368,7 @@ def _train(s: Setting, folder: Path, start: Path | None, steps: int = 6) -> Tens
     arguments = TrainingArguments(
         str(folder), per_device_train_batch_size=4, max_steps=6, save_strategy="steps", save_steps=3, report_to="none",
         disable_tqdm=True, use_cpu=s.device == "cpu", bf16=s.device == "cuda", remove_unused_columns=False,
-        learning_rate=1e-3, logging_steps=1, accelerator_config={"non_blocking": s.device == "cuda"},
+        learning_rate=1e-3, logging_steps=1, dataloader_pin_memory=s.device == "cuda",
     )  # fmt: skip
 
     def save(place: Path, weights: Any) -> None:

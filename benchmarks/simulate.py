@@ -352,21 +352,6 @@ class _Silu(torch.autograd.Function):
         return _Silu.tracer.one_kernel(_like, x, *gradients)
 
 
-class _Targets:
-    """Stands for a mask of target tokens, of which without values only the number is known."""
-
-    def __init__(self, number: int) -> None:
-        self._number = number
-
-    def nonzero(self) -> Tensor:
-        """Their places."""
-        return torch.empty(self._number, 1, dtype=torch.long, device="cuda")
-
-    def sum(self, dtype: torch.dtype) -> Tensor:
-        """How many there are."""
-        return torch.empty((), dtype=dtype, device="cuda")
-
-
 def _like(x: Tensor, *_: Tensor) -> Tensor:
     return torch.empty_like(x)
 
@@ -390,7 +375,7 @@ def _without_values(tracer: _Tracer) -> Iterator[None]:
         for where, name, stand_in in (
             (packed_attention, "send", send),
             (llm2vec_q2d_d2q, "send", send),
-            (language_modelling, "_targets", lambda text: _Targets(sum(text["num_targets"]))),
+            (language_modelling, "send", send),
             (packed_attention, "_varlen_is_there", lambda: True),
             (fused_layers, "_run", tracer.one_kernel),
             (step, "draw_seeds", lambda number: [0] * number),

@@ -42,7 +42,7 @@ from llm2vec.model.pooling import embed, embedding_pass, pool_packed, states_of
 from llm2vec.model.settings import EncoderSettings
 from llm2vec.objectives.directions import Reconstruction, contexts_of, directions_of, last_of, woven_rows
 from llm2vec.objectives.head import Head, language_head
-from llm2vec.objectives.language_modelling import next_token_loss, num_predicted
+from llm2vec.objectives.language_modelling import next_token_loss
 from llm2vec.objectives.projection import Imitation, make_projection
 from llm2vec.objectives.stage_one import StageOneObjective
 from llm2vec.objectives.token_set import BAG_WEIGHT, token_set_loss, token_sets
@@ -208,10 +208,9 @@ class BidirectionalReconstruction(nn.Module, StageOneObjective):
             counts["imitation"] = len(batch[self.directions[0].goal]["lengths"])
         if self.target_loss != "ce":
             counts["targets"] = sum(sum(batch[d.goal]["num_targets"]) for d in self.weighted)
-        found = {name: torch.tensor(float(number)) for name, number in counts.items()}
         if self.lm_weight:
-            found["lm"] = torch.stack([num_predicted(batch[side]) for side in self._modelled()]).sum()
-        return found
+            counts["lm"] = sum(sum(batch[side]["num_predicted"]) for side in self._modelled())
+        return {name: torch.tensor(float(number)) for name, number in counts.items()}
 
     def forward(self, batch: Batch, totals: dict[str, Tensor]) -> Output:
         """Loss parts of the sides that its directions name.

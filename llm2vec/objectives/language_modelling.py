@@ -7,6 +7,7 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from llm2vec.model.packed_attention import send
 from llm2vec.model.packing import packed_hidden_states
 from llm2vec.objectives.contrastive import ContrastiveLearning
 from llm2vec.objectives.head import Head, language_head
@@ -40,7 +41,7 @@ class LanguageModelling(nn.Module, Objective):
 
     def count(self, batch: Batch) -> dict[str, Tensor]:
         """Target tokens: every marked token but a text's first."""
-        return {self.name: num_predicted(batch["text"])}
+        return {self.name: torch.tensor(float(sum(batch["text"]["num_predicted"])))}
 
     def forward(self, batch: Batch, totals: dict[str, Tensor]) -> Output:
         """`loss` and detached `loss_lm` (or its own name) of the side `text`, as shares of the step's token mean."""
@@ -112,25 +113,16 @@ def next_token_loss(states_ND: Tensor, head: Head, text: TokenBatch, total: Tens
         text: the side; what a target token is to be predicted as is its `labels`, or else the token itself.
         total: target tokens of the whole optimiser step.
     """
-    target_N = _targets(text).nonzero()[:, 0]
-    if not len(target_N):
+    if not any(text["num_predicted"]):
         return states_ND.sum() * 0
+    # How many there are is known, so no device is asked for it.
+    (start_B,) = send([starts_of(text["lengths"])], states_ND.device)
+    marked_N = text["target_mask"].index_fill(0, start_B, False)
+    (target_N,) = marked_N.nonzero_static(size=sum(text["num_predicted"])).unbind(1)
     label_N = text.get("labels", text["input_ids"])[target_N]
     exact = torch.promote_types(states_ND.dtype, torch.float32)
     weight_N = (1 / total.to(target_N.device, exact)).expand(len(target_N))
     return head.cross_entropy(states_ND[target_N - 1], label_N, weight_N).loss
-
-
-def num_predicted(text: TokenBatch) -> Tensor:
-    """How many tokens of a side are predicted, as a float scalar."""
-    return _targets(text).sum(dtype=torch.float32)
-
-
-def _targets(text: TokenBatch) -> Tensor:
-    """Which tokens [N] are predicted: the marked ones that have one before them in their text."""
-    targets = text["target_mask"].clone()
-    targets[starts_of(text["lengths"]).to(targets.device)] = False
-    return targets
 
 
 def _embedded(batch: Batch) -> Batch:

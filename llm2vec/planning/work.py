@@ -95,6 +95,7 @@ def _lengths(settings: EncoderSettings, num_texts: int, tokens: int, targets: in
         "pool_mask": nothing,
         "target_mask": nothing,
         "num_targets": [targets] * num_texts,
+        "num_predicted": [targets] * num_texts,
         "prefix": 0,
         "closed": settings.pooling_mode == "last",
     }

@@ -32,6 +32,7 @@ def pack_rows(rows: Sequence[Row]) -> TokenBatch:
         "pool_mask": torch.tensor([pooled for row in rows for pooled in row.pooled], dtype=torch.bool),
         "target_mask": torch.tensor([target for row in rows for target in row.target], dtype=torch.bool),
         "num_targets": [sum(row.target) for row in rows],
+        "num_predicted": [sum(row.target[1:]) for row in rows],
         "prefix": shared_prefix(rows),
         "closed": all(row.pooled[-1] for row in rows),
     }
@@ -83,6 +84,7 @@ def select_rows(side: TokenBatch, chosen: Sequence[int], ends: Sequence[int] | N
         "pool_mask": pick(side["pool_mask"]),
         "target_mask": pick(side["target_mask"]),
         "num_targets": [side["num_targets"][i] for i in chosen],
+        "num_predicted": [side["num_predicted"][i] for i in chosen],
         "prefix": side["prefix"] if len(chosen) > 1 else 0,  # some of the texts may share more, never less
         "closed": side["closed"],
     }

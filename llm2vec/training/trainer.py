@@ -38,6 +38,7 @@ from pathlib import Path
 from typing import Any, cast
 
 import torch
+from accelerate.utils import send_to_device
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset, Sampler
 from transformers import ProgressCallback, Trainer, TrainerCallback, TrainingArguments
@@ -187,6 +188,9 @@ class EmbedderTrainer(Trainer):
         """Called to train, and at each evaluation: the library's loader, whose workers outlive a signal to stop."""
         with _of_arguments():
             loader: Any = super()._get_dataloader(*arguments, **keywords)
+        loader.device = (
+            None  # `_moved` does it: accelerate waits for it where it has skipped rows of a run that goes on
+        )
         rows_only = loader.base_dataloader  # accelerate's loader hands on what this one yields
         rows_only.worker_init_fn = partial(_begin_worker, rows_only.worker_init_fn)
         return loader
@@ -215,12 +219,17 @@ class EmbedderTrainer(Trainer):
         """Called as a step begins: its micro-batches, and how many loss terms they hold on all ranks together."""
         self._figures.start()
         with self._figures.waiting():
-            batches, _ = super().get_batch_samples(epoch_iterator, num_batches, device)
+            batches, _ = super().get_batch_samples(map(self._moved, epoch_iterator), num_batches, device)
         if not batches:
             return batches, None
         totals, tokens = count_terms(self._objective(), batches, device)
         self._figures.add_tokens(tokens)
         return batches, totals
+
+    def _moved(self, batch: Batch) -> Batch:
+        """A batch on the device; from pinned memory, nobody waits for it."""
+        on_device: Batch = send_to_device(batch, self.args.device, non_blocking=self.args.dataloader_pin_memory)
+        return on_device
 
     def training_step(self, model: nn.Module, inputs: dict[str, Any], num_items_in_batch: Any = None) -> Tensor:
         """Called for each micro-batch: add its gradient, in pieces of `max_tokens`.
@@ -303,7 +312,9 @@ class EmbedderTrainer(Trainer):
             was_training = self.model_wrapped.training
             self.model_wrapped.eval()
             objective = cast(Objective, self.model_wrapped)
-            figures = mean_parts(objective, self.get_eval_dataloader(), self.args.device, self._max_tokens)
+            figures = mean_parts(
+                objective, map(self._moved, self.get_eval_dataloader()), self.args.device, self._max_tokens
+            )
             for probe in self._probes:
                 figures |= probe(self.state.global_step)
             self.model_wrapped.train(was_training)

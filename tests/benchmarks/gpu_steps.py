@@ -28,12 +28,16 @@ from transformers.utils import import_utils
 
 from benchmarks.gpu_check import SIDES, Setting, objective_of, run_part, run_step
 from benchmarks.inputs import Shape, packed_batch
+from benchmarks.variants import SETTINGS
 from llm2vec import LLM2Vec
 from llm2vec.corpus.workers import take_gpu
+from llm2vec.llm2vec_q2d_d2q import BidirectionalReconstruction
 from llm2vec.model import fused_layers, packed_attention
 from llm2vec.model.fused_layers import fuse
 from llm2vec.model.packing import inner_decoder
 from llm2vec.model.proofs import check_packing
+from llm2vec.objectives.language_modelling import LanguageModelling
+from llm2vec.objectives.mntp import MaskedNextTokenPrediction
 from llm2vec.quickstart.tiny import train_tokenizer
 from llm2vec.training.config.arguments import training_arguments
 from llm2vec.training.config.file import load_config
@@ -46,12 +50,19 @@ fused_layers._compiled = lambda function: function  # there is no such card to c
 SETTING = Setting(
     "cuda", Shape(layers=2, hidden=32, intermediate=64, heads=4, kv_heads=2, vocabulary=2_000), 6, (400,), (8,), 8
 )
+MODELLING = {"LM": LanguageModelling, "MNTP": MaskedNextTokenPrediction}
 
 
 def waits_of_step(stage: str) -> dict[str, object]:
     """What the host waits for in a step of several micro-batches, and how many there are."""
-    case = SETTING.case(max_tokens=500)
-    batch, objective = packed_batch(case, 0, SIDES[stage]), objective_of(stage, case)
+    case = SETTING.case(max_tokens=300 if stage in MODELLING else 500)
+    batch = packed_batch(case, 0, SIDES.get(stage, ("text",) if stage in MODELLING else SIDES["Stage I"]))
+    objective = objective_of("Stage II" if stage == "Stage II" else "Stage I", case)
+    if stage in MODELLING:
+        objective = MODELLING[stage](objective.model)
+        batch["text"]["labels"] = batch["text"]["input_ids"].clone()
+    elif stage not in SIDES:
+        objective = BidirectionalReconstruction(objective.model, SETTINGS, lm_weight=0.5)
     fuse(inner_decoder(decoder_of(objective.model)))
     run_step(objective, batch, case)
     with fakecuda.waits() as seen:
@@ -210,7 +221,7 @@ def placement() -> dict[str, object]:
 #: What is looked at; `placement` leaves a process group behind, so it comes last.
 FINDINGS = {
     "parts": lambda: [asdict(run_part(name, SETTING)) for name in ("attention", "parity", "large_steps")],
-    "steps": lambda: {stage: waits_of_step(stage) for stage in SIDES},
+    "steps": lambda: {stage: waits_of_step(stage) for stage in (*SIDES, *MODELLING, "Stage I and LM")},
     "training": waits_of_training,
     "kernels_of_probe": kernels_of_probe,
     "kernel_of_the_hub": kernel_of_the_hub,

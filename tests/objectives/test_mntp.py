@@ -135,6 +135,7 @@ def test_a_masked_token_hears_of_what_follows_it_and_not_of_other_blocks() -> No
     batch = plain(blocks)
     batch["text"]["target_mask"][:] = False
     batch["text"]["target_mask"][3] = True
+    batch["text"]["num_predicted"] = [1, 0]
 
     def loss(position: int | None) -> Tensor:
         text = {**batch["text"], "input_ids": batch["text"]["input_ids"].clone()}

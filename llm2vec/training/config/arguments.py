@@ -44,10 +44,9 @@ def training_arguments(config: Config, num_processes: int | None = None) -> Trai
                 f"process(es) with per_device_train_batch_size {at_once // processes} hold at once."
             )
         values["gradient_accumulation_steps"] = config.total_batch_size // at_once
-    values["accelerator_config"] = {"non_blocking": bool(values["dataloader_pin_memory"])}
     if values.get("fsdp"):
         # Gradients that wait for the step's last micro-batch would lie whole on every process.
-        values["accelerator_config"]["gradient_accumulation_kwargs"] = {"sync_each_batch": True}
+        values["accelerator_config"] = {"gradient_accumulation_kwargs": {"sync_each_batch": True}}
     try:
         args = TrainingArguments(**values)
     except (ValueError, TypeError, ImportError, OSError) as error:
