@@ -305,12 +305,10 @@ def _attend_varlen(
         k, v = k.index_select(0, indices.keys), v.index_select(0, indices.keys)
     ends = (indices.query_ends, indices.key_ends)
     if layout.kernel is not None:
-        most_queries, most_keys = layout.longest
-        by_row: Tensor = _flash_attention_forward(
-            q.unsqueeze(0), k.unsqueeze(0), v.unsqueeze(0), None, len(q), causal, softmax_scale=scaling,
-            cu_seq_lens_q=ends[0], cu_seq_lens_k=ends[1], max_length_q=most_queries, max_length_k=most_keys,
-            attn_implementation=layout.kernel,
-        )  # fmt: skip
+        lengths: dict[str, Any] = dict(zip(("max_length_q", "max_length_k"), layout.longest, strict=True))
+        lengths |= {"cu_seq_lens_q": ends[0], "cu_seq_lens_k": ends[1], "attn_implementation": layout.kernel}
+        q, k, v = q.unsqueeze(0), k.unsqueeze(0), v.unsqueeze(0)
+        by_row: Tensor = _flash_attention_forward(q, k, v, None, 0, causal, softmax_scale=scaling, **lengths)
         return by_row
     from torch.nn.attention.varlen import varlen_attn  # older versions of torch lack it
 

@@ -188,9 +188,7 @@ class EmbedderTrainer(Trainer):
         """Called to train, and at each evaluation: the library's loader, whose workers outlive a signal to stop."""
         with _of_arguments():
             loader: Any = super()._get_dataloader(*arguments, **keywords)
-        loader.device = (
-            None  # `_moved` does it: accelerate waits for it where it has skipped rows of a run that goes on
-        )
+        loader.device = None  # `_moved` does it; where rows are skipped, accelerate's loader would wait for it
         rows_only = loader.base_dataloader  # accelerate's loader hands on what this one yields
         rows_only.worker_init_fn = partial(_begin_worker, rows_only.worker_init_fn)
         return loader
@@ -228,8 +226,7 @@ class EmbedderTrainer(Trainer):
 
     def _moved(self, batch: Batch) -> Batch:
         """A batch on the device; from pinned memory, nobody waits for it."""
-        on_device: Batch = send_to_device(batch, self.args.device, non_blocking=self.args.dataloader_pin_memory)
-        return on_device
+        return cast(Batch, send_to_device(batch, self.args.device, non_blocking=self.args.dataloader_pin_memory))
 
     def training_step(self, model: nn.Module, inputs: dict[str, Any], num_items_in_batch: Any = None) -> Tensor:
         """Called for each micro-batch: add its gradient, in pieces of `max_tokens`.
@@ -312,9 +309,8 @@ class EmbedderTrainer(Trainer):
             was_training = self.model_wrapped.training
             self.model_wrapped.eval()
             objective = cast(Objective, self.model_wrapped)
-            figures = mean_parts(
-                objective, map(self._moved, self.get_eval_dataloader()), self.args.device, self._max_tokens
-            )
+            batches = map(self._moved, self.get_eval_dataloader())
+            figures = mean_parts(objective, batches, self.args.device, self._max_tokens)
             for probe in self._probes:
                 figures |= probe(self.state.global_step)
             self.model_wrapped.train(was_training)
