@@ -30,10 +30,7 @@ class RetrievalSet(NamedTuple):
 
 def load_instructions(path: str | Path) -> dict[str, str]:
     """The table of instructions in a file, task name -> instruction (a string); a `UserError` where it is none."""
-    table = read_object(Path(path), f"The instructions {path}")
-    if not all(isinstance(value, str) for value in table.values()):
-        raise UserError(f"The instructions {path} must be one JSON object, task name -> instruction (a string).")
-    return table
+    return read_object(Path(path), f"The instructions {path}", {str: str})
 
 
 def parts_of(task: Task) -> list[Task]:
@@ -100,23 +97,19 @@ def retrieval_set_of(folder: Path) -> RetrievalSet:
 def _read_texts(path: Path, keys: tuple[str, ...]) -> Iterator[dict[str, str]]:
     """The `id` of each row and its texts; an absent title is empty, as mteb needs it."""
     seen: set[str] = set()
-    for where, row in _read_jsonl(path, ("_id", "text")):
+    shape = {"_id": object, "text": str, **({"title?": (str, None)} if "title" in keys else {})}
+    for where, row in json_lines(path, shape=shape):
         text = {"id": check_unicode(str(row["_id"]), "_id", where)}
         if text["id"] in seen:
             raise UserError(f"{where}: the _id {text['id']!r} is there twice.")
         seen.add(text["id"])
-        for key in keys:
-            value = "" if key == "title" and row.get(key) is None else row[key]
-            if not isinstance(value, str):
-                raise UserError(f"{where}: `{key}` must be text, not {json.dumps(value)[:40]}.")
-            text[key] = check_unicode(value, key, where)
-        yield text
+        yield text | {key: check_unicode(row.get(key) or "", key, where) for key in keys}
 
 
 def read_judgements(path: Path) -> dict[str, dict[str, int]]:
     """Query -> document -> grade, of JSON lines with query-id, corpus-id and score; a bad line is a `UserError`."""
     relevant: dict[str, dict[str, int]] = {}
-    for where, row in _read_jsonl(path, ("query-id", "corpus-id", "score")):
+    for where, row in json_lines(path, shape=dict.fromkeys(("query-id", "corpus-id", "score"), object)):
         query, document = (check_unicode(str(row[key]), key, where) for key in ("query-id", "corpus-id"))
         score = row["score"]
         if not isinstance(score, int | float) or score != score // 1 or abs(score) > LARGEST_GRADE:
@@ -124,11 +117,3 @@ def read_judgements(path: Path) -> dict[str, dict[str, int]]:
             raise UserError(f"{where}: `score` must be {allowed}, not {json.dumps(score)[:40]}.")
         relevant.setdefault(query, {})[document] = int(score)
     return relevant
-
-
-def _read_jsonl(path: Path, keys: tuple[str, ...]) -> Iterator[tuple[str, dict[str, Any]]]:
-    """Each line that is not blank: file and line number for a message, and its object."""
-    for where, row in json_lines(path):
-        if not row.keys() >= set(keys):
-            raise UserError(f"{where}: expected an object with the keys {', '.join(keys)}.")
-        yield where, row

@@ -18,7 +18,6 @@ from llm2vec.types import UserError
 
 #: positive, hard_negative, random -> counts in equal bins of the cosine from -1 to 1.
 Histograms: TypeAlias = dict[str, list[int]]
-PAIRS = ("random", "hard_negative", "positive")
 
 #: Beyond it, a figure's axis cannot be drawn.
 LARGEST_NUMBER = 1e30
@@ -99,18 +98,8 @@ def read_spaces(logs: Mapping[ScoredStage, Path]) -> dict[ScoredStage, Space]:
 
 def read_shapes(path: Path) -> list[Shapes]:
     """The lines of a `diagnostics.jsonl`; a `UserError` names file and line of what is no step with histograms."""
-    shapes = []
-    for where, entry in json_lines(path):
-        try:
-            sources = {str(name): _histograms(one) for name, one in entry["sources"].items()}
-            shapes.append(Shapes(int(entry["step"]), _histograms(entry["all"]), sources))
-        except (ValueError, TypeError, KeyError, AttributeError, OverflowError) as error:
-            raise UserError(f"{where}: expected a step and histograms of all and sources ({error}).") from None
-    return shapes
-
-
-def _histograms(entry: dict[str, Any]) -> Histograms:
-    return {kind: [int(count) for count in entry[kind]] for kind in PAIRS if kind in entry}
+    shape = {"step": int, "all": {str: [int]}, "sources": {str: {str: [int]}}}
+    return [Shapes(one["step"], one["all"], one["sources"]) for _, one in json_lines(path, shape=shape)]
 
 
 def training_table(logs: Mapping[ScoredStage, Sequence[Mapping[str, float]]]) -> Table:

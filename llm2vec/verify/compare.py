@@ -64,7 +64,8 @@ def read_own_texts(file: Path) -> dict[str, InstructedText]:
     if not file.is_file():
         raise UserError(f"--texts: {file} is not there.")
     if file.suffix == ".jsonl":
-        texts = {where.removeprefix(f"{file}, "): _text_of(entry, where) for where, entry in json_lines(file)}
+        entries = json_lines(file, shape={"text": str, "instruction?": str, "side?": str})
+        texts = {where.removeprefix(f"{file}, "): _text_of(entry, where) for where, entry in entries}
     else:
         with file.open("rb") as lines:  # which end at line feeds alone; Unicode breaks lines in more places
             places = {f"line {number}": line for number, line in enumerate(lines, 1)}
@@ -76,11 +77,9 @@ def read_own_texts(file: Path) -> dict[str, InstructedText]:
 
 
 def _text_of(entry: dict[str, Any], where: str) -> InstructedText:
-    if set(entry) - {"text", "instruction", "side"} or "text" not in entry:
-        raise UserError(f"{where}: an object with `text`, and at most `instruction` and `side`, is needed.")
+    if unknown := entry.keys() - {"text", "instruction", "side"}:
+        raise UserError(f"{where}: {min(unknown)!r} is no key; allowed: text, instruction, side.")
     for name, value in entry.items():
-        if not isinstance(value, str):
-            raise UserError(f"{where}: every value must be a string.")
         check_unicode(value, name, where)
     instruction = entry.get("instruction", "")
     side = entry.get("side", "query" if instruction else "document")

@@ -453,17 +453,21 @@ def test_every_model_is_given_the_same_samples(tmp_path: Path, make_encoder: Cal
 
 
 def bad_sets() -> Iterator[tuple[str, str, str]]:
-    yield "corpus.jsonl", '{"_id": "1"}\n', r"corpus\.jsonl, line 1: expected an object with the keys _id, text"
+    yield "corpus.jsonl", '{"_id": "1"}\n', r"corpus\.jsonl, line 1: text is missing"
     yield "queries.jsonl", '{"_id": "q1", "text": "a"}\n{', r"queries\.jsonl, line 2: not valid JSON"
     yield "queries.jsonl", '{"_id": "q9", "text": "a"}\n', "2 documents and 0 judged queries"
     yield (
         "corpus.jsonl",
         '{"_id": 1, "text": "a"}\n\n{"_id": 2, "text": null}\n',
-        r"line 3: `text` must be text, not null",
+        r"line 3: text is None; a string is needed",
     )
-    yield "corpus.jsonl", '{"_id": 1, "text": "a", "title": 5}\n', r"corpus\.jsonl, line 1: `title` must be text, not 5"
+    yield "corpus.jsonl", '{"_id": 1, "text": "a", "title": 5}\n', r"line 1: title is 5; a string or null is needed"
     yield "corpus.jsonl", '{"_id": 1, "text": "a"}\n{"_id": "1", "text": "b"}\n', r"line 2: the _id '1' is there twice"
-    yield "queries.jsonl", '{"_id": "q1", "text": ["a"]}\n', r'queries\.jsonl, line 1: `text` must be text, not \["a"\]'
+    yield (
+        "queries.jsonl",
+        '{"_id": "q1", "text": ["a"]}\n',
+        r"queries\.jsonl, line 1: text is \['a'\]; a string is needed",
+    )
     for score in ("0.5", '"high"', "null", "NaN", "1e999", "2147483648", "-1e19"):  # of the last, trec_eval dies
         line = f'{{"query-id": "q1", "corpus-id": "1", "score": {score}}}\n'
         yield "qrels/test.jsonl", line, r"qrels/test\.jsonl, line 1: `score` must be a whole number, not "

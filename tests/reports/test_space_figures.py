@@ -115,10 +115,13 @@ def test_a_log_without_histograms_still_has_its_path(tmp_path: Path) -> None:
     [
         ("no json", "not valid JSON"),
         ("[]", "a JSON object is needed"),
-        ('{"step": 1}', "expected a step and histograms"),
-        ('{"step": 1, "all": [], "sources": 3}', "expected a step and histograms"),
-        ('{"step": null, "all": {}, "sources": {}}', "expected a step and histograms"),
-        ('{"step": 1, "all": {"positive": ["x"]}, "sources": {}}', "expected a step and histograms"),
+        ('{"step": 1}', r"all is missing"),
+        ('{"step": 1, "all": [], "sources": 3}', r"all is \[\]; an object is needed"),
+        ('{"step": null, "all": {}, "sources": {}}', r"step is None; a whole number is needed"),
+        (
+            '{"step": 1, "all": {"positive": ["x"]}, "sources": {}}',
+            r"all\.positive\[0\] is 'x'; a whole number is needed",
+        ),
     ],
 )
 def test_bad_lines_are_named(tmp_path: Path, line: str, said: str) -> None:

@@ -340,8 +340,9 @@ def test_own_texts(made: Path, tmp_path: Path, verify: Any) -> None:
     )
     assert verify(made / "base", "--texts", rows)[0] == 0
     for content, words in (
-        ([{"txt": "hello"}], "line 1: an object with `text`"),
-        ([{"text": "a"}, {"text": 1}], "line 2: every value must be a string"),
+        ([{"txt": "hello"}], "line 1: text is missing"),
+        ([{"text": "a", "txt": "b"}], "line 1: 'txt' is no key; allowed: text, instruction, side"),
+        ([{"text": "a"}, {"text": 1}], "line 2: text is 1; a string is needed"),
         ([{"text": "a", "side": "left"}], "side is 'left'; allowed: query, document"),
         ([], "is empty"),
     ):
