@@ -3,7 +3,8 @@
     llm2vec compare train_configs/comparison/quickstart --seeds 42 43        # what `make compare` runs
     llm2vec compare train_configs/comparison/llama3.2_1b --processes 8
 
-The set is a folder of configs (`llm2vec/compare/recipes.py` says which; its `sweep` tries values of keys). A recipe's
+The set is a folder of configs (`llm2vec/compare/recipes.py` says which; its `sweep` tries values of keys,
+`halving` only the best of them to the end). A recipe's
 stages wait for each other; runs that do not are done at the same time, `--workers` of them. What has been done and has
 not changed since is not done again. A run that fails stops its own recipe only, and the exit code is then 1. Everything
 goes below --output_dir:
@@ -62,7 +63,8 @@ def main(argv: Sequence[str]) -> int:
         )
     failed = failure_lines(found.outcomes)
     out.say("")
-    out.table(outcome_table(found.outcomes))
+    for table in filter(None, [outcome_table(found.outcomes), found.halving]):
+        out.table(table)
     out.say("", *failed)
     out.say(f"report: {found.page}    ({(time.monotonic() - started) / 60:.1f} minutes)")
     return 1 if failed else 0

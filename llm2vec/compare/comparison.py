@@ -14,10 +14,12 @@ from pathlib import Path
 import torch
 
 from llm2vec.compare.execution import Runner, do_all, num_cores
-from llm2vec.compare.recipes import read_set
+from llm2vec.compare.halving import Halved, halve, write_halving
+from llm2vec.compare.recipes import SHARED_FILE, read_set
 from llm2vec.compare.record import TrialOutcome, write_record
-from llm2vec.compare.runs import Planner, Trial, unique_runs
+from llm2vec.compare.runs import Planner, Run, Trial
 from llm2vec.compare.table import own_keys, write_comparison
+from llm2vec.table import Table
 from llm2vec.types import UserError
 
 
@@ -25,9 +27,10 @@ from llm2vec.types import UserError
 class RecipeComparison:
     """What came of a set of recipes."""
 
-    trials: list[Trial]
+    trials: list[Trial]  #: Without those that fell in a search
     outcomes: list[TrialOutcome]  #: One a trial, in the same order
     page: Path
+    halving: Table | None = None  #: All trials of a search by successive halving
 
 
 def compare_recipes(
@@ -64,11 +67,20 @@ def compare_recipes(
     if unknown := [name for name in recipes or () if name not in known]:
         raise UserError(f"--recipes: there is no {unknown[0]!r}; there are {', '.join(known)}.")
     trials = [trial for trial in planned if recipes is None or trial.recipe in recipes]
-    runs = unique_runs(trials)
     chosen = {trial.recipe for trial in trials}
-    say(f"{len(trials)} trials of {len(chosen)} recipes: {len(runs)} runs, {workers} at a time")
-    runner = Runner(trials, output_dir, workers=workers, processes=processes, lock=lock, say=say)
-    failures = do_all(runs, runner.do, workers)
+    said = f"{len(trials)} trials of {len(chosen)} recipes"
+
+    def do(of: Sequence[tuple[str, Run]]) -> dict[str, str]:
+        runs = list({run.name: run for _, run in of}.values())
+        say(f"{said}: {len(runs)} runs, {workers} at a time")
+        runner = Runner(of, output_dir, workers=workers, processes=processes, lock=lock, say=say)
+        return do_all(runs, runner.do, workers)
+
+    search = planner.recipes.halving
+    halved = Halved(trials) if search is None else halve(trials, search, folder / SHARED_FILE, do)
+    going = [trial for trial in halved.trials if not any(run.name in halved.failures for run in trial.training)]
+    said = f"{len(going)} trials of {len({trial.recipe for trial in going})} recipes"
+    failures = halved.failures | do([(trial.recipe, run) for trial in going for run in trial.runs])
     own = own_keys([recipe for recipe in planner.recipes.recipes if recipe.name in chosen])
     facts = {
         "Base model": planner.recipes.shared["all"]["model_name_or_path"],
@@ -79,8 +91,11 @@ def compare_recipes(
         "Date": time.strftime("%Y-%m-%d"),
         "Command": shlex.join(["llm2vec", *sys.argv[1:]]),
     }
-    outcomes = write_record(output_dir / "record", trials, failures, own, facts)
-    return RecipeComparison(trials, outcomes, write_comparison(output_dir, outcomes, own, facts))
+    outcomes = write_record(output_dir / "record", halved.trials, failures, own, facts)
+    if halved.table is not None:
+        write_halving(output_dir / "record", halved.table)
+    page = write_comparison(output_dir, outcomes, own, facts, halved.table)
+    return RecipeComparison(halved.trials, outcomes, page, halved.table)
 
 
 def _machine() -> str:

@@ -19,31 +19,30 @@ from typing import Any
 import torch
 from tqdm import tqdm
 
-from llm2vec.compare.runs import EVALUATION_COMMAND, Run, Trial, unique_runs
-from llm2vec.model.chain import RUN_FILE, open_folder
+from llm2vec.compare.runs import EVALUATION_COMMAND, FINISHED_FILE, Run
+from llm2vec.model.chain import open_folder, read_run
 from llm2vec.training.log import LOG_FILE
+from llm2vec.training.resume import is_over
 from llm2vec.types import UserError
 
 #: What a run starts, behind Python's name.
 PROGRAM = ("-m", "llm2vec")
-#: In a run's folder, once the run has ended well.
-FINISHED_FILE = ".finished"
 
 
 def is_finished(run: Run) -> bool:
     """Whether a run has ended well and what it started from has not been made anew since."""
-    marker = run.folder / FINISHED_FILE
     try:
-        open_folder(str(run.folder))  # refuses one that was cut short
-        made = marker.stat().st_mtime_ns
-        return run.parent is None or (run.parent.folder / FINISHED_FILE).stat().st_mtime_ns <= made
+        if run.marker == FINISHED_FILE:  # of one that was stopped on its way, the log is asked for alone
+            open_folder(str(run.folder))  # refuses one that was cut short
+        made = (run.folder / run.marker).stat().st_mtime_ns
+        return run.parent is None or (run.parent.folder / run.parent.marker).stat().st_mtime_ns <= made
     except (UserError, OSError):
         return False
 
 
 def clear(run: Run) -> None:
     """Make way for a run that is not finished; scores and checkpoints of an interrupted one are kept."""
-    if not run.is_resumable or (run.folder / FINISHED_FILE).is_file():
+    if not run.is_resumable or (run.folder / run.marker).is_file():
         shutil.rmtree(run.folder, ignore_errors=True)
     run.folder.mkdir(parents=True, exist_ok=True)
 
@@ -100,7 +99,7 @@ class Runner:
     """Starts runs as processes, their output in log files, and says how far it all is.
 
     Args:
-        trials: whose runs are done.
+        runs: what is done, each with the recipe that it is of.
         output_dir: folder of the comparison.
         workers: runs at a time, which share the machine.
         processes: of a training run, through torchrun.
@@ -110,13 +109,14 @@ class Runner:
     """
 
     def __init__(
-        self, trials: Sequence[Trial], output_dir: Path, *, workers: int, processes: int, lock: int,
+        self, runs: Sequence[tuple[str, Run]], output_dir: Path, *, workers: int, processes: int, lock: int,
         say: Callable[[str], None],
     ) -> None:  # fmt: skip
         self.workers, self.processes, self.lock, self.say = workers, processes, lock, say
-        runs = unique_runs(trials)
-        self.num_runs, self.num_ended = len(runs), 0
-        self.recipes = {run.name: [t.recipe for t in trials if run in t.runs] for run in runs}
+        self.recipes: dict[str, dict[str, None]] = {}  # name of a run -> those it is of, in order
+        for recipe, run in runs:
+            self.recipes.setdefault(run.name, {})[recipe] = None
+        self.num_ended = 0
         self.logs = output_dir / "logs"
         self.logs.mkdir(parents=True, exist_ok=True)
 
@@ -135,21 +135,21 @@ class Runner:
             process = subprocess.Popen(
                 command, stdout=out, stderr=subprocess.STDOUT, env=environment, pass_fds=[self.lock]
             )
-            while not is_over(process):
+            while not has_ended(process):
                 bar.update(last_step(run.folder / LOG_FILE) - bar.n)
         code = process.returncode
-        if not code and run.command != EVALUATION_COMMAND and not (run.folder / RUN_FILE).is_file():
+        if not code and run.command != EVALUATION_COMMAND and not is_over(read_run(run.folder), run.stop):
             self._tell(run, f"was stopped; see {log}")
             raise UserError(f"llm2vec {run.command} was stopped by a signal")
         if code:
             self._tell(run, f"failed; see {log}")
             raise UserError(f"llm2vec {run.command} failed ({_last_line(log)}); see {log}")
-        (run.folder / FINISHED_FILE).touch()
+        (run.folder / run.marker).touch()
         self._tell(run, f"{(time.monotonic() - started) / 60:.1f} minutes")
 
     def _bar(self, run: Run) -> tqdm[Any]:
         """A training run's steps and the time left; none where several runs share the screen."""
-        whose = ", ".join(dict.fromkeys(self.recipes[run.name]))
+        whose = ", ".join(self.recipes[run.name])
         without = self.workers > 1 or not run.num_steps or None  # None: off where there is no terminal
         return tqdm(total=run.num_steps, desc=f"{run.command} of {whose}", unit="step", leave=False, disable=without)
 
@@ -176,12 +176,12 @@ class Runner:
     def _tell(self, run: Run, what: str) -> None:
         """One line on a run that has ended."""
         self.num_ended += 1
-        whose = ", ".join(dict.fromkeys(self.recipes[run.name]))
+        whose = ", ".join(self.recipes[run.name])
         kind = run.name.rpartition("-")[0]
-        self.say(f"[{self.num_ended:>3} of {self.num_runs}] {kind:<18} {whose}: {what}")
+        self.say(f"[{self.num_ended:>3} of {len(self.recipes)}] {kind:<18} {whose}: {what}")
 
 
-def is_over(process: subprocess.Popen[bytes]) -> bool:
+def has_ended(process: subprocess.Popen[bytes]) -> bool:
     """Whether a process has ended, after waiting a little."""
     try:
         process.wait(timeout=0.5)

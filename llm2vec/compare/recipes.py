@@ -10,6 +10,8 @@
 
 `"sweep": {"stage_II": {"learning_rate": [1e-4, 5e-4]}, "stage_I": {"alpha": [0.2, 0.5]}}` makes four of a recipe with
 both stages, named `anchor,stage_II.learning_rate=0.0001,stage_I.alpha=0.2` and so on, and two of one without Stage I.
+`"halving": {"metric": "eval_loss", "rungs": [0.25, 0.5], "factor": 2}` leaves half of them behind after a quarter of
+the last stage's steps, and half of the rest after half of them (`compare.halving`).
 """
 
 from __future__ import annotations
@@ -59,6 +61,20 @@ class Recipe:
 
 
 @dataclass(frozen=True)
+class Halving:
+    """How a sweep is searched by successive halving."""
+
+    metric: str  #: A figure of the evaluations on held-out rows, as `log.jsonl` names it
+    rungs: tuple[float, ...]  #: Shares of the last stage's steps, rising
+    factor: int = 2  #: One in so many goes on, rounded up
+
+    @property
+    def lower_is_better(self) -> bool:
+        """Of losses; all other figures shall be high."""
+        return "loss" in self.metric
+
+
+@dataclass(frozen=True)
 class RecipeSet:
     """What a folder holds."""
 
@@ -66,6 +82,7 @@ class RecipeSet:
     shared: dict[str, dict[str, Any]]  #: `all` or a stage -> keys
     recipes: tuple[Recipe, ...]  #: In the order of their names
     along: tuple[str, ...]  #: Tasks that are scored along the last stage, too
+    halving: Halving | None = None
 
 
 def read_set(folder: Path) -> RecipeSet:
@@ -76,11 +93,12 @@ def read_set(folder: Path) -> RecipeSet:
     """
     content = _read_keys(folder / SHARED_FILE)
     library, sweep = content.pop("recipes", None), content.pop("sweep", {})
+    halving = _read_halving(folder / SHARED_FILE, content.pop("halving", None), bool(sweep))
     if not isinstance(library, str | None):
         raise UserError(f"{folder / SHARED_FILE}: recipes is {library!r}; it must name a folder.")
     for section, keys in content.items():
         if section not in ("all", *get_args(Stage)):
-            allowed = ", ".join(["recipes", "sweep", "all", *get_args(Stage)])
+            allowed = ", ".join(["recipes", "sweep", "halving", "all", *get_args(Stage)])
             raise UserError(f"{folder / SHARED_FILE}: unknown section {section!r}; allowed: {allowed}.")
         if not isinstance(keys, dict):
             raise UserError(f"{folder / SHARED_FILE}: {section} must be an object of keys.")
@@ -100,7 +118,25 @@ def read_set(folder: Path) -> RecipeSet:
     if not recipes:
         raise UserError(f"{folder} holds no recipes; each is a folder of files such as 1_stage_II.json.")
     swept = [variant for recipe in recipes for variant in _variants(folder / SHARED_FILE, sweep, recipe)]
-    return RecipeSet(folder, content, tuple(swept), tuple(along))
+    return RecipeSet(folder, content, tuple(swept), tuple(along), halving)
+
+
+def _read_halving(file: Path, content: object, has_sweep: bool) -> Halving | None:
+    """What a set says of a search; None = every combination is trained to its end."""
+    if content is None:
+        return None
+    keys = content if isinstance(content, dict) else {}
+    metric, rungs, factor = keys.get("metric"), keys.get("rungs"), keys.get("factor", 2)
+    if not keys or set(keys) - {"metric", "rungs", "factor"} or not has_sweep:
+        raise UserError(f"{file}: halving must be an object of metric, rungs and factor, beside a sweep.")
+    if not isinstance(metric, str) or not metric.startswith("eval_"):
+        raise UserError(f"{file}: halving.metric is {metric!r}; name a figure of an evaluation, such as eval_loss.")
+    shares = [share for share in rungs if type(share) is float and 0 < share < 1] if isinstance(rungs, list) else []
+    if not shares or shares != rungs or shares != sorted(set(shares)):
+        raise UserError(f"{file}: halving.rungs is {rungs!r}; shares of the steps are needed, such as [0.25, 0.5].")
+    if type(factor) is not int or factor < 2:
+        raise UserError(f"{file}: halving.factor is {factor!r}; a whole number above 1 is needed.")
+    return Halving(metric, tuple(shares), factor)
 
 
 def _read_recipe(folder: Path, evaluation: Mapping[str, Any]) -> Recipe:

@@ -30,6 +30,8 @@ STAGE_COMMANDS: dict[Stage, str] = {
     "stage_I": "stage-1", "stage_II": "stage-2", "lm": "lm", "simcse": "simcse", "mntp": "mntp",
 }  # fmt: skip
 EVALUATION_COMMAND = "eval"
+#: In a run's folder, once the run has ended well.
+FINISHED_FILE = ".finished"
 
 
 @dataclass(frozen=True)
@@ -44,6 +46,8 @@ class Run:
     num_steps: int = 0  #: About how long it takes, beside other runs
     is_resumable: bool = False  #: Whether an interrupted run goes on from what lies in its folder
     save_steps: int = 0  #: Steps between a training run's checkpoints; 0 = it keeps none, or not all of them
+    stop: int | None = None  #: A training run's `stop_after_n_steps`
+    marker: str = FINISHED_FILE  #: In its folder, once it has ended well
 
 
 @dataclass(frozen=True)
@@ -137,8 +141,10 @@ class Planner:
             folder,
             parent,
             num_steps,
-            is_resumable=saves and config.resume == "auto",
+            # A run that was halved has checkpoints of its rungs, whatever its config says.
+            is_resumable=(saves or self.recipes.halving is not None) and config.resume == "auto",
             save_steps=config.training.get("save_steps", 500) if keeps_all else 0,
+            stop=config.stop_after_n_steps,
         )
 
     def _checked(self, keys: dict[str, Any], stage: StageFile) -> Config:
@@ -235,8 +241,3 @@ def _judgements(options: Mapping[str, Any]) -> dict[str, Path]:
     folder = options.get("local_data_dir") if options.get("save_predictions") else None
     files = {task: Path(folder, task, "qrels/test.jsonl") for task in options["tasks"]} if folder else {}
     return {task: file for task, file in files.items() if file.is_file()}
-
-
-def unique_runs(trials: Sequence[Trial]) -> list[Run]:
-    """All runs of the trials, each once, every one after its parent."""
-    return list({run.name: run for trial in trials for run in trial.runs}.values())

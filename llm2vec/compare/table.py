@@ -182,8 +182,9 @@ def own_keys(recipes: Sequence[Recipe]) -> dict[str, str]:
 
 
 def write_comparison(
-    folder: Path, outcomes: Sequence[TrialOutcome], own: Mapping[str, str], facts: Mapping[str, str]
-) -> Path:
+    folder: Path, outcomes: Sequence[TrialOutcome], own: Mapping[str, str], facts: Mapping[str, str],
+    halving: Table | None = None,
+) -> Path:  # fmt: skip
     """Write `comparison.md`, `comparison.json` and, last, `comparison.html`, the path of which is returned.
 
     Args:
@@ -191,9 +192,10 @@ def write_comparison(
         outcomes: Of all trials.
         own: Recipe -> what it sets itself, see `own_keys`.
         facts: What else a reader should know.
+        halving: All trials of a search.
     """
     keys = Table(["Recipe", "Stages and own keys"], list(own.items()), "What each recipe sets itself", _OWN_NOTE, 2)
-    shown = [outcome_table(outcomes), difference_table(outcomes), along_picture(outcomes), keys]
+    shown = [outcome_table(outcomes), halving, difference_table(outcomes), along_picture(outcomes), keys]
     blocks: list[Table | Picture] = [block for block in shown if block is not None]
     data = {"facts": dict(facts), "trials": [asdict(outcome) for outcome in outcomes]}
     return Page(_TITLE, blocks, "", failure_lines(outcomes), facts, data).write(folder / "comparison.html")

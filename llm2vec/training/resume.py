@@ -185,9 +185,7 @@ def _end_if_finished(config: Config) -> None:
     if not _holds_a_run(output):
         return
     recorded = checked(read_run(output), RECORD, str(output / RUN_FILE))
-    stopped_at, stop = recorded["config"].get("stop_after_n_steps"), config.stop_after_n_steps
-    is_over = stopped_at == stop or (stop is not None and recorded.get("step", 0) >= stop)
-    if is_over and not differences(recorded, config):
+    if is_over(recorded, config.stop_after_n_steps) and not differences(recorded, config):
         at = f" at step {recorded['step']:,}" if "step" in recorded else ""
         raise RunEnds(
             f"{output} holds this run, which ended{at}; nothing is left to do. To train it again, choose another "
@@ -195,6 +193,19 @@ def _end_if_finished(config: Config) -> None:
             code=0,
             is_done=True,
         )
+
+
+def is_over(recorded: dict[str, Any], stop: int | None) -> bool:
+    """Whether a run that wrote `run.json` went as far as one with this `stop_after_n_steps` will.
+
+    Args:
+        recorded: content of `run.json`; empty where there is none.
+        stop: None = to the end of the schedule.
+    """
+    if "config" not in recorded:
+        return False
+    stopped_at = recorded["config"].get("stop_after_n_steps")
+    return stopped_at == stop or (stop is not None and recorded.get("step", 0) >= stop)
 
 
 def _refuse_another_run(folder: Path, config: Config) -> None:

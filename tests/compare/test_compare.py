@@ -8,12 +8,16 @@ import math
 import os
 import re
 import runpy
+import shutil
 import signal
 import statistics
 import subprocess
 import sys
 import threading
 import time
+from collections.abc import Iterable, Sequence
+from contextlib import suppress
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -23,17 +27,21 @@ from eval_stubs import write_retrieval
 from helpers import family_tokenizer, tiny_model, write_jsonl
 
 from llm2vec.__main__ import COMMANDS
+from llm2vec.commands import report
+from llm2vec.commands.train import stage_2
+from llm2vec.compare import execution
 from llm2vec.compare import runs as compare_runs
-from llm2vec.compare.execution import FINISHED_FILE, clear, do_all, is_finished
-from llm2vec.compare.recipes import read_set
+from llm2vec.compare.execution import clear, do_all, is_finished
+from llm2vec.compare.halving import halve
+from llm2vec.compare.recipes import Halving, read_set
 from llm2vec.compare.record import TrialOutcome, read_record, write_record
-from llm2vec.compare.runs import Planner, Run, Trial, unique_runs
+from llm2vec.compare.runs import FINISHED_FILE, Planner, Run, Trial
 from llm2vec.compare.table import difference_table, failure_lines, outcome_table, own_keys, write_comparison
 from llm2vec.model.chain import INCOMPLETE_MARKER
 from llm2vec.model.settings import SETTINGS_FILE
 from llm2vec.reports.results import ndcg_at_10
 from llm2vec.table import escape_markdown
-from llm2vec.types import UserError
+from llm2vec.types import RunEnds, UserError
 
 ROOT = Path(__file__).parents[2]
 SETS = ROOT / "train_configs/comparison"
@@ -106,6 +114,10 @@ def folder(tmp_path: Path) -> Path:
 def trials_of(folder: Path, seeds: tuple[int, ...] = (7,)) -> dict[tuple[str, int | None], Trial]:
     trials = Planner(read_set(folder / "set"), folder / "out").trials(seeds)
     return {(trial.recipe, trial.seed): trial for trial in trials}
+
+
+def unique_runs(trials: Iterable[Trial]) -> list[Run]:
+    return list({run.name: run for trial in trials for run in trial.runs}.values())
 
 
 def config_of(run: Run) -> dict[str, Any]:
@@ -320,6 +332,18 @@ def test_a_model_can_be_scored_as_it_is(folder: Path) -> None:
                 ({"stage_II": {"template": ["../x"]}}, r"sweep.stage_II.template is \['../x'\]; a list of numbers or"),
             )
         ),
+        *(
+            ("set/shared.json", {"all": {"model_name_or_path": "x/y"}, "sweep": sweep, "halving": halving}, said)
+            for sweep, halving, said in (
+                ({}, {"metric": "eval_loss", "rungs": [0.5]}, "halving must be an object .*, beside a sweep"),
+                ({"lm": {"alpha": [1]}}, [0.5], "halving must be an object of metric, rungs and factor"),
+                ({"lm": {"alpha": [1]}}, {"rung": [0.5]}, "halving must be an object of metric, rungs and factor"),
+                ({"lm": {"alpha": [1]}}, {"rungs": [0.5]}, "halving.metric is None; name a figure of an evaluation"),
+                ({"lm": {"alpha": [1]}}, {"metric": "eval_loss", "rungs": [0.5, 0.2]}, "halving.rungs is .0.5, 0.2.;"),
+                ({"lm": {"alpha": [1]}}, {"metric": "eval_loss", "rungs": [5]}, "halving.rungs is .5.; shares of the"),
+                ({"lm": {"alpha": [1]}}, {"metric": "eval_loss", "rungs": [0.5], "factor": 1}, "halving.factor is 1;"),
+            )
+        ),
         ("set/evaluation.json", {}, "tasks must list at least one task"),
         ("set/evaluation.json", {"tasks": "MySet"}, "tasks must list at least one task"),
         ("set/evaluation.json", {"tasks": ["MySet"], "task": "x"}, "unknown option 'task'"),
@@ -346,6 +370,144 @@ def test_a_mistake_is_said_before_anything_runs(folder: Path, file: str, content
         trials_of(folder)
     assert "\n" not in str(error.value)
     assert not (folder / "out/runs").exists()
+
+
+# --- successive halving ---
+
+
+@pytest.fixture
+def searched(folder: Path) -> Path:
+    """Three rates of Stage II, 8 steps each, of which two go on after 2 and one after 4."""
+    shared = json.loads((folder / "set/shared.json").read_text(encoding="utf-8"))
+    evaluation = {"num_eval_rows": 4, "eval_strategy": "steps", "eval_steps": 2, "per_device_eval_batch_size": 4}
+    write(
+        folder / "set/shared.json",
+        {
+            "recipes": "../library",
+            "all": shared["all"],
+            "stage_I": shared["stage_I"],
+            "stage_II": {
+                "max_steps": 8, "warmup_steps": 2, "lr_scheduler_type": "cosine", "lora_dropout": 0.3, **evaluation,
+            },
+            "sweep": {"stage_II": {"learning_rate": [1e-5, 3e-2, 1e-3]}},
+            "halving": {"metric": "eval_loss", "rungs": [0.25, 0.5], "factor": 2},
+        },
+    )  # fmt: skip
+    shutil.rmtree(folder / "set/two_stages_cold")
+    return folder
+
+
+def in_this_process(of: Sequence[tuple[str, Run]]) -> dict[str, str]:
+    """Does runs of Stage II as `Runner` does; Stage I is taken as it is."""
+    for run in dict.fromkeys(run for _, run in of):
+        if run.command == "stage-2" and not is_finished(run):
+            clear(run)
+            with suppress(RunEnds):  # nothing is left to do
+                stage_2(run.arguments)
+            (run.folder / run.marker).touch()
+    return {}
+
+
+def losses_of(run: Run) -> dict[int, float]:
+    entries = map(json.loads, (run.folder / "log.jsonl").read_text(encoding="utf-8").splitlines())
+    return {entry["step"]: entry["eval_loss"] for entry in entries if "eval_loss" in entry}
+
+
+def adapter_of(run: Run) -> bytes:
+    return (run.folder / "adapter_model.safetensors").read_bytes()
+
+
+def test_who_comes_through_has_the_weights_of_a_run_that_was_never_stopped(searched: Path) -> None:
+    """To the bit, dropout and a schedule over all steps included; a set without halving then finishes the others."""
+    recipes = read_set(searched / "set")
+    assert recipes.halving == Halving("eval_loss", (0.25, 0.5), 2)
+    trials, whole = (
+        [trial for trial in Planner(recipes, searched / out).trials([7]) if trial.recipe.startswith("one_stage")]
+        for out in ("out", "whole")
+    )
+    runs, never_stopped = ([trial.training[0] for trial in of] for of in (trials, whole))
+    in_this_process([("", run) for run in never_stopped])
+    at_end = {trial.recipe: losses_of(trial.training[0]) for trial in whole}
+    first = sorted(at_end, key=lambda recipe: at_end[recipe][2])
+    last = sorted(first[:2], key=lambda recipe: at_end[recipe][4])
+    reached = {last[0]: 8, last[1]: 4, first[2]: 2}
+    for start in (1, 2):  # started again, nothing is done twice, and all comes to the same
+        halved = halve(trials, recipes.halving, Path("shared.json"), in_this_process)
+        (winner,) = halved.trials
+        in_this_process([("", winner.training[0])])
+        for trial, run, other in zip(trials, runs, never_stopped, strict=True):
+            wanted = {step: loss for step, loss in losses_of(other).items() if step <= reached[trial.recipe]}
+            assert losses_of(run) == wanted, f"{trial.recipe}, start {start}"
+        assert halved.table is not None and halved.table.header == ["Recipe", "25 %", "50 %", "Fell at"]
+        assert halved.table.rows == [
+            [last[0], *[f"{at_end[last[0]][step]:.6g}" for step in (2, 4)], None],
+            [last[1], *[f"{at_end[last[1]][step]:.6g}" for step in (2, 4)], "50 %"],
+            [first[2], f"{at_end[first[2]][2]:.6g}", None, "25 %"],
+        ]
+    place = trials.index(winner)
+    assert adapter_of(runs[place]) == adapter_of(never_stopped[place])
+    kept = sorted(path.name for path in winner.training[0].folder.glob("checkpoint-*"))
+    assert kept == ["checkpoint-2", "checkpoint-4"], "it went on from each"
+    in_this_process([("", run) for run in runs])
+    assert list(map(adapter_of, runs)) == list(map(adapter_of, never_stopped)), "those that fell, finished afterwards"
+
+
+def test_seeds_are_ranked_together_and_a_failure_is_no_rank(searched: Path) -> None:
+    """Higher is better but for losses; of equals the first goes on; a recipe that is alone is not touched."""
+    trials = Planner(read_set(searched / "set"), searched / "out").trials([7, 8])
+    figures = {"1e-05": {7: 1.0, 8: 5.0}, "0.03": {7: 4.0, 8: 2.0}, "0.001": {7: 9.0, 8: 9.0}}
+    done: list[tuple[str, str]] = []
+
+    def do(of: Sequence[tuple[str, Run]]) -> dict[str, str]:
+        failed = {}
+        for recipe, run in of:
+            done.append((recipe, run.name.rpartition("-")[0]))
+            rate = recipe.rpartition("=")[2]
+            if recipe.startswith("one_stage") and rate == "0.001" and done[-1][1] == "stage_II-seed8-at4":
+                failed[run.name] = "no luck"
+            figure = figures[rate][config_of(run)["seed"]]
+            write_jsonl(run.folder / "log.jsonl", [{"step": run.num_steps, "eval_x": figure}])
+        return failed
+
+    found = halve(trials, Halving("eval_x", (0.25, 0.5), 2), Path("shared.json"), do)
+    one, two = (f"{recipe}_stage{'s' * (recipe == 'two')},stage_II.learning_rate=" for recipe in ("one", "two"))
+    assert [trial.recipe for trial in found.trials] == [f"{one}1e-05"] * 2 + [f"{one}0.001"] * 2 + [f"{two}0.001"] * 2
+    assert list(found.failures.values()) == ["no luck"] * 2, "of both seeds"
+    assert (f"{one}0.03", "stage_II-seed8-at2") in done and (f"{one}0.03", "stage_II-seed7-at4") not in done
+    assert (f"{two}0.001", "stage_I-seed7") in done, "what the last stage starts from"
+    assert found.table is not None and [row[1:] for row in found.table.rows if str(row[0]).startswith(one)] == [
+        ["3", "3", None], ["9", None, "failed"], ["3", None, "25 %"],
+    ]  # fmt: skip
+    alone = [trial for trial in trials if trial.recipe == f"{one}0.03"]
+    assert halve(alone, Halving("eval_x", (0.25,), 2), Path("shared.json"), do).trials == alone
+
+
+@pytest.mark.parametrize(
+    ("keys", "rungs", "said"),
+    [
+        ({"eval_strategy": "no"}, (0.5,), "halving needs runs that evaluate and can go on, and one_stage,.* does not"),
+        ({"resume": "never"}, (0.5,), "halving needs runs that evaluate and can go on"),
+        ({"eval_steps": 3}, (0.5,), "halving.rungs: 0.5 of the 8 steps .* is step 4; .* a multiple of eval_steps, 3"),
+        ({}, (0.99,), "is step 8; it must lie before the last one"),
+        ({}, (0.5,), "halving.metric is 'eval_x', which .* did not measure at step 4; it measured eval_loss."),
+    ],
+)
+def test_a_search_that_cannot_be_is_refused(
+    searched: Path, keys: dict[str, Any], rungs: tuple[float, ...], said: str
+) -> None:
+    shared = json.loads((searched / "set/shared.json").read_text(encoding="utf-8"))
+    change(searched / "set/shared.json", stage_II={**shared["stage_II"], **keys})
+    trials = Planner(read_set(searched / "set"), searched / "out").trials([7])
+
+    def do(of: Sequence[tuple[str, Run]]) -> dict[str, str]:
+        assert not keys, "nothing runs before it is said"
+        for _, run in of:
+            write_jsonl(run.folder / "log.jsonl", [{"step": run.num_steps, "eval_loss": 1.0}])
+        return {}
+
+    with pytest.raises(UserError, match=said) as error:
+        halve(trials, Halving("eval_x", rungs, 2), Path("shared.json"), do)
+    assert "\n" not in str(error.value)
 
 
 # --- doing runs ---
@@ -417,6 +579,22 @@ def test_a_run_is_done_again_if_it_was_cut_short_or_its_parent_is_newer(tmp_path
     (first.folder / "log.jsonl").touch()
     clear(first)
     assert list(first.folder.iterdir()) == []
+
+
+def test_a_run_that_a_signal_stops_on_its_way_has_not_come_to_the_next_rung(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It ends well, too, and its folder holds the model of the rung before."""
+    monkeypatch.setattr(execution, "PROGRAM", ("-c", "pass"))
+    (run,) = (replace(run, command="stage-2", stop=4, is_resumable=True) for run in chain(tmp_path, 4))
+    recorded = {"config": {"stop_after_n_steps": 2, "training": {}}, "step": 2}
+    write(run.folder / "run.json", recorded)
+    with (tmp_path / "lock").open("w") as lock:
+        runner = execution.Runner([("mine", run)], tmp_path, workers=1, processes=1, lock=lock.fileno(), say=print)
+        with pytest.raises(UserError, match="was stopped by a signal"):
+            runner.do(run, 0)
+        write(run.folder / "run.json", {**recorded, "step": 4})
+        runner.do(run, 0)
 
 
 def test_scores_of_an_interrupted_evaluation_are_kept_and_old_ones_are_not(tmp_path: Path) -> None:
@@ -760,3 +938,19 @@ def test_two_recipes_from_end_to_end(folder: Path) -> None:
     assert "<|im_start|>" in Path(log[2]).read_text(encoding="utf-8")
     assert re.search(r"^one_stage .* 0 of 1: failed", changed.stdout, re.MULTILINE)
     assert re.search(r"^two_stages .* 1 ", changed.stdout, re.MULTILINE)
+
+
+@pytest.mark.slow
+def test_a_search_from_end_to_end(searched: Path) -> None:
+    """Stage I once; what falls is in the table, on the page and in the record; nothing is done twice."""
+    options = ["--recipes", *[f"two_stages,stage_II.learning_rate={rate}" for rate in ("1e-05", "0.001")]]
+    ended = compare(searched, *options, "--json")
+    assert ended.returncode == 0, ended.stdout + ended.stderr
+    scores, halving = map(json.loads, ended.stdout.splitlines())
+    assert len(scores["rows"]) == 1 and [row["Fell at"] for row in halving["rows"]] == [None, "25 %"]
+    assert "2 trials of 2 recipes: 3 runs" in ended.stderr and "1 trials of 1 recipes: 3 runs" in ended.stderr
+    report.main([str(searched / "out/record"), "--output_dir", str(searched / "again")])
+    for page in ("out/comparison.md", "again/comparison.md"):
+        assert "Successive halving" in (searched / page).read_text(encoding="utf-8")
+    again = compare(searched, *options)
+    assert again.returncode == 0 and again.stdout.count("is there already") == 6
