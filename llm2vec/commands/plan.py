@@ -11,7 +11,8 @@ No weights are read: of the base, `config.json` and the tokenizer; of the data, 
 --tokens_document stand for them; where the base is not, as before a Stage II whose Stage I has not run, --base does.
 Memory is reckoned for a GPU if one is named or found, else for this machine's CPU; on CPUs it was held against measured
 runs (tests/planning/test_memory_plan.py), on GPUs it was not. Exit code 2 if the run would refuse its config, base or
-data; what is wrong with its output folder is a warning, as the run may be for another machine.
+data; what is wrong with its output folder is a warning, as the run may be for another machine. --json prints figures,
+bytes by part and warnings, unrounded.
 """
 
 from __future__ import annotations
@@ -27,7 +28,7 @@ from llm2vec.types import Stage, UserError
 
 def main(argv: Sequence[str]) -> None:
     """Plan and print."""
-    parser = cli.parser("plan", __doc__)
+    parser = cli.parser("plan", __doc__, prints_tables=True)
     parser.add_argument("config", type=cli.path, nargs="?")
     parser.add_argument("--bases", nargs="+", help="in place of a config: a table of what fits on which card")
     parser.add_argument("--stage", choices=get_args(Stage), help="which stage reads it; default: as its keys tell")
@@ -40,21 +41,25 @@ def main(argv: Sequence[str]) -> None:
     parser.add_argument("--tokens_query", type=int, help="mean tokens of a query, template included")
     parser.add_argument("--tokens_document", type=int, help="mean tokens of a document, template included")
     args = parser.parse_args(argv)
+    out = cli.Printer(args.json)
     if (args.bases is None) == (args.config is None):
         raise UserError("a config is needed, or --bases for a table of what fits on which card.")
     if args.bases is not None:
         from llm2vec.planning.fits import table_of_cards
 
-        print(*table_of_cards(args.bases), sep="\n")
-        return
+        table = table_of_cards(args.bases)
+        return out.table(table, text=table.markdown())
     card = card_of(args)
     from llm2vec.planning.plan import Conditions, make_plan  # with torch: seconds
-    from llm2vec.planning.words import report
+    from llm2vec.planning.words import report, tables_of
 
     conditions = Conditions(
         args.num_processes, card, args.utilisation, args.stage, args.base, args.tokens_query, args.tokens_document
     )
-    print(*report(make_plan(args.config, conditions)), sep="\n")
+    plan = make_plan(args.config, conditions)
+    out.say(*report(plan))
+    for table in tables_of(plan) if args.json else ():
+        out.table(table)
 
 
 def card_of(args: argparse.Namespace) -> Card | None:

@@ -11,6 +11,7 @@ from typing import Any
 from llm2vec.planning.gpus import Card
 from llm2vec.planning.plan import Conditions, plan_of
 from llm2vec.planning.words import FULL
+from llm2vec.table import Table
 from llm2vec.training.config import Config
 from llm2vec.training.config.file import checked_config
 
@@ -27,8 +28,8 @@ WAYS: dict[str, dict[str, Any]] = {
 }
 
 
-def table_of_cards(bases: Sequence[str]) -> list[str]:
-    """Lines of a Markdown table: the longest documents of Stage II that fit, by base, way to train and card.
+def table_of_cards(bases: Sequence[str]) -> Table:
+    """The longest documents of Stage II that fit, in tokens, by base, way to train and card.
 
     One row goes through the model at a time (`tokens_per_microbatch`), in bfloat16 with every layer recomputed; of
     eight rows a step. A card counts as full at 90 %.
@@ -36,17 +37,14 @@ def table_of_cards(bases: Sequence[str]) -> list[str]:
     Raises:
         UserError: a base's shape can be had nowhere, or its layers are not known.
     """
-    lines = [
-        f"| base | trained | {' | '.join(f'{gb} GB' for gb in CARDS_GB)} |",
-        f"| --- | --- |{' ---: |' * len(CARDS_GB)}",
-    ]
+    rows = []
     for base in bases:
         for way, keys in WAYS.items():
             most = {length: bytes_at_most(base, length, keys) for length in TEXT_LENGTHS}
             fitting = [[length for length in TEXT_LENGTHS if most[length] <= FULL * 1e9 * gb] for gb in CARDS_GB]
-            cells = [f"{max(lengths):,}" if lengths else "-" for lengths in fitting]
-            lines.append(f"| {base.rstrip('/').rpartition('/')[2]} | {way} | {' | '.join(cells)} |")
-    return lines
+            cells = [f"{max(lengths):,}" if lengths else None for lengths in fitting]
+            rows.append([base.rstrip("/").rpartition("/")[2], way, *cells])
+    return Table(["base", "trained", *(f"{gb} GB" for gb in CARDS_GB)], rows, "What fits", num_names=2)
 
 
 def bytes_at_most(base: str, length: int, keys: dict[str, Any]) -> float:

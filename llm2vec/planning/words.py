@@ -13,6 +13,7 @@ from transformers.trainer_utils import SaveStrategy
 from llm2vec.model.packing import can_pack
 from llm2vec.planning.memory import STATES, optimiser_bytes, optimiser_name
 from llm2vec.planning.plan import Plan
+from llm2vec.table import Cell, Table
 from llm2vec.training.resume import check_writable
 from llm2vec.training.rows import sample_of
 from llm2vec.training.run import (
@@ -35,6 +36,22 @@ def report(plan: Plan) -> list[str]:
     """All that a plan has to say, line by line."""
     lines = [*as_the_run_says(plan), *_work(plan), *_memory(plan), _disk(plan)]
     return lines + [f"warning     {warning}" for warning in warnings_of(plan)]
+
+
+def tables_of(plan: Plan) -> list[Table]:
+    """The numbers of a plan for programs, unrounded: figures of the run, bytes by part, and the warnings."""
+    work = ["steps", "tokens a step", "useful operations a step", "seconds"]
+    figures: list[list[Cell]] = [
+        [name, None if value is None else float(value)]
+        for name, value in zip(work, [plan.steps, plan.tokens_a_step, plan.flops_a_step, _seconds(plan)], strict=True)
+    ]
+    parts = [] if plan.memory is None else [(part.name, part.size) for part in plan.memory.parts if part.size]
+    most = [] if plan.memory is None else [("at most, at once", plan.memory.most)]
+    return [
+        Table(["Figure", "Value"], figures, "Plan"),
+        Table(["Part", "Bytes"], [[name, float(size)] for name, size in [*parts, *most]], "Memory of a process"),
+        Table(["Warning"], [[warning] for warning in warnings_of(plan)], "Warnings"),
+    ]
 
 
 def as_the_run_says(plan: Plan) -> list[str]:
@@ -64,18 +81,31 @@ def _work(plan: Plan) -> Iterator[str]:
     flops = number * plan.flops_a_step
     yield f"work        {number * plan.tokens_a_step:.3g} tokens and {flops:.3g} useful operations {of}"
     card, conditions = plan.conditions.card, plan.conditions
-    if card is None:
+    seconds, peak = _seconds(plan), _peak(plan)
+    if card is None or seconds is None:
         return
-    in_float32 = card.tflops_tf32 if plan.args.tf32 else card.tflops_float32
-    peak = card.tflops if plan.numbers.compute == 2 else in_float32
-    if peak is None:
-        return
-    seconds = flops / (conditions.num_processes * peak * 1e12 * conditions.utilisation)
     time = f"{seconds / 3600:,.1f} h" if seconds >= 360 else f"{seconds:.0f} s" if seconds >= 10 else f"{seconds:.2g} s"
     yield (
         f"time        about {time} {of} on {conditions.num_processes} x {card.name} ({peak:g} TFLOP/s each) at a "
         f"utilisation of {conditions.utilisation:.0%}"
     )
+
+
+def _peak(plan: Plan) -> float | None:
+    """TFLOP/s of the card in the run's precision; None where there is no card, or it is not known."""
+    if (card := plan.conditions.card) is None:
+        return None
+    in_float32 = card.tflops_tf32 if plan.args.tf32 else card.tflops_float32
+    return card.tflops if plan.numbers.compute == 2 else in_float32
+
+
+def _seconds(plan: Plan) -> float | None:
+    """Of the run, or of a step where its steps are not known; None without a card's speed."""
+    conditions, peak = plan.conditions, _peak(plan)
+    if peak is None:
+        return None
+    flops = (plan.steps or 1) * plan.flops_a_step
+    return flops / (conditions.num_processes * peak * 1e12 * conditions.utilisation)
 
 
 def _memory(plan: Plan) -> Iterator[str]:

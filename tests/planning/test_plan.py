@@ -20,6 +20,7 @@ from helpers import family_tokenizer, tiny_model, write_jsonl
 from transformers import GPT2Config, PretrainedConfig
 
 from benchmarks.shapes import SHAPES
+from llm2vec.commands import plan as plan_command
 from llm2vec.commands.plan import card_of
 from llm2vec.compare.recipes import read_set
 from llm2vec.model.vault import Folder
@@ -590,6 +591,29 @@ def test_a_card_that_is_too_small(folder: Path) -> None:
     assert not any(
         "roomy" in warning for warning in warnings_of(planned(folder, Conditions(stage="stage_II", card=roomy)))
     )
+
+
+def test_a_program_reads_the_numbers_of_the_plan(
+    folder: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What a person reads goes to stderr, and says the same."""
+    config = write(folder, max_steps=3, output_dir=str(folder / "file/out"))
+    (folder / "file").touch()
+    command = [str(config), "--stage", "stage_II", "--card", "A100-80GB", "--json"]
+    plan_command.main(command)
+    printed = capsys.readouterr()
+    plan = make_plan(config, Conditions(stage="stage_II", card=CARDS["A100-80GB"]))
+    figures, memory, warnings = map(json.loads, printed.out.splitlines())
+    assert plan.memory is not None
+    values = {row["Figure"]: row["Value"] for row in figures["rows"]}
+    assert [values[name] for name in ("steps", "tokens a step", "useful operations a step")] == [
+        3, plan.tokens_a_step, plan.flops_a_step,
+    ]  # fmt: skip
+    assert values["seconds"] == pytest.approx(3 * plan.flops_a_step / (19.5e12 * 0.4))
+    sizes = [row["Bytes"] for row in memory["rows"]]
+    assert sizes == [*(part.size for part in plan.memory.parts if part.size), plan.memory.most]
+    assert [row["Warning"] for row in warnings["rows"]] == list(warnings_of(plan)) != []
+    assert printed.err == "\n".join(report(plan)) + "\n"
 
 
 # --- refusals, and the script ---
