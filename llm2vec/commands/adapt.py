@@ -24,6 +24,7 @@ from pathlib import Path
 from typing import Any
 
 from llm2vec import cli
+from llm2vec.commands.data import parse_with_server
 from llm2vec.commands.embedder import base_folder, train_and_export, write_set
 from llm2vec.types import UserError
 
@@ -80,17 +81,14 @@ def _parse_args(argv: Sequence[str]) -> argparse.Namespace:
     parser.add_argument("--base", required=True, help="of `llm2vec base`, a folder, or a hub name")
     parser.add_argument("--output_dir", type=cli.path, required=True)
     writer = parser.add_mutually_exclusive_group()
-    for flag, of in {"model": "a causal language model", "anchors": "a Stage I checkpoint", "server": "URL"}.items():
+    for flag, of in {"model": "a causal language model", "anchors": "a Stage I checkpoint"}.items():
         writer.add_argument(f"--{flag}", help=f"who writes the queries: {of}, as in `llm2vec queries`")
-    parser.add_argument("--name", help="of the server's model")
     parser.add_argument("--most", type=cli.positive, help="queries to write; default: one for each passage")
     parser.add_argument("--instruction", help="what a query asks for, in a sentence")
     parser.add_argument("--queries", type=cli.positive, default=200, help="held out to be scored on (200)")
     parser.add_argument("--pre_stage", nargs="*", choices=list(PRE_STAGES), default=["reconstruction"])
     parser.add_argument("--rows", type=cli.positive, default=ROWS, help=f"that a stage trains on ({ROWS:,})")
-    args = parser.parse_args(argv)
-    if (args.server is None) != (args.name is None):
-        parser.error("--server and --name go together")
+    args = parse_with_server(parser, writer, argv)
     if not args.folder.exists():
         raise UserError(f"{args.folder}: a folder of text files or a .jsonl file is needed.")
     return args

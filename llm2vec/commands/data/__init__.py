@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+from collections.abc import Sequence
 
 from llm2vec import cli
 from llm2vec.data.sources import Source, archive_hint, e5_sources, read_sources_file, select_sources
@@ -32,3 +33,19 @@ def chosen_sources(args: argparse.Namespace) -> list[Source]:
     if missing:
         cli.Printer(vars(args).get("json", False)).say(f"not there: {', '.join(missing)}")
     return there
+
+
+def parse_with_server(
+    parser: argparse.ArgumentParser, writer: argparse._MutuallyExclusiveGroup, argv: Sequence[str]
+) -> argparse.Namespace:
+    """Arguments of a command whose texts a server may write: `--server`, one of `writer`'s flags, and its `--name`.
+
+    Raises:
+        UserError: one of the two without the other, or another flag is wrong.
+    """
+    writer.add_argument("--server", metavar="URL", help="a server with OpenAI's interface, up to /v1; needs --name")
+    parser.add_argument("--name", help="of the server's model")
+    args = parser.parse_args(argv)
+    if (args.server is None) != (args.name is None):
+        parser.error("--server and --name go together")
+    return args

@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING
 
 from llm2vec import cli
 from llm2vec.choice import ModelChoice
-from llm2vec.commands.data import add_source_flags, chosen_sources
+from llm2vec.commands.data import add_source_flags, chosen_sources, parse_with_server
 from llm2vec.data.held_out import entry_of
 from llm2vec.data.sources import Source
 from llm2vec.files import alone_in, remove, whole, write_json
@@ -52,14 +52,9 @@ def _parse_args(argv: Sequence[str]) -> argparse.Namespace:
     parser.add_argument("out", type=cli.path, metavar="OUT", help="folder to write")
     writer = parser.add_mutually_exclusive_group(required=True)
     writer.add_argument("--model", type=ModelChoice.parse, help="the base that will be trained, best an instruct one")
-    writer.add_argument("--server", metavar="URL", help="a server with OpenAI's interface, up to /v1; needs --name")
-    parser.add_argument("--name", help="of the server's model")
     parser.add_argument("--most", type=cli.positive, help="rows of a source, from the start; default: all")
     parser.add_argument("--most_tokens", type=cli.positive, default=500, help="of an answer (500)")
-    args = parser.parse_args(argv)
-    if (args.server is None) != (args.name is None):
-        parser.error("--server and --name go together")
-    return args
+    return parse_with_server(parser, writer, argv)
 
 
 def _answer(args: argparse.Namespace, source: Source, work: Path) -> None:

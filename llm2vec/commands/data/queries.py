@@ -25,6 +25,7 @@ from typing import TYPE_CHECKING, Any
 
 from llm2vec import cli
 from llm2vec.choice import ModelChoice
+from llm2vec.commands.data import parse_with_server
 from llm2vec.corpus.passages import SUFFIXES, passages_of
 from llm2vec.files import alone_in, remove, whole, write_json
 from llm2vec.types import UserError
@@ -67,17 +68,12 @@ def _parse_args(argv: Sequence[str]) -> argparse.Namespace:
     writer = parser.add_mutually_exclusive_group(required=True)
     writer.add_argument("--model", type=ModelChoice.parse, help="a causal language model, best an instruct one")
     writer.add_argument("--anchors", type=ModelChoice.parse, metavar="STAGE_I", help="a Stage I checkpoint")
-    writer.add_argument("--server", metavar="URL", help="a server with OpenAI's interface, up to /v1; needs --name")
     writer.add_argument("--titles", action="store_true", help="titles and first sentences of the texts themselves")
-    parser.add_argument("--name", help="of the server's model")
     parser.add_argument("--most", type=cli.positive, help="queries to write, for passages that are drawn; default: all")
     parser.add_argument("--keep_top", type=cli.positive, default=10, help="how far a passage is looked for (10)")
     parser.add_argument("--instruction", default="Given a question, retrieve the passage that answers it")
     parser.add_argument("--seed", type=int, default=42, help="of the draw (42)")
-    args = parser.parse_args(argv)
-    if (args.server is None) != (args.name is None):
-        parser.error("--server and --name go together")
-    return args
+    return parse_with_server(parser, writer, argv)
 
 
 def _titles(source: Path) -> dict[str, str]:
