@@ -2,6 +2,7 @@
 
     python -m benchmarks.simulate CONFIG --num_processes 8 --card H200 --tokens_query 24 --tokens_document 170
     python -m benchmarks.simulate train_configs/*/*.json --out FILE.json   # a table, the plan's memory beside it
+    python -m benchmarks.simulate train_configs/comparison/mistral_7b ...  # Stage I of a comparison's recipes
 
 The project's own step runs over tensors without values (torch's FakeTensorMode; the device is `benchmarks.fakecuda`),
 and every kernel is counted with what it reads and writes. What is fused (`model.fused_layers`) is one kernel. The time
@@ -44,6 +45,7 @@ from benchmarks.inputs import InHalf
 from benchmarks.shapes import SHAPES, shape_for
 from llm2vec import llm2vec_q2d_d2q
 from llm2vec.cli import run_command
+from llm2vec.compare.recipes import read_set
 from llm2vec.files import write_json
 from llm2vec.model import fused_layers, packed_attention
 from llm2vec.model.packing import inner_decoder
@@ -55,7 +57,7 @@ from llm2vec.table import Table
 from llm2vec.training import step
 from llm2vec.training.model import decoder_of, fuses, plan_sharding
 from llm2vec.training.recomputation import recompute_first
-from llm2vec.types import Batch
+from llm2vec.types import Batch, TokenBatch
 
 #: Bytes a second of a card's memory (the makers' figures).
 BANDWIDTH = {"B200": 8e12, "H200": 4.8e12, "H100": 3.35e12, "A100-80GB": 2.04e12, "A100-40GB": 1.56e12}
@@ -242,17 +244,19 @@ def simulate(plan: Plan, *, fused: bool | None = None, rows: int | None = None) 
     """
     objective: Any = plan.objective
     decoder = decoder_of(plan.model)
+    decoders = (decoder, *(copy.base_model for copy in objective.copies))
     if fuses(plan.config, plan.model, "cuda") if fused is None else fused:
-        fused_layers.fuse(inner_decoder(decoder))
+        for one in decoders:
+            fused_layers.fuse(inner_decoder(one))
         for module in objective.modules():
             if isinstance(module, LoraLayer):
                 module.cast_input_dtype_enabled = not (plan.args.bf16 or plan.args.fp16)
-    if plan.num_recomputed:
-        recompute_first(decoder, plan.num_recomputed)
+    for one in decoders if plan.num_recomputed else ():
+        recompute_first(one, plan.num_recomputed)
     tracer, number = _Tracer(), plan.conditions.num_processes
     mesh = init_device_mesh("cuda", (number,)) if plan.args.fsdp else None
     with _without_values(tracer), FakeTensorMode(allow_non_fake_inputs=True), tracer:
-        _fill(objective)
+        _fill(objective, *objective.copies)
         if mesh is not None:
             _share_out(plan, objective, mesh)
         gc.collect()
@@ -311,10 +315,10 @@ def _batch(plan: Plan, rows: int) -> Batch:
     return batch
 
 
-def _fill(objective: nn.Module) -> None:
+def _fill(*models: nn.Module) -> None:
     """Weights without values, in place of those on the meta device."""
     made: dict[int, Any] = {}
-    for module in objective.modules():
+    for module in (module for model in models for module in model.modules()):
         for table in (module._parameters, module._buffers):
             for name, tensor in table.items():
                 if tensor is None:
@@ -352,6 +356,16 @@ class _Silu(torch.autograd.Function):
         return _Silu.tracer.one_kernel(_like, x, *gradients)
 
 
+def _whole_contexts(side: TokenBatch) -> tuple[Tensor, list[int]]:
+    """All tokens of a side's texts, as the plan has it."""
+    return torch.empty(sum(side["lengths"]), dtype=torch.long, device="cuda"), side["lengths"]
+
+
+def _whole_sets(side: TokenBatch) -> list[Tensor]:
+    """As if a text's target tokens were all different."""
+    return [torch.empty(number, dtype=torch.long, device="cuda") for number in side["num_targets"]]
+
+
 def _like(x: Tensor, *_: Tensor) -> Tensor:
     return torch.empty_like(x)
 
@@ -376,6 +390,8 @@ def _without_values(tracer: _Tracer) -> Iterator[None]:
             (packed_attention, "send", send),
             (llm2vec_q2d_d2q, "send", send),
             (language_modelling, "send", send),
+            (llm2vec_q2d_d2q, "contexts_of", _whole_contexts),
+            (llm2vec_q2d_d2q, "token_sets", _whole_sets),
             (packed_attention, "_varlen_is_there", lambda: True),
             (fused_layers, "_run", tracer.one_kernel),
             (step, "draw_seeds", lambda number: [0] * number),
@@ -461,6 +477,22 @@ def table(found: dict[str, Any], card: Card) -> Table:
     return Table(header, rows)
 
 
+def recipes_in(place: Path, folder: Path) -> Iterator[Path]:
+    """A config; or those of Stage I of a comparison's recipes, written into a folder."""
+    if place.is_file():
+        yield place
+        return
+    found = read_set(place)
+    for recipe in found.recipes:
+        for stage in recipe.stages:
+            if stage.stage == "stage_I":
+                keys = {**found.shared["all"], **found.shared["stage_I"], **stage.keys, "output_dir": "output"}
+                file = folder / place.name / f"{recipe.name}.json"
+                file.parent.mkdir(exist_ok=True)
+                write_json(file, keys)
+                yield file
+
+
 def start_processes(number: int) -> None:
     """A group of so many processes, of which the others are not there."""
     from torch.testing._internal.distributed.fake_pg import FakeStore
@@ -472,7 +504,13 @@ def start_processes(number: int) -> None:
 def main(argv: Sequence[str]) -> None:
     """Simulate the step of the config on the command line."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
-    parser.add_argument("configs", type=Path, nargs="+", metavar="CONFIG", help="training configs; several: a table")
+    parser.add_argument(
+        "configs",
+        type=Path,
+        nargs="+",
+        metavar="CONFIG",
+        help="training configs, or a comparison's folder; several: a table",
+    )
     parser.add_argument("--num_processes", type=int, default=1, help="that share the step")
     parser.add_argument("--card", choices=list(BANDWIDTH), default="H200", help="by which time is reckoned")
     parser.add_argument(
@@ -502,12 +540,13 @@ def main(argv: Sequence[str]) -> None:
             )  # fmt: skip
             return make_plan(path, conditions)
 
-        if len(given.configs) > 1:
-            simulate_all(given.configs, plan_of, given.out, card)
+        configs = [config for place in given.configs for config in recipes_in(place, Path(folder))]
+        if len(configs) > 1:
+            simulate_all(configs, plan_of, given.out, card)
             print(table(json.loads(given.out.read_text(encoding="utf-8")), card).markdown())
             return
         fused = None if given.fused == "auto" else given.fused == "on"
-        plan = plan_of(given.configs[0])
+        plan = plan_of(configs[0])
         for line in report(plan, simulate(plan, fused=fused, rows=given.rows), card):
             print(line)
 

@@ -36,8 +36,9 @@ from peft import PeftModel
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from llm2vec.model.fused_layers import fuse, fused_decoders
 from llm2vec.model.packed_attention import send
-from llm2vec.model.packing import adapter_off, packed_hidden_states
+from llm2vec.model.packing import adapter_off, inner_decoder, packed_hidden_states
 from llm2vec.model.pooling import embed, embedding_pass, pool_packed, states_of
 from llm2vec.model.settings import EncoderSettings
 from llm2vec.objectives.directions import Reconstruction, contexts_of, directions_of, last_of, woven_rows
@@ -131,6 +132,7 @@ class BidirectionalReconstruction(nn.Module, StageOneObjective):
         self.bos_id = bos_id if self.frozen else None
         if self.frozen and not isinstance(self.decoder, PeftModel):
             self.copies = (copy.deepcopy(model).requires_grad_(False).train(),)
+            fuse(inner_decoder(self.copies[0]), inner_decoder(model) in fused_decoders)
             if not lm_weight and not model.config.tie_word_embeddings:
                 model.get_output_embeddings().requires_grad_(False)  # nobody reads it
 
@@ -327,11 +329,11 @@ class BidirectionalReconstruction(nn.Module, StageOneObjective):
         memories = {}
         for name, side in sides.items():
             if self.bottleneck == "states":
-                memories[name] = states[name][side["pool_mask"]].unflatten(0, (len(side["lengths"]), -1))
+                places = side["pool_mask"].nonzero_static(size=len(side["lengths"]) * self.slots).squeeze(1)
+                memories[name] = states[name].index_select(0, places).unflatten(0, (-1, self.slots))
             else:
-                pooling_mode = self.settings.pooling_mode
-                vectors_BD = pool_packed(states[name], side["lengths"], side["pool_mask"], pooling_mode)
-                memories[name] = vectors_BD.unsqueeze(1)
+                read = side["lengths"], side["pool_mask"], self.settings.pooling_mode
+                memories[name] = pool_packed(states[name], *read).unsqueeze(1)
         if not self.lm_weight or not totals:
             return memories, None
         head = language_head(self.model)

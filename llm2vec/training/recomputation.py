@@ -7,6 +7,7 @@ cannot be smaller (one long row, a large base model), recomputing as few layers 
 from __future__ import annotations
 
 import math
+import weakref
 from collections.abc import Sequence
 from functools import partial
 from typing import Any
@@ -21,6 +22,8 @@ from llm2vec.types import Batch, Objective, Pass, UserError
 def measured_bytes(objective: Objective, batch: Batch, dtype: torch.dtype | None = None) -> int:
     """Bytes that the forward pass of a batch keeps for its backward pass, weights left out.
 
+    They are only counted: nothing is kept, as a card may have no room for all of it.
+
     Args:
         objective: with its weights.
         batch: on their device.
@@ -32,22 +35,22 @@ def measured_bytes(objective: Objective, batch: Batch, dtype: torch.dtype | None
         for name, weight in module.named_parameters()
     }
     weights = {weight.untyped_storage().data_ptr() for weight in parameters.values()}
-    kept: dict[int, int] = {}
-    alive: list[Tensor] = []  # so that no address is used twice
+    seen: dict[int, Any] = {}  # address -> the storage, if it is still there; another may follow it
+    kept: list[int] = []
 
-    def note(tensor: Tensor) -> Tensor:
+    def note(tensor: Tensor) -> Any:  # what is held in its place: None
         storage = tensor.untyped_storage()
-        if storage.data_ptr() not in weights:
-            kept[storage.data_ptr()] = storage.nbytes()
-            alive.append(tensor)
-        return tensor
+        address = storage.data_ptr()
+        if address not in weights and (address not in seen or seen[address]() is not storage):
+            seen[address] = weakref.ref(storage)
+            kept.append(storage.nbytes())
 
-    with torch.enable_grad(), torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor):
+    with torch.enable_grad(), torch.autograd.graph.saved_tensors_hooks(note, lambda held: held):
         if dtype is None:
             objective(batch, objective.count(batch))
         else:
             torch.func.functional_call(module, parameters, (batch, objective.count(batch)))
-    return sum(kept.values())
+    return sum(kept)
 
 
 def layers_to_recompute(bytes_per_layer: float, kept_per_layer: float, num_layers: int, budget: float) -> int:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import weakref
 from typing import Any
 
 import every_objective
@@ -69,6 +70,26 @@ def test_weights_are_not_counted_and_each_tensor_is_once() -> None:
     x = torch.ones(5, 8)
     square: Any = Square()
     assert measured_bytes(square, {"x": x}) == 2 * x.nbytes  # type: ignore[typeddict-item]
+
+
+def test_what_is_measured_is_not_held() -> None:
+    """A card has room for a layer at work, not for all that a run keeps: x^2, x^4 ... are gone when the pass ends."""
+    made: list[Any] = []
+
+    class Squares(torch.nn.Module):
+        def count(self, batch: Any) -> dict[str, Tensor]:
+            return {}
+
+        def forward(self, batch: Any, totals: Any) -> None:
+            x = batch["x"]
+            for _ in range(10):
+                made.append(weakref.ref(x.untyped_storage()))
+                x = x * x
+
+    squares: Any = Squares()
+    x = torch.ones(5, 8).requires_grad_()
+    assert measured_bytes(squares, {"x": x}) == 10 * x.nbytes  # type: ignore[typeddict-item]
+    assert sum(storage() is not None for storage in made) == 1  # x itself
 
 
 def test_memory_grows_with_tokens_and_shrinks_with_recomputed_layers() -> None:

@@ -11,9 +11,11 @@ import pytest
 import torch
 from helpers import tiny_model
 
+from llm2vec.llm2vec_q2d_d2q import BidirectionalReconstruction
 from llm2vec.model.backbone import attach_lora
-from llm2vec.model.fused_layers import fused_decoders
+from llm2vec.model.fused_layers import fuse, fused_decoders
 from llm2vec.model.packing import inner_decoder
+from llm2vec.model.settings import EncoderSettings
 from llm2vec.training import model as model_module
 from llm2vec.training.config import Config
 from llm2vec.training.model import fuses, prepare_device, set_attention_dropout
@@ -62,6 +64,14 @@ def test_where_layers_run_fused() -> None:
     assert fuses(config(), attach_lora(tiny_model("qwen2"), r=4, alpha=8, dropout=0.1), "cuda")
     set_attention_dropout(model, 0.1)
     assert not fuses(config(), model, "cuda")
+
+
+def test_a_frozen_copy_decodes_fused_where_its_model_runs_fused() -> None:
+    for on in (True, False):
+        model = tiny_model("llama", True)
+        fuse(inner_decoder(model), on)
+        objective = BidirectionalReconstruction(model, EncoderSettings("last", template="llama3"), decoder="frozen")
+        assert (inner_decoder(objective.decoding_model) in fused_decoders) is on
 
 
 @pytest.mark.parametrize("reason", [None, "no compiler was found"])
