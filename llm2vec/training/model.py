@@ -131,6 +131,8 @@ def _placed(config: Config, chain: Chain, device: torch.device) -> dict[str, Any
         "load_in_4bit": True, "bnb_4bit_quant_type": "nf4", "bnb_4bit_use_double_quant": True,
         "bnb_4bit_compute_dtype": torch.bfloat16 if config.training.get("bf16") else parse_dtype(config.torch_dtype),
     }  # fmt: skip
+    # In 8 bits it would say at every product that its inputs are rounded.
+    logging.getLogger("bitsandbytes.autograd._functions").setLevel(logging.ERROR)
     quantised = BitsAndBytesConfig(**(four if config.load_in == "4bit" else {"load_in_8bit": True}))
     return {"quantization_config": quantised, "device_map": {"": device}}
 

@@ -13,16 +13,18 @@ import torch
 from forked_runs import make_data
 from helpers import tiny_model
 from peft import PeftModel
-from transformers import AutoConfig, AutoModel
+from transformers import AutoConfig, AutoModel, TrainerCallback
 from transformers.trainer_optimizer import _BITSANDBYTES_OPTIMIZERS, _TORCHAO_OPTIMIZERS
 
 from llm2vec import LLM2Vec
 from llm2vec.model.backbone import attach_lora, load_backbone
-from llm2vec.model.chain import open_chain
+from llm2vec.model.chain import Chain, open_chain
 from llm2vec.planning.plan import model_of_shapes
+from llm2vec.reports.logs import read_log
 from llm2vec.training import model as model_of_a_run
+from llm2vec.training.config import Config
 from llm2vec.training.config.file import load_config
-from llm2vec.training.stages import train_stage
+from llm2vec.training.stages import run_stage, train_stage
 from llm2vec.types import Stage, UserError
 
 TEXTS = ["who wrote it", "the red one"]
@@ -168,6 +170,38 @@ def test_few_bits_are_asked_for_as_transformers_has_them(
     asked = model_of_a_run._placed(config, open_chain(config.model_name_or_path), torch.device("cuda", 1))
     assert asked["device_map"] == {"": torch.device("cuda", 1)}
     assert asked["quantization_config"].to_dict().items() >= expected.items()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("load_in", ["8bit", "4bit"])
+def test_a_base_of_few_bits_is_trained_over(
+    load_in: str, keys: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+) -> None:  # fmt: skip
+    """By bitsandbytes' own code for CPUs, which users are not let to. It is near the run over the base as it is."""
+    bitsandbytes = pytest.importorskip("bitsandbytes")
+    placed, kinds = model_of_a_run._placed, []
+
+    def on_the_cpu(config: Config, chain: Chain, device: torch.device) -> dict[str, Any]:
+        return {**placed(config, chain, torch.device("cuda", 0)), "device_map": {"": device}}
+
+    class Kinds(TrainerCallback):
+        def on_train_begin(self, *_: Any, model: Any, **__: Any) -> None:
+            kinds.extend(map(type, model.modules()))
+
+    train_stage("stage_II", write(tmp_path, keys, output_dir=str(tmp_path / "plain"), logging_steps=1))
+    monkeypatch.setattr(model_of_a_run, "_placed", on_the_cpu)
+    run_stage(load_config(write(tmp_path, keys, load_in=load_in, logging_steps=1), "stage_II"), [Kinds()])
+    quantised = bitsandbytes.nn.Linear4bit if load_in == "4bit" else bitsandbytes.nn.Linear8bitLt
+    assert kinds.count(quantised) == 2 * 7, "all products of the two layers, and nothing else"
+    losses = [read_log(tmp_path / name / "log.jsonl")[0]["loss"] for name in ("plain", "out")]
+    assert losses[0] != losses[1] == pytest.approx(losses[0], rel=0.3)
+    assert not [record for record in caplog.records if record.name.startswith("bitsandbytes")]
+    config = load_config(tmp_path / "config.json", "stage_II")
+    few_bits = on_the_cpu(config, open_chain(config.model_name_or_path), torch.device("cpu"))["quantization_config"]
+    loaded = [LLM2Vec.from_pretrained(tmp_path / "out", **more) for more in ({}, {"quantization_config": few_bits})]
+    cosines = torch.cosine_similarity(*(model.encode(TEXTS, show_progress_bar=False) for model in loaded))
+    assert (cosines > 0.7).all() and (cosines < 1 - 1e-6).all(), f"{cosines}: random weights of 32 columns"
 
 
 @pytest.mark.slow
