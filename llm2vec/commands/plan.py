@@ -63,11 +63,7 @@ def main(argv: Sequence[str]) -> None:
 
 
 def card_of(args: argparse.Namespace) -> Card | None:
-    """The GPU that the flags describe, or else this machine's.
-
-    Raises:
-        UserError: a name that is not known, both ways at once, or a speed without a memory.
-    """
+    """The GPU that the flags describe, or else this machine's; a `UserError` where they describe none, or two."""
     if args.card is not None:
         if args.card_memory_gb is not None or args.card_tflops is not None:
             raise UserError("--card says memory and speed; leave --card_memory_gb and --card_tflops out.")

@@ -86,11 +86,7 @@ class RecipeSet:
 
 
 def read_set(folder: Path) -> RecipeSet:
-    """Read a folder of configs.
-
-    Raises:
-        UserError: a file is missing, malformed or misnamed.
-    """
+    """Read a folder of configs; a file that is missing, malformed or misnamed is a `UserError`."""
     content = _read_keys(folder / SHARED_FILE)
     library, sweep = content.pop("recipes", None), content.pop("sweep", {})
     halving = _read_halving(folder / SHARED_FILE, content.pop("halving", None), bool(sweep))

@@ -75,11 +75,8 @@ def write_record(
 
 
 def read_record(folder: Path) -> tuple[list[TrialOutcome], dict[str, str], dict[str, str]]:
-    """Trials by name, each recipe's own keys, and the facts: what `write_comparison` takes.
-
-    Raises:
-        UserError: the folder holds no trial, or a file of it cannot be read.
-    """
+    """Trials by name, each recipe's own keys, and the facts: what `write_comparison` takes. A folder without trials
+    is a `UserError`."""
     content = read_object(folder / COMPARISON_RECORD)
     found = [_read(path) for path in sorted(folder.iterdir()) if (path / "scores").is_dir()]
     if not found:

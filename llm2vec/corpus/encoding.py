@@ -56,29 +56,17 @@ MANIFEST = {
 
 @dataclass(frozen=True)
 class CorpusEncoding:
-    """What is encoded, how, and where the vectors go.
+    """What is encoded, how, and where the vectors go."""
 
-    Attributes:
-        corpus: the rows.
-        output: folder of the shards; where several machines work, one that all of them see.
-        encoder: the model; `resolved`, so that a process in another folder finds it.
-        revision: the encoder's; a worker that finds another one refuses to work.
-        side: the template's form that the texts take.
-        instruction: put before every text; empty = none.
-        shard_rows: rows of every shard but the last.
-        dtype: of the vectors in the files.
-        batch_size: as in `LLM2Vec.encode`; decides speed and memory, so it may change between two starts.
-    """
-
-    corpus: Corpus
-    output: Path
-    encoder: ModelChoice
-    revision: str
-    side: TextSide = "document"
-    instruction: str = ""
-    shard_rows: int = 10_000
-    dtype: VectorDtype = "float32"
-    batch_size: int = 32
+    corpus: Corpus  #: the rows
+    output: Path  #: folder of the shards; where several machines work, one that all of them see
+    encoder: ModelChoice  #: the model; `resolved`, so that a process in another folder finds it
+    revision: str  #: the encoder's; a worker that finds another one refuses to work
+    side: TextSide = "document"  #: the template's form that the texts take
+    instruction: str = ""  #: put before every text; empty = none
+    shard_rows: int = 10_000  #: rows of every shard but the last
+    dtype: VectorDtype = "float32"  #: of the vectors in the files
+    batch_size: int = 32  #: as in `LLM2Vec.encode`; decides speed and memory, so it may change between two starts
 
     def identity(self) -> dict[str, Any]:
         """Everything that decides the files."""
@@ -141,11 +129,7 @@ class ShardEncoder:
         self._encode = _encoder(encoding)
 
     def __call__(self, shard: int) -> int:
-        """Write the file of one shard; returns its rows.
-
-        Raises:
-            UserError: a number of a vector is not finite.
-        """
+        """Write the file of one shard; returns its rows. A vector that is not finite is a `UserError`."""
         encoding = self.encoding
         rows = pq.read_table(encoding.output / INPUT_FOLDER / part_name(shard))
         texts = rows["text"].to_pylist()

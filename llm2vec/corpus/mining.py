@@ -50,26 +50,19 @@ Rescore = Callable[[list[tuple[str, str]]], list[float]]
 class Rules:
     """Which candidates become negatives.
 
-    Attributes:
-        negatives: of a row; a row that has fewer is left out.
-        skip: so many of the best candidates are passed over.
-        depth: candidates that are looked at, the best ones.
-        relative_margin: a candidate lies below the positive by this share of the positive's score; 0 = it may come
-            up to it. None = no bound.
-        absolute_margin: the same as a number.
-        most_score: a candidate's highest score; None = no bound.
-
     Example:
         >>> Rules(negatives=1).chosen([(5, 0.99), (7, 0.9)], positive=1.0)
         [(7, 0.9)]
     """
 
-    negatives: int = 7
-    skip: int = 0
-    depth: int = 100
+    negatives: int = 7  #: of a row; a row that has fewer is left out
+    skip: int = 0  #: so many of the best candidates are passed over
+    depth: int = 100  #: candidates that are looked at, the best ones
+    #: a candidate lies below the positive by this share of the positive's score; 0 = it may come up to it. None =
+    #: no bound
     relative_margin: float | None = 0.05
-    absolute_margin: float | None = None
-    most_score: float | None = None
+    absolute_margin: float | None = None  #: the same as a number
+    most_score: float | None = None  #: a candidate's highest score; None = no bound
 
     def chosen(self, candidates: Sequence[tuple[int, float]], positive: float) -> list[tuple[int, float]]:
         """Those of the candidates (document, score) that lie far enough below the positive, best first."""

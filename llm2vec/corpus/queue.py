@@ -36,19 +36,13 @@ JOBS_FILE = "jobs.json"
 
 @dataclass(frozen=True)
 class Job:
-    """One piece of work.
+    """One piece of work."""
 
-    Attributes:
-        name: Different for every job; names a file.
-        size: What the work amounts to, in any unit; larger jobs are handed out first.
-        after: Names of the jobs that must be done before it; names that are no job of the queue count as done.
-        details: What else the worker needs to know.
-    """
-
-    name: str
-    size: float
+    name: str  #: Different for every job; names a file
+    size: float  #: What the work amounts to, in any unit; larger jobs are handed out first
+    #: Names of the jobs that must be done before it; names that are no job of the queue count as done
     after: tuple[str, ...] = ()
-    details: dict[str, str | int] = field(default_factory=dict)
+    details: dict[str, str | int] = field(default_factory=dict)  #: What else the worker needs to know
 
 
 class JobQueue:

@@ -49,11 +49,7 @@ class _Worker:
 
 
 def check_ray_installed() -> None:
-    """Refuse to begin what only Ray can do, before anything is written.
-
-    Raises:
-        UserError: Ray is not installed.
-    """
+    """Refuse, by a `UserError`, to begin what only Ray can do, before anything is written."""
     try:
         import ray.data  # noqa: F401
     except ImportError as error:

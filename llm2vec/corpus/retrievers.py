@@ -37,13 +37,9 @@ Encode = Callable[[list[str], Instruction, bool], Tensor]
 
 
 class Retriever(Protocol):
-    """Scores of documents for queries; whoever scores higher is nearer.
+    """Scores of documents for queries; whoever scores higher is nearer."""
 
-    Attributes:
-        revision: another one where the scores would be others.
-    """
-
-    revision: str
+    revision: str  #: another one where the scores would be others
 
     def prepare(self, documents: Any, instruction: Instruction, folder: Path) -> None:
         """Make what is needed of all documents, a `datasets.Dataset` with `text`, as far as it is not there yet."""
@@ -55,11 +51,7 @@ class Retriever(Protocol):
 
 
 def open_retriever(choice: ModelChoice) -> Retriever:
-    """The retriever of a name: `bm25`, `random`, or a model's.
-
-    Raises:
-        UserError: it cannot be opened.
-    """
+    """The retriever of a name: `bm25`, `random`, or a model's; a `UserError` where it cannot be opened."""
     if choice.base in (BM25, RANDOM):
         return LexicalRetriever() if choice.base == BM25 else RandomRetriever()
     if is_foreign(choice):

@@ -38,24 +38,15 @@ class CorpusRow(NamedTuple):
 
 @dataclass(frozen=True)
 class Corpus:
-    """Where rows are read from.
+    """Where rows are read from."""
 
-    Attributes:
-        files: JSONL or Parquet files, read one after the other; none for a dataset of the hub.
-        dataset: name of a dataset on the hub.
-        subset: its configuration; None = its only or default one.
-        split: its split.
-        revision: its commit.
-        text_column: name of the column of texts.
-        id_column: name of the column of ids, strings or whole numbers; None = ids are the rows' numbers, from 0.
-    """
-
-    files: tuple[Path, ...] = ()
-    dataset: str | None = None
-    subset: str | None = None
-    split: str | None = None
-    revision: str | None = None
-    text_column: str = "text"
+    files: tuple[Path, ...] = ()  #: JSONL or Parquet files, read one after the other; none for a dataset of the hub
+    dataset: str | None = None  #: name of a dataset on the hub
+    subset: str | None = None  #: its configuration; None = its only or default one
+    split: str | None = None  #: its split
+    revision: str | None = None  #: its commit
+    text_column: str = "text"  #: name of the column of texts
+    #: name of the column of ids, strings or whole numbers; None = ids are the rows' numbers, from 0
     id_column: str | None = "id"
 
     def identity(self) -> dict[str, Any]:

@@ -82,11 +82,7 @@ def merge(parts: Sequence[Tensor], k: int) -> Tensor:
 
 
 def to_keys(scores_QN: Tensor, first_document: int) -> Tensor:
-    """Keys of the scores of consecutive documents.
-
-    Raises:
-        UserError: A score is not a number.
-    """
+    """Keys of the scores of consecutive documents; a score that is no number is a `UserError`."""
     if torch.isnan(scores_QN).any():
         raise UserError("The model gives vectors whose similarity is not a number (NaN).")
     assert first_document + scores_QN.shape[1] <= MAX_DOCUMENTS

@@ -87,11 +87,7 @@ def write_in_parts(
 
 
 def write_by_model(choice: ModelChoice, task: Writing = QUERY) -> Write:
-    """A causal language model with its chat template, or without one by going on from a line.
-
-    Raises:
-        UserError: it cannot be loaded.
-    """
+    """A causal language model with its chat template, or without one by going on from a line; it must load."""
     from llm2vec.model.backbone import load_backbone, load_tokenizer
 
     chain = choice.opened()
@@ -125,11 +121,8 @@ def write_by_model(choice: ModelChoice, task: Writing = QUERY) -> Write:
 
 
 def write_by_anchors(choice: ModelChoice) -> Write:
-    """A Stage I checkpoint: what its decoder writes behind a passage's anchor (EBD2Q), token for token the likeliest.
-
-    Raises:
-        UserError: it cannot be loaded, or does not decode.
-    """
+    """A Stage I checkpoint that decodes: what it writes behind a passage's anchor (EBD2Q), the likeliest token each
+    time."""
     from llm2vec.probes.reconstruction import load_reconstructor, text_of_side
 
     reconstructor = load_reconstructor(choice)

@@ -34,25 +34,15 @@ TEXTS_AT_ONCE = 1000
 
 
 class SourceTexts(NamedTuple):
-    """The texts of one source.
+    """The texts of one source."""
 
-    Attributes:
-        name: of the source.
-        file: what it was read from.
-        table: a `datasets.Dataset`.
-        columns: which of its columns a text is made of, joined by a blank line.
-        stamp: the file's, taken before it was read; empty where it is no file of the user's.
-        held_out: another table of the same columns that is never trained on, if the source brings one.
-        reading: how the source is read, and its part of the mixture.
-    """
-
-    name: str
-    file: Path
-    table: Any
-    columns: tuple[str, ...]
-    stamp: str = ""
-    held_out: Any = None
-    reading: Reading = Reading()
+    name: str  #: of the source
+    file: Path  #: what it was read from
+    table: Any  #: a `datasets.Dataset`
+    columns: tuple[str, ...]  #: which of its columns a text is made of, joined by a blank line
+    stamp: str = ""  #: the file's, taken before it was read; empty where it is no file of the user's
+    held_out: Any = None  #: another table of the same columns that is never trained on, if the source brings one
+    reading: Reading = Reading()  #: how the source is read, and its part of the mixture
 
 
 class Block(NamedTuple):
@@ -64,11 +54,8 @@ class Block(NamedTuple):
 
 
 def texts_of_file(file: Path) -> SourceTexts:
-    """A `.txt` file, a text a line, or a JSONL file of objects with `text`.
-
-    Raises:
-        UserError: not found, empty, or a line that holds no text (file, line number, what is wrong).
-    """
+    """A `.txt` file, a text a line, or a JSONL file of objects with `text`; a `UserError` says which line is
+    neither."""
     from datasets import Features, Value
 
     if not file.is_file():
@@ -79,11 +66,8 @@ def texts_of_file(file: Path) -> SourceTexts:
 
 
 def texts_of_sources(folder: Path, sources: Sequence[Source]) -> list[SourceTexts]:
-    """The training sources, each row's query and positive as one text.
-
-    Raises:
-        UserError: a file is missing, or a line is no valid row.
-    """
+    """The training sources, each row's query and positive as one text; a missing file or a bad line is a
+    `UserError`."""
     places = [
         (source, place, place_stamp(place)) for source, place in zip(sources, find_files(folder, sources), strict=True)
     ]
@@ -101,11 +85,8 @@ def texts_of_sources(folder: Path, sources: Sequence[Source]) -> list[SourceText
 
 
 def texts_of_hub(name: str, configuration: str | None) -> SourceTexts:
-    """A dataset of the hub with a column `text`: its `train` split, and `validation` as held-out texts if it has one.
-
-    Raises:
-        UserError: it cannot be loaded, or has no such split or column.
-    """
+    """A dataset of the hub with a column `text`: its `train` split, and `validation` as held-out texts if it has
+    one. A `UserError` where it cannot be loaded, or has no such split or column."""
     with rank_zero_first():
         splits = load_from_hub(name, "dataset_name", configuration)
     table = splits.get("train")

@@ -120,11 +120,7 @@ class TestTexts:
 def check_source(
     source: Source, folder: Path, count_tokens: CountTokens, test_texts: TestTexts | None = None
 ) -> SourceReport:
-    """Read one source's file below a folder to its end, and look for test sets' texts in it.
-
-    Raises:
-        UserError: it cannot be read.
-    """
+    """Read one source's file below a folder to its end, which must go, and look for test sets' texts in it."""
     report, place = SourceReport(source.name), source.place(folder)
     pairs, queries = array("q"), array("q")  # hashes, 8 bytes each: a set of so many takes nine times that
     sample: dict[str, list[str]] = {"query": [], "positive": [], "negative": []}
@@ -203,11 +199,8 @@ def language_of() -> Callable[[str], str] | None:
 
 
 def texts_of_folder(folder: Path) -> Iterator[str]:
-    """Every string in the data files of a test set, whatever the fields are called.
-
-    Raises:
-        UserError: a file is not what its name says.
-    """
+    """Every string in the data files of a test set, whatever the fields are called; a `UserError` where one is no
+    such file."""
     for file in sorted(folder.rglob("*")):
         if file.suffix not in TEXT_FILES or not file.is_file():
             continue

@@ -37,25 +37,18 @@ class Collate(Protocol):
 
 @dataclasses.dataclass(frozen=True)
 class CollateSides:
-    """Examples of a micro-batch to its tokenised sides.
+    """Examples of a micro-batch to its tokenised sides."""
 
-    Attributes:
-        tokenizer: renders the rows.
-        sides: what the objective reads of a row: `query`, `positive`, `negative`, `text` (query and positive as one).
-            `query:document` is the query in the template's form for documents, and so on; `query:prefix` and
-            `query:rest` are the query cut at a place that is drawn anew in each epoch.
-        examples_per_query: most few-shot examples before a query.
-        seed: of the run; decides which examples, and where texts are cut.
-        facts: what else to tell of a side's texts, by name, each [texts]; None = nothing.
-        text_tokenizer: renders the side `text` in place of `tokenizer`; None = it does not.
-    """
-
-    tokenizer: RowTokenizer
+    tokenizer: RowTokenizer  #: renders the rows
+    #: what the objective reads of a row: `query`, `positive`, `negative`, `text` (query and positive as one).
+    #: `query:document` is the query in the template's form for documents, and so on; `query:prefix` and
+    #: `query:rest` are the query cut at a place that is drawn anew in each epoch
     sides: tuple[str, ...]
-    examples_per_query: int = 0
-    seed: int = 0
+    examples_per_query: int = 0  #: most few-shot examples before a query
+    seed: int = 0  #: of the run; decides which examples, and where texts are cut
+    #: what else to tell of a side's texts, by name, each [texts]; None = nothing
     facts: Callable[[Sequence[Example], str], dict[str, Tensor]] | None = None
-    text_tokenizer: RowTokenizer | None = None
+    text_tokenizer: RowTokenizer | None = None  #: renders the side `text` in place of `tokenizer`; None = it does not
 
     def __call__(self, examples: list[Example]) -> Batch:
         """Each side as a TokenBatch; K negatives a row become K * B rows, row by row. A side without texts is none."""
@@ -99,11 +92,7 @@ class CollateSides:
 
 
 def check_examples(args: TrainingArguments, rows: Any, collate: CollateSides, num_sampled: int = 256) -> None:
-    """Refuse few-shot examples that no query would ever get.
-
-    Raises:
-        UserError: a process holds one row at a time, or examples do not fit.
-    """
+    """Refuse few-shot examples that no query would ever get: a process holds one row at a time, or they do not fit."""
     if not collate.examples_per_query:
         return
     if args.per_device_train_batch_size < 2:

@@ -45,21 +45,13 @@ configs:
 
 
 class SourceSplit(NamedTuple):
-    """What became of a source's rows.
+    """What became of a source's rows."""
 
-    Attributes:
-        source: its name.
-        trained: rows that remain.
-        dropped: rows that would show a held-out text.
-        queries: held out; 0 where the source is too small.
-        documents: in the corpus of its set.
-    """
-
-    source: str
-    trained: int
-    dropped: int
-    queries: int
-    documents: int
+    source: str  #: its name
+    trained: int  #: rows that remain
+    dropped: int  #: rows that would show a held-out text
+    queries: int  #: held out; 0 where the source is too small
+    documents: int  #: in the corpus of its set
 
 
 def hold_out(folder: Path, sources: Sequence[Source], out: Path, num_queries: int, seed: int) -> list[SourceSplit]:

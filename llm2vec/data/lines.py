@@ -10,11 +10,8 @@ from llm2vec.types import UserError
 
 
 def parse_line(line: bytes, where: str) -> str:
-    """A line of plain text, without the blanks around it and a byte order mark; empty if it has nothing else.
-
-    Raises:
-        UserError: not UTF-8; begins with `where`.
-    """
+    """A line of plain text, without the blanks around it and a byte order mark; empty if it has nothing else. A
+    `UserError`, which begins with `where`, if it is no UTF-8."""
     try:
         return line.decode("utf-8-sig").strip()
     except ValueError as error:

@@ -18,17 +18,12 @@ from llm2vec.types import UserError
 
 
 class SourceRows(Protocol):
-    """Rows by one running index, source after source, as far as their order goes.
+    """Rows by one running index, source after source, as far as their order goes."""
 
-    Attributes:
-        sources: where they are from.
-        sizes: rows of each source.
-        drawn_anew: whether a row is drawn anew in each epoch; row i of epoch e is then asked for as e * len(rows) + i,
-            so that it does not matter which process asks.
-    """
-
-    sources: list[Source]
-    sizes: list[int]
+    sources: list[Source]  #: where they are from
+    sizes: list[int]  #: rows of each source
+    #: whether a row is drawn anew in each epoch; row i of epoch e is then asked for as e * len(rows) + i, so that
+    #: it does not matter which process asks
     drawn_anew: bool
 
     def lengths(

@@ -28,33 +28,21 @@ SCORES = ("pos_score", "neg_scores", "score")
 
 
 class Reading(NamedTuple):
-    """How a source's records are read; the defaults are those of the released archive's form.
+    """How a source's records are read; the defaults are those of the released archive's form."""
 
-    Attributes:
-        hub: whether the source is a data set of the hub, or a folder in the hub's layout.
-        config: its configuration; None = its only or default one.
-        split: of a data set; None = `train`.
-        revision: of a hub data set: a commit, branch or tag; None = the newest.
-        columns: what each role of `ROLES` is called; empty = by the roles' own names.
-        num_negatives: hard negatives of a row, at most; None = as many as are asked for.
-        least_score: pairs with a lower `score` are left out.
-        keep_equal_negatives: whether a negative that is the row's positive stays.
-        max_rows: most rows, from the start; None = all.
-        weight: how often an epoch takes its rows: 1 = each once, 0.5 = half of them.
-        draw_positives: whether a record of several positives is one row, which takes them in turns from epoch to epoch,
-            and not a row of each.
-    """
-
-    hub: bool = False
-    config: str | None = None
-    split: str | None = None
-    revision: str | None = None
+    hub: bool = False  #: whether the source is a data set of the hub, or a folder in the hub's layout
+    config: str | None = None  #: its configuration; None = its only or default one
+    split: str | None = None  #: of a data set; None = `train`
+    revision: str | None = None  #: of a hub data set: a commit, branch or tag; None = the newest
+    #: what each role of `ROLES` is called; empty = by the roles' own names
     columns: tuple[tuple[str, tuple[str, ...]], ...] = ()
-    num_negatives: int | None = None
-    least_score: float | None = None
-    keep_equal_negatives: bool = False
-    max_rows: int | None = None
-    weight: float = 1.0
+    num_negatives: int | None = None  #: hard negatives of a row, at most; None = as many as are asked for
+    least_score: float | None = None  #: pairs with a lower `score` are left out
+    keep_equal_negatives: bool = False  #: whether a negative that is the row's positive stays
+    max_rows: int | None = None  #: most rows, from the start; None = all
+    weight: float = 1.0  #: how often an epoch takes its rows: 1 = each once, 0.5 = half of them
+    #: whether a record of several positives is one row, which takes them in turns from epoch to epoch, and not a
+    #: row of each
     draw_positives: bool = False
 
     @property
@@ -176,11 +164,7 @@ def _rows_of(
 
 
 def in_roles(record: Record, reading: Reading, where: str) -> dict[str, Any]:
-    """A record by the roles of its columns.
-
-    Raises:
-        UserError: it is no record, or lacks a column.
-    """
+    """A record by the roles of its columns; a `UserError` where it is no record, or lacks one."""
     found = dict(parsed(record, where))
     if reading.columns:
         named = {}

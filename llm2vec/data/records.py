@@ -157,11 +157,8 @@ _READERS: dict[str, Callable[[Path, Sequence[str], str], Iterator[Placed]]] = {
 
 
 def load_from_hub(path: str, where: str, config: str | None = None, **arguments: Any) -> Any:
-    """`datasets.load_dataset`, by a name on the hub or of a folder in the hub's layout; its code is never run.
-
-    Raises:
-        UserError: it cannot be loaded; begins with `where`.
-    """
+    """`datasets.load_dataset`, by a name on the hub or of a folder in the hub's layout; its code is never run. A
+    `UserError` begins with `where`."""
     from datasets import load_dataset
 
     try:
@@ -176,11 +173,7 @@ def is_saved(folder: Path) -> bool:
 
 
 def load_saved(folder: Path, split: str | None) -> Any:
-    """A data set that `save_to_disk` wrote, or one of its splits (None = `train`).
-
-    Raises:
-        UserError: it cannot be read, or has no such split.
-    """
+    """A data set that `save_to_disk` wrote, or one of its splits (None = `train`); else a `UserError`."""
     from datasets import DatasetDict, load_from_disk
 
     try:

@@ -44,22 +44,15 @@ class Instruction(NamedTuple):
 class Source(NamedTuple):
     """Where rows are. Row i of a source is read under instruction i modulo their number.
 
-    Attributes:
-        name: of the source.
-        file: a file, or a folder that `save_to_disk` wrote, below the data's folder; or a name on the hub.
-        instructions: of its rows, in turns.
-        reading: how its records become rows.
-        licence: what a table says of it.
-
     Example:
         Source("faq", "faq.jsonl", (Instruction("Given a question, retrieve its answer"),))
     """
 
-    name: str
-    file: str
-    instructions: tuple[Instruction, ...]
-    reading: Reading = Reading()
-    licence: str = ""
+    name: str  #: of the source
+    file: str  #: a file, or a folder that `save_to_disk` wrote, below the data's folder; or a name on the hub
+    instructions: tuple[Instruction, ...]  #: of its rows, in turns
+    reading: Reading = Reading()  #: how its records become rows
+    licence: str = ""  #: what a table says of it
 
     def place(self, folder: Path) -> Path:
         """Its file or folder; of a data set that is no folder below this one, its name on the hub."""
@@ -171,11 +164,8 @@ def _reading(where: str, entry: dict[str, Any]) -> Reading:
 
 
 def select_sources(sources: Sequence[Source], names: Sequence[str] | None) -> list[Source]:
-    """The named sources, in the table's order; all of them for None.
-
-    Raises:
-        UserError: an unknown name, or none at all.
-    """
+    """The named sources, in the table's order; all of them for None. An unknown name, or none at all, is a
+    `UserError`."""
     known = [source.name for source in sources]
     if names is not None and not names:
         raise UserError(f"sources: the list is empty; leave the key out for all of them: {', '.join(known)}.")

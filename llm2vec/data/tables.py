@@ -72,11 +72,8 @@ def _files_in(folder: Path) -> list[Path]:
 
 
 def check_unchanged(file: Path, stamp: str) -> None:
-    """To be called after the last line of a file was read.
-
-    Raises:
-        UserError: it is not what it was when its stamp was taken, so what was read may be of two files.
-    """
+    """To be called after the last line of a file was read: a `UserError` where it is not what it was when its stamp
+    was taken, so that what was read may be of two files."""
     if stamp_of(file) != stamp:
         raise UserError(f"{file} changed while it was read; start again when it is complete.")
 
@@ -202,11 +199,8 @@ def content_hash(file: Path) -> str:
 
 
 def hash_of_read(file: Path, stamp: str) -> str:
-    """The same of a file that was read, given its stamp from before (may be empty: nothing is known of it).
-
-    Raises:
-        UserError: as `content_hash`, or the file is not what was read.
-    """
+    """The same of a file that was read, given its stamp from before (may be empty: nothing is known of it); a
+    `UserError` where the file is not what was read."""
     found = content_hash(file)
     if stamp:
         check_unchanged(file, stamp)

@@ -230,11 +230,7 @@ def _apply_adapter(model: PreTrainedModel, adapter: Folder, *, on_inner: bool) -
 
 
 def parse_dtype(dtype: torch.dtype | str | None) -> torch.dtype | str:
-    """A torch dtype from a dtype or its name; None means float32, "auto" stays.
-
-    Raises:
-        UserError: no such dtype.
-    """
+    """A torch dtype from a dtype or its name, else a `UserError`; None means float32, "auto" stays."""
     if not isinstance(dtype, str) or dtype == "auto":
         return dtype or torch.float32
     if dtype not in DTYPES:
@@ -263,11 +259,7 @@ def config_of(folder: Folder, revision: str | None = None) -> PretrainedConfig:
 
 
 def load_tokenizer(where: Folder | str) -> PreTrainedTokenizerBase:
-    """The tokenizer of a folder or hub name. One without a padding token pads with its EOS.
-
-    Raises:
-        UserError: there is none.
-    """
+    """The tokenizer of a folder or hub name, which must have one. Without a padding token it pads with its EOS."""
     folder = folder_at(where) if isinstance(where, str) else where
     path, commit = folder.path, check_tokenizer(folder)  # says what is wrong with a name better than the library does
     try:

@@ -84,11 +84,7 @@ def open_folder(path: str, revision: str | None = None) -> Folder:
 
 
 def read_run(folder: Path) -> dict[str, Any]:
-    """What a folder's `run.json` says; empty where there is none.
-
-    Raises:
-        UserError: it is no JSON object, or a key of it holds something else than a run writes there.
-    """
+    """What a folder's `run.json` says; empty where there is none. One that no run has written is a `UserError`."""
     if not (folder / RUN_FILE).is_file():
         return {}
     return read_object(folder / RUN_FILE, shape=_RUN)
@@ -105,19 +101,12 @@ def origin_of(base: Path) -> dict[str, Any]:
 
 @dataclass(frozen=True)
 class Chain:
-    """A base model and the adapters that go on it, opened.
+    """A base model and the adapters that go on it, opened."""
 
-    Attributes:
-        base: folder or hub name of the model.
-        adapters: folders or hub names, innermost first.
-        folders: of the base, then of each adapter.
-        tokenizer_folder: where the tokenizer lies: the outermost folder, or else the base.
-    """
-
-    base: str
-    adapters: tuple[str, ...]
-    folders: tuple[Folder, ...]
-    tokenizer_folder: Folder
+    base: str  #: folder or hub name of the model
+    adapters: tuple[str, ...]  #: folders or hub names, innermost first
+    folders: tuple[Folder, ...]  #: of the base, then of each adapter
+    tokenizer_folder: Folder  #: where the tokenizer lies: the outermost folder, or else the base
 
     @property
     def tokenizer_path(self) -> str:
@@ -131,11 +120,7 @@ class Chain:
 
     @cached_property
     def settings(self) -> dict[str, Any]:
-        """What the outermost folder that has settings says of them; empty where none has.
-
-        Raises:
-            UserError: as `Folder.settings` of one that is asked.
-        """
+        """What the outermost folder that has settings says of them, as `Folder.settings`; empty where none has."""
         return next((folder.settings for folder in reversed(self.folders) if folder.settings), {})
 
 
@@ -270,21 +255,13 @@ def revision_of(path: str) -> str:
 
 
 def is_stock(path: str) -> bool:
-    """Whether a folder or repository is a sentence-transformers model.
-
-    Raises:
-        UserError: it is no folder and no name of a repository.
-    """
+    """Whether a folder or repository is a sentence-transformers model; a `UserError` where it can be neither."""
     file = find_file(path, MODULES_FILE)
     return file is not None and NO_STOCK_MODEL not in Path(file).read_text(encoding="utf-8", errors="replace")
 
 
 def adapter_hash(adapter: str) -> str | None:
-    """SHA-256 of an adapter's weights, whatever lies beside them; None where it has none.
-
-    Raises:
-        UserError: it is no folder and no name of a repository.
-    """
+    """SHA-256 of an adapter's weights, whatever lies beside them; None where it has none."""
     file = find_file(adapter, ADAPTER_WEIGHTS)
     return None if file is None else sha256(Path(file))
 

@@ -155,11 +155,8 @@ def weights_beside(objective: Any) -> dict[str, Tensor]:
 
 @torch.no_grad()
 def read_beside(folder: Path, own: Mapping[str, Tensor], unread: str | None = None) -> None:
-    """Put what `save_checkpoint` wrote of `weights_beside` back into these tensors; but nothing of the module `unread`.
-
-    Raises:
-        UserError: the folder holds others.
-    """
+    """Put what `save_checkpoint` wrote of `weights_beside` back into these tensors; but nothing of the module
+    `unread`. Others in the folder are a `UserError`."""
     saved = load_file(folder / BESIDE_FILE) if (folder / BESIDE_FILE).is_file() else {}
     _check_names(folder, {name for name in saved if name.partition(".")[0] != unread} ^ own.keys())
     for name, tensor in own.items():
@@ -190,11 +187,8 @@ def write_sums(folder: Path) -> None:
 
 
 def check_sums(folder: Path) -> None:
-    """Compare all files of a folder but hidden ones with its `SHA256SUMS`.
-
-    Raises:
-        UserError: there are no sums, or a file is missing, unknown or not what it was.
-    """
+    """Compare all files of a folder but hidden ones with its `SHA256SUMS`; a `UserError` where one is missing,
+    unknown or not what it was."""
     if not (folder / SUMS_FILE).is_file():
         raise UserError(f"{folder} has no {SUMS_FILE}, so it was cut short while it was written.")
     lines = (folder / SUMS_FILE).read_text(encoding="utf-8", errors="replace").split("\n")

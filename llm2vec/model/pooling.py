@@ -130,11 +130,8 @@ def embedding_pass(model: nn.Module, settings: EncoderSettings, sides: Mapping[s
 
 
 def check_finite(vectors_BD: Tensor, texts: Sequence[str]) -> None:
-    """Refuse vectors that nothing can be compared with.
-
-    Raises:
-        UserError: a number is not finite; names the first such vector's text.
-    """
+    """Refuse, by a `UserError` with the first such text, vectors that nothing can be compared with: a number is not
+    finite."""
     finite_B = torch.isfinite(vectors_BD).all(dim=1)
     if not finite_B.all():
         text = texts[int(finite_B.int().argmin())]

@@ -363,11 +363,8 @@ def _post_processor(tokenizer: Any, form: StockForm) -> dict[str, Any]:
 
 
 def quantized(vectors: Tensor, precision: Precision) -> np.ndarray[Any, np.dtype[Any]]:
-    """Vectors [N, D] in fewer bytes, by sentence-transformers' quantiser; int8 and uint8 over their own range.
-
-    Raises:
-        UserError: sentence-transformers is not installed, or knows no such precision.
-    """
+    """Vectors [N, D] in fewer bytes, by sentence-transformers' quantiser; int8 and uint8 over their own range. A
+    `UserError` where that is not installed, or knows no such precision."""
     if precision not in get_args(Precision):
         raise UserError(f"precision is {precision!r}; allowed: {', '.join(get_args(Precision))}.")
     try:

@@ -86,41 +86,25 @@ KEYWORD_GROUPS = {"model_args", "model_kwargs", "tokenizer_args", "processor_kwa
 
 @dataclass(frozen=True)
 class Folder:
-    """A folder, or a repository on the hub, that was opened; nothing that it names is harmful.
+    """A folder, or a repository on the hub, that was opened; nothing that it names is harmful."""
 
-    Attributes:
-        path: as it was named.
-        run: what its `run.json` says; empty where there is none, as for a name on the hub.
-        names: of the files in the folder; None = the hub is asked for each.
-        config: what its `config.json` says; None = it has none.
-        adapter: what its `adapter_config.json` says; None = it has none.
-        commit: of a repository, the one that all its files are taken from; None = it is a folder.
-    """
-
-    path: str
-    run: dict[str, Any]
-    names: frozenset[str] | None = None
-    config: dict[str, Any] | None = None
-    adapter: dict[str, Any] | None = None
-    commit: str | None = None
+    path: str  #: as it was named
+    run: dict[str, Any]  #: what its `run.json` says; empty where there is none, as for a name on the hub
+    names: frozenset[str] | None = None  #: of the files in the folder; None = the hub is asked for each
+    config: dict[str, Any] | None = None  #: what its `config.json` says; None = it has none
+    adapter: dict[str, Any] | None = None  #: what its `adapter_config.json` says; None = it has none
+    commit: str | None = None  #: of a repository, the one that all its files are taken from; None = it is a folder
 
     def find(self, name: str) -> str | None:
-        """A file of it; None where it has none of that name, or the hub is out of reach.
-
-        Raises:
-            UserError: `path` is neither a folder nor a possible name of a repository.
-        """
+        """A file of it; None where it has none of that name, or the hub is out of reach. Errors are
+        `hub.find_file`'s."""
         if self.names is None:
             return find_file(self.path, name, self.commit)
         return str(Path(self.path) / name) if name in self.names else None
 
     @cached_property
     def settings(self) -> dict[str, Any]:
-        """What its `llm2vec_config.json` says; empty where there is none.
-
-        Raises:
-            UserError: as `find`, or it is no JSON object of settings.
-        """
+        """What its `llm2vec_config.json` says; empty where there is none. What are no settings is a `UserError`."""
         file = self.find(SETTINGS_FILE)
         return {} if file is None else read_settings(Path(file))
 
@@ -257,11 +241,7 @@ def check_tokenizer(folder: Folder) -> str | None:
 
 
 def weights_of(folder: Folder) -> list[str]:
-    """The files of a full model's weights; all are safetensors.
-
-    Raises:
-        UserError: there are none, or its index names others.
-    """
+    """The files of a full model's weights; all are safetensors, and other names, or none, are a `UserError`."""
     named = (folder.config or {}).get("transformers_weights") or MODEL_WEIGHTS
     if (file := folder.find(named)) is not None and named.endswith(".safetensors"):
         return [file]
@@ -305,11 +285,7 @@ def _shapes(file: str) -> list[list[int]]:
 
 
 def check_adapter_weights(folder: Folder) -> None:
-    """Refuse an adapter without safetensors, or of a rank that no tensor in them has.
-
-    Raises:
-        UserError: either.
-    """
+    """Refuse, by a `UserError`, an adapter without safetensors, or of a rank that no tensor in them has."""
     config, file = folder.adapter or {}, folder.find(ADAPTER_WEIGHTS)
     if file is None:  # peft would open a pickle instead
         raise UserError(f"peft_model_name_or_path: {folder.path!r} holds no {ADAPTER_WEIGHTS}.")
@@ -320,11 +296,8 @@ def check_adapter_weights(folder: Folder) -> None:
 
 
 def model_below(folder: Folder) -> Folder:
-    """Where the full model lies that transformers loads for a folder: there, or where its adapter's base is.
-
-    Raises:
-        UserError: as `check_adapter_weights`, or of the base's configs.
-    """
+    """Where the full model lies that transformers loads for a folder: there, or where its adapter's base is, checked
+    alike."""
     if folder.adapter is None:
         return folder
     check_adapter_weights(folder)

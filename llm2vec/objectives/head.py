@@ -23,20 +23,14 @@ from llm2vec.types import UserError
 class Head(NamedTuple):
     """What turns states [..., D] into logits [..., V].
 
-    Attributes:
-        weight_VD: the vocabulary projection.
-        bias_V: added to the product; None = nothing is.
-        scale: factor of the sum.
-        softcap: bound of the scaled sum; None = there is none.
-
     Example:
         >>> language_head(model).cross_entropy(states_ND, target_N, weight_N).loss.backward()
     """
 
-    weight_VD: Tensor
-    bias_V: Tensor | None = None
-    scale: float = 1.0
-    softcap: float | None = None
+    weight_VD: Tensor  #: the vocabulary projection
+    bias_V: Tensor | None = None  #: added to the product; None = nothing is
+    scale: float = 1.0  #: factor of the sum
+    softcap: float | None = None  #: bound of the scaled sum; None = there is none
 
     def logits(self, states: Tensor) -> Tensor:
         """All logits of some states, at once."""

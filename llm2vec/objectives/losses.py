@@ -21,17 +21,11 @@ BLOCK_ENTRIES_CUDA = 2**27
 
 
 class CrossEntropy(NamedTuple):
-    """A weighted sum of cross-entropies, and what it is made of.
+    """A weighted sum of cross-entropies, and what it is made of."""
 
-    Attributes:
-        loss: the weighted sum, float32 at least; what is differentiated.
-        terms: [N] each row's cross-entropy, without gradient.
-        hits: [N] whether each row's largest logit is its target's, without gradient.
-    """
-
-    loss: Tensor
-    terms: Tensor
-    hits: Tensor
+    loss: Tensor  #: the weighted sum, float32 at least; what is differentiated
+    terms: Tensor  #: [N] each row's cross-entropy, without gradient
+    hits: Tensor  #: [N] whether each row's largest logit is its target's, without gradient
 
 
 def linear_cross_entropy(

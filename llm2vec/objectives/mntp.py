@@ -49,22 +49,14 @@ class MaskTokens:
 
     Which tokens of a block are chosen depends on the seed, the epoch and the block alone, not on the processes, the
     workers or the batch. A block's first token is not chosen, as no state stands before it.
-
-    Attributes:
-        mask_id: what stands for a masked token.
-        vocabulary_size: random tokens are drawn below it.
-        spared: ids that are never chosen.
-        probability: of each other token to be chosen.
-        scheme: what becomes of the chosen ones.
-        seed: of the run.
     """
 
-    mask_id: int
-    vocabulary_size: int
-    spared: frozenset[int]
-    probability: float = 0.2
-    scheme: MaskingScheme = "default"
-    seed: int = 0
+    mask_id: int  #: what stands for a masked token
+    vocabulary_size: int  #: random tokens are drawn below it
+    spared: frozenset[int]  #: ids that are never chosen
+    probability: float = 0.2  #: of each other token to be chosen
+    scheme: MaskingScheme = "default"  #: what becomes of the chosen ones
+    seed: int = 0  #: of the run
 
     @property
     def cut_at(self) -> None:
@@ -102,11 +94,8 @@ def mask_tokens(
     scheme: MaskingScheme = "default",
     seed: int = 0,
 ) -> MaskTokens:
-    """The masking that a tokenizer and a config's keys describe; no special token is ever chosen.
-
-    Raises:
-        UserError: the tokenizer has no token that could stand for a masked one.
-    """
+    """The masking that a tokenizer, which must have a token for it, and a config's keys describe; no special one is
+    chosen."""
     special = {i for i, token in tokenizer.added_tokens_decoder.items() if token.special}
     return MaskTokens(
         mask_token_id(tokenizer, mask_token_type),
@@ -119,11 +108,7 @@ def mask_tokens(
 
 
 def mask_token_id(tokenizer: PreTrainedTokenizerBase, mask_token_type: MaskTokenType) -> int:
-    """What stands for a masked token: the tokenizer's own mask token, or else what the type says.
-
-    Raises:
-        UserError: there is no such token.
-    """
+    """What stands for a masked token: the tokenizer's own mask token, or what the type says; else a `UserError`."""
     if tokenizer.mask_token_id is not None:
         return int(tokenizer.mask_token_id)
     found = {

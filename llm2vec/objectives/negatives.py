@@ -99,37 +99,25 @@ class ContrastiveKeys:
 
 @dataclass(frozen=True)
 class SideTexts:
-    """What is known of the queries, or of the documents, of all ranks, in the order of their vectors.
+    """What is known of the queries, or of the documents, of all ranks, in the order of their vectors."""
 
-    Attributes:
-        row_N: the row, counted over all ranks, that each belongs to.
-        own_B: where the query, or the positive, of each of this rank's rows stands.
-        answer_N: what tells documents' texts apart; of a query that of its positive. None = no text is masked.
-        asked_N: the same of queries' texts; of a document that of the query it is positive of, -1 for hard negatives.
-        guide_ND: the guide's unit vectors.
-    """
-
-    row_N: Tensor
-    own_B: Tensor
+    row_N: Tensor  #: the row, counted over all ranks, that each belongs to
+    own_B: Tensor  #: where the query, or the positive, of each of this rank's rows stands
+    #: what tells documents' texts apart; of a query that of its positive. None = no text is masked
     answer_N: Tensor | None = None
+    #: the same of queries' texts; of a document that of the query it is positive of, -1 for hard negatives
     asked_N: Tensor | None = None
-    guide_ND: Tensor | None = None
+    guide_ND: Tensor | None = None  #: the guide's unit vectors
 
 
 @dataclass(frozen=True)
 class Pool:
-    """The texts that all ranks hold at once, and this rank's rows among them.
+    """The texts that all ranks hold at once, and this rank's rows among them."""
 
-    Attributes:
-        sides: queries, `q`, and documents, `d`.
-        known_BP: hashes of further positives of each own query, padded with -1; None = they
-            are not masked.
-        own_only_B: which own rows are compared with their own documents only; None = none.
-    """
-
-    sides: dict[str, SideTexts]
+    sides: dict[str, SideTexts]  #: queries, `q`, and documents, `d`
+    #: hashes of further positives of each own query, padded with -1; None = they are not masked
     known_BP: Tensor | None
-    own_only_B: Tensor | None
+    own_only_B: Tensor | None  #: which own rows are compared with their own documents only; None = none
 
     @classmethod
     def of(cls, facts: TextFacts, num_rows: int, num_documents: int, device: torch.device) -> Pool:
@@ -189,16 +177,14 @@ class Softmax:
         how: what is masked, and what weighs more.
         pool: the texts.
         loss_scale: 1 / temperature.
-
-    Attributes:
-        masked_B: share of each row's negatives that are left out as false ones; filled while the loss is made. None =
-            nothing tells of any.
     """
 
     directions: Sequence[Direction]
     how: ContrastiveKeys
     pool: Pool
     loss_scale: float
+    #: share of each row's negatives that are left out as false ones; filled while the loss is made. None =
+    #: nothing tells of any
     masked_B: Tensor | None = field(init=False)
 
     def __post_init__(self) -> None:
@@ -280,24 +266,19 @@ class Softmax:
 
 @dataclass(frozen=True)
 class RowFacts:
-    """What an objective is told of a batch's texts beside their tokens; the collator asks for it side by side.
+    """What an objective is told of a batch's texts beside their tokens; the collator asks for it side by side."""
 
-    Attributes:
-        mask_false_negatives: tell each text's `hash`, so that a copy of a query's positive is no negative of it.
-        with_scores: tell the teacher's `score` of each document.
-        own_negatives_only: sources whose queries are compared with their own row's documents only (`own_only`), as
-            Li et al. 2024 do outside retrieval (arXiv 2409.15700).
-        mask_known_positives: tell hashes, and the queries' other positives (`known`), which are no negatives either.
-        guide: gives texts their vectors of a stronger model, [texts, D], to be told as `guide`.
-        teacher: likewise, as `teacher`.
-    """
-
+    #: tell each text's `hash`, so that a copy of a query's positive is no negative of it
     mask_false_negatives: bool = False
-    with_scores: bool = False
+    with_scores: bool = False  #: tell the teacher's `score` of each document
+    #: sources whose queries are compared with their own row's documents only (`own_only`), as Li et al. 2024 do
+    #: outside retrieval (arXiv 2409.15700)
     own_negatives_only: frozenset[str] = frozenset()
+    #: tell hashes, and the queries' other positives (`known`), which are no negatives either
     mask_known_positives: bool = False
+    #: gives texts their vectors of a stronger model, [texts, D], to be told as `guide`
     guide: Callable[[Sequence[InstructedText]], Tensor] | None = None
-    teacher: Callable[[Sequence[InstructedText]], Tensor] | None = None
+    teacher: Callable[[Sequence[InstructedText]], Tensor] | None = None  #: likewise, as `teacher`
 
     def __call__(self, rows: Sequence[Example], side: str) -> dict[str, Tensor]:
         """Facts of one side's texts, each [texts, ...], in row order; K negatives a row become K * B texts, row by

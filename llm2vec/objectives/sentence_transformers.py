@@ -104,11 +104,8 @@ class BidirectionalReconstructionLoss(nn.Module):
         return head.cross_entropy(states_BTD[mask_BT], target_N, share_N).loss
 
     def target_mask(self, goal: dict[str, Any]) -> Tensor:
-        """Which tokens [B, T] are reconstructed: neither padding nor special nor the trainer's prompt.
-
-        Raises:
-            UserError: the rows come without padding, end to end.
-        """
+        """Which tokens [B, T] are reconstructed: neither padding nor special nor the trainer's prompt. Rows end to
+        end, without padding, are a `UserError`."""
         if "attention_mask" not in goal:
             raise UserError("model[0].unpad_inputs: set it to False; this loss reads padded rows.")
         mask_BT = goal["attention_mask"].bool()
@@ -118,11 +115,8 @@ class BidirectionalReconstructionLoss(nn.Module):
 
 
 def _check_family(decoder: Any, lm_head: nn.Linear | None) -> None:
-    """Prove the head by the whole model of the decoder's family, which is put together around the two for that.
-
-    Raises:
-        UserError: the family has no such model, or other logits.
-    """
+    """Prove the head, or raise a `UserError`, by the whole model of the decoder's family, which is put together for
+    that."""
     table = decoder.get_input_embeddings().weight
     try:
         with torch.device("meta"):

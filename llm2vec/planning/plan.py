@@ -188,11 +188,8 @@ def plan_of(config: Config, conditions: Conditions) -> Plan:
 
 
 def stage_of(path: Path) -> Stage:
-    """Which stage a config is for, by the keys that only some stages read.
-
-    Raises:
-        UserError: it has none that tells.
-    """
+    """Which stage a config is for, by the keys that only some stages read; a `UserError` where it has none that
+    tells."""
     try:
         keys = read_object(path)
     except UserError:
@@ -211,11 +208,7 @@ def stage_of(path: Path) -> Stage:
 
 
 def shape_of(base: str) -> PretrainedConfig:
-    """A base's `config.json`.
-
-    Raises:
-        UserError: it cannot be read; says what can be given instead.
-    """
+    """A base's `config.json`; where it cannot be read, a `UserError` says what can be given instead."""
     try:
         return config_of(folder_at(base))
     except UserError as error:
@@ -252,11 +245,8 @@ def model_of_shapes(
 
 
 def missing_data(config: Config) -> str | None:
-    """Why a config's rows cannot be read here, as a sentence; None = they are there.
-
-    Raises:
-        UserError: the config names a source that its table does not have.
-    """
+    """Why a config's rows cannot be read here, as a sentence; None = they are there. A source that its table has not
+    is a `UserError`."""
     path = Path(config.dataset_file_path or "")
     if config.hub_dataset is None and config.sources_file is None and path.suffix in TEXT_SUFFIXES:
         return None if path.is_file() else f"dataset_file_path: {path} is not there."
@@ -279,11 +269,7 @@ def _has(path: str, name: str) -> bool:
 
 
 def _assumption(config: Config, conditions: Conditions, missing: str | None, query: int, document: int) -> str:
-    """What is assumed of the texts, and why.
-
-    Raises:
-        UserError: nothing is, though it must be.
-    """
+    """What is assumed of the texts, and why; a `UserError` where nothing is, though it must be."""
     if stage_parts(config).rows == "blocks":  # which are full, whatever the texts
         return f"blocks of {config.max_seq_length} tokens"
     if conditions.tokens_query is None:

@@ -236,10 +236,7 @@ def _line(entry: dict[str, Any]) -> str:
 
 def drop_entries_after(file: Path, step: int) -> None:
     """Take the lines of later steps out of a JSONL file of a run that goes on from `step`; nothing without the file.
-
-    Raises:
-        RunEnds: it cannot be written.
-    """
+    `RunEnds` where it cannot be written."""
     if not file.is_file():
         return
     with _or_end(file, step):

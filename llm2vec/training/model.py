@@ -229,10 +229,7 @@ def trained_tokens(
     config: Config, tokenizer: PreTrainedTokenizerBase, settings: EncoderSettings, new_tokens: Sequence[int]
 ) -> Sequence[int]:
     """Ids whose embeddings an adapter trains: new ones, or all that the template adds, where they alone are trained.
-
-    Raises:
-        UserError: the template adds none, and nothing else is trained.
-    """
+    Without any there is nothing to train: a `UserError`."""
     if config.trainable != "tokens":
         return new_tokens
     vocabulary, added = tokenizer.get_vocab(), template_named(str(settings.template)).added_tokens

@@ -105,11 +105,8 @@ def start_or_resume(config: Config, held: ExitStack) -> TrainingArguments:
 
 
 def check_writable(folder: Path) -> None:
-    """Say before the training what every checkpoint would meet after it; the folder need not be there yet.
-
-    Raises:
-        UserError: the output folder, or where it is to be made, cannot be written to.
-    """
+    """Say, by a `UserError`, before the training what every checkpoint would meet after it: that the output folder,
+    which need not be there yet, cannot be written to."""
     place = next(path for path in (folder, *folder.parents) if path.exists())
     try:
         with tempfile.TemporaryFile(dir=place):

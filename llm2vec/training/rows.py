@@ -161,11 +161,8 @@ def sample_of(rows: Rows, num_sampled: int = 256) -> list[Any]:
 def row_orders(
     config: Config, args: TrainingArguments, rows: Rows, num_processes: int
 ) -> tuple[OneSourceBlocks, tuple[Rows, OneSourceBlocks] | None]:
-    """The order of the training rows; and, where evaluation is on, the held-out rows and theirs.
-
-    Raises:
-        UserError: a source or its held-out rows do not fill one batch, or evaluation has no rows.
-    """
+    """The order of the training rows; and, where evaluation is on, the held-out rows and theirs. A `UserError` where
+    a source or its held-out rows do not fill one batch, or evaluation has no rows."""
     at_once = args.per_device_train_batch_size * num_processes
     block_size = at_once * (args.gradient_accumulation_steps if config.one_source_per == "step" else 1)
     if config.max_train_samples is not None and config.max_train_samples < block_size:

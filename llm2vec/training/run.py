@@ -219,17 +219,11 @@ def provenance(config: Config, args: TrainingArguments, rows: Rows, ids: list[li
 
 
 class Schedule(NamedTuple):
-    """Optimiser steps of a run.
+    """Optimiser steps of a run."""
 
-    Attributes:
-        steps: that are done.
-        horizon: over which the learning rate is scheduled.
-        an_epoch: that the rows make; None = not known.
-    """
-
-    steps: int
-    horizon: int
-    an_epoch: int | None
+    steps: int  #: that are done
+    horizon: int  #: over which the learning rate is scheduled
+    an_epoch: int | None  #: that the rows make; None = not known
 
 
 def schedule_of(config: Config, args: TrainingArguments, steps_per_epoch: int | None) -> Schedule | None:

@@ -34,22 +34,18 @@ from llm2vec.types import Objective, Stage
 
 
 class StageParts(NamedTuple):
-    """What a stage puts together, by its config.
+    """What a stage puts together, by its config."""
 
-    Attributes:
-        rows: `pairs` of a query and its documents; `texts`, each its own positive; or `blocks` of running text.
-        sides: what the objective reads of a row.
-        kind: the objective's class, by which a model is loaded with or without a head.
-        objective: over a model, whose weights may be on the meta device; without a tokenizer (in a plan), one like it.
-            Raises UserError: it does not fit the model.
-        collate: makes rows into batches, given the tokenizer, how texts become vectors, and the run's seed. Raises
-            UserError: the template does not serve the objective, or the tokenizer lacks a token it needs.
-    """
-
+    #: `pairs` of a query and its documents; `texts`, each its own positive; or `blocks` of running text
     rows: Literal["pairs", "texts", "blocks"]
-    sides: Callable[[Config], tuple[str, ...]]
+    sides: Callable[[Config], tuple[str, ...]]  #: what the objective reads of a row
+    #: the objective's class, by which a model is loaded with or without a head
     kind: Callable[[Config], type[Objective]]
+    #: over a model, whose weights may be on the meta device; without a tokenizer (in a plan), one like it. Raises
+    #: UserError: it does not fit the model
     objective: Callable[[Config, Any, EncoderSettings, PreTrainedTokenizerBase | None], Objective]
+    #: makes rows into batches, given the tokenizer, how texts become vectors, and the run's seed. Raises
+    #: UserError: the template does not serve the objective, or the tokenizer lacks a token it needs
     collate: Callable[[Config, PreTrainedTokenizerBase, EncoderSettings, int], Collate]
 
 
@@ -86,11 +82,8 @@ def stage_parts(config: Config) -> StageParts:
 
 
 def open_data(config: Config) -> TrainingRows | list[SourceTexts]:
-    """The stage's rows, every line of them checked; or texts that are still to be `cut` into blocks.
-
-    Raises:
-        UserError: they are not there, or a row is wrong.
-    """
+    """The stage's rows, every line of them checked, else a `UserError`; or texts that are still to be `cut` into
+    blocks."""
     parts = stage_parts(config)
     if parts.rows == "blocks":
         return open_running_text(config)

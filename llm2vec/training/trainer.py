@@ -147,11 +147,8 @@ class EmbedderTrainer(Trainer):
     # --- the start ---
 
     def train(self, resume_from_checkpoint: str | None = None, *args: Any, **kwargs: Any) -> Any:  # type: ignore[override]
-        """Train; where a checkpoint's folder is given, from there on.
-
-        Raises:
-            UserError: the checkpoint is not named by its folder, or not one that a run wrote.
-        """
+        """Train; where a checkpoint's folder is given, from there on. What is none that a run wrote is a
+        `UserError`."""
         if isinstance(resume_from_checkpoint, bool):
             raise UserError(f"resume_from_checkpoint is {resume_from_checkpoint}; a checkpoint's folder is needed.")
         self._checkpoints.remove_unfinished()

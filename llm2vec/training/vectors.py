@@ -117,11 +117,8 @@ def stored_vectors(folder: str | None) -> StoredVectors | None:
 
 
 def check_vectors(config: Config, rows: Any) -> None:
-    """Refuse a run that lacks a vector which its config wants.
-
-    Raises:
-        UserError: which folder, how many texts, and one of them.
-    """
+    """Refuse a run that lacks a vector which its config wants: a `UserError` with the folder, how many texts, and
+    one of them."""
     for folder in {config.guide, config.teacher_vectors}:
         if (vectors := stored_vectors(folder)) is not None:
             vectors.check(all_rows(config, rows))

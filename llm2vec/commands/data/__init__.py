@@ -19,11 +19,8 @@ def add_source_flags(parser: argparse.ArgumentParser) -> None:
 
 
 def chosen_sources(args: argparse.Namespace) -> list[Source]:
-    """The sources that a command line names, or all whose files are there; of the others it is said.
-
-    Raises:
-        UserError: a source asked for by name has no file, or none has.
-    """
+    """The sources that a command line names, whose files must be there, or all whose files are; of the others it is
+    said."""
     table = e5_sources() if args.sources_file is None else read_sources_file(args.sources_file)
     sources = select_sources(table, args.sources)
     there = [source for source in sources if source.is_there(args.folder)]

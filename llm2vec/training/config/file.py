@@ -85,11 +85,8 @@ def load_config(path: str | Path, stage: Stage) -> Config:
 
 
 def checked_config(config: Config) -> Config:
-    """A config that was put together in Python, read as a file of the same keys is; `stage` must be among them.
-
-    Raises:
-        UserError: what is wrong, with the key.
-    """
+    """A config that was put together in Python, read as a file of the same keys is; `stage` must be among them. A
+    `UserError` says what is wrong, with the key."""
     stage = config.stage
     if stage is None or stage not in get_args(Stage):
         raise UserError(f"Config: stage is {stage!r}; allowed: {', '.join(map(repr, get_args(Stage)))}.")
@@ -167,11 +164,7 @@ _BOUNDS: dict[str, tuple[str, Callable[[Any, Any], bool]]] = {
 
 
 def _check_value(key: str, value: Any, stage: Stage, where: str) -> None:
-    """Refuse what a key may not hold; a whole number passes for a number.
-
-    Raises:
-        UserError: begins with `where` and the key, and says what is allowed.
-    """
+    """Refuse what a key may not hold; a whole number passes for a number."""
     known, schema = KEYS[key], key_schemas()[key]
     if stage not in known.stages:
         raise UserError(f"{where}: {key} has no effect in {stage}; it belongs to {known.stages[0]}.")
