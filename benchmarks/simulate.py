@@ -486,7 +486,9 @@ def recipes_in(place: Path, folder: Path) -> Iterator[Path]:
     for recipe in found.recipes:
         for stage in recipe.stages:
             if stage.stage == "stage_I":
-                keys = {**found.shared["all"], **found.shared["stage_I"], **stage.keys, "output_dir": "output"}
+                # The objective's key tells that it is a config of Stage I.
+                told = {"objective": "reconstruction", "output_dir": "output"}
+                keys = {**told, **found.shared["all"], **found.shared["stage_I"], **stage.keys}
                 file = folder / place.name / f"{recipe.name}.json"
                 file.parent.mkdir(exist_ok=True)
                 write_json(file, keys)
