@@ -18,7 +18,7 @@ from llm2vec.compare.halving import Halved, halve, write_halving
 from llm2vec.compare.recipes import SHARED_FILE, read_set
 from llm2vec.compare.record import TrialOutcome, write_record
 from llm2vec.compare.runs import Planner, Run, Trial
-from llm2vec.compare.table import own_keys, write_comparison
+from llm2vec.compare.table import HELD_AGAINST, own_keys, write_comparison
 from llm2vec.table import Table
 from llm2vec.types import UserError
 
@@ -84,6 +84,7 @@ def compare_recipes(
     own = own_keys([recipe for recipe in planner.recipes.recipes if recipe.name in chosen])
     facts = {
         "Base model": planner.recipes.shared["all"]["model_name_or_path"],
+        HELD_AGAINST: planner.recipes.reference,
         "Seeds": ", ".join(map(str, seeds)),
         "Runs at a time": str(workers),
         "Processes of a training run": str(processes),

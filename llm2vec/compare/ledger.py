@@ -2,7 +2,7 @@
 
     results/<name>/     a comparison's record, see `compare.record`
     ledger.md           made of all of them and of nothing else, by `llm2vec report results`
-    ledger-<name>.png   scores along the last stage, where checkpoints were scored
+    ledger-<name>-*.png the same figures as on its own page
 
 The claims, and scores of other models for scale, lie in `reports/data/ledger/`.
 """
@@ -15,7 +15,15 @@ from pathlib import Path
 from typing import Any
 
 from llm2vec.compare.record import TrialOutcome, read_record
-from llm2vec.compare.table import Difference, along_picture, by_seed, difference_of, difference_table, outcome_table
+from llm2vec.compare.table import (
+    Difference,
+    along_picture,
+    by_seed,
+    difference_of,
+    difference_table,
+    outcome_table,
+    rank_picture,
+)
 from llm2vec.files import COMPARISON_RECORD, read_object, whole, write_text
 from llm2vec.model.chain import RUN_FILE
 from llm2vec.reports.paper import PAPER_DATA
@@ -60,13 +68,13 @@ def write_ledger(results: Path, output_dir: Path) -> Path:
         blocks.append(f"## {escape_markdown(file.parent.name)}")
         blocks.append(_list({**facts, **_origin(file.parent)}))
         keys = Table(["Recipe", "Stages and own keys"], list(own.items()), "What each recipe sets itself", num_names=2)
-        shown = [outcome_table(outcomes), _context_table(outcomes), difference_table(outcomes), claims_table(outcomes)]
+        shown = [outcome_table(outcomes), _context_table(outcomes), difference_table(outcomes, facts)]
+        shown.append(claims_table(outcomes))
         for table in [table for table in [*shown, keys] if table is not None]:
             blocks += [f"### {table.title}", table.markdown(escape_markdown)]
             blocks += [escape_markdown(table.note)] if table.note else []
-        if (picture := along_picture(outcomes)) is not None:
-            name = f"ledger-{file.parent.name}.png"
-            said = escape_markdown(picture.caption)
+        for picture in filter(None, (along_picture(outcomes), rank_picture(outcomes))):
+            name, said = f"ledger-{file.parent.name}-{picture.name}", escape_markdown(picture.caption)
             blocks.append(f"![{said}]({name})\n\n{said}")
             with whole(output_dir / name) as aside:
                 aside.write_bytes(picture.png())

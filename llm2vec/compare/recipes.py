@@ -2,7 +2,8 @@
 
     FOLDER/shared.json                      what all recipes share: the keys of `all` stages (base model, data, batch)
                                             and those of single ones (`stage_I`, `stage_II`, ...); `recipes`: a folder
-                                            with further recipes, which other sets may use, too; `sweep`: values to try
+                                            with further recipes, which other sets may use, too; `sweep`: values to try;
+                                            `reference`: the recipe that others are held against (`baseline`)
     FOLDER/evaluation.json                  options of `llm2vec eval`: tasks, data, ...; `along`: the tasks that
                                             checkpoints of the last stage are scored on too
     FOLDER/<recipe>/<n>_<stage>.json        the recipe's own keys, which go over the shared ones; stage after stage
@@ -34,6 +35,8 @@ EVALUATION_KEYS = (
     "tasks", "local_data_dir", "task_to_instructions_fp", "batch_size", "max_length", "torch_dtype",
     "attn_implementation", "device", "save_predictions",
 )  # fmt: skip
+#: The recipe that others are held against, where a set names none.
+REFERENCE = "baseline"
 #: Of the set alone: the tasks that a last stage's checkpoints are scored on too, and the model that it starts from.
 ALONG_KEY = "along"
 #: Keys of a run that follow from its place in the set.
@@ -83,18 +86,20 @@ class RecipeSet:
     recipes: tuple[Recipe, ...]  #: In the order of their names
     along: tuple[str, ...]  #: Tasks that are scored along the last stage, too
     halving: Halving | None = None
+    reference: str = REFERENCE  #: The recipe that others are held against
 
 
 def read_set(folder: Path) -> RecipeSet:
     """Read a folder of configs; a file that is missing, malformed or misnamed is a `UserError`."""
     content = _read_keys(folder / SHARED_FILE)
     library, sweep = content.pop("recipes", None), content.pop("sweep", {})
+    reference = content.pop("reference", REFERENCE)
     halving = _read_halving(folder / SHARED_FILE, content.pop("halving", None), bool(sweep))
     if not isinstance(library, str | None):
         raise UserError(f"{folder / SHARED_FILE}: recipes is {library!r}; it must name a folder.")
     for section, keys in content.items():
         if section not in ("all", *get_args(Stage)):
-            allowed = ", ".join(["recipes", "sweep", "halving", "all", *get_args(Stage)])
+            allowed = ", ".join(["recipes", "reference", "sweep", "halving", "all", *get_args(Stage)])
             raise UserError(f"{folder / SHARED_FILE}: unknown section {section!r}; allowed: {allowed}.")
         if not isinstance(keys, dict):
             raise UserError(f"{folder / SHARED_FILE}: {section} must be an object of keys.")
@@ -113,8 +118,10 @@ def read_set(folder: Path) -> RecipeSet:
     recipes = tuple(_read_recipe(found[name], evaluation) for name in sorted(found))
     if not recipes:
         raise UserError(f"{folder} holds no recipes; each is a folder of files such as 1_stage_II.json.")
+    if reference != REFERENCE and reference not in found:
+        raise UserError(f"{folder / SHARED_FILE}: reference is {reference!r}; a recipe of the set is needed.")
     swept = [variant for recipe in recipes for variant in _variants(folder / SHARED_FILE, sweep, recipe)]
-    return RecipeSet(folder, content, tuple(swept), tuple(along), halving)
+    return RecipeSet(folder, content, tuple(swept), tuple(along), halving, reference)
 
 
 def _read_halving(file: Path, content: object, has_sweep: bool) -> Halving | None:

@@ -27,6 +27,7 @@ from llm2vec.types import UserError
 
 _TRIAL = re.compile(r"(.+?)(?:-seed(\d+))?")
 _STAGE = re.compile(r"\d+_\w+")
+RANK_KEY = "eval_effective_rank"
 
 
 @dataclass(frozen=True)
@@ -43,6 +44,7 @@ class TrialOutcome:
     along: Mapping[int, Mapping[str, float]] = field(default_factory=dict)  #: Step of the last stage -> task -> score
     queries: Mapping[str, Mapping[str, float]] = field(default_factory=dict)  #: Task -> query -> nDCG@10 x 100
     loss: float | None = None  #: The first that the last stage logged
+    rank: float | None = None  #: The effective rank of held-out texts before the last stage, where it was logged
 
 
 def write_record(
@@ -118,6 +120,8 @@ def _read(folder: Path) -> TrialOutcome:
     steps = sorted(int(path.name) for path in folder.glob("along/*"))
     queries = folder / "queries.json"
     losses = [entry["loss"] for entry in read_log(stages[-1] / LOG_FILE) if "loss" in entry] if stages else []
+    before = read_log(stages[-2] / LOG_FILE) if len(stages) > 1 else []
+    ranks = [entry[RANK_KEY] for entry in before if RANK_KEY in entry]
     return TrialOutcome(
         recipe,
         None if seed is None else int(seed),
@@ -127,6 +131,7 @@ def _read(folder: Path) -> TrialOutcome:
         along={step: read_results(folder / "along" / str(step)).scores for step in steps},
         queries=read_object(queries) if queries.is_file() else {},
         loss=losses[0] if losses else None,
+        rank=ranks[-1] if ranks else None,
     )
 
 

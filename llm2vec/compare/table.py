@@ -12,10 +12,10 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import NamedTuple
 
-from llm2vec.compare.recipes import Recipe
+from llm2vec.compare.recipes import REFERENCE, Recipe
 from llm2vec.compare.record import TrialOutcome
 from llm2vec.reports.comparisons import MIN_UNITS, Interval, paired_interval
-from llm2vec.reports.figures import Picture, along_figure
+from llm2vec.reports.figures import Picture, along_figure, points_figure
 from llm2vec.reports.page import Page
 from llm2vec.table import Cell, Table
 
@@ -27,8 +27,8 @@ _NOTE = (
     "common counts for each."
 )
 _OWN_NOTE = "Keys that a recipe sets itself, stage after stage; all others are shared."
-#: The recipe that others are compared with.
-REFERENCE = "baseline"
+#: The fact that names the recipe which others are held against.
+HELD_AGAINST = "Held against"
 _DIFFERENCE_NOTE = (
     "Tasks: mean over the tasks that both have and the seeds that both were trained with, and twice its standard error "
     "over these seeds. Queries: mean nDCG@10 of the retrieval sets whose rankings were kept, each query's mean over "
@@ -37,6 +37,10 @@ _DIFFERENCE_NOTE = (
 )
 _ALONG_CAPTION = (
     "Score against the step of the last stage, mean of {tasks}. Lines: mean over seeds; bands: lowest to highest seed."
+)
+_RANK_CAPTION = (
+    "Mean score after the last stage against the effective rank of embeddings of held-out texts before it. A dot a "
+    "recipe: mean over seeds; bars: lowest to highest seed."
 )
 
 
@@ -103,22 +107,22 @@ def by_seed(outcomes: Sequence[TrialOutcome]) -> dict[str, dict[int | None, Tria
     return scored
 
 
-def difference_table(outcomes: Sequence[TrialOutcome]) -> Table | None:
-    """Each recipe less the baseline, trained with the same seeds; None where there is nothing to compare with."""
-    scored = by_seed(outcomes)
+def difference_table(outcomes: Sequence[TrialOutcome], facts: Mapping[str, str]) -> Table | None:
+    """Each recipe less the one that the facts name, trained with the same seeds; None where there is no other."""
+    scored, name = by_seed(outcomes), facts.get(HELD_AGAINST, REFERENCE)
     rows: list[list[Cell]] = []
     for recipe, own in scored.items():
-        reference = _reference(recipe, list(scored))
+        reference = _reference(recipe, list(scored), name)
         if reference not in (None, recipe) and (found := difference_of(own, scored[reference])) is not None:
             rows.append([recipe, str(found.num_seeds), *found[1:3], *(found.queries or (None,) * 3)[:3]])
-    header = [f"Less {REFERENCE}", "Seeds", "Tasks", "2 SE", "Queries", "Lowest", "Highest"]
+    header = [f"Less {name}", "Seeds", "Tasks", "2 SE", "Queries", "Lowest", "Highest"]
     return Table(header, rows, "Differences", _DIFFERENCE_NOTE) if rows else None
 
 
-def _reference(recipe: str, names: Sequence[str]) -> str | None:
-    """Which baseline a recipe is held against: of a sweep's, the one with the values that it has, too."""
+def _reference(recipe: str, names: Sequence[str], reference: str) -> str | None:
+    """Which variant of the reference a recipe is held against: of a sweep, the one with the values that it has, too."""
     own = set(recipe.split(",")[1:])
-    fits = [name for name in names if name.split(",")[0] == REFERENCE and own.issuperset(name.split(",")[1:])]
+    fits = [name for name in names if name.split(",")[0] == reference and own.issuperset(name.split(",")[1:])]
     return max(fits, key=len, default=None)
 
 
@@ -165,6 +169,18 @@ def along_picture(outcomes: Sequence[TrialOutcome]) -> Picture | None:
     return Picture("along.png", along_figure(lines, f"mean of {len(tasks)} tasks x 100"), caption)
 
 
+def rank_picture(outcomes: Sequence[TrialOutcome]) -> Picture | None:
+    """Scores against the effective rank before the last stage; None where fewer than two recipes logged it."""
+    points: dict[str, list[tuple[float, float]]] = {}
+    for outcome in outcomes:
+        if outcome.rank is not None and outcome.scores:
+            points.setdefault(outcome.recipe, []).append((outcome.rank, statistics.fmean(outcome.scores.values())))
+    if len(points) < 2:
+        return None
+    figure = points_figure(points, "effective rank of held-out texts before the last stage", "score after it x 100")
+    return Picture("rank.png", figure, _RANK_CAPTION)
+
+
 def failure_lines(outcomes: Sequence[TrialOutcome]) -> list[str]:
     """A line for each trial that failed."""
     failed = [outcome for outcome in outcomes if outcome.failure is not None]
@@ -188,14 +204,15 @@ def write_comparison(
     """Write `comparison.md`, `comparison.json` and, last, `comparison.html`, the path of which is returned.
 
     Args:
-        folder: Where to write; `along.png` too, where checkpoints were scored.
+        folder: Where to write; `along.png` too, where checkpoints were scored, and `rank.png`, where ranks were logged.
         outcomes: Of all trials.
         own: Recipe -> what it sets itself, see `own_keys`.
         facts: What else a reader should know.
         halving: All trials of a search.
     """
     keys = Table(["Recipe", "Stages and own keys"], list(own.items()), "What each recipe sets itself", _OWN_NOTE, 2)
-    shown = [outcome_table(outcomes), halving, difference_table(outcomes), along_picture(outcomes), keys]
+    shown = [outcome_table(outcomes), halving, difference_table(outcomes, facts), along_picture(outcomes)]
+    shown += [rank_picture(outcomes), keys]
     blocks: list[Table | Picture] = [block for block in shown if block is not None]
     data = {"facts": dict(facts), "trials": [asdict(outcome) for outcome in outcomes]}
     return Page(_TITLE, blocks, "", failure_lines(outcomes), facts, data).write(folder / "comparison.html")

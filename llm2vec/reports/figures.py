@@ -107,6 +107,20 @@ def along_figure(lines: Mapping[str, Mapping[int, Sequence[float]]], label: str)
     return figure
 
 
+def points_figure(points: Mapping[str, Sequence[tuple[float, float]]], x_label: str, y_label: str) -> Figure:
+    """A dot for each recipe with its name: mean over seeds, bars from lowest to highest. Recipe -> (x, y) a seed."""
+    figure, axes = _new_axes()
+    for index, (recipe, of_seeds) in enumerate(points.items()):
+        xs, ys = zip(*of_seeds, strict=True)
+        x, y = float(np.mean(xs)), float(np.mean(ys))
+        colour = _LINE_COLOURS[index % len(_LINE_COLOURS)]
+        axes.plot([x], [y], color=colour, marker="o")
+        axes.plot([min(xs), max(xs)], [y, y], [x, x], [min(ys), max(ys)], color=colour, linewidth=1)
+        axes.annotate(recipe, (x, y), (5, 4), textcoords="offset points", fontsize=8)
+    _finish(axes, "Before and after the last stage", x_label, y_label)
+    return figure
+
+
 def by_stage_figure(scores: Sequence[Score], what: str) -> Figure:
     """Bars by training stage, grouped by series; a dashed line is BM25. Of several steps of a stage the last counts."""
     figure, axes = _new_axes()

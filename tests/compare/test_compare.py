@@ -36,7 +36,15 @@ from llm2vec.compare.halving import halve
 from llm2vec.compare.recipes import Halving, read_set
 from llm2vec.compare.record import TrialOutcome, read_record, write_record
 from llm2vec.compare.runs import FINISHED_FILE, Planner, Run, Trial
-from llm2vec.compare.table import difference_table, failure_lines, outcome_table, own_keys, write_comparison
+from llm2vec.compare.table import (
+    HELD_AGAINST,
+    difference_table,
+    failure_lines,
+    outcome_table,
+    own_keys,
+    rank_picture,
+    write_comparison,
+)  # fmt: skip
 from llm2vec.model.chain import INCOMPLETE_MARKER
 from llm2vec.model.settings import SETTINGS_FILE
 from llm2vec.reports.results import ndcg_at_10
@@ -283,12 +291,38 @@ def test_a_sweeps_recipe_is_held_against_the_baseline_with_its_values() -> None:
         "anchor,stage_II.loss_scale=20,stage_I.alpha=0.1": 9.0, "baseline,stage_II.loss_scale=20": 4.0,
         "baseline,stage_II.loss_scale=30": 6.0, "anchor,stage_II.loss_scale=30,stage_I.alpha=0.1": 8.0,
     }  # fmt: skip
-    table = difference_table([TrialOutcome(name, 1, {"X": score}) for name, score in scores.items()])
+    table = difference_table([TrialOutcome(name, 1, {"X": score}) for name, score in scores.items()], {})
     assert table is not None
     assert {str(row[0]).split(",")[1]: row[2] for row in table.rows} == {
         "stage_II.loss_scale=20": 5.0,
         "stage_II.loss_scale=30": 2.0,
     }
+
+
+def test_a_set_says_what_others_are_held_against(folder: Path) -> None:
+    shared = json.loads((folder / "set/shared.json").read_text(encoding="utf-8"))
+    assert read_set(folder / "set").reference == "baseline"
+    write(folder / "set/shared.json", shared | {"reference": "two_stages"})
+    assert read_set(folder / "set").reference == "two_stages"
+    outcomes = [TrialOutcome(name, 1, {"X": score}) for name, score in (("anchor", 4.0), ("other", 9.0))]
+    table = difference_table(outcomes, {HELD_AGAINST: "anchor"})
+    assert table is not None and table.header[0] == "Less anchor" and table.rows[0][:3] == ["other", "1", 5.0]
+    write(folder / "set/shared.json", shared | {"reference": "nothing"})
+    with pytest.raises(UserError, match="reference is 'nothing'; a recipe of the set is needed"):
+        read_set(folder / "set")
+
+
+def test_scores_are_drawn_against_the_rank_before_the_last_stage() -> None:
+    outcomes = [
+        TrialOutcome(name, seed, {"X": score + seed}, rank=rank + seed)
+        for name, score, rank in (("mine", 20.0, 30.0), ("other", 10.0, 50.0)) for seed in (1, 3)
+    ]  # fmt: skip
+    picture = rank_picture([*outcomes, TrialOutcome("baseline", 1, {"X": 5.0})])
+    assert picture is not None
+    (axes,) = picture.figure.axes
+    dots = {text.get_text(): text.xy for text in axes.texts}  # type: ignore[attr-defined]
+    assert {name: tuple(xy) for name, xy in dots.items()} == {"mine": (32.0, 22.0), "other": (52.0, 12.0)}
+    assert rank_picture(outcomes[:2]) is None, "one recipe has nothing to be held against"
 
 
 def test_a_model_can_be_scored_as_it_is(folder: Path) -> None:
@@ -622,8 +656,13 @@ def test_an_outcome_is_read_from_what_the_runs_left(tmp_path: Path) -> None:
     first, second = chain(tmp_path, 1, 1)
     evaluation = Run("e", "x.py", (), tmp_path / "e", second)
     logs = {
-        first: [{"step": 5, "tokens": 100.0}, {"step": 10, "tokens": 50.0}, {"step": 10, "train_runtime": 60.0}],
-        second: [{"step": 4, "train_runtime": 30.0}],
+        first: [
+            {"step": 5, "tokens": 100.0, "eval_effective_rank": 3.0},
+            {"step": 10, "tokens": 50.0},
+            {"step": 10, "eval_effective_rank": 7.0},
+            {"step": 10, "train_runtime": 60.0},
+        ],
+        second: [{"step": 4, "train_runtime": 30.0, "eval_effective_rank": 9.0}],
     }
     for run, entries in logs.items():
         write_jsonl(run.folder / "log.jsonl", entries)
@@ -639,6 +678,7 @@ def test_an_outcome_is_read_from_what_the_runs_left(tmp_path: Path) -> None:
     assert outcome.scores == {"NFCorpus": pytest.approx(30), "SciFact": pytest.approx(60)}
     assert outcome.minutes == pytest.approx(1.5)
     assert outcome.tokens is None, "one log does not say"
+    assert outcome.rank == 7.0, "the last before Stage II"
     assert read_record(tmp_path / "record") == ([outcome], {"mine": "stage_II"}, {"Seeds": "42"})
     write_jsonl(second.folder / "log.jsonl", [{"step": 4, "tokens": 8.0}, {"step": 6, "train_runtime": 30.0}])
     assert outcome_of(trial, {}).tokens == 150 + 8 * 6 / 4, "the last two steps have no entry"
@@ -680,7 +720,7 @@ def test_a_record_keeps_scores_along_the_last_stage_and_of_queries(tmp_path: Pat
     outcomes = write_record(tmp_path / "record", trials, {}, {}, {})
     assert [outcome.failure for outcome in outcomes] == [None] * 4
     assert outcomes[0].along == {0: {"STS16": 9.0}, 4: {"STS16": 9.0}} and len(outcomes[0].queries["MySet"]) == 12
-    table = difference_table(outcomes)
+    table = difference_table(outcomes, {})
     assert table is not None
     (row,) = table.rows
     step = 100 * (1 - 1 / math.log2(3)) / 12  # one query more has its document first and not second
