@@ -23,7 +23,7 @@ from llm2vec.hub import LoadingKeywords, asking_with, read_keywords, upload
 from llm2vec.model.backbone import Backbone, hidden_states, load_backbone, load_tokenizer
 from llm2vec.model.chain import Chain, open_chain
 from llm2vec.model.checkpoint import save_checkpoint
-from llm2vec.model.packed_attention import attends_in_half, hub_kernel
+from llm2vec.model.packed_attention import HUB_KERNELS, IN_HALF
 from llm2vec.model.pooling import check_finite, embed_tokenised, pool
 from llm2vec.model.proofs import check_decoder
 from llm2vec.model.settings import (
@@ -183,9 +183,10 @@ class LLM2Vec(nn.Module):
                 merge_last=merge_peft,
                 of_weights={"device_map": device_map, **of_weights},
             )
-        if hub_kernel(model) and next(model.parameters()).dtype == torch.float32:
-            raise UserError(f"attn_implementation: {hub_kernel(model)} computes in half precision; set torch_dtype.")
-        if getattr(model, "hf_device_map", None) is None and attends_in_half(model):
+        name = model.config._attn_implementation
+        if name in HUB_KERNELS and next(model.parameters()).dtype == torch.float32:
+            raise UserError(f"attn_implementation: {name} computes in half precision; set torch_dtype.")
+        if getattr(model, "hf_device_map", None) is None and name in IN_HALF:
             model.to("cuda")  # type: ignore[arg-type]  # where `encode` would move it, and the only place this attention runs
         check_decoder(model, settings.attention)
         loaded = cls(model, tokenizer, **dataclasses.asdict(settings))

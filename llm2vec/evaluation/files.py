@@ -7,9 +7,11 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple, TypeAlias
 
+from llm2vec.data.tables import copies_cache
 from llm2vec.files import check_unicode, data_revision, json_lines, read_object
 from llm2vec.types import UserError, first_line
 
@@ -43,7 +45,8 @@ def load_data(task: Task) -> None:
     for part in parts_of(task) or [task]:
         path = part.metadata.dataset["path"]
         try:
-            part.load_data()
+            with _own_cache(Path(path)):
+                part.load_data()
         except UserError:
             raise
         except Exception as error:
@@ -53,6 +56,21 @@ def load_data(task: Task) -> None:
             raise UserError(
                 f"Task {part.metadata.name}: cannot load the data set {path} ({reason}){advice}."
             ) from error
+
+
+@contextmanager
+def _own_cache(copy: Path) -> Iterator[None]:
+    """Within it, `datasets` keeps what it makes of a folder for this folder as it is now. Else it knows a folder by its
+    last name, and gives the rows of another one, or of an earlier state."""
+    from datasets import config  # seconds
+
+    shared = config.HF_DATASETS_CACHE
+    if copy.is_dir():
+        config.HF_DATASETS_CACHE = Path(copies_cache(copy))
+    try:
+        yield
+    finally:
+        config.HF_DATASETS_CACHE = shared
 
 
 def use_local_data(task: Task, folder: Path) -> None:

@@ -32,7 +32,9 @@ logger = logging.getLogger(__name__)
 NAME = "llm2vec_packed"
 
 #: FlashAttention from the hub, which transformers fetches by the package `kernels`: foreign code, so by its name alone.
-HUB_KERNELS = {name for name in get_args(AttnImplementation) if "/" in name}
+HUB_KERNELS = {name: name for name in get_args(AttnImplementation) if "/" in name}
+#: Attention that knows no float32 and runs on CUDA alone.
+IN_HALF = {"flash_attention_2", *HUB_KERNELS}
 
 # The kernels behind scaled_dot_product_attention on a CPU. Called directly, they also give the log-sum-exp.
 _flash = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
@@ -366,17 +368,6 @@ def load_kernel(name: str) -> None:
     except Exception as error:  # out of reach, no build for this torch, a kernel of another kind: each its own type
         raise UserError(f"attn_implementation: {name} could not be loaded: {first_line(error)}") from error
     logger.info("attention   %s, code of the Hugging Face hub, as attn_implementation asks", name)
-
-
-def hub_kernel(model: Any) -> str | None:
-    """Which kernel of the hub a model attends by; None = none."""
-    name = model.config._attn_implementation
-    return name if name in HUB_KERNELS else None
-
-
-def attends_in_half(model: Any) -> bool:
-    """Whether a model's own attention is FlashAttention, which knows no float32 and runs on CUDA alone."""
-    return hub_kernel(model) is not None or model.config._attn_implementation == "flash_attention_2"
 
 
 def _same_heads(query: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:

@@ -30,7 +30,7 @@ from transformers.models.llama.modeling_llama import apply_rotary_pos_emb
 
 from llm2vec.model.backbone import hidden_states, one_pass
 from llm2vec.model.fused_layers import add_and_norm, fused_decoders, gated_mlp, norm, project, rotate
-from llm2vec.model.packed_attention import NAME, Group, Layout, attend, can_share_prefix, hub_kernel, place
+from llm2vec.model.packed_attention import HUB_KERNELS, NAME, Group, Layout, attend, can_share_prefix, place
 from llm2vec.text.batches import positions_of
 from llm2vec.types import Attention
 
@@ -52,7 +52,7 @@ _CHECKPOINTS_FORWARD = GradientCheckpointingLayer.__call__ is nn.Module.__call__
 
 def shares_prefix(model: Any, attention: Attention, device: torch.device, dtype: torch.dtype) -> bool:
     """Whether a pass over states of this kind runs a prefix that all texts begin with once."""
-    dropout, kernel = attention_dropout(model), hub_kernel(model)
+    dropout, kernel = attention_dropout(model), HUB_KERNELS.get(model.config._attn_implementation)
     return attention == "causal" and can_share_prefix(device, dtype, dropout, head_size(model), kernel)
 
 
@@ -107,7 +107,7 @@ def packed_hidden_states(
     kept, groups = _without_repeats(lengths, runs)
     positions = positions_of(lengths)
     narrow = closing_only and narrowing_layer(model) is not None
-    layout = Layout(tuple(groups), kernel=hub_kernel(model))
+    layout = Layout(tuple(groups), kernel=HUB_KERNELS.get(model.config._attn_implementation))
     closing = replace(layout, closing_only=True, _moved={}) if narrow else None
     if kept is not None:  # each token keeps the position that it has in its text
         positions = positions[kept]

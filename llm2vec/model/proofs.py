@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from llm2vec.model.backbone import Backbone, hidden_states
-from llm2vec.model.packed_attention import attends_in_half, hub_kernel
+from llm2vec.model.packed_attention import HUB_KERNELS, IN_HALF
 from llm2vec.model.packing import ATTENTION_LAYERS, packed_hidden_states
 from llm2vec.types import Attention, UserError, first_line
 
@@ -28,9 +28,10 @@ def check_decoder(model: Backbone, attention: Attention) -> None:
         check_attention(model, attention)
         check_packing(model, attention)
     except Exception as error:
-        if isinstance(error, UserError) or hub_kernel(model) is None:
+        name = model.config._attn_implementation
+        if isinstance(error, UserError) or name not in HUB_KERNELS:
             raise
-        raise UserError(f"attn_implementation: {hub_kernel(model)} cannot run here: {first_line(error)}") from error
+        raise UserError(f"attn_implementation: {name} cannot run here: {first_line(error)}") from error
 
 
 def check_attention(model: Backbone, attention: Attention) -> None:
@@ -98,7 +99,7 @@ def probing(model: Backbone) -> Iterator[bool]:
     model.eval()  # torch's mode without dropout
     weight = next(model.parameters())
     # FlashAttention computes in half precision only; training float32 weights with it means autocast, so the probe too.
-    flash = attends_in_half(model)
+    flash = model.config._attn_implementation in IN_HALF
     rounds = flash and weight.dtype == torch.float32
     try:
         with torch.no_grad(), torch.autocast(weight.device.type, torch.bfloat16, enabled=rounds):

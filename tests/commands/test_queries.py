@@ -117,7 +117,7 @@ def test_a_model_writes_the_same_however_it_is_batched(family: str, folder: Path
 
 def test_mistakes_are_said(folder: Path) -> None:
     out = str(folder / "out")
-    with pytest.raises(UserError, match="one of the arguments --model --anchors --server --titles is required"):
+    with pytest.raises(UserError, match="one of the arguments --model --anchors --titles --server is required"):
         main([str(folder / "docs"), out])
     with pytest.raises(UserError, match="--server and --name go together"):
         main([str(folder / "docs"), out, "--server", "http://x/v1"])

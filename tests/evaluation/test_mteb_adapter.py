@@ -417,15 +417,18 @@ def test_a_folder_is_a_retrieval_task_of_its_own(
     assert make_encoder({}).instruction(tasks[0].metadata, PromptType.query) == "Retrieve text based on user query:"
 
 
+@pytest.mark.parametrize("write", [write_retrieval, write_hub_layout])
 def test_other_data_under_an_old_name_is_scored_anew(
-    tmp_path: Path, make_encoder: Callable[..., LoggingEncoder]
+    tmp_path: Path, make_encoder: Callable[..., LoggingEncoder], write: Callable[[Path], None]
 ) -> None:
+    """In the hub's layout, too, which `datasets` caches by a folder's last name."""
+
     def score() -> tuple[float, int]:
         encoder = make_encoder()
         tasks = load_tasks(["MySet"], tmp_path / "eval")
         return evaluate(encoder, tasks, tmp_path / "results")["MySet"]["main_score"], len(encoder.log)
 
-    write_retrieval(tmp_path / "eval/MySet")
+    write(tmp_path / "eval/MySet")
     assert score() == (1.0, 2)
     assert score() == (1.0, 0)
     write_jsonl(tmp_path / "eval/MySet/qrels/test.jsonl", [{"query-id": "q1", "corpus-id": "2", "score": 1}])

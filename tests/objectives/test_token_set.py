@@ -143,8 +143,9 @@ def test_weights_of_the_parts() -> None:
 
 
 def test_rows_built_by_hand() -> None:
-    """Any closing block does: the last positions pooled, whatever wrote them."""
+    """Any closing block does: the last positions pooled, whatever wrote them. Its length is the objective's."""
     objective, _ = make()
+    objective.slots = 2
 
     def side(*texts: tuple[list[int], list[int]]) -> Any:
         return pack_rows(
