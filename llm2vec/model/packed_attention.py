@@ -32,6 +32,7 @@ logger = logging.getLogger(__name__)
 NAME = "llm2vec_packed"
 
 #: FlashAttention from the hub, which transformers fetches by the package `kernels`: foreign code, so by its name alone.
+#: Each name is there by itself: what a model attends by is looked up here, and None = no kernel of these.
 HUB_KERNELS = {name: name for name in get_args(AttnImplementation) if "/" in name}
 #: Attention that knows no float32 and runs on CUDA alone.
 IN_HALF = {"flash_attention_2", *HUB_KERNELS}

@@ -8,6 +8,7 @@ import pytest
 
 from llm2vec.compare.ledger import LEDGER_FILE, claims_table, write_ledger
 from llm2vec.compare.record import TrialOutcome, read_record
+from llm2vec.compare.table import by_seed, difference_table
 from llm2vec.files import write_json
 from tests.helpers import write_jsonl
 
@@ -84,6 +85,23 @@ def test_the_published_page_is_what_the_published_records_give(tmp_path: Path) -
     published = ROOT / "docs/reproduce"
     assert made.read_bytes() == (published / LEDGER_FILE).read_bytes()
     assert {file.name for file in tmp_path.glob("*.png")} == {file.name for file in published.glob("ledger-*.png")}
+
+
+@pytest.mark.skipif(not (ROOT / "results").is_dir(), reason="needs the repository's results")
+def test_the_labs_table_is_its_records() -> None:
+    """Score, difference to Anchor with two standard errors, and effective rank, each a mean over seeds."""
+    outcomes, _, facts = read_record(ROOT / "results/lab-targets")
+    differences = difference_table(outcomes, facts)
+    assert differences is not None
+    less = {row[0]: f"{row[2]:.1f} ({row[3]:.1f})" for row in differences.rows}
+    measured = {}
+    for recipe, of_seeds in by_seed(outcomes).items():
+        score = f"{mean(mean(o.scores.values()) for o in of_seeds.values()):.1f}"
+        ranks = [o.rank for o in of_seeds.values() if o.rank is not None]
+        measured[recipe] = [score, less.get(recipe, ""), f"{mean(ranks):.1f}" if ranks else ""]
+    page = (ROOT / "docs/lab.md").read_text(encoding="utf-8").partition("## What was found")[2]
+    rows = [[cell.strip() for cell in line.split("|")] for line in re.findall(r"^\| `target_.*", page, re.M)]
+    assert {row[1].strip("`"): row[3:6] for row in rows} == measured
 
 
 @pytest.mark.skipif(not (ROOT / "results").is_dir(), reason="needs the repository's results")
