@@ -31,7 +31,7 @@ CONFIGS = ROOT / "train_configs"
 SCHEMA = CONFIGS / "config.schema.json"
 #: Of the installed version; older and newer ones know others.
 ARGUMENTS = {field.name for field in dataclasses.fields(TrainingArguments)}
-#: Those of the comparison are parts of configs; tests/compare/test_compare.py puts them together.
+#: Those of the comparison are parts of configs; tests/compare/test_shipped_sets.py puts them together.
 SHIPPED = sorted(
     path
     for path in CONFIGS.rglob("*.json")
