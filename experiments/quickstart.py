@@ -26,7 +26,7 @@ from typing import Any
 from tqdm import tqdm
 
 from llm2vec.cli import run_command
-from llm2vec.compare.execution import is_over, last_step
+from llm2vec.compare.execution import has_ended, last_step
 from llm2vec.compare.runs import STAGE_COMMANDS
 from llm2vec.files import alone_in
 from llm2vec.quickstart.docstrings import TRAIN_FILE
@@ -108,7 +108,7 @@ def train(stage: Stage, name: str, threads: int, processes: int = 1) -> None:
     environment = {**os.environ, "OMP_NUM_THREADS": str(threads), "PYTHONUNBUFFERED": "1"}
     with log.open("w") as out, tqdm(total=num_steps, desc=f"    {name:<12}", unit="step") as bar:
         process = subprocess.Popen(command, stdout=out, stderr=subprocess.STDOUT, env=environment)
-        while not is_over(process):
+        while not has_ended(process):
             bar.update(last_step(steps_file) - bar.n)
         bar.update(last_step(steps_file) - bar.n)
     if process.returncode:
