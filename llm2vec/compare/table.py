@@ -45,7 +45,7 @@ _RANK_CAPTION = (
 
 
 def outcome_table(outcomes: Sequence[TrialOutcome]) -> Table:
-    """A row a recipe, the highest mean of the tasks that all have first, and what has none last.
+    """A row a recipe, the highest mean of the tasks that all trained ones have first, and what has none last.
 
     Scores are x 100 and None where there is none.
     """
@@ -53,14 +53,18 @@ def outcome_table(outcomes: Sequence[TrialOutcome]) -> Table:
     for outcome in outcomes:
         by_recipe.setdefault(outcome.recipe, []).append(outcome)
     tasks = list(dict.fromkeys(task for outcome in outcomes for task in outcome.scores))
-    common = [task for task in tasks if all(task in o.scores for o in outcomes if o.failure is None)]
+    # What was not trained is there for scale. Where it lacks tasks (BM25 compares no sentences), the mean is without it.
+    scored = [outcome for outcome in outcomes if outcome.failure is None]
+    trained = [outcome for outcome in scored if outcome.seed is not None] or scored
+    common = [task for task in tasks if all(task in outcome.scores for outcome in trained)]
     with_mean = len(tasks) > 1 and bool(common)
     header = ["Recipe", *tasks, *[f"Mean of {len(common)}"] * with_mean]
     header += ["Lowest", "Highest", "Seeds", "Tokens, millions", "Minutes"]
     rows: list[tuple[float, list[Cell]]] = []
     for recipe, of_seeds in by_recipe.items():
         scored = [outcome for outcome in of_seeds if outcome.failure is None]
-        means = [statistics.fmean(outcome.scores[task] for task in common) for outcome in scored if common]
+        whole = [outcome for outcome in scored if common and outcome.scores.keys() >= set(common)]
+        means = [statistics.fmean(outcome.scores[task] for task in common) for outcome in whole]
         row: list[Cell] = [recipe]
         row += [_mean([outcome.scores.get(task) for outcome in scored]) for task in tasks]
         row += [_mean(means)] * with_mean

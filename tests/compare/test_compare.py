@@ -747,6 +747,13 @@ def test_recipes_without_a_common_task_have_no_mean() -> None:
     assert [row[:3] for row in rows] == [["a", 1.0, None], ["b", None, 2.0]]
 
 
+def test_what_was_not_trained_takes_no_task_out_of_the_mean() -> None:
+    trained, words = TrialOutcome("a", 1, {"X": 1.0, "Y": 3.0}), TrialOutcome("bm25", None, {"X": 9.0})
+    table = outcome_table([words, trained])
+    assert table.header[:4] == ["Recipe", "X", "Y", "Mean of 2"]
+    assert [row[:4] for row in table.rows] == [["a", 1.0, 3.0, 2.0], ["bm25", 9.0, None, None]]
+
+
 def test_nothing_but_failures_is_a_table_too() -> None:
     table = outcome_table([TrialOutcome("a", 1, {}, failure="no")])
     header, rows = table.header, table.rows
