@@ -53,7 +53,7 @@ def outcome_table(outcomes: Sequence[TrialOutcome]) -> Table:
     for outcome in outcomes:
         by_recipe.setdefault(outcome.recipe, []).append(outcome)
     tasks = list(dict.fromkeys(task for outcome in outcomes for task in outcome.scores))
-    # What was not trained is there for scale. Where it lacks tasks (BM25 compares no sentences), the mean is without it.
+    # What was not trained is there for scale: where it lacks tasks (BM25 compares no sentences), it has no mean.
     scored = [outcome for outcome in outcomes if outcome.failure is None]
     trained = [outcome for outcome in scored if outcome.seed is not None] or scored
     common = [task for task in tasks if all(task in outcome.scores for outcome in trained)]
