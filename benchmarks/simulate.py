@@ -57,7 +57,7 @@ from llm2vec.table import Table
 from llm2vec.training import step
 from llm2vec.training.model import decoder_of, fuses, plan_sharding
 from llm2vec.training.recomputation import recompute_first
-from llm2vec.types import Batch, TokenBatch
+from llm2vec.types import Batch
 
 #: Bytes a second of a card's memory (the makers' figures).
 BANDWIDTH = {"B200": 8e12, "H200": 4.8e12, "H100": 3.35e12, "A100-80GB": 2.04e12, "A100-40GB": 1.56e12}
@@ -356,16 +356,6 @@ class _Silu(torch.autograd.Function):
         return _Silu.tracer.one_kernel(_like, x, *gradients)
 
 
-def _whole_contexts(side: TokenBatch) -> tuple[Tensor, list[int]]:
-    """All tokens of a side's texts, as the plan has it."""
-    return torch.empty(sum(side["lengths"]), dtype=torch.long, device="cuda"), side["lengths"]
-
-
-def _whole_sets(side: TokenBatch) -> list[Tensor]:
-    """As if a text's target tokens were all different."""
-    return [torch.empty(number, dtype=torch.long, device="cuda") for number in side["num_targets"]]
-
-
 def _like(x: Tensor, *_: Tensor) -> Tensor:
     return torch.empty_like(x)
 
@@ -390,8 +380,6 @@ def _without_values(tracer: _Tracer) -> Iterator[None]:
             (packed_attention, "send", send),
             (llm2vec_q2d_d2q, "send", send),
             (language_modelling, "send", send),
-            (llm2vec_q2d_d2q, "contexts_of", _whole_contexts),
-            (llm2vec_q2d_d2q, "token_sets", _whole_sets),
             (packed_attention, "_varlen_is_there", lambda: True),
             (fused_layers, "_run", tracer.one_kernel),
             (step, "draw_seeds", lambda number: [0] * number),

@@ -41,7 +41,7 @@ from llm2vec.model.packed_attention import send
 from llm2vec.model.packing import adapter_off, inner_decoder, packed_hidden_states
 from llm2vec.model.pooling import embed, embedding_pass, pool_packed, states_of
 from llm2vec.model.settings import EncoderSettings
-from llm2vec.objectives.directions import Reconstruction, contexts_of, directions_of, last_of, woven_rows
+from llm2vec.objectives.directions import Reconstruction, directions_of, first_of, last_of, woven_rows
 from llm2vec.objectives.head import Head, language_head
 from llm2vec.objectives.language_modelling import next_token_loss
 from llm2vec.objectives.projection import Imitation, make_projection
@@ -196,7 +196,7 @@ class BidirectionalReconstruction(nn.Module, StageOneObjective):
         encoded = encoded._replace(targets=modelled)
         if not reads_end:
             return encoded, decoded
-        contexts = [n for d in directions for n in contexts_of(batch[d.source])[1]]
+        contexts = [n for d in directions for n in batch[d.source]["num_context"]]
         read = tuple(context + n for context, n in zip(contexts, goals, strict=True) if n)
         return encoded, Pass(read, "causal", targets=scored, kind="read"), decoded
 
@@ -371,15 +371,14 @@ class BidirectionalReconstruction(nn.Module, StageOneObjective):
     @torch.no_grad()
     def _taught(self, target_N: Tensor, batch: Batch, lengths: Sequence[int]) -> Tensor:
         """The frozen base's states [N, D] over the targets, one more for each text, behind the sources themselves."""
-        ids, contexts = [], []
-        for direction in self.weighted:
-            kept, of_side = contexts_of(batch[direction.source])
-            ids.append(batch[direction.source]["input_ids"][kept])
-            contexts += of_side
+        sources = [batch[direction.source] for direction in self.weighted]
+        ids = [side["input_ids"] for side in sources]
         if not any(lengths):
-            return self._run_decoder([1], self.token_embeddings(torch.cat(ids)[:1]))[:0]
+            return self._run_decoder([1], self.token_embeddings(ids[0][:1]))[:0]
+        whole, contexts = ([n for side in sources for n in side[name]] for name in ("lengths", "num_context"))
+        place = torch.cat([first_of(whole, contexts), sum(whole) + torch.arange(len(target_N))])
         index, filled = woven_rows([contexts, lengths], 0)
-        inputs = torch.cat([*ids, target_N]).index_select(0, *send([index], target_N.device))
+        inputs = torch.cat([*ids, target_N]).index_select(0, *send([place[index]], target_N.device))
         states_ND = self._run_decoder(filled, self.token_embeddings(inputs))
         read = [length + 1 for length in lengths if length]
         return states_ND.index_select(0, *send([last_of(filled, read)], states_ND.device))

@@ -125,6 +125,8 @@ class TokenBatch(TypedDict):
     target_mask: Tensor  #: [N] positions that are reconstructed
     num_targets: list[int]  #: marked positions of each text in `target_mask`
     num_predicted: list[int]  #: those of them that have a token before them in their text
+    num_different: list[int]  #: different tokens at them
+    num_context: list[int]  #: tokens of each text up to its last marked position; all of them where none is marked
     prefix: int  #: number of tokens that all texts begin with and none is pooled over
     closed: bool  #: whether every text's last token is pooled over
     facts: NotRequired[dict[str, Tensor]]  #: what else an objective knows of each text, by name, [texts, ...]

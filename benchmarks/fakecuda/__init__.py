@@ -106,6 +106,7 @@ def install(memory: int = 80 * 10**9) -> None:
     torch.backends.cuda.enable_mem_efficient_sdp(False)
     torch.Tensor.record_stream = _always(None)  # type: ignore[method-assign]
     torch.UntypedStorage.resize_ = _resized(torch.UntypedStorage.resize_)  # type: ignore[method-assign, assignment]
+    torch.UntypedStorage.clone = _cloned  # type: ignore[method-assign, assignment]
     _replace_varlen()
 
 
@@ -177,6 +178,10 @@ def _resized(resize: Any) -> Callable[[Any, int], Any]:
         return storage
 
     return of_device
+
+
+def _cloned(storage: Any) -> Any:
+    return torch.empty(0, dtype=torch.uint8, device=storage.device).set_(storage).clone().untyped_storage()
 
 
 # --- FlashAttention's place ---

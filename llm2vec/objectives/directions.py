@@ -7,10 +7,9 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor
-from torch.nn.utils.rnn import pad_sequence
 
 from llm2vec.text.templates import template_named
-from llm2vec.types import ReconstructionTarget, TokenBatch
+from llm2vec.types import ReconstructionTarget
 
 
 class Reconstruction(NamedTuple):
@@ -45,20 +44,6 @@ def directions_of(target: ReconstructionTarget, template: str | None) -> tuple[R
     return {"self": of_itself, "counterpart": of_counterpart, "both": (*of_itself, *of_counterpart)}[target]
 
 
-def contexts_of(side: TokenBatch) -> tuple[Tensor, list[int]]:
-    """Which tokens [N] of a side's texts stand up to the end of their text, and how many do: all, without a text."""
-    lengths = side["lengths"]
-    if not len(side["target_mask"]):  # of a plan that knows lengths alone
-        return side["target_mask"], lengths
-    marked_BT = pad_sequence(side["target_mask"].split(lengths), batch_first=True)
-    place_T = torch.arange(marked_BT.shape[1], device=marked_BT.device)
-    length_B = torch.tensor(lengths, device=marked_BT.device)
-    end_B = (marked_BT * (place_T + 1)).amax(dim=1)
-    end_B = torch.where(end_B == 0, length_B, end_B)
-    is_token_BT = place_T < length_B.unsqueeze(1)
-    return (place_T < end_B.unsqueeze(1))[is_token_BT], end_B.tolist()
-
-
 def woven_rows(parts: Sequence[Sequence[int]], left_out: int) -> tuple[Tensor, list[int]]:
     """Rows made of parts that stand one behind the other, each with a piece for every row.
 
@@ -75,6 +60,12 @@ def woven_rows(parts: Sequence[Sequence[int]], left_out: int) -> tuple[Tensor, l
         first += sum(lengths)
     rows = [torch.cat(row)[: -left_out or None] for row in zip(*pieces, strict=True) if len(row[-1])]
     return torch.cat(rows), [len(row) for row in rows]
+
+
+def first_of(lengths: Sequence[int], read: Sequence[int]) -> Tensor:
+    """Index of the first so many tokens of each row, rows laid end to end."""
+    rows = zip(torch.arange(sum(lengths)).split(list(lengths)), read, strict=True)
+    return torch.cat([row[:n] for row, n in rows])
 
 
 def last_of(lengths: Sequence[int], read: Sequence[int]) -> Tensor:

@@ -22,6 +22,7 @@ from torch.utils.checkpoint import checkpoint
 
 from llm2vec.objectives.head import Head
 from llm2vec.objectives.losses import BLOCK_ENTRIES, BLOCK_ENTRIES_CUDA
+from llm2vec.text.batches import targets_of
 from llm2vec.types import TokenBatch
 
 #: Weight of a bag's loss, where a next-token loss has weight 1 (the released code's).
@@ -69,5 +70,10 @@ def _loss_of_rows(block_RKD: Tensor, head: Head, targets: Sequence[Tensor]) -> T
 
 
 def token_sets(side: TokenBatch) -> list[Tensor]:
-    """For each row, the different tokens among its targets."""
-    return [tokens.unique() for tokens in side["input_ids"][side["target_mask"]].split(side["num_targets"])]
+    """For each row, the different tokens among its targets, in order. Their number is known, so no device is asked."""
+    sets = []
+    for tokens, number in zip(targets_of(side).split(side["num_targets"]), side["num_different"], strict=True):
+        ordered = tokens.sort().values
+        is_new = ordered.diff(prepend=ordered.new_full((1,), -1)) != 0
+        sets.append(ordered[is_new.nonzero_static(size=number).squeeze(1)])
+    return sets

@@ -96,6 +96,8 @@ def _lengths(settings: EncoderSettings, num_texts: int, tokens: int, targets: in
         "target_mask": nothing,
         "num_targets": [targets] * num_texts,
         "num_predicted": [targets] * num_texts,
+        "num_different": [targets] * num_texts,
+        "num_context": [tokens] * num_texts,
         "prefix": 0,
         "closed": settings.pooling_mode == "last",
     }

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from itertools import accumulate, compress
+from itertools import accumulate, compress, count
 
 import numpy as np
 import torch
@@ -33,6 +33,8 @@ def pack_rows(rows: Sequence[Row]) -> TokenBatch:
         "target_mask": torch.tensor([target for row in rows for target in row.target], dtype=torch.bool),
         "num_targets": [sum(row.target) for row in rows],
         "num_predicted": [sum(row.target[1:]) for row in rows],
+        "num_different": [len(set(compress(row.ids, row.target))) for row in rows],
+        "num_context": [max(compress(count(1), row.target), default=len(row.ids)) for row in rows],
         "prefix": shared_prefix(rows),
         "closed": all(row.pooled[-1] for row in rows),
     }
@@ -85,6 +87,8 @@ def select_rows(side: TokenBatch, chosen: Sequence[int], ends: Sequence[int] | N
         "target_mask": pick(side["target_mask"]),
         "num_targets": [side["num_targets"][i] for i in chosen],
         "num_predicted": [side["num_predicted"][i] for i in chosen],
+        "num_different": [side["num_different"][i] for i in chosen],
+        "num_context": [side["num_context"][i] for i in chosen],
         "prefix": side["prefix"] if len(chosen) > 1 else 0,  # some of the texts may share more, never less
         "closed": side["closed"],
     }

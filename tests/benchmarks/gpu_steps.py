@@ -51,6 +51,11 @@ SETTING = Setting(
     "cuda", Shape(layers=2, hidden=32, intermediate=64, heads=4, kv_heads=2, vocabulary=2_000), 6, (400,), (8,), 8
 )
 MODELLING = {"LM": LanguageModelling, "MNTP": MaskedNextTokenPrediction}
+#: Of Stage I, what its objective is made with.
+PRETEXTS: dict[str, dict[str, Any]] = {
+    "Stage I and LM": {"lm_weight": 0.5}, "Stage I, bag": {"target_loss": "bag"},
+    "Stage I, kl": {"target_loss": "kl", "decoder": "frozen", "bos_id": 1},
+}  # fmt: skip
 
 
 def waits_of_step(stage: str) -> dict[str, object]:
@@ -61,8 +66,8 @@ def waits_of_step(stage: str) -> dict[str, object]:
     if stage in MODELLING:
         objective = MODELLING[stage](objective.model)
         batch["text"]["labels"] = batch["text"]["input_ids"].clone()
-    elif stage not in SIDES:
-        objective = BidirectionalReconstruction(objective.model, SETTINGS, lm_weight=0.5)
+    elif stage in PRETEXTS:
+        objective = BidirectionalReconstruction(objective.model, SETTINGS, **PRETEXTS[stage])
     fuse(inner_decoder(decoder_of(objective.model)))
     run_step(objective, batch, case)
     with fakecuda.waits() as seen:
@@ -221,7 +226,7 @@ def placement() -> dict[str, object]:
 #: What is looked at; `placement` leaves a process group behind, so it comes last.
 FINDINGS = {
     "parts": lambda: [asdict(run_part(name, SETTING)) for name in ("attention", "parity", "large_steps")],
-    "steps": lambda: {stage: waits_of_step(stage) for stage in (*SIDES, *MODELLING, "Stage I and LM")},
+    "steps": lambda: {stage: waits_of_step(stage) for stage in (*SIDES, *MODELLING, *PRETEXTS)},
     "training": waits_of_training,
     "kernels_of_probe": kernels_of_probe,
     "kernel_of_the_hub": kernel_of_the_hub,

@@ -52,7 +52,9 @@ def test_kernels_take_what_they_are_given_and_give_what_they_must(found: Any) ->
         assert part["figures"] and not [f for f in part["figures"] if f["passed"] is False]
 
 
-@pytest.mark.parametrize("stage", ["Stage I", "Stage II", "LM", "MNTP", "Stage I and LM"])
+@pytest.mark.parametrize(
+    "stage", ["Stage I", "Stage II", "LM", "MNTP", "Stage I and LM", "Stage I, kl", "Stage I, bag"]
+)
 def test_the_host_does_not_wait_within_a_step(stage: str, found: Any) -> None:
     """A wait leaves the card idle while the host prepares what comes next."""
     step = found["steps"][stage]

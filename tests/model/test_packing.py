@@ -86,9 +86,13 @@ def test_pack_rows_by_hand() -> None:
     assert batch["pool_mask"].tolist() == [False, False, False, True, False, True, True]
     assert batch["target_mask"].tolist() == [False, True, True, False, False, False, True]
     assert batch["num_targets"] == [2, 1]
+    assert (batch["num_context"], batch["num_different"]) == ([3, 3], [2, 1])
     assert batch["prefix"] == 1  # the second row pools over its second token
     assert batch["closed"]
-    assert not pack_rows([row([1, 2], "10"), row([1, 3], "01")])["closed"]
+    other = pack_rows([row([1, 2], "10"), row([5, 7, 5, 5, 8], "00001", "11010")])
+    assert not other["closed"]
+    # A text without a mark is context to its end; a token that stands twice is one.
+    assert (other["num_context"], other["num_different"]) == ([2, 4], [0, 2])
 
 
 @pytest.mark.parametrize(

@@ -270,7 +270,8 @@ def mixed_batch(num_rows: int) -> Batch:
     return {
         "side": {
             "input_ids": ids, "lengths": [1] * num_rows, "pool_mask": ones, "target_mask": ones,
-            "num_targets": [1] * num_rows, "num_predicted": [0] * num_rows, "prefix": 0, "closed": True,
+            "num_targets": [1] * num_rows, "num_predicted": [0] * num_rows, "num_different": [1] * num_rows,
+            "num_context": [1] * num_rows, "prefix": 0, "closed": True,
         }
     }  # fmt: skip
 
@@ -477,7 +478,7 @@ def test_cutting_a_batch_costs_what_its_rows_are() -> None:
         ids, mask = torch.zeros(sum(lengths), dtype=torch.long), torch.ones(sum(lengths), dtype=torch.bool)
         side: TokenBatch = {
             "input_ids": ids, "lengths": lengths, "pool_mask": mask, "target_mask": mask, "num_targets": lengths,
-            "num_predicted": lengths, "prefix": 0, "closed": True,
+            "num_predicted": lengths, "num_different": lengths, "num_context": lengths, "prefix": 0, "closed": True,
         }  # fmt: skip
         start = time.process_time()
         assert sum(len(piece["query"]["lengths"]) for piece in split_batch({"query": side}, 100)) == num_rows
