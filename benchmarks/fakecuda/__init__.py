@@ -106,7 +106,7 @@ def install(memory: int = 80 * 10**9) -> None:
     torch.backends.cuda.enable_mem_efficient_sdp(False)
     torch.Tensor.record_stream = _always(None)  # type: ignore[method-assign]
     torch.UntypedStorage.resize_ = _resized(torch.UntypedStorage.resize_)  # type: ignore[method-assign, assignment]
-    torch.UntypedStorage.clone = _cloned  # type: ignore[method-assign, assignment]
+    torch.UntypedStorage.clone = _cloned  # type: ignore[method-assign]
     _replace_varlen()
 
 
