@@ -172,7 +172,9 @@ class Planner:
         if config.sources_file is None:
             return [self._hash(path, find_files(path, select_sources(e5_sources(), config.sources)))]
         table = table_file(Path(config.sources_file))
-        places = find_files(path, select_sources(read_sources_file(table), config.sources))
+        sources = select_sources(read_sources_file(table), config.sources)
+        texts = [place for source in sources for place, _ in source.located(path).reading.texts]
+        places = list(dict.fromkeys([*find_files(path, sources), *texts]))
         files = [place for place in places if place.is_file()]
         others = [data_revision(place) if place.is_dir() else str(place) for place in places if place not in files]
         return [self._hash(path, files), self._hash(table.parent, [table]), *others]

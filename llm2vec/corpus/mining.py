@@ -29,16 +29,16 @@ from torch import Tensor
 from llm2vec.corpus.retrievers import Retriever
 from llm2vec.corpus.rows import Corpus
 from llm2vec.corpus.search import FREE, from_keys, merge, to_keys
-from llm2vec.data.reading import opened, rows_of
+from llm2vec.data.reading import content_of, rows_of
 from llm2vec.data.sources import Source
-from llm2vec.data.tables import content_hash
+from llm2vec.data.tables import ArrowWriter
 from llm2vec.files import json_hash, json_lines, read_object, remove, whole, write_json
 from llm2vec.types import UserError
 
 #: Rows of a part, and queries whose scores are held at once.
 PART_ROWS = 1024
 SCORED_AT_ONCE = 64
-#: Rows that are written at once while documents are gathered.
+#: Rows that are read at once.
 BATCH = 10_000
 WORK_FOLDER = ".mining"
 
@@ -114,9 +114,10 @@ def mine(
     Raises:
         UserError: a record is no row, or the folder holds parts that were mined otherwise.
     """
+    source = source.located(folder)
     place, work = source.place(folder), out / WORK_FOLDER / source.name
     settings = {
-        "source": content_hash(place) if place.exists() else opened(place, source.reading)._fingerprint,
+        "source": content_of(place, source.reading),
         "reading": json.loads(json.dumps(source.reading)),
         "instruction": list(source.instructions[0]),
         "retriever": retriever.revision,
@@ -161,38 +162,15 @@ def _gather(source: Source, place: Path, corpus: Corpus | None, work: Path) -> N
             documents.append({"text": text})
         return numbers[name]
 
-    with _Writer(work / "documents.arrow", pa.schema([("text", pa.string())])) as documents:
+    with ArrowWriter(work / "documents.arrow", pa.schema([("text", pa.string())])) as documents:
         schema = pa.schema([("query", pa.string()), ("positive", pa.int64())])
-        with _Writer(work / "rows.arrow", schema) as rows:
+        with ArrowWriter(work / "rows.arrow", schema) as rows:
             for row in rows_of(place, source.reading, None):
                 rows.append({"query": row["query"], "positive": number(row["positive"])})
                 for text in row["negative"]:
                     number(text)
         for corpus_row in corpus.rows() if corpus is not None else ():
             number(corpus_row.text)
-
-
-class _Writer:
-    """Rows into an Arrow file, a batch at a time."""
-
-    def __init__(self, file: Path, schema: pa.Schema) -> None:
-        self._stream, self._schema, self._held = pa.ipc.new_stream(str(file), schema), schema, list[dict[str, Any]]()
-
-    def append(self, row: dict[str, Any]) -> None:
-        self._held.append(row)
-        if len(self._held) == BATCH:
-            self._flush()
-
-    def _flush(self) -> None:
-        self._stream.write_table(pa.Table.from_pylist(self._held, schema=self._schema))
-        self._held.clear()
-
-    def __enter__(self) -> _Writer:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self._flush()
-        self._stream.close()
 
 
 def _table(file: Path) -> Any:

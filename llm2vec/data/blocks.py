@@ -68,9 +68,8 @@ def texts_of_file(file: Path) -> SourceTexts:
 def texts_of_sources(folder: Path, sources: Sequence[Source]) -> list[SourceTexts]:
     """The training sources, each row's query and positive as one text; a missing file or a bad line is a
     `UserError`."""
-    places = [
-        (source, place, place_stamp(place)) for source, place in zip(sources, find_files(folder, sources), strict=True)
-    ]
+    files = find_files(folder, sources)
+    places = [(source.located(folder), file, place_stamp(file)) for source, file in zip(sources, files, strict=True)]
     return [
         SourceTexts(
             source.name,

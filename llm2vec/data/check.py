@@ -22,7 +22,7 @@ from typing import Any
 
 import numpy as np
 
-from llm2vec.data.reading import records_of, rows_of
+from llm2vec.data.reading import content_of, records_of, rows_of
 from llm2vec.data.records import LARGEST_CELL, records_of_file
 from llm2vec.data.sources import Source
 from llm2vec.data.tables import content_hash
@@ -50,7 +50,7 @@ class SourceReport:
     """What a source's file holds."""
 
     name: str  #: of the source
-    sha256: str = ""  #: of its file or folder; empty for a data set on the hub
+    sha256: str = ""  #: of its file or folder (and of the texts behind its ids); empty for a data set on the hub
     num_bytes: int = 0
     rows: int = 0  #: that training would take
     bad: int = 0  #: records that it would not
@@ -121,7 +121,7 @@ def check_source(
     source: Source, folder: Path, count_tokens: CountTokens, test_texts: TestTexts | None = None
 ) -> SourceReport:
     """Read one source's file below a folder to its end, which must go, and look for test sets' texts in it."""
-    report, place = SourceReport(source.name), source.place(folder)
+    report, place, source = SourceReport(source.name), source.place(folder), source.located(folder)
     pairs, queries = array("q"), array("q")  # hashes, 8 bytes each: a set of so many takes nine times that
     sample: dict[str, list[str]] = {"query": [], "positive": [], "negative": []}
     every = max(1, sum(1 for _ in records_of(place, source.reading, place.name)) // SAMPLE)
@@ -152,6 +152,8 @@ def check_source(
     elif place.is_dir():
         report.sha256 = content_hash(place)
         report.num_bytes = sum(path.stat().st_size for path in place.rglob("*") if path.is_file())
+    if report.sha256 and source.reading.texts:  # which change rows as the file does
+        report.sha256 = content_of(place, source.reading)
     report.duplicates = len(pairs) - len(np.unique(pairs))
     report.repeated_queries = len(queries) - len(np.unique(queries))
     report.tokens = {name: count_tokens(texts) for name, texts in sample.items() if texts}

@@ -69,7 +69,7 @@ def hold_out(folder: Path, sources: Sequence[Source], out: Path, num_queries: in
     """
     if out.exists() and any(out.iterdir()):
         raise UserError(f"{out} is not empty; name a new folder.")
-    files = find_files(folder, sources)
+    files, sources = find_files(folder, sources), [source.located(folder) for source in sources]
     rows = {
         source: list(rows_of(file, source.reading, None, None)) for source, file in zip(sources, files, strict=True)
     }

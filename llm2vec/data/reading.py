@@ -6,8 +6,9 @@ All forms meet here. What lies behind (tables, blocks, order, plans, checks, hol
 from __future__ import annotations
 
 import random
+import tempfile
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from itertools import islice
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -15,7 +16,7 @@ from typing import Any, NamedTuple
 from llm2vec.data.lines import check_row
 from llm2vec.data.records import Placed, Record, is_saved, load_from_hub, load_saved, parsed, records_of_file
 from llm2vec.data.records import records_of_table as _records_of_table
-from llm2vec.data.tables import copies_cache
+from llm2vec.data.tables import ArrowWriter, content_hash, copies_cache
 from llm2vec.types import UserError
 
 #: What a column may be, and whether several columns may be it together.
@@ -44,6 +45,16 @@ class Reading(NamedTuple):
     #: whether a record of several positives is one row, which takes them in turns from epoch to epoch, and not a
     #: row of each
     draw_positives: bool = False
+    #: where the texts are whose ids stand in the place of positives and negatives, and how that is read (the roles of
+    #: its columns are `id` and `text`); None = the rows hold the texts
+    documents: tuple[str, Reading] | None = None
+    queries: tuple[str, Reading] | None = None  #: the same of queries
+
+    @property
+    def texts(self) -> list[tuple[Path, Reading]]:
+        """Where there are texts behind ids: of documents, then of queries."""
+        there = [texts for texts in (self.documents, self.queries) if texts is not None]
+        return [(Path(place), Reading(*how)) for place, how in there]  # from JSON they come as lists
 
     @property
     def roles(self) -> dict[str, tuple[str, ...]]:
@@ -73,8 +84,12 @@ def records_of(place: Path, reading: Reading, name: str = "") -> Iterator[Placed
     columns = [column for names in reading.roles.values() for column in names]
     if not reading.hub and not is_saved(place):
         return records_of_file(place, columns, name)
+    return _records_of_table(opened(place, reading), columns, _named(place, reading, name))
+
+
+def _named(place: Path, reading: Reading, name: str = "") -> str:
     details = ", ".join(detail for detail in (reading.config, reading.split) if detail)
-    return _records_of_table(opened(place, reading), columns, f"{name or place}{f' ({details})' if details else ''}")
+    return f"{name or place}{f' ({details})' if details else ''}"
 
 
 def rows_of(
@@ -117,12 +132,18 @@ def _all_rows(
     counts: Counter[str],
     on_error: Callable[[UserError], None] | None,
 ) -> Iterator[dict[str, Any]]:
+    documents, queries = (
+        texts and _Texts(Path(texts[0]), Reading(*texts[1])) for texts in (reading.documents, reading.queries)
+    )
+    behind = {"query": queries, "positive": documents, "negative": documents}
     if "label" in reading.roles:
         yield from _rows_of_labels(records, reading, num_negatives, with_scores, counts)
         return
     for number, (where, record) in enumerate(records, start=1):
         try:
-            rows = list(_rows_of(record, reading, num_negatives, with_scores, where, counts))
+            row = in_roles(record, reading, where)
+            row |= {role: texts.of(row[role], where, role) for role, texts in behind.items() if texts and role in row}
+            rows = list(_rows_of(row, reading, num_negatives, with_scores, where, counts))
         except UserError as error:
             if on_error is None:
                 raise
@@ -132,14 +153,13 @@ def _all_rows(
 
 
 def _rows_of(
-    record: Record,
+    row: dict[str, Any],
     reading: Reading,
     num_negatives: int | None,
     with_scores: bool | None,
     where: str,
     counts: Counter[str],
 ) -> Iterator[dict[str, Any]]:
-    row = in_roles(record, reading, where)
     if "score" in reading.roles:
         score = row.pop("score")
         if type(score) not in (int, float) or not abs(score) < 1e300:
@@ -172,7 +192,7 @@ def in_roles(record: Record, reading: Reading, where: str) -> dict[str, Any]:
             for column in columns:
                 if column not in found:
                     raise UserError(
-                        f"{where}: there is no column {column!r}, which columns names as the {role}; "
+                        f"{where}: there is no column {column!r}, which the table names as the {role}; "
                         f"there are {', '.join(found) or 'none'}."
                     )
             values = [found[column] for column in columns]
@@ -215,6 +235,70 @@ def _without_equals(row: dict[str, Any], positives: Sequence[Any]) -> tuple[dict
     if isinstance(scores, list) and len(scores) == len(listed):
         found["neg_scores"] = [scores[i] for i in kept]
     return found, len(listed) - len(kept)
+
+
+# --- texts behind ids ---
+
+
+class _Texts:
+    """The texts of a corpus by their ids, which are compared as strings. The texts lie in a mapped Arrow file, in
+    memory are the ids and the numbers of their rows.
+
+    Raises:
+        UserError: a column is missing, or an id has two texts.
+    """
+
+    def __init__(self, place: Path, reading: Reading) -> None:
+        import pyarrow as pa
+        from datasets import config
+
+        self._name, self._numbers, again = _named(place, reading), dict[str, int](), list[tuple[int, str, str]]()
+        folder = Path(config.HF_DATASETS_CACHE)
+        folder.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(dir=folder) as aside:  # what is mapped stays when its name is gone
+            file = Path(aside) / "texts.arrow"
+            with ArrowWriter(file, pa.schema([("text", pa.string())])) as writer:
+                for number, (where, record) in enumerate(records_of(place, reading)):
+                    row = in_roles(record, reading, where)
+                    name, text = _id(row["id"], where, "id"), row["text"]
+                    if self._numbers.setdefault(name, number) != number:
+                        again.append((number, name, where))
+                    text = " ".join(filter(None, text)) if isinstance(text, list) else text  # a title and its text
+                    if not isinstance(text, str | None):
+                        raise UserError(f"{where}: the text is of type {type(text).__name__}; a string is needed.")
+                    writer.append({"text": text})
+            self._texts = pa.ipc.open_stream(pa.memory_map(str(file))).read_all()["text"]
+        for number, name, where in again:
+            if self._texts[number] != self._texts[self._numbers[name]]:
+                raise UserError(f"{where}: the id {name!r} has another text above; an id can have one text.")
+
+    def of(self, value: Any, where: str, role: str) -> Any:
+        """The text behind an id, or those behind a list of ids; an id may stand in an object, under `id`."""
+        if isinstance(value, list):
+            return [self.of(one, where, role) for one in value]
+        name = _id(value.get("id") if isinstance(value, Mapping) else value, where, role)
+        if name not in self._numbers:
+            raise UserError(f"{where}: `{role}` names the id {name!r}, which {self._name} does not have.")
+        text = self._texts[self._numbers[name]].as_py()
+        if not (text or "").strip():
+            raise UserError(f"{where}: `{role}` names the id {name!r}, whose text in {self._name} is empty.")
+        return text
+
+
+def _id(value: Any, where: str, role: str) -> str:
+    if not isinstance(value, str | int):
+        raise UserError(f"{where}: {value!r} under `{role}` is no id; a string or a whole number is needed.")
+    return str(value)
+
+
+def content_of(place: Path, reading: Reading) -> str:
+    """What tells the content of a source from what it was: a SHA-256, or what its library knows a hub data set by; of
+    the texts behind its ids, too."""
+    found = [
+        content_hash(where) if where.exists() else opened(where, how)._fingerprint
+        for where, how in ((place, reading), *reading.texts)
+    ]
+    return " ".join(found)
 
 
 # --- labelled texts ---

@@ -70,9 +70,9 @@ class TrainingRows(Dataset[Example]):
         self.drawn_anew = drawn_anew or any(source.reading.draw_positives for source in sources)
         self.files = find_files(folder, sources)
         self.stamps = [place_stamp(file) for file in self.files]
-        self.sources = list(sources)
+        self.sources = [source.located(folder) for source in sources]
         self.symmetric_instructions = symmetric_instructions
-        for source in sources:
+        for source in self.sources:
             if "score" in source.reading.roles and source.reading.least_score is None and not with_scores:
                 raise UserError(
                     f"source {source.name!r}: its pairs have a score, so its table must say by `least_score` from "
@@ -80,7 +80,7 @@ class TrainingRows(Dataset[Example]):
                 )
         read = [
             read_rows(file, num_negatives, with_scores, texts_alone, source.reading)
-            for file, source in zip(self.files, sources, strict=True)
+            for file, source in zip(self.files, self.sources, strict=True)
         ]
         self._tables = [table for table, _ in read]
         self.left_out: list[dict[str, int]] = [counts for _, counts in read]
@@ -164,6 +164,14 @@ def place_stamp(place: Path) -> str:
     return stamp_of(place) if place.exists() else ""
 
 
+def _stamp_or_name(place: Path, reading: Reading) -> str:
+    """The same; of a data set on the hub, what its library knows it by. All ranks call this together."""
+    if not (stamp := place_stamp(place)):
+        with rank_zero_first():
+            stamp = str(opened(place, reading)._fingerprint)
+    return stamp
+
+
 def read_rows(
     file: Path,
     num_negatives: int,
@@ -191,17 +199,13 @@ def read_rows(
         features["positives"] = List(Value("string"))
     if file.is_file() and file.stat().st_size == 0:
         raise UserError(f"{file}: the file is empty; leave its source out of `sources` or fetch it again.")
-    stamp = place_stamp(file)
-    if not stamp:  # what is on the hub is known by what its library made of it
-        with rank_zero_first():
-            stamp = opened(file, reading)._fingerprint
     arguments = {
         "file": str(file.resolve() if file.exists() else file),
         "num_negatives": num_negatives,
         "with_scores": with_scores,
         "texts_alone": texts_alone,
         "reading": json.dumps(reading._replace(max_rows=None, weight=1.0)),  # which change no row
-        "stamp": stamp,
+        "stamps": tuple(_stamp_or_name(*place) for place in ((file, reading), *reading.texts)),
         "version": ROWS_VERSION,
     }
     return cached_table(_generate_rows, features, arguments)
@@ -212,7 +216,13 @@ def _with_all_positives(rows: Sequence[dict[str, Any]]) -> dict[str, Any]:
 
 
 def _generate_rows(
-    file: str, num_negatives: int, with_scores: bool, texts_alone: bool, reading: str, stamp: str, version: int
+    file: str,
+    num_negatives: int,
+    with_scores: bool,
+    texts_alone: bool,
+    reading: str,
+    stamps: Sequence[str],
+    version: int,
 ) -> Generator[dict[str, Any], None, dict[str, int]]:
     left_out: Counter[str] = Counter()
     empty = True
@@ -231,8 +241,9 @@ def _generate_rows(
         for row in rows:
             empty = False
             yield {**row, "query": row["positive"]} if texts_alone else row
-    if place.exists():
-        check_unchanged(place, stamp)
+    for there, stamp in zip((place, *(text for text, _ in how.texts)), stamps, strict=True):
+        if there.exists():
+            check_unchanged(there, stamp)
     counts = {what: number for what, number in left_out.items() if number}
     if empty:
         why = f"; left out are {', '.join(f'{number:,} {what}' for what, number in counts.items())}" if counts else ""

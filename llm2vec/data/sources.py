@@ -19,13 +19,15 @@ from llm2vec.types import UserError
 E5_TABLE = Path(__file__).with_name("e5_sources.json")
 
 #: Ready tables that `sources_file` may name in the place of a file.
-READY_TABLES = {"hub": E5_TABLE.with_name("hub_sources.json")}
+READY_TABLES = {name: E5_TABLE.with_name(f"{name}_sources.json") for name in ("hub", "nemotron")}
 
 #: What an entry of a table may say.
 KEYS_OF_SOURCE = (
     "file", "instruction", "symmetric", "hub", "config", "split", "revision", "columns", "num_negatives", "least_score",
-    "keep_equal_negatives", "max_rows", "weight", "positives", "licence",
+    "keep_equal_negatives", "max_rows", "weight", "positives", "licence", "documents", "queries",
 )  # fmt: skip
+#: What `documents` and `queries` of an entry may say: where the texts behind ids are, and in which columns.
+KEYS_OF_TEXTS = ("file", "hub", "config", "split", "revision", "id", "text")
 
 #: Where the released training archive is to be had.
 ARCHIVE_HINT = (
@@ -56,13 +58,26 @@ class Source(NamedTuple):
 
     def place(self, folder: Path) -> Path:
         """Its file or folder; of a data set that is no folder below this one, its name on the hub."""
-        local = folder / self.file
-        return Path(self.file) if self.reading.hub and not local.is_dir() else local
+        return _place(folder, self.file, self.reading)
 
-    def is_there(self, folder: Path) -> bool:
-        """Whether it can be read, as far as can be told without asking the hub."""
-        place = self.place(folder)
-        return self.reading.hub or place.is_file() or (place.is_dir() and is_saved(place))
+    def located(self, folder: Path) -> Source:
+        """The same, with the places of the texts behind its ids; once that is known, it is known of no other folder."""
+        documents, queries = (
+            texts and (str(_place(folder, *texts)), texts[1])
+            for texts in (self.reading.documents, self.reading.queries)
+        )
+        return self._replace(reading=self.reading._replace(documents=documents, queries=queries))
+
+    def missing(self, folder: Path) -> list[str]:
+        """Its files that are not there, as far as can be told without asking the hub."""
+        needed = ((self.file, self.reading), self.reading.documents, self.reading.queries)
+        places = [(texts[0], _place(folder, *texts)) for texts in needed if texts and not texts[1].hub]
+        return [file for file, place in places if not (place.is_file() or is_saved(place))]
+
+
+def _place(folder: Path, file: str, reading: Reading) -> Path:
+    local = folder / file
+    return Path(file) if reading.hub and not local.is_dir() else local
 
 
 def e5_sources() -> list[Source]:
@@ -97,20 +112,47 @@ def _read_source(where: str, name: str, entry: Any) -> Source:
     unknown = sorted(set(entry) - set(KEYS_OF_SOURCE))
     if unknown:
         raise UserError(f"{where}: unknown key {unknown[0]!r}; known: {', '.join(KEYS_OF_SOURCE)}.")
+    file, (hub, config, split, revision) = _file(where, entry)
     texts, symmetric = entry.get("instruction", ""), entry.get("symmetric", False)
-    file = entry.get("hub", entry.get("file"))
     texts = [texts] if isinstance(texts, str) else texts
-    if not isinstance(file, str) or not file or ("hub" in entry and "file" in entry):
-        raise UserError(f"{where}: `file` must name a JSONL file or one of another form, or `hub` a data set.")
     if not isinstance(texts, list) or not texts or not all(isinstance(text, str) for text in texts):
         raise UserError(f"{where}: `instruction` must be a string or a list of strings.")
     of_each = symmetric if isinstance(symmetric, list) else [symmetric] * len(texts)
     if len(of_each) != len(texts) or not all(isinstance(value, bool) for value in of_each):
         raise UserError(f"{where}: `symmetric` must be true or false, or a list of these, one for each instruction.")
-    for key in ("config", "split", "revision", "licence"):
+    if not isinstance(entry.get("licence", ""), str):
+        raise UserError(f"{where}: `licence` must be a string.")
+    reading = _reading(where, entry)._replace(hub=hub, config=config, split=split, revision=revision)
+    return Source(name, file, tuple(map(Instruction, texts, of_each)), reading, entry.get("licence", ""))
+
+
+def _file(where: str, entry: dict[str, Any]) -> tuple[str, tuple[bool, str | None, str | None, str | None]]:
+    """The file or hub name of an entry; whether it is the latter, its configuration, split and revision."""
+    file = entry.get("hub", entry.get("file"))
+    if not isinstance(file, str) or not file or ("hub" in entry and "file" in entry):
+        raise UserError(f"{where}: `file` must name a JSONL file or one of another form, or `hub` a data set.")
+    for key in ("config", "split", "revision"):
         if not isinstance(entry.get(key, ""), str):
             raise UserError(f"{where}: `{key}` must be a string.")
-    return Source(name, file, tuple(map(Instruction, texts, of_each)), _reading(where, entry), entry.get("licence", ""))
+        if key in entry and key != "split" and "hub" not in entry:
+            raise UserError(f"{where}: `{key}` is for a data set of the hub.")
+    return file, ("hub" in entry, entry.get("config"), entry.get("split"), entry.get("revision"))
+
+
+def _texts(where: str, key: str, entry: Any) -> tuple[str, Reading] | None:
+    """Where the texts behind ids are, by an entry's `documents` or `queries`."""
+    if entry is None:
+        return None
+    if not isinstance(entry, dict):
+        raise UserError(f'{where}: `{key}` must be an object, such as {{"file": "corpus.jsonl", "id": "_id"}}.')
+    if unknown := sorted(set(entry) - set(KEYS_OF_TEXTS)):
+        raise UserError(f"{where}: {key}: unknown key {unknown[0]!r}; known: {', '.join(KEYS_OF_TEXTS)}.")
+    file, place = _file(f"{where}: {key}", entry)
+    name, text = entry.get("id", "id"), entry.get("text", "text")
+    texts = tuple([text] if isinstance(text, str) else text if isinstance(text, list) else ())
+    if not isinstance(name, str) or not texts or not all(isinstance(one, str) for one in texts):
+        raise UserError(f"{where}: {key}: `id` must name a column, and `text` a column or a list of them.")
+    return file, Reading(*place, columns=(("id", (name,)), ("text", texts)))
 
 
 def _reading(where: str, entry: dict[str, Any]) -> Reading:
@@ -142,9 +184,6 @@ def _reading(where: str, entry: dict[str, Any]) -> Reading:
         raise UserError(f"{where}: `num_negatives` must be a whole number, 0 or more.")
     if least is not None and (type(least) not in (int, float) or "score" not in roles):
         raise UserError(f"{where}: `least_score` must be a number, beside a `score` in columns.")
-    for key in ("config", "revision"):
-        if key in entry and "hub" not in entry:
-            raise UserError(f"{where}: `{key}` is for a data set of the hub.")
     keep = entry.get("keep_equal_negatives", False)
     if not isinstance(keep, bool):
         raise UserError(f"{where}: `keep_equal_negatives` must be true or false.")
@@ -157,9 +196,13 @@ def _reading(where: str, entry: dict[str, Any]) -> Reading:
         raise UserError(f'{where}: `positives` must be "each" (a row of each) or "drawn" (one an epoch, in turns).')
     if "score" in roles or (roles and not {"negative", "label"} & set(roles)):
         most = 0  # there are none
+    documents, queries = (_texts(where, key, entry.get(key)) for key in ("documents", "queries"))
+    if "label" in roles and (documents or queries):
+        raise UserError(f"{where}: labelled texts have no ids, so there can be no documents or queries.")
     return Reading(
-        "hub" in entry, entry.get("config"), entry.get("split"), entry.get("revision"), tuple(roles.items()), most,
-        least, keep, entry.get("max_rows"), weight, entry.get("positives") == "drawn",
+        columns=tuple(roles.items()), num_negatives=most, least_score=least, keep_equal_negatives=keep,
+        max_rows=entry.get("max_rows"), weight=weight, draw_positives=entry.get("positives") == "drawn",
+        documents=documents, queries=queries,
     )  # fmt: skip
 
 
@@ -182,8 +225,7 @@ def find_files(folder: Path, sources: Sequence[Source]) -> list[Path]:
         UserError: the folder or a file is not there; says what was looked for and, of the paper's sources, where to
             get it.
     """
-    missing = [(folder / source.file).name for source in sources if not source.is_there(folder)]
-    if missing:
+    if missing := list(dict.fromkeys(Path(file).name for source in sources for file in source.missing(folder))):
         what = f"lacks {', '.join(missing)}" if folder.is_dir() else f"is not a folder (wanted: {', '.join(missing)})"
         raise UserError(f"dataset_file_path: {folder} {what}{archive_hint(sources)}.")
     return [source.place(folder) for source in sources]

@@ -31,6 +31,9 @@ logger = logging.getLogger(__name__)
 NUM_BLOCKS = 16
 BLOCK_BYTES = 1 << 16
 
+#: Rows that an `ArrowWriter` writes at once.
+WRITTEN_AT_ONCE = 10_000
+
 #: Folders in the cache: a table in each folder of the first; the hashes of files in the second; in the third what
 #: `datasets` makes of copies of the hub's data sets.
 TABLES_FOLDER = "llm2vec-tables"
@@ -166,6 +169,33 @@ def _remove_if_not_whole(folder: Path) -> None:
         logger.warning("%s, a table of the cache, is damaged: it is built anew", folder)
     aside = tempfile.mkdtemp(dir=folder.parent)  # a run that has mapped the table keeps it
     shutil.rmtree(folder.rename(Path(aside) / folder.name).parent)
+
+
+class ArrowWriter:
+    """Rows into an Arrow file, a batch at a time."""
+
+    def __init__(self, file: Path, schema: Any) -> None:
+        import pyarrow as pa  # comes with datasets
+
+        self._stream, self._schema, self._held = pa.ipc.new_stream(str(file), schema), schema, list[dict[str, Any]]()
+
+    def append(self, row: dict[str, Any]) -> None:
+        self._held.append(row)
+        if len(self._held) == WRITTEN_AT_ONCE:
+            self._flush()
+
+    def _flush(self) -> None:
+        import pyarrow as pa
+
+        self._stream.write_table(pa.Table.from_pylist(self._held, schema=self._schema))
+        self._held.clear()
+
+    def __enter__(self) -> ArrowWriter:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._flush()
+        self._stream.close()
 
 
 def content_hash(file: Path) -> str:

@@ -33,6 +33,7 @@ import torch
 from transformers import TrainingArguments
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
+from llm2vec.data.reading import Reading
 from llm2vec.data.tables import content_hash
 from llm2vec.distributed import join_on_cpu, max_over_ranks
 from llm2vec.files import alone_in, checked, read_object, remove
@@ -236,9 +237,9 @@ def differences(recorded: dict[str, Any], config: Config) -> list[str]:
         found.append(f"it ran in {recorded['num_processes']} process(es), not {world_size()}")
     found += _differing_sources(recorded.get("data", ()), config)
     for data in recorded.get("data", ()):
-        file = Path(data["file"])
-        if data["sha256"] is not None and (not file.exists() or content_hash(file) != data["sha256"]):
-            found.append(f"{file} has changed since")
+        for name, before in {data["file"]: data["sha256"], **data.get("texts", {})}.items():
+            if before is not None and (not Path(name).exists() or content_hash(Path(name)) != before):
+                found.append(f"{name} has changed since")
     for path, mark in recorded.get("parent", {}).get("marks", {}).items():
         if mark != mark_of(path):
             found.append(f"{path} is not what it was")
@@ -257,8 +258,8 @@ def _differing_sources(recorded: Sequence[dict[str, Any]], config: Config) -> It
     for data, source in zip(recorded, sources, strict=True):
         if data["file"] != str(source.place(folder)):
             yield f"source {source.name} is {data['file']} there and {source.place(folder)} here"
-        reading = json.loads(json.dumps(source.reading))
-        if data.get("reading", reading) != reading:
+        reading = json.loads(json.dumps(source.located(folder).reading))
+        if json.loads(json.dumps(Reading(*data.get("reading", reading)))) != reading:  # an older record has fewer
             yield f"source {source.name} is read otherwise (columns, split, negatives) than there"
         # Older records have no instructions; rows of texts alone have none of the table's.
         instructions = [list(instruction) for instruction in source.instructions]

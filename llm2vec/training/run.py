@@ -23,7 +23,7 @@ from transformers import PreTrainedTokenizerBase, TrainerCallback, TrainingArgum
 from llm2vec.data.collation import Collate, CollateSides, check_examples
 from llm2vec.data.order import OneSourceBlocks
 from llm2vec.data.rows import TrainingRows
-from llm2vec.data.tables import hash_of_read
+from llm2vec.data.tables import content_hash, hash_of_read
 from llm2vec.files import DIAGNOSTICS_FILE
 from llm2vec.llm2vec import LLM2Vec
 from llm2vec.model.chain import mark_of, origin_of, read_run
@@ -207,6 +207,7 @@ def provenance(config: Config, args: TrainingArguments, rows: Rows, ids: list[li
                 "file": str(file),
                 "sha256": hash_of_read(file, stamp) if file.exists() else None,
                 "reading": source.reading,
+                "texts": {str(place): content_hash(place) for place, _ in source.reading.texts if place.exists()},
             }
             for source, size, file, stamp in zip(rows.sources, rows.sizes, rows.files, rows.stamps, strict=True)
         ],

@@ -219,6 +219,19 @@ def test_other_data_or_another_base_are_other_runs(folder: Path) -> None:
     assert trials_of(folder)["two_stages", 7].training[0].name != other_data.training[0].name
 
 
+def test_other_texts_behind_the_same_ids_are_other_runs(folder: Path) -> None:
+    table = {"a": {"file": "nq.jsonl", "instruction": "", "documents": {"file": "corpus.jsonl"}}}
+    write(folder / "data/sources.json", table)
+    shared = json.loads((folder / "set/shared.json").read_text(encoding="utf-8"))
+    keys = {key: value for key, value in shared["all"].items() if key != "sources"}
+    change(folder / "set/shared.json", all={**keys, "sources_file": str(folder / "data/sources.json")})
+    names = set()
+    for text in ("b", "c"):
+        write_jsonl(folder / "data/corpus.jsonl", [{"id": "b", "text": text}])
+        names.add(trials_of(folder)["two_stages", 7].training[0].name)
+    assert len(names) == 2
+
+
 def test_more_processes_are_other_runs_where_they_make_a_larger_batch(folder: Path) -> None:
     def name(num_processes: int) -> str:
         return Planner(read_set(folder / "set"), folder / "out", num_processes).trials([7])[0].training[0].name

@@ -18,9 +18,12 @@ from helpers import family_tokenizer, tiny_model, write_jsonl
 from safetensors.torch import load_file
 
 from llm2vec.commands.data.check_data import main as check_data
+from llm2vec.commands.data.mine import main as mine_command
 from llm2vec.data.held_out import hold_out
 from llm2vec.data.rows import TrainingRows
 from llm2vec.data.sources import READY_TABLES, read_sources_file
+from llm2vec.training.config.file import load_config
+from llm2vec.training.resume import differences
 from llm2vec.training.stages import train_stage
 from llm2vec.types import Example, UserError
 
@@ -53,12 +56,14 @@ def _write_arrow(opened: Callable[..., Any]) -> Callable[[Path, list[dict[str, A
 
 
 def write_hub_layout(folder: Path, rows: list[dict[str, Any]], config: str = "default") -> None:
-    """A repository of the hub: its card names a configuration's files, cut in two."""
+    """A repository of the hub: its card names the configurations' files, each cut in two."""
     (folder / config).mkdir(parents=True)
     for part, some in enumerate((rows[:3], rows[3:])):
         pq.write_table(pa.Table.from_pylist(some), folder / config / f"train-0000{part}-of-00002.parquet")
-    files = f"configs:\n- config_name: {config}\n  data_files:\n  - split: train\n    path: {config}/train-*\n"
-    (folder / "README.md").write_text(f"---\n{files}---\n", encoding="utf-8")
+    card = folder / "README.md"
+    others = card.read_text(encoding="utf-8").removesuffix("---\n") if card.exists() else "---\nconfigs:\n"
+    files = f"- config_name: {config}\n  data_files:\n  - split: train\n    path: {config}/train-*\n"
+    card.write_text(f"{others}{files}---\n", encoding="utf-8")
 
 
 #: A form -> the name of its file, how it is written, and what its entry in the table says beside the file.
@@ -158,6 +163,22 @@ def test_every_form_trains_the_same_weights(stage: Any, base: Path) -> None:
         folder.mkdir()
         of_form = write_form(folder, form, ROWS) if form in FORMS else write_form(folder, "parquet", renamed) | columns
         assert_equal(trained(base, stage, write_table(folder, a=of_form)), twin)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("stage", ["stage_I", "stage_II"])
+def test_ids_train_the_same_weights_as_their_texts(stage: Any, base: Path) -> None:
+    """Bit for bit; and a run does not go on with other texts behind the ids."""
+    twin = trained(base, stage, write_table(base, a=entry("a.jsonl")))
+    (base / "ids").mkdir()
+    table = write_table(base / "ids", a=write_ids(base / "ids"))
+    assert_equal(trained(base / "ids", stage, table, model_name_or_path=str(base / "base")), twin)
+    recorded = json.loads((base / "ids/out-model_name_or_path/run.json").read_text(encoding="utf-8"))
+    config = load_config(base / "ids/config.json", stage)
+    assert differences(recorded, config) == []
+    write_jsonl(base / "ids/corpus.jsonl", CORPUS[::-1])
+    (found,) = differences(recorded, config)
+    assert found.endswith("corpus.jsonl has changed since")
 
 
 @pytest.mark.slow
@@ -269,6 +290,134 @@ def test_ready_tables_are_shipped_and_named() -> None:
     assert {source.file.partition("/")[0] for source in read_sources_file(Path("hub"))} == {"sentence-transformers"}
 
 
+@pytest.mark.parametrize("source", read_sources_file(Path("nemotron")), ids=lambda source: source.name)
+def test_the_table_of_nemotron_reads_a_copy_in_its_layout(source: Any, tmp_path: Path) -> None:
+    """Rows and documents are configurations of one repository; documents are named by objects with an id."""
+    rows = [
+        {"question_id": f"q{i}", "question": f"who {i}", "corpus_id": "c", "pos_doc": [{"id": f"d{i}"}, {"id": "d9"}],
+         "neg_doc": [{"id": "d8"}, {"id": "d7"}]}
+        for i in range(4)
+    ]  # fmt: skip
+    documents = [{"id": f"d{i}", "text": f"document {i}"} for i in range(10)]
+    write_hub_layout(tmp_path / source.file, rows, source.name)
+    write_hub_layout(tmp_path / source.file, documents, f"{source.name}_corpus")
+    found = TrainingRows(tmp_path, [source], num_negatives=2)
+    answers = [("document 0", "who 0"), ("document 9", "who 0"), ("document 1", "who 1")]
+    assert texts(found)[:3] == [(query, answer, ["document 8", "document 7"]) for answer, query in answers]
+    assert len(found) == 8 and source.licence and source.reading.revision and found[0].query.instruction
+
+
+# Texts behind ids
+
+CORPUS = [{"_id": i, "title": "T" * (i % 2), "text": row["positive"]} for i, row in enumerate(ROWS)]
+CORPUS += [{"_id": i + 8, "title": None, "text": row["negative"]} for i, row in enumerate(ROWS)]
+DOCUMENTS = {"id": "_id", "text": "text"}
+
+
+def write_ids(folder: Path, form: str = "jsonl", as_id: Callable[[int], Any] = str, **keys: Any) -> dict[str, Any]:
+    """`ROWS` by the ids of their documents, whose texts are in a form; returns the table's entry."""
+    rows = [{"query": row["query"], "positive": as_id(i), "negative": [as_id(i + 8)]} for i, row in enumerate(ROWS)]
+    write_jsonl(folder / "ids.jsonl", rows)
+    if form == "jsonl":
+        write_jsonl(folder / "corpus.jsonl", CORPUS)
+        documents = {"file": "corpus.jsonl"}
+    else:
+        (folder / "texts").mkdir()
+        written = write_form(folder / "texts", form, CORPUS)
+        name = "hub" if "hub" in written else "file"
+        written = {key: value for key, value in written.items() if key != "instruction"}
+        documents = {**written, name: f"texts/{written[name]}"}
+    return entry("ids.jsonl", documents={**documents, **DOCUMENTS, **keys})
+
+
+@pytest.mark.parametrize("form", ["jsonl", *FORMS])
+def test_ids_are_read_as_the_texts_behind_them(form: str, tmp_path: Path) -> None:
+    """Wherever these are; ids may be strings, numbers or objects with an id."""
+    write_jsonl(tmp_path / "a.jsonl", ROWS)
+    twin = read(tmp_path, a=entry("a.jsonl"))
+    ways = (str,) if form != "jsonl" else (str, int, lambda i: {"id": i, "score": 0.5})
+    for way in ways:
+        rows = read(tmp_path, a=write_ids(tmp_path, form, way))
+        assert [rows[i] for i in range(len(rows))] == [twin[i] for i in range(len(twin))] and len(rows) == len(ROWS)
+
+
+def test_a_retrieval_set_is_a_source(tmp_path: Path) -> None:
+    """Judgements, queries and documents in BEIR's files; a title stands before its text."""
+    (tmp_path / "qrels").mkdir()
+    judged = [("q1", 1, 1), ("q1", 2, 0), ("q2", 3, 2)]
+    _write_csv(
+        tmp_path / "qrels/train.tsv", [{"query-id": q, "corpus-id": d, "score": score} for q, d, score in judged]
+    )
+    write_jsonl(tmp_path / "queries.jsonl", [{"_id": f"q{i}", "text": f"query {i}"} for i in range(4)])
+    write_jsonl(tmp_path / "corpus.jsonl", CORPUS)
+    found = read(tmp_path, a=entry(
+        "qrels/train.tsv", columns={"query": "query-id", "positive": "corpus-id", "score": "score"}, least_score=1,
+        queries={"file": "queries.jsonl", "id": "_id"},
+        documents={"file": "corpus.jsonl", "id": "_id", "text": ["title", "text"]},
+    ))  # fmt: skip
+    assert texts(found) == [("query 1", "T 007", []), ("query 2", "T a\tb, c", [])]
+
+
+@pytest.mark.parametrize(
+    ("changed", "message"),
+    [
+        ({"_id": 99}, r"ids\.jsonl, line 1: `negative` names the id '8', which .*corpus\.jsonl does not have\."),
+        ({"_id": "1"}, r"corpus\.jsonl, line 9: the id '1' has another text above; an id can have one text\."),
+        ({"text": " "}, r"line 1: `negative` names the id '8', whose text in .*corpus\.jsonl is empty\."),
+        ({"text": None}, r"line 1: `negative` names the id '8', whose text in .*corpus\.jsonl is empty\."),
+        ({"text": 3}, r"corpus\.jsonl, line 9: the text is of type int; a string is needed\."),
+        ({"_id": 1.5}, r"corpus\.jsonl, line 9: 1\.5 under `id` is no id; a string or a whole number is needed\."),
+    ],
+    ids=str,
+)
+def test_a_wrong_document_is_said(changed: dict[str, Any], message: str, tmp_path: Path) -> None:
+    written = write_ids(tmp_path)
+    write_jsonl(tmp_path / "corpus.jsonl", [*CORPUS[:8], {**CORPUS[8], **changed}, *CORPUS[9:]])
+    with pytest.raises(UserError, match=message):
+        read(tmp_path, a=written)
+
+
+def test_ids_that_are_none_and_columns_that_are_not_there_are_said(tmp_path: Path) -> None:
+    for wrong in (None, {"_id": 3}, 2.5):
+        with pytest.raises(UserError, match=r"line 1: .* under `positive` is no id; a string or a whole number"):
+            read(tmp_path, a=write_ids(tmp_path, as_id=lambda i, wrong=wrong: wrong))  # type: ignore[misc]
+    with pytest.raises(UserError, match=r"line 1: there is no column 'body', .* as the text; there are _id, title, te"):
+        read(tmp_path, a=write_ids(tmp_path, text="body"))
+    (tmp_path / "corpus.jsonl").unlink()
+    with pytest.raises(UserError, match=r"lacks corpus\.jsonl"):
+        read(tmp_path, a=entry("ids.jsonl", documents={"file": "corpus.jsonl", **DOCUMENTS}))
+
+
+def test_an_id_that_comes_twice_with_one_text_is_one(tmp_path: Path) -> None:
+    written = write_ids(tmp_path)
+    write_jsonl(tmp_path / "corpus.jsonl", [*CORPUS, *CORPUS])
+    assert len(read(tmp_path, a=written)) == len(ROWS)
+
+
+def test_other_texts_behind_the_same_ids_are_seen(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    """By the cache of tables and by check-data."""
+    caplog.set_level("INFO", logger="llm2vec")
+    table = write_table(tmp_path, a=write_ids(tmp_path))
+    (source,) = read_sources_file(table)
+    for text, code in (("NA", 0), ("AN", 1)):
+        write_jsonl(tmp_path / "corpus.jsonl", [{**CORPUS[0], "text": text}, *CORPUS[1:]])
+        assert TrainingRows(tmp_path, [source])[0].positive.text == text
+        assert check_data([str(tmp_path), "--sources_file", str(table)]) == code
+    assert "a: changed since it was first checked" in caplog.text
+
+
+def test_hold_outs_and_mined_rows_have_the_texts(tmp_path: Path) -> None:
+    table = write_table(tmp_path, a=write_ids(tmp_path))
+    hold_out(tmp_path, read_sources_file(table), tmp_path / "out", 1, seed=1)
+    kept = TrainingRows(tmp_path / "out/train", read_sources_file(tmp_path / "out/sources.json"))
+    assert len(kept) == 7 and {example[1] for example in texts(kept)} < {row["positive"] for row in ROWS}
+    mine = [str(tmp_path), str(tmp_path / "mined"), "--sources_file", str(table), "--model", "random"]
+    mine += ["--negatives", "2", "--relative_margin", "-9"]
+    mine_command(mine)
+    mined = TrainingRows(tmp_path / "mined", read_sources_file(tmp_path / "mined/sources.json"), num_negatives=2)
+    assert {example[1] for example in texts(mined)} == {row["positive"] for row in ROWS}
+
+
 # What is wrong
 
 
@@ -285,6 +434,12 @@ def test_ready_tables_are_shipped_and_named() -> None:
         ({"num_negatives": -1}, "`num_negatives` must be a whole number"),
         ({"config": "x"}, "`config` is for a data set of the hub"),
         ({"hub": "a/b", "file": "x"}, "or `hub` a data set"),
+        ({"documents": "b.jsonl"}, "`documents` must be an object, such as"),
+        ({"documents": {"file": "b.jsonl", "key": "id"}}, "documents: unknown key 'key'; known: file, hub, config"),
+        ({"queries": {"id": "_id"}}, "queries: `file` must name a JSONL file"),
+        ({"queries": {"file": "b", "config": "c"}}, "queries: `config` is for a data set of the hub"),
+        ({"documents": {"file": "b.jsonl", "text": []}}, "documents: `id` must name a column, and `text` a column or"),
+        ({"columns": {"text": "a", "label": "b"}, "documents": {"file": "b"}}, "labelled texts have no ids"),
     ],
     ids=str,
 )

@@ -13,7 +13,7 @@ from llm2vec.types import UserError
 def add_source_flags(parser: argparse.ArgumentParser) -> None:
     """Let a command line name a folder and sources in it; `chosen_sources` reads it."""
     parser.add_argument("folder", type=cli.path, metavar="DATA", help="where the sources' files lie")
-    table = "table of sources; default: the released archive's; hub: a ready one"
+    table = "table of sources; default: the released archive's; hub, nemotron: ready ones"
     parser.add_argument("--sources_file", type=cli.path, help=table)
     parser.add_argument("--sources", nargs="+", help="only these")
 
@@ -23,8 +23,8 @@ def chosen_sources(args: argparse.Namespace) -> list[Source]:
     said."""
     table = e5_sources() if args.sources_file is None else read_sources_file(args.sources_file)
     sources = select_sources(table, args.sources)
-    there = [source for source in sources if source.is_there(args.folder)]
-    missing = [source.file for source in sources if source not in there]
+    there = [source for source in sources if not source.missing(args.folder)]
+    missing = list(dict.fromkeys(file for source in sources for file in source.missing(args.folder)))
     if missing and (args.sources or not there):
         raise UserError(f"{args.folder} lacks {', '.join(missing)}{archive_hint(sources)}.")
     if missing:
