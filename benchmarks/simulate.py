@@ -17,6 +17,7 @@ from benchmarks import fakecuda  # before torch
 
 # isort: split
 import argparse
+import dataclasses
 import gc
 import json
 import tempfile
@@ -31,6 +32,8 @@ from pathlib import Path
 from typing import Any, NamedTuple
 from unittest.mock import patch
 
+import pyarrow as pa
+import pyarrow.parquet as pq
 import torch
 from peft.tuners.lora import LoraLayer
 from torch import Tensor, nn
@@ -43,7 +46,7 @@ from transformers.activations import SiLUActivation
 
 from benchmarks.inputs import InHalf
 from benchmarks.shapes import SHAPES, shape_for
-from llm2vec import llm2vec_q2d_d2q
+from llm2vec import llm2vec_q2d_d2q, processes
 from llm2vec.cli import run_command
 from llm2vec.compare.recipes import read_set
 from llm2vec.files import write_json
@@ -51,10 +54,12 @@ from llm2vec.model import fused_layers, packed_attention
 from llm2vec.model.packing import inner_decoder
 from llm2vec.objectives import language_modelling
 from llm2vec.planning.gpus import CARDS, Card
-from llm2vec.planning.plan import Conditions, Plan, make_plan
+from llm2vec.planning.plan import Conditions, Plan, plan_of, shape_of, stage_of
 from llm2vec.planning.work import assumed_batch, useful_flops
 from llm2vec.table import Table
 from llm2vec.training import step
+from llm2vec.training.config import Config
+from llm2vec.training.config.file import load_config
 from llm2vec.training.model import decoder_of, fuses, plan_sharding
 from llm2vec.training.recomputation import recompute_first
 from llm2vec.types import Batch
@@ -306,12 +311,16 @@ def _backward(loss: Tensor) -> None:
 
 def _batch(plan: Plan, rows: int) -> Batch:
     """Rows of the assumed lengths; their ids have no values."""
+    objective: Any = plan.objective
     query, document = plan.conditions.tokens_query or 0, plan.conditions.tokens_document or 0
     batch = assumed_batch(plan.config, plan.settings, query, document, rows)
     for side in batch.values():
         number = sum(side["lengths"])
         side["input_ids"] = torch.empty(number, dtype=torch.long, device="cuda")
         side["pool_mask"] = side["target_mask"] = torch.empty(number, dtype=torch.bool, device="cuda")
+        if plan.config.imitation_weight:
+            width = objective.imitation.out_features
+            side["facts"] = {"teacher": torch.empty(len(side["lengths"]), width, device="cuda")}
     return batch
 
 
@@ -414,18 +423,18 @@ def report(plan: Plan, simulation: Simulation, card: Card) -> Iterator[str]:
         yield f"            {name:<44} {precision:<8} {phase:<10} {number:>6,} x {size / 1e9:>8.2f} GB"
 
 
-def simulate_all(paths: Sequence[Path], plan_of: Callable[[Path], Plan], out: Path, card: Card) -> None:
+def simulate_all(paths: Sequence[Path], plan_at: Callable[[Path], Plan], out: Path, card: Card) -> None:
     """Simulate configs, each kind of step once, and write what was found to a file, which an earlier start may have.
 
     Args:
         paths: of the configs.
-        plan_of: plans one.
+        plan_at: plans one.
         out: the file.
         card: by which time is reckoned.
     """
     found: dict[str, Any] = json.loads(out.read_text(encoding="utf-8")) if out.is_file() else {}
     for path in paths:
-        plan = plan_of(path)
+        plan = plan_at(path)
         assert plan.memory is not None, f"{path}: layers of another kind"
         parts = [(part.name, part.size) for part in plan.memory.parts]
         share = plan.args.per_device_train_batch_size
@@ -483,12 +492,22 @@ def recipes_in(place: Path, folder: Path) -> Iterator[Path]:
                 yield file
 
 
+def with_teacher(config: Config, width: int, folder: Path) -> Config:
+    """A config whose vectors to imitate lie in a folder, if it has any: one, as wide as said; the rest is to come."""
+    if config.teacher_vectors in (None, "self"):
+        return config
+    vector = pa.FixedSizeListArray.from_arrays(pa.array([0.0] * width, pa.float32()), width)
+    pq.write_table(pa.table({"id": ["0" * 16], "vector": vector}), folder / "vectors.parquet")
+    return dataclasses.replace(config, teacher_vectors=str(folder))
+
+
 def start_processes(number: int) -> None:
     """A group of so many processes, of which the others are not there."""
     from torch.testing._internal.distributed.fake_pg import FakeStore
 
     if number > 1:
         torch.distributed.init_process_group("fake", rank=0, world_size=number, store=FakeStore())
+        patch.object(processes, "_patient_group", lambda: None).start()  # nobody waits for those who are not there
 
 
 def main(argv: Sequence[str]) -> None:
@@ -519,7 +538,7 @@ def main(argv: Sequence[str]) -> None:
     start_processes(given.num_processes)
     with tempfile.TemporaryDirectory() as folder:
 
-        def plan_of(path: Path) -> Plan:
+        def plan_at(path: Path) -> Plan:
             base = given.base
             if base is None and (name := shape_for(path.read_text(encoding="utf-8"))) is not None:
                 base = str(Path(folder, name))
@@ -528,15 +547,17 @@ def main(argv: Sequence[str]) -> None:
                 num_processes=given.num_processes, card=card, base=base,
                 tokens_query=given.tokens_query, tokens_document=given.tokens_document,
             )  # fmt: skip
-            return make_plan(path, conditions)
+            config = load_config(path, stage_of(path))
+            width = shape_of(base or config.model_name_or_path).hidden_size
+            return plan_of(with_teacher(config, width, Path(folder)), conditions)
 
         configs = [config for place in given.configs for config in recipes_in(place, Path(folder))]
         if len(configs) > 1:
-            simulate_all(configs, plan_of, given.out, card)
+            simulate_all(configs, plan_at, given.out, card)
             print(table(json.loads(given.out.read_text(encoding="utf-8")), card).markdown())
             return
         fused = None if given.fused == "auto" else given.fused == "on"
-        plan = plan_of(configs[0])
+        plan = plan_at(configs[0])
         for line in report(plan, simulate(plan, fused=fused, rows=given.rows), card):
             print(line)
 

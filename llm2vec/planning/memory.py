@@ -144,12 +144,15 @@ def _between_processes(
 
 
 def _copies(model: Any, numbers: Numbers, step: Step) -> Part:
-    """Weights cast to half precision: trained ones once, frozen ones in every pass; not kept by recomputed layers."""
+    """Weights cast to half precision: trained ones once, frozen ones in every pass; kept neither by recomputed layers
+    nor where nothing is differentiated."""
     matrices = _matrices(model)
     kept = 1 - step.num_recomputed / len(inner_decoder(model).layers)
     trained = sum(weight.numel() for weight in matrices if weight.requires_grad)
-    frozen = sum(weight.numel() for weight in matrices) - trained
-    number = trained + len(step.passes) * kept * frozen
+    frozen = {"trained": sum(weight.numel() for weight in matrices) - trained, "read": 0}
+    if any(p.kind == "frozen" for p in step.passes):
+        frozen["frozen"] = sum(weight.numel() for weight in _matrices(frozen_form(model)))
+    number = trained + kept * sum(frozen[p.kind] for p in step.passes)
     is_cast = numbers.stream != numbers.compute and numbers.bits is None
     return Part("half-precision weights", number * numbers.compute if is_cast else 0.0, "copies (autocast)")
 

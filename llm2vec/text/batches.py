@@ -95,7 +95,8 @@ def select_rows(side: TokenBatch, chosen: Sequence[int], ends: Sequence[int] | N
     if "labels" in side:
         selected["labels"] = pick(side["labels"])
     if "facts" in side:
-        selected["facts"] = {name: values[list(chosen)] for name, values in side["facts"].items()}
+        facts = side["facts"].items()  # a list as an index would be sent to the device, which the host waits for
+        selected["facts"] = {name: torch.cat([values[i : i + 1] for i in chosen]) for name, values in facts}
     return selected
 
 

@@ -55,6 +55,7 @@ MODELLING = {"LM": LanguageModelling, "MNTP": MaskedNextTokenPrediction}
 PRETEXTS: dict[str, dict[str, Any]] = {
     "Stage I and LM": {"lm_weight": 0.5}, "Stage I, bag": {"target_loss": "bag"},
     "Stage I, kl": {"target_loss": "kl", "decoder": "frozen", "bos_id": 1},
+    "Stage I, imitating": {"imitation_weight": 1.0, "teacher_width": 8},
 }  # fmt: skip
 
 
@@ -68,6 +69,9 @@ def waits_of_step(stage: str) -> dict[str, object]:
         batch["text"]["labels"] = batch["text"]["input_ids"].clone()
     elif stage in PRETEXTS:
         objective = BidirectionalReconstruction(objective.model, SETTINGS, **PRETEXTS[stage])
+        if "teacher_width" in PRETEXTS[stage]:
+            for side in batch.values():
+                side["facts"] = {"teacher": torch.ones(len(side["lengths"]), 8, device="cuda")}
     fuse(inner_decoder(decoder_of(objective.model)))
     run_step(objective, batch, case)
     with fakecuda.waits() as seen:

@@ -53,7 +53,8 @@ def test_kernels_take_what_they_are_given_and_give_what_they_must(found: Any) ->
 
 
 @pytest.mark.parametrize(
-    "stage", ["Stage I", "Stage II", "LM", "MNTP", "Stage I and LM", "Stage I, kl", "Stage I, bag"]
+    "stage",
+    ["Stage I", "Stage II", "LM", "MNTP", "Stage I and LM", "Stage I, kl", "Stage I, bag", "Stage I, imitating"],
 )
 def test_the_host_does_not_wait_within_a_step(stage: str, found: Any) -> None:
     """A wait leaves the card idle while the host prepares what comes next."""

@@ -400,6 +400,18 @@ def test_most_at_once_of_every_pretext(kind: str, recomputes: bool) -> None:
     assert reckoned == pytest.approx(most, rel=0.1)
 
 
+@pytest.mark.parametrize("kind", ["frozen", "kl", "kl below an adapter", "next kl"])
+def test_weights_that_a_pass_casts(kind: str) -> None:
+    """Those of a frozen decoder are cast, too, and kept for its backward pass; those of a teacher are not kept."""
+    objective, batch_of = every_objective.make(kind, **WIDE | {"hidden_size": 256, "intermediate_size": 704})
+    most, pieces = most_alive(objective, batch_of(24), 100, autocast=True), split_batch(batch_of(24), 100)
+    args = arguments(bf16=True)
+    numbers = Numbers.of(args, objective.model, "cpu")
+    steps = [Step(objective.passes(piece), 1.0, 0, True, None) for piece in pieces]
+    reckoned = max(memory_of(objective.model, args, numbers, step, 1).most for step in steps)
+    assert reckoned == pytest.approx(most, rel=0.02)
+
+
 @pytest.mark.parametrize("kind", every_objective.STAGE_ONE)
 def test_operations_of_every_pretext(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """As torch counts them, where nothing is saved that a plan counts all the same."""
