@@ -49,6 +49,7 @@ class Reading(NamedTuple):
     #: its columns are `id` and `text`); None = the rows hold the texts
     documents: tuple[str, Reading] | None = None
     queries: tuple[str, Reading] | None = None  #: the same of queries
+    batch_size: int | None = None  #: rows of a batch from this source; None = as many as the run's batches have
 
     @property
     def texts(self) -> list[tuple[Path, Reading]]:

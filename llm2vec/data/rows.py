@@ -204,7 +204,7 @@ def read_rows(
         "num_negatives": num_negatives,
         "with_scores": with_scores,
         "texts_alone": texts_alone,
-        "reading": json.dumps(reading._replace(max_rows=None, weight=1.0)),  # which change no row
+        "reading": json.dumps(reading._replace(max_rows=None, weight=1.0, batch_size=None)),  # which change no row
         "stamps": tuple(_stamp_or_name(*place) for place in ((file, reading), *reading.texts)),
         "version": ROWS_VERSION,
     }

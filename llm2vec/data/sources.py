@@ -25,6 +25,7 @@ READY_TABLES = {name: E5_TABLE.with_name(f"{name}_sources.json") for name in ("h
 KEYS_OF_SOURCE = (
     "file", "instruction", "symmetric", "hub", "config", "split", "revision", "columns", "num_negatives", "least_score",
     "keep_equal_negatives", "max_rows", "weight", "positives", "licence", "documents", "queries",
+    "batch_size",
 )  # fmt: skip
 #: What `documents` and `queries` of an entry may say: where the texts behind ids are, and in which columns.
 KEYS_OF_TEXTS = ("file", "hub", "config", "split", "revision", "id", "text")
@@ -189,6 +190,8 @@ def _reading(where: str, entry: dict[str, Any]) -> Reading:
         raise UserError(f"{where}: `keep_equal_negatives` must be true or false.")
     if "max_rows" in entry and (type(entry["max_rows"]) is not int or entry["max_rows"] < 1):
         raise UserError(f"{where}: `max_rows` must be a whole number above 0.")
+    if "batch_size" in entry and (type(entry["batch_size"]) is not int or entry["batch_size"] < 1):
+        raise UserError(f"{where}: `batch_size` must be a whole number above 0.")
     weight = entry.get("weight", 1.0)
     if type(weight) not in (int, float) or not 0 < weight <= 1000:
         raise UserError(f"{where}: `weight` must be a number above 0, at most 1,000.")
@@ -202,7 +205,7 @@ def _reading(where: str, entry: dict[str, Any]) -> Reading:
     return Reading(
         columns=tuple(roles.items()), num_negatives=most, least_score=least, keep_equal_negatives=keep,
         max_rows=entry.get("max_rows"), weight=weight, draw_positives=entry.get("positives") == "drawn",
-        documents=documents, queries=queries,
+        documents=documents, queries=queries, batch_size=entry.get("batch_size"),
     )  # fmt: skip
 
 

@@ -111,14 +111,20 @@ class Plan:
         return self.config.stop_after_n_steps if self.schedule is None else self.schedule.steps
 
     @property
+    def rows_a_step(self) -> float:
+        """Of all processes, in the mean."""
+        places = rows_a_step(self.args, self.conditions.num_processes)
+        return places if self.order is None else places * self.order.num_rows / len(self.order)
+
+    @property
     def tokens_a_step(self) -> float:
         """Of all processes, in the mean."""
-        return rows_a_step(self.args, self.conditions.num_processes) * float(np.mean(self.all_rows.tokens_of_rows))
+        return self.rows_a_step * float(np.mean(self.all_rows.tokens_of_rows))
 
     @property
     def flops_a_step(self) -> float:
         """Useful floating-point operations of all processes, in the mean."""
-        share = rows_a_step(self.args, self.conditions.num_processes) / len(self.all_rows.tokens_of_rows)
+        share = self.rows_a_step / len(self.all_rows.tokens_of_rows)
         return share * useful_flops(self.model, self.all_rows.passes)
 
 
@@ -295,15 +301,18 @@ def _with_memory(plan: Plan) -> Plan:
             kept = reckoned_bytes(plan.model, plan.numbers, sample.passes)
             a_token.append((kept / sample.tokens, run / sample.tokens))
         number, said = fit(decoder_of(plan.model), *max(a_token), bound, budget, plan.numbers.stream)
-    steps = [_step_of(plan, sample, number) for sample in plan.by_source]
+    order, shares = plan.order, [plan.args.per_device_train_batch_size] * len(plan.by_source)
+    if order is not None and len(shares) == len(order.filled):  # else lengths are assumed, the same for all sources
+        shares = [filled // order.cells for filled in order.filled]
+    steps = [_step_of(plan, sample, number, share) for sample, share in zip(plan.by_source, shares, strict=True)]
     accounts = [memory_of(plan.model, plan.args, plan.numbers, s, plan.conditions.num_processes) for s in steps]
     worst = max(accounts, key=lambda account: account.most)
     return dataclasses.replace(plan, memory=worst, recomputation=said, num_recomputed=number)
 
 
-def _step_of(plan: Plan, sample: Sample, num_recomputed: int) -> Step:
-    """What a process has in hand in a step over rows of one source."""
-    share = plan.args.per_device_train_batch_size
+def _step_of(plan: Plan, sample: Sample, num_recomputed: int, rows: int | None = None) -> Step:
+    """What a process has in hand in a step over rows of one source; `rows` None = as many as the run's batches have."""
+    share = rows or plan.args.per_device_train_batch_size
     longest = max(sample.tokens_of_rows)
     bound = max(plan.config.tokens_per_microbatch or math.inf, longest)  # a row is never cut in two
     most, mean = sample.tokens_of(share), share * float(np.mean(sample.tokens_of_rows))

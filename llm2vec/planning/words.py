@@ -197,8 +197,9 @@ def _of_the_rows(plan: Plan) -> Iterator[str]:
             "all their texts; a row is not cut in two, so memory is what such a row needs."
         )
     if plan.order is not None and rows is not None:
-        block = plan.order.block_size
-        for source, size, taken in zip(rows.sources, rows.sizes, plan.order.taken, strict=True):
+        for source, size, taken, block in zip(
+            rows.sources, rows.sizes, plan.order.taken, plan.order.filled, strict=True
+        ):
             if taken == size // block and size % block >= LARGE_SHARE * size:
                 left = f"{size % block:,} of {source.name}'s {size:,} rows"
                 yield f"{left} are left out of an epoch, others each time, as they fill no batch of {block:,}."

@@ -165,9 +165,11 @@ def row_orders(
     a source or its held-out rows do not fill one batch, or evaluation has no rows."""
     at_once = args.per_device_train_batch_size * num_processes
     block_size = at_once * (args.gradient_accumulation_steps if config.one_source_per == "step" else 1)
-    if config.max_train_samples is not None and config.max_train_samples < block_size:
+    own = [source.reading.batch_size for source in rows.sources]
+    largest = max(number or block_size for number in own)
+    if config.max_train_samples is not None and config.max_train_samples < largest:
         raise UserError(
-            f"max_train_samples is {config.max_train_samples}, fewer than the {block_size} rows of one batch; raise it "
+            f"max_train_samples is {config.max_train_samples}, fewer than the {largest} rows of one batch; raise it "
             "or make the batch smaller."
         )
     sampler = OneSourceBlocks(
@@ -180,6 +182,7 @@ def row_orders(
         max_characters=CHARACTERS_A_TOKEN * config.max_seq_length,
         weights=[source.reading.weight for source in rows.sources],
         temperature=config.source_temperature,
+        own=own,
     )
     return sampler, _held_out(config, args, rows, at_once)
 
@@ -214,10 +217,10 @@ def describe_left_out(rows: Rows) -> list[str]:
 
 def describe_mixture(order: OneSourceBlocks) -> list[str]:
     """What an epoch takes of each source, in whole steps; nothing of one source alone."""
-    size_of_block, total = order.block_size, sum(order.taken)
-    parts = []
-    for source, size, taken in zip(order.rows.sources, order.sizes, order.taken, strict=True):
-        times = "" if taken == size // size_of_block else f" ({taken * size_of_block / size:.2f} times its rows)"
-        parts.append(f"{source.name} {taken / total:.1%}{times}")
-    is_plain = len(parts) == 1 and order.taken[0] == order.sizes[0] // size_of_block
-    return [] if is_plain else [f"mixture     {', '.join(parts)} of an epoch's {len(order):,} rows"]
+    parts, is_plain = [], len(order.sizes) == 1
+    for source, size, taken, filled in zip(order.rows.sources, order.sizes, order.taken, order.filled, strict=True):
+        times = "" if taken == size // filled else f" ({taken * filled / size:.2f} times its rows)"
+        own = "" if filled == order.block_size else f" in batches of {filled}"
+        parts.append(f"{source.name} {taken * filled / order.num_rows:.1%}{times}{own}")
+        is_plain = is_plain and not times and not own
+    return [] if is_plain else [f"mixture     {', '.join(parts)} of an epoch's {order.num_rows:,} rows"]

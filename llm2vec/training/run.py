@@ -270,6 +270,7 @@ def describe(
         num_processes: that share a step.
     """
     steps_per_epoch = steps_an_epoch(args, len(order), num_processes)
+    mean_rows = rows_a_step(args, num_processes) * order.num_rows / len(order)
     return [
         describe_model(config, settings.template or "open"),
         f"data        {len(rows):,} rows of {len(rows.sources)} source(s): {', '.join(s.name for s in rows.sources)}",
@@ -277,7 +278,7 @@ def describe(
         *describe_mixture(order),
         describe_steps(config, args, schedule_of(config, args, steps_per_epoch)),
         describe_rows(args, num_processes),
-        f"tokens      {_tokens_per_step(rows, collate, rows_a_step(args, num_processes))}",
+        f"tokens      {_tokens_per_step(rows, collate, mean_rows)}",
         *describe_weights(args, model),
         f"output      {config.output_dir}",
     ]
@@ -338,7 +339,7 @@ def describe_negatives(config: Config, args: TrainingArguments, num_processes: i
     return line
 
 
-def _tokens_per_step(rows: Rows, collate: Collate, rows_per_step: int) -> str:
+def _tokens_per_step(rows: Rows, collate: Collate, rows_per_step: float) -> str:
     """Mean tokens of a step and the share of texts cut, from a sample of rows."""
     sample = sample_of(rows)
     lengths = [len(row.ids) for row in collate.all_rows(sample)]

@@ -43,6 +43,7 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset, Sampler
 from transformers import ProgressCallback, Trainer, TrainerCallback, TrainingArguments
 
+from llm2vec.data.order import NO_ROW, Slots, without_empty
 from llm2vec.processes import leave_process_group
 from llm2vec.training.log import LOG_FILE, EndOfRun, JsonLog, ProgressToStop, StepFigures
 from llm2vec.training.resume import last_checkpoint, step_of
@@ -113,7 +114,10 @@ class EmbedderTrainer(Trainer):
         args.logging_nan_inf_filter = False
         eval_rows, eval_sampler = held_out or (None, None)
         with _of_arguments():
-            super().__init__(cast(nn.Module, objective), args, collate, rows, eval_rows, callbacks=list(callbacks))
+            super().__init__(
+                cast(nn.Module, objective), args, partial(without_empty, collate), Slots(rows), eval_rows,
+                callbacks=list(callbacks),
+            )  # fmt: skip
         if args.fsdp_plugin_args is not None and not self.is_fsdp_enabled:
             # accelerate knows FSDP on GPUs only; on CPUs it would train whole copies without a word.
             raise UserError("fsdp shares the weights among GPUs, and this run has none; take fsdp out.")
@@ -289,7 +293,7 @@ class EmbedderTrainer(Trainer):
         per_step = self.get_total_train_batch_size(self.args)
         first = self.state.global_step % self._end.steps_per_epoch * per_step
         order = self._sampler.rows_from(first)  # type: ignore[attr-defined]
-        return list(itertools.islice(order, per_step))
+        return [row for row in itertools.islice(order, per_step) if row != NO_ROW]
 
     # --- between steps ---
 

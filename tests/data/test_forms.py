@@ -182,6 +182,30 @@ def test_ids_train_the_same_weights_as_their_texts(stage: Any, base: Path) -> No
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("stage", ["stage_I", "stage_II"])
+def test_a_batch_size_of_its_own_is_a_run_with_smaller_batches(
+    stage: Any, base: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Bit for bit, in micro-batches and in pieces too; and a mixture goes on from a checkpoint as if never stopped."""
+    pieces = {"tokens_per_microbatch": 64, "gradient_accumulation_steps": 2}
+    for keys in ({}, pieces):
+        small = trained(base, stage, write_table(base, a=entry("a.jsonl")), per_device_train_batch_size=2, **keys)
+        own = entry("a.jsonl", batch_size=2 * keys.get("gradient_accumulation_steps", 1))
+        assert_equal(trained(base, stage, write_table(base, a=own), **keys), small)
+    write_jsonl(base / "b.jsonl", ROWS[:3])
+    table = write_table(base, a=entry("a.jsonl"), b=entry("b.jsonl", batch_size=2))
+    keys = {"max_steps": 5, "save_strategy": "steps", "save_steps": 2, "dataloader_num_workers": 1}
+    whole = trained(base, stage, table, **keys)
+    for stop in (2, 4):
+        stopped = trained(base, stage, table, resume="auto", stop_after_n_steps=stop, **keys)
+    assert any(not torch.equal(stopped[name], whole[name]) for name in whole)
+    (base / "-".join(("out", "resume", "stop_after_n_steps", *keys))).rename(base / "-".join(("out", "resume", *keys)))
+    caplog.set_level("INFO", logger="llm2vec")
+    assert_equal(trained(base, stage, table, resume="auto", **keys), whole)
+    assert "checkpoint-4" in caplog.text
+
+
+@pytest.mark.slow
 def test_a_source_without_negatives_trains_beside_others(base: Path) -> None:
     """Its batches are those of a run without hard negatives, bit for bit; two such sources are one mixture."""
     without = trained(base, "stage_II", write_table(base, a=entry("a.jsonl")), num_hard_negatives=0)
@@ -490,6 +514,8 @@ def test_what_is_not_there_is_said(tmp_path: Path, monkeypatch: pytest.MonkeyPat
     (tmp_path / "folder").mkdir()
     with pytest.raises(UserError, match="lacks folder"):
         read(tmp_path, a=entry("folder"))
+    with pytest.raises(UserError, match=r"nowhere is not a folder \(wanted: folder\)"):
+        check_data([str(tmp_path / "nowhere"), "--sources_file", str(tmp_path / "sources.json")])
 
 
 # What knows of no form

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 from helpers import write_jsonl
 
-from llm2vec.data.order import OneSourceBlocks, block_order, blocks_taken
+from llm2vec.data.order import NO_ROW, OneSourceBlocks, block_order, blocks_taken
 from llm2vec.data.rows import TrainingRows
 from llm2vec.data.sources import read_sources_file
 from llm2vec.training.rows import describe_mixture
@@ -101,9 +101,62 @@ def test_drawn_positives_take_turns(tmp_path: Path) -> None:
     assert all(len(positives) == 3 for positives in drawn.values())
 
 
+# A batch size of a source's own
+
+
+@pytest.mark.parametrize(("num_ranks", "rows_a_rank", "cells"), [(1, None, 1), (1, 4, 2), (2, 4, 2), (2, 2, 4)])
+def test_a_smaller_batch_leaves_places_empty(
+    num_ranks: int, rows_a_rank: int | None, cells: int, tmp_path: Path
+) -> None:
+    """In each micro-batch of each rank equally many. Every row comes once an epoch, a block has rows of one source, and
+    the blocks are those of a run whose batches are as small."""
+    rows = rows_of(tmp_path, a={"batch_size": 4, "max_rows": 6}, b={})
+    own = [source.reading.batch_size for source in rows.sources]
+    order = OneSourceBlocks(rows, 8, 3, num_ranks=num_ranks, rows_a_rank=rows_a_rank, own=own)
+    assert order.taken == [1, 4] and order.num_rows == 36 and len(order) == 40 and order.cells == cells
+    for epoch in range(2):
+        order.set_epoch(epoch)
+        places = np.array(list(order))
+        assert list(order.rows_from(16)) == places[16:].tolist()
+        real = places[places != NO_ROW]
+        assert len(set(real.tolist())) == 36
+        for block in places.reshape(-1, 8):
+            held = block[block != NO_ROW]
+            assert len({index < 6 for index in held.tolist()}) == 1 and len(held) == (4 if held[0] < 6 else 8)
+            assert {int((cell != NO_ROW).sum()) for cell in block.reshape(cells, -1)} == {len(held) // cells}
+    alone = rows_of(tmp_path, a={"batch_size": 4})
+    order = OneSourceBlocks(alone, 8, 3, num_ranks=num_ranks, rows_a_rank=rows_a_rank, own=[4])
+    small = OneSourceBlocks(alone, 4, 3, num_ranks=num_ranks, rows_a_rank=rows_a_rank and 4 // cells)
+    assert [index for index in order if index != NO_ROW] == list(small)
+
+
+def test_shares_of_sources_with_batches_of_their_own() -> None:
+    """Of rows, not of steps."""
+    assert blocks_taken(SIZES, BLOCK, [1, 1, 1], 1, [4, 2, 1]) == [5, 4, 50]
+    # 20, 8 and 50 rows in equal shares of 26
+    assert blocks_taken(SIZES, BLOCK, [1, 1, 1], 1e9, [2, 2, 1]) == [13, 13, 26]
+
+
+def test_what_is_said_of_batches_of_their_own(tmp_path: Path) -> None:
+    rows = rows_of(tmp_path, a={"batch_size": 2, "max_rows": 3}, b={})
+    assert describe_mixture(OneSourceBlocks(rows, 4, 1, own=[2, None])) == [
+        "mixture     a 5.3% in batches of 2, b 94.7% of an epoch's 38 rows"
+    ]
+    for own, ranks in ((8, 1), (3, 2)):
+        with pytest.raises(
+            UserError, match=rf"source 'a': its batch_size is {own}, but must be at most the run's 4 and"
+        ):
+            OneSourceBlocks(rows, 4, 1, num_ranks=ranks, own=[own, None])
+    with pytest.raises(
+        UserError, match=r"source 'a' has 3 rows, fewer than the 4 of one batch; .* a `batch_size` of its"
+    ):
+        OneSourceBlocks(rows, 4, 1, own=[None, 2])
+
+
 @pytest.mark.parametrize(
     ("keys", "message"),
     [
+        ({"batch_size": 0}, "`batch_size` must be a whole number above 0"),
         ({"weight": 0}, "`weight` must be a number above 0, at most 1,000"),
         ({"weight": "2"}, "`weight` must be a number"),
         ({"max_rows": 0}, "`max_rows` must be a whole number above 0"),

@@ -431,6 +431,19 @@ def test_stage_II_does_not_depend_on_the_layout(folder: Path) -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("stage", ["stage_I", "stage_II"])
+def test_batches_of_a_sources_own_do_not_depend_on_the_layout(stage: str, folder: Path) -> None:
+    """Two sources, of which one has batches of half the rows: on two processes as on one."""
+    table = {name: {"file": "words.jsonl", **entry} for name, entry in (("a", {}), ("b", {"batch_size": 4}))}
+    (folder / "mixed.json").write_text(json.dumps(table), encoding="utf-8")
+    keys = {"sources_file": str(folder / "mixed.json"), "total_batch_size": 8}
+    keys |= {"lora_dropout": 0.0, "lora_r": 4, "learning_rate": 0.1} if stage == "stage_II" else {}
+    one = train(stage, folder, f"{stage}-own-one", per_device_train_batch_size=8, **keys)
+    two = train(stage, folder, f"{stage}-own-two", 2, per_device_train_batch_size=4, tokens_per_microbatch=64, **keys)
+    assert_same_run(two, one, STAGE_I_PARTS if stage == "stage_I" else ("loss_contrastive", "in_batch_accuracy"))
+
+
+@pytest.mark.slow
 def test_every_rank_sees_another_order_in_the_second_epoch(folder: Path) -> None:
     """Two epochs on two processes equal two epochs on one, so `set_epoch` reaches the order on every rank."""
     keys = {"total_batch_size": 16, "max_steps": -1, "num_train_epochs": 2}

@@ -26,7 +26,9 @@ def chosen_sources(args: argparse.Namespace) -> list[Source]:
     there = [source for source in sources if not source.missing(args.folder)]
     missing = list(dict.fromkeys(file for source in sources for file in source.missing(args.folder)))
     if missing and (args.sources or not there):
-        raise UserError(f"{args.folder} lacks {', '.join(missing)}{archive_hint(sources)}.")
+        names = ", ".join(missing)
+        what = f"lacks {names}" if args.folder.is_dir() else f"is not a folder (wanted: {names})"
+        raise UserError(f"{args.folder} {what}{archive_hint(sources)}.")
     if missing:
         cli.Printer(vars(args).get("json", False)).say(f"not there: {', '.join(missing)}")
     return there
