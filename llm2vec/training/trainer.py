@@ -113,11 +113,9 @@ class EmbedderTrainer(Trainer):
         # That filter waits for the device at every micro-batch; here a whole step is looked at, once.
         args.logging_nan_inf_filter = False
         eval_rows, eval_sampler = held_out or (None, None)
+        slots, make_batch = Slots(rows), partial(without_empty, collate)
         with _of_arguments():
-            super().__init__(
-                cast(nn.Module, objective), args, partial(without_empty, collate), Slots(rows), eval_rows,
-                callbacks=list(callbacks),
-            )  # fmt: skip
+            super().__init__(cast(nn.Module, objective), args, make_batch, slots, eval_rows, callbacks=list(callbacks))
         if args.fsdp_plugin_args is not None and not self.is_fsdp_enabled:
             # accelerate knows FSDP on GPUs only; on CPUs it would train whole copies without a word.
             raise UserError("fsdp shares the weights among GPUs, and this run has none; take fsdp out.")
