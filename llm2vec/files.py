@@ -229,6 +229,19 @@ def whole(file: Path) -> Iterator[Path]:
         aside.unlink(missing_ok=True)
 
 
+@contextmanager
+def whole_folder(folder: Path) -> Iterator[Path]:
+    """The same for a folder, which is not there yet, or empty: a new hidden one beside it, which gets its name."""
+    aside = folder.with_name(f".{folder.name.lstrip('.')}.writing")
+    shutil.rmtree(aside, ignore_errors=True)  # of a start that was killed
+    aside.mkdir(parents=True)
+    try:
+        yield aside
+        aside.rename(folder)
+    finally:
+        shutil.rmtree(aside, ignore_errors=True)
+
+
 def write_text(file: Path, text: str) -> None:
     """Write text in UTF-8, aside and renamed."""
     with whole(file) as aside:
@@ -240,18 +253,24 @@ def write_json(file: Path, content: Any) -> None:
     write_text(file, json.dumps(content, indent=2, ensure_ascii=False) + "\n")
 
 
-def json_lines(file: Path, *, skip_blank: bool = True, shape: Shape = None) -> Iterator[tuple[str, dict[str, Any]]]:
+def write_json_lines(file: Path, rows: Iterable[Any]) -> None:
+    """Write a line of JSON for each row, aside and renamed; the rows may come one at a time."""
+    with whole(file) as aside, aside.open("w", encoding="utf-8") as out:
+        out.writelines(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
+
+
+def json_lines(file: Path, *, shape: Shape = None) -> Iterator[tuple[str, dict[str, Any]]]:
     """The objects of a JSONL file, each with its place (`FILE, line 3`) to begin a message with.
 
-    Lines of blanks are passed over, or refused without `skip_blank`; `shape` of each object is as `checked` takes it. A
-    `UserError` where the file cannot be read, or a line is no such object.
+    Lines of blanks are passed over; `shape` of each object is as `checked` takes it. A `UserError` where the file
+    cannot be read, or a line is no such object.
     """
     try:
         if file.is_char_device() or file.is_block_device():
             raise UserError(f"{file}: cannot be read (it is a device).")
         with file.open("rb") as lines:
             for number, line in enumerate(lines, start=1):
-                if line.strip() or not skip_blank:
+                if line.strip():
                     where = f"{file}, line {number}"
                     yield where, parse_object(line, where, shape)
     except OSError as error:

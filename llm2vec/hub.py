@@ -13,7 +13,7 @@ from typing import Any, TypedDict
 from huggingface_hub import constants
 from huggingface_hub.utils import http_backoff  # type: ignore[attr-defined]  # public, and not in its __all__
 
-from llm2vec.types import UserError, first_line
+from llm2vec.types import UserError, first_line, in_one_sentence
 
 logger = logging.getLogger(__name__)
 
@@ -155,11 +155,8 @@ def upload(folder: Path, repository: str, private: bool = False) -> str:
     from huggingface_hub import HfApi  # a second to import
 
     api = HfApi()
-    try:
+    # Not logged in, no such organisation, no connection: each raises a type of its own.
+    with in_one_sentence(lambda why: f"{folder} is written, but could not be uploaded to {repository}: {why}"):
         address = api.create_repo(repository, exist_ok=True, private=private)
         api.upload_folder(repo_id=repository, folder_path=folder, commit_message="Upload exported embedder")
-    except Exception as error:  # not logged in, no such organisation, no connection: each a type of its own
-        raise UserError(
-            f"{folder} is written, but could not be uploaded to {repository}: {first_line(error)}"
-        ) from error
     return str(address)

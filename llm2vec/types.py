@@ -6,7 +6,8 @@ size, V vocabulary, N documents of a gathered pool.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from typing import TYPE_CHECKING, Literal, NamedTuple, NotRequired, Protocol, TypeAlias, TypedDict, get_args
 
 if TYPE_CHECKING:
@@ -227,3 +228,32 @@ def first_line(error: BaseException) -> str:
     """The first line of an error's text, to go into one sentence of ours."""
     lines = str(error).strip().splitlines()
     return lines[0].strip() if lines else type(error).__name__
+
+
+@contextmanager
+def in_one_sentence(
+    sentence: Callable[[str], str], of: type[Exception] | tuple[type[Exception], ...] = Exception
+) -> Iterator[None]:
+    """Around what a library does: an error of its own becomes a `UserError`; one that is a `UserError` stays as it is.
+
+        with in_one_sentence(lambda why: f"{path}: no tokenizer could be loaded ({why})."):
+            tokenizer = AutoTokenizer.from_pretrained(path)
+
+    Args:
+        sentence: what is said, given the first line of the library's error; of an `OSError` alone, the system's words.
+        of: the errors that are the user's affair; by default all, as many libraries raise a type for each damage.
+    """
+    try:
+        yield
+    except UserError:
+        raise
+    except of as error:
+        system = error.strerror if of is OSError and isinstance(error, OSError) else None
+        raise UserError(sentence(system or first_line(error))) from error
+
+
+@contextmanager
+def needs_extra(what: str, extra: str) -> Iterator[None]:
+    """Around the import of a package of an extra; `what` needs which is said where it is not there."""
+    with in_one_sentence(lambda _: f'{what}: pip install -e ".[{extra}]".', ImportError):
+        yield

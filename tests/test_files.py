@@ -16,7 +16,7 @@ from safetensors.torch import save_file
 
 from llm2vec import LLM2Vec
 from llm2vec.files import alone_in, as_path, checked, file_error, is_locked, read_object
-from llm2vec.types import UserError
+from llm2vec.types import UserError, in_one_sentence, needs_extra
 
 
 @pytest.mark.parametrize(
@@ -36,6 +36,26 @@ def test_what_does_not_fit_is_named(content: Any, shape: Any, said: str) -> None
     with pytest.raises(UserError) as error:
         checked(content, shape, "file.json")
     assert str(error.value).startswith("file.json: ") and said in str(error.value) and len(str(error.value)) < 150
+
+
+def test_an_error_of_a_library_is_one_sentence() -> None:
+    """Its first line goes into it; a sentence of ours stays as it is, and an error of another type is none."""
+    with pytest.raises(UserError, match=r"^file: cut short\.$"), in_one_sentence(lambda why: f"file: {why}."):
+        raise RuntimeError("cut short\nat byte 3")
+    with pytest.raises(UserError, match=r"^ours$"), in_one_sentence(lambda why: f"file: {why}."):
+        raise UserError("ours")
+    with (
+        pytest.raises(UserError, match=r"^No such file or directory\.$"),
+        in_one_sentence(lambda why: f"{why}.", OSError),
+    ):
+        Path("/no/such/file").read_bytes()
+    with pytest.raises(KeyError), in_one_sentence(lambda why: f"file: {why}.", (OSError, ValueError)):
+        raise KeyError
+    with (
+        pytest.raises(UserError, match=r'^This needs x: pip install -e "\.\[eval\]"\.$'),
+        needs_extra("This needs x", "eval"),
+    ):
+        import no_such_package  # type: ignore[import-not-found]  # noqa: F401
 
 
 @pytest.mark.parametrize(

@@ -127,7 +127,7 @@ def test_neighbours_order_batch_size_and_padding_side_do_not_matter(
         assert apart(encode(embedder, batch_size=batch_size), alone) < 1e-5
     assert apart(encode(embedder, TEXTS[::-1]).flip(0), alone) < 1e-5
     assert apart(encode(embedder, TEXTS[:3]), alone[:3]) < 1e-5
-    for embedder.row_tokenizer.padding_side in ("left", "right"):
+    for embedder.tokenizer.padding_side in ("left", "right"):
         assert apart(padded(embedder), alone) < 1e-5
 
 

@@ -32,7 +32,7 @@ from llm2vec.choice import ModelChoice, add_model_flags, chosen_model
 from llm2vec.corpus.passages import PASSAGE_CHARACTERS, SUFFIXES, passages_of
 from llm2vec.files import alone_in, check_unicode, parse_object, sha256, whole, write_text
 from llm2vec.table import Cell, Table
-from llm2vec.types import TextSide, UserError
+from llm2vec.types import TextSide, UserError, in_one_sentence
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -156,14 +156,12 @@ def _build_index(source: Path, folder: Path, choice: ModelChoice, batch_size: in
     stored_ND = vectors_ND if choice.torch_dtype == "float32" else vectors_ND.half()
     from safetensors.torch import save_file
 
-    try:
+    with in_one_sentence(lambda why: f"{folder} cannot be written to ({why}).", OSError):
         for aside in (*folder.glob(f".{VECTORS_FILE}.*"), *folder.glob(f".{TEXTS_FILE}.*")):  # a killed start's
             aside.unlink()
         with whole(folder / VECTORS_FILE) as aside:
             save_file({"vectors": stored_ND}, aside, metadata={**about, "vectors": _sum_of(stored_ND)})
             write_text(folder / TEXTS_FILE, lines)
-    except OSError as error:
-        raise UserError(f"{folder} cannot be written to ({error.strerror}).") from error
     return len(rows)
 
 
@@ -183,14 +181,14 @@ class TextIndex:
         if not (folder / VECTORS_FILE).is_file() or not (folder / TEXTS_FILE).is_file():
             raise UserError(f"{folder} is no index: it does not hold both {VECTORS_FILE} and {TEXTS_FILE}.")
         where = f"{folder / VECTORS_FILE}"
-        try:
-            with safe_open(folder / VECTORS_FILE, framework="pt") as vectors:
-                about = vectors.metadata() or {}
-                if not about.keys() >= ABOUT:
-                    raise UserError(f"{where} is of another program or version; make the index again.")
-                self._vectors_ND = vectors.get_tensor("vectors")
-        except SafetensorError as error:
-            raise UserError(f"{where} cannot be read ({error}); make the index again.") from error
+        with (
+            in_one_sentence(lambda why: f"{where} cannot be read ({why}); make the index again.", SafetensorError),
+            safe_open(folder / VECTORS_FILE, framework="pt") as vectors,
+        ):
+            about = vectors.metadata() or {}
+            if not about.keys() >= ABOUT:
+                raise UserError(f"{where} is of another program or version; make the index again.")
+            self._vectors_ND = vectors.get_tensor("vectors")
         if about["texts"] != sha256(folder / TEXTS_FILE):
             raise UserError(f"{folder}: the vectors are not of this {TEXTS_FILE}; make the index again.")
         self._lines = (folder / TEXTS_FILE).read_bytes().splitlines()

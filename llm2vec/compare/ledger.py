@@ -66,7 +66,8 @@ def write_ledger(results: Path, output_dir: Path) -> Path:
     for file in sorted(results.glob(f"*/{COMPARISON_RECORD}")):
         outcomes, own, facts = read_record(file.parent)
         blocks.append(f"## {escape_markdown(file.parent.name)}")
-        blocks.append(_list({**facts, **_origin(file.parent)}))
+        known = {**facts, **_origin(file.parent)}
+        blocks.append("\n".join(f"- {escape_markdown(name)}: {escape_markdown(text)}" for name, text in known.items()))
         keys = Table(["Recipe", "Stages and own keys"], list(own.items()), "What each recipe sets itself", num_names=2)
         shown = [outcome_table(outcomes), _context_table(outcomes), difference_table(outcomes, facts)]
         shown.append(claims_table(outcomes))
@@ -136,7 +137,3 @@ def _origin(record: Path) -> dict[str, str]:
     bases = sorted({f"{origin['model']}, from {origin['from']}; weights {origin['weights']}" for origin in origins})
     found = {"The base is": ", ".join(bases), "Commit": ", ".join(commits), "Versions": ", ".join(versions)}
     return {name: text for name, text in found.items() if text}
-
-
-def _list(facts: Mapping[str, str]) -> str:
-    return "\n".join(f"- {escape_markdown(name)}: {escape_markdown(text)}" for name, text in facts.items())

@@ -16,7 +16,7 @@ from typing import Any
 
 from llm2vec.compare.recipes import SHARED_FILE, Recipe, RecipeSet, StageFile
 from llm2vec.data.sources import e5_sources, find_files, read_sources_file, select_sources, table_file
-from llm2vec.files import data_revision, files_hash, json_hash, write_json
+from llm2vec.files import data_revision, files_hash, json_hash, whole_folder, write_json
 from llm2vec.hub import find_file, without_waiting_for_the_hub
 from llm2vec.model.chain import RUN_FILE, revision_of
 from llm2vec.model.settings import SETTINGS_FILE
@@ -213,13 +213,10 @@ def _bare_base(base: str, copy: Path) -> str:
     if not (Path(base) / SETTINGS_FILE).is_file():
         return base
     if not copy.is_dir():
-        aside = copy.with_name(f".{copy.name}.partial")
-        shutil.rmtree(aside, ignore_errors=True)
-        aside.mkdir(parents=True)
-        for file in Path(base).iterdir():
-            if file.is_file() and file.name not in (SETTINGS_FILE, RUN_FILE):
-                shutil.copy2(file, aside)
-        aside.rename(copy)
+        with whole_folder(copy) as aside:
+            for file in Path(base).iterdir():
+                if file.is_file() and file.name not in (SETTINGS_FILE, RUN_FILE):
+                    shutil.copy2(file, aside)
     return str(copy)
 
 

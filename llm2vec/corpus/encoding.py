@@ -8,7 +8,7 @@
 
 A shard is one call of `LLM2Vec.encode`, which sorts its texts by length. Its file is written aside and renamed, and
 depends on nothing but its rows and the settings: whoever encodes it, and how often, writes the same file. That is all
-that an engine needs to know: `encode_locally` here, `encode_on_ray` in `corpus_encoding_ray`.
+that an engine needs to know: `encode_locally` here, `encode_on_ray` in `ray`.
 
 The manifest's name begins with `_` so that pandas, pyarrow and datasets read the folder as one table.
 """

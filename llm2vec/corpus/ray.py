@@ -17,7 +17,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from llm2vec.corpus.encoding import QUEUE_FOLDER, CorpusEncoding, ShardEncoder
-from llm2vec.types import UserError
+from llm2vec.types import UserError, needs_extra
 
 logger = logging.getLogger(__name__)
 
@@ -50,10 +50,8 @@ class _Worker:
 
 def check_ray_installed() -> None:
     """Refuse, by a `UserError`, to begin what only Ray can do, before anything is written."""
-    try:
+    with needs_extra("--engine ray needs Ray", "ray"):
         import ray.data  # noqa: F401
-    except ImportError as error:
-        raise UserError('--engine ray needs Ray: pip install -e ".[ray]".') from error
 
 
 def encode_on_ray(encoding: CorpusEncoding, shards: Sequence[int], num_workers: int | None) -> list[str]:

@@ -7,7 +7,6 @@ than the memory, and what a killed start has finished is not made again.
 from __future__ import annotations
 
 import logging
-import shutil
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, Protocol
@@ -21,11 +20,11 @@ from llm2vec.choice import ModelChoice
 from llm2vec.corpus.search import BLOCK
 from llm2vec.corpus.server import request_json
 from llm2vec.data.sources import Instruction
-from llm2vec.files import json_hash, whole
+from llm2vec.files import json_hash, whole, whole_folder
 from llm2vec.hub import find_file
 from llm2vec.model.settings import SETTINGS_FILE
 from llm2vec.model.vault import MODULES_FILE, folder_at, weights_of
-from llm2vec.types import TextSide, UserError, first_line
+from llm2vec.types import TextSide, UserError, in_one_sentence, needs_extra
 
 #: The names of BM25 and of chance, where others are names of models.
 BM25, RANDOM = "bm25", "random"
@@ -84,12 +83,7 @@ def foreign_encoder(path: str) -> Encode:
     """
     from llm2vec.model.backbone import open_sentence_transformer
 
-    try:
-        model = open_sentence_transformer(path)
-    except UserError:
-        raise
-    except Exception as error:  # damaged files: what stock libraries raise for them has no common type
-        raise UserError(f"sentence-transformers cannot load {path}: {first_line(error)}") from error
+    model = open_sentence_transformer(path)
 
     def encode(texts: list[str], instruction: Instruction, is_query: bool) -> Tensor:
         encode_side = model.encode_query if is_query else model.encode_document
@@ -118,15 +112,11 @@ def open_reranker(path: str) -> tuple[Callable[[list[tuple[str, str]]], list[flo
     weights_of(folder)
     if (modules := find_file(path, MODULES_FILE)) is not None and b"Pooling" in Path(modules).read_bytes():
         return _cosines(foreign_encoder(path)), revision_of(path)
-    try:
-        from sentence_transformers import CrossEncoder  # seconds to import, and an extra
-
-        options = {"use_safetensors": True}
+    with needs_extra("a reranker needs sentence-transformers", "eval"):
+        from sentence_transformers import CrossEncoder  # seconds to import
+    options = {"use_safetensors": True}
+    with in_one_sentence(lambda why: f"sentence-transformers cannot load {path}: {why}"):  # damaged files
         model = CrossEncoder(path, revision=folder.commit, trust_remote_code=False, model_kwargs=options)
-    except ImportError as error:
-        raise UserError('a reranker needs sentence-transformers: pip install -e ".[eval]".') from error
-    except Exception as error:  # damaged files: what stock libraries raise for them has no common type
-        raise UserError(f"sentence-transformers cannot load {path}: {first_line(error)}") from error
 
     def rescore(pairs: list[tuple[str, str]]) -> list[float]:
         scores: list[float] = model.predict(pairs, show_progress_bar=False).tolist()
@@ -235,13 +225,11 @@ class LexicalRetriever:
         bm25s = _bm25s()
         if (folder / "index").is_dir():
             return
-        aside = folder / "index.writing"
-        shutil.rmtree(aside, ignore_errors=True)
         index = bm25s.BM25()
         tokens = bm25s.tokenize(list(documents["text"]), stopwords=None, show_progress=False)
         index.index(tokens, show_progress=False)
-        index.save(aside)
-        aside.rename(folder / "index")
+        with whole_folder(folder / "index") as aside:
+            index.save(aside)
 
     def scores(self, queries: list[str], instruction: Instruction, folder: Path) -> Iterator[tuple[int, Tensor]]:
         """BM25 of the documents, in blocks of as many as others have."""
@@ -259,9 +247,7 @@ class LexicalRetriever:
 
 
 def _bm25s() -> Any:
-    try:
-        import bm25s  # an extra
-    except ImportError as error:
-        raise UserError('BM25 needs bm25s: pip install -e ".[quickstart]".') from error
+    with needs_extra("BM25 needs bm25s", "quickstart"):
+        import bm25s
     logging.getLogger("bm25s").setLevel(logging.WARNING)  # it tells of every index
     return bm25s

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import dataclasses
 import logging
-import shutil
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from itertools import islice
@@ -20,8 +19,8 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from llm2vec.data.records import load_from_hub, parsed, records_of_file
-from llm2vec.files import check_unicode, sha256
-from llm2vec.types import UserError, first_line
+from llm2vec.files import check_unicode, sha256, whole_folder
+from llm2vec.types import UserError, in_one_sentence
 
 logger = logging.getLogger(__name__)
 
@@ -55,7 +54,8 @@ class Corpus:
         if self.dataset is not None:
             hub = {"dataset": self.dataset, "subset": self.subset, "split": self.split, "revision": self.revision}
             return {"input": hub, **columns}
-        return {"input": [_describe(file) for file in self.files], **columns}
+        files = [{"file": file.name, "size": file.stat().st_size, "sha256": sha256(file)} for file in self.files]
+        return {"input": files, **columns}
 
     def rows(self) -> Iterator[CorpusRow]:
         """All rows, checked.
@@ -147,12 +147,9 @@ def cut_into_shards(
     Raises:
         UserError: there are no rows, or an id comes twice.
     """
-    aside = folder.with_name(f"{folder.name}.writing")
-    shutil.rmtree(aside, ignore_errors=True)  # of a start that was killed
-    aside.mkdir(parents=True)
     sizes: list[int] = []
     remaining = iter(rows)
-    try:
+    with whole_folder(folder) as aside:
         while shard := list(islice(remaining, shard_rows)):
             table = pa.Table.from_pylist([row._asdict() for row in shard], schema=TEXTS)
             pq.write_table(table, aside / file_name(len(sizes)), compression="zstd")
@@ -160,9 +157,6 @@ def cut_into_shards(
         if not sizes:
             raise UserError("The input has no rows.")
         _check_ids([aside / file_name(number) for number in range(len(sizes))])
-        aside.rename(folder)
-    finally:
-        shutil.rmtree(aside, ignore_errors=True)
     return sizes
 
 
@@ -195,19 +189,12 @@ def _find_files(path: Path) -> tuple[Path, ...]:
     return tuple(found[".jsonl"] or found[".parquet"])
 
 
-def _describe(file: Path) -> dict[str, Any]:
-    return {"file": file.name, "size": file.stat().st_size, "sha256": sha256(file)}
-
-
 def _hub_revision(name: str) -> str:
     from huggingface_hub import HfApi
 
-    try:
+    nothing = f"There is no file or folder {name}, and no such dataset was found on the hub"
+    with in_one_sentence(lambda why: f"{nothing} ({why})."):  # not found, no access, out of reach, no possible name
         return str(HfApi().dataset_info(name).sha)
-    except Exception as error:  # not found, no access, out of reach, no possible name: each raises a type of its own
-        raise UserError(
-            f"There is no file or folder {name}, and no such dataset was found on the hub ({first_line(error)})."
-        ) from error
 
 
 def _type_name(value: Any) -> str:

@@ -13,7 +13,7 @@ import torch
 
 from llm2vec.choice import ModelChoice
 from llm2vec.corpus.server import request_json
-from llm2vec.files import json_hash, parse_json, read_object, remove, whole, write_json
+from llm2vec.files import json_hash, parse_json, read_object, remove, write_json, write_text
 from llm2vec.types import UserError
 
 #: Characters of a text that are read.
@@ -80,20 +80,19 @@ def write_in_parts(
             write, some = write or writer(), list(texts[start : start + part])
             at_once = range(0, len(some), TEXTS_AT_ONCE)
             written = [one for i in at_once for one in write(some[i : i + TEXTS_AT_ONCE])]
-            with whole(file) as aside:
-                aside.write_text(json.dumps(written), encoding="utf-8")
+            write_text(file, json.dumps(written))
         found += parse_json(file.read_bytes(), str(file))
     return found
 
 
-def write_by_model(choice: ModelChoice, task: Writing = QUERY) -> Write:
+def write_by_model(choice: ModelChoice, task: Writing) -> Write:
     """A causal language model with its chat template, or without one by going on from a line; it must load."""
-    from llm2vec.model.backbone import load_backbone, load_tokenizer
+    from llm2vec.model.backbone import default_device, ends_of, load_backbone, load_tokenizer
 
     chain = choice.opened()
     tokenizer = load_tokenizer(chain.tokenizer_path)
     model: Any = load_backbone(chain, dtype=choice.torch_dtype, with_lm_head=True)
-    model.to("cuda" if torch.cuda.is_available() else "cpu").eval()  # torch's mode without dropout
+    model.to(default_device()).eval()  # torch's mode without dropout
     tokenizer.padding_side = "left"
     tokenizer.pad_token = tokenizer.pad_token or tokenizer.eos_token
 
@@ -112,7 +111,7 @@ def write_by_model(choice: ModelChoice, task: Writing = QUERY) -> Write:
         how = {"max_new_tokens": task.most_tokens, "do_sample": False, "pad_token_id": tokenizer.pad_token_id}
         ids = model.generate(**asked, **how)
         new = ids[:, asked["input_ids"].shape[1] :]
-        ends = torch.tensor([*_ends_of(model), tokenizer.pad_token_id], device=new.device)
+        ends = torch.tensor([*ends_of(model), tokenizer.pad_token_id], device=new.device)
         has_ended = torch.isin(new[:, -1], ends).tolist()  # what was cut off is no question
         written = tokenizer.batch_decode(new, skip_special_tokens=True)
         return [task.read(text, ended) for text, ended in zip(written, has_ended, strict=True)]
@@ -134,8 +133,8 @@ def write_by_anchors(choice: ModelChoice) -> Write:
     return write
 
 
-def write_by_server(url: str, model: str, task: Writing = QUERY) -> Write:
-    """A server with OpenAI's interface (`server.request_json`).
+def write_by_server(url: str, model: str, task: Writing) -> Write:
+    """A server with OpenAI's interface.
 
     Args:
         url: up to `/v1`.
@@ -159,12 +158,6 @@ def write_by_server(url: str, model: str, task: Writing = QUERY) -> Write:
 def _content_of(answer: dict[str, Any]) -> tuple[str, bool]:
     choice = answer["choices"][0]
     return str(choice["message"]["content"]), choice.get("finish_reason") != "length"
-
-
-def _ends_of(model: Any) -> list[int]:
-    """The tokens with which a model ends what it generates."""
-    ends = model.generation_config.eos_token_id
-    return list(ends) if isinstance(ends, list) else [] if ends is None else [ends]
 
 
 def _query_of(written: str) -> str:

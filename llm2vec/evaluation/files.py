@@ -13,7 +13,7 @@ from typing import Any, NamedTuple, TypeAlias
 
 from llm2vec.data.tables import copies_cache
 from llm2vec.files import check_unicode, data_revision, json_lines, read_object
-from llm2vec.types import UserError, first_line
+from llm2vec.types import UserError, in_one_sentence
 
 Task: TypeAlias = Any  #: an `AbsTask` of mteb
 
@@ -43,19 +43,15 @@ def parts_of(task: Task) -> list[Task]:
 def load_data(task: Task) -> None:
     """Read the data of a task, or of all its parts; a `UserError` where a set is missing, unreachable or malformed."""
     for part in parts_of(task) or [task]:
-        path = part.metadata.dataset["path"]
-        try:
-            with _own_cache(Path(path)):
-                part.load_data()
-        except UserError:
-            raise
-        except Exception as error:
-            # An unreachable hub, a missing file and rows of another form each raise a type of their own.
-            reason = first_line(error)
-            advice = "" if Path(path).is_dir() else f"; without the hub, give a copy of it as <local_data_dir>/{path}"
-            raise UserError(
-                f"Task {part.metadata.name}: cannot load the data set {path} ({reason}){advice}."
-            ) from error
+        _load_part(part)
+
+
+def _load_part(part: Task) -> None:
+    path, failed = part.metadata.dataset["path"], f"Task {part.metadata.name}: cannot load the data set"
+    advice = "" if Path(path).is_dir() else f"; without the hub, give a copy of it as <local_data_dir>/{path}"
+    # An unreachable hub, a missing file and rows of another form each raise a type of their own.
+    with in_one_sentence(lambda why: f"{failed} {path} ({why}){advice}."), _own_cache(Path(path)):
+        part.load_data()
 
 
 @contextmanager

@@ -27,7 +27,7 @@ from llm2vec.evaluation.files import load_data, parts_of
 from llm2vec.evaluation.models import EvaluatedModel
 from llm2vec.evaluation.mteb_adapter import BENCHMARK, find_task, is_dense, result_file
 from llm2vec.evaluation.scores import evaluate, kept_score
-from llm2vec.evaluation.search import StreamingSearch
+from llm2vec.evaluation.search import CorpusSearch
 from llm2vec.files import json_hash, whole
 from llm2vec.types import CHARACTERS_A_TOKEN, UserError
 
@@ -106,7 +106,7 @@ def work(request: Request, encoder: Any, queue: JobQueue, worker: int) -> None:
 def search_shard(encoder: Any, task: Any, shard: int, num_shards: int, batch_size: int) -> dict[str, torch.Tensor]:
     """Search one shard, from 0, of a retrieval task whose data are loaded: search -> keys of hits, a row a query."""
     task.convert_v1_dataset_format_to_v2(None)
-    searcher, keys = StreamingSearch(encoder), {}
+    keys = {}
     encode_kwargs: Any = {"batch_size": batch_size, "show_progress_bar": False}
     for subset in task.hf_subsets:
         for split in task.eval_splits:
@@ -114,7 +114,7 @@ def search_shard(encoder: Any, task: Any, shard: int, num_shards: int, batch_siz
             # As mteb does before it searches.
             judged = [row for row, query in enumerate(data["queries"]["id"]) if data["relevant_docs"].get(query)]
             queries = data["queries"].select(judged)
-            search = searcher.prepare(queries, data["corpus"], task.metadata, split, subset, encode_kwargs)
+            search = CorpusSearch(encoder, queries, data["corpus"], task.metadata, split, subset, encode_kwargs)
             keys[search.name] = search.keys(max(task.k_values), shard, num_shards)
     return keys
 

@@ -23,7 +23,7 @@ from llm2vec.model.chain import model_name, read_run, revision_of
 from llm2vec.model.settings import SETTINGS_FILE
 from llm2vec.model.vault import MODULES_FILE, Folder
 from llm2vec.text.entries import INSTRUCTIONS_FILE
-from llm2vec.types import UserError, first_line
+from llm2vec.types import UserError
 
 logger = logging.getLogger(__name__)
 
@@ -107,13 +107,9 @@ def _sentence_transformer(asked: EvaluatedModel) -> Any:
         raise UserError(f"template has no effect on {asked.model.base}: sentence-transformers decides how it is run.")
     prompts = None if asked.instructions_file is None else load_instructions(asked.instructions_file)
     dtype = None if asked.model.torch_dtype is None else parse_dtype(asked.model.torch_dtype)
-    try:
-        model = open_sentence_transformer(
-            asked.model.base, dtype=dtype, attn_implementation=asked.attn_implementation, device=asked.device
-        )
-    except Exception as error:  # damaged files: what stock libraries raise for them has no common type
-        reason = first_line(error)
-        raise UserError(f"sentence-transformers cannot load {asked.model.base}: {reason}") from error
+    model = open_sentence_transformer(
+        asked.model.base, dtype=dtype, attn_implementation=asked.attn_implementation, device=asked.device
+    )
     if asked.max_length is not None:
         model.max_seq_length = asked.max_length
     revision = json_hash(

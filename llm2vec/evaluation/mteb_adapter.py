@@ -38,7 +38,7 @@ from llm2vec.evaluation.provenance import recorded_runs, training_sets
 from llm2vec.files import data_revision, json_hash
 from llm2vec.llm2vec import LLM2Vec
 from llm2vec.model.chain import model_name, open_chain, revision_of
-from llm2vec.types import TextSide, UserError, first_line
+from llm2vec.types import TextSide, UserError, in_one_sentence
 
 logger = logging.getLogger(__name__)
 
@@ -182,10 +182,9 @@ def is_registered(name: str) -> bool:
 
 def registered_model(name: str, device: str | None) -> MTEBModels:
     """A model from mteb's registry; a `UserError` where mteb cannot load it here."""
-    try:
+    refusals = (ImportError, OSError, NotImplementedError, ValueError)
+    with in_one_sentence(lambda why: f"mteb knows the model {name} but cannot load it: {why}", refusals):
         return mteb.get_model(name, device=device)
-    except (ImportError, OSError, NotImplementedError, ValueError) as error:
-        raise UserError(f"mteb knows the model {name} but cannot load it: {first_line(error)}") from error
 
 
 def encode_documents(model: MTEBModels, texts: list[str], batch_size: int) -> Array:
@@ -300,10 +299,14 @@ def _own_task(name: str, folder: Path | None) -> AbsTask:
     return OwnTask()
 
 
-def _unknown_task(name: str, folder: Path | None) -> str:
+@functools.cache
+def _known_names() -> list[str]:
     tasks = [task.metadata.name for task in mteb.get_tasks(exclude_superseded=False)]
-    known = [*tasks, *TASK_SETS, *(benchmark.name for benchmark in mteb.get_benchmarks())]
-    near = difflib.get_close_matches(name, known, n=3)
+    return [*tasks, *TASK_SETS, *(benchmark.name for benchmark in mteb.get_benchmarks())]
+
+
+def _unknown_task(name: str, folder: Path | None) -> str:
+    near = difflib.get_close_matches(name, _known_names(), n=3)
     said = f"mteb knows no task {name}" + (f" (nearest: {', '.join(near)})" if near else "")
     if folder is None:
         return f"{said}; a retrieval set of your own is read from <local_data_dir>/{name}."

@@ -1,7 +1,7 @@
 """Any model on any set of tasks, by any number of processes: what is left to do, who does it, what came out.
 
 OUTPUT_DIR/results/MODEL/REVISION/TASK.json     one file a task, written whole or not at all
-OUTPUT_DIR/queue/MODEL/REVISION/                the jobs, while there are any: see `job_queue`
+OUTPUT_DIR/queue/MODEL/REVISION/                the jobs, while there are any: see `corpus.queue`
     worker-N/                                   what mteb writes for one worker; finished files move to results/
     shards/JOB.safetensors                      hits in one shard of a big corpus
 """

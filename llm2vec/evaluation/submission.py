@@ -20,7 +20,7 @@ from llm2vec.evaluation.files import parts_of
 from llm2vec.evaluation.mteb_adapter import leaderboard_entry, result_file
 from llm2vec.evaluation.scores import TaskScore
 from llm2vec.files import whole, write_json, write_text
-from llm2vec.types import UserError, first_line
+from llm2vec.types import in_one_sentence
 
 #: The draft; what stands above the entry. Formatted with `name` and `open`, the fields to fill in.
 _HEADER = '''"""A draft of mteb's entry for {name}, a file of mteb/models/model_implementations/.
@@ -52,19 +52,15 @@ def write_submission(
     refuses what is known of the model.
     """
     source = Path(next(iter(scores.values()))["result_file"]).parent
-    try:
-        entry = leaderboard_entry(
-            source / "model_meta.json",
-            {
-                "name": name,
-                "revision": commit,
-                "reference": f"https://huggingface.co/{name}",
-                "open_weights": True,
-                "framework": ["Sentence Transformers", "PyTorch", "safetensors"],
-            },
-        )
-    except ValueError as error:
-        raise UserError(f"--submission: mteb refuses the entry of {name}: {first_line(error)}") from error
+    known = {
+        "name": name,
+        "revision": commit,
+        "reference": f"https://huggingface.co/{name}",
+        "open_weights": True,
+        "framework": ["Sentence Transformers", "PyTorch", "safetensors"],
+    }
+    with in_one_sentence(lambda why: f"--submission: mteb refuses the entry of {name}: {why}", ValueError):
+        entry = leaderboard_entry(source / "model_meta.json", known)
     parts = {part.metadata.name: part for task in tasks.values() for part in (task, *parts_of(task))}
     folder = result_file(entry, next(iter(parts.values())), root).parent
     folder.mkdir(parents=True, exist_ok=True)

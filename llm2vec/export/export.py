@@ -43,7 +43,7 @@ from llm2vec.model.settings import SETTINGS_FILE
 from llm2vec.model.stock_form import StockForm, probes, stock_model, write_form
 from llm2vec.reports.results import Results
 from llm2vec.text.probe_texts import probe_ids
-from llm2vec.types import UserError, first_line
+from llm2vec.types import UserError, first_line, in_one_sentence
 
 
 @dataclass(frozen=True)
@@ -76,11 +76,9 @@ def export(what: Export, out: Path) -> Proof:
     A `UserError`, and nothing in `out`, where something is missing or contradicts itself, template or pooling cannot be
     said, the stock libraries give other tokens or vectors, or `out` cannot be written.
     """
-    try:
-        if what.repository is not None:  # a name that the hub would refuse, before anything is computed
+    if what.repository is not None:  # a name that the hub would refuse, before anything is computed
+        with in_one_sentence(lambda why: f"--push_to_hub: {why}", HFValidationError):
             validate_repo_id(what.repository)
-    except HFValidationError as error:
-        raise UserError(f"--push_to_hub: {first_line(error)}") from error
     if os.path.lexists(out) and not (out.is_dir() and not any(out.iterdir())):
         raise UserError(f"{out} is there already; remove it or name another folder.")
     chain = open_chain(what.model.base, what.model.adapters)

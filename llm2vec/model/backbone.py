@@ -46,7 +46,7 @@ from llm2vec.model.vault import (
     folder_at,
     model_below,
 )
-from llm2vec.types import Attention, LoraInit, UserError, first_line
+from llm2vec.types import Attention, LoraInit, UserError, first_line, in_one_sentence, needs_extra
 
 if TYPE_CHECKING:
     from sentence_transformers import SentenceTransformer
@@ -65,6 +65,17 @@ DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch
 
 #: Table of token embeddings -> the lock of its model. A model has one such table, with an adapter or a head or without.
 _locks: WeakKeyDictionary[Any, threading.RLock] = WeakKeyDictionary()
+
+
+def default_device() -> torch.device:
+    """Where a model goes that nobody sends elsewhere: to a CUDA device, if there is one."""
+    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+
+
+def ends_of(model: Any) -> list[int]:
+    """The tokens with which a model ends what it generates."""
+    ends = model.generation_config.eos_token_id
+    return list(ends) if isinstance(ends, list) else [] if ends is None else [ends]
 
 
 def load_backbone(
@@ -159,10 +170,8 @@ def attach_lora(
             trainable_token_indices=list(new_tokens) or None, use_dora=use_dora, use_rslora=use_rslora,
             init_lora_weights=init or True,
         )  # fmt: skip
-    try:
+    with in_one_sentence(lambda why: f"lora_modules: {why}", ValueError):
         return get_peft_model(model, config)
-    except ValueError as error:
-        raise UserError(f"lora_modules: {first_line(error)}") from error
 
 
 def hidden_states(
@@ -203,7 +212,8 @@ def _apply_adapter(model: PreTrainedModel, adapter: Folder, *, on_inner: bool) -
     """
     inner: PreTrainedModel = model.base_model if on_inner else model  # type: ignore[assignment]
     path = adapter.path
-    try:
+    # Not found, other shapes, cut short: peft raises many types.
+    with in_one_sentence(lambda why: f"peft_model_name_or_path: {path!r} could not be put on the base: {why}"):
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # of keys that do not match, at length; that is checked below
             # Of LoRA's config, or of one of tokens alone.
@@ -211,11 +221,6 @@ def _apply_adapter(model: PreTrainedModel, adapter: Folder, *, on_inner: bool) -
             make_room(model, next((tokens for tokens in given if isinstance(tokens, list)), ()))
             wrapped = put_adapter(inner, adapter)
         saved = load_peft_weights(adapter.place, device="cpu")
-    except UserError:
-        raise
-    except Exception as error:  # not found, other shapes, cut short: peft raises many types
-        where = f"peft_model_name_or_path: {path!r}"
-        raise UserError(f"{where} could not be put on the base: {first_line(error)}") from error
     expected = get_peft_model_state_dict(wrapped, save_embedding_layers=False)
     unmatched = sorted(set(saved) ^ set(expected))
     if unmatched:
@@ -248,11 +253,9 @@ def config_of(folder: Folder, revision: str | None = None) -> PretrainedConfig:
     Raises:
         UserError: there is none.
     """
-    try:
-        commit = revision or folder.commit
+    commit = revision or folder.commit
+    with in_one_sentence(lambda why: f"{folder.path!r} could not be loaded: {why}"):  # no access, a class of its own
         config = AutoConfig.from_pretrained(folder.path, revision=commit, trust_remote_code=False, **HUB_CLIENT.get())
-    except Exception as error:  # no such repository, no access to it, a class of its own: each has a type of its own
-        raise UserError(f"{folder.path!r} could not be loaded: {first_line(error)}") from error
     if folder.config is None:
         raise UserError(f"{folder.path!r} could not be loaded: it had no {CONFIG_FILE} when it was opened.")
     return config
@@ -262,11 +265,9 @@ def load_tokenizer(where: Folder | str) -> PreTrainedTokenizerBase:
     """The tokenizer of a folder or hub name, which must have one. Without a padding token it pads with its EOS."""
     folder = folder_at(where) if isinstance(where, str) else where
     path, commit = folder.path, check_tokenizer(folder)  # says what is wrong with a name better than the library does
-    try:
+    with in_one_sentence(lambda why: f"{path}: no tokenizer could be loaded ({why})."):
         hub = {"revision": commit or "main", **HUB_CLIENT.get()}
         tokenizer = AutoTokenizer.from_pretrained(path, trust_remote_code=False, **hub)  # left out, it would ask
-    except Exception as error:  # each damaged file of tokenizer or config raises a type of its own
-        raise UserError(f"{path}: no tokenizer could be loaded ({first_line(error)}).") from error
     if tokenizer.pad_token is None:
         tokenizer.pad_token = tokenizer.eos_token
     tokenizer.init_kwargs.pop("auto_map", None)  # it names code that was not run, and would be saved with the tokenizer
@@ -296,9 +297,9 @@ def open_model(
     Raises:
         UserError: it cannot be loaded, or what it names may not be opened.
     """
-    try:
-        whole = folder if folder.adapter is None else model_below(folder)
-        attention = _check_model(whole, model_class, attn_implementation)
+    # A cut weights file, an attention that the family lacks: each raises a type of its own.
+    with in_one_sentence(lambda why: f"{folder.path!r} could not be loaded: {why}"):
+        attention = _check_model(model_below(folder), model_class, attn_implementation)
         loaded: tuple[Any, dict[str, Any]] = model_class.from_pretrained(
             folder.path,
             revision=folder.commit,
@@ -311,10 +312,6 @@ def open_model(
             **of_weights,
             **HUB_CLIENT.get(),
         )
-    except UserError:
-        raise
-    except Exception as error:  # a cut weights file, an attention that the family lacks: each has a type of its own
-        raise UserError(f"{folder.path!r} could not be loaded: {first_line(error)}") from error
     return loaded
 
 
@@ -370,21 +367,21 @@ def open_sentence_transformer(
         device: where it runs; None = the library's choice.
 
     Raises:
-        UserError: what it names may not be opened, or sentence-transformers is not installed.
-        Exception: of any type, for damaged files and for a repository that is out of reach.
+        UserError: it cannot be loaded, what it names may not be opened, or sentence-transformers is not installed.
     """
-    try:
-        from sentence_transformers import SentenceTransformer  # seconds to import, and an extra
-    except ImportError as error:
-        raise UserError('sentence-transformers is not installed: pip install -e ".[eval]".') from error
+    with needs_extra("sentence-transformers is not installed", "eval"):
+        from sentence_transformers import SentenceTransformer  # seconds to import
     fetched = ["*.json", "*.safetensors", "*.txt", "*.model", "*.jinja"]
-    folder = local_folder(path) or Path(snapshot_download(path, allow_patterns=fetched))
-    models, given = check_modules(folder, path)
-    chosen = dtype or given.get("dtype") or given.get("torch_dtype") or "auto"
-    options: dict[str, Any] = {"use_safetensors": True, "weights_only": True, "dtype": chosen}
-    attention = attn_implementation or given.get("attn_implementation")
-    for model in models:
-        attention = _check_model(model, AutoModel, attention)
-    if attention is not None:
-        options["attn_implementation"] = attention
-    return SentenceTransformer(str(folder), device=device, trust_remote_code=False, model_kwargs=options)
+    try:
+        folder = local_folder(path) or Path(snapshot_download(path, allow_patterns=fetched))
+        models, given = check_modules(folder, path)
+        chosen = dtype or given.get("dtype") or given.get("torch_dtype") or "auto"
+        options: dict[str, Any] = {"use_safetensors": True, "weights_only": True, "dtype": chosen}
+        attention = attn_implementation or given.get("attn_implementation")
+        for model in models:
+            attention = _check_model(model, AutoModel, attention)
+        if attention is not None:
+            options["attn_implementation"] = attention
+        return SentenceTransformer(str(folder), device=device, trust_remote_code=False, model_kwargs=options)
+    except Exception as error:  # damaged files: what stock libraries raise for them has no common type
+        raise UserError(f"sentence-transformers cannot load {path}: {first_line(error)}") from error

@@ -24,7 +24,7 @@ from torch import Tensor
 from transformers.modeling_flash_attention_utils import _flash_attention_forward, lazy_import_flash_attention
 from transformers.utils import import_utils
 
-from llm2vec.types import AttnImplementation, UserError, first_line
+from llm2vec.types import AttnImplementation, UserError, in_one_sentence
 
 logger = logging.getLogger(__name__)
 
@@ -364,10 +364,9 @@ def load_kernel(name: str) -> None:
         raise UserError(f"attn_implementation: {name} needs a CUDA device, and there is none.")
     if not import_utils.is_kernels_available():
         raise UserError(f'attn_implementation: {name} needs kernels: pip install "kernels>={least},<{below}".')
-    try:
+    # Out of reach, no build for this torch, a kernel of another kind: each raises its own type.
+    with in_one_sentence(lambda why: f"attn_implementation: {name} could not be loaded: {why}"):
         lazy_import_flash_attention(name)
-    except Exception as error:  # out of reach, no build for this torch, a kernel of another kind: each its own type
-        raise UserError(f"attn_implementation: {name} could not be loaded: {first_line(error)}") from error
     logger.info("attention   %s, code of the Hugging Face hub, as attn_implementation asks", name)
 
 

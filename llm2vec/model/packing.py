@@ -213,7 +213,7 @@ def checkpoint_contexts(model: Any) -> tuple[AbstractContextManager[None], Abstr
     """For torch.utils.checkpoint's `context_fn`: what was packed in the forward pass is recomputed packed, and what
     ran without the adapter again without."""
     was_packed = model.config._attn_implementation == NAME
-    was_off = any(layer.disable_adapters for layer in _adapter_layers(model))
+    was_off = any(layer.disable_adapters for layer in adapter_layers(model))
     return nullcontext(), _both(packed(model) if was_packed else None, adapter_off(model) if was_off else None)
 
 
@@ -231,7 +231,7 @@ def adapter_off(model: Any) -> Iterator[None]:
 
     peft's own form also freezes the adapter meanwhile, and this one is entered in the middle of a backward pass.
     """
-    layers = _adapter_layers(model)
+    layers = adapter_layers(model)
     for layer in layers:
         layer._disable_adapters = True
     try:
@@ -241,7 +241,8 @@ def adapter_off(model: Any) -> Iterator[None]:
             layer._disable_adapters = False
 
 
-def _adapter_layers(model: Any) -> list[Any]:
+def adapter_layers(model: Any) -> list[Any]:
+    """The modules of a model that have an adapter of peft."""
     return [module for module in model.modules() if isinstance(module, BaseTunerLayer)]
 
 

@@ -10,6 +10,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
+from accelerate.utils import send_to_device
 from torch import Tensor, nn
 from torch.nn.utils.rnn import pad_sequence
 
@@ -111,9 +112,7 @@ def states_of(
 
 def embed_tokenised(model: Any, settings: EncoderSettings, rows: Sequence[Row], device: torch.device) -> Tensor:
     """Embeddings [B, D] of tokenised rows, float32 on the CPU."""
-    batch = pack_rows(rows)
-    for name in ("input_ids", "pool_mask", "target_mask"):
-        batch[name] = batch[name].to(device)
+    batch = send_to_device(pack_rows(rows), device)
     return embed(model, settings, {"text": batch})["text"].float().cpu()
 
 

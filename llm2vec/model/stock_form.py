@@ -41,10 +41,11 @@ from torch import Tensor
 from llm2vec.files import write_json
 from llm2vec.model.backbone import Backbone
 from llm2vec.model.settings import EncoderSettings, set_attention
+from llm2vec.text.batches import shared_start
 from llm2vec.text.probe_texts import PROBE_TEXTS
 from llm2vec.text.templates import forms_of
 from llm2vec.text.tokenization import Row, RowTokenizer
-from llm2vec.types import Attention, InstructedText, PoolingMode, Precision, TextSide, UserError
+from llm2vec.types import Attention, InstructedText, PoolingMode, Precision, TextSide, UserError, needs_extra
 
 if TYPE_CHECKING:
     from sentence_transformers import SentenceTransformer
@@ -64,6 +65,8 @@ SWITCHES = {
 
 #: Class paths that every version of sentence-transformers, and every engine that reads its files, knows.
 _MODULES = (("", "Transformer"), ("1_Pooling", "Pooling"), ("2_Normalize", "Normalize"))
+
+_NEEDED = "this needs sentence-transformers, 6 or newer"
 
 #: Before this version, transformers ignores `is_causal: false` without a word.
 BIDIRECTIONAL_SINCE = "5.2"
@@ -292,7 +295,7 @@ def compare_text(stock: SentenceTransformer, form: StockForm, text: InstructedTe
 
 def _apart(tokenizer: Any, ids: Sequence[int], wanted: Sequence[int]) -> str:
     """Where two token rows part, in words."""
-    at = next((i for i, (a, b) in enumerate(zip(ids, wanted, strict=False)) if a != b), min(len(ids), len(wanted)))
+    at = shared_start(ids, wanted)
     found, expected = (tokenizer.convert_ids_to_tokens(list(row[at : at + 4])) for row in (ids, wanted))
     return f"{found} from token {at} on ({len(ids)} tokens), where {expected} should stand ({len(wanted)} tokens)"
 
@@ -367,21 +370,17 @@ def quantized(vectors: Tensor, precision: Precision) -> np.ndarray[Any, np.dtype
     `UserError` where that is not installed, or knows no such precision."""
     if precision not in get_args(Precision):
         raise UserError(f"precision is {precision!r}; allowed: {', '.join(get_args(Precision))}.")
-    try:
+    with needs_extra(_NEEDED, "eval"):
         from sentence_transformers.util.quantization import quantize_embeddings
-    except ImportError as error:
-        raise UserError('this needs sentence-transformers, 6 or newer: pip install -e ".[eval]".') from error
     return np.asarray(quantize_embeddings(vectors.numpy(), precision))
 
 
 def _around(model: Backbone, folder: Path) -> SentenceTransformer:
     """A stock SentenceTransformer by the files of a folder, around a model in memory."""
-    try:
+    with needs_extra(_NEEDED, "eval"):
         from sentence_transformers import SentenceTransformer
         from sentence_transformers.base.modules import Transformer
         from sentence_transformers.sentence_transformer.modules import Normalize, Pooling
-    except ImportError as error:
-        raise UserError('this needs sentence-transformers, 6 or newer: pip install -e ".[eval]".') from error
     options = Transformer.load_config(str(folder))
     transformer = Transformer.__new__(Transformer)
     # The one step of its constructor that reads weights gives back the model that is there.

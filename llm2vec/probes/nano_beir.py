@@ -19,7 +19,7 @@ from llm2vec.files import read_object
 from llm2vec.llm2vec import LLM2Vec
 from llm2vec.processes import rank, world_size
 from llm2vec.text.entries import INSTRUCTIONS_FILE
-from llm2vec.types import UserError, first_line
+from llm2vec.types import in_one_sentence
 
 _SETS = (
     "climatefever", "dbpedia", "fever", "fiqa2018", "hotpotqa", "msmarco", "nfcorpus", "nq", "quoraretrieval",
@@ -46,7 +46,9 @@ class NanoBeirProbe:
         self._evaluators: list[Any] = []
         if not self._share:
             return
-        try:
+        advice = "give a local copy in the hub's layout"
+        # An unreachable hub, a missing folder, a missing column: each raises its own type.
+        with in_one_sentence(lambda why: f"nano_beir: {dataset_id} cannot be read ({why}); {advice}."):
             self._evaluators = NanoBEIREvaluator(
                 dataset_names=self._share,
                 dataset_id=dataset_id,
@@ -54,10 +56,6 @@ class NanoBeirProbe:
                 batch_size=batch_size,
                 write_csv=False,
             ).evaluators
-        except Exception as error:  # unreachable hub, missing folder, missing column: each its own type
-            raise UserError(
-                f"nano_beir: {dataset_id} cannot be read ({first_line(error)}); give a local copy in the hub's layout."
-            ) from error
 
     def __call__(self) -> dict[str, float]:
         """nDCG@10 of each set, and their mean, on every rank."""

@@ -24,7 +24,7 @@ from transformers import GenerationConfig
 
 from llm2vec.choice import ModelChoice
 from llm2vec.llm2vec_q2d_d2q import BidirectionalReconstruction
-from llm2vec.model.backbone import load_backbone, load_tokenizer
+from llm2vec.model.backbone import default_device, ends_of, load_backbone, load_tokenizer
 from llm2vec.model.chain import Chain, open_chain
 from llm2vec.model.checkpoint import read_beside, weights_beside
 from llm2vec.model.proofs import check_attention, check_decoder
@@ -33,7 +33,7 @@ from llm2vec.objectives.head import check_head
 from llm2vec.objectives.losses import CrossEntropy
 from llm2vec.text.batches import pack_rows
 from llm2vec.text.tokenization import Row, RowTokenizer
-from llm2vec.types import InstructedText, TextSide, UserError, first_line
+from llm2vec.types import InstructedText, TextSide, UserError, in_one_sentence
 
 
 class Sampling(NamedTuple):
@@ -81,7 +81,8 @@ class Reconstructor:
             max_new_tokens=max_new_tokens,
             do_sample=sampling is not None,
             num_return_sequences=num,
-            eos_token_id=self._end_ids(),
+            # The model's and the tokenizer's EOS, and the closing token of the template.
+            eos_token_id=sorted({*ends_of(model), tokenizer.eos_token_id, self.tokenizer.closing_token_id} - {None}),
             pad_token_id=tokenizer.pad_token_id,
             **drawn,
         )
@@ -101,14 +102,6 @@ class Reconstructor:
         ids = target_ids(goal)
         losses = score_targets(self.objective, embed_rows(self.objective, [source]), [ids]).terms.tolist()
         return [ScoredToken(*pair) for pair in zip(self._pieces(ids), losses, strict=True)]
-
-    def _end_ids(self) -> list[int]:
-        """The tokens that end a text: the model's and the tokenizer's EOS, and the closing token of the template."""
-        model = self.objective.decoding_model
-        of_model = model.generation_config.eos_token_id
-        candidates = [self.tokenizer.tokenizer.eos_token_id, self.tokenizer.closing_token_id]
-        candidates += of_model if isinstance(of_model, list) else [of_model]
-        return sorted({i for i in candidates if i is not None})
 
     def _pieces(self, ids: list[int]) -> list[str]:
         """What each token adds to the text; a letter of several tokens comes with its last one."""
@@ -142,7 +135,7 @@ def load_reconstructor(model: ModelChoice, device: str | torch.device | None = N
     settings = with_template(EncoderSettings(**outermost.settings), tokenizer)
     rows = row_tokenizer(tokenizer, settings, reconstruct_instruction=trained.get("reconstruct_instruction", False))
     check_rendering(outermost.path, outermost.run.get("probe_ids"), rows)
-    place = device or ("cuda" if torch.cuda.is_available() else "cpu")
+    place = device or default_device()
     loaded = _on_device(chain, model, place)
     learnt = {key: trained[key] for key in ("target", "projection", "bottleneck") if key in trained}
     objective = BidirectionalReconstruction(loaded, settings, **learnt)
@@ -164,10 +157,9 @@ def load_reconstructor(model: ModelChoice, device: str | torch.device | None = N
 def _on_device(chain: Chain, model: ModelChoice, place: str | torch.device) -> Any:
     """A chain's model with its head."""
     loaded: Any = load_backbone(chain, dtype=model.torch_dtype, with_lm_head=True)
-    try:
+    refused = (RuntimeError, AssertionError)  # no such device, none of this torch, or too small a one
+    with in_one_sentence(lambda why: f"device is {str(place)!r}, where the model cannot be put: {why}", refused):
         loaded.to(place)
-    except (RuntimeError, AssertionError) as error:  # no such device, none of this torch, or too small a one
-        raise UserError(f"device is {str(place)!r}, where the model cannot be put: {first_line(error)}") from error
     # Of the folder's habits of generating, only its ends: `generate` would fill in its temperature and penalties.
     loaded.generation_config = GenerationConfig(eos_token_id=loaded.generation_config.eos_token_id)
     return loaded

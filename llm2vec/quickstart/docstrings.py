@@ -31,7 +31,7 @@ from tqdm import tqdm
 
 from llm2vec.data.held_out import json_lines_of, retrieval_files
 from llm2vec.files import sha256, write_json, write_text
-from llm2vec.types import UserError
+from llm2vec.types import UserError, in_one_sentence
 
 logger = logging.getLogger(__name__)
 
@@ -224,10 +224,8 @@ def write_corpus(output_dir: Path, roots: Mapping[str, Path]) -> dict[str, Any]:
     `roots` are as of `installed_roots`; too little in them is a `UserError`. Returns the manifest: `made_from` (a
     hash of this file, whose rules they are, Python version, versions of the distributions), `counts`, `sha256`.
     """
-    try:
+    with in_one_sentence(lambda why: f"{output_dir} cannot be made ({why}).", OSError):
         output_dir.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise UserError(f"{output_dir} cannot be made ({error.strerror}).") from error
     made_from = _made_from(roots)
     if (manifest := _reusable(output_dir, made_from)) is not None:
         logger.info("%s is up to date and is reused", output_dir)

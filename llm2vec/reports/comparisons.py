@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 
 from llm2vec.reports.paper import Paper
 from llm2vec.reports.results import Results
-from llm2vec.types import UserError
+from llm2vec.types import UserError, needs_extra
 
 Verdict = Literal["within", "near", "off", "not judged"]
 
@@ -99,10 +99,8 @@ def paired_interval(*tasks: tuple[Mapping[str, float], Mapping[str, float]], see
     Example:
         >>> paired_interval((anchor, baseline)).sentence("tasks")   # NFCorpus -> 35.0, ...
     """
-    try:
+    with needs_extra("An interval needs scipy", "eval"):
         from scipy.stats import bootstrap  # comes with mteb
-    except ImportError as error:
-        raise UserError('An interval needs scipy: pip install -e ".[eval]".') from error
     differences: list[NDArray[np.float64]] = []
     for first, second in tasks:
         if alone := sorted(first.keys() ^ second.keys()):

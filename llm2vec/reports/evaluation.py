@@ -51,7 +51,7 @@ def build_report(
     """The page that compares the runs with one another and with the paper; its `data` are the same for programs.
 
         >>> runs = [EvaluatedRun(name, read_results(Path("results", name))) for name in ("anchor", "baseline")]
-        >>> print(build_report(runs, read_paper(), "LLaMA-3.2-1B-Instruct", losses={}).text())
+        >>> print(build_report(runs, read_paper(), "LLaMA-3.2-1B-Instruct", losses={}).markdown())
 
     Runs that the paper knows by name are compared with its `paper_model`; None: with none. `losses` are the training
     log of each stage, for figures of the losses and, where diagnostics were logged, of the embedding space. `note`

@@ -140,6 +140,6 @@ def first_and_last(entries: Sequence[Any]) -> list[Any]:
     return [*entries[:1], *entries[1:][-1:]]
 
 
-def shortened(name: str, most: int = 40) -> str:
-    """A name of at most so many characters, to leave room for what stands beside it."""
-    return name if len(name) <= most else f"{name[: most - 3]}..."
+def shortened(name: str) -> str:
+    """A name of at most 40 characters, to leave room for what stands beside it."""
+    return name if len(name) <= 40 else f"{name[:37]}..."

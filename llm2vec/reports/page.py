@@ -1,4 +1,4 @@
-"""A report in the forms it is shown in: for a terminal, as Markdown, as one HTML file that loads nothing else."""
+"""A report in the forms it is shown in: as Markdown, and as one HTML file that loads nothing else."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from llm2vec.files import whole, write_json, write_text
 from llm2vec.reports.figures import Picture
 from llm2vec.table import Table, escape_markdown
-from llm2vec.types import UserError
+from llm2vec.types import in_one_sentence
 
 _TEMPLATES = Environment(
     loader=FileSystemLoader(Path(__file__).parent),
@@ -50,11 +50,6 @@ class Page:
         """The figures alone."""
         return [block for block in self.blocks if isinstance(block, Picture)]
 
-    def text(self) -> str:
-        """For a terminal."""
-        tables = [f"{table.title}\n{table.text()}\n{table.note}" for table in self.tables]
-        return "\n\n".join(["\n".join(self.sentences), *tables])
-
     def markdown(self) -> str:
         """As Markdown; figures are linked."""
         blocks = [f"# {self.title}", *map(escape_markdown, self.sentences)]
@@ -71,10 +66,8 @@ class Page:
 
         `file` has the figures inside, is written last, and is returned. All text is escaped.
         """
-        try:
+        with in_one_sentence(lambda why: f"The folder {file.parent} cannot be made ({why}).", OSError):
             file.parent.mkdir(parents=True, exist_ok=True)
-        except OSError as error:
-            raise UserError(f"The folder {file.parent} cannot be made ({error.strerror}).") from error
         if self.data is not None:
             write_text(file.with_suffix(".md"), self.markdown())
             write_json(file.with_suffix(".json"), self.data)

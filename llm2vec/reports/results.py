@@ -16,7 +16,7 @@ from typing import Any
 
 from llm2vec.evaluation.files import read_judgements
 from llm2vec.files import read_object
-from llm2vec.types import UserError
+from llm2vec.types import UserError, needs_extra
 
 AGGREGATE = "CQADupstackRetrieval"
 _FORUMS = "Android English Gaming Gis Mathematica Physics Programmers Stats Tex Unix Webmasters Wordpress"
@@ -106,10 +106,8 @@ def ndcg_at_10(
     `rankings`: query -> document -> score of the model; `relevant`: query -> document -> grade, else 0. trec_eval's
     gain is the grade. It rounds scores to 32 bits and puts equal ones in falling order of document id.
     """
-    try:
+    with needs_extra("Scores of single queries need pytrec_eval", "eval"):
         from pytrec_eval import RelevanceEvaluator
-    except ImportError as error:
-        raise UserError('Scores of single queries need pytrec_eval: pip install -e ".[eval]".') from error
     judged = {query: dict(documents) for query, documents in relevant.items() if query in rankings}
     scored = {query: {document: float(score) for document, score in rankings[query].items()} for query in judged}
     found = RelevanceEvaluator(judged, {"ndcg_cut.10"}).evaluate(scored)

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from llm2vec.text.tokenization import Row, RowTokenizer
-from llm2vec.types import InstructedText, TokenBatch
+from llm2vec.types import Batch, InstructedText, TokenBatch
 
 #: What `encode` counts as a row of its batch size. A pass over many more tokens falls out of a CPU's caches, and a
 #: batch of long rows out of a GPU's memory.
@@ -48,6 +48,12 @@ def shared_prefix(rows: Sequence[Row]) -> int:
     # Who shares a prefix gets no states of it, so pooling must not read any.
     most = min(row.pooled.index(True) for row in rows)
     return next((i for i in range(most) if any(row.ids[i] != first.ids[i] for row in rows)), most)
+
+
+def shared_start(first: Sequence[int], second: Sequence[int]) -> int:
+    """How many ids two rows begin with alike."""
+    pairs = enumerate(zip(first, second, strict=False))
+    return next((i for i, (one, other) in pairs if one != other), min(len(first), len(second)))
 
 
 def cut_row(row: Row, key: Sequence[int]) -> tuple[Row, Row]:
@@ -104,6 +110,11 @@ def targets_of(side: TokenBatch) -> Tensor:
     """The side's target tokens, text after text. Their number is known, so no device is asked for it."""
     (index,) = side["target_mask"].nonzero_static(size=sum(side["num_targets"])).unbind(1)
     return side["input_ids"][index]
+
+
+def num_tokens(batch: Batch) -> int:
+    """Tokens of a batch, all sides."""
+    return sum(sum(side["lengths"]) for side in batch.values())
 
 
 def starts_of(lengths: Sequence[int]) -> Tensor:

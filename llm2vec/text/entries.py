@@ -12,7 +12,7 @@ import numpy as np
 import torch
 
 from llm2vec.files import in_short, read_object
-from llm2vec.types import InstructedText, Texts, TextSide, UserError, first_line
+from llm2vec.types import InstructedText, Texts, TextSide, UserError, in_one_sentence
 
 #: The paper's instructions. In a clone a link to `test_configs/mteb/`, where the release's commands name the file.
 INSTRUCTIONS_FILE = Path(__file__).parents[1] / "evaluation/task_to_instructions.json"
@@ -30,12 +30,11 @@ def check_encoding(
         allowed = f"it must lie between 1 and the hidden size {hidden_size}"
         raise UserError(f"truncate_dim is {in_short(truncate_dim)}; {allowed}.")
     if device is not None:
-        try:
+        named = in_short(device)
+        # No device's name, no such device, a library without CUDA: a type each.
+        with in_one_sentence(lambda why: f"device is {named}, which cannot be used here ({why})."):
             device = torch.device(device)
             torch.empty(1, device=device).cpu()  # refuses `meta`, and what is not there
-        except Exception as error:  # no device's name, no such device, a library without CUDA: a type each
-            reason = first_line(error)
-            raise UserError(f"device is {in_short(device)}, which cannot be used here ({reason}).") from error
     return as_instructed(sentences, side), device
 
 

@@ -87,7 +87,6 @@ class RowTokenizer:
         instruction_mask: what is pooled where the instruction is not. `offsets`: tokens by the characters they stand
             for. `counted`: as many of the last as the text with its closing makes alone, as upstream LLM2Vec does.
         reconstruct_instruction: whether the instruction is part of the target mask, beside the text.
-        padding_side: "right" or "left"; embeddings do not depend on it. None = the tokenizer's, whenever it pads.
 
     Raises:
         UserError: the tokenizer is slow or lacks a token the template writes, or the template has no closing token
@@ -106,7 +105,6 @@ class RowTokenizer:
         skip_instruction: bool = True,
         instruction_mask: InstructionMask = "offsets",
         reconstruct_instruction: bool = False,
-        padding_side: str | None = None,
     ) -> None:
         if not tokenizer.is_fast:
             raise UserError(f"The tokenizer {type(tokenizer).__name__} has no fast version, which is needed here.")
@@ -118,7 +116,6 @@ class RowTokenizer:
         self.pool_everything = pooling_mode == "first" or not skip_instruction
         self.counts_positions = instruction_mask == "counted" and not self.pool_everything
         self.target_kinds: tuple[SegmentKind, ...] = ("instruction", "join") if reconstruct_instruction else ()
-        self.padding_side = padding_side
         self._forms, self._example = forms_of(template, pooling_mode)
         self._special_ids = self._resolve_special_ids((*self._forms["query"], *self._forms["document"], *self._example))
         self.closing_token_id = self._special_ids.get(self._forms["query"][-1])
@@ -175,11 +172,10 @@ class RowTokenizer:
         return before.ids, run.text[: cut.start]
 
     def pad(self, rows: Sequence[Row]) -> dict[str, Tensor]:
-        """Pad rows to the longest of them, on `padding_side`."""
+        """Pad rows to the longest of them, on the tokenizer's `padding_side`; embeddings do not depend on it."""
 
         def padded(lists: Iterator[Sequence[int]], filler: int = 0) -> Tensor:
-            side = self.padding_side or self.tokenizer.padding_side
-            return pad_sequence(list(map(torch.tensor, lists)), True, filler, side)
+            return pad_sequence(list(map(torch.tensor, lists)), True, filler, self.tokenizer.padding_side)
 
         return {
             "input_ids": padded((row.ids for row in rows), self.tokenizer.pad_token_id or 0),

@@ -8,8 +8,7 @@ from __future__ import annotations
 import importlib.util
 import logging
 import os
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -32,7 +31,7 @@ from llm2vec.objectives.mntp import add_mask_token
 from llm2vec.text.templates import add_template_tokens, leaves_join_open, template_named
 from llm2vec.training.config import Config
 from llm2vec.training.recomputation import enable_checkpointing
-from llm2vec.types import UserError, first_line
+from llm2vec.types import UserError, in_one_sentence
 
 logger = logging.getLogger(__name__)
 
@@ -98,12 +97,12 @@ def load_model(
         check_head(model)
     if config.checkpointing is not None:
         contexts = partial(checkpoint_contexts, decoder_of(model))
-        with _as_asked("gradient_checkpointing_kwargs"):
+        with in_one_sentence(lambda why: f"gradient_checkpointing_kwargs: {why}"):
             enable_checkpointing(model, {**config.checkpointing, "context_fn": contexts})
     if config.use_peft:
         model = with_adapter(config, model, trained_tokens(config, tokenizer, settings, new_tokens))
     if config.compilation is not None:
-        with _as_asked("torch_compile"):
+        with in_one_sentence(lambda why: f"torch_compile: {why}"):
             compile_layers(model, **config.compilation)
     elif fuses(config, model, device.type):
         _fuse(config, model, device)
@@ -157,15 +156,6 @@ def _fuse(config: Config, model: Backbone, device: torch.device) -> None:
             if isinstance(module, LoraLayer):  # which would cast to float32 what autocast then casts back
                 module.cast_input_dtype_enabled = False
     logger.info("layers      norms, rotary positions and gated products run fused (fused_layers)")
-
-
-@contextmanager
-def _as_asked(key: str) -> Iterator[None]:
-    """Around what torch makes of a key's value: what it refuses becomes a `UserError` of one sentence."""
-    try:
-        yield
-    except Exception as error:  # an unknown argument or backend: each a type of its own
-        raise UserError(f"{key}: {first_line(error)}") from error
 
 
 def open_tokenizer(config: Config, chain: Chain) -> tuple[PreTrainedTokenizerBase, EncoderSettings, list[int]]:

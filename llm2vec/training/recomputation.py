@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from llm2vec.model.packing import checkpoint_contexts, inner_decoder, shares_prefix
+from llm2vec.text.batches import num_tokens
 from llm2vec.types import Batch, Objective, Pass, UserError
 
 
@@ -82,7 +83,7 @@ def layers_to_recompute(bytes_per_layer: float, kept_per_layer: float, num_layer
 def bytes_per_token(objective: Objective, small: Batch, large: Batch, dtype: torch.dtype | None = None) -> float:
     """What a further token keeps: the slope between two batches, so that what does not grow with tokens cancels."""
     kept = measured_bytes(objective, large, dtype) - measured_bytes(objective, small, dtype)
-    return kept / (_num_tokens(large) - _num_tokens(small))
+    return kept / (num_tokens(large) - num_tokens(small))
 
 
 def tokens_run(model: Any, run: Pass, device: torch.device, dtype: torch.dtype) -> int:
@@ -116,7 +117,7 @@ def fit_activations(
     for small, large in batches:
         kept = [p for p in objective.passes(large) if p.kind != "read"]
         run = sum(tokens_run(decoder, p, weight.device, computed) for p in kept)
-        a_token.append((bytes_per_token(objective, small, large, dtype), run / _num_tokens(large)))
+        a_token.append((bytes_per_token(objective, small, large, dtype), run / num_tokens(large)))
     number, line = fit(decoder, *max(a_token), tokens, budget_gb, computed.itemsize)
     for run in (decoder, *(copy.base_model for copy in objective.copies)) if number else ():
         recompute_first(run, number)
@@ -152,10 +153,6 @@ def fit(decoder: Any, per_token: float, runs: float, tokens: int, budget_gb: flo
         f"activations {bytes_per_layer * num_layers / 1e9:.2f} GB for {tokens:,} tokens at once, of "
         f"{budget_gb:g} GB; {number} of {num_layers} layers are recomputed"
     )
-
-
-def _num_tokens(batch: Batch) -> int:
-    return sum(sum(side["lengths"]) for side in batch.values())
 
 
 def enable_checkpointing(model: Any, arguments: dict[str, Any]) -> None:

@@ -43,7 +43,7 @@ from llm2vec.processes import rank, wait_for_all, world_size
 from llm2vec.training.config import KEYS, Config
 from llm2vec.training.config.arguments import training_arguments
 from llm2vec.training.rows import sources_of, text_file_of
-from llm2vec.types import RunEnds, UserError
+from llm2vec.types import RunEnds, UserError, in_one_sentence
 
 logger = logging.getLogger(__name__)
 
@@ -109,11 +109,8 @@ def check_writable(folder: Path) -> None:
     """Say, by a `UserError`, before the training what every checkpoint would meet after it: that the output folder,
     which need not be there yet, cannot be written to."""
     place = next(path for path in (folder, *folder.parents) if path.exists())
-    try:
-        with tempfile.TemporaryFile(dir=place):
-            pass
-    except OSError as error:
-        raise UserError(f"output_dir: {folder} cannot be written to ({error.strerror}).") from error
+    with in_one_sentence(lambda why: f"output_dir: {folder} cannot be written to ({why}).", OSError):
+        tempfile.TemporaryFile(dir=place).close()
 
 
 def find_start(config: Config) -> Path | None:

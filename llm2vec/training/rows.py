@@ -22,7 +22,7 @@ from llm2vec.data.rows import TrainingRows
 from llm2vec.data.sources import Instruction, Source, e5_sources, read_sources_file, select_sources
 from llm2vec.files import in_short, write_json
 from llm2vec.training.config import Config
-from llm2vec.types import CHARACTERS_A_TOKEN, UserError
+from llm2vec.types import CHARACTERS_A_TOKEN, UserError, in_one_sentence
 
 logger = logging.getLogger(__name__)
 
@@ -82,7 +82,7 @@ def table_of(rows: Iterable[Mapping[str, Any]], instruction: str) -> Path:
 
     folder, digest = Path(config.HF_DATASETS_CACHE) / ROWS_FOLDER, hashlib.sha256(instruction.encode())
     number = 0
-    try:
+    with in_one_sentence(lambda why: f"HF_DATASETS_CACHE: {folder} cannot be written to ({why}).", OSError):
         folder.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(dir=folder) as aside:
             written = Path(aside, "rows")
@@ -100,8 +100,6 @@ def table_of(rows: Iterable[Mapping[str, Any]], instruction: str) -> Path:
             file = folder / f"{digest.hexdigest()[:32]}.jsonl"
             if not file.exists():
                 written.rename(file)
-    except OSError as error:
-        raise UserError(f"HF_DATASETS_CACHE: {folder} cannot be written to ({error.strerror}).") from error
     write_json(file.with_suffix(".json"), {"rows": {"file": file.name, "instruction": instruction}})
     return file.with_suffix(".json")
 
@@ -153,9 +151,9 @@ def sources_of(config: Config) -> tuple[Path, list[Source]]:
     return folder, select_sources(sources, config.sources)
 
 
-def sample_of(rows: Rows, num_sampled: int = 256) -> list[Any]:
-    """About so many rows, evenly spaced."""
-    return [rows[i] for i in range(0, len(rows), max(1, len(rows) // num_sampled))]
+def sample_of(rows: Rows) -> list[Any]:
+    """About 256 rows, evenly spaced."""
+    return [rows[i] for i in range(0, len(rows), max(1, len(rows) // 256))]
 
 
 def row_orders(

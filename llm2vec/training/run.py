@@ -48,7 +48,7 @@ from llm2vec.training.resume import (
 from llm2vec.training.rows import Rows, describe_left_out, describe_mixture, row_orders, sample_of
 from llm2vec.training.saving import model_weights
 from llm2vec.training.trainer import EmbedderTrainer
-from llm2vec.types import Objective, RunEnds, UserError
+from llm2vec.types import Objective, RunEnds, UserError, needs_extra
 
 logger = logging.getLogger(__name__)
 
@@ -367,7 +367,11 @@ def probes_of(
         return probes
     encoder = LLM2Vec(decoder_of(cast(Any, objective.model)), tokenizer, **dataclasses.asdict(settings))
     if config.nano_beir is not None:
-        probes.append(_nano_beir(encoder, config.nano_beir, args.per_device_eval_batch_size, args.device))
+        with needs_extra("nano_beir needs sentence-transformers", "eval"):
+            from llm2vec.probes.nano_beir import INSTRUCTIONS, NanoBeirProbe  # seconds to import
+        size = args.per_device_eval_batch_size
+        beir = NanoBeirProbe(encoder, config.nano_beir, list(INSTRUCTIONS), size, args.device)
+        probes.append(lambda step: beir())
     if config.embedding_diagnostics:
         assert isinstance(held_out, TrainingRows), "the config allows it for rows of queries and documents only"
         file, goes_on = config.output_dir / DIAGNOSTICS_FILE, args.resume_from_checkpoint is not None
@@ -382,15 +386,3 @@ def probes_of(
 
         probes.append(reconstruction)
     return probes
-
-
-def _nano_beir(
-    encoder: LLM2Vec, dataset_id: str, batch_size: int, device: torch.device
-) -> Callable[[int], dict[str, float]]:
-    """NanoBEIR over the model in training."""
-    try:
-        from llm2vec.probes.nano_beir import INSTRUCTIONS, NanoBeirProbe  # seconds to import, and an extra
-    except ImportError as error:
-        raise UserError('nano_beir needs sentence-transformers: pip install -e ".[eval]".') from error
-    beir = NanoBeirProbe(encoder, dataset_id, list(INSTRUCTIONS), batch_size, device)
-    return lambda step: beir()

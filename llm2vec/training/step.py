@@ -23,7 +23,7 @@ import torch
 from torch import Tensor
 
 from llm2vec.distributed import max_over_ranks, sum_over_ranks
-from llm2vec.text.batches import select_rows
+from llm2vec.text.batches import num_tokens, select_rows
 from llm2vec.types import Batch, Objective, Output, TextFacts
 
 #: Up to this many pieces, gradient caching keeps the last one's graph instead of embedding it twice.
@@ -131,7 +131,7 @@ def count_terms(
     objective: Objective, batches: Sequence[Batch], device: torch.device
 ) -> tuple[dict[str, Tensor], Tensor]:
     """How many terms of each loss part, and how many tokens, batches hold on all ranks; one sum over the ranks."""
-    counts = [{**objective.count(batch), "tokens": _num_tokens(batch)} for batch in batches]
+    counts = [{**objective.count(batch), "tokens": torch.tensor(float(num_tokens(batch)))} for batch in batches]
     sums = [torch.stack([count[name] for count in counts]).sum() for name in counts[0]]
     if device.type == "cuda" and all(number.device.type == "cpu" for number in sums):
         # From pinned memory, so that the host need not wait until they are there.
@@ -140,11 +140,6 @@ def count_terms(
         of_rank = torch.stack([number.to(device) for number in sums])
     totals = dict(zip(counts[0], sum_over_ranks(of_rank).unbind(), strict=True))
     return totals, totals.pop("tokens")
-
-
-def _num_tokens(batch: Batch) -> Tensor:
-    """Real tokens of a batch, all sides."""
-    return torch.tensor(float(sum(sum(side["lengths"]) for side in batch.values())))
 
 
 def split_batch(batch: Batch, max_tokens: int | None) -> Pieces | list[Batch]:

@@ -32,7 +32,7 @@ from __future__ import annotations
 import itertools
 import logging
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, nullcontext
+from contextlib import nullcontext
 from functools import partial
 from pathlib import Path
 from typing import Any, cast
@@ -45,11 +45,12 @@ from transformers import ProgressCallback, Trainer, TrainerCallback, TrainingArg
 
 from llm2vec.data.order import NO_ROW, Slots, without_empty
 from llm2vec.processes import leave_process_group
+from llm2vec.training.config.arguments import of_arguments
 from llm2vec.training.log import LOG_FILE, EndOfRun, JsonLog, ProgressToStop, StepFigures
 from llm2vec.training.resume import last_checkpoint, step_of
 from llm2vec.training.saving import CheckpointWriter, load_shares, of_state, save_shares
 from llm2vec.training.step import backward_step, count_terms, mean_parts
-from llm2vec.types import Batch, Objective, Reduction, RunEnds, UserError, first_line
+from llm2vec.types import Batch, Objective, Reduction, RunEnds, UserError
 
 logger = logging.getLogger(__name__)
 
@@ -114,7 +115,7 @@ class EmbedderTrainer(Trainer):
         args.logging_nan_inf_filter = False
         eval_rows, eval_sampler = held_out or (None, None)
         slots, make_batch = Slots(rows), partial(without_empty, collate)
-        with _of_arguments():
+        with of_arguments():
             super().__init__(cast(nn.Module, objective), args, make_batch, slots, eval_rows, callbacks=list(callbacks))
         if args.fsdp_plugin_args is not None and not self.is_fsdp_enabled:
             # accelerate knows FSDP on GPUs only; on CPUs it would train whole copies without a word.
@@ -175,17 +176,17 @@ class EmbedderTrainer(Trainer):
 
     def create_optimizer(self, *arguments: Any, **keywords: Any) -> Any:
         """Called once, before the first epoch."""
-        with _of_arguments():
+        with of_arguments():
             return super().create_optimizer(*arguments, **keywords)
 
     def create_scheduler(self, *arguments: Any, **keywords: Any) -> Any:
         """Called once, after the optimiser is there."""
-        with _of_arguments():
+        with of_arguments():
             return super().create_scheduler(*arguments, **keywords)
 
     def _get_dataloader(self, *arguments: Any, **keywords: Any) -> DataLoader[Any]:
         """Called to train, and at each evaluation: the library's loader, whose workers outlive a signal to stop."""
-        with _of_arguments():
+        with of_arguments():
             loader: Any = super()._get_dataloader(*arguments, **keywords)
         loader.device = None  # `_moved` does it; where rows are skipped, accelerate's loader would wait for it
         rows_only = loader.base_dataloader  # accelerate's loader hands on what this one yields
@@ -380,17 +381,6 @@ class EmbedderTrainer(Trainer):
 
     def _objective(self) -> Objective:
         return self.accelerator.unwrap_model(self.model)
-
-
-@contextmanager
-def _of_arguments() -> Iterator[None]:
-    """Around what the library makes of training arguments: what it refuses becomes a `UserError` of one sentence."""
-    try:
-        yield
-    except UserError:
-        raise
-    except (ValueError, TypeError, ImportError) as error:
-        raise UserError(f"training arguments: {first_line(error)}") from error
 
 
 def _begin_worker(begin: Callable[[int], None] | None, worker_id: int) -> None:

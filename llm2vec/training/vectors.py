@@ -27,7 +27,7 @@ from llm2vec.data.tables import cached_table, stamp_of
 from llm2vec.files import read_object
 from llm2vec.objectives.negatives import hash_of
 from llm2vec.training.config import Config
-from llm2vec.types import Example, InstructedText, TextSide, UserError, first_line
+from llm2vec.types import Example, InstructedText, TextSide, UserError, in_one_sentence
 
 
 class StoredVectors:
@@ -147,10 +147,8 @@ def _one(what: str, found: dict[Any, Path]) -> Any:
 
 
 def _width(file: Path) -> int:
-    try:
+    with in_one_sentence(lambda why: f"{file}: not a whole Parquet file ({why}).", (pa.ArrowException, OSError)):
         schema = pq.read_schema(file)
-    except (pa.ArrowException, OSError) as error:
-        raise UserError(f"{file}: not a whole Parquet file ({first_line(error)}).") from error
     if not {"id", "vector"} <= set(schema.names) or not pa.types.is_fixed_size_list(schema.field("vector").type):
         raise UserError(f"{file}: the columns `id` and `vector`, of lists of one size, are needed.")
     return int(schema.field("vector").type.list_size)

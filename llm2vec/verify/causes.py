@@ -9,22 +9,22 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import nullcontext
 from types import MappingProxyType
 from typing import Any, NamedTuple, get_args
 
 import torch
 import torch.nn.functional as F
-from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor
 
 from llm2vec.model.backbone import hidden_states
-from llm2vec.model.packing import inner_decoder
+from llm2vec.model.packing import adapter_layers, adapter_off, inner_decoder
 from llm2vec.model.pooling import pool
+from llm2vec.text.batches import shared_start
 from llm2vec.text.tokenization import Row
 from llm2vec.types import Attention, InstructedText, PoolingMode
 from llm2vec.verify.compare import Answer, Parity
 from llm2vec.verify.loaded import LocalWay
-from llm2vec.verify.ways import shared_start
 
 UNKNOWN = "weights or something else"
 
@@ -63,11 +63,8 @@ def vector_of(
     before_norm: list[Tensor] = []
     ids_1T = torch.tensor([row.ids], device=next(way.model.parameters()).device)
     hook = inner_decoder(way.model).norm.register_forward_pre_hook(lambda _, inputs: before_norm.append(inputs[0]))
-    for module in _adapted(way):
-        module.enable_adapters(with_adapter)
-    states_1TD = hidden_states(way.model, attention or way.attention, torch.ones_like(ids_1T), input_ids=ids_1T)
-    for module in _adapted(way):
-        module.enable_adapters(True)
+    with nullcontext() if with_adapter else adapter_off(way.model):
+        states_1TD = hidden_states(way.model, attention or way.attention, torch.ones_like(ids_1T), input_ids=ids_1T)
     hook.remove()
     chosen_1TD = (states_1TD if last_norm else before_norm[0]).float().cpu()
     return pool(chosen_1TD, torch.tensor([row.pooled]) | everywhere, pooling or way.pooling_mode)[0]
@@ -95,7 +92,7 @@ def find_cause(reference: Answer, parity: Parity, texts: Sequence[InstructedText
     ways = [side.way if side.way and hasattr(inner_decoder(side.way.model), "norm") else None for side in sides]
     rows = [way.rows(compared) if way else None for way in ways]
     for side, way, own in zip(sides, ways, rows, strict=True):
-        if way and own and _adapted(way):
+        if way and own and adapter_layers(way.model):
             pairs = ((vector_of(way, row), vector_of(way, row, with_adapter=False)) for row in own)
             if all(torch.equal(on, off) for on, off in pairs):
                 return f"adapter: dead: switching off the adapter of {side.name} changes no vector"
@@ -130,13 +127,9 @@ def _changes(
         for mode in get_args(PoolingMode):
             words = f"{mode} pooling over {where}"
             yield Change("pooling", words, rows, {"pooling": mode, "everywhere": everywhere})
-    if _adapted(way):
+    if adapter_layers(way.model):
         yield Change("adapter", "its adapter switched off", rows, {"with_adapter": False})
     yield Change("norm", "the states from before the last norm", rows, {"last_norm": False})
-
-
-def _adapted(way: LocalWay) -> list[BaseTunerLayer]:
-    return [module for module in way.model.modules() if isinstance(module, BaseTunerLayer)]
 
 
 def _least_cosine(

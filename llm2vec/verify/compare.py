@@ -14,7 +14,7 @@ from torch import Tensor
 
 from llm2vec.data.lines import parse_line
 from llm2vec.files import check_unicode, json_lines
-from llm2vec.types import InstructedText, UserError, first_line
+from llm2vec.types import InstructedText, UserError, in_one_sentence
 from llm2vec.verify.loaded import LocalWay
 from llm2vec.verify.server import EmbeddingServer
 from llm2vec.verify.ways import Choice, Rendering, prompt_writer
@@ -111,10 +111,9 @@ class Answer:
 
 def ask_way(way: LocalWay, texts: Sequence[InstructedText]) -> Answer:
     """Run the texts through a loaded way; a `UserError` where it fails on them."""
-    try:
+    # Such as a token without an embedding, or a limit that is no number.
+    with in_one_sentence(lambda why: f"{way.choice.name}: cannot embed the texts ({why})."):
         return Answer(way.choice, [row.ids for row in way.rows(texts)], way.encode(texts), way=way)
-    except Exception as error:  # such as a token without an embedding, or a limit that is no number
-        raise UserError(f"{way.choice.name}: cannot embed the texts ({first_line(error)}).") from error
 
 
 def ask_server(choice: Choice, texts: Sequence[InstructedText], rendering: Rendering | None) -> Answer:

@@ -22,7 +22,14 @@ from llm2vec.export.proof import encode_texts, stock_vectors
 from llm2vec.files import parse_json
 from llm2vec.hub import find_file
 from llm2vec.llm2vec import LLM2Vec
-from llm2vec.model.backbone import config_of, load_tokenizer, open_model, open_sentence_transformer, put_adapter
+from llm2vec.model.backbone import (
+    config_of,
+    default_device,
+    load_tokenizer,
+    open_model,
+    open_sentence_transformer,
+    put_adapter,
+)
 from llm2vec.model.chain import is_stock, open_chain
 from llm2vec.model.pooling import pool
 from llm2vec.model.stock_form import POOLING, SWITCHES
@@ -80,12 +87,12 @@ def open_way(choice: Choice, dtype: torch.dtype, rendering: Rendering | None) ->
 def _open_ours(choice: Choice, dtype: torch.dtype) -> LocalWay:
     base, adapters = choice.model.base, choice.model.adapters or None
     loaded = LLM2Vec.from_pretrained(base, adapters, merge_peft=choice.kind == "merged", torch_dtype=dtype)
-    loaded.to(_device())
+    loaded.to(default_device())
 
     @_in_batches
     @torch.no_grad()
     def padded(texts: Sequence[InstructedText]) -> Tensor:
-        batch = {name: value.to(_device()) for name, value in loaded.row_tokenizer(texts).items()}
+        batch = {name: value.to(default_device()) for name, value in loaded.row_tokenizer(texts).items()}
         vectors = loaded(batch).float().cpu()
         return F.normalize(vectors, dim=-1) if loaded.settings.normalize else vectors
 
@@ -100,7 +107,7 @@ def _open_ours(choice: Choice, dtype: torch.dtype) -> LocalWay:
 def _open_st(choice: Choice, dtype: torch.dtype, rendering: Rendering | None) -> LocalWay:
     if choice.model.adapters:
         raise UserError("takes no adapter beside a base; give a folder that sentence-transformers has written.")
-    loaded = open_sentence_transformer(choice.model.base, dtype=dtype, device=str(_device()))
+    loaded = open_sentence_transformer(choice.model.base, dtype=dtype, device=str(default_device()))
     loaded.eval()
     pooling = next((module for module in loaded if hasattr(module, "pooling_mode")), None)
     decoder = loaded.transformers_model
@@ -130,7 +137,7 @@ def _open_transformers(choice: Choice, dtype: torch.dtype, rendering: Rendering 
     for adapter in adapters:
         model = put_adapter(model, folder_at(adapter))
         model = model if adapter == adapters[-1] else model.merge_and_unload()
-    model.to(_device()).eval()
+    model.to(default_device()).eval()
     folder = next((path for path in (*reversed(adapters), base) if is_stock(path)), base)
     normalize = any(module.endswith("Normalize") for module in _read_modules(folder))
     tokenizer = load_tokenizer(folder)
@@ -150,8 +157,8 @@ def _open_transformers(choice: Choice, dtype: torch.dtype, rendering: Rendering 
         batch.pop("token_type_ids", None)
         mask = batch["attention_mask"].bool()
         mask &= mask.long().cumsum(dim=1) > torch.tensor([skipped(text) for text in texts]).unsqueeze(1)
-        hidden = model(**batch.to(_device())).last_hidden_state
-        vectors = pool(hidden, mask.to(_device()), mode).float().cpu()
+        hidden = model(**batch.to(default_device())).last_hidden_state
+        vectors = pool(hidden, mask.to(default_device()), mode).float().cpu()
         return F.normalize(vectors, dim=-1) if normalize else vectors
 
     def skipped(text: InstructedText) -> int:
@@ -227,7 +234,3 @@ def _is_half(choice: Choice, dtype: torch.dtype) -> bool:
     base = choice.model.base if is_model else open_chain(choice.model.base, choice.model.adapters).base
     stored = getattr(config_of(folder_at(base)), "dtype", None)
     return bool({dtype, stored} & {torch.bfloat16, torch.float16})
-
-
-def _device() -> torch.device:
-    return torch.device("cuda" if torch.cuda.is_available() else "cpu")

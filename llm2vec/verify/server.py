@@ -6,28 +6,18 @@ EmbeddingServer("http://localhost:8000#name-of-the-model")    # for a server tha
 
 from __future__ import annotations
 
-import json
 import math
-import urllib.error
-import urllib.request
 from collections.abc import Sequence
-from http.client import HTTPException
 from typing import Any
 from urllib.parse import urlsplit
 
 from torch import Tensor, tensor
 
+from llm2vec.corpus.server import Refusal, answer_of
 from llm2vec.types import UserError
-
-#: Seconds that one request may take; the first one may have to wait for the server to compile.
-TIMEOUT = 120.0
 
 #: Answers that are about the text and not about the request: it is too long, or empty.
 _REFUSALS = (400, 413, 422)
-
-
-class _Refused(Exception):
-    """The server does not take this text; the message is what it says."""
 
 
 class EmbeddingServer:
@@ -65,9 +55,11 @@ class EmbeddingServer:
         for i, text in enumerate(texts):
             body = {"model": self.model, "input": [text], "encoding_format": "float"}
             try:
-                vectors[i] = self._vector(self._request("/v1/embeddings", body))
-            except _Refused as error:
-                refused[i] = str(error)
+                vectors[i] = self._vector(answer_of(f"{self.url}/v1/embeddings", body))
+            except Refusal as error:
+                if error.code not in _REFUSALS:
+                    raise
+                refused[i] = error.said
         if not vectors:
             raise UserError(f"{self.url} refuses every text: {refused[0]}")
         if len(sizes := sorted({len(vector) for vector in vectors.values()})) > 1:
@@ -78,19 +70,20 @@ class EmbeddingServer:
         """Token ids of texts, special ones included, uncut; None where the server does not show them."""
         for key in ("prompt", "inputs"):  # vLLM, text-embeddings-inference
             try:
-                answers = [self._request("/tokenize", {"model": self.model, key: text}) for text in texts]
+                bodies = [{"model": self.model, key: text} for text in texts]
+                answers = [answer_of(f"{self.url}/tokenize", body) for body in bodies]
                 if key == "prompt":
                     return [[int(token) for token in answer["tokens"]] for answer in answers]
                 return [[int(token["id"]) for token in answer[0]] for answer in answers]
-            except (UserError, _Refused, KeyError, TypeError, ValueError, IndexError):
+            except (UserError, KeyError, TypeError, ValueError, IndexError):
                 continue
         return None
 
     def _only_model(self) -> str:
         """The name of the one model that the server lists; any name will do for a server without a list."""
         try:
-            names = [str(entry["id"]) for entry in self._request("/v1/models")["data"]] or ["model"]
-        except (UserError, _Refused, KeyError, TypeError):
+            names = [str(entry["id"]) for entry in answer_of(f"{self.url}/v1/models")["data"]] or ["model"]
+        except (UserError, KeyError, TypeError):
             return "model"
         if len(names) > 1:
             raise UserError(f"{self.url} serves {', '.join(names)}; write the one that is meant as {self.url}#NAME.")
@@ -108,20 +101,3 @@ class EmbeddingServer:
         if not numbers or not all(map(math.isfinite, numbers)):
             raise UserError(f"{self.url}/v1/embeddings answers with a vector that is empty or not finite.")
         return tensor(numbers)
-
-    def _request(self, path: str, body: dict[str, Any] | None = None) -> Any:
-        """The JSON that the server answers; GET without a body, POST with one."""
-        content = None if body is None else json.dumps(body).encode()
-        request = urllib.request.Request(self.url + path, content, {"Content-Type": "application/json"})
-        try:
-            with urllib.request.urlopen(request, timeout=TIMEOUT) as response:
-                return json.loads(response.read())
-        except urllib.error.HTTPError as error:
-            said = f"HTTP {error.code} {' '.join(error.read().decode('utf-8', 'replace').split())[:200]}".strip()
-            if error.code in _REFUSALS:
-                raise _Refused(said) from None
-            raise UserError(f"{self.url}{path} answers {said}") from None
-        except (OSError, HTTPException) as error:  # refused, unknown host, timeout, cut short
-            raise UserError(f"{self.url} does not answer ({getattr(error, 'reason', None) or error}).") from None
-        except ValueError:
-            raise UserError(f"{self.url}{path} does not answer in JSON.") from None

@@ -23,6 +23,7 @@ from llm2vec.model.backbone import load_tokenizer
 from llm2vec.model.chain import is_stock, open_chain
 from llm2vec.model.settings import SETTINGS_FILE, EncoderSettings, row_tokenizer
 from llm2vec.model.stock_form import possible_forms
+from llm2vec.text.batches import shared_start
 from llm2vec.text.tokenization import RowTokenizer
 from llm2vec.types import InstructedText, UserError
 
@@ -143,12 +144,6 @@ def _own_header(tokenizer: Any) -> str:
     header = first[: shared_start(first, second)]
     special = [i for i, token in enumerate(header) if token in tokenizer.added_tokens_decoder]
     return str(tokenizer.decode(header[special[-1] + 1 if special else 0 :]))
-
-
-def shared_start(first: Sequence[int], second: Sequence[int]) -> int:
-    """How many ids two rows begin with alike."""
-    pairs = enumerate(zip(first, second, strict=False))
-    return next((i for i, (one, other) in pairs if one != other), min(len(first), len(second)))
 
 
 def read_json_of(folder: str, name: str) -> dict[str, Any] | None:

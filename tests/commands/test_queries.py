@@ -101,14 +101,14 @@ def test_queries_that_lead_back_stay(
 def test_a_model_writes_the_same_however_it_is_batched(family: str, folder: Path) -> None:
     """Padding on the left changes nothing; a random model leads nowhere, which is said."""
     from llm2vec.choice import ModelChoice
-    from llm2vec.corpus.writers import write_by_model
+    from llm2vec.corpus.writers import QUERY, write_by_model
 
     tokenizer = family_tokenizer(family)
     model = tiny_model("llama", True, tokenizer=tokenizer, initializer_range=0.2)
     model.generation_config.eos_token_id = list(range(0, len(tokenizer), 9))  # a random model seldom ends by itself
     model.save_pretrained(folder / "model")
     tokenizer.save_pretrained(folder / "model")
-    write = write_by_model(ModelChoice(str(folder / "model"), torch_dtype="float32"))
+    write = write_by_model(ModelChoice(str(folder / "model"), torch_dtype="float32"), QUERY)
     texts = ["hello world", "who wrote the answer and the question of it", "red"]
     assert write(texts) == [query for text in texts for query in write([text])] and any(write(texts))
     with pytest.raises(UserError, match="no query of 6 leads back to its passage"):

@@ -482,7 +482,7 @@ def test_a_template_without_closing_token_reads_the_last_pooled_one() -> None:
 def test_encode_equals_the_padded_forward_pass(pooling_mode: str, padding_side: str) -> None:
     """`encode` packs; `forward` pads."""
     model = LLM2Vec(tiny_model("llama"), family_tokenizer("llama3"), pooling_mode)
-    model.row_tokenizer.padding_side = padding_side
+    model.tokenizer.padding_side = padding_side
     texts = [["find:", "hello world"], ["", "a much longer text of many more words than the other"], ["", "x"]]
     with torch.no_grad():
         padded = model.eval()(model.tokenize(texts))

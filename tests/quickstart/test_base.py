@@ -86,7 +86,7 @@ def test_a_second_start_into_one_folder_is_refused(tmp_path: Path, monkeypatch: 
 
 def test_without_gguf_the_cure_is_said(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "gguf", None)
-    with pytest.raises(UserError, match=r"pip install \"llm2vec\[base\]\""):
+    with pytest.raises(UserError, match=r"which needs gguf: pip install -e \"\.\[base\]\""):
         make_base(NAME, tmp_path / "base")
 
 

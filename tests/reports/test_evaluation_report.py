@@ -225,7 +225,8 @@ def test_runs_of_another_model_are_compared_with_one_another_only(make_run: Make
     report = build_report(runs, PAPER, None, {})
     assert table(report, "by task").header == ["Task", "mine", "theirs", "mine - theirs"]
     assert all(check["printed"] is None for checks in report.data["checks"].values() for check in checks.values())
-    assert [c["label"] for c in report.data["comparisons"]] == ["mine - theirs"] and "paper's own" not in report.text()
+    assert [c["label"] for c in report.data["comparisons"]] == ["mine - theirs"]
+    assert "paper's own" not in report.markdown()
     assert not [one for one in report.tables if one.title == "Beside the paper"]
 
 
@@ -246,7 +247,7 @@ def test_different_data_and_broken_files_are_said(make_run: MakeRun) -> None:
     del scores["CQADupstackRetrieval"]
     anchor = make_run("anchor", scores)
     report = build_report([anchor, baseline], PAPER, ONE, {})
-    text = report.text()
+    text = report.markdown()
     assert "anchor and baseline were scored on different revisions of the data of FEVER:" in text
     assert "anchor, CQADupstackRetrieval: parts without a score: CQADupstackGisRetrieval, " in text
     assert "counted as missing" in text and "missing: CQADupstackRetrieval." in text
@@ -275,7 +276,7 @@ def test_every_form_holds_the_same_and_escapes_what_comes_from_data(make_run: Ma
     ] == pytest.approx(12.34)
     assert data["comparisons"][0]["difference"] == pytest.approx(2)
     assert report.markdown() == markdown
-    for form in (html, markdown, report.text()):
+    for form in (html, markdown):
         assert "62.24" in form and "60.24" in form and "+2.00" in form
 
 

@@ -230,7 +230,7 @@ def test_the_evaluation_report_shows_it_too(tmp_path: Path) -> None:
     log = write_run(tmp_path / "anchor", ("a", EVIL))
     runs = [EvaluatedRun("mine", read_results(write_results(tmp_path / "results", {"NFCorpus": 30.0})))]
     report = build_report(runs, read_paper(), None, {"anchor": log})
-    assert "Embedding space along training" in report.text()
+    assert "Embedding space along training" in report.markdown()
     html = report.write(tmp_path / "out/report.html").read_text(encoding="utf-8")
     assert "<script" not in html and "&lt;script&gt;" in html and html.count("<img") == 4
     markdown = (tmp_path / "out" / "report.md").read_text(encoding="utf-8")

@@ -258,7 +258,7 @@ def test_a_refused_connection_is_said(made: Path, verify: Any) -> None:
         port = closed.server_address[1]
     code, printed = verify(f"ours:{made / 'exported'}", f"http://127.0.0.1:{port}")
     assert code == 2
-    assert f"not compared: http://127.0.0.1:{port} does not answer (" in printed
+    assert f"not compared: http://127.0.0.1:{port}/v1/embeddings does not answer (" in printed
     with pytest.raises(UserError, match="does not answer"):
         verify(f"http://127.0.0.1:{port}", made / "exported")
 

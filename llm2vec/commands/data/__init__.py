@@ -4,10 +4,14 @@ from __future__ import annotations
 
 import argparse
 from collections.abc import Sequence
+from typing import TYPE_CHECKING
 
 from llm2vec import cli
 from llm2vec.data.sources import Source, archive_hint, e5_sources, read_sources_file, select_sources
 from llm2vec.types import UserError
+
+if TYPE_CHECKING:
+    from llm2vec.corpus.writers import Write, Writing
 
 
 def add_source_flags(parser: argparse.ArgumentParser) -> None:
@@ -48,3 +52,20 @@ def parse_with_server(
     if (args.server is None) != (args.name is None):
         parser.error("--server and --name go together")
     return args
+
+
+def named_writer(args: argparse.Namespace) -> dict[str, str | None]:
+    """Who writes, as `parse_with_server` read it, to be compared with who wrote before."""
+    models = {flag: getattr(args, flag) for flag in ("model", "anchors") if hasattr(args, flag)}
+    return {"server": args.server, "name": args.name, **{flag: one and one.place for flag, one in models.items()}}
+
+
+def writer_of(args: argparse.Namespace, task: Writing) -> Write:
+    """Who writes, opened: a server, a Stage I checkpoint (`--anchors`), or a causal language model."""
+    from llm2vec.corpus import writers  # with torch: seconds
+
+    if args.server is not None:
+        return writers.write_by_server(args.server, args.name, task)
+    if getattr(args, "anchors", None) is not None:
+        return writers.write_by_anchors(args.anchors)
+    return writers.write_by_model(args.model, task)

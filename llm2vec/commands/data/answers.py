@@ -12,21 +12,15 @@ is written down, cut off at `--most_tokens`; queries that get none are left out.
 from __future__ import annotations
 
 import argparse
-import json
 from collections.abc import Sequence
-from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 from llm2vec import cli
 from llm2vec.choice import ModelChoice
-from llm2vec.commands.data import add_source_flags, chosen_sources, parse_with_server
+from llm2vec.commands.data import add_source_flags, chosen_sources, named_writer, parse_with_server, writer_of
 from llm2vec.data.held_out import entry_of
 from llm2vec.data.sources import Source
-from llm2vec.files import alone_in, remove, whole, write_json
-
-if TYPE_CHECKING:
-    from llm2vec.corpus.writers import Write
+from llm2vec.files import alone_in, remove, write_json, write_json_lines
 
 #: Answers of a part: what a killed start loses at most.
 ANSWERS_A_PART = 64
@@ -59,26 +53,14 @@ def _parse_args(argv: Sequence[str]) -> argparse.Namespace:
 
 def _answer(args: argparse.Namespace, source: Source, work: Path) -> None:
     """A source's rows, each query once."""
-    from llm2vec.corpus.writers import write_in_parts  # seconds to import, with torch
+    from llm2vec.corpus.writers import ANSWER, write_in_parts  # seconds to import, with torch
     from llm2vec.data.rows import TrainingRows
 
     rows = TrainingRows(args.folder, [source], num_negatives=0, max_rows=args.most)
     queries = list(dict.fromkeys(rows[i].query.text for i in range(len(rows))))
-    writer = {"model": args.model and args.model.place, "server": args.server, "name": args.name}
-    answers = write_in_parts(
-        partial(_writer, args), queries, work / source.name, {**writer, "most_tokens": args.most_tokens}, ANSWERS_A_PART
-    )
-    found = [(query, answer) for query, answer in zip(queries, answers, strict=True) if answer]
-    with whole(args.out / f"{source.name}.jsonl") as aside, aside.open("w", encoding="utf-8") as out:
-        for query, answer in found:
-            out.write(json.dumps({"query": query, "positive": answer}, ensure_ascii=False) + "\n")
+    writer = {**named_writer(args), "most_tokens": args.most_tokens}
+    task = ANSWER._replace(most_tokens=args.most_tokens)
+    answers = write_in_parts(lambda: writer_of(args, task), queries, work / source.name, writer, ANSWERS_A_PART)
+    found = [{"query": query, "positive": a} for query, a in zip(queries, answers, strict=True) if a]
+    write_json_lines(args.out / f"{source.name}.jsonl", found)
     print(f"{source.name}: {len(found):,} of {len(queries):,} queries have an answer")
-
-
-def _writer(args: argparse.Namespace) -> Write:
-    from llm2vec.corpus import writers
-
-    task = writers.ANSWER._replace(most_tokens=args.most_tokens)
-    if args.server is not None:
-        return writers.write_by_server(args.server, args.name, task)
-    return writers.write_by_model(args.model, task)

@@ -17,21 +17,16 @@ their table. A start that was killed is gone on with. docs/guides/adapt.md goes 
 from __future__ import annotations
 
 import argparse
-import json
 import random
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
 
 from llm2vec import cli
 from llm2vec.choice import ModelChoice
-from llm2vec.commands.data import parse_with_server
+from llm2vec.commands.data import named_writer, parse_with_server, writer_of
 from llm2vec.corpus.passages import SUFFIXES, passages_of
-from llm2vec.files import alone_in, remove, whole, write_json
+from llm2vec.files import alone_in, remove, write_json, write_json_lines
 from llm2vec.types import UserError
-
-if TYPE_CHECKING:
-    from llm2vec.corpus.writers import Write
 
 #: Passages of a part: what a killed start loses at most.
 QUERIES_A_PART = 64
@@ -53,8 +48,8 @@ def main(argv: Sequence[str]) -> None:
         kept = _round_trip(written, chosen, passages, args.keep_top, args.out / QUERIES_FOLDER)
         if not kept:
             raise UserError(f"no query of {len(written)} leads back to its passage; see {args.out / QUERIES_FOLDER}.")
-        _write_lines(args.out / "passages.jsonl", [{"id": str(i), "text": text} for i, text in enumerate(passages)])
-        _write_lines(args.out / "pairs.jsonl", [{"query": query, "positive": text} for query, text in kept])
+        write_json_lines(args.out / "passages.jsonl", ({"id": str(i), "text": text} for i, text in enumerate(passages)))
+        write_json_lines(args.out / "pairs.jsonl", ({"query": query, "positive": text} for query, text in kept))
         entry = {"file": "pairs.jsonl", "instruction": args.instruction, "num_negatives": 0}
         write_json(args.out / "sources.json", {"pairs": entry})
         remove(args.out / QUERIES_FOLDER)
@@ -99,19 +94,10 @@ def _write(
         remove(work)
         work.mkdir(parents=True)
         return [titles[passages[i]] for i in chosen]
-    from llm2vec.corpus.writers import write_in_parts  # seconds to import, with torch
+    from llm2vec.corpus.writers import QUERY, write_in_parts  # seconds to import, with torch
 
-    writer = {"server": args.server, "name": args.name}
-    writer |= {key: getattr(args, key) and getattr(args, key).place for key in ("model", "anchors")}
-    return write_in_parts(lambda: _writer(args), [passages[i] for i in chosen], work, writer, QUERIES_A_PART)
-
-
-def _writer(args: argparse.Namespace) -> Write:
-    from llm2vec.corpus import writers
-
-    if args.server is not None:
-        return writers.write_by_server(args.server, args.name)
-    return writers.write_by_model(args.model) if args.anchors is None else writers.write_by_anchors(args.anchors)
+    some = [passages[i] for i in chosen]
+    return write_in_parts(lambda: writer_of(args, QUERY), some, work, named_writer(args), QUERIES_A_PART)
 
 
 def _round_trip(
@@ -137,8 +123,3 @@ def _round_trip(
             if scores_N[i] > 0 and int((scores_N > scores_N[i]).sum()) < keep_top:
                 kept.setdefault(query, passages[i])
     return list(kept.items())
-
-
-def _write_lines(file: Path, rows: Sequence[dict[str, Any]]) -> None:
-    with whole(file) as aside, aside.open("w", encoding="utf-8") as out:
-        out.writelines(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import os
+from contextlib import AbstractContextManager
 
 import torch
 from transformers import TrainingArguments
@@ -11,7 +12,13 @@ from transformers.integrations.integration_utils import get_available_reporting_
 from transformers.training_args import ParallelMode
 
 from llm2vec.training.config import DONE_AT_LOADING, Config
-from llm2vec.types import UserError, first_line
+from llm2vec.types import UserError, in_one_sentence
+
+
+def of_arguments() -> AbstractContextManager[None]:
+    """Around what the library makes of training arguments: what it refuses becomes a `UserError` of one sentence."""
+    refusals = (ValueError, TypeError, ImportError, OSError)
+    return in_one_sentence(lambda why: f"training arguments: {why}", refusals)
 
 
 def training_arguments(config: Config, num_processes: int | None = None) -> TrainingArguments:
@@ -47,10 +54,8 @@ def training_arguments(config: Config, num_processes: int | None = None) -> Trai
     if values.get("fsdp"):
         # Gradients that wait for the step's last micro-batch would lie whole on every process.
         values["accelerator_config"] = {"gradient_accumulation_kwargs": {"sync_each_batch": True}}
-    try:
+    with of_arguments():
         args = TrainingArguments(**values)
-    except (ValueError, TypeError, ImportError, OSError) as error:
-        raise UserError(f"training arguments: {first_line(error)}") from error
     if args.fsdp and args.parallel_mode != ParallelMode.DISTRIBUTED and (num_processes or 1) == 1:
         raise UserError("fsdp needs several processes; start with torchrun --nproc_per_node=N, or take fsdp out.")
     available = get_available_reporting_integrations()
