@@ -118,10 +118,8 @@ def build_index(source: Path, folder: Path, choice: ModelChoice, batch_size: int
     """Index a folder of text files or a JSONL file; an index that is there is replaced. Returns the number of passages.
 
     Vectors keep about as many bits as the model computes with: float32 for float32 weights, float16 (11 significant
-    bits, where bfloat16 has 8) for the others.
-
-    Raises:
-        UserError: `folder` holds anything but an index or cannot be written, or source or model cannot be read.
+    bits, where bfloat16 has 8) for the others. A `UserError` where `folder` holds anything but an index or cannot be
+    written, or source or model cannot be read.
     """
     if folder.exists() and not _may_be_index(folder):
         raise UserError(f"{folder} is there and is no index; give a folder that is not there yet.")
@@ -166,13 +164,11 @@ def _build_index(source: Path, folder: Path, choice: ModelChoice, batch_size: in
 
 
 class TextIndex:
-    """An index that `build_index` has written.
+    """An index that `build_index` has written. A `UserError` where there is none, or its files are cut short or of two
+    indexes.
 
         index = TextIndex(Path("output/docs-index"))
         index.search(index.load_model(), ["which key is it when memory runs out"], k=3)
-
-    Raises:
-        UserError: there is none, or its files are cut short or of two indexes.
     """
 
     def __init__(self, folder: Path) -> None:
@@ -199,11 +195,8 @@ class TextIndex:
         self.folder, self.revision = folder, about["revision"]
 
     def load_model(self, choice: ModelChoice | None = None) -> LLM2Vec:
-        """The model that made the index, from where it lay then, or `choice`.
-
-        Raises:
-            UserError: it is another one, or was trained further since.
-        """
+        """The model that made the index, from where it lay then, or `choice`. A `UserError` where it is another one, or
+        was trained further since."""
         choice = choice or self.model
         if choice.revision() != self.revision:
             raise UserError(

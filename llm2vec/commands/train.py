@@ -89,11 +89,7 @@ def supervised(argv: Sequence[str]) -> None:
 
 
 def _config(command: str, function: Callable[[Sequence[str]], None], argv: Sequence[str]) -> Path:
-    """A command's one argument; its function's docstring is its help.
-
-    Raises:
-        UserError: not exactly one argument.
-    """
+    """A command's one argument; its function's docstring is its help. A `UserError` where there is not exactly one."""
     parser = cli.parser(command, inspect.getdoc(function))
     parser.usage = f"llm2vec {command} CONFIG.json"
     parser.add_argument("config", nargs="*", type=cli.path, help="the run's JSON file")

@@ -121,11 +121,7 @@ class Runner:
         self.logs.mkdir(parents=True, exist_ok=True)
 
     def do(self, run: Run, worker: int) -> None:
-        """Do a run unless it has been done.
-
-        Raises:
-            UserError: it failed or was stopped; the log says why.
-        """
+        """Do a run unless it has been done. A `UserError` where it failed or was stopped; the log says why."""
         if is_finished(run):
             return self._tell(run, "is there already")
         clear(run)

@@ -157,11 +157,8 @@ def write_halving(record: Path, table: Table) -> None:
 
 
 def read_halving(record: Path) -> Table | None:
-    """The table of a search; None where a comparison's record has none.
-
-    Raises:
-        UserError: the file is not what `write_halving` wrote.
-    """
+    """The table of a search; None where a comparison's record has none. A `UserError` where the file is not what
+    `write_halving` wrote."""
     file = record / _FILE
     if not file.is_file():
         return None

@@ -52,15 +52,8 @@ _CLAIMS_NOTE = (
 
 
 def write_ledger(results: Path, output_dir: Path) -> Path:
-    """Write the page and its figures, anew; returns the page.
-
-    Args:
-        results: its folders are records.
-        output_dir: where the page goes.
-
-    Raises:
-        UserError: a record cannot be read.
-    """
+    """Write the page and its figures, anew, of the records that lie in `results`; returns the page. A `UserError` where
+    one cannot be read."""
     output_dir.mkdir(parents=True, exist_ok=True)
     blocks = [_INTRO.rstrip()]
     for file in sorted(results.glob(f"*/{COMPARISON_RECORD}")):

@@ -92,11 +92,7 @@ class Planner:
         self.base = _bare_base(named, self.output_dir / f"base-{self.base_revision}")
 
     def trials(self, seeds: Sequence[int]) -> list[Trial]:
-        """Every recipe with every seed.
-
-        Raises:
-            UserError: a config is wrong, or data are not there.
-        """
+        """Every recipe with every seed. A `UserError` where a config is wrong, or data are not there."""
         planned = []
         for recipe in self.recipes.recipes:
             for seed in seeds if recipe.stages else [None]:

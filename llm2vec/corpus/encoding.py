@@ -91,19 +91,9 @@ def part_name(shard: int) -> str:
 
 
 def encode_corpus(encoding: CorpusEncoding, engine: Engine, num_workers: int | None = None) -> int:
-    """Encode what is still missing of a corpus.
-
-    Args:
-        encoding: what and how.
-        engine: `encode_locally` or `encode_on_ray`.
-        num_workers: how many workers the engine shall use; None = one a GPU, or one.
-
-    Returns:
-        Rows that this start has encoded.
-
-    Raises:
-        UserError: the output folder holds anything else, the input is malformed, or a shard could not be encoded.
-    """
+    """Encode what is still missing of a corpus by an engine, `encode_locally` or `encode_on_ray`, with so many workers
+    (None = one a GPU, or one); returns the rows that this start has encoded. A `UserError` where the output folder
+    holds anything else, the input is malformed, or a shard could not be encoded."""
     _check_is_ours(encoding.output)
     with alone_in(encoding.output, "encoding"):
         sizes, missing = _open_output(encoding)
@@ -116,11 +106,8 @@ def encode_corpus(encoding: CorpusEncoding, engine: Engine, num_workers: int | N
 
 
 class ShardEncoder:
-    """A loaded model that encodes shards of a corpus, one after the other.
-
-    Raises:
-        UserError: the model cannot be loaded, or is another one than where the encoding was started.
-    """
+    """A loaded model that encodes shards of a corpus, one after the other. A `UserError` where the model cannot be
+    loaded, or is another one than where the encoding was started."""
 
     def __init__(self, encoding: CorpusEncoding) -> None:
         if encoding.encoder.revision() != encoding.revision:

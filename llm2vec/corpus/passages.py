@@ -22,16 +22,9 @@ PASSAGE_CHARACTERS = 1000
 def passages_of(
     source: Path, most: int = PASSAGE_CHARACTERS, suffixes: Collection[str] = SUFFIXES
 ) -> Iterator[dict[str, str]]:
-    """`where`, `title` and `text` of each passage.
-
-    Args:
-        source: a folder of text files, or a JSONL file of objects with `text`.
-        most: characters of a passage of a text file.
-        suffixes: of the text files that are read.
-
-    Raises:
-        UserError: there is no such folder or file, or a row has no text.
-    """
+    """`where`, `title` and `text` of each passage of a folder of text files with these `suffixes`, or of the objects
+    with `text` in a JSONL file. A text file's passages have at most so many characters. A `UserError` where there is no
+    such folder or file, or a row has no text."""
     if source.is_file() and source.suffix == ".jsonl":
         yield from _rows(source)
         return

@@ -63,16 +63,8 @@ class JobQueue:
 
     @classmethod
     def prepare(cls, folder: Path, jobs: Sequence[Job], done: Collection[str] = ()) -> JobQueue:
-        """Make a queue, or take up one that an earlier start left. Jobs that a process is still at stay its own.
-
-        Args:
-            folder: Where the queue lies.
-            jobs: All jobs of this start.
-            done: Names of those that are done already.
-
-        Returns:
-            The queue.
-        """
+        """Make a queue of all jobs of this start, or take up one that an earlier start left. Jobs that a process is
+        still at stay its own; those that are named in `done` are done already."""
         for kind in ("claims", "locks", "done", "failed"):
             (folder / kind).mkdir(parents=True, exist_ok=True)
         for marker in [*(folder / "done").iterdir(), *(folder / "failed").iterdir()]:
@@ -87,11 +79,8 @@ class JobQueue:
         return cls(folder)
 
     def work(self, do: Callable[[Job], None]) -> None:
-        """Do jobs until there are none left, or the process that started this one is gone.
-
-        Args:
-            do: Does a job. One that it ends with a `UserError` has failed, and does not stop the others.
-        """
+        """Do jobs until there are none left, or the process that started this one is gone. One that `do` ends with a
+        `UserError` has failed, and does not stop the others."""
         parent = multiprocessing.parent_process()
         while (parent is None or parent.is_alive()) and (job := self.claim_or_wait()) is not None:
             try:
@@ -129,14 +118,8 @@ class JobQueue:
         return None
 
     def claim_or_wait(self, seconds: float = 0.5) -> Job | None:
-        """The next job for this process, waiting for one that others' work may make ready.
-
-        Args:
-            seconds: Between two looks.
-
-        Returns:
-            The job; None if there will be none any more.
-        """
+        """The next job for this process, waiting for one that others' work may make ready, so many seconds between two
+        looks; None if there will be none any more."""
         while (job := self.claim()) is None:
             open_jobs = self.jobs.keys() - self._names("done") - self._names("failed")
             if open_jobs <= self._names("claims"):

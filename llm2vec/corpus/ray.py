@@ -57,15 +57,8 @@ def check_ray_installed() -> None:
 def encode_on_ray(encoding: CorpusEncoding, shards: Sequence[int], num_workers: int | None) -> list[str]:
     """An engine: actors of the running Ray cluster, or of one started on this machine if there is none.
 
-    An actor takes a GPU, or a core where the cluster has no GPU.
-
-    Args:
-        encoding: what is encoded.
-        shards: numbers of the shards.
-        num_workers: actors; None = one a GPU of the cluster, or one.
-
-    Raises:
-        UserError: Ray is not installed.
+    An actor takes a GPU, or a core where the cluster has no GPU. `num_workers` are actors; None = one a GPU of the
+    cluster, or one. A `UserError` where Ray is not installed.
     """
     check_ray_installed()
     import ray.data

@@ -73,14 +73,8 @@ def is_foreign(choice: ModelChoice) -> bool:
 
 
 def foreign_encoder(path: str) -> Encode:
-    """A model that sentence-transformers has written, with prompts of its own for queries and for documents.
-
-    Args:
-        path: folder or hub name.
-
-    Raises:
-        UserError: it cannot be loaded.
-    """
+    """A model that sentence-transformers has written, by its folder or hub name, with prompts of its own for queries
+    and for documents. A `UserError` where it cannot be loaded."""
     from llm2vec.model.backbone import open_sentence_transformer
 
     model = open_sentence_transformer(path)
@@ -161,12 +155,7 @@ def _reranking_server(address: str) -> Callable[[list[tuple[str, str]]], list[fl
 
 
 class DenseRetriever:
-    """Cosines of a model's vectors; those of `BLOCK` documents lie in a file.
-
-    Args:
-        encode: makes the vectors.
-        revision: of the model.
-    """
+    """Cosines of the vectors that a model of a `revision` makes; those of `BLOCK` documents lie in a file."""
 
     def __init__(self, encode: Encode, revision: str) -> None:
         self.revision = revision

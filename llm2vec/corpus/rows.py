@@ -58,11 +58,8 @@ class Corpus:
         return {"input": files, **columns}
 
     def rows(self) -> Iterator[CorpusRow]:
-        """All rows, checked.
-
-        Raises:
-            UserError: a file is not what its name says, or a row lacks a column or holds no text; says where.
-        """
+        """All rows, checked. A `UserError` says where a file is not what its name says, or a row lacks a column or
+        holds no text."""
         for number, (where, row) in enumerate(self.unchecked_rows()):
             for column in (self.id_column, self.text_column):
                 if column is not None and column not in row:

@@ -32,16 +32,8 @@ Similarity = Callable[[Tensor, Tensor], Tensor]
 
 
 def blocks(num_documents: int, shard: int = 0, num_shards: int = 1) -> list[range]:
-    """The blocks of a corpus that one of several shards holds; shards are equal to a block and in corpus order.
-
-    Args:
-        num_documents: Size of the corpus.
-        shard: Which shard, from 0.
-        num_shards: How many shards; those beyond the number of blocks are empty.
-
-    Returns:
-        Ranges of document numbers.
-    """
+    """The blocks, as ranges of document numbers, of a corpus that one of several shards, from 0, holds. Shards are
+    equal to a block and in corpus order; those beyond the number of blocks are empty."""
     every = [range(first, min(first + BLOCK, num_documents)) for first in range(0, num_documents, BLOCK)]
     return every[len(every) * shard // num_shards : len(every) * (shard + 1) // num_shards]
 

@@ -134,13 +134,7 @@ def write_by_anchors(choice: ModelChoice) -> Write:
 
 
 def write_by_server(url: str, model: str, task: Writing) -> Write:
-    """A server with OpenAI's interface.
-
-    Args:
-        url: up to `/v1`.
-        model: its name there.
-        task: what is written for a text.
-    """
+    """A server with OpenAI's interface, at a `url` up to `/v1`, and the name of its model there."""
     place = f"{url.rstrip('/')}/chat/completions"
 
     def ask(text: str) -> str:

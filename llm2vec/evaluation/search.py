@@ -115,11 +115,8 @@ class CorpusSearch:
         }
 
     def rerank(self, top_ranked: Mapping[str, list[str]], k: int) -> Found:
-        """Query -> document -> score, of the documents listed for each query; the vectors of all those are held.
-
-        Raises:
-            UserError: A listed document is not in the corpus.
-        """
+        """Query -> document -> score, of the documents listed for each query; the vectors of all those are held. A
+        `UserError` where a listed document is not in the corpus."""
         listed = {document for query in self._names for document in top_ranked.get(query, ())}
         chosen = self._corpus.select([row for row, document in enumerate(self._corpus["id"]) if document in listed])
         results: Found = {query: {} for query in self._names}

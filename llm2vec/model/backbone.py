@@ -244,15 +244,8 @@ def parse_dtype(dtype: torch.dtype | str | None) -> torch.dtype | str:
 
 
 def config_of(folder: Folder, revision: str | None = None) -> PretrainedConfig:
-    """The config of a model, as the class that transformers has for it.
-
-    Args:
-        folder: where it lies.
-        revision: of a repository; None = the one that was opened.
-
-    Raises:
-        UserError: there is none.
-    """
+    """The config of a model, as the class that transformers has for it; a `UserError` where there is none. Of a
+    repository it is taken at a revision; None = the one that was opened."""
     commit = revision or folder.commit
     with in_one_sentence(lambda why: f"{folder.path!r} could not be loaded: {why}"):  # no access, a class of its own
         config = AutoConfig.from_pretrained(folder.path, revision=commit, trust_remote_code=False, **HUB_CLIENT.get())
@@ -326,11 +319,8 @@ def _check_model(folder: Folder, model_class: Any, asked: str | None) -> str | N
 
 
 def available_attention(attn_implementation: str | None) -> str | None:
-    """`attn_implementation`; or torch's own, with a warning, where FlashAttention was asked for and cannot run.
-
-    Raises:
-        UserError: a kernel of the hub was asked for, and cannot run.
-    """
+    """`attn_implementation`; or torch's own, with a warning, where FlashAttention was asked for and cannot run. A
+    `UserError` where a kernel of the hub was asked for, and cannot run."""
     if attn_implementation is not None and "/" in attn_implementation:
         load_kernel(attn_implementation)
     if attn_implementation != "flash_attention_2":

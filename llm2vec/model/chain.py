@@ -63,12 +63,9 @@ MODULE_FILES = ("*.safetensors", "*.json", "*.txt", "*.model")
 
 
 def open_folder(path: str, revision: str | None = None) -> Folder:
-    """Open a folder or a repository on the hub, at a revision or its newest; its weights are not read.
-
-    Raises:
-        UserError: a file of it is missing or has another size than when it was written, so that it was cut short while
-            it was written or copied; or its `run.json` cannot be read.
-    """
+    """Open a folder or a repository on the hub, at a revision or its newest; its weights are not read. A `UserError`
+    where a file of it is missing or has another size than when it was written, so that it was cut short while it was
+    written or copied; or its `run.json` cannot be read."""
     folder = Path(path)
     run = read_run(folder)
     opened = folder_at(path, run, revision)
@@ -236,10 +233,8 @@ def is_mark_of_folder(mark: str) -> bool:
 def revision_of(path: str) -> str:
     """Hash of all that a folder's vectors depend on; of a model on the hub its commit, or its name if none is cached.
 
-    mteb keeps a score under results/<name>/<revision>/ and finds an old one by these two alone, so every byte counts.
-
-    Raises:
-        UserError: the folder holds no safetensors weights.
+    mteb keeps a score under results/<name>/<revision>/ and finds an old one by these two alone, so every byte counts. A
+    `UserError` where the folder holds no safetensors weights.
     """
     folder = local_folder(path)
     if folder is None:
@@ -277,15 +272,9 @@ def _cached_commit(path: str) -> str | None:
 
 
 def model_name(paths: Sequence[str]) -> str:
-    """A name of mteb's form "organisation/name" for a base model and its adapters.
-
-    Args:
-        paths: folders or hub names, base model first.
-
-    Returns:
-        Such as "output/stage_I+output-stage_II". On either side of the slash stand letters, digits and `._+-`, so that
-        it can name a folder.
-    """
+    """A name of mteb's form "organisation/name" for a base model and its adapters, by their folders or hub names, such
+    as "output/stage_I+output-stage_II". On either side of the slash stand letters, digits and `._+-`, so that it can
+    name a folder."""
     steps = []
     for path in paths:
         parts = Path(path).resolve().parts if Path(path).is_dir() else Path(path).parts

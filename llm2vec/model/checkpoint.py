@@ -119,15 +119,8 @@ def _is_base_of(folder: Path, model: Backbone) -> bool:
 
 @torch.no_grad()
 def read_weights(folder: Path, model: Backbone) -> None:
-    """Put a checkpoint's weights into the model that wrote it, or one built alike, bit by bit.
-
-    Args:
-        folder: what `save_checkpoint` wrote.
-        model: a full model, or a PeftModel whose adapter it is; changed in place.
-
-    Raises:
-        UserError: the folder's tensors are not the model's, by name, shape or type.
-    """
+    """Put the weights that `save_checkpoint` wrote into the model that wrote them, or one built alike, bit by bit; of a
+    PeftModel, its adapter's. A `UserError` where the folder's tensors are not the model's, by name, shape or type."""
     if isinstance(model, PeftModel):
         saved = load_file(folder / SAFETENSORS_WEIGHTS_NAME)
         own = get_peft_model_state_dict(model, save_embedding_layers=False)

@@ -35,12 +35,7 @@ fused_decoders: WeakSet[nn.Module] = WeakSet()
 
 
 def fuse(decoder: nn.Module, on: bool = True) -> None:
-    """Packed passes of a decoder run fused from now on, or no longer.
-
-    Args:
-        decoder: the module that holds the layers.
-        on: whether they do.
-    """
+    """Packed passes of a decoder, which is the module that holds the layers, run fused from now on, or no longer."""
     (fused_decoders.add if on else fused_decoders.discard)(decoder)
 
 

@@ -352,11 +352,8 @@ def varlen_takes(*names: str) -> bool:
 
 
 def load_kernel(name: str) -> None:
-    """Fetch and load a kernel of `HUB_KERNELS`, as transformers does, which keeps it; say so.
-
-    Raises:
-        UserError: another name, no CUDA device, no package `kernels`, or the hub gives none for this torch.
-    """
+    """Fetch and load a kernel of `HUB_KERNELS`, as transformers does, which keeps it; say so. A `UserError` where it
+    has another name, or there is no CUDA device, no package `kernels`, or none on the hub for this torch."""
     if name not in HUB_KERNELS:
         raise UserError(f"attn_implementation is {name!r}; known kernels of the hub: {', '.join(sorted(HUB_KERNELS))}.")
     least, below = import_utils.KERNELS_MIN_VERSION, import_utils.KERNELS_MAX_VERSION

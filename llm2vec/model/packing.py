@@ -198,13 +198,8 @@ def packed(model: Any) -> Iterator[None]:
 
 
 def compile_layers(model: Any, *, backend: str = "inductor", mode: str | None = None) -> None:
-    """Compile every layer of the decoder for rows of any length; attention over packed rows stays outside.
-
-    Args:
-        model: decoder with or without head, plain or with an adapter on it; its weights keep their names.
-        backend: as in torch.compile.
-        mode: as in torch.compile.
-    """
+    """Compile every layer of the decoder for rows of any length, by torch.compile's `backend` and `mode`; attention
+    over packed rows stays outside. The model may have a head or an adapter; its weights keep their names."""
     for layer in inner_decoder(model).layers:
         layer.compile(dynamic=True, backend=backend, mode=mode)
 

@@ -53,17 +53,7 @@ def pool(hidden_BTD: Tensor, pool_mask_BT: Tensor, pooling_mode: PoolingMode) ->
 
 
 def pool_packed(states_ND: Tensor, lengths: Sequence[int], pool_mask_N: Tensor, pooling_mode: PoolingMode) -> Tensor:
-    """`pool` for texts that stand one after the other, without padding.
-
-    Args:
-        states_ND: hidden states of all texts' tokens.
-        lengths: tokens of each text.
-        pool_mask_N: 1 at the pooled positions; every text has at least one.
-        pooling_mode: as in `pool`.
-
-    Returns:
-        [texts, D].
-    """
+    """`pool` for texts of so many tokens each that stand one after the other, without padding: [texts, D]."""
     hidden_BTD = pad_sequence(states_ND.split(list(lengths)), batch_first=True)
     pool_mask_BT = pad_sequence(pool_mask_N.split(list(lengths)), batch_first=True)
     return pool(hidden_BTD, pool_mask_BT, pooling_mode)

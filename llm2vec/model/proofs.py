@@ -19,11 +19,8 @@ from llm2vec.types import Attention, UserError, first_line
 
 
 def check_decoder(model: Backbone, attention: Attention) -> None:
-    """Prove both, where the model will run: `check_attention`, then `check_packing`.
-
-    Raises:
-        UserError: as they do; or a kernel of the hub does not take this model, or this card.
-    """
+    """Prove both, where the model will run: `check_attention`, then `check_packing`. A `UserError` as of these, or
+    where a kernel of the hub does not take this model, or this card."""
     try:
         check_attention(model, attention)
         check_packing(model, attention)
@@ -35,12 +32,9 @@ def check_decoder(model: Backbone, attention: Attention) -> None:
 
 
 def check_attention(model: Backbone, attention: Attention) -> None:
-    """Prove that the model attends as asked: change the last of four tokens and look at the first one's state.
-
-    Raises:
-        UserError: a state is not finite; the first state moves under causal attention, or stays under bidirectional
-            attention; or the latter was asked of a model some of whose layers only ever read forwards.
-    """
+    """Prove that the model attends as asked: change the last of four tokens and look at the first one's state. A
+    `UserError` where a state is not finite; the first state moves under causal attention, or stays under bidirectional
+    attention; or the latter was asked of a model some of whose layers only ever read forwards."""
     forward_only = set(getattr(model.config, "layer_types", None) or ()) - ATTENTION_LAYERS
     if attention == "bidirectional" and forward_only:
         raise UserError(
@@ -66,11 +60,8 @@ def check_attention(model: Backbone, attention: Attention) -> None:
 
 
 def check_packing(model: Backbone, attention: Attention) -> None:
-    """Prove that a text has the states packed behind another that it has alone, by the model's own attention.
-
-    Raises:
-        UserError: it has not.
-    """
+    """Prove that a text has the states packed behind another that it has alone, by the model's own attention. A
+    `UserError` where it has not."""
     own, other = probe_tokens(model, 9).split([5, 4])
     with probing(model) as exact:
         alone = [

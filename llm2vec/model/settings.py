@@ -94,10 +94,8 @@ class EncoderSettings:
 def read_settings(file: Path) -> dict[str, Any]:
     """What an `llm2vec_config.json` says: the settings that are written there, of values that they may have.
 
-    One that upstream LLM2Vec wrote, which holds none but its keys, has upstream's `instruction_mask`.
-
-    Raises:
-        UserError: it is no JSON object of settings.
+    One that upstream LLM2Vec wrote, which holds none but its keys, has upstream's `instruction_mask`. A `UserError`
+    where it is no JSON object of settings.
     """
     written = read_object(file)
     known = [field.name for field in dataclasses.fields(EncoderSettings)]
@@ -138,16 +136,8 @@ def with_template(settings: EncoderSettings, tokenizer: PreTrainedTokenizerBase)
 
 
 def check_rendering(path: str, recorded: Sequence[Sequence[int]] | None, tokenizer: RowTokenizer) -> None:
-    """Refuse a checkpoint whose texts would now become other tokens than in training.
-
-    Args:
-        path: its folder.
-        recorded: the token ids of the probe texts in training, of its `run.json`; None = it has none.
-        tokenizer: renders texts as its settings say.
-
-    Raises:
-        UserError: the probe texts become others.
-    """
+    """Refuse, by a `UserError`, a checkpoint whose texts would now become other tokens than in training: the probe
+    texts' ids, where its `run.json` has them `recorded`."""
     if recorded is not None and recorded != probe_ids(tokenizer):
         raise UserError(
             f"{path}: the tokenizer renders the checkpoint's probe texts to other token ids than in training; its "

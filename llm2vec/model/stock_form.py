@@ -106,10 +106,7 @@ class StockForm:
 
         An instruction named `query` is that of the prompt `query`, which clients use for queries unless told otherwise.
         For the task NFCorpus that is `NFCorpus`, and `NFCorpus-document` for its documents, which carry none: so mteb
-        asks for them.
-
-        Raises:
-            UserError: a name is taken, so that an instruction would replace another prompt.
+        asks for them. A `UserError` where a name is taken, so that an instruction would replace another prompt.
         """
         document = self.prompt("", "document")
         named = {"query": self.prompt(instructions.get("query", "")), "document": document}

@@ -260,15 +260,8 @@ def weights_of(folder: Folder) -> list[str]:
 
 
 def check_size(folder: Folder, described: int) -> None:
-    """Refuse a model that would take much more memory than its files hold, by their headers.
-
-    Args:
-        folder: where it lies.
-        described: weights that its config describes.
-
-    Raises:
-        UserError: it would; or as `weights_of`; or a file is damaged.
-    """
+    """Refuse, by a `UserError`, a model whose config describes much more weights than its files hold, by their headers;
+    other errors are as of `weights_of`, or say that a file is damaged."""
     stored = sum(math.prod(shape) for file in weights_of(folder) for shape in _shapes(file))
     if described > MOST_WEIGHTS * stored + FREE_WEIGHTS:
         what = f"describes {described:,} weights, and the safetensors hold {stored:,}"

@@ -40,11 +40,8 @@ NVIDIA_DEVICE = Path("/dev/nvidiactl")
 
 
 def prepare_device(config: Config) -> None:
-    """Before anything asks for the device: how memory is handed out on a GPU; and that a GPU which is there is used.
-
-    Raises:
-        UserError: torch finds no GPU, though this machine shows one to the process.
-    """
+    """Before anything asks for the device: how memory is handed out on a GPU; and that a GPU which is there is used. A
+    `UserError` where torch finds no GPU, though this machine shows one to the process."""
     if not {"PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF"} & os.environ.keys():
         # Each micro-batch has another number of tokens. Segments that grow leave no holes between their tensors.
         os.environ["PYTORCH_CUDA_ALLOC_CONF"] = os.environ["PYTORCH_ALLOC_CONF"] = "expandable_segments:True"
@@ -71,10 +68,9 @@ def load_model(
     """Base, merged adapters and, with `use_peft`, a fresh LoRA adapter; the tokenizer; how texts become vectors.
 
     Special tokens that the template adds and the base lacks are given to both; under LoRA their embeddings are trained
-    too, and saved with the adapter. The adapter goes on the decoder; a head over it is frozen like the rest.
-
-    Raises:
-        UserError: not found, does not fit, does not attend as asked, or contradicts the parent checkpoint.
+    too, and saved with the adapter. The adapter goes on the decoder; a head over it is frozen like the rest. A
+    `UserError` where something is not found, does not fit, does not attend as asked, or contradicts the parent
+    checkpoint.
     """
     set_seed(config.training.get("seed", 42))
     chain = open_chain(config.model_name_or_path, config.adapters)
@@ -113,10 +109,8 @@ def _placed(config: Config, chain: Chain, device: torch.device) -> dict[str, Any
     """transformers' keywords for where weights go, and for a base in 8 or 4 bits, the latter as QLoRA has them (NF4,
     quantised twice).
 
-    Each tensor goes to its GPU as it is read: in host memory, all processes share the file's own pages.
-
-    Raises:
-        UserError: it cannot be had here, or adapters would have to be merged into it.
+    Each tensor goes to its GPU as it is read: in host memory, all processes share the file's own pages. A `UserError`
+    where it cannot be had here, or adapters would have to be merged into it.
     """
     if config.load_in is None:
         return {"device_map": {"": device}} if device.type == "cuda" else {}
@@ -162,10 +156,8 @@ def open_tokenizer(config: Config, chain: Chain) -> tuple[PreTrainedTokenizerBas
     """The tokenizer, how texts become vectors, and the ids of the tokens that the base lacks.
 
     The template, where the config names none, is the parent checkpoint's, and may be no other. Where another
-    `instruction_join` than the parent's changes what a row of tokens is, it is said.
-
-    Raises:
-        UserError: not found, contradicts the parent checkpoint, or a template that the tokenizer cannot write.
+    `instruction_join` than the parent's changes what a row of tokens is, it is said. A `UserError` where it is not
+    found, contradicts the parent checkpoint, or cannot write the template.
     """
     tokenizer = load_tokenizer(chain.tokenizer_folder)
     parent = chain.folders[-1]
@@ -187,16 +179,8 @@ def open_tokenizer(config: Config, chain: Chain) -> tuple[PreTrainedTokenizerBas
 
 
 def encoder_settings(config: Config, recorded: dict[str, Any], merged: tuple[str, ...] = ()) -> EncoderSettings:
-    """How a config's texts become vectors.
-
-    Args:
-        config: of the run.
-        recorded: what its parent checkpoint says.
-        merged: the adapters below the run's own, if it trains one.
-
-    Raises:
-        UserError: the parent was trained with another template.
-    """
+    """How a config's texts become vectors, given what its parent checkpoint has `recorded`, and the adapters below the
+    run's own, if it trains one. A `UserError` where the parent was trained with another template."""
     template = config.template or recorded.get("template")
     if recorded.get("template") not in (None, template):
         raise UserError(
@@ -269,10 +253,8 @@ def plan_sharding(args: TrainingArguments, model: PreTrainedModel) -> None:
     """Tell accelerate which modules FSDP2 gathers one at a time, and in which precision; nothing without `fsdp`.
 
     The decoder's layers are. What is left (embeddings, final norm, head) is gathered for the whole forward pass, as an
-    objective reads those weights directly.
-
-    Raises:
-        UserError: the model has no module of the class that is to be gathered by itself.
+    objective reads those weights directly. A `UserError` where the model has no module of the class that is to be
+    gathered by itself.
     """
     plan: dict[str, Any] | None = args.fsdp_plugin_args
     if plan is None:
@@ -292,15 +274,8 @@ def plan_sharding(args: TrainingArguments, model: PreTrainedModel) -> None:
 
 
 def set_attention_dropout(model: Any, probability: float) -> None:
-    """Drop out attention weights in training, whatever the model's config says; the config itself is not changed.
-
-    Args:
-        model: changed in place.
-        probability: of a weight to be dropped.
-
-    Raises:
-        UserError: the model's attention has no dropout to set.
-    """
+    """Drop out attention weights in training with this probability, whatever the model's config says; the config itself
+    is not changed. A `UserError` where the model's attention has no dropout to set."""
     attentions = [module for module in model.modules() if hasattr(module, "attention_dropout")]
     if probability and not attentions:
         raise UserError(f"simcse_dropout: the attention of {type(model).__name__} has no dropout; set it to 0.")
@@ -311,13 +286,8 @@ def set_attention_dropout(model: Any, probability: float) -> None:
 def add_token_rows(model: PreTrainedModel, ids: Sequence[int], seed: int) -> None:
     """Give new tokens rows in the embedding, and in the head where the model has a separate one.
 
-    A row starts as the mean of the rows before the new ones. Noise of a tenth of their spread makes no two alike. The
-    tables grow where they have no such rows yet.
-
-    Args:
-        model: changed in place.
-        ids: of the new tokens.
-        seed: of the noise.
+    A row starts as the mean of the rows before the new ones. Noise of a tenth of their spread, from `seed`, makes no
+    two alike. The tables grow where they have no such rows yet.
     """
     make_room(model, ids)
     embedding, head = model.get_input_embeddings(), model.get_output_embeddings()

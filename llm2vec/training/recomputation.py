@@ -55,17 +55,9 @@ def measured_bytes(objective: Objective, batch: Batch, dtype: torch.dtype | None
 
 
 def layers_to_recompute(bytes_per_layer: float, kept_per_layer: float, num_layers: int, budget: float) -> int:
-    """The fewest layers to recompute so that what all layers keep, and one of them recomputed, fits the budget.
-
-    Args:
-        bytes_per_layer: what a layer keeps.
-        kept_per_layer: what is left of it when it is recomputed: its input.
-        num_layers: of the model.
-        budget: bytes.
-
-    Raises:
-        UserError: not even with all layers recomputed.
-    """
+    """The fewest layers to recompute so that what all layers keep, and one of them recomputed, fits the budget of
+    bytes. A layer keeps `bytes_per_layer`, or its input alone, `kept_per_layer`, where it is recomputed. A `UserError`
+    where not even recomputing all of them is enough."""
     total = num_layers * bytes_per_layer
     if total <= budget:
         return 0

@@ -67,13 +67,8 @@ FIGURES_FILE = "figures.json"
 def start_or_resume(config: Config, held: ExitStack) -> TrainingArguments:
     """A run's training arguments; `resume_from_checkpoint` in them names the checkpoint that it goes on from, if any.
 
-    Args:
-        config: of the run.
-        held: holds the run's output folder, so that no second run writes there.
-
-    Raises:
-        UserError: the arguments are wrong, another run is at work there, or the checkpoint is another run's.
-        RunEnds: the run has finished.
+    The run's output folder is `held`, so that no second run writes there. A `UserError` where the arguments are wrong,
+    another run is at work there, or the checkpoint is another run's; `RunEnds` where the run has finished.
     """
     if config.training.get("use_cpu", not torch.accelerator.is_available()):
         join_on_cpu(config.training.get("ddp_timeout", TrainingArguments.ddp_timeout))
@@ -114,12 +109,8 @@ def check_writable(folder: Path) -> None:
 
 
 def find_start(config: Config) -> Path | None:
-    """The checkpoint that a run goes on from; None = it starts at step 0.
-
-    Raises:
-        UserError: there is one, but of another config; or the one that is named is not whole.
-        RunEnds: the run has finished.
-    """
+    """The checkpoint that a run goes on from; None = it starts at step 0. A `UserError` where there is one, but of
+    another config, or the one that is named is not whole; `RunEnds` where the run has finished."""
     if config.resume == "never":
         return None
     if config.resume != "auto":
@@ -191,12 +182,8 @@ def _end_if_finished(config: Config) -> None:
 
 
 def is_over(recorded: dict[str, Any], stop: int | None) -> bool:
-    """Whether a run that wrote `run.json` went as far as one with this `stop_after_n_steps` will.
-
-    Args:
-        recorded: content of `run.json`; empty where there is none.
-        stop: None = to the end of the schedule.
-    """
+    """Whether a run with this record in its `run.json`, empty where there is none, went as far as one with this
+    `stop_after_n_steps` will; None = to the end of the schedule."""
     if "config" not in recorded:
         return False
     stopped_at = recorded["config"].get("stop_after_n_steps")
@@ -220,12 +207,7 @@ def _refuse_another_run(folder: Path, config: Config) -> None:
 
 
 def differences(recorded: dict[str, Any], config: Config) -> list[str]:
-    """What decides the result and is not as it was when a checkpoint's `run.json` was written, in words.
-
-    Args:
-        recorded: content of `run.json`.
-        config: today's.
-    """
+    """What decides the result and is not as it was when a checkpoint's `run.json` was written, in words."""
     found = [
         f"{key} is {before!r} there and {now!r} here"
         for key, before, now in _differing_keys(recorded["config"], config, "result")

@@ -73,10 +73,8 @@ def table_of(rows: Iterable[Mapping[str, Any]], instruction: str) -> Path:
     """A `sources_file` of one source, for rows that are in no file yet.
 
     They are written to the cache of `datasets`, by a name that their content and the instruction make. So the same rows
-    are the same file, whose table is not built again, and a run can go on with them.
-
-    Raises:
-        UserError: a row is nothing that JSON can write, or the cache cannot be written to.
+    are the same file, whose table is not built again, and a run can go on with them. A `UserError` where a row is
+    nothing that JSON can write, or the cache cannot be written to.
     """
     from datasets import config
 

@@ -155,11 +155,8 @@ def _write_record(state: TrainerState, aside: Path, folder: Path) -> None:
 
 @contextmanager
 def of_state(checkpoint: str | None) -> Iterator[None]:
-    """Around what the libraries read of a checkpoint's state: what is not a run's becomes a `UserError`.
-
-    Raises:
-        UserError: it is cut short, of another form, or holds more than numbers.
-    """
+    """Around what the libraries read of a checkpoint's state: what is cut short, of another form, or more than numbers
+    becomes a `UserError`."""
     try:
         yield
     except UserError:

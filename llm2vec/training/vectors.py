@@ -72,11 +72,7 @@ class StoredVectors:
         self._order_N = np.argsort(self._hash_N, kind="stable")
 
     def __call__(self, texts: Sequence[InstructedText]) -> Tensor:
-        """Their vectors [texts, width], in float32.
-
-        Raises:
-            UserError: one is missing.
-        """
+        """Their vectors [texts, width], in float32. A `UserError` where one is missing."""
         if missing := self.missing(texts):
             raise UserError(f"{self.folder} holds no vector of {missing[0].text[:60]!r}; encode the run's texts.")
         return torch.from_numpy(np.stack(self._table[self._places(texts)]["vector"]).astype(np.float32))
@@ -88,11 +84,7 @@ class StoredVectors:
         return [text for text, is_there in zip(texts, found, strict=True) if not is_there]
 
     def check(self, rows: Iterable[Example]) -> None:
-        """Refuse rows with a text that has no vector.
-
-        Raises:
-            UserError: how many texts, and one of them.
-        """
+        """Refuse rows with a text that has no vector. A `UserError` says how many texts, and one of them."""
         number, first = 0, None
         for row in rows:
             if missing := self.missing([row.query, row.positive, *row.negatives, *row.others]):

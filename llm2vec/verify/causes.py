@@ -71,14 +71,10 @@ def vector_of(
 
 
 def find_cause(reference: Answer, parity: Parity, texts: Sequence[InstructedText]) -> str:
-    """Why a way disagrees with the reference: a cause, and behind a colon what was found and proves it.
+    """Why a way that does not pass disagrees with the reference, on the texts that both were asked: a cause, and behind
+    a colon what was found and proves it.
 
     The cause is that of a `Change`, or `UNKNOWN`, which no computation stands behind.
-
-    Args:
-        reference: what the first way answered.
-        parity: of a way that does not pass.
-        texts: what both were asked.
     """
     sides = (reference, parity.answer)
     sizes = [side.vectors.shape[1] for side in sides]

@@ -31,10 +31,7 @@ _INSTRUCTION = "Given a question, retrieve passages that answer it"
 
 def bundled_texts(max_length: int) -> dict[str, InstructedText]:
     """Texts that show what goes wrong, by name: short, cut, accents, empty, look-alikes, with and without instruction.
-
-    Args:
-        max_length: of the rows; one text is longer, up to `MOST_WORDS`.
-    """
+    One is longer than the rows' most tokens, up to `MOST_WORDS`."""
     numbered = " ".join(f"word {i}" for i in range(min(max_length, MOST_WORDS)))
     return {
         "query": InstructedText("", "who wrote Emma?", "query"),
@@ -56,10 +53,8 @@ def bundled_texts(max_length: int) -> dict[str, InstructedText]:
 def read_own_texts(file: Path) -> dict[str, InstructedText]:
     """Texts of a file by line number: a text a line; in `.jsonl`, objects of `text`, `instruction` and `side`.
 
-    Blanks around a text are taken away, as `LLM2Vec` does and other ways leave to their users.
-
-    Raises:
-        UserError: there is no such file, no line in it, or a line is malformed.
+    Blanks around a text are taken away, as `LLM2Vec` does and other ways leave to their users. A `UserError` where
+    there is no such file, no line in it, or a line is malformed.
     """
     if not file.is_file():
         raise UserError(f"--texts: {file} is not there.")
@@ -155,10 +150,8 @@ class Parity:
 def compare_answers(reference: Answer, answer: Answer, threshold: float | None = None) -> Parity:
     """Compare an answer with the reference's, text by text.
 
-    The threshold is by default `LEAST_COSINE`, or `LEAST_COSINE_HALF` with half precision on either side.
-
-    Raises:
-        UserError: there is no text that both take.
+    The threshold is by default `LEAST_COSINE`, or `LEAST_COSINE_HALF` with half precision on either side. A `UserError`
+    where there is no text that both take.
     """
     is_half = reference.is_half or answer.is_half
     refused = reference.refused.keys() | answer.refused.keys()

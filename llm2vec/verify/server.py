@@ -23,11 +23,8 @@ _REFUSALS = (400, 413, 422)
 class EmbeddingServer:
     """A server's `/v1/embeddings`, and its `/tokenize` where it has one.
 
-    Args:
-        address: base URL, with or without `/v1` or `/v1/embeddings`; behind a `#`, the name of the model.
-
-    Raises:
-        UserError: it is no address, or the server serves several models and none was named.
+    The address is its base URL, with or without `/v1` or `/v1/embeddings`; behind a `#`, the name of the model. A
+    `UserError` where it is no address, or the server serves several models and none was named.
     """
 
     def __init__(self, address: str) -> None:

@@ -23,10 +23,8 @@ def compare_ways(
 ) -> int:
     """Ask the reference, which is the first, then every other way, and print how they compare.
 
-    Arguments as on the command line. The exit code: 1 if a way differs, else 2 if one could not be asked, else 0.
-
-    Raises:
-        UserError: there is one way only, or the reference cannot be asked.
+    Arguments as on the command line. The exit code: 1 if a way differs, else 2 if one could not be asked, else 0. A
+    `UserError` where there is one way only, or the reference cannot be asked.
     """
     choices: list[Choice] = []
     for argument in ways:

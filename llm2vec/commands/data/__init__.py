@@ -41,11 +41,8 @@ def chosen_sources(args: argparse.Namespace) -> list[Source]:
 def parse_with_server(
     parser: argparse.ArgumentParser, writer: argparse._MutuallyExclusiveGroup, argv: Sequence[str]
 ) -> argparse.Namespace:
-    """Arguments of a command whose texts a server may write: `--server`, one of `writer`'s flags, and its `--name`.
-
-    Raises:
-        UserError: one of the two without the other, or another flag is wrong.
-    """
+    """Arguments of a command whose texts a server may write: `--server`, one of `writer`'s flags, and its `--name`. A
+    `UserError` where one of the two stands without the other, or another flag is wrong."""
     writer.add_argument("--server", metavar="URL", help="a server with OpenAI's interface, up to /v1; needs --name")
     parser.add_argument("--name", help="of the server's model")
     args = parser.parse_args(argv)

@@ -22,14 +22,11 @@ def of_arguments() -> AbstractContextManager[None]:
 
 
 def training_arguments(config: Config, num_processes: int | None = None) -> TrainingArguments:
-    """TrainingArguments of a run, with the accumulation that `total_batch_size` asks for.
+    """TrainingArguments of a run, with the accumulation that `total_batch_size` asks for. `num_processes` are those of
+    a run that is only planned; None = those that torchrun started.
 
-    Args:
-        config: of the run.
-        num_processes: of a run that is only planned; None = those that torchrun started.
-
-    Raises:
-        UserError: the total batch is no multiple of what the processes hold at once, or transformers refuses a value.
+    A `UserError` where the total batch is no multiple of what the processes hold at once, or transformers refuses a
+    value.
     """
     values = {key: value for key, value in config.training.items() if key not in DONE_AT_LOADING}
     values["output_dir"] = str(config.output_dir)

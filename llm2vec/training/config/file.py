@@ -72,15 +72,8 @@ SCHEMA_KEY = "$schema"
 
 
 def load_config(path: str | Path, stage: Stage) -> Config:
-    """Read and check a run's JSON file.
-
-    Args:
-        path: the file.
-        stage: which script reads it; decides `use_peft`'s default and which keys would have no effect.
-
-    Raises:
-        UserError: what is wrong, with file and key.
-    """
+    """Read and check a run's JSON file; a `UserError` says what is wrong, with file and key. The stage whose script
+    reads it decides `use_peft`'s default and which keys would have no effect."""
     return _config_of(read_object(Path(path), str(path)), stage, str(path))
 
 

@@ -20,12 +20,8 @@ FSDP_KEYS = ("version", "reshard_after_forward", "transformer_layer_cls_to_wrap"
 
 
 def contradictions(config: Config, written: Container[str]) -> Iterator[str]:
-    """What is wrong between a config's keys. The first sentence counts: what is asked after it may build on it.
-
-    Args:
-        config: with its defaults filled in.
-        written: the keys that the file names, which tells a default from a choice.
-    """
+    """What is wrong between a config's keys, of which the file names those that are `written`: that tells a default
+    from a choice. The first sentence counts: what is asked after it may build on it."""
     yield from _in_the_run(config)
     yield from _in_the_rows(config, written)
     yield from _in_the_objective(config)
