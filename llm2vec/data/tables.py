@@ -180,6 +180,7 @@ class ArrowWriter:
         self._stream, self._schema, self._held = pa.ipc.new_stream(str(file), schema), schema, list[dict[str, Any]]()
 
     def append(self, row: dict[str, Any]) -> None:
+        """Add a row; it is written with the others of its batch."""
         self._held.append(row)
         if len(self._held) == WRITTEN_AT_ONCE:
             self._flush()
