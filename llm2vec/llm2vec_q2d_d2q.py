@@ -16,7 +16,8 @@ That is the paper, and the default. Rival pre-stages differ in a few things, eac
     target_loss  ce: token by token. kl: token by token, not the token itself but what the frozen base expects there,
                  which reads the source and not its memory (LLM2Comp). bag: all tokens at once, in no order, and without
                  a decoder (LLaMA2Vec; `objectives/token_set.py`)
-    decoder      shared: the weights in training. frozen: those that the run began with, behind a BOS where there is one
+    decoder      shared: the weights in training. frozen: those that the run began with
+    decoder_bos  whether a BOS takes position 0, which language models attend to whatever it holds, from the memory
     projection   what a memory becomes before it is decoded (`objectives/projection.py`)
     lm_weight    of the next-token loss of the source texts, in the same pass
     imitation_weight
@@ -80,7 +81,7 @@ class BidirectionalReconstruction(nn.Module, StageOneObjective):
         target_loss: `ce`, `kl` or `bag`, as above.
         decoder: whose weights decode. `frozen` are the base's below an adapter, else a copy, taken now.
         lm_weight: of the next-token loss of the source texts.
-        bos_id: what stands before the memory where the decoder is frozen; None = nothing.
+        decoder_bos: whether `bos_id` stands before the memory; None = where the decoder is frozen.
         imitation_weight: of the distance to a teacher's vectors, which the goal sides have as the fact `teacher`.
         teacher_width: numbers of such a vector.
 
@@ -91,26 +92,17 @@ class BidirectionalReconstruction(nn.Module, StageOneObjective):
 
     model: PreTrainedModel
     keys = (
-        "alpha", "target", "projection", "bottleneck", "target_loss", "decoder", "lm_weight", "trainable",
-        "imitation_weight", "reconstruct_instruction", "reconstruction_probe", "bidirectional",
+        "alpha", "target", "projection", "bottleneck", "target_loss", "decoder", "decoder_bos", "lm_weight",
+        "trainable", "imitation_weight", "reconstruct_instruction", "reconstruction_probe", "bidirectional",
     )  # fmt: skip
 
     def __init__(
-        self,
-        model: PreTrainedModel,
-        settings: EncoderSettings,
-        alpha: float = 0.2,
-        target: ReconstructionTarget = "counterpart",
-        projection: AnchorProjection = "none",
-        *,
-        bottleneck: Bottleneck = "vector",
-        target_loss: TargetLoss = "ce",
-        decoder: DecoderWeights = "shared",
-        lm_weight: float = 0.0,
-        bos_id: int | None = None,
-        imitation_weight: float = 0.0,
-        teacher_width: int | None = None,
-    ) -> None:
+        self, model: PreTrainedModel, settings: EncoderSettings, alpha: float = 0.2,
+        target: ReconstructionTarget = "counterpart", projection: AnchorProjection = "none", *,
+        bottleneck: Bottleneck = "vector", target_loss: TargetLoss = "ce", decoder: DecoderWeights = "shared",
+        decoder_bos: bool | None = None, lm_weight: float = 0.0, bos_id: int | None = None,
+        imitation_weight: float = 0.0, teacher_width: int | None = None,
+    ) -> None:  # fmt: skip
         super().__init__()
         self.model = model
         self.settings = settings
@@ -129,7 +121,7 @@ class BidirectionalReconstruction(nn.Module, StageOneObjective):
             assert teacher_width is not None, "vectors to imitate"
             self.imitation = Imitation(model.config.hidden_size, teacher_width, device=model.device)
         self.frozen = decoder == "frozen"
-        self.bos_id = bos_id if self.frozen else None
+        self.bos_id = bos_id if (self.frozen if decoder_bos is None else decoder_bos) else None
         if self.frozen and not isinstance(self.decoder, PeftModel):
             self.copies = (copy.deepcopy(model).requires_grad_(False).train(),)
             fuse(inner_decoder(self.copies[0]), inner_decoder(model) in fused_decoders)
@@ -146,6 +138,8 @@ class BidirectionalReconstruction(nn.Module, StageOneObjective):
     def check_rendering(cls, tokenizer: RowTokenizer, keys: Mapping[str, Any]) -> None:
         """Refuse `states` without a block of equal length behind every text, and a cut of what is written twice."""
         template = template_named(tokenizer.template)
+        if keys.get("decoder_bos") and tokenizer.tokenizer.bos_token_id is None:
+            raise UserError("decoder_bos is true, but the tokenizer has no BOS token; take it out.")
         if keys["bottleneck"] == "states":
             rows = tokenizer.rows([InstructedText("", t, side) for t in ("a", "a b c d") for side in tokenizer.sides])
             if len({sum(row.pooled) for row in rows}) > 1:
@@ -232,13 +226,14 @@ class BidirectionalReconstruction(nn.Module, StageOneObjective):
         goals = [batch[direction.goal] for direction in directions]
         target_N = torch.cat([targets_of(goal) for goal in goals])
         source_ids = torch.cat([side["input_ids"] for side in sources.values()])
+        read_N = target_N if self.bos_id is None else torch.cat([target_N, target_N.new_full((1,), self.bos_id)])
         if self.frozen or self.target_loss == "bag":
             source_embeddings = self.model.get_input_embeddings()(source_ids)
-            target_embeddings = self.token_embeddings(target_N)
+            read_embeddings = self.token_embeddings(read_N)
         else:
             # One look-up for both passes, as its gradient is a table of the vocabulary's size.
-            embeddings = self.model.get_input_embeddings()(torch.cat([source_ids, target_N]))
-            source_embeddings, target_embeddings = embeddings.split([len(source_ids), len(target_N)])
+            embeddings = self.model.get_input_embeddings()(torch.cat([source_ids, read_N]))
+            source_embeddings, read_embeddings = embeddings.split([len(source_ids), len(read_N)])
         memories, lm = self._encode(sources, source_embeddings, totals)
         memory_BKD = torch.cat([memories[direction.source] for direction in directions])
         exact = torch.promote_types(memory_BKD.dtype, torch.float32)
@@ -251,7 +246,7 @@ class BidirectionalReconstruction(nn.Module, StageOneObjective):
             ]
             loss = BAG_WEIGHT * torch.stack([w * of for w, of in zip(directions.values(), losses, strict=True)]).sum()
         else:
-            loss, losses = self._decoded(memory_BKD, target_N, target_embeddings, batch, shares)
+            loss, losses = self._decoded(memory_BKD, target_N, read_embeddings, batch, shares)
         parts = {f"loss_{d.name}": of.detach() for d, of in zip(directions, losses, strict=True)}
         if lm is not None:
             loss, parts["loss_lm"] = loss + self.lm_weight * lm, lm.detach()
@@ -261,7 +256,7 @@ class BidirectionalReconstruction(nn.Module, StageOneObjective):
         of_targets = totals.get("targets", torch.stack([totals[direction.name] for direction in directions]).sum())
         for name, vectors, total in (
             ("anchor_norm", torch.cat(list(memories.values())), totals["anchors"]),
-            ("embedding_norm", target_embeddings.unsqueeze(1), of_targets),
+            ("embedding_norm", read_embeddings[: len(target_N)].unsqueeze(1), of_targets),
         ):
             norms = vectors.detach().to(exact).norm(dim=2).mean(dim=1).sum()
             parts[name] = norms / total.to(norms).clamp_min(1)
@@ -271,25 +266,30 @@ class BidirectionalReconstruction(nn.Module, StageOneObjective):
         """The memories [texts, K, D] of each side's texts, not projected yet; one pass."""
         return self._encode(sides, None, {})[0]
 
-    def decode(self, memory: Tensor, target_ND: Tensor, lengths: Sequence[int], *, reads_end: bool = False) -> Tensor:
+    def decode(
+        self, memory: Tensor, target_ND: Tensor, lengths: Sequence[int], *, reads_end: bool = False,
+        bos_1D: Tensor | None = None,
+    ) -> Tensor:  # fmt: skip
         """States [N, D] that predict each target token (Eq. 3 and 4).
 
-        A row holds its memory, whose last place predicts the first target token, and the target tokens behind it. The
-        last one is not an input.
+        A row holds its memory, whose last place predicts the first target token, and the target tokens behind it but
+        for the last.
 
         Args:
             memory: [B, K, D], or [B, D] where it has one place; not projected yet.
             target_ND: embeddings of the rows' target tokens, row after row.
             lengths: number of target tokens of each row.
             reads_end: the last token is an input, too: one more state for each row with a target.
+            bos_1D: embedding of what stands before a memory, if anything does; None = looked up without a gradient.
         """
         memory_BKD = memory if memory.dim() == 3 else memory.unsqueeze(1)
         rows, slots, _ = memory_BKD.shape
         memory_ND = self.projection(memory_BKD.flatten(0, 1)).to(target_ND.dtype)
         parts, of_parts = [memory_ND, target_ND], [[slots] * rows, list(lengths)]
         if self.bos_id is not None:
-            bos = torch.full((rows,), self.bos_id, device=memory_ND.device)
-            parts, of_parts = [self.token_embeddings(bos), *parts], [[1] * rows, *of_parts]
+            if bos_1D is None:
+                bos_1D = self.token_embeddings(torch.full((1,), self.bos_id, device=memory_ND.device))
+            parts, of_parts = [bos_1D.expand(rows, -1), *parts], [[1] * rows, *of_parts]
         if not any(lengths):  # nothing to predict: the pass is run all the same, as other processes run theirs
             return self._run_decoder([slots], memory_ND[:slots])[:0]
         index, filled = woven_rows(of_parts, int(not reads_end))
@@ -341,14 +341,15 @@ class BidirectionalReconstruction(nn.Module, StageOneObjective):
         return memories, torch.stack(losses).sum()
 
     def _decoded(
-        self, memory_BKD: Tensor, target_N: Tensor, target_ND: Tensor, batch: Batch, shares: Sequence[Tensor]
+        self, memory_BKD: Tensor, target_N: Tensor, read_ND: Tensor, batch: Batch, shares: Sequence[Tensor]
     ) -> tuple[Tensor, list[Tensor]]:
         """The weighted loss of all directions, token by token; and each direction's, detached."""
         directions, divergence = self.weighted, self.target_loss == "kl"
         lengths = [batch[direction.goal]["num_targets"] for direction in directions]
         all_lengths = [length for of in lengths for length in of]
         teacher_ND = self._taught(target_N, batch, all_lengths) if divergence else None
-        states_ND = self.decode(memory_BKD, target_ND, all_lengths, reads_end=divergence)
+        target_ND, bos_1D = read_ND.tensor_split([len(target_N)])
+        states_ND = self.decode(memory_BKD, target_ND, all_lengths, reads_end=divergence, bos_1D=bos_1D)
         sizes = [sum(self._terms_of(length) for length in of) for of in lengths]
         weights = zip(directions.values(), shares, sizes, strict=True)
         weight_N = torch.cat([(weight * share).expand(size) for weight, share, size in weights])

@@ -20,7 +20,7 @@ SETS = ROOT / "train_configs/comparison"
 #: Keys by which shipped recipes may differ: what their ideas are made of. All else is shared.
 IDEAS = {
     "template", "bidirectional", "pooling_mode", "target", "alpha", "objective", "lm_weight", "examples_per_query",
-    "loss_scale", "doc_max_length", "target_loss", "bottleneck", "decoder", "trainable", "projection",
+    "loss_scale", "doc_max_length", "target_loss", "bottleneck", "decoder", "decoder_bos", "trainable", "projection",
     "guide", "guide_margin", "hardness_weight", "dataset_file_path", "teacher_vectors", "teacher_projection",
 }  # fmt: skip
 #: And those that match recipes by the tokens that their pre-stages run, in a set of its own recipes.

@@ -92,6 +92,8 @@ class Made:
         sides = BidirectionalReconstruction.sides_of(template, checked)
         self.collate = CollateSides(self.renderer, sides, seed=3, facts=facts)
         self.bos_id = tokenizer.bos_token_id
+        of_itself = keys.get("decoder") == "frozen"
+        self.has_bos = of_itself if keys.get("decoder_bos") is None else bool(keys["decoder_bos"])
         self.objective = BidirectionalReconstruction(
             reference.exact(base), self.settings, bos_id=self.bos_id, teacher_width=TEACHER_WIDTH, **keys
         )
@@ -151,7 +153,7 @@ class Made:
         whose = self.base if objective.frozen else objective.model
         table, head = whose.get_input_embeddings(), whose.get_output_embeddings().weight
         memory = [objective.projection(state.unsqueeze(0))[0] for state in memory]
-        if objective.frozen:
+        if self.has_bos:
             memory = [table(torch.tensor(self.bos_id)), *memory]
         end = max((i + 1 for i, wanted in enumerate(source.target) if wanted), default=len(source.ids))
         terms = []
@@ -181,6 +183,9 @@ CASES: dict[str, dict[str, Any]] = {
         **STATES, "template": "llama3+memory_2", "attention": "bidirectional", "alpha": 0.5,
     },
     "states, projected": {**STATES, "projection": "scaled"},
+    "a vector behind a BOS": {"template": "llama3", "pooling_mode": "last", "decoder_bos": True},
+    "states behind a BOS, tied": {**STATES, "decoder_bos": True, "model": {"tie_word_embeddings": True}},
+    "frozen, without a BOS": {**STATES, **FROZEN, "decoder_bos": False},
     "next": {"target": "next", "alpha": 0.5},
     "next, states of documents": {**STATES, "target": "next", "alpha": 0.0},
     "both": {**STATES, "target": "both", "alpha": 0.3},
@@ -226,6 +231,14 @@ def test_loss_parts_and_every_gradient_equal_one_token_at_a_time(keys: dict[str,
             torch.testing.assert_close(parts[name], value.detach(), rtol=1e-9, atol=1e-13)
         reference.assert_same_gradients(reference.gradients(made.objective), gradients, 1e-8)
     assert 1 < len(split_batch(batch, half)) < len(ROWS) == len(split_batch(batch, 1))
+
+
+def test_a_bos_must_be_a_token_of_the_tokenizer() -> None:
+    made = Made("llama3", pooling_mode="last", decoder_bos=True)
+    made.renderer.tokenizer.bos_token = None
+    keys = {"bottleneck": "vector", "target": "counterpart", "decoder_bos": True}
+    with pytest.raises(UserError, match="decoder_bos is true, but the tokenizer has no BOS token"):
+        BidirectionalReconstruction.check_rendering(made.renderer, keys)
 
 
 # --- bottleneck ---
@@ -477,6 +490,7 @@ def assert_decoded_by_the_base(checkpoint: Path) -> None:
         ({"target_loss": "kl", "decoder": "frozen", "target": "self"}, "where its teacher copies"),
         ({"target_loss": "kl", "decoder": "frozen", "target": "both"}, "where its teacher copies"),
         ({"target_loss": "bag", "decoder": "frozen"}, "decoder has no effect under target_loss 'bag'"),
+        ({"target_loss": "bag", "decoder_bos": False}, "decoder_bos has no effect under target_loss 'bag'"),
         ({"target_loss": "bag", "projection": "linear"}, "projection has no effect under target_loss 'bag'"),
         ({"trainable": "tokens"}, "trainable is 'tokens', but decoder is 'shared'"),
         ({"trainable": "tokens", "decoder": "frozen", "template": "llama3"}, "template 'llama3' adds none"),

@@ -488,6 +488,15 @@ def test_habits_of_generating_that_a_folder_brings_have_no_say(folder: Path, tmp
     assert load_reconstructor(ModelChoice(str(copy)), device="cpu").generate(TEXTS, 12) == expected
 
 
+def test_a_bos_stands_before_the_anchor_where_the_run_had_one(folder: Path, tmp_path: Path) -> None:
+    trained = copy_of(folder / "I", tmp_path / "trained")
+    told = json.loads((trained / RUN_FILE).read_text("utf-8"))
+    (trained / RUN_FILE).write_text(json.dumps({**told, "config": told["config"] | {"decoder_bos": True}}), "utf-8")
+    found, without = (load_reconstructor(ModelChoice(str(name)), device="cpu") for name in (trained, folder / "I"))
+    assert found.objective.bos_id == found.tokenizer.tokenizer.bos_token_id and without.objective.bos_id is None
+    assert found.generate(TEXTS, 12) != without.generate(TEXTS, 12)
+
+
 def test_what_has_no_anchor_to_decode_is_refused(folder: Path, tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"base: there is no llm2vec_config.json"):
         load_reconstructor(ModelChoice(str(folder / "base")))

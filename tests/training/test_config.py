@@ -637,6 +637,7 @@ KEYS_OF_STAGES = {
     "target_loss": "bag",
     "bottleneck": "states",
     "decoder": "frozen",
+    "decoder_bos": True,
     "trainable": "lora",
     "projection": "linear",
     "lm_weight": 1.0,

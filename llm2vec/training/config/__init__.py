@@ -150,9 +150,10 @@ class Config:
     block of them."""
     decoder: Annotated[DecoderWeights, Key(stages=("stage_I",), on_card=True)] = "shared"
     """Whose weights decode: those in training (`shared`), or those that the run starts from (`frozen`)."""
+    decoder_bos: Annotated[bool | None, Key(stages=("stage_I",), on_card=True)] = None
+    """Whether a BOS stands before what the decoder gets of a text. null = where the decoder is frozen."""
     trainable: Annotated[Trainable, Key(stages=("stage_I",), on_card=True)] = "full"
-    """All parameters (`full`), an adapter (`lora`), or the embeddings of the template's added tokens alone
-    (`tokens`)."""
+    """All parameters (`full`), an adapter (`lora`), or the template's added tokens alone (`tokens`)."""
     projection: Annotated[AnchorProjection, Key(stages=("stage_I",), on_card=True)] = "none"
     """What an anchor becomes before it is decoded: itself (`none`, the paper), at the length of an embedding
     (`scaled`), or by a learnt map that Stage II drops (`linear`)."""

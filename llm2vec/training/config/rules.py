@@ -165,8 +165,12 @@ def _in_the_pretext(config: Config) -> Iterator[str]:
         yield "target_loss is 'kl', but decoder is 'shared', so the teacher would move with its student; use frozen."
     if loss == "kl" and target in ("self", "both"):
         yield f"target_loss is 'kl', but target is {target!r}, where its teacher copies; use next or counterpart."
-    if loss == "bag" and (frozen or config.projection != "none" or config.reconstruction_probe):
-        key = "decoder" if frozen else "projection" if config.projection != "none" else "reconstruction_probe"
+    of_decoding = {
+        "decoder": frozen, "decoder_bos": config.decoder_bos is not None, "projection": config.projection != "none",
+        "reconstruction_probe": config.reconstruction_probe,
+    }  # fmt: skip
+    if loss == "bag" and any(of_decoding.values()):
+        key = next(key for key, given in of_decoding.items() if given)
         yield f"{key} has no effect under target_loss 'bag', which decodes nothing; take it out."
     if (config.imitation_weight > 0) != (config.teacher_vectors is not None):
         yield "imitation_weight and teacher_vectors go together; set both, or take one out."
