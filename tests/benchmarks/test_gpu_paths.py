@@ -97,7 +97,9 @@ def test_a_process_computes_on_the_card_of_its_local_rank(found: Any) -> None:
 
 
 def test_plan_and_simulation_agree(tmp_path: Path) -> None:
-    """The plan's memory beside that of the step's own tensors: Stage I, with FSDP2, and Stage II, cached."""
+    """The plan's memory beside that of the step's own tensors: Stage I, with FSDP2, and Stage II, cached; vectors to
+    imitate that are not there yet; and running text, whose rows one process of a machine would make before the others.
+    """
     shape = LlamaConfig(
         vocab_size=16_000, hidden_size=1024, intermediate_size=4096, num_hidden_layers=4, num_attention_heads=16,
         num_key_value_heads=4, tie_word_embeddings=True,
@@ -107,13 +109,19 @@ def test_plan_and_simulation_agree(tmp_path: Path) -> None:
     shared |= {"model_name_or_path": "base", "per_device_train_batch_size": 64, "tokens_per_microbatch": 8192}
     configs = {"stage_I": {"alpha": 0.2}, "sharded": {"alpha": 0.2, "fsdp": True}}
     configs["stage_II"] = {"use_peft": True, "loss_scale": 20.0}
+    configs["imitating"] = {
+        "bottleneck": "states", "template": "memory_4", "pooling_mode": "mean", "projection": "linear",
+        "decoder": "frozen", "imitation_weight": 1.0, "teacher_vectors": "to come",
+    }  # fmt: skip
+    configs["mntp"] = {"dataset_name": "wikitext", "dataset_config_name": "wikitext-103-raw-v1", "template": None}
+    configs["mntp"] |= {"dataset_file_path": None, "max_seq_length": 256}
     for name, keys in configs.items():
         (tmp_path / f"{name}.json").write_text(json.dumps(shared | keys), encoding="utf-8")
     files, out = [str(tmp_path / f"{name}.json") for name in configs], tmp_path / "found.json"
     arguments = ("--base", str(tmp_path / "base"), "--num_processes", "2", "--out", str(out))
     table = run("-m", "benchmarks.simulate", *files, *arguments)
     steps = list(json.loads(out.read_text(encoding="utf-8")).values())
-    assert [step["pieces"] for step in steps] == [2, 2, 3]
+    assert [step["pieces"] for step in steps] == [2, 2, 3, 2, 2]
     for step in steps:
         assert 0.95 < step["planned"] / step["peak"] < 1.15, step
         assert f"/{step['configs'][0].partition('/')[2]}`" in table

@@ -39,6 +39,9 @@ SCRIPT = ROOT / "experiments/plan.py"
 CONFIGS = ROOT / "train_configs"
 SETS = sorted(path.parent for path in (CONFIGS / "comparison").glob("*/shared.json"))
 ASSUMED = {"tokens_query": 24, "tokens_document": 170}
+RECORD = json.loads((ROOT / "results/simulation.json").read_text(encoding="utf-8"))
+#: Config -> bytes of a process's step, by `benchmarks.simulate`, over the assumed lengths on eight cards.
+SIMULATED = {name: of_step["peak"] for of_step in RECORD.values() for name in of_step["configs"]}
 #: How the lines of a plan without data begin.
 HEADS = (
     "model", "assumed", "steps", "rows", "tokens", "trainable", "precision", "output", "work", "memory", "disk",
@@ -213,8 +216,8 @@ def test_the_budgets_line_is_worded_alike(folder: Path) -> None:
 # --- shipped configs ---
 
 
-def conditions_for(keys: dict[str, Any], stage: Stage | None) -> Conditions:
-    processes = 8 if keys.get("total_batch_size") == 512 else 1
+def conditions_for(keys: dict[str, Any], stage: Stage | None, name: str) -> Conditions:
+    processes = 8 if keys.get("total_batch_size") == 512 or name in SIMULATED else 1
     return Conditions(processes, CARDS["A100-80GB"], stage=stage, **ASSUMED)
 
 
@@ -249,10 +252,27 @@ def assert_complete(plan: Plan) -> None:
     assert plan.memory is not None and plan.memory.most > plan.memory.parts[0].size
 
 
+def assert_as_simulated(plan: Plan, name: str) -> None:
+    """The plan's memory lies within 15 % of the simulation's, where the step was simulated."""
+    assert plan.memory is not None
+    assert abs(plan.memory.most / SIMULATED.get(name, plan.memory.most) - 1) < 0.15, name
+
+
+def test_the_simulations_table_is_that_of_its_record() -> None:
+    """In docs/performance.md: each row's first figures."""
+    text = (ROOT / "docs/performance.md").read_text(encoding="utf-8")
+    rows = {tuple(cell.strip() for cell in line.split("|")[1:10]) for line in text.splitlines() if line.startswith("|")}
+    told = {row[0]: row[5:8] for row in rows if len(row) == 9}
+    for of_step in RECORD.values():
+        planned, simulated = of_step["planned"] / 1e9, of_step["peak"] / 1e9
+        names = ", ".join(f"`{name}`" for name in of_step["configs"])
+        assert told[names] == (f"{planned:.1f}", f"{simulated:.1f}", f"{planned / simulated:.2f}")
+
+
 @pytest.mark.parametrize("path", test_config.SHIPPED, ids=lambda path: str(path.relative_to(CONFIGS)))
 def test_every_shipped_config_is_planned(path: Path, hub: None, tmp_path: Path) -> None:
     """Without data, tokenizer or weights, and with the stage told by the keys or, for `lm`, by the flag."""
-    stage = test_config.stage_of(path)
+    stage, name = test_config.stage_of(path), f"{path.parent.name}/{path.stem}"
     keys = json.loads(path.read_text(encoding="utf-8"))
     if stage == "lm":
         with pytest.raises(UserError, match="--stage"):
@@ -260,9 +280,11 @@ def test_every_shipped_config_is_planned(path: Path, hub: None, tmp_path: Path) 
     if vectors := stored_vectors(keys, tmp_path):
         path = tmp_path / "config.json"
         path.write_text(json.dumps(keys | vectors), encoding="utf-8")
-    plan = make_plan(path, conditions_for(keys, stage if stage == "lm" else None))
+    plan = make_plan(path, conditions_for(keys, stage if stage == "lm" else None, name))
     assert plan.config.stage == stage
     assert_complete(plan)
+    assert (name in SIMULATED) == (stage != "simcse" and "quickstart" not in name)  # tiny, or with another attention
+    assert_as_simulated(plan, name)
     published = next(number for part, (_, number) in SHAPES.items() if part in str(keys))
     weights = [weight for weight in plan.model.parameters() if not plan.config.use_peft or not weight.requires_grad]
     head = 0 if plan.objective.needs_head else _untied_head(plan.model.config)
@@ -288,7 +310,10 @@ def test_every_compared_recipe_is_planned(folder: Path, hub: None, tmp_path: Pat
             }
             path = tmp_path / "config.json"
             path.write_text(json.dumps(keys | stored_vectors(keys, tmp_path)), encoding="utf-8")
-            assert_complete(make_plan(path, conditions_for(keys, stage)))
+            name = f"{folder.name}/{recipe.name}" if stage == "stage_I" else ""
+            plan = make_plan(path, conditions_for(keys, stage, name))
+            assert_complete(plan)
+            assert_as_simulated(plan, name)
             count += 1
     assert count > (5 if folder.name == "negatives" else 15)
 
