@@ -72,9 +72,12 @@ def opened(place: Path, reading: Reading) -> Any:
     if not reading.hub:
         return load_saved(place, reading.split)
     if not place.is_dir():
-        return load_from_hub(
-            str(place), "sources_file", reading.config, split=reading.split or "train", revision=reading.revision
-        )
+        split = reading.split or "train"
+        try:
+            return load_from_hub(str(place), "sources_file", reading.config, split=split, revision=reading.revision)
+        except UserError as error:
+            copied = f"a copy in the folder {place} of the data's folder is read without network"
+            raise UserError(f"{str(error).removesuffix('.')}; {copied}.") from error
     # Of a folder, datasets knows the last part of its name: it would take another one's rows, or older ones, for these.
     cache = copies_cache(place)
     return load_from_hub(str(place), "sources_file", reading.config, split=reading.split or "train", cache_dir=cache)

@@ -45,7 +45,6 @@ class ContrastiveLearning(nn.Module, Objective):
             projection between them.
     """
 
-    contrasts = True
     needs_head = False
 
     def __init__(
@@ -71,6 +70,9 @@ class ContrastiveLearning(nn.Module, Objective):
         self.matryoshka_dims = matryoshka_dims
         self.distillation_weight = distillation_weight
         self.how = how
+        # By a teacher's vectors alone each text stands for itself, and goes through the model once.
+        beside = distillation_weight, how.cosent_weight, how.spreads, how.learns_similarity
+        self.contrasts = bool(how.contrastive_weight or any(beside))
         self.projection: nn.Linear | None = None
         if teacher_width is not None and how.teacher_projection:
             self.projection = nn.Linear(model.config.hidden_size, teacher_width, device=model.device)
@@ -93,7 +95,7 @@ class ContrastiveLearning(nn.Module, Objective):
         and what the batch knows of their texts (`RowFacts`).
 
         The loss lies between vectors, so there are no parts but those of a teacher's vectors: `loss`, and detached
-        `loss_teacher_cosine` and `loss_teacher_mse`.
+        `loss_teacher_cosine` and `loss_teacher_mse`. Where these are all the loss there is, nothing `contrasts`.
         """
         facts = {side: tokens["facts"] for side, tokens in batch.items() if tokens.get("facts")}
         vectors = embed(self.model, self.settings, batch)
@@ -188,7 +190,7 @@ class ContrastiveLearning(nn.Module, Objective):
         num_rows, how = len(own["q"]), self.how
         share = num_rows / total
         weight_B = (1 / total).expand(num_rows)
-        taught = how.teacher_vectors is not None and how.teacher_similarity_weight > 0
+        taught = how.learns_similarity
         if taught or self.distillation_weight or how.cosent_weight:
             document_BGD = _own_group(own["d"][:num_rows], own["d"][num_rows:])
         if taught:

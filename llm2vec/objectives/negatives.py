@@ -91,6 +91,11 @@ class ContrastiveKeys:
         return self.teacher_vectors is not None and self.teacher_cosine_weight + self.teacher_mse_weight > 0
 
     @property
+    def learns_similarity(self) -> bool:
+        """Whether a teacher's cosines of a query with its row's documents are imitated."""
+        return self.teacher_vectors is not None and self.teacher_similarity_weight > 0
+
+    @property
     def softmaxes(self) -> tuple[tuple[Direction, ...], ...]:
         """The directions of each softmax of a row; the first has `qd`."""
         directions = sorted(self.directions or ("qd",), key=("qd", "dq", "qq", "dd").index)

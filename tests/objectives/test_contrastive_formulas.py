@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from llm2vec.objectives.contrastive import ContrastiveLearning
 from llm2vec.objectives.losses import unit
 from llm2vec.objectives.negatives import ContrastiveKeys
-from llm2vec.training.step import loss_parts
+from llm2vec.training.step import backward_step, loss_parts
 from llm2vec.types import Hardened, MarginKind, TextFacts, UserError
 from tests.objectives.contrastive_loops import (
     ALL_DIRECTIONS,
@@ -142,6 +142,24 @@ def test_a_teachers_vectors_are_sentence_transformers(metric: str) -> None:
     theirs.projection = objective.projection
     expected = theirs.compute_loss_from_embeddings(*of_columns)
     torch.testing.assert_close(loss, expected.detach(), rtol=1e-6, atol=0)  # the vectors are stored in float32
+
+
+def test_by_a_teacher_alone_no_rows_are_compared() -> None:
+    """So each text passes once, in pieces too; the gradient is that beside a softmax of no weight."""
+    how = replace(TEACHER, contrastive_weight=0.0, teacher_similarity_weight=0.0)
+    of_ways = []
+    for max_tokens, compares in ((None, False), (64, False), (None, True)):
+        objective, collate = make(Parts(how=how))
+        assert not objective.contrasts
+        objective.contrasts = compares
+        batch = collate(rows_with_copies())
+        figures = backward_step(objective, batch, objective.count(batch), max_tokens=max_tokens)
+        assert ("in_batch_accuracy" in figures) is compares
+        of_ways.append([figures["loss"], *(p.grad for p in objective.parameters() if p.grad is not None)])
+    for found in of_ways[:2]:
+        torch.testing.assert_close(found, of_ways[2])
+    for changed in ({"contrastive_weight": 0.1}, {"teacher_similarity_weight": 0.1}, {"gor_weight": 1.0}):
+        assert make(Parts(how=replace(how, **changed)))[0].contrasts
 
 
 def test_a_teacher_of_another_size_needs_a_projection() -> None:

@@ -135,6 +135,11 @@ def test_what_does_not_fit_is_said_before_training(
         ({"own_negatives_only": ["a"], "num_hard_negatives": 0}, "own_negatives_only is set, but num_hard_negatives"),
         ({"own_negatives_only": []}, "name at least one source, or leave the key out"),
         ({"mask_false_negatives": 1}, "mask_false_negatives is 1"),
+        ({"contrastive_weight": 0}, "contrastive_weight is 0, and so is the weight of every other term"),
+        (
+            {"contrastive_weight": 0, "teacher_vectors": "v", "teacher_cosine_weight": 0},
+            "contrastive_weight is 0, and so is the weight of every other term",
+        ),
         ({"dataset_name": "Wiki1M"}, "dataset_name is 'Wiki1M', which has no queries"),
         ({"simcse_dropout": 0.3}, "simcse_dropout has no effect in stage_II; it belongs to simcse"),
     ],

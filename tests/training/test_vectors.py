@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -89,9 +90,11 @@ def test_what_is_no_folder_of_one_models_vectors_is_refused(tmp_path: Path) -> N
         assert sentence in str(error.value) and "\n" not in str(error.value)
 
 
-@pytest.mark.slow
-def test_a_run_is_guided_and_taught_by_what_encode_wrote(tmp_path: Path) -> None:
-    """Vectors of a wider model; the projection is saved, and a text that was not encoded is refused."""
+ROOT = Path(__file__).parents[2]
+
+
+def write_models_and_rows(tmp_path: Path) -> list[dict[str, str]]:
+    """A base, a wider teacher, and a source; returns its rows."""
     for name, size in (("base", 32), ("teacher", 48)):
         tiny_model("llama", True, hidden_size=size, initializer_range=0.2).save_pretrained(tmp_path / name)
         family_tokenizer("llama").save_pretrained(tmp_path / name)
@@ -99,6 +102,39 @@ def test_a_run_is_guided_and_taught_by_what_encode_wrote(tmp_path: Path) -> None
     rows = [{"query": f"who is {word}", "positive": f"it is {word}", "negative": f"not {word}"} for word in words]
     write_jsonl(tmp_path / "a.jsonl", rows)
     (tmp_path / "sources.json").write_text(json.dumps({"a": {"file": "a.jsonl", "instruction": "find it"}}))
+    return rows
+
+
+@pytest.mark.slow
+def test_the_page_s_student_learns_by_its_teacher_alone(tmp_path: Path) -> None:
+    """The recipe as a reader copies it, but for paths, size and length."""
+    write_models_and_rows(tmp_path)
+    page = (ROOT / "docs/guides/losses.md").read_text(encoding="utf-8")
+    (recipe,) = re.findall(r"^```json\n(.*?)^```$", page.partition("## A student by its teacher alone")[2], re.M | re.S)
+    keys = json.loads(recipe)
+    assert {"contrastive_weight", "teacher_vectors", "teacher_projection"} <= set(keys)
+    keys |= {name: str(tmp_path / Path(keys[name]).name) for name in ("model_name_or_path", "teacher_vectors")}
+    keys |= {
+        "sources_file": str(tmp_path / "sources.json"), "output_dir": str(tmp_path / "out"), "max_steps": 12,
+        "per_device_train_batch_size": 8, "learning_rate": 1e-2, "logging_steps": 1, "report_to": "none",
+        "disable_tqdm": True, "use_cpu": True, "max_seq_length": 64, "tokens_per_microbatch": 64,
+    }  # fmt: skip
+    file = tmp_path / "student.json"
+    file.write_text(json.dumps(keys), encoding="utf-8")
+    encode.main([str(file), str(tmp_path / "vectors"), "--model", str(tmp_path / "teacher")])
+    train.stage_2([str(file)])
+    log = [json.loads(line) for line in (tmp_path / "out" / LOG_FILE).read_text().splitlines()]
+    log = [entry for entry in log if "loss" in entry]
+    assert len(log) == 12 and log[-1]["loss"] < 0.9 * log[0]["loss"]
+    for entry in log:
+        assert entry["loss"] == pytest.approx(entry["loss_teacher_cosine"], abs=2e-4)  # the library rounds it
+        assert "in_batch_accuracy" not in entry
+
+
+@pytest.mark.slow
+def test_a_run_is_guided_and_taught_by_what_encode_wrote(tmp_path: Path) -> None:
+    """Vectors of a wider model; the projection is saved, and a text that was not encoded is refused."""
+    rows = write_models_and_rows(tmp_path)
     config: dict[str, Any] = {
         "model_name_or_path": str(tmp_path / "base"), "output_dir": str(tmp_path / "out"),
         "sources_file": str(tmp_path / "sources.json"), "max_seq_length": 64, "per_device_train_batch_size": 8,

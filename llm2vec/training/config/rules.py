@@ -142,7 +142,9 @@ def _in_the_objective(config: Config) -> Iterator[str]:
         yield "hardness_of has no effect while hardness_weight is 0; set both, or take it out."
     if config.hardness_weight and config.hardness_of == "hard_negatives" and not config.num_hard_negatives:
         yield "hardness_weight concerns hard negatives, and num_hard_negatives is 0; set hardness_of to another kind."
-    weights = "contrastive_weight", "distillation_weight", "cosent_weight", "lm_weight", "teacher_vectors"
+    weights = ["contrastive_weight", "distillation_weight", "cosent_weight", "lm_weight"]
+    if config.teacher_vectors is not None:
+        weights += ["teacher_cosine_weight", "teacher_mse_weight", "teacher_similarity_weight"]
     if not any(getattr(config, key) for key in weights):
         yield "contrastive_weight is 0, and so is the weight of every other term; nothing would be learnt."
     of_teachers = [name for name in KEYS if name.startswith("teacher_") and name != "teacher_vectors"]
