@@ -28,7 +28,7 @@ from safetensors import SafetensorError, safe_open
 from llm2vec.files import parse_json, read_object
 from llm2vec.hub import QUANTISATION, find_file
 from llm2vec.model.settings import SETTINGS_FILE, read_settings
-from llm2vec.types import UserError, in_one_sentence
+from llm2vec.types import UserError, first_line
 
 logger = logging.getLogger(__name__)
 
@@ -270,11 +270,11 @@ def check_size(folder: Folder, described: int) -> None:
 
 def _shapes(file: str) -> list[list[int]]:
     """The shapes of a safetensors file's tensors."""
-    with (
-        in_one_sentence(lambda why: f"{file}: could not be loaded ({why}).", (SafetensorError, OSError)),
-        safe_open(file, "numpy") as tensors,
-    ):
-        return [tensors.get_slice(name).get_shape() for name in tensors.keys()]  # noqa: SIM118  # no mapping
+    try:
+        with safe_open(file, "numpy") as tensors:
+            return [tensors.get_slice(name).get_shape() for name in tensors.keys()]  # noqa: SIM118  # no mapping
+    except (SafetensorError, OSError) as error:
+        raise UserError(f"{file}: could not be loaded ({first_line(error)}).") from error
 
 
 def check_adapter_weights(folder: Folder) -> None:
