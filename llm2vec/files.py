@@ -143,7 +143,7 @@ def sha256(file: Path) -> str:
 
 
 def files_hash(folder: Path, files: Iterable[Path], tail_bytes: int | None = None) -> str:
-    """A short hash (16 hexadecimal digits) of files below a folder: their names there, sizes and content, in order.
+    """A short hash (16 hexadecimal digits) of files: their names (below the folder: their paths), sizes and content.
 
     Of a safetensors file, only `tail_bytes` at its end are read; None = all.
     """
@@ -153,7 +153,8 @@ def files_hash(folder: Path, files: Iterable[Path], tail_bytes: int | None = Non
             size = content.seek(0, os.SEEK_END)
             read = size if tail_bytes is None or file.suffix != ".safetensors" else min(size, tail_bytes)
             content.seek(size - read)
-            digest.update(f"{file.relative_to(folder).as_posix()} {size}\n".encode())
+            name = file.relative_to(folder).as_posix() if file.is_relative_to(folder) else file.name
+            digest.update(f"{name} {size}\n".encode())
             while block := content.read(1 << 20):
                 digest.update(block)
     return digest.hexdigest()[:16]

@@ -220,14 +220,15 @@ def test_other_data_or_another_base_are_other_runs(folder: Path) -> None:
 
 
 def test_other_texts_behind_the_same_ids_are_other_runs(folder: Path) -> None:
-    table = {"a": {"file": "nq.jsonl", "instruction": "", "documents": {"file": "corpus.jsonl"}}}
+    elsewhere = str(folder / "elsewhere.jsonl")
+    table = {"a": {"file": "nq.jsonl", "instruction": "", "documents": {"file": elsewhere}}}
     write(folder / "data/sources.json", table)
     shared = json.loads((folder / "set/shared.json").read_text(encoding="utf-8"))
     keys = {key: value for key, value in shared["all"].items() if key != "sources"}
     change(folder / "set/shared.json", all={**keys, "sources_file": str(folder / "data/sources.json")})
     names = set()
     for text in ("b", "c"):
-        write_jsonl(folder / "data/corpus.jsonl", [{"id": "b", "text": text}])
+        write_jsonl(folder / "elsewhere.jsonl", [{"id": "b", "text": text}])  # beside the folder of the data
         names.add(trials_of(folder)["two_stages", 7].training[0].name)
     assert len(names) == 2
 
