@@ -8,7 +8,7 @@ import pytest
 
 from llm2vec.compare.ledger import LEDGER_FILE, claims_table, write_ledger
 from llm2vec.compare.record import TrialOutcome, read_record
-from llm2vec.compare.table import by_seed, difference_table
+from llm2vec.compare.table import by_seed, difference_of, difference_table
 from llm2vec.files import write_json
 from tests.helpers import write_jsonl
 
@@ -102,6 +102,21 @@ def test_the_labs_table_is_its_records() -> None:
     page = (ROOT / "docs/lab.md").read_text(encoding="utf-8").partition("## What was found")[2]
     rows = [[cell.strip() for cell in line.split("|")] for line in re.findall(r"^\| `target_.*", page, re.M)]
     assert {row[1].strip("`"): row[3:6] for row in rows} == measured
+
+
+@pytest.mark.skipif(not (ROOT / "results").is_dir(), reason="needs the repository's results")
+def test_the_labs_table_of_the_real_model_is_its_record() -> None:
+    outcomes = by_seed(read_record(ROOT / "results/smollm2-135m")[0])
+    page = (ROOT / "docs/lab.md").read_text(encoding="utf-8").partition("on a real model.**")[2]
+    rows = [[cell.strip() for cell in line.split("|")] for line in re.findall(r"^\| `.*", page, re.M)]
+    assert len(rows) == 5
+    for _, name, _, score, less, _ in rows:
+        of_seeds = outcomes[name.strip("`")]
+        assert score == f"{mean(mean(o.scores.values()) for o in of_seeds.values()):.1f}"
+        found = difference_of(of_seeds, outcomes["anchor"])
+        assert found is not None and found.queries is not None
+        middle, low, high, *_ = found.queries
+        assert less == ("" if name == "`anchor`" else f"{middle:.1f} ({low:.1f} to {high:.1f})")
 
 
 @pytest.mark.skipif(not (ROOT / "results").is_dir(), reason="needs the repository's results")
