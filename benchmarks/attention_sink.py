@@ -44,7 +44,9 @@ def sink_table(found: Reconstructor, texts: Sequence[InstructedText], layers: Se
         "anchors": embed_rows(found.objective, found.tokenizer.rows(texts))[:, -1:],
         "words": embeddings(torch.tensor(words, device=device)).unsqueeze(1),
     }
-    bos = embeddings(torch.full((len(texts), 1), tokenizer.bos_token_id or 0, device=device))
+    if tokenizer.bos_token_id is None:
+        raise UserError("the tokenizer has no BOS token, behind which to look.")
+    bos = embeddings(torch.full((len(texts), 1), tokenizer.bos_token_id, device=device))
     rows: list[list[Cell]] = []
     for name, input_B1D in inputs.items():
         for place, before in (("at position 0", []), ("behind a BOS", [bos])):

@@ -137,17 +137,18 @@ def load_reconstructor(model: ModelChoice, device: str | torch.device | None = N
     check_rendering(outermost.path, outermost.run.get("probe_ids"), rows)
     place = device or default_device()
     loaded = _on_device(chain, model, place)
-    learnt = {key: trained[key] for key in ("target", "projection", "bottleneck", "decoder_bos") if key in trained}
-    objective = BidirectionalReconstruction(loaded, settings, bos_id=tokenizer.bos_token_id, **learnt)
+    learnt = {key: trained[key] for key in ("target", "projection", "bottleneck") if key in trained}
+    is_frozen, has_bos = trained.get("decoder") == "frozen", trained.get("decoder_bos")
+    learnt |= {"decoder_bos": is_frozen if has_bos is None else has_bos, "bos_id": tokenizer.bos_token_id}
+    objective = BidirectionalReconstruction(loaded, settings, **learnt)
     read_beside(Path(learnt_in.path), weights_beside(objective), unread="imitation")
-    if trained.get("decoder") == "frozen":
+    if is_frozen:
         parent = learnt_in.run["parent"]
         try:
             decoding = _on_device(open_chain(parent["model_name_or_path"], parent["adapters"]), model, place)
         except UserError as error:
             raise UserError(f"{learnt_in.path}: it is decoded by what it was trained from, and {error}") from error
         objective.copies, objective.frozen = (decoding.eval(),), True  # the same mode
-        objective.bos_id = tokenizer.bos_token_id if trained.get("decoder_bos") in (None, True) else None
     check_decoder(objective.decoder, settings.attention)
     check_attention(objective.decoder, "causal")  # of the pass that decodes
     check_head(loaded)
