@@ -31,7 +31,7 @@ from llm2vec.corpus.rows import Corpus
 from llm2vec.corpus.search import FREE, from_keys, merge, to_keys
 from llm2vec.data.reading import content_of, rows_of
 from llm2vec.data.sources import Source
-from llm2vec.data.tables import ArrowWriter
+from llm2vec.data.tables import arrow_file
 from llm2vec.files import json_hash, json_lines, read_object, remove, whole, write_json
 from llm2vec.types import UserError
 
@@ -159,14 +159,14 @@ def _gather(source: Source, place: Path, corpus: Corpus | None, work: Path) -> N
         name = _hash(text)
         if name not in numbers:
             numbers[name] = len(numbers)
-            documents.append({"text": text})
+            documents.write({"text": text})
         return numbers[name]
 
-    with ArrowWriter(work / "documents.arrow", pa.schema([("text", pa.string())])) as documents:
+    with arrow_file(work / "documents.arrow", pa.schema([("text", pa.string())])) as documents:
         schema = pa.schema([("query", pa.string()), ("positive", pa.int64())])
-        with ArrowWriter(work / "rows.arrow", schema) as rows:
+        with arrow_file(work / "rows.arrow", schema) as rows:
             for row in rows_of(place, source.reading, None):
-                rows.append({"query": row["query"], "positive": number(row["positive"])})
+                rows.write({"query": row["query"], "positive": number(row["positive"])})
                 for text in row["negative"]:
                     number(text)
         for corpus_row in corpus.rows() if corpus is not None else ():

@@ -16,7 +16,7 @@ from typing import Any, NamedTuple
 from llm2vec.data.lines import check_row
 from llm2vec.data.records import Placed, Record, is_saved, load_from_hub, load_saved, parsed, records_of_file
 from llm2vec.data.records import records_of_table as _records_of_table
-from llm2vec.data.tables import ArrowWriter, content_hash, copies_cache
+from llm2vec.data.tables import arrow_file, content_hash, copies_cache
 from llm2vec.types import UserError
 
 #: What a column may be, and whether several columns may be it together.
@@ -261,7 +261,7 @@ class _Texts:
         folder.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(dir=folder) as aside:  # what is mapped stays when its name is gone
             file = Path(aside) / "texts.arrow"
-            with ArrowWriter(file, pa.schema([("text", pa.string())])) as writer:
+            with arrow_file(file, pa.schema([("text", pa.string())])) as writer:
                 for number, (where, record) in enumerate(records_of(place, reading)):
                     row = in_roles(record, reading, where)
                     name, text = _id(row["id"], where, "id"), row["text"]
@@ -270,7 +270,7 @@ class _Texts:
                     text = " ".join(filter(None, text)) if isinstance(text, list) else text  # a title and its text
                     if not isinstance(text, str | None):
                         raise UserError(f"{where}: the text is of type {type(text).__name__}; a string is needed.")
-                    writer.append({"text": text})
+                    writer.write({"text": text})
             self._texts = pa.ipc.open_stream(pa.memory_map(str(file))).read_all()["text"]
         for number, name, where in again:
             if self._texts[number] != self._texts[self._numbers[name]]:

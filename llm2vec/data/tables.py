@@ -16,6 +16,7 @@ import logging
 import shutil
 import tempfile
 from collections.abc import Callable, Generator, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -31,7 +32,7 @@ logger = logging.getLogger(__name__)
 NUM_BLOCKS = 16
 BLOCK_BYTES = 1 << 16
 
-#: Rows that an `ArrowWriter` writes at once.
+#: Rows that go into an Arrow file at once.
 WRITTEN_AT_ONCE = 10_000
 
 #: Folders in the cache: a table in each folder of the first; the hashes of files in the second; in the third what
@@ -171,32 +172,14 @@ def _remove_if_not_whole(folder: Path) -> None:
     shutil.rmtree(folder.rename(Path(aside) / folder.name).parent)
 
 
-class ArrowWriter:
-    """Rows into an Arrow file, a batch at a time."""
+@contextmanager
+def arrow_file(file: Path, schema: Any) -> Iterator[Any]:
+    """The writer of an Arrow file, of `datasets`: its `write` takes a row. They are written a batch at a time."""
+    from datasets.arrow_writer import ArrowWriter
 
-    def __init__(self, file: Path, schema: Any) -> None:
-        import pyarrow as pa  # comes with datasets
-
-        self._stream, self._schema, self._held = pa.ipc.new_stream(str(file), schema), schema, list[dict[str, Any]]()
-
-    def append(self, row: dict[str, Any]) -> None:
-        """Add a row; it is written with the others of its batch."""
-        self._held.append(row)
-        if len(self._held) == WRITTEN_AT_ONCE:
-            self._flush()
-
-    def _flush(self) -> None:
-        import pyarrow as pa
-
-        self._stream.write_table(pa.Table.from_pylist(self._held, schema=self._schema))
-        self._held.clear()
-
-    def __enter__(self) -> ArrowWriter:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self._flush()
-        self._stream.close()
+    with ArrowWriter(schema=schema, path=str(file), writer_batch_size=WRITTEN_AT_ONCE) as writer:
+        yield writer
+        writer.finalize()
 
 
 def content_hash(file: Path) -> str:
