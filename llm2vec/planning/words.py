@@ -16,14 +16,7 @@ from llm2vec.planning.plan import Plan
 from llm2vec.table import Cell, Table
 from llm2vec.training.resume import check_writable
 from llm2vec.training.rows import sample_of
-from llm2vec.training.run import (
-    describe,
-    describe_model,
-    describe_negatives,
-    describe_rows,
-    describe_steps,
-    describe_weights,
-)
+from llm2vec.training.run import describe, describe_rows, describe_tokens
 from llm2vec.types import UserError
 
 #: Share of the texts that are cut, and of a source's rows that an epoch leaves out, from which on a plan warns.
@@ -56,23 +49,15 @@ def tables_of(plan: Plan) -> list[Table]:
 
 def as_the_run_says(plan: Plan) -> list[str]:
     """The lines that the run would print at its start; those that need rows are left out where there are none."""
-    config, args, processes = plan.config, plan.args, plan.conditions.num_processes
+    template, rows = plan.settings.template, [f"assumed     {plan.assumption}"]
+    tokens = f"about {plan.tokens_a_step:,.0f} a step"
     if plan.rows is not None and plan.collate is not None:
         assert plan.order is not None
-        lines = describe(config, args, plan.model, plan.rows, plan.collate, plan.settings, plan.order, processes)
-    else:
-        lines = [
-            describe_model(config, plan.settings.template or "not known before the tokenizer is there"),
-            f"assumed     {plan.assumption}",
-            describe_steps(config, args, plan.schedule),
-            describe_rows(args, processes),
-            f"tokens      about {plan.tokens_a_step:,.0f} a step",
-            *describe_weights(args, plan.model),
-            f"output      {config.output_dir}",
-        ]
-    if plan.objective.contrasts:
-        lines.append(describe_negatives(config, args, processes))
-    return lines
+        template, rows = template or "open", describe_rows(plan.rows, plan.order)
+        tokens = describe_tokens(plan.rows, plan.collate, plan.rows_a_step)
+    template = template or "not known before the tokenizer is there"
+    processes = plan.conditions.num_processes
+    return describe(plan.config, plan.args, plan.objective, template, rows, tokens, plan.schedule, processes)
 
 
 def _work(plan: Plan) -> Iterator[str]:

@@ -17,7 +17,7 @@ from typing import Any, NamedTuple, cast
 
 import torch
 from accelerate.utils import send_to_device
-from torch import Tensor, nn
+from torch import Tensor
 from transformers import PreTrainedTokenizerBase, TrainerCallback, TrainingArguments
 
 from llm2vec.data.collation import Collate, CollateSides, check_examples
@@ -63,17 +63,9 @@ def run_training(
     settings: EncoderSettings,
     callbacks: Sequence[TrainerCallback] = (),
 ) -> None:
-    """Say what the run will do, run it, and write the last weights into `output_dir`.
+    """Say what the run will do, run it, and write the last weights into `output_dir`, with tokenizer and settings.
 
-    Args:
-        config: of the run.
-        args: of the run; where they name a checkpoint, it goes on from there (`resume.start_or_resume`).
-        objective: what is trained.
-        rows: the training rows.
-        collate: makes them into batches.
-        tokenizer: is saved with the model.
-        settings: how texts become vectors; saved too.
-        callbacks: beside the run's own.
+    Where `args` name a checkpoint, it goes on from there (`resume.start_or_resume`). `callbacks` stand beside its own.
 
     Raises:
         UserError: rows, budget or arguments do not go together.
@@ -82,10 +74,12 @@ def run_training(
     if isinstance(collate, CollateSides):
         check_examples(args, rows, collate)
     sampler, held_out = row_orders(config, args, rows, world_size())
+    schedule = schedule_of(config, args, steps_an_epoch(args, len(sampler), world_size()))
+    mean_rows = rows_a_step(args, world_size()) * sampler.num_rows / len(sampler)
+    template, tokens = settings.template or "open", describe_tokens(rows, collate, mean_rows)
     for line in [
         describe_device(args.device),
-        *describe(config, args, objective.model, rows, collate, settings, sampler, world_size()),
-        *([describe_negatives(config, args)] if objective.contrasts else []),
+        *describe(config, args, objective, template, describe_rows(rows, sampler), tokens, schedule, world_size()),
         *_fit_activations(config, args, objective, rows, collate),
     ]:
         logger.info(line)
@@ -250,96 +244,66 @@ def steps_an_epoch(args: TrainingArguments, num_rows: int, num_processes: int) -
 def describe(
     config: Config,
     args: TrainingArguments,
-    model: nn.Module,
-    rows: Rows,
-    collate: Collate,
-    settings: EncoderSettings,
-    order: OneSourceBlocks,
+    objective: Objective,
+    template: str,
+    rows: Sequence[str],
+    tokens: str,
+    schedule: Schedule | None,
     num_processes: int,
 ) -> list[str]:
-    """What the run will do, line by line.
+    """What a run will do, line by line; the objective's weights may be on the meta device.
 
-    Args:
-        config: of the run.
-        args: of the run.
-        model: what is trained. Its weights may be on the meta device, as a plan has them.
-        rows: the training rows.
-        collate: makes them into batches.
-        settings: how texts become vectors.
-        order: of the rows.
-        num_processes: that share a step.
+    `rows` are the lines that say which rows there are; `template` and `tokens` (how many a step has) are words. Without
+    a `schedule`, only rows that are not there would tell it.
     """
-    steps_per_epoch = steps_an_epoch(args, len(order), num_processes)
-    mean_rows = rows_a_step(args, num_processes) * order.num_rows / len(order)
-    return [
-        describe_model(config, settings.template or "open"),
-        f"data        {len(rows):,} rows of {len(rows.sources)} source(s): {', '.join(s.name for s in rows.sources)}",
-        *describe_left_out(rows),
-        *describe_mixture(order),
-        describe_steps(config, args, schedule_of(config, args, steps_per_epoch)),
-        describe_rows(args, num_processes),
-        f"tokens      {_tokens_per_step(rows, collate, mean_rows)}",
-        *describe_weights(args, model),
-        f"output      {config.output_dir}",
-    ]
-
-
-def describe_model(config: Config, template: str) -> str:
-    """Where a run starts, and how a text becomes a vector."""
-    return (
-        f"model       {config.model_name_or_path}, {'bidirectional' if config.bidirectional else 'causal'} attention, "
-        f"template {template}, pooling {config.pooling_mode}"
-    )
-
-
-def describe_steps(config: Config, args: TrainingArguments, schedule: Schedule | None) -> str:
-    """How many steps, of what schedule."""
-    if schedule is None:
-        stop = "" if config.stop_after_n_steps is None else f"at most {config.stop_after_n_steps:,} of "
-        return f"steps       {stop}{args.num_train_epochs:g} epoch(s) of rows that are not there to be counted"
-    epoch = "" if schedule.an_epoch is None else f" ({schedule.an_epoch:,} an epoch)"
-    return (
-        f"steps       {schedule.steps:,} of a schedule over {schedule.horizon:,}{epoch}, "
-        f"warm-up {args.get_warmup_steps(schedule.horizon):,}, learning rate {args.learning_rate:g}"
-    )
-
-
-def describe_rows(args: TrainingArguments, num_processes: int) -> str:
-    """How the rows of a step are shared out."""
-    return (
-        f"rows        {rows_a_step(args, num_processes):,} a step: {args.per_device_train_batch_size} a process "
-        f"x {num_processes} process(es) x {args.gradient_accumulation_steps} micro-batch(es)"
-    )
-
-
-def describe_weights(args: TrainingArguments, model: nn.Module) -> list[str]:
-    """How many weights are trained, and in which precision."""
+    model, at_once = objective.model, args.per_device_train_batch_size * num_processes
     trainable = sum(p.numel() for p in model.parameters() if p.requires_grad)
     total = sum(p.numel() for p in model.parameters())
     dtype = str(next(model.parameters()).dtype).removeprefix("torch.")
     half = "bf16" if args.bf16 else "fp16" if args.fp16 else "no"
     steps = "steps in bfloat16" if args.bf16 and args.fsdp else f"{half} autocast"
-    return [
+    lines = [
+        f"model       {config.model_name_or_path}, {'bidirectional' if config.bidirectional else 'causal'} attention, "
+        f"template {template}, pooling {config.pooling_mode}",
+        *rows,
+        f"steps       {_steps(config, args, schedule)}",
+        f"rows        {rows_a_step(args, num_processes):,} a step: {args.per_device_train_batch_size} a process "
+        f"x {num_processes} process(es) x {args.gradient_accumulation_steps} micro-batch(es)",
+        f"tokens      {tokens}",
         f"trainable   {trainable:,} of {total:,} parameters ({trainable / total:.2%})",
         f"precision   {dtype} weights{' shared by the processes (FSDP2)' if args.fsdp else ''}, {steps}",
+        f"output      {config.output_dir}",
     ]
+    if objective.contrasts:
+        hard, own = at_once * config.num_hard_negatives, config.own_negatives_only
+        lines.append(
+            f"negatives   {at_once - 1 + hard:,} a query: {at_once - 1:,} in-batch positives and {hard:,} hard "
+            f"negatives, from {num_processes} process(es); accumulation adds none"
+            + (f"; queries of {', '.join(own)} see only their row's {config.num_hard_negatives}" if own else "")
+        )
+    return lines
 
 
-def describe_negatives(config: Config, args: TrainingArguments, num_processes: int | None = None) -> str:
-    """How many negatives a Stage II query sees, and where they are from; `num_processes` None = this run's."""
-    processes = num_processes or world_size()
-    at_once = args.per_device_train_batch_size * processes
-    hard = at_once * config.num_hard_negatives
-    line = (
-        f"negatives   {at_once - 1 + hard:,} a query: {at_once - 1:,} in-batch positives and {hard:,} hard negatives, "
-        f"from {processes} process(es); accumulation adds none"
+def _steps(config: Config, args: TrainingArguments, schedule: Schedule | None) -> str:
+    """How many steps, of what schedule."""
+    if schedule is None:
+        stop = "" if config.stop_after_n_steps is None else f"at most {config.stop_after_n_steps:,} of "
+        return f"{stop}{args.num_train_epochs:g} epoch(s) of rows that are not there to be counted"
+    epoch = "" if schedule.an_epoch is None else f" ({schedule.an_epoch:,} an epoch)"
+    return (
+        f"{schedule.steps:,} of a schedule over {schedule.horizon:,}{epoch}, "
+        f"warm-up {args.get_warmup_steps(schedule.horizon):,}, learning rate {args.learning_rate:g}"
     )
-    if config.own_negatives_only:
-        line += f"; queries of {', '.join(config.own_negatives_only)} see only their row's {config.num_hard_negatives}"
-    return line
 
 
-def _tokens_per_step(rows: Rows, collate: Collate, rows_per_step: float) -> str:
+def describe_rows(rows: Rows, order: OneSourceBlocks) -> list[str]:
+    """Which rows there are."""
+    names = ", ".join(source.name for source in rows.sources)
+    data = f"data        {len(rows):,} rows of {len(rows.sources)} source(s): {names}"
+    return [data, *describe_left_out(rows), *describe_mixture(order)]
+
+
+def describe_tokens(rows: Rows, collate: Collate, rows_per_step: float) -> str:
     """Mean tokens of a step and the share of texts cut, from a sample of rows."""
     sample = sample_of(rows)
     lengths = [len(row.ids) for row in collate.all_rows(sample)]
