@@ -26,10 +26,10 @@ from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 
 from llm2vec import LLM2Vec
-from llm2vec.data.lines import parse_line, parse_row
+from llm2vec.data.lines import check_row, parse_line
 from llm2vec.data.sources import read_sources_file
 from llm2vec.evaluation.files import load_instructions, retrieval_set_of
-from llm2vec.files import parse_json
+from llm2vec.files import parse_json, parse_object
 from llm2vec.model.chain import model_name, open_folder
 from llm2vec.model.settings import EncoderSettings
 from llm2vec.reports.results import read_results
@@ -116,7 +116,8 @@ def damaged(line: bytes, draw: Any) -> bytes:
 @given(st.data(), ROW, st.integers(0, 2), st.booleans())
 def test_rows(data: Any, row: dict[str, Any], negatives: int, scores: bool) -> None:
     line = damaged(json.dumps(row).encode(), data.draw)
-    parsed = outcome("training row", lambda: parse_row(line, negatives, "rows.jsonl, line 3", scores))
+    where = "rows.jsonl, line 3"
+    parsed = outcome("training row", lambda: check_row(parse_object(line, where), negatives, where, scores))
     if parsed is None:
         return
     said = json.loads(line.decode("utf-8-sig"))

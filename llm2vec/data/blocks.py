@@ -16,7 +16,7 @@ from tokenizers import Tokenizer
 from torch.utils.data import Dataset
 from transformers import PreTrainedTokenizerBase
 
-from llm2vec.data.lines import parse_line
+from llm2vec.data.lines import lines_of_text
 from llm2vec.data.reading import Reading
 from llm2vec.data.records import load_from_hub
 from llm2vec.data.rows import ROWS_VERSION, place_stamp, read_rows
@@ -235,20 +235,14 @@ def _bare(tokenizer: PreTrainedTokenizerBase) -> str:
 
 
 def _generate_texts(file: str, stamp: str, version: int) -> Iterator[dict[str, str]]:
-    texts = filter(None, _lines_of_text(Path(file)) if file.endswith(".txt") else _texts_of_objects(Path(file)))
+    lines = (text for _, text in lines_of_text(Path(file)))
     empty = True
-    for text in texts:
+    for text in filter(None, lines if file.endswith(".txt") else _texts_of_objects(Path(file))):
         empty = False
         yield {"text": text}
     check_unchanged(Path(file), stamp)
     if empty:
         raise UserError(f"dataset_file_path: {file} holds no text.")
-
-
-def _lines_of_text(file: Path) -> Iterator[str]:
-    with file.open("rb") as lines:
-        for number, line in enumerate(lines, start=1):
-            yield parse_line(line, f"{file}, line {number}")
 
 
 def _texts_of_objects(file: Path) -> Iterator[str]:

@@ -171,11 +171,7 @@ def record_hashes(reports: Sequence[SourceReport], record: Path) -> list[str]:
     Raises:
         UserError: the record is no such object.
     """
-    known: dict[str, Any] = {}
-    if record.is_file():
-        known = read_object(record)
-        if not all(isinstance(v, dict) and "sha256" in v for v in known.values()):
-            raise UserError(f"{record}: an object source -> {{sha256, bytes, rows}} is needed.")
+    known = read_object(record, shape={str: {"sha256": str}}) if record.is_file() else {}
     found = {r.name: {"sha256": r.sha256, "bytes": r.num_bytes, "rows": r.rows} for r in reports if r.sha256}
     if found.keys() - known.keys():
         try:
@@ -216,9 +212,8 @@ def texts_of_folder(folder: Path) -> Iterator[str]:
         elif file.suffix == ".json":
             yield from _strings(parse_json(file.read_bytes(), f"--test_sets: {file}"))
         else:
-            with file.open("rb") as lines:
-                for number, line in enumerate(lines, start=1):
-                    yield from _strings(parse_json(line, f"--test_sets: {file}, line {number}"))
+            for where, line in records_of_file(file, name=f"--test_sets: {file}"):
+                yield from _strings(parse_json(line, where))  # type: ignore[arg-type]  # of JSONL, a line as it stands
 
 
 def _strings(content: Any) -> Iterator[str]:

@@ -13,14 +13,13 @@ from __future__ import annotations
 
 import json
 import random
-import shutil
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from llm2vec.data.reading import rows_of
 from llm2vec.data.sources import Source, find_files
-from llm2vec.files import write_json, write_text
+from llm2vec.files import whole_folder, write_json, write_json_lines, write_text
 from llm2vec.types import UserError
 
 #: A source keeps at least so many queries to train on for each that is held out; a smaller one is not held out from.
@@ -81,24 +80,21 @@ def hold_out(folder: Path, sources: Sequence[Source], out: Path, num_queries: in
         )
     held = {source: [row for row in rows[source] if row["query"] in chosen[source]] for source in sources}
     secret = {row[side] for of_source in held.values() for row in of_source for side in ("query", "positive")}
-    aside = out.with_name(f".{out.name}.partial")  # so that a killed start leaves nothing that passes for a split
-    shutil.rmtree(aside, ignore_errors=True)
-    (aside / "train").mkdir(parents=True)
     splits = []
-    for source in sources:
-        kept = [row for row in rows[source] if secret.isdisjoint((row["query"], row["positive"], *row["negative"]))]
-        file = aside / "train" / _file_name(source)
-        file.parent.mkdir(parents=True, exist_ok=True)
-        write_text(file, json_lines_of(map(as_record, kept)))
-        documents = list(dict.fromkeys(text for row in held[source] for text in (row["positive"], *row["negative"])))
-        if held[source]:
-            _write_set(aside / "eval" / set_name(source), held[source], documents)
-        dropped = len(rows[source]) - len(kept)
-        splits.append(SourceSplit(source.name, len(kept), dropped, len(chosen[source]), len(documents)))
-    instructions = {set_name(source): source.instructions[0].text for source in sources if held[source]}
-    write_json(aside / "eval" / "instructions.json", instructions)
-    write_json(aside / "sources.json", {source.name: entry_of(source, _file_name(source)) for source in sources})
-    aside.rename(out)  # over an empty folder, too
+    with whole_folder(out) as aside:
+        for source in sources:
+            kept = [row for row in rows[source] if secret.isdisjoint((row["query"], row["positive"], *row["negative"]))]
+            file = aside / "train" / _file_name(source)
+            file.parent.mkdir(parents=True, exist_ok=True)
+            write_json_lines(file, map(as_record, kept))
+            documents = dict.fromkeys(text for row in held[source] for text in (row["positive"], *row["negative"]))
+            if held[source]:
+                _write_set(aside / "eval" / set_name(source), held[source], list(documents))
+            dropped = len(rows[source]) - len(kept)
+            splits.append(SourceSplit(source.name, len(kept), dropped, len(chosen[source]), len(documents)))
+        instructions = {set_name(source): source.instructions[0].text for source in sources if held[source]}
+        write_json(aside / "eval" / "instructions.json", instructions)
+        write_json(aside / "sources.json", {source.name: entry_of(source, _file_name(source)) for source in sources})
     return splits
 
 

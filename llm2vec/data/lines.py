@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from pathlib import Path
 from typing import Any
 
-from llm2vec.files import check_unicode, parse_object
+from llm2vec.files import check_unicode
 from llm2vec.types import UserError
 
 
@@ -18,21 +19,23 @@ def parse_line(line: bytes, where: str) -> str:
         raise UserError(f"{where}: not valid UTF-8 ({error}).") from error
 
 
-def parse_row(line: bytes, num_negatives: int | None, where: str, with_scores: bool = False) -> dict[str, Any]:
-    """One line of a source as `query`, `positive` and `negative` (the first `num_negatives` of them, or all for None);
-    with a teacher, `scores` too: the positive's, then those negatives'.
-
-    Raises:
-        UserError: not JSON, no object, a field missing, empty or no text, too few negatives, or scores that are
-            missing, no numbers or not as many as the negatives; begins with `where`.
-    """
-    return check_row(parse_object(line, where), num_negatives, where, with_scores)
+def lines_of_text(file: Path) -> Iterator[tuple[int, str]]:
+    """The lines of a file of plain text as of `parse_line`, each with its number from 1."""
+    with file.open("rb") as lines:  # which end at line feeds alone; Unicode breaks lines in more places
+        for number, line in enumerate(lines, start=1):
+            yield number, parse_line(line, f"{file}, line {number}")
 
 
 def check_row(
     row: Mapping[str, Any], num_negatives: int | None, where: str, with_scores: bool = False
 ) -> dict[str, Any]:
-    """The same of a row that was parsed."""
+    """A row as `query`, `positive` and `negative` (the first `num_negatives` of them, or all for None); with a teacher,
+    `scores` too: the positive's, then those negatives'.
+
+    Raises:
+        UserError: a field is missing, empty or no text, there are too few negatives, or scores are missing, no numbers
+            or not as many as the negatives; begins with `where`.
+    """
     for field in ("query", "positive"):
         if field not in row:
             there = f"; there are {', '.join(row)}" if row else ""

@@ -9,13 +9,13 @@ import random
 import tempfile
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from functools import partial
 from itertools import islice
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeAlias
 
 from llm2vec.data.lines import check_row
-from llm2vec.data.records import Placed, Record, is_saved, load_from_hub, load_saved, parsed, records_of_file
-from llm2vec.data.records import records_of_table as _records_of_table
+from llm2vec.data.records import Placed, is_saved, load_from_hub, load_saved, parsed, records_of_file, records_of_table
 from llm2vec.data.tables import arrow_file, content_hash, copies_cache
 from llm2vec.types import UserError
 
@@ -26,6 +26,10 @@ ROLES = {
 }  # fmt: skip
 #: Of these, those whose values are numbers; a CSV file has them as text.
 SCORES = ("pos_score", "neg_scores", "score")
+
+
+#: Is told of a bad record.
+OnError: TypeAlias = Callable[[UserError], None] | None
 
 
 class Reading(NamedTuple):
@@ -71,16 +75,15 @@ def opened(place: Path, reading: Reading) -> Any:
     """
     if not reading.hub:
         return load_saved(place, reading.split)
-    if not place.is_dir():
-        split = reading.split or "train"
-        try:
-            return load_from_hub(str(place), "sources_file", reading.config, split=split, revision=reading.revision)
-        except UserError as error:
-            copied = f"a copy in the folder {place} of the data's folder is read without network"
-            raise UserError(f"{str(error).removesuffix('.')}; {copied}.") from error
-    # Of a folder, datasets knows the last part of its name: it would take another one's rows, or older ones, for these.
-    cache = copies_cache(place)
-    return load_from_hub(str(place), "sources_file", reading.config, split=reading.split or "train", cache_dir=cache)
+    load = partial(load_from_hub, str(place), "sources_file", reading.config, split=reading.split or "train")
+    if place.is_dir():
+        # Of a folder, datasets knows the last part of its name: it would take another one's rows, or older ones.
+        return load(cache_dir=copies_cache(place))
+    try:
+        return load(revision=reading.revision)
+    except UserError as error:
+        copied = f"a copy in the folder {place} of the data's folder is read without network"
+        raise UserError(f"{str(error).removesuffix('.')}; {copied}.") from error
 
 
 def records_of(place: Path, reading: Reading, name: str = "") -> Iterator[Placed]:
@@ -88,7 +91,7 @@ def records_of(place: Path, reading: Reading, name: str = "") -> Iterator[Placed
     columns = [column for names in reading.roles.values() for column in names]
     if not reading.hub and not is_saved(place):
         return records_of_file(place, columns, name)
-    return _records_of_table(opened(place, reading), columns, _named(place, reading, name))
+    return records_of_table(opened(place, reading), columns, _named(place, reading, name))
 
 
 def _named(place: Path, reading: Reading, name: str = "") -> str:
@@ -104,7 +107,7 @@ def rows_of(
     *,
     name: str = "",
     left_out: Counter[str] | None = None,
-    on_error: Callable[[UserError], None] | None = None,
+    on_error: OnError = None,
 ) -> Iterator[dict[str, Any]]:
     """The rows of a source, the first `max_rows` of them: `row` (the record's number, from 1), `query`, `positive`,
     `negative` (a list) and, if asked for, `scores`. A record of several positives makes a row of each.
@@ -122,32 +125,24 @@ def rows_of(
         UserError: a record is no row (place, what is wrong), or the source cannot be read.
     """
     counts = Counter[str]() if left_out is None else left_out
-    if reading.num_negatives is not None:
-        num_negatives = min(reading.num_negatives, reading.num_negatives if num_negatives is None else num_negatives)
-    rows = _all_rows(records_of(place, reading, name), reading, num_negatives, with_scores, counts, on_error)
-    return islice(rows, reading.max_rows)
+    fewest = min((number for number in (reading.num_negatives, num_negatives) if number is not None), default=None)
+    reading = reading._replace(num_negatives=fewest)
+    of_source = _rows_of_labels if "label" in reading.roles else _rows_of_pairs
+    return islice(of_source(records_of(place, reading, name), reading, with_scores, counts, on_error), reading.max_rows)
 
 
-def _all_rows(
-    records: Iterator[Placed],
-    reading: Reading,
-    num_negatives: int | None,
-    with_scores: bool | None,
-    counts: Counter[str],
-    on_error: Callable[[UserError], None] | None,
+def _rows_of_pairs(
+    records: Iterator[Placed], reading: Reading, with_scores: bool | None, counts: Counter[str], on_error: OnError
 ) -> Iterator[dict[str, Any]]:
     documents, queries = (
         texts and _Texts(Path(texts[0]), Reading(*texts[1])) for texts in (reading.documents, reading.queries)
     )
     behind = {"query": queries, "positive": documents, "negative": documents}
-    if "label" in reading.roles:
-        yield from _rows_of_labels(records, reading, num_negatives, with_scores, counts)
-        return
     for number, (where, record) in enumerate(records, start=1):
         try:
             row = in_roles(record, reading, where)
             row |= {role: texts.of(row[role], where, role) for role, texts in behind.items() if texts and role in row}
-            rows = list(_rows_of(row, reading, num_negatives, with_scores, where, counts))
+            rows = list(_rows_of(row, reading, with_scores, where, counts))
         except UserError as error:
             if on_error is None:
                 raise
@@ -157,12 +152,7 @@ def _all_rows(
 
 
 def _rows_of(
-    row: dict[str, Any],
-    reading: Reading,
-    num_negatives: int | None,
-    with_scores: bool | None,
-    where: str,
-    counts: Counter[str],
+    row: dict[str, Any], reading: Reading, with_scores: bool | None, where: str, counts: Counter[str]
 ) -> Iterator[dict[str, Any]]:
     if "score" in reading.roles:
         score = row.pop("score")
@@ -179,15 +169,15 @@ def _rows_of(
     if not reading.keep_equal_negatives:
         row, dropped = _without_equals(row, positives)
         counts["negatives that are their positive"] += dropped
-        if dropped and num_negatives is not None and len(row["negative"]) < num_negatives:
+        if dropped and len(row["negative"]) < (reading.num_negatives or 0):
             counts["rows that then had too few"] += 1
             return
     with_scores = "pos_score" in row if with_scores is None else with_scores
     for positive in positives:
-        yield check_row({**row, "positive": positive} if several else row, num_negatives, where, with_scores)
+        yield check_row({**row, "positive": positive} if several else row, reading.num_negatives, where, with_scores)
 
 
-def in_roles(record: Record, reading: Reading, where: str) -> dict[str, Any]:
+def in_roles(record: bytes | Mapping[str, Any], reading: Reading, where: str) -> dict[str, Any]:
     """A record by the roles of its columns; a `UserError` where it is no record, or lacks one."""
     found = dict(parsed(record, where))
     if reading.columns:
@@ -309,11 +299,7 @@ def content_of(place: Path, reading: Reading) -> str:
 
 
 def _rows_of_labels(
-    records: Iterator[Placed],
-    reading: Reading,
-    num_negatives: int | None,
-    with_scores: bool | None,
-    counts: Counter[str],
+    records: Iterator[Placed], reading: Reading, with_scores: bool | None, counts: Counter[str], on_error: OnError
 ) -> Iterator[dict[str, Any]]:
     """Each text as a query; the next one of its label, in a shuffled circle, is its positive; texts of other labels,
     drawn, are its negatives (None = one). All texts are held in memory."""
@@ -343,7 +329,7 @@ def _rows_of_labels(
             counts["texts that are alone under their label"] += 1
             continue
         negatives: list[int] = []
-        while len(negatives) < (1 if num_negatives is None else num_negatives):
+        while len(negatives) < (1 if reading.num_negatives is None else reading.num_negatives):
             drawn = draw.randrange(len(texts))
             if texts[drawn][0] != label:
                 negatives.append(drawn)

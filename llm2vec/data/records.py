@@ -7,12 +7,12 @@ from __future__ import annotations
 
 import csv
 import gzip
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, TypeAlias
 
 from llm2vec.files import parse_object
-from llm2vec.types import UserError, first_line
+from llm2vec.types import UserError, first_line, in_one_sentence
 
 #: What the name of a file of records ends in; any other is read as JSONL.
 FORMS = (".jsonl", ".jsonl.gz", ".parquet", ".csv", ".tsv", ".arrow")
@@ -58,12 +58,10 @@ def records_of_file(file: Path, columns: Sequence[str] = (), name: str = "") -> 
         if file.is_char_device() or file.is_block_device():  # /dev/zero has no end
             raise UserError(f"{name}: cannot be read (it is a device).")
         yield from reader(file, columns, name)
-    except OSError as error:
-        if error.strerror is None:  # of gzip and Arrow, whose errors say more
-            raise UserError(f"{name}: not a whole {_kind(file)} file ({first_line(error)}).") from error
-        raise UserError(f"{name}: cannot be read ({error.strerror}).") from error
-    except EOFError as error:  # of gzip
-        raise UserError(f"{name}: not a whole {_kind(file)} file ({first_line(error)}).") from error
+    except (OSError, EOFError) as error:
+        if reason := getattr(error, "strerror", None):
+            raise UserError(f"{name}: cannot be read ({reason}).") from error
+        raise UserError(f"{name}: not a whole {_kind(file)} file ({first_line(error)}).") from error  # of gzip
 
 
 def _kind(file: Path) -> str:
@@ -83,17 +81,9 @@ def _numbered(batches: Iterable[Sequence[Mapping[str, Any]]], name: str) -> Iter
 
 
 def _lines(file: Path, columns: Sequence[str], name: str) -> Iterator[Placed]:
-    with file.open("rb") as lines:
-        yield from _numbered_lines(lines, name)
-
-
-def _zipped_lines(file: Path, columns: Sequence[str], name: str) -> Iterator[Placed]:
-    with gzip.open(file, "rb") as lines:
-        yield from _numbered_lines(lines, name)
-
-
-def _numbered_lines(lines: Iterable[bytes], name: str) -> Iterator[Placed]:
-    return ((f"{name}, line {number}", line) for number, line in enumerate(lines, start=1))
+    with gzip.open(file) if file.name.endswith(".jsonl.gz") else file.open("rb") as lines:
+        for number, line in enumerate(lines, start=1):
+            yield f"{name}, line {number}", line
 
 
 def _cells(file: Path, columns: Sequence[str], name: str) -> Iterator[Placed]:
@@ -118,39 +108,35 @@ def _cells(file: Path, columns: Sequence[str], name: str) -> Iterator[Placed]:
         raise UserError(f"{place} or behind it: not valid {_kind(file)} ({error}).") from error
 
 
-def _parquet(file: Path, columns: Sequence[str], name: str) -> Iterator[Placed]:
+def _batches(file: Path, columns: Sequence[str], name: str) -> Iterator[Placed]:
+    """Of Parquet and Arrow files."""
     import pyarrow as pa  # comes with datasets
+
+    damages = (pa.ArrowException, OSError, UnicodeDecodeError)  # what is damaged where decides which
+    with in_one_sentence(lambda why: f"{name}: not a whole {_kind(file)} file ({why}).", damages):
+        found = (_parquet if file.suffix == ".parquet" else _arrow)(file, columns)
+        yield from _numbered((batch.to_pylist() for batch in found), name)
+
+
+def _parquet(file: Path, columns: Sequence[str]) -> Iterator[Any]:
     import pyarrow.parquet as pq
 
-    try:
-        with pq.ParquetFile(file) as table:
-            wanted = list(columns) if columns and set(columns) <= set(table.schema_arrow.names) else None
-            yield from _numbered((batch.to_pylist() for batch in table.iter_batches(AT_ONCE, columns=wanted)), name)
-    except (pa.ArrowException, OSError, UnicodeDecodeError) as error:  # what is damaged where decides which
-        raise UserError(f"{name}: not a whole Parquet file ({first_line(error)}).") from error
+    with pq.ParquetFile(file) as table:
+        wanted = list(columns) if columns and set(columns) <= set(table.schema_arrow.names) else None
+        yield from table.iter_batches(AT_ONCE, columns=wanted)
 
 
-def _arrow(file: Path, columns: Sequence[str], name: str) -> Iterator[Placed]:
+def _arrow(file: Path, columns: Sequence[str]) -> Iterator[Any]:
     import pyarrow as pa
 
-    try:
-        with pa.memory_map(str(file)) as content:
-            is_file = content.read(6) == b"ARROW1"  # else a stream, as datasets writes it
-            content.seek(0)
-            reader = pa.ipc.open_file(content) if is_file else pa.ipc.open_stream(content)
-            batches = map(reader.get_batch, range(reader.num_record_batches)) if is_file else reader
-            yield from _numbered((batch.to_pylist() for batch in batches), name)
-    except (pa.ArrowException, OSError, UnicodeDecodeError) as error:
-        raise UserError(f"{name}: not a whole Arrow file ({first_line(error)}).") from error
+    with pa.memory_map(str(file)) as content:
+        is_file = content.read(6) == b"ARROW1"  # else a stream, as datasets writes it
+        content.seek(0)
+        reader = pa.ipc.open_file(content) if is_file else pa.ipc.open_stream(content)
+        yield from map(reader.get_batch, range(reader.num_record_batches)) if is_file else reader
 
 
-_READERS: dict[str, Callable[[Path, Sequence[str], str], Iterator[Placed]]] = {
-    ".jsonl.gz": _zipped_lines,
-    ".csv": _cells,
-    ".tsv": _cells,
-    ".parquet": _parquet,
-    ".arrow": _arrow,
-}
+_READERS = {".csv": _cells, ".tsv": _cells, ".parquet": _batches, ".arrow": _batches}
 
 
 # --- data sets ---
@@ -161,10 +147,9 @@ def load_from_hub(path: str, where: str, config: str | None = None, **arguments:
     `UserError` begins with `where`."""
     from datasets import load_dataset
 
-    try:
+    # Not found, out of reach, no such configuration: each raises types of its own.
+    with in_one_sentence(lambda why: f"{where}: {path!r} could not be loaded from the hub ({why})."):
         return load_dataset(path, config, **arguments)
-    except Exception as error:  # not found, out of reach, no such configuration: each raises types of its own
-        raise UserError(f"{where}: {path!r} could not be loaded from the hub ({first_line(error)}).") from error
 
 
 def is_saved(folder: Path) -> bool:
@@ -176,12 +161,12 @@ def load_saved(folder: Path, split: str | None) -> Any:
     """A data set that `save_to_disk` wrote, or one of its splits (None = `train`); else a `UserError`."""
     from datasets import DatasetDict, load_from_disk
 
-    try:
+    # A file that is missing or damaged: each raises types of its own.
+    with in_one_sentence(lambda why: f"{folder}: not a data set that save_to_disk wrote ({why})."):
         table = load_from_disk(str(folder))
-    except Exception as error:  # a file that is missing or damaged: each raises types of its own
-        raise UserError(f"{folder}: not a data set that save_to_disk wrote ({first_line(error)}).") from error
     if not isinstance(table, DatasetDict):
         return table
-    if (split or "train") not in table:
-        raise UserError(f"{folder}: there is no split {split or 'train'!r}; there are {', '.join(table)}.")
-    return table[split or "train"]
+    split = split or "train"
+    if split not in table:
+        raise UserError(f"{folder}: there is no split {split!r}; there are {', '.join(table)}.")
+    return table[split]

@@ -10,7 +10,7 @@ from __future__ import annotations
 import copy
 import json
 from collections import Counter
-from collections.abc import Generator, Sequence
+from collections.abc import Generator, Iterator, Sequence
 from itertools import groupby
 from operator import itemgetter
 from pathlib import Path
@@ -20,7 +20,7 @@ import numpy as np
 import pyarrow.compute as pc
 from torch.utils.data import Dataset
 
-from llm2vec.data.lines import parse_line
+from llm2vec.data.lines import lines_of_text
 from llm2vec.data.reading import Reading, opened, rows_of
 from llm2vec.data.sources import Source, find_files
 from llm2vec.data.tables import cached_table, check_unchanged, stamp_of
@@ -225,22 +225,18 @@ def _generate_rows(
     version: int,
 ) -> Generator[dict[str, Any], None, dict[str, int]]:
     left_out: Counter[str] = Counter()
+    rows: Iterator[dict[str, Any]]
     empty = True
     place, how = Path(file), Reading(*json.loads(reading))
     if texts_alone and file.endswith(".txt"):
-        with place.open("rb") as lines:
-            texts = ((n, parse_line(line, f"{file}, line {n}")) for n, line in enumerate(lines, start=1))
-            for number, text in texts:
-                if text:
-                    empty = False
-                    yield {"row": number, "query": text, "positive": text, "negative": []}
+        rows = ({"row": n, "positive": text, "negative": []} for n, text in lines_of_text(place) if text)
     else:
         rows = rows_of(place, how, num_negatives, with_scores, left_out=left_out)
         if how.draw_positives and not texts_alone:
             rows = (_with_all_positives(list(of_record)) for _, of_record in groupby(rows, itemgetter("row")))
-        for row in rows:
-            empty = False
-            yield {**row, "query": row["positive"]} if texts_alone else row
+    for row in rows:
+        empty = False
+        yield {**row, "query": row["positive"]} if texts_alone else row
     for there, stamp in zip((place, *(text for text, _ in how.texts)), stamps, strict=True):
         if there.exists():
             check_unchanged(there, stamp)

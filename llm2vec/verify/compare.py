@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from llm2vec.data.lines import parse_line
+from llm2vec.data.lines import lines_of_text
 from llm2vec.files import check_unicode, json_lines
 from llm2vec.types import InstructedText, UserError, in_one_sentence
 from llm2vec.verify.loaded import LocalWay
@@ -62,10 +62,7 @@ def read_own_texts(file: Path) -> dict[str, InstructedText]:
         entries = json_lines(file, shape={"text": str, "instruction?": str, "side?": str})
         texts = {where.removeprefix(f"{file}, "): _text_of(entry, where) for where, entry in entries}
     else:
-        with file.open("rb") as lines:  # which end at line feeds alone; Unicode breaks lines in more places
-            places = {f"line {number}": line for number, line in enumerate(lines, 1)}
-        read = {place: parse_line(line, f"{file}, {place}") for place, line in places.items()}
-        texts = {place: InstructedText("", text, "document") for place, text in read.items()}
+        texts = {f"line {number}": InstructedText("", text, "document") for number, text in lines_of_text(file)}
     if not texts:
         raise UserError(f"--texts: {file} is empty.")
     return texts

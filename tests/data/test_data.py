@@ -13,11 +13,12 @@ import pytest
 from helpers import write_jsonl
 from torch.utils.data import BatchSampler
 
-from llm2vec.data.lines import parse_row
+from llm2vec.data.lines import check_row
 from llm2vec.data.order import OneSourceBlocks, block_order
 from llm2vec.data.reading import Reading
 from llm2vec.data.rows import TrainingRows
 from llm2vec.data.sources import Instruction, Source, e5_sources, read_sources_file, select_sources
+from llm2vec.files import parse_object
 from llm2vec.types import Example, InstructedText, UserError
 
 TABLES = Path(__file__).parents[3] / "shared/paper/tables.json"
@@ -280,10 +281,10 @@ def test_too_few_negatives_says_how_many(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(("line", "message"), BAD_LINES.values(), ids=BAD_LINES.keys())
 def test_a_row_is_one_line(line: bytes, message: str) -> None:
-    """The line's parser alone says the same, so a tool that writes rows can check them with it."""
-    assert parse_row(GOOD, 1, "here") == {"query": "q", "positive": "d", "negative": ["n"]}
+    """Parsed alone, it says the same, so a tool that writes rows can check them so."""
+    assert check_row(parse_object(GOOD, "here"), 1, "here") == {"query": "q", "positive": "d", "negative": ["n"]}
     with pytest.raises(UserError) as error:
-        parse_row(line, 1, "here")
+        check_row(parse_object(line, "here"), 1, "here")
     assert str(error.value).startswith("here: ")
     assert message in str(error.value)
 

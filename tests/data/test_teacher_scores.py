@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 from helpers import write_jsonl
 
-from llm2vec.data.lines import parse_row
+from llm2vec.data.lines import check_row
 from llm2vec.data.rows import read_rows
 from llm2vec.types import UserError
 
@@ -20,10 +20,10 @@ def line(**fields: Any) -> bytes:
 
 
 def test_scores_are_read_with_as_many_negatives_as_asked_for() -> None:
-    whole = line(pos_score=2, neg_scores=[0.5, -1])
-    assert parse_row(whole, 2, "here", True)["scores"] == [2.0, 0.5, -1.0]
-    assert parse_row(whole, 1, "here", True) == {"query": "q", "positive": "d", "negative": ["n"], "scores": [2.0, 0.5]}
-    assert "scores" not in parse_row(whole, 2, "here")
+    whole = json.loads(line(pos_score=2, neg_scores=[0.5, -1]))
+    assert check_row(whole, 2, "here", True)["scores"] == [2.0, 0.5, -1.0]
+    assert check_row(whole, 1, "here", True) == {"query": "q", "positive": "d", "negative": ["n"], "scores": [2.0, 0.5]}
+    assert "scores" not in check_row(whole, 2, "here")
 
 
 @pytest.mark.parametrize(
