@@ -7,12 +7,11 @@ Writes a Hugging Face model folder; every run with the same file and flags write
 """
 
 import argparse
-import shutil
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from llm2vec.cli import positive, run_command
-from llm2vec.files import json_lines
+from llm2vec.files import json_lines, whole_folder
 from llm2vec.quickstart.tiny import tiny_llama, train_tokenizer
 from llm2vec.types import UserError
 
@@ -45,11 +44,9 @@ def main(argv: Sequence[str]) -> None:
         max_positions=flags.max_positions,
         seed=flags.seed,
     )
-    partial = flags.output_dir.with_name(f".{flags.output_dir.name}.partial")
-    shutil.rmtree(partial, ignore_errors=True)  # of a run that was interrupted
-    tokenizer.save_pretrained(partial)
-    model.save_pretrained(partial)
-    partial.rename(flags.output_dir)
+    with whole_folder(flags.output_dir) as aside:
+        tokenizer.save_pretrained(aside)
+        model.save_pretrained(aside)
     print(f"{flags.output_dir}: {model.num_parameters():,} parameters, {len(tokenizer):,} tokens")
 
 

@@ -14,13 +14,13 @@ import os
 import re
 import shutil
 from collections.abc import Iterable, Iterator
-from contextlib import AbstractContextManager, contextmanager, suppress
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, TypeAlias
 
 from filelock import lock_descriptor
 
-from llm2vec.types import UserError, first_line
+from llm2vec.types import UserError, first_line, in_one_sentence
 
 logger = logging.getLogger(__name__)
 
@@ -233,14 +233,16 @@ def whole(file: Path) -> Iterator[Path]:
 @contextmanager
 def whole_folder(folder: Path) -> Iterator[Path]:
     """The same for a folder, which is not there yet, or empty: a new hidden one beside it, which gets its name."""
-    aside = folder.with_name(f".{folder.name.lstrip('.')}.writing")
+    aside = folder.with_name(f".{folder.name.lstrip('.')}.writing") / folder.name  # `alone_beside` may lock its parent
     shutil.rmtree(aside, ignore_errors=True)  # of a start that was killed
-    aside.mkdir(parents=True)
     try:
+        aside.mkdir(parents=True)
         yield aside
         aside.rename(folder)
     finally:
         shutil.rmtree(aside, ignore_errors=True)
+        with suppress(OSError):
+            aside.parent.rmdir()
 
 
 def write_text(file: Path, text: str) -> None:
@@ -335,9 +337,18 @@ def alone_in(folder: Path, work: str) -> Iterator[int]:
                 folder.rmdir()  # where nothing was written
 
 
-def alone_beside(place: Path, work: str) -> AbstractContextManager[int]:
+@contextmanager
+def alone_beside(place: Path, work: str) -> Iterator[int]:
     """As `alone_in`, for a file or folder that is written elsewhere and put in its place at the end."""
-    return alone_in(place.with_name(f".{place.name}.writing"), work)
+    aside = place.with_name(f".{place.name}.writing")
+    with in_one_sentence(lambda why: f"{place} could not be written ({why}).", OSError):
+        aside.mkdir(parents=True, exist_ok=True)
+    try:
+        with alone_in(aside, work) as lock:
+            yield lock
+    finally:
+        with suppress(OSError):  # another start is at work there
+            aside.rmdir()
 
 
 def try_lock(file: Path) -> int | None:

@@ -17,9 +17,7 @@ import dataclasses
 import gc
 import os
 import re
-import shutil
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager, suppress
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -34,7 +32,7 @@ from llm2vec.evaluation.provenance import recorded_runs, trained_from
 from llm2vec.export.adapter import check_adapter, prove_adapter, write_adapter
 from llm2vec.export.model_card import Facts, model_card
 from llm2vec.export.proof import Proof, encode_texts, prove
-from llm2vec.files import alone_in, write_json
+from llm2vec.files import alone_beside, whole_folder, write_json
 from llm2vec.hub import local_folder
 from llm2vec.llm2vec import LLM2Vec
 from llm2vec.model.backbone import DTYPES
@@ -43,7 +41,7 @@ from llm2vec.model.settings import SETTINGS_FILE
 from llm2vec.model.stock_form import StockForm, probes, stock_model, write_form
 from llm2vec.reports.results import Results
 from llm2vec.text.probe_texts import probe_ids
-from llm2vec.types import UserError, first_line, in_one_sentence
+from llm2vec.types import UserError, in_one_sentence
 
 
 @dataclass(frozen=True)
@@ -83,7 +81,12 @@ def export(what: Export, out: Path) -> Proof:
         raise UserError(f"{out} is there already; remove it or name another folder.")
     chain = open_chain(what.model.base, what.model.adapters)
     base_id = _base_id(what, chain)
-    with _written_aside(out) as folder:
+    target = out.resolve()
+    with (
+        in_one_sentence(lambda why: f"{out} could not be written ({why}).", OSError),
+        alone_beside(target, "export"),
+        whole_folder(target) as folder,
+    ):
         model = LLM2Vec.from_pretrained(chain, doc_max_length=what.doc_max_length, instruction_mask="offsets")
         form = stock_model(model.model, model.row_tokenizer, model.settings, what.instructions).form
         texts = probes(form.rows)
@@ -110,7 +113,7 @@ def export(what: Export, out: Path) -> Proof:
         proof = prove(folder, form, settings, texts, exact, stored)
         runs = recorded_runs(chain.folders)
         facts = Facts(
-            name=what.repository or out.resolve().name,
+            name=what.repository or target.name,
             form=form,
             settings=settings,
             architecture=architecture,
@@ -126,34 +129,6 @@ def export(what: Export, out: Path) -> Proof:
         )
         _write_records(folder, form, facts)
     return proof
-
-
-@contextmanager
-def _written_aside(out: Path) -> Iterator[Path]:
-    """A folder to write in, which becomes `out` at the end, or goes if anything fails."""
-    target = out.resolve()
-    aside = target.with_name(f".{target.name}.writing")
-    try:
-        aside.mkdir(parents=True, exist_ok=True)
-        with alone_in(aside, "export"):
-            _remove_folders_in(aside)  # of an export that was killed
-            try:
-                (aside / target.name).mkdir()
-                yield aside / target.name
-                (aside / target.name).rename(target)  # over an empty folder, too
-            finally:
-                _remove_folders_in(aside)
-    except OSError as error:
-        raise UserError(f"{out} could not be written ({error.strerror or first_line(error)}).") from error
-    finally:
-        with suppress(OSError):  # another export is at work there
-            aside.rmdir()
-
-
-def _remove_folders_in(folder: Path) -> None:
-    for path in folder.iterdir():
-        if path.is_dir():
-            shutil.rmtree(path, ignore_errors=True)
 
 
 def _round(model: LLM2Vec, dtype: torch.dtype) -> None:

