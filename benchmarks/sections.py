@@ -13,7 +13,7 @@ import tempfile
 from dataclasses import dataclass, replace
 from importlib.util import find_spec
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal, NamedTuple
+from typing import Literal, NamedTuple
 
 import numpy as np
 
@@ -30,9 +30,6 @@ from benchmarks.inputs import (
 )
 from benchmarks.measure import Line, Readings, Variant, ratios, take_turns
 from benchmarks.variants import EncodeCase
-
-if TYPE_CHECKING:
-    pass
 
 logger = logging.getLogger(__name__)
 

@@ -144,15 +144,9 @@ def write_set(
 ) -> None:
     """The comparison's configs, into `out/set`: the recipes, the base as it is, and BM25.
 
-    Args:
-        out: of the command.
-        base: folder or hub name.
-        task: the held-out set below `data/eval`.
-        data: the folder of `train/`, `eval/` and `sources.json`.
-        rows: that a stage trains on; None = what suits the machine.
-        recipes: name -> the files of its stages, and the keys of each.
-        rates: learning rates, of all parameters before Stage II and of Stage II.
-        rows_II: of a step of Stage II; None = what suits the machine.
+    `data` has `train/`, `eval/` with the held-out `task`, and `sources.json`. A stage trains on so many `rows`, and a
+    step of Stage II has `rows_II`; None = what suits the machine. `recipes`: name -> the files of its stages -> keys;
+    `rates`: learning rates, of all parameters before Stage II and of Stage II.
     """
     import torch
 
@@ -204,17 +198,11 @@ def write_set(
 
 
 def train_and_export(out: Path, lock: int, task: str, prompts: Path, part: str) -> Path | None:
-    """Do the set, show its scores, and export the best of what was trained to `out/model`.
+    """Do `out/set`, show its scores, and export the best of what was trained, as `task` decides, to `out/model`. The
+    folder of the best; None where a run failed, which is then said.
 
-    Args:
-        out: holds `set/`; gets `comparison/` and `model/`.
-        lock: file descriptor of the lock on it.
-        task: decides which is the best.
-        prompts: of the export.
-        part: of the command, such as `3/4`.
-
-    Returns:
-        The folder of the best; None where a run failed, which is then said.
+    `lock` is the file descriptor of the lock on `out`, `prompts` are the export's, and `part` of the command is such as
+    `3/4`.
     """
     from llm2vec.compare.comparison import compare_recipes
     from llm2vec.compare.table import failure_lines, outcome_table

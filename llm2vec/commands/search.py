@@ -207,18 +207,14 @@ class TextIndex:
 
     def search(self, model: LLM2Vec, queries: Sequence[str], k: int, instruction: str = "") -> list[list[Hit]]:
         """The k best passages for each query, or all; among equal scores the earlier one of the index first."""
-        from llm2vec.corpus.search import blocks, from_keys, top_k
+        from llm2vec.corpus.search import blocks, hits_of, top_k
 
         vectors_QD = _unit_vectors(model, [[instruction, query] for query in queries], "query")
         vectors_QD = vectors_QD.to(next(model.parameters()).device)  # which that has moved the model to
-        k, num_passages = min(k, len(self._lines)), len(self._lines)
-        documents = ((block.start, self._vectors_ND[block.start : block.stop]) for block in blocks(num_passages))
-        keys = top_k(vectors_QD, documents, lambda q_QD, d_ND: q_QD @ d_ND.float().T, k).cpu()
-        scores, numbers = (part.tolist() for part in from_keys(keys))
-        return [
-            [Hit(score, **self._passage(number)) for score, number in zip(*row, strict=True)]
-            for row in zip(scores, numbers, strict=True)
-        ]
+        ranges = blocks(len(self._lines))
+        documents = ((block.start, self._vectors_ND[block.start : block.stop]) for block in ranges)
+        keys = top_k(vectors_QD, documents, lambda q_QD, d_ND: q_QD @ d_ND.float().T, min(k, len(self._lines))).cpu()
+        return [[Hit(score, **self._passage(number)) for number, score in hits] for hits in hits_of(keys)]
 
     def _passage(self, number: int) -> dict[str, str]:
         passage = parse_object(self._lines[number], f"{self.folder / TEXTS_FILE}, line {number + 1}", PASSAGE)

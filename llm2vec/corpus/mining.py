@@ -14,6 +14,7 @@ and one that was not write the same files.
 
 from __future__ import annotations
 
+import itertools
 import json
 import shutil
 from array import array
@@ -24,15 +25,14 @@ from typing import Any
 
 import pyarrow as pa
 import torch
-from torch import Tensor
 
 from llm2vec.corpus.retrievers import Retriever
 from llm2vec.corpus.rows import Corpus
-from llm2vec.corpus.search import FREE, from_keys, merge, to_keys
+from llm2vec.corpus.search import FREE, hits_of, merge, to_keys
 from llm2vec.data.reading import content_of, rows_of
 from llm2vec.data.sources import Source
 from llm2vec.data.tables import arrow_file
-from llm2vec.files import json_hash, json_lines, read_object, remove, whole, write_json
+from llm2vec.files import json_hash, json_lines, read_object, remove, whole, write_json, write_json_lines
 from llm2vec.types import UserError
 
 #: Rows of a part, and queries whose scores are held at once.
@@ -99,20 +99,11 @@ def mine(
     rescore: Rescore | None = None,
     rescored_by: str = "",
 ) -> MiningReport:
-    """Write `OUT/<source>.jsonl`; a start that was killed is gone on with.
+    """Write `OUT/<source>.jsonl` for the rows of a source, whose file lies in `folder`; a killed start is gone on with.
+    A `UserError` where a record is no row, or `out` holds parts that were mined otherwise.
 
-    Args:
-        source: whose rows get negatives; those they have are candidates like all others.
-        folder: where its file lies.
-        out: where to write.
-        retriever: finds the candidates, under the source's first instruction.
-        rules: which of them are taken.
-        corpus: further documents; None = the source's own positives and negatives alone.
-        rescore: scores the candidates and the positives anew, by a reranker.
-        rescored_by: the reranker's revision.
-
-    Raises:
-        UserError: a record is no row, or the folder holds parts that were mined otherwise.
+    The retriever finds candidates, under the source's first instruction, among the source's own positives and negatives
+    and in `corpus`; `rescore`, a reranker of the revision `rescored_by`, scores them and the positives anew.
     """
     source = source.located(folder)
     place, work = source.place(folder), out / WORK_FOLDER / source.name
@@ -133,19 +124,19 @@ def mine(
         work.mkdir(parents=True)
         _gather(source, place, corpus, work)
         write_json(work / "settings.json", settings)
-    documents, rows = _table(work / "documents.arrow"), _table(work / "rows.arrow")
+    from datasets import Dataset  # seconds
+
+    documents, rows = (Dataset.from_file(str(work / name)) for name in ("documents.arrow", "rows.arrow"))
     retriever.prepare(documents, source.instructions[0], work)
     positives_of = _positives_of(rows)
     parts = [work / f"part-{first:010d}.jsonl" for first in range(0, len(rows), PART_ROWS)]
     for number, part in enumerate(parts):
         if part.is_file():
             continue
-        shard = rows[number * PART_ROWS : (number + 1) * PART_ROWS]
-        with whole(part) as aside, aside.open("w", encoding="utf-8") as file:
-            for start in range(0, len(shard["query"]), SCORED_AT_ONCE):
-                some = {name: values[start : start + SCORED_AT_ONCE] for name, values in shard.items()}
-                for found in _mine_rows(some, documents, positives_of, source, retriever, rules, rescore, work):
-                    file.write(json.dumps(found, ensure_ascii=False) + "\n")
+        last = min((number + 1) * PART_ROWS, len(rows))
+        groups = (rows[i : min(i + SCORED_AT_ONCE, last)] for i in range(number * PART_ROWS, last, SCORED_AT_ONCE))
+        mined = (_mine_rows(some, documents, positives_of, source, retriever, rules, rescore, work) for some in groups)
+        write_json_lines(part, itertools.chain.from_iterable(mined))
     report = _close(out / f"{source.name}.jsonl", parts, MiningReport(source.name, len(documents)), rescore is not None)
     remove(work)
     return report
@@ -171,12 +162,6 @@ def _gather(source: Source, place: Path, corpus: Corpus | None, work: Path) -> N
                     number(text)
         for corpus_row in corpus.rows() if corpus is not None else ():
             number(corpus_row.text)
-
-
-def _table(file: Path) -> Any:
-    from datasets import Dataset
-
-    return Dataset.from_file(str(file))
 
 
 def _hash(text: str) -> int:
@@ -212,7 +197,7 @@ def _mine_rows(
         keys_QK = merge([keys_QK, to_keys(scores_QN, first)], k)
         for scores_N, numbers, found in zip(scores_QN, own, of_own, strict=True):
             found.update({n: float(scores_N[n - first]) for n in numbers if first <= n < first + len(scores_N)})
-    for row, (candidates, positives) in enumerate(zip(_hits(keys_QK), of_own, strict=True)):
+    for row, (candidates, positives) in enumerate(zip(hits_of(keys_QK), of_own, strict=True)):
         others = [hit for hit in candidates if hit[0] not in positives][: rules.depth][rules.skip :]
         number = rows["positive"][row]
         texts = _texts(documents, [number, *(document for document, _ in others)])
@@ -237,13 +222,6 @@ def _mine_rows(
             "too_near": len(others) - len(far),
             "is_mined": len(taken) == rules.negatives,
         }
-
-
-def _hits(keys_QK: Tensor) -> Iterator[list[tuple[int, float]]]:
-    """Documents and scores of each query, best first."""
-    scores_QK, numbers_QK = from_keys(keys_QK)
-    for scores, numbers in zip(scores_QK.tolist(), numbers_QK.tolist(), strict=True):
-        yield [(number, score) for number, score in zip(numbers, scores, strict=True) if number >= 0]
 
 
 def _texts(documents: Any, numbers: Sequence[int]) -> dict[int, str]:

@@ -90,11 +90,8 @@ def open_reranker(path: str) -> tuple[Callable[[list[tuple[str, str]]], list[flo
     """What scores pairs of a query and a document: a `CrossEncoder`, a server, or the cosines of a stronger embedder of
     sentence-transformers; and its revision.
 
-    Args:
-        path: folder or hub name; or an address up to `/v1`, `#` and the model's name there.
-
-    Raises:
-        UserError: it cannot be loaded, has no safetensors weights, or an address names no model.
+    `path` is a folder or hub name, or an address up to `/v1`, `#` and the model's name there. A `UserError` where it
+    cannot be loaded, has no safetensors weights, or an address names no model.
     """
     if path.startswith(("http://", "https://")):
         return _reranking_server(path), path

@@ -96,17 +96,11 @@ def open_corpus(
     subset: str | None = None,
     split: str | None = None,
 ) -> Corpus:
-    """Find what a name stands for; at most the first row is read.
+    """The corpus of a `.jsonl` or `.parquet` file, a folder of files of one of these kinds, or a dataset on the hub, of
+    which a `subset` and a `split` (None = `train`) may be given; at most the first row is read.
 
-    Args:
-        name: a `.jsonl` or `.parquet` file, a folder of files of one of these kinds, or a dataset on the hub.
-        text_column: as in `Corpus`.
-        id_column: as in `Corpus`; None = `id` if the first row has it, else the rows' numbers.
-        subset: configuration of a dataset on the hub.
-        split: split of a dataset on the hub; None = `train`.
-
-    Raises:
-        UserError: there is nothing of this name, or `subset` or `split` is given for files.
+    Without an `id_column` it is `id` if the first row has it, else the rows' numbers. A `UserError` where there is
+    nothing of this name, or `subset` or `split` is given for files.
     """
     path = Path(name)
     if path.exists():
@@ -128,21 +122,10 @@ def open_corpus(
 def cut_into_shards(
     rows: Iterable[CorpusRow], folder: Path, shard_rows: int, file_name: Callable[[int], str]
 ) -> list[int]:
-    """Copy rows to `folder`, `shard_rows` a file, and check that no id comes twice.
+    """Copy rows, in order, to a folder that is not there yet, `shard_rows` a file, whose name comes of its number from
+    0; returns how many each has. A `UserError` where there are no rows, or an id comes twice.
 
     The folder is written aside and renamed. Memory holds one shard, and at the end all ids.
-
-    Args:
-        rows: in order.
-        folder: is not there yet.
-        shard_rows: rows of every shard but the last.
-        file_name: of a shard, by its number from 0.
-
-    Returns:
-        Rows of each shard.
-
-    Raises:
-        UserError: there are no rows, or an id comes twice.
     """
     sizes: list[int] = []
     remaining = iter(rows)

@@ -28,6 +28,7 @@ FREE = torch.iinfo(torch.int64).min
 #: Documents a key can tell apart.
 MAX_DOCUMENTS = 2**32
 
+#: Scores [Q, N] of queries and documents.
 Similarity = Callable[[Tensor, Tensor], Tensor]
 
 
@@ -39,19 +40,11 @@ def blocks(num_documents: int, shard: int = 0, num_shards: int = 1) -> list[rang
 
 
 def top_k(queries_QD: Tensor, documents: Iterable[tuple[int, Tensor]], similarity: Similarity, k: int) -> Tensor:
-    """Search blocks of documents; memory holds the queries, one block and the hits so far.
+    """Keys [Q, K] of the best documents, best first; `FREE` where there are fewer. A score that is no number is a
+    `UserError`.
 
-    Args:
-        queries_QD: Vectors of the queries; the work is done on their device.
-        documents: For each block, the number of its first document and the vectors [N, D] of all of it.
-        similarity: Scores [Q, N] of queries and documents.
-        k: Hits to keep.
-
-    Returns:
-        Keys [Q, K] of the hits, best first; `FREE` where a corpus has fewer than k documents.
-
-    Raises:
-        UserError: A score is not a number.
+    The documents come in blocks, each the number of its first and the vectors [N, D] of all. The work is done on the
+    queries' device, and memory holds the queries, one block and the hits so far.
     """
     keys_QK = torch.full((len(queries_QD), k), FREE, dtype=torch.int64, device=queries_QD.device)
     for first, vectors in documents:
@@ -88,6 +81,13 @@ def from_keys(keys: Tensor) -> tuple[Tensor, Tensor]:
     return scores, torch.where(keys == FREE, -1, numbers)
 
 
+def hits_of(keys: Tensor) -> list[list[tuple[int, float]]]:
+    """Of each row of keys, its hits as document numbers and scores; free places are left out."""
+    scores, numbers = (part.tolist() for part in from_keys(keys))
+    rows = zip(numbers, scores, strict=True)
+    return [[(number, score) for number, score in zip(*row, strict=True) if number >= 0] for row in rows]
+
+
 def rerank(
     queries_QD: Tensor,
     documents_ND: Tensor,
@@ -96,24 +96,12 @@ def rerank(
     row_of_document: Mapping[str, int],
     k: int,
 ) -> Iterator[tuple[str, dict[str, float]]]:
-    """Score given candidates of each query.
+    """Of each of the `candidates` (row of a query's vector, the query's name, its documents' names; sorted by row), the
+    name and the scores of the k best documents, among equal ones those listed first; one that is no number is a
+    `UserError`.
 
     Many queries may share one vector (MindSmallReranking: 2.36 million queries, 37 thousand texts): each vector is
-    scored once.
-
-    Args:
-        queries_QD: Vectors of the different queries.
-        documents_ND: Vectors of all candidates.
-        similarity: Scores [Q, N] of queries and documents.
-        candidates: Row of the query's vector, the query's name and the names of its documents; sorted by row.
-        row_of_document: Where a document's vector stands.
-        k: Hits to keep; among equal scores the one listed first.
-
-    Yields:
-        The query's name and the score of each document kept.
-
-    Raises:
-        UserError: A score is not a number.
+    scored once. `row_of_document` says where a document's vector stands.
     """
     first, scores_QN, at, row = 0, torch.empty(0), -1, []
     for query_row, query, names in candidates:

@@ -26,16 +26,9 @@ class Refusal(UserError):
 
 
 def answer_of(place: str, body: dict[str, Any] | None = None, key: str | None = None) -> Any:
-    """What a server answers, parsed.
+    """What a server answers, parsed: to a `body` that is sent as JSON (POST), with its `key`, or to nothing (GET).
 
-    Args:
-        place: the address.
-        body: what is asked, as JSON (POST); None = nothing (GET).
-        key: sent along, if there is one.
-
-    Raises:
-        Refusal: it answers with an HTTP error.
-        UserError: it does not answer, or not in JSON.
+    A `Refusal` where it answers with an HTTP error, a `UserError` where it does not answer, or not in JSON.
     """
     headers = {"Content-Type": "application/json", **({"Authorization": f"Bearer {key}"} if key else {})}
     try:

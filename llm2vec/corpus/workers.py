@@ -20,13 +20,8 @@ def beside(num_workers: int, folder: Path, run: Callable[..., None], *arguments:
     """While the body works, `num_workers - 1` other processes call `run(worker, *arguments)`.
 
     They are waited for when the body ends, and ended where it fails. What one says, and what any library prints, goes
-    to `FOLDER/worker-N.log`.
-
-    Args:
-        num_workers: how many processes in all; this one is worker 0.
-        folder: where the logs go.
-        run: a function of a module, which a new process can import.
-        arguments: what can be pickled.
+    to `FOLDER/worker-N.log`. A new process must be able to import `run`, and `arguments` to be pickled; this process is
+    worker 0.
     """
     processes = []
     try:

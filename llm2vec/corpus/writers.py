@@ -18,6 +18,8 @@ from llm2vec.types import UserError
 
 #: Characters of a text that are read.
 MOST_CHARACTERS = 2000
+#: Texts of a part: what a killed start loses at most.
+PART_TEXTS = 64
 #: Texts that are written for at once, and requests that a server gets at a time.
 TEXTS_AT_ONCE, REQUESTS_AT_ONCE = 16, 8
 
@@ -50,19 +52,12 @@ ANSWER = Writing("", "Question: {}\n\nAnswer:", most_tokens=500, is_line=False)
 
 
 def write_in_parts(
-    writer: Callable[[], Write], texts: Sequence[str], work: Path, settings: Mapping[str, Any], part: int
+    writer: Callable[[], Write], texts: Sequence[str], work: Path, settings: Mapping[str, Any]
 ) -> list[str]:
-    """What is written for each text, by parts that are files, so that a killed start is gone on with.
+    """What is written for each text, by parts that are files in the folder `work`: a killed start is gone on with.
 
-    Args:
-        writer: opens who writes; not called where nothing is left to write.
-        texts: to write for.
-        work: folder of the parts.
-        settings: what else decides what is written.
-        part: texts of a part.
-
-    Raises:
-        UserError: the folder holds what was written for other texts, or under other settings.
+    `writer` opens who writes, if anything is left to write; `settings` are what decides that beside the texts. A
+    `UserError` where the folder holds what was written for other texts, or under other settings.
     """
     settings = {"texts": json_hash(list(texts)), **settings}
     if (work / "settings.json").is_file():
@@ -74,10 +69,10 @@ def write_in_parts(
         write_json(work / "settings.json", settings)
     write: Write | None = None
     found: list[str] = []
-    for start in range(0, len(texts), part):
+    for start in range(0, len(texts), PART_TEXTS):
         file = work / f"part-{start:010d}.json"
         if not file.is_file():
-            write, some = write or writer(), list(texts[start : start + part])
+            write, some = write or writer(), list(texts[start : start + PART_TEXTS])
             at_once = range(0, len(some), TEXTS_AT_ONCE)
             written = [one for i in at_once for one in write(some[i : i + TEXTS_AT_ONCE])]
             write_text(file, json.dumps(written))

@@ -62,18 +62,9 @@ class LLM2VecEncoder(AbsEncoder):
     def __init__(
         self, model: LLM2Vec, model_paths: Sequence[str | Path], task_to_instructions: Mapping[str, str]
     ) -> None:
-        """Wrap a model.
-
-        Args:
-            model: The model.
-            model_paths: Where it was loaded from: the base model, then its adapters in order. Directories or names
-                on the hub. They give the model its name; the weights below them are part of the revision.
-            task_to_instructions: Task name -> instruction. A task that is missing here is run with mteb's own
-                instruction, and a warning.
-
-        Raises:
-            UserError: A directory of `model_paths` holds no safetensors weights.
-        """
+        """Wrap a model that was loaded from `model_paths`, directories or names on the hub: the base model, then its
+        adapters in order. They give it its name, and their weights are part of its revision; a directory without
+        safetensors weights is a `UserError`. A task without an instruction is run with mteb's own, and a warning."""
         self.model = model
         self.task_to_instructions = dict(task_to_instructions)
         self._fallbacks: dict[str, str] = {}

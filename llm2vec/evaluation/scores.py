@@ -63,7 +63,6 @@ def evaluate(
         tasks: Tasks from `load_tasks`. mteb seeds the process's generators whenever it makes one or scores one.
         output_dir: Root of the result files, `results/<model>/<revision>/<task>.json`.
         batch_size: Texts a forward pass.
-        show_progress_bar: Whether progress is shown.
         found: Merged hits from `jobs.search_shard` of the only task in `tasks`; default: the search is made here.
         prediction_folder: Where mteb keeps rankings and other predictions of tasks it scores; None = not kept.
     """

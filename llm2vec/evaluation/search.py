@@ -9,7 +9,7 @@ import torch
 from datasets import Dataset
 from torch import Tensor, nn
 
-from llm2vec.corpus.search import blocks, from_keys, rerank, top_k
+from llm2vec.corpus.search import blocks, hits_of, rerank, top_k
 from llm2vec.evaluation.mteb_adapter import batches_of, prompt_type_of
 from llm2vec.files import json_hash
 from llm2vec.model.backbone import default_device
@@ -105,12 +105,12 @@ class CorpusSearch:
 
     def results(self, keys: Tensor) -> Found:
         """Query -> document -> score, of keys."""
-        scores, numbers = (part.tolist() for part in from_keys(keys))
-        found = sorted({number for row in numbers for number in row if number >= 0})
+        hits = hits_of(keys)
+        found = sorted({number for row in hits for number, _ in row})
         # Only what was found is named: the names of all documents would grow with the corpus.
         names = dict(zip(found, self._corpus.select_columns("id")[found]["id"], strict=True))
         return {
-            query: {names[n]: score for n, score in zip(numbers[row], scores[row], strict=True) if n >= 0}
+            query: {names[number]: score for number, score in hits[row]}
             for query, row in zip(self._names, self._row_of_query, strict=True)
         }
 

@@ -38,12 +38,14 @@ def check_adapter(chain: Chain, base_id: str | None) -> str:
 
 
 def write_adapter(
-    folder: Path, model: LLM2Vec, form: StockForm, instructions: Mapping[str, str], base: str, base_id: str
-) -> None:
-    """Write the adapter of a model that is not merged yet as a folder that sentence-transformers loads.
+    folder: Path, model: LLM2Vec, form: StockForm, instructions: Mapping[str, str], base: str, base_id: str,
+    texts: Sequence[InstructedText], exact: Tensor,
+) -> None:  # fmt: skip
+    """Write the adapter of a model that is not merged yet as a folder that sentence-transformers loads, and compare its
+    vectors of texts with the checkpoint's, `exact` [N, D].
 
-    Its base (`base`, a folder or hub name) has a stand-in beside it until `prove_adapter` has compared. A `UserError`
-    where the hub's base (`base_id`, with its revision) would attend otherwise.
+    Until then a stand-in for its base (`base`, a folder or hub name) lies beside it. A `UserError` where the hub's base
+    (`base_id`, with its revision) would attend otherwise.
     """
     if model.settings.attention == "bidirectional":
         _check_bidirectional(base_id)
@@ -60,13 +62,8 @@ def write_adapter(
             (stand_in / file.name).symlink_to(file.resolve())
     adapted.config.save_pretrained(stand_in)
     _name_base(folder, str(stand_in), None)
-
-
-def prove_adapter(folder: Path, form: StockForm, texts: Sequence[InstructedText], exact: Tensor, base_id: str) -> None:
-    """Compare the adapter on its base with the checkpoint; then give the base its name on the hub."""
-    stock = open_sentence_transformer(str(folder), dtype=torch.float32)
-    compare_vectors(stock, form, texts, exact)
-    shutil.rmtree(folder.with_name("base"))
+    compare_vectors(open_sentence_transformer(str(folder), dtype=torch.float32), form, texts, exact)
+    shutil.rmtree(stand_in)
     name, _, revision = base_id.partition("@")
     _name_base(folder, name, revision or None)
 

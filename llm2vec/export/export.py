@@ -29,7 +29,7 @@ from torch.nn.functional import normalize
 
 from llm2vec.choice import ModelChoice
 from llm2vec.evaluation.provenance import recorded_runs, trained_from
-from llm2vec.export.adapter import check_adapter, prove_adapter, write_adapter
+from llm2vec.export.adapter import check_adapter, write_adapter
 from llm2vec.export.model_card import Facts, model_card
 from llm2vec.export.proof import Proof, encode_texts, prove
 from llm2vec.files import alone_beside, whole_folder, write_json
@@ -38,7 +38,7 @@ from llm2vec.llm2vec import LLM2Vec
 from llm2vec.model.backbone import DTYPES
 from llm2vec.model.chain import RUN_FILE, Chain, open_chain
 from llm2vec.model.settings import SETTINGS_FILE
-from llm2vec.model.stock_form import StockForm, probes, stock_model, write_form
+from llm2vec.model.stock_form import probes, stock_model, write_form
 from llm2vec.reports.results import Results
 from llm2vec.text.probe_texts import probe_ids
 from llm2vec.types import UserError, in_one_sentence
@@ -93,8 +93,7 @@ def export(what: Export, out: Path) -> Proof:
         exact = normalize(encode_texts(model, texts), dim=-1)
         if what.adapter:
             assert base_id is not None
-            write_adapter(folder / "adapter", model, form, what.instructions, chain.base, base_id)
-            prove_adapter(folder / "adapter", form, texts, exact, base_id)
+            write_adapter(folder / "adapter", model, form, what.instructions, chain.base, base_id, texts, exact)
         if isinstance(model.model, PeftModel):
             model.model = model.model.merge_and_unload()
         _round(model, DTYPES[what.dtype])
@@ -125,9 +124,9 @@ def export(what: Export, out: Path) -> Proof:
             license=what.license or (runs[0].record.get("origin", {}).get("license") if runs else None),
             runs=runs,
             results=what.results,
-            **proof._asdict(),
+            proof=proof,
         )
-        _write_records(folder, form, facts)
+        _write_records(folder, facts)
     return proof
 
 
@@ -148,8 +147,9 @@ def _base_id(what: Export, chain: Chain) -> str | None:
     return check_adapter(chain, base_id) if what.adapter else base_id
 
 
-def _write_records(folder: Path, form: StockForm, facts: Facts) -> None:
+def _write_records(folder: Path, facts: Facts) -> None:
     """Write probe ids, card, and `run.json` with all files' sizes, last."""
+    form = facts.form
     texts = probes(form.rows)
     ids = [row.ids for row in form.rows.rows(texts)]
     prompts = [form.prompt(text.instruction, text.side) for text in texts]
@@ -163,8 +163,8 @@ def _write_records(folder: Path, form: StockForm, facts: Facts) -> None:
     record = {
         "stages": [run.record for run in facts.runs],
         "dtype": facts.dtype,
-        "difference": facts.difference,
-        "rounding": facts.rounding,
+        "difference": facts.proof.difference,
+        "rounding": facts.proof.rounding,
         "probe_ids": probe_ids(form.rows),
         "files": {f.relative_to(folder).as_posix(): f.stat().st_size for f in files},
     }

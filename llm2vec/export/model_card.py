@@ -15,6 +15,7 @@ from typing import Any
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
 
 from llm2vec.evaluation.provenance import RecordedRun
+from llm2vec.export.proof import Proof
 from llm2vec.model.settings import EncoderSettings
 from llm2vec.model.stock_form import BIDIRECTIONAL_SINCE, STRAY_BLANK, StockForm
 from llm2vec.reports.results import Results
@@ -54,9 +55,7 @@ class Facts:
     license: str | None
     runs: Sequence[RecordedRun]  #: The earliest first
     results: Results | None
-    difference: float  #: The three figures of a `Proof`
-    rounding: float
-    stray_difference: float | None
+    proof: Proof
 
 
 def model_card(facts: Facts) -> ModelCard:

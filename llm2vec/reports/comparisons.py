@@ -88,13 +88,9 @@ class Interval(NamedTuple):
 def paired_interval(*tasks: tuple[Mapping[str, float], Mapping[str, float]], seed: int = 0) -> Interval:
     """The mean over tasks of the first run's mean less the second's, and its percentile interval.
 
-    Units are drawn again within each task; the tasks are fixed. A `UserError` where the units of a pair differ, there
-    are fewer than `MIN_UNITS`, or scipy is not there.
-
-    Args:
-        tasks: A pair each: unit (query) -> score of the first run, and of the second. A single pair has no tasks to
-            keep apart: its units may be tasks, too.
-        seed: Seed of the resampling.
+    Each task is a pair: unit (query) -> score of the first run, and of the second. Units are drawn again within each
+    task; the tasks are fixed. A single pair has no tasks to keep apart: its units may be tasks, too. A `UserError`
+    where the units of a pair differ, there are fewer than `MIN_UNITS`, or scipy is not there.
 
     Example:
         >>> paired_interval((anchor, baseline)).sentence("tasks")   # NFCorpus -> 35.0, ...

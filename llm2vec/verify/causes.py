@@ -49,17 +49,8 @@ def vector_of(
     with_adapter: bool = True,
     last_norm: bool = True,
 ) -> Tensor:
-    """The vector [D] of a token row, float32 on the CPU, not normalised.
-
-    Args:
-        way: a loaded decoder; what is not given stays as it does it.
-        row: read alone, without padding.
-        attention: the other kind.
-        pooling: another mode.
-        everywhere: over every token, whatever the row says.
-        with_adapter: False switches an adapter off.
-        last_norm: False takes the states from before it.
-    """
+    """The vector [D] of a token row that is read alone, float32 on the CPU, not normalised: as the way makes it, but
+    for what is given. `everywhere` pools over every token, whatever the row says."""
     before_norm: list[Tensor] = []
     ids_1T = torch.tensor([row.ids], device=next(way.model.parameters()).device)
     hook = inner_decoder(way.model).norm.register_forward_pre_hook(lambda _, inputs: before_norm.append(inputs[0]))

@@ -39,14 +39,8 @@ class EmbeddingServer:
         self.model = parts.fragment or self._only_model()
 
     def vectors(self, texts: Sequence[str]) -> tuple[dict[int, Tensor], dict[int, str]]:
-        """Embed texts, one a request.
-
-        Returns:
-            By index of the text: its vector, float32 [D]; and for the others, why the server refuses them.
-
-        Raises:
-            UserError: the server does not answer, answers something else, or refuses every text.
-        """
+        """By index of the text: its vector, float32 [D]; and for the others, why the server refuses them. One request a
+        text. A `UserError` where the server does not answer, answers something else, or refuses every text."""
         vectors: dict[int, Tensor] = {}
         refused: dict[int, str] = {}
         for i, text in enumerate(texts):

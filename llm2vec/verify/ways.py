@@ -1,11 +1,4 @@
-"""The ways to load an embedder, as a user names them, and what each writes before a text.
-
-output/stage_I                     a checkpoint: packed, and padded
-output/stage_I+output/stage_II     base and adapter: adapter in place, padded, merged
-output/exported                    an export: ours, sentence-transformers, transformers
-st:PATH  transformers:PATH[+ADAPTER]  ours:PATH[+ADAPTER]  padded:...  merged:...     one way alone
-http://localhost:8000[#MODEL]      an OpenAI-compatible server
-"""
+"""The ways to load an embedder, as a user names them (`llm2vec verify --help`), and what each writes before a text."""
 
 from __future__ import annotations
 
@@ -118,13 +111,9 @@ def prompt_writer(
 ) -> Callable[[InstructedText], str]:
     """What a user of a way that takes strings writes before a text, so that it becomes our template's row.
 
-    A text without an instruction gets the prompt that the folder declares for its side. With one it gets what the
-    template writes before a text, without what the tokenizer writes by itself.
-
-    Args:
-        rendering: of our checkpoint; None = the instruction and a blank.
-        tokenizer: of the way; None = a server's, which writes what a tokenizer of the stock form does.
-        declared: the way's prompts by name, of which `query` and `document` are used.
+    A text without an instruction gets the prompt that is `declared` for its side. With one it gets what the template
+    writes before a text, without what the way's tokenizer writes by itself; without one (None), a server's counts as
+    one of the stock form. Without a `rendering` it gets the instruction and a blank.
     """
     if rendering is None:
         return lambda text: f"{text.instruction} " if text.instruction else ""

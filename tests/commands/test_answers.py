@@ -10,7 +10,6 @@ import pytest
 from helpers import family_tokenizer, tiny_model, write_jsonl
 
 from llm2vec.choice import ModelChoice
-from llm2vec.commands.data import answers
 from llm2vec.commands.data.answers import main
 from llm2vec.corpus import writers
 from llm2vec.data.rows import TrainingRows
@@ -51,7 +50,7 @@ def test_answers_are_rows_and_a_killed_start_goes_on(
 
     monkeypatch.setattr(writers, "request_json", request)
     monkeypatch.setattr(writers, "REQUESTS_AT_ONCE", 1)
-    monkeypatch.setattr(answers, "ANSWERS_A_PART", 2)
+    monkeypatch.setattr(writers, "PART_TEXTS", 2)
     server = flags(folder, "--server", "http://x/v1", "--name", "m", "--most_tokens", "7")
     with pytest.raises(KeyboardInterrupt):
         main(server)

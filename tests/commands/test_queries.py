@@ -14,6 +14,7 @@ from helpers import family_tokenizer, tiny_model
 
 from llm2vec.commands.data import queries
 from llm2vec.commands.data.queries import main
+from llm2vec.corpus import writers
 from llm2vec.data.rows import TrainingRows
 from llm2vec.data.sources import read_sources_file
 from llm2vec.types import UserError
@@ -72,7 +73,7 @@ def test_queries_that_lead_back_stay(
     with pytest.raises(UserError, match="holds what was written for other texts or by another writer; give"):
         main(flags)
     flags[1] = str(folder / "out2")
-    monkeypatch.setattr(queries, "QUERIES_A_PART", 2)
+    monkeypatch.setattr(writers, "PART_TEXTS", 2)
     whole = queries._round_trip
 
     def killed(*_: Any) -> Any:

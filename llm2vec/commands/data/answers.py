@@ -22,8 +22,6 @@ from llm2vec.data.held_out import entry_of
 from llm2vec.data.sources import Source
 from llm2vec.files import alone_in, remove, write_json, write_json_lines
 
-#: Answers of a part: what a killed start loses at most.
-ANSWERS_A_PART = 64
 ANSWERS_FOLDER = ".answers"
 
 
@@ -60,7 +58,7 @@ def _answer(args: argparse.Namespace, source: Source, work: Path) -> None:
     queries = list(dict.fromkeys(rows[i].query.text for i in range(len(rows))))
     writer = {**named_writer(args), "most_tokens": args.most_tokens}
     task = ANSWER._replace(most_tokens=args.most_tokens)
-    answers = write_in_parts(lambda: writer_of(args, task), queries, work / source.name, writer, ANSWERS_A_PART)
+    answers = write_in_parts(lambda: writer_of(args, task), queries, work / source.name, writer)
     found = [{"query": query, "positive": a} for query, a in zip(queries, answers, strict=True) if a]
     write_json_lines(args.out / f"{source.name}.jsonl", found)
     print(f"{source.name}: {len(found):,} of {len(queries):,} queries have an answer")

@@ -28,8 +28,6 @@ from llm2vec.corpus.passages import SUFFIXES, passages_of
 from llm2vec.files import alone_in, remove, write_json, write_json_lines
 from llm2vec.types import UserError
 
-#: Passages of a part: what a killed start loses at most.
-QUERIES_A_PART = 64
 QUERIES_FOLDER = ".queries"
 
 
@@ -97,7 +95,7 @@ def _write(
     from llm2vec.corpus.writers import QUERY, write_in_parts  # seconds to import, with torch
 
     some = [passages[i] for i in chosen]
-    return write_in_parts(lambda: writer_of(args, QUERY), some, work, named_writer(args), QUERIES_A_PART)
+    return write_in_parts(lambda: writer_of(args, QUERY), some, work, named_writer(args))
 
 
 def _round_trip(
@@ -107,6 +105,7 @@ def _round_trip(
     import torch
     from datasets import Dataset
 
+    from llm2vec.corpus.mining import SCORED_AT_ONCE
     from llm2vec.corpus.retrievers import LexicalRetriever
     from llm2vec.data.sources import Instruction
 
@@ -115,8 +114,8 @@ def _round_trip(
     kept: dict[str, str] = {}
     # A copy of the passage's own words would lead back, too.
     pairs = [(query, i) for query, i in zip(queries, chosen, strict=True) if query and query not in passages[i]]
-    for start in range(0, len(pairs), QUERIES_A_PART):
-        some = pairs[start : start + QUERIES_A_PART]
+    for start in range(0, len(pairs), SCORED_AT_ONCE):
+        some = pairs[start : start + SCORED_AT_ONCE]
         blocks = retriever.scores([query for query, _ in some], nothing, work)
         scores_QN = torch.cat([scores for _, scores in blocks], dim=1)
         for (query, i), scores_N in zip(some, scores_QN, strict=True):
