@@ -68,6 +68,7 @@ from llm2vec.planning.memory import Step, memory_of
 from llm2vec.planning.work import useful_flops
 from llm2vec.table import Table
 from llm2vec.text.batches import pack_rows
+from llm2vec.training.config import Config
 from llm2vec.training.model import decoder_of
 from llm2vec.training.step import backward_step, split_batch
 from llm2vec.training.trainer import EmbedderTrainer
@@ -380,8 +381,8 @@ def _train(s: Setting, folder: Path, start: Path | None, steps: int = 6) -> Tens
 
     rows: Any = list(range(24))
     trainer = EmbedderTrainer(
-        objective, arguments, rows, partial(_rows, case), _InOrder(24), reduction="token_mean",
-        save_to=save, load_from=load, stop_after_n_steps=steps,
+        objective, arguments, Config("", stop_after_n_steps=steps), rows, partial(_rows, case), _InOrder(24),
+        save_to=save, load_from=load,
     )  # fmt: skip
     trainer.train(None if start is None else str(start))
     return torch.cat([weight.detach().flatten().float().cpu() for weight in objective.parameters()])

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from llm2vec.compare.recipes import SHARED_FILE, Recipe, RecipeSet, StageFile
-from llm2vec.data.sources import e5_sources, find_files, read_sources_file, select_sources, table_file
+from llm2vec.data.sources import find_files, table_file
 from llm2vec.files import data_revision, files_hash, json_hash, whole_folder, write_json
 from llm2vec.hub import find_file, without_waiting_for_the_hub
 from llm2vec.model.chain import RUN_FILE, revision_of
@@ -23,6 +23,7 @@ from llm2vec.model.settings import SETTINGS_FILE
 from llm2vec.training.config import Config
 from llm2vec.training.config.file import load_config
 from llm2vec.training.resume import checkpoint_folder
+from llm2vec.training.rows import sources_of, text_file_of
 from llm2vec.types import Stage, UserError
 
 #: Stage -> the command that trains it.
@@ -160,20 +161,17 @@ class Planner:
         """Of the content of all files that a run reads; a hub data set is known by its name."""
         if config.hub_dataset is not None:
             return [config.hub_dataset]
-        path = Path(config.dataset_file_path or Path(str(config.sources_file)).parent)
-        if path.suffix in (".txt", ".jsonl"):
-            if not path.is_file():
-                raise UserError(f"dataset_file_path: {path} is not there.")
-            return [self._hash(path.parent, [path])]
-        if config.sources_file is None:
-            return [self._hash(path, find_files(path, select_sources(e5_sources(), config.sources)))]
-        table = table_file(Path(config.sources_file))
-        sources = select_sources(read_sources_file(table), config.sources)
-        texts = [place for source in sources for place, _ in source.located(path).reading.texts]
-        places = list(dict.fromkeys([*find_files(path, sources), *texts]))
+        if (file := text_file_of(config)) is not None:
+            if not file.is_file():
+                raise UserError(f"dataset_file_path: {file} is not there.")
+            return [self._hash(file.parent, [file])]
+        folder, sources = sources_of(config)
+        texts = [place for source in sources for place, _ in source.located(folder).reading.texts]
+        places = list(dict.fromkeys([*find_files(folder, sources), *texts]))
         files = [place for place in places if place.is_file()]
         others = [data_revision(place) if place.is_dir() else str(place) for place in places if place not in files]
-        return [self._hash(path, files), self._hash(table.parent, [table]), *others]
+        tables = [] if config.sources_file is None else [table_file(Path(config.sources_file))]
+        return [self._hash(folder, files), *(self._hash(table.parent, [table]) for table in tables), *others]
 
     def _hash(self, folder: Path, files: Sequence[Path]) -> str:
         if tuple(files) not in self._hashes:

@@ -27,15 +27,17 @@ def make_projection(name: AnchorProjection, model: PreTrainedModel) -> nn.Module
     if name == "none":
         return nn.Identity()
     table_VD: Tensor = model.get_input_embeddings().weight  # type: ignore[assignment]
-    return Scaled(table_VD) if name == "scaled" else Linear(table_VD)
+    if name == "scaled":
+        return Scaled(table_VD)
+    size = table_VD.shape[1]
+    learnt = nn.Linear(size, size, device=table_VD.device, dtype=table_VD.dtype)
+    nn.init.eye_(learnt.weight)
+    nn.init.zeros_(learnt.bias)
+    return learnt
 
 
 class Scaled(nn.Module):
-    """Anchors at the mean length of a table of embeddings.
-
-    Args:
-        table_VD: the embeddings.
-    """
+    """Anchors at the mean length of a table of embeddings."""
 
     length: Tensor
 
@@ -46,21 +48,6 @@ class Scaled(nn.Module):
     def forward(self, anchor_BD: Tensor) -> Tensor:
         """[B, D], each of that length."""
         return nn.functional.normalize(anchor_BD, dim=1) * self.length.to(anchor_BD.dtype)
-
-
-class Linear(nn.Linear):
-    """A learnt map that begins as the identity.
-
-    Args:
-        table_VD: embeddings; their size, device and type are the map's.
-    """
-
-    def __init__(self, table_VD: Tensor) -> None:
-        size = table_VD.shape[1]
-        super().__init__(size, size, device=table_VD.device, dtype=table_VD.dtype)
-        with torch.no_grad():
-            nn.init.eye_(self.weight)
-            nn.init.zeros_(self.bias)
 
 
 class Imitation(nn.Linear):

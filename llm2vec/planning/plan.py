@@ -22,7 +22,6 @@ from transformers import (
     TrainingArguments,
 )
 
-from llm2vec.data.blocks import TEXT_SUFFIXES
 from llm2vec.data.collation import Collate, CollateSides, check_examples
 from llm2vec.data.order import OneSourceBlocks
 from llm2vec.data.rows import TrainingRows
@@ -51,7 +50,7 @@ from llm2vec.training.model import (
     with_adapter,
 )
 from llm2vec.training.recomputation import fit, tokens_run
-from llm2vec.training.rows import Rows, open_running_text, row_orders, sources_of
+from llm2vec.training.rows import Rows, open_running_text, row_orders, sources_of, text_file_of
 from llm2vec.training.run import Schedule, rows_a_step, schedule_of, steps_an_epoch
 from llm2vec.training.stages import cut, open_data, saved_settings, stage_parts
 from llm2vec.types import Objective, Stage, UserError
@@ -72,10 +71,6 @@ class Conditions:
     tokens_document: int | None = None  #: of each of its documents, likewise
 
     def __post_init__(self) -> None:
-        for name in ("num_processes", "tokens_query", "tokens_document"):
-            value = getattr(self, name)
-            if value is not None and value < 1:
-                raise UserError(f"--{name} is {value}; it must be above 0.")
         if not 0 < self.utilisation <= 1:
             raise UserError(f"--utilisation is {self.utilisation:g}; it must lie above 0 and be at most 1.")
         if (self.tokens_query is None) != (self.tokens_document is None):
@@ -253,9 +248,8 @@ def model_of_shapes(
 def missing_data(config: Config) -> str | None:
     """Why a config's rows cannot be read here, as a sentence; None = they are there. A source that its table has not
     is a `UserError`."""
-    path = Path(config.dataset_file_path or "")
-    if config.hub_dataset is None and config.sources_file is None and path.suffix in TEXT_SUFFIXES:
-        return None if path.is_file() else f"dataset_file_path: {path} is not there."
+    if config.hub_dataset is None and (file := text_file_of(config)) is not None:
+        return None if file.is_file() else f"dataset_file_path: {file} is not there."
     place = sources_of(config) if config.hub_dataset is None else None
     try:
         if place is None:

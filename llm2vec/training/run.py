@@ -114,19 +114,16 @@ def run_training(
     trainer = EmbedderTrainer(
         objective,
         args,
+        config,
         rows,
         collate,
         sampler,
-        reduction=config.reduction,
         save_to=save_to,
-        stop_after_n_steps=config.stop_after_n_steps,
+        load_from=load_from,
         held_out=held_out,
         probes=probes_of(config, args, objective, tokenizer, settings, held_out and held_out[0]),
-        max_tokens=config.tokens_per_microbatch,
-        load_from=load_from,
         place_of=rows.place,
         should_stop=lambda: signals.received is not None,
-        max_skipped_steps=config.max_skipped_steps,
         callbacks=callbacks,
     )
     if rank() == 0:

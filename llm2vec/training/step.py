@@ -79,7 +79,7 @@ def backward_step(
             backward(_surrogate(output, of_last) * scale)
         shares.append(add_up([output.parts]))
         seeds.pop()
-    of_pieces = {side: _cut(gradient, held.lengths[side]) for side, gradient in gradients.items()}
+    of_pieces = {side: iter(gradient.split(held.lengths[side])) for side, gradient in gradients.items()}
     del output, held  # frees the last piece's graph, and vectors that nobody reads any more
     for i, (seed, piece) in enumerate(zip(seeds, pieces, strict=not keep)):
         # The last backward of the step exchanges the gradients of all of them.
@@ -282,14 +282,6 @@ def _gradients_of_vectors(
         between = inner.contrast(leaves, held.facts, totals)
         gradients = dict(zip(leaves, torch.autograd.grad(between["loss"], list(leaves.values())), strict=True))
     return add_up([between]), gradients
-
-
-def _cut(values: Tensor, lengths: Sequence[int]) -> Iterator[Tensor]:
-    """Slices of so many rows, one after the other. Each is made when its turn comes, as there may be thousands."""
-    end = 0
-    for length in lengths:
-        end += length
-        yield values[end - length : end]
 
 
 def _num_rows(batch: Batch) -> int:

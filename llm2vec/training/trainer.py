@@ -45,12 +45,13 @@ from transformers import ProgressCallback, Trainer, TrainerCallback, TrainingArg
 
 from llm2vec.data.order import NO_ROW, Slots, without_empty
 from llm2vec.processes import leave_process_group
+from llm2vec.training.config import Config
 from llm2vec.training.config.arguments import of_arguments
 from llm2vec.training.log import LOG_FILE, EndOfRun, JsonLog, ProgressToStop, StepFigures
 from llm2vec.training.resume import last_checkpoint, step_of
 from llm2vec.training.saving import CheckpointWriter, load_shares, of_state, save_shares
 from llm2vec.training.step import backward_step, count_terms, mean_parts
-from llm2vec.types import Batch, Objective, Reduction, RunEnds, UserError
+from llm2vec.types import Batch, Objective, RunEnds, UserError
 
 logger = logging.getLogger(__name__)
 
@@ -61,22 +62,19 @@ class EmbedderTrainer(Trainer):
     Args:
         objective: module with `count` and `forward` as in `types.Objective`.
         args: training arguments.
+        config: of the run. Under its `reduction` `token_mean`, every loss part is a mean over the terms of the whole
+            optimiser step; under `micro_batch_mean`, a mean over micro-batches of each micro-batch's mean.
         rows: the training rows.
         collate: rows of a micro-batch -> Batch.
         sampler: order of the rows, as `data.rows.OneSourceBlocks` gives it. Consecutive rows fill one micro-batch of
             one process after the other.
-        reduction: `token_mean`: every loss part is a mean over the terms of the whole optimiser step; or
-            `micro_batch_mean`: a mean over micro-batches of each micro-batch's mean.
         save_to: writes the model into a folder, which it makes. It is called on the main process, with the objective's
             weights where those lie spread over the processes (FSDP), else with None.
-        stop_after_n_steps: end here, whatever the schedule's horizon.
+        load_from: reads what `save_to` wrote back into the objective's model; called on every rank.
         held_out: rows and their order for the figures logged as `eval_...`; None = no evaluation.
         probes: each tells further figures to log with those, given the optimiser step; called on every rank.
-        max_tokens: most tokens that go through the model at once (`step.backward_step`); None = a whole micro-batch.
-        load_from: reads what `save_to` wrote back into the objective's model; called on every rank.
         place_of: the file, and the place in it, of a row by its index.
         should_stop: whether this process was asked to stop; asked once a step.
-        max_skipped_steps: so many skipped steps in a row end the run.
         callbacks: beside the run's own.
 
     Attributes:
@@ -93,20 +91,17 @@ class EmbedderTrainer(Trainer):
         self,
         objective: Objective,
         args: TrainingArguments,
+        config: Config,
         rows: Dataset[Any],
         collate: Callable[[list[Any]], Batch],
         sampler: Sampler[int],
         *,
-        reduction: Reduction,
         save_to: Callable[[Path, dict[str, Tensor] | None], None],
-        stop_after_n_steps: int | None,
+        load_from: Callable[[Path], None],
         held_out: tuple[Dataset[Any], Sampler[int]] | None = None,
         probes: Sequence[Callable[[int], dict[str, float]]] = (),
-        max_tokens: int | None = None,
-        load_from: Callable[[Path], None] | None = None,
         place_of: Callable[[int], tuple[str, int]] = lambda row: ("rows", row),
         should_stop: Callable[[], bool] = lambda: False,
-        max_skipped_steps: int = 5,
         callbacks: Sequence[TrainerCallback] = (),
     ) -> None:
         # Several cards mean torchrun here. DataParallel, which the library would choose, splits the in-batch pool.
@@ -121,26 +116,24 @@ class EmbedderTrainer(Trainer):
             # accelerate knows FSDP on GPUs only; on CPUs it would train whole copies without a word.
             raise UserError("fsdp shares the weights among GPUs, and this run has none; take fsdp out.")
         self.model_accepts_loss_kwargs = True
+        self._config = config
         self._sampler = sampler
         self._eval_sampler = eval_sampler
         self._probes = probes
-        self._reduction = reduction
         self._save_to = save_to
-        self._max_tokens = max_tokens
         self._load_from = load_from
         self._place_of = place_of
         self._should_stop = should_stop
-        self._max_skipped_steps = max_skipped_steps
         self._checkpoints = CheckpointWriter(args)
         self._figures = StepFigures()
         self._json_log = JsonLog()
-        self._end = EndOfRun(stop_after_n_steps)
+        self._end = EndOfRun(config.stop_after_n_steps)
         self.weights_of_step: int | None = None
         self.add_callback(self._end)
         self.add_callback(self._json_log)
         if not args.disable_tqdm:
             self.remove_callback(ProgressCallback)
-            self.add_callback(ProgressToStop(stop_after_n_steps))
+            self.add_callback(ProgressToStop(config.stop_after_n_steps))
 
     @property
     def is_stopped(self) -> bool:
@@ -152,11 +145,8 @@ class EmbedderTrainer(Trainer):
     def train(self, resume_from_checkpoint: str | None = None, *args: Any, **kwargs: Any) -> Any:  # type: ignore[override]
         """Train; where a checkpoint's folder is given, from there on. What is none that a run wrote is a
         `UserError`."""
-        if isinstance(resume_from_checkpoint, bool):
-            raise UserError(f"resume_from_checkpoint is {resume_from_checkpoint}; a checkpoint's folder is needed.")
         self._checkpoints.remove_unfinished()
         if resume_from_checkpoint is not None:
-            assert self._load_from is not None
             # Here and not in `_load_from_checkpoint`, which comes after FSDP has spread the weights.
             with of_state(resume_from_checkpoint):
                 self._load_from(Path(resume_from_checkpoint))
@@ -238,14 +228,14 @@ class EmbedderTrainer(Trainer):
         batch: Batch = self._prepare_inputs(inputs)  # type: ignore[assignment]
         num_processes = self.accelerator.num_processes
         totals = num_items_in_batch
-        if self._reduction == "micro_batch_mean":
+        if self._config.reduction == "micro_batch_mean":
             shares = self.current_gradient_accumulation_steps * num_processes
             totals = {name: count * shares for name, count in self._objective().count(batch).items()}
         parts = backward_step(
             cast(Objective, model),
             batch,
             totals,
-            max_tokens=self._max_tokens,
+            max_tokens=self._config.tokens_per_microbatch,
             # The wrapper averages gradients over ranks; but each rank's is a share, and shares add up.
             scale=num_processes,
             backward=self.accelerator.backward,
@@ -279,7 +269,7 @@ class EmbedderTrainer(Trainer):
         model.zero_grad()  # the optimiser's step comes all the same; without gradients it changes nothing
         self._figures.drop_step()
         self._json_log.note_skipped(self.args, self.state, what, map(self._place_of, self._rows_of_step()))
-        if self._figures.skipped_in_a_row >= self._max_skipped_steps:
+        if self._figures.skipped_in_a_row >= self._config.max_skipped_steps:
             raise RunEnds(
                 f"{self._figures.skipped_in_a_row} steps in a row, up to step {self.state.global_step + 1:,}, had a "
                 f"loss or a gradient that is not finite; {LOG_FILE} names their rows. "
@@ -310,7 +300,7 @@ class EmbedderTrainer(Trainer):
             self.model_wrapped.eval()
             objective = cast(Objective, self.model_wrapped)
             batches = map(self._moved, self.get_eval_dataloader())
-            figures = mean_parts(objective, batches, self.args.device, self._max_tokens)
+            figures = mean_parts(objective, batches, self.args.device, self._config.tokens_per_microbatch)
             for probe in self._probes:
                 figures |= probe(self.state.global_step)
             self.model_wrapped.train(was_training)
@@ -374,7 +364,6 @@ class EmbedderTrainer(Trainer):
 
     def _load_best_model(self) -> None:
         """Called after the last step, where `load_best_model_at_end` asks for it."""
-        assert self._load_from is not None
         best = Path(str(self.state.best_model_checkpoint))
         self._load_from(best)
         self.weights_of_step = step_of(best)

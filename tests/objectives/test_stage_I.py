@@ -23,6 +23,7 @@ from llm2vec.model.packing import checkpoint_contexts
 from llm2vec.model.pooling import embed
 from llm2vec.model.settings import EncoderSettings, row_tokenizer
 from llm2vec.text.tokenization import Row
+from llm2vec.training.config import Config
 from llm2vec.training.log import LOG_FILE
 from llm2vec.training.recomputation import enable_checkpointing
 from llm2vec.training.step import add_up, backward_step, loss_parts, split_batch
@@ -400,12 +401,12 @@ def test_reduction_by_hand(reduction: Reduction, tmp_path: Path) -> None:
     EmbedderTrainer(
         objective,
         args,
+        Config("toy", reduction=reduction),
         ROWS,
         collate,
         InOrder(ROWS),
-        reduction=reduction,
         save_to=lambda folder, weights: None,
-        stop_after_n_steps=None,
+        load_from=lambda folder: None,
     ).train()
     entry = json.loads((tmp_path / LOG_FILE).read_text(encoding="utf-8").splitlines()[0])
     assert entry["loss_q2d"] == pytest.approx(by_hand["q2d"], rel=1e-6)

@@ -30,10 +30,11 @@ from llm2vec.model.chain import open_folder
 from llm2vec.model.settings import SETTINGS_FILE
 from llm2vec.text.batches import pack_rows, starts_of
 from llm2vec.text.tokenization import Row
+from llm2vec.training.config import Config
 from llm2vec.training.log import LOG_FILE
 from llm2vec.training.run import steps_an_epoch
 from llm2vec.training.trainer import EmbedderTrainer
-from llm2vec.types import Batch, Example, InstructedText, Output, Reduction, RunEnds, UserError
+from llm2vec.types import Batch, Example, InstructedText, Output, Reduction, RunEnds
 
 ROOT = Path(__file__).parents[2]
 
@@ -122,15 +123,19 @@ def run(
     trainer = EmbedderTrainer(
         toy,
         TrainingArguments(str(folder), **(defaults | arguments)),
+        Config(
+            "toy",
+            reduction=reduction,
+            stop_after_n_steps=stop_after_n_steps,
+            tokens_per_microbatch=max_tokens,
+            max_skipped_steps=max_skipped_steps,
+        ),
         list(range(num_rows)),
         collate,
         sampler or Numbered(num_rows),
-        reduction=reduction,
         save_to=save_to,
-        stop_after_n_steps=stop_after_n_steps,
+        load_from=lambda folder: None,
         held_out=held_out,
-        max_tokens=max_tokens,
-        max_skipped_steps=max_skipped_steps,
     )
     trainer.train()
     lines = (folder / LOG_FILE).read_text(encoding="utf-8").splitlines()
@@ -194,14 +199,6 @@ def test_a_step_knows_its_rows(tmp_path: Path) -> None:
         trainer._sampler.set_epoch(step // 2)  # type: ignore[attr-defined]
         rows.append(trainer._rows_of_step())
     assert rows == [[*range(8)], [8, 9, 10, 11], [*range(1, 9)], [9, 10, 11, 0]]
-
-
-@pytest.mark.parametrize("given", [True, False])
-def test_a_checkpoint_to_go_on_from_is_named(given: Any, tmp_path: Path) -> None:
-    """transformers' `True` would take the newest folder, whole or not, and none of its weights."""
-    _, trainer, _ = run(tmp_path, num_rows=4)
-    with pytest.raises(UserError, match=f"resume_from_checkpoint is {given}; a checkpoint's folder is needed"):
-        trainer.train(given)
 
 
 def test_an_error_without_a_text_ends_the_run_by_its_name(tmp_path: Path) -> None:
