@@ -35,11 +35,7 @@ QUIET = {"HF_HUB_DISABLE_PROGRESS_BARS": "1", "HF_DATASETS_DISABLE_PROGRESS_BARS
 
 
 def run_command(main: Callable[[Sequence[str]], int | None]) -> None:
-    """Run a command on this process's arguments; ends the process where its exit code is not 0.
-
-    Args:
-        main: takes the arguments without the command's name; returns the exit code, None for 0.
-    """
+    """Run a command on this process's arguments; ends the process where its exit code, None for 0, is not 0."""
     with user_errors_in_one_sentence():
         code = main(sys.argv[1:])
     if code:
@@ -176,13 +172,8 @@ class Printer:
 
 
 def parser(command: str, doc: str | None, prints_tables: bool = False) -> argparse.ArgumentParser:
-    """A command's parser, to which it adds its flags.
-
-    Args:
-        command: its name behind `llm2vec`.
-        doc: the help; a command gives its module's docstring.
-        prints_tables: whether it takes `--json`, for its `Printer`.
-    """
+    """The parser of a command, named as behind `llm2vec`, to which it adds its flags; its module's docstring is the
+    help. One that `prints_tables` takes `--json`, for its `Printer`."""
     made = _Parser(
         prog=f"llm2vec {command}",
         description=doc,

@@ -44,13 +44,11 @@ def compare_recipes(
     workers: int | None = None,
     processes: int = 1,
 ) -> RecipeComparison:
-    """Do what of a set has not been done yet, and write record and tables.
+    """Do what of a set of configs has not been done yet, each recipe with each seed, and write record and tables.
 
     Args:
-        folder: the set of configs.
-        output_dir: where everything goes; held by `lock`.
-        seeds: each recipe is trained with each of them.
-        lock: file descriptor of the lock on `output_dir`.
+        folder: the set.
+        output_dir: where everything goes; held by `lock`, a file descriptor.
         say: takes a line at the start, and one when a run has ended.
         recipes: only these; None = all of the set.
         workers: runs at a time; None = one a GPU, or one a core.

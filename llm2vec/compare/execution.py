@@ -50,14 +50,9 @@ def clear(run: Run) -> None:
 def do_all(runs: Sequence[Run], do: Callable[[Run, int], None], num_workers: int) -> dict[str, str]:
     """Do runs, several at a time, each after its parent; those with most steps before the end of a chain go first.
 
-    Args:
-        runs: Every one after its parent.
-        do: Does a run, given it and the number of a worker (0, 1, ...) that no other run has at that time; a UserError
-            says that it failed.
-        num_workers: How many runs are done at a time.
-
-    Returns:
-        Name of a run -> why it failed; a run whose parent failed has its parent's reason.
+    Each of `runs` stands behind its parent. `do` is given a run and the number of a worker (0, 1, ...) that no other
+    run has at that time; its `UserError` says that the run failed. Returns name of a run -> why it failed; one whose
+    parent failed has its parent's reason.
     """
     to_go = {run.name: run.num_steps for run in runs}  # the steps of the longest chain from it on
     for run in reversed(runs):

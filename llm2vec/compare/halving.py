@@ -39,17 +39,8 @@ class Halved:
 
 
 def halve(trials: Sequence[Trial], halving: Halving, file: Path, do: DoRuns) -> Halved:
-    """Take a sweep's trials from rung to rung.
-
-    Args:
-        trials: of all recipes; those that no sweep made are not touched.
-        halving: metric, rungs and factor.
-        file: says so, for messages.
-        do: does runs.
-
-    Raises:
-        UserError: a run cannot be stopped at a rung, or no evaluation measures the metric.
-    """
+    """Take a sweep's trials from rung to rung; those that no sweep made are not touched. A `UserError`, which begins
+    with `file`, where a run cannot be stopped at a rung, or no evaluation measures the metric."""
     of: dict[str, list[Trial]] = {}
     for trial in trials:
         if "," in trial.recipe and trial.training:

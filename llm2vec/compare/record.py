@@ -50,17 +50,13 @@ class TrialOutcome:
 def write_record(
     folder: Path, trials: Sequence[Trial], failures: Mapping[str, str], own: Mapping[str, str], facts: Mapping[str, str]
 ) -> list[TrialOutcome]:
-    """Write a record anew, of trials whose runs are all done or failed.
+    """Write a record anew, of trials whose runs are all done or failed; returns what each trial came to, in order.
 
     Args:
-        folder: of the record; what it held goes.
-        trials: what was asked for.
+        folder: what it held goes.
         failures: name of a run -> why it failed.
         own: recipe -> what it sets itself.
         facts: what else a reader should know.
-
-    Returns:
-        What each trial came to, in order.
     """
     shutil.rmtree(folder, ignore_errors=True)
     folder.mkdir(parents=True)

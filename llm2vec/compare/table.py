@@ -205,15 +205,9 @@ def write_comparison(
     folder: Path, outcomes: Sequence[TrialOutcome], own: Mapping[str, str], facts: Mapping[str, str],
     halving: Table | None = None,
 ) -> Path:  # fmt: skip
-    """Write `comparison.md`, `comparison.json` and, last, `comparison.html`, the path of which is returned.
-
-    Args:
-        folder: Where to write; `along.png` too, where checkpoints were scored, and `rank.png`, where ranks were logged.
-        outcomes: Of all trials.
-        own: Recipe -> what it sets itself, see `own_keys`.
-        facts: What else a reader should know.
-        halving: All trials of a search.
-    """
+    """Write `comparison.md`, `comparison.json` and, last, `comparison.html`, the path of which is returned; `along.png`
+    too, where checkpoints were scored, and `rank.png`, where ranks were logged. `own` is what `own_keys` says, and
+    `halving` the table of a search."""
     keys = Table(["Recipe", "Stages and own keys"], list(own.items()), "What each recipe sets itself", _OWN_NOTE, 2)
     shown = [outcome_table(outcomes), halving, difference_table(outcomes, facts), along_picture(outcomes)]
     shown += [rank_picture(outcomes), keys]

@@ -67,12 +67,8 @@ def language_head(model: Any) -> Head:
 
 
 def head_of(projection: Any, config: Any) -> Head:
-    """A vocabulary projection, and what a model of this config does besides.
-
-    Args:
-        projection: a linear layer, or an embedding table that serves as one.
-        config: of the model.
-    """
+    """A vocabulary projection (a linear layer, or an embedding table that serves as one), and what a model of this
+    config does besides."""
     divisor, factor = (getattr(config, name, None) for name in ("logits_scaling", "logit_scale"))
     softcap = getattr(config, "final_logit_softcapping", None)
     return Head(projection.weight, getattr(projection, "bias", None), (factor or 1.0) / (divisor or 1.0), softcap)
@@ -82,13 +78,7 @@ def check_head(model: Any) -> None:
     """Prove that the losses of a short text are those of the model's own logits.
 
     Each token is to be predicted, and at each place what the model holds for likeliest and for least likely: the ends
-    show a scale and a bend best.
-
-    Args:
-        model: a causal language model, where it will run.
-
-    Raises:
-        UserError: they are not.
+    show a scale and a bend best. A `UserError` where they are not; the model must be where it will run.
     """
     ids = probe_tokens(model, 8)
     rows = {"input_ids": ids[None], "attention_mask": torch.ones_like(ids)[None]}

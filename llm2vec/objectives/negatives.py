@@ -33,29 +33,19 @@ from llm2vec.types import Direction, Example, Hardened, InstructedText, MarginKi
 
 @dataclass(frozen=True)
 class ContrastiveKeys:
-    """The keys of a config that say how rows are compared; their defaults are InfoNCE as in the paper.
+    """The keys of a config that say how rows are compared; their defaults are InfoNCE as in the paper. `Config` says
+    what each means. Here is what it leaves out:
 
     Attributes:
-        directions: what is compared with what, `qd` among it; None = that alone.
-        partition: one softmax over all directions (`joint`), or the mean of one each, of `qd` and `dq`.
-        positive_margin: taken off the positive's cosine (additive margin; Yang et al. 2019, arXiv 1902.08564).
-        hardness_weight: of a negative's own cosine, without gradient, beside its logit (Lan et al. 2025, arXiv
-            2503.04812); of the direction `qd`.
-        hardness_of: which negatives that concerns.
-        guide: `self`, or what the stored vectors were read from; None = no negative is left out by a guide.
+        positive_margin: additive margin (Yang et al. 2019, arXiv 1902.08564).
+        hardness_weight: of a negative's own cosine in the direction `qd` (Lan et al. 2025, arXiv 2503.04812).
         guide_margin: above 0 it leaves out more.
-        guide_margin_kind: whether the margin is a cosine, or a share of the positive's absolute one.
-        contrastive_weight: of the softmax.
-        cosent_weight: of `losses.cosent` over the pairs of a query and one of its documents; needs their scores.
-        gor_weight: of the mean square of `losses.orthogonality`, over queries, positives, and each place of a hard
-            negative: the mean over these columns (EmbeddingGemma, arXiv 2509.20354, has their sum).
-        gor_mean_weight: of its squared mean.
-        teacher_vectors: what a teacher's stored vectors were read from; None = there is no teacher.
-        teacher_cosine_weight: of 1 - cos of each text's vector and the teacher's (EmbedDistill, Kim et al. 2023, arXiv
-            2301.12005), the mean over queries, positives and each place of a hard negative.
-        teacher_mse_weight: of the mean squared difference of the two, as unit vectors.
-        teacher_similarity_weight: of `losses.distillation` of the teacher's cosines of a row's own documents.
-        teacher_projection: whether the model's unit vectors go through a learnt linear map first.
+        guide_margin_kind: `relative` is a share of the positive's absolute cosine.
+        gor_weight: `losses.orthogonality` of queries, of positives, and of each place of a hard negative: the mean over
+            these columns (EmbeddingGemma, arXiv 2509.20354, has their sum).
+        teacher_cosine_weight: likewise a mean over columns (EmbedDistill, Kim et al. 2023, arXiv 2301.12005).
+        teacher_similarity_weight: of `losses.distillation` of the teacher's cosines.
+        teacher_projection: of the model's unit vectors.
 
     Example:
         >>> ContrastiveKeys(directions=("qd", "dq"), partition="per_direction").softmaxes
@@ -126,14 +116,8 @@ class Pool:
 
     @classmethod
     def of(cls, facts: TextFacts, num_rows: int, num_documents: int, device: torch.device) -> Pool:
-        """For this rank's rows, as many on every rank; what is known of their texts is gathered.
-
-        Args:
-            facts: of this rank's rows (`RowFacts`).
-            num_rows: of this rank.
-            num_documents: of this rank: the rows' positives, then as many hard negatives for each.
-            device: of what is returned.
-        """
+        """For this rank's rows, as many on every rank; what is known of their texts (`RowFacts`) is gathered. The
+        documents are the rows' positives, then as many hard negatives for each."""
         row_B = torch.arange(num_rows, device=device)
         rows_of_ranks = num_rows * torch.arange(world_size(), device=device).unsqueeze(1)
         row_of_own = torch.cat([row_B, row_B.repeat_interleave(num_documents // num_rows - 1)])
@@ -175,19 +159,12 @@ class Pool:
 
 @dataclass
 class Softmax:
-    """One softmax a row: whose vectors its columns are products of, and what is done to their logits.
+    """One softmax a row: whose vectors its columns are products of, and what is done to their logits."""
 
-    Args:
-        directions: whose columns it has; the first has the positive.
-        how: what is masked, and what weighs more.
-        pool: the texts.
-        loss_scale: 1 / temperature.
-    """
-
-    directions: Sequence[Direction]
-    how: ContrastiveKeys
+    directions: Sequence[Direction]  #: whose columns it has; the first has the positive
+    how: ContrastiveKeys  #: what is masked, and what weighs more
     pool: Pool
-    loss_scale: float
+    loss_scale: float  #: 1 / temperature
     #: share of each row's negatives that are left out as false ones; filled while the loss is made. None =
     #: nothing tells of any
     masked_B: Tensor | None = field(init=False)

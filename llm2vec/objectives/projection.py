@@ -18,12 +18,8 @@ from llm2vec.types import AnchorProjection
 
 
 def make_projection(name: AnchorProjection, model: PreTrainedModel) -> nn.Module:
-    """A module from anchors [B, D] to what is decoded from, [B, D]; on the model's device and in its type.
-
-    Args:
-        name: which one.
-        model: its embeddings are measured now, before training moves them.
-    """
+    """A module from anchors [B, D] to what is decoded from, [B, D]; on the model's device and in its type. Its
+    embeddings are measured now, before training moves them."""
     if name == "none":
         return nn.Identity()
     table_VD: Tensor = model.get_input_embeddings().weight  # type: ignore[assignment]

@@ -93,11 +93,8 @@ def is_known(model: Any) -> bool:
 def reckoned_bytes(model: Any, numbers: Numbers, passes: Sequence[Pass], num_recomputed: int = 0) -> float:
     """Bytes that a forward pass keeps for its backward pass, weights and their gradients left out.
 
-    Args:
-        model: in training mode, with or without head and adapter; its weights may be on the meta device.
-        numbers: it computes with.
-        passes: what runs at once.
-        num_recomputed: how many layers are recomputed, the first ones.
+    The model, with or without head and adapter, is in training mode; its weights may be on the meta device. The passes
+    run at once, and the first `num_recomputed` layers are recomputed.
     """
     targets = sum(p.targets for p in passes if p.kind != "read")
     of_targets = targets * model.config.hidden_size * numbers.compute  # their gradient, which comes with the loss

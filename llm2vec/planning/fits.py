@@ -48,13 +48,8 @@ def table_of_cards(bases: Sequence[str]) -> Table:
 
 
 def bytes_at_most(base: str, length: int, keys: dict[str, Any]) -> float:
-    """Bytes that a GPU holds at once in Stage II, one row going through the model at a time.
-
-    Args:
-        base: a folder or hub name; its shape is read.
-        length: of its document, in tokens.
-        keys: of the config, beside those that are the same for all.
-    """
+    """Bytes that a GPU holds at once in Stage II, where one row, with a document of `length` tokens, goes through the
+    model at a time; the config has `keys` beside those that are the same for all."""
     training = {
         "output_dir": "output/plan", "per_device_train_batch_size": 8, "bf16": True, "gradient_checkpointing": True,
         "max_steps": 1, "use_cpu": True,

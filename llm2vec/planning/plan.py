@@ -222,16 +222,9 @@ def shape_of(base: str) -> PretrainedConfig:
 def model_of_shapes(
     config: Config, shape: PretrainedConfig, new_tokens: Sequence[int], trained: Sequence[int]
 ) -> Backbone:
-    """The model that `train.model.load_model` would load, in training mode, but without weights (on the meta device).
-
-    Args:
-        config: of the run.
-        shape: of the base.
-        new_tokens: ids that the base lacks.
-        trained: ids whose embeddings an adapter trains.
-
-    Raises:
-        UserError: a family that cannot take the adapter or the dropout.
+    """The model that `training.model.load_model` would load, in training mode, but without weights (on the meta
+    device). The base lacks the ids `new_tokens`, and an adapter trains the embeddings of those in `trained`. A
+    `UserError` where the family cannot take the adapter.
     """
     dtype = parse_dtype(config.torch_dtype)
     model_class = AutoModelForCausalLM if stage_parts(config).kind(config).needs_head else AutoModel

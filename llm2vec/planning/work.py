@@ -19,6 +19,7 @@ from llm2vec.model.settings import EncoderSettings
 from llm2vec.training.config import Config
 from llm2vec.training.rows import Rows, sample_of
 from llm2vec.training.stages import stage_parts
+from llm2vec.training.step import tokens_of_rows
 from llm2vec.types import Attention, Batch, Objective, Pass, PassKind, TokenBatch
 
 #: Rows of each source whose tokens are counted for the memory they take.
@@ -60,9 +61,7 @@ def assumed(objective: Objective, settings: EncoderSettings, config: Config, que
 
 
 def _sample(objective: Objective, batch: Batch) -> Sample:
-    num_rows = len(batch[next(iter(batch))]["lengths"])
-    of_sides = [np.reshape(side["lengths"], (num_rows, -1)).sum(axis=1) for side in batch.values()]
-    return Sample(objective.passes(batch), tuple(np.sum(of_sides, axis=0).tolist()))
+    return Sample(objective.passes(batch), tuple(tokens_of_rows(batch)))
 
 
 def assumed_batch(config: Config, settings: EncoderSettings, query: int, document: int, num_rows: int = 16) -> Batch:

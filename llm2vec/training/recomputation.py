@@ -91,17 +91,12 @@ def fit_activations(
     budget_gb: float,
     dtype: torch.dtype | None = None,
 ) -> str:
-    """Recompute as many of the decoder's layers as the budget asks for, and say so.
+    """Recompute as many of the decoder's layers as the budget (10^9 bytes) for a micro-batch of so many tokens asks
+    for, and say so.
 
-    Args:
-        objective: the objective around the decoder.
-        decoder: the model without head, plain or with an adapter on it.
-        batches: some rows to measure with and more of them, on the model's device, of each source: what a token keeps
-            depends on how often it is run, so on how long texts and instructions are. The source that keeps most
-            counts.
-        tokens: of a micro-batch.
-        budget_gb: for what the layers keep, in 10^9 bytes.
-        dtype: as in `measured_bytes`.
+    `batches` are some rows to measure with and more of them, on the model's device, of each source: what a token keeps
+    depends on how often it is run, so on how long texts and instructions are. The source that keeps most counts.
+    `dtype` is that of `measured_bytes`.
     """
     weight = next(decoder.parameters())
     computed = dtype or weight.dtype
@@ -124,18 +119,10 @@ def recompute_first(decoder: Any, number: int) -> None:
 
 
 def fit(decoder: Any, per_token: float, runs: float, tokens: int, budget_gb: float, element: int) -> tuple[int, str]:
-    """How many layers to recompute, and a line that says so.
+    """How many layers to recompute, and a line that says so; a `UserError` where not even all of them are enough.
 
-    Args:
-        decoder: the model without head.
-        per_token: bytes that a token of a batch keeps in all layers.
-        runs: how often such a token goes through them, in the mean.
-        tokens: of a micro-batch.
-        budget_gb: for what the layers keep, in 10^9 bytes.
-        element: bytes of a number between the layers.
-
-    Raises:
-        UserError: not even recomputing all of them is enough.
+    A token keeps `per_token` bytes in all layers and goes through them `runs` times, both in the mean of a batch;
+    `tokens` are those of a micro-batch, `budget_gb` 10^9 bytes, `element` the bytes of a number between the layers.
     """
     num_layers = len(inner_decoder(decoder).layers)
     bytes_per_layer = per_token * tokens / num_layers

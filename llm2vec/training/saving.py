@@ -37,12 +37,7 @@ logger = logging.getLogger(__name__)
 
 
 class CheckpointWriter:
-    """Writes the checkpoints of a run, and its last weights; called on all processes.
-
-    Args:
-        args: of the run: where its output goes, how many checkpoints it keeps, and whether this process is one that
-            writes what all have in common.
-    """
+    """Writes the checkpoints of a run, and its last weights; called on all processes."""
 
     def __init__(self, args: TrainingArguments) -> None:
         self.output_dir = Path(str(args.output_dir))
@@ -55,15 +50,9 @@ class CheckpointWriter:
             remove(folder)
 
     def write(self, state: TrainerState, optimizer: Any, write_files: Callable[[Path], None]) -> None:
-        """Write the checkpoint of the step that was just done.
-
-        Args:
-            state: the trainer's record; it is written too, and learns where the best checkpoint is.
-            optimizer: tells how large the checkpoint is.
-            write_files: writes what this process has to write into the folder it is given.
-
-        Raises:
-            RunEnds: a process could not write; nothing is left of the checkpoint.
+        """Write the checkpoint of the step that was just done, of which `write_files` writes what is this process's
+        into the folder it is given; `state` is written too, and learns where the best checkpoint is. `RunEnds` where a
+        process could not write: it tells by the optimiser how much room was needed, and leaves nothing of it.
         """
         folder = checkpoint_folder(self.output_dir, state.global_step)
         aside = folder.with_name(f".{folder.name}")

@@ -19,6 +19,7 @@ from contextlib import AbstractContextManager, contextmanager, nullcontext
 from itertools import accumulate
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -149,12 +150,7 @@ def split_batch(batch: Batch, max_tokens: int | None) -> Pieces | list[Batch]:
     """
     if max_tokens is None:
         return [batch]
-    num_rows = _num_rows(batch)
-    tokens = [0] * num_rows
-    for side in batch.values():
-        per_row = len(side["lengths"]) // num_rows
-        for i, length in enumerate(side["lengths"]):
-            tokens[i // per_row] += length
+    tokens = tokens_of_rows(batch)
     # A model whose weights lie spread over the ranks must be called equally often on all of them.
     number = max_over_ranks(number_of_pieces(tokens, max_tokens))
     if number == 1:
@@ -287,6 +283,13 @@ def _gradients_of_vectors(
 def _num_rows(batch: Batch) -> int:
     """As many as the first side has texts; others may have several a row."""
     return len(batch[next(iter(batch))]["lengths"])
+
+
+def tokens_of_rows(batch: Batch) -> list[int]:
+    """Of each row, all sides."""
+    of_sides = [np.reshape(side["lengths"], (_num_rows(batch), -1)).sum(axis=1) for side in batch.values()]
+    tokens: list[int] = np.sum(of_sides, axis=0).tolist()
+    return tokens
 
 
 def draw_seeds(number: int) -> list[int]:
