@@ -16,7 +16,7 @@ import shutil
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import Any, TypeAlias
+from typing import Any, BinaryIO, TypeAlias
 
 from filelock import lock_descriptor
 
@@ -71,13 +71,17 @@ def parse_object(text: bytes | str, where: str, shape: Shape = None) -> dict[str
 def read_object(file: Path, where: str | None = None, shape: Shape = None) -> dict[str, Any]:
     """The object in a file, which must be readable; `where` begins a message in place of the file's name."""
     where = str(file) if where is None else where
-    try:
+    with _opened(file, where) as content:
+        return parse_object(content.read(), where, shape)
+
+
+@contextmanager
+def _opened(file: Path, where: str) -> Iterator[BinaryIO]:
+    with in_one_sentence(lambda why: f"{where}: cannot be read ({why}).", OSError):
         if file.is_char_device() or file.is_block_device():  # /dev/zero has no end
             raise UserError(f"{where}: cannot be read (it is a device).")
-        content = file.read_bytes()
-    except OSError as error:
-        raise UserError(f"{where}: cannot be read ({error.strerror}).") from error
-    return parse_object(content, where, shape)
+        with file.open("rb") as content:
+            yield content
 
 
 def checked(content: Any, shape: Shape, where: str) -> Any:
@@ -268,16 +272,11 @@ def json_lines(file: Path, *, shape: Shape = None) -> Iterator[tuple[str, dict[s
     Lines of blanks are passed over; `shape` of each object is as `checked` takes it. A `UserError` where the file
     cannot be read, or a line is no such object.
     """
-    try:
-        if file.is_char_device() or file.is_block_device():
-            raise UserError(f"{file}: cannot be read (it is a device).")
-        with file.open("rb") as lines:
-            for number, line in enumerate(lines, start=1):
-                if line.strip():
-                    where = f"{file}, line {number}"
-                    yield where, parse_object(line, where, shape)
-    except OSError as error:
-        raise UserError(f"{file}: cannot be read ({error.strerror}).") from error
+    with _opened(file, str(file)) as lines:
+        for number, line in enumerate(lines, start=1):
+            if line.strip():
+                where = f"{file}, line {number}"
+                yield where, parse_object(line, where, shape)
 
 
 def check_unicode(text: str, field: str, where: str) -> str:

@@ -95,7 +95,6 @@ class Runner:
 
     Args:
         runs: what is done, each with the recipe that it is of.
-        output_dir: folder of the comparison.
         workers: runs at a time, which share the machine.
         processes: of a training run, through torchrun.
         lock: file descriptor of the comparison's lock, which the runs hold too: while one of them lives, no other

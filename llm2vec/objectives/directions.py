@@ -23,9 +23,7 @@ class Reconstruction(NamedTuple):
 def directions_of(target: ReconstructionTarget, template: str | None) -> tuple[Reconstruction, ...]:
     """The reconstructions of a target, in pairs; the first of a pair starts at the query and is weighted by alpha.
 
-    Args:
-        target: as a config has it.
-        template: where its two forms are two questions, a text is read in the one that the direction asks for.
+    Where a template's two forms are two questions, a text is read in the one that the direction asks for.
     """
     asks = template is not None and template_named(template).asks
     itself, other = (":document", ":query") if asks else ("", "")
@@ -38,9 +36,8 @@ def directions_of(target: ReconstructionTarget, template: str | None) -> tuple[R
         Reconstruction("d2q", f"positive{other}", f"query{other}"),
     )
     if target == "next":
-        return Reconstruction("q2r", "query:prefix", "query:rest"), Reconstruction(
-            "d2r", "positive:prefix", "positive:rest"
-        )
+        queries = Reconstruction("q2r", "query:prefix", "query:rest")
+        return queries, Reconstruction("d2r", "positive:prefix", "positive:rest")
     return {"self": of_itself, "counterpart": of_counterpart, "both": (*of_itself, *of_counterpart)}[target]
 
 

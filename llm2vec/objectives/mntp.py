@@ -122,14 +122,8 @@ def mask_token_id(tokenizer: PreTrainedTokenizerBase, mask_token_type: MaskToken
 
 
 def add_mask_token(tokenizer: PreTrainedTokenizerBase, mask_token_type: MaskTokenType) -> list[int]:
-    """Add a mask token where the type asks for a new one and the tokenizer has none.
-
-    Returns:
-        Its id, or nothing.
-
-    Raises:
-        UserError: the vocabulary has it as an ordinary token, which any text may contain.
-    """
+    """Add a mask token where the type asks for a new one and the tokenizer has none; returns its id, or nothing. A
+    `UserError` where the vocabulary has it as an ordinary token, which any text may contain."""
     if mask_token_type != "mask" or tokenizer.mask_token_id is not None:
         return []
     if ADDED_MASK in tokenizer.get_vocab():

@@ -70,12 +70,8 @@ class BidirectionalReconstructionLoss(nn.Module):
         self.special_ids = torch.tensor(sorted(model.tokenizer.all_special_ids))
 
     def forward(self, sentence_features: Iterable[dict[str, Any]], labels: Tensor | None) -> dict[str, Tensor]:
-        """The weighted loss of each direction, `q2d` and `d2q`; the trainer adds them up and logs both.
-
-        Args:
-            sentence_features: of the columns query and document, as the trainer tokenises them.
-            labels: none.
-        """
+        """The weighted loss of each direction, `q2d` and `d2q`; the trainer, which tokenises the two columns, adds them
+        up and logs both. There are no labels."""
         query, document = sentence_features
         directions = {"q2d": (self.alpha, query, document), "d2q": (1 - self.alpha, document, query)}
         return {

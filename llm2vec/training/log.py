@@ -272,10 +272,8 @@ class EndOfRun(TrainerCallback):
     """Ends a run after its last step, or after the step at which a process was asked to stop, with a checkpoint.
 
     A checkpoint at the end of an epoch is written after what else the end of an epoch brings (an evaluation), as a run
-    that goes on from it begins with the next epoch.
-
-    Args:
-        stop_after_n_steps: end here, and leave the schedule's horizon where it is; None = with the schedule.
+    that goes on from it begins with the next epoch. Where the run stops after so many steps, the schedule's horizon
+    stays where it is.
     """
 
     def __init__(self, stop_after_n_steps: int | None) -> None:

@@ -23,12 +23,8 @@ from llm2vec.types import Batch, Objective, Pass, UserError
 def measured_bytes(objective: Objective, batch: Batch, dtype: torch.dtype | None = None) -> int:
     """Bytes that the forward pass of a batch keeps for its backward pass, weights left out.
 
-    They are only counted: nothing is kept, as a card may have no room for all of it.
-
-    Args:
-        objective: with its weights.
-        batch: on their device.
-        dtype: of the weights that the steps compute with, where it is another one (FSDP2's mixed precision).
+    They are only counted: nothing is kept, as a card may have no room for all of it. `dtype` is that of the weights
+    which the steps compute with, where it is another one (FSDP2's mixed precision).
     """
     module: Any = objective
     parameters = {

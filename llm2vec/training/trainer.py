@@ -60,11 +60,8 @@ class EmbedderTrainer(Trainer):
     """transformers' Trainer around an objective.
 
     Args:
-        objective: module with `count` and `forward` as in `types.Objective`.
-        args: training arguments.
         config: of the run. Under its `reduction` `token_mean`, every loss part is a mean over the terms of the whole
             optimiser step; under `micro_batch_mean`, a mean over micro-batches of each micro-batch's mean.
-        rows: the training rows.
         collate: rows of a micro-batch -> Batch.
         sampler: order of the rows, as `data.rows.OneSourceBlocks` gives it. Consecutive rows fill one micro-batch of
             one process after the other.

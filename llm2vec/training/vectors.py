@@ -73,15 +73,15 @@ class StoredVectors:
 
     def __call__(self, texts: Sequence[InstructedText]) -> Tensor:
         """Their vectors [texts, width], in float32. A `UserError` where one is missing."""
-        if missing := self.missing(texts):
-            raise UserError(f"{self.folder} holds no vector of {missing[0].text[:60]!r}; encode the run's texts.")
-        return torch.from_numpy(np.stack(self._table[self._places(texts)]["vector"]).astype(np.float32))
+        place_N, is_there_N = self._find(texts)
+        if not is_there_N.all():
+            missing = texts[int(is_there_N.argmin())].text
+            raise UserError(f"{self.folder} holds no vector of {missing[:60]!r}; encode the run's texts.")
+        return torch.from_numpy(np.stack(self._table[place_N]["vector"]).astype(np.float32))
 
     def missing(self, texts: Sequence[InstructedText]) -> list[InstructedText]:
         """Those that have no vector."""
-        wanted = np.array([hash_of(text) for text in texts], dtype=np.int64)
-        found = self._hash_N[self._places(texts)] == wanted
-        return [text for text, is_there in zip(texts, found, strict=True) if not is_there]
+        return [text for text, is_there in zip(texts, self._find(texts)[1], strict=True) if not is_there]
 
     def check(self, rows: Iterable[Example]) -> None:
         """Refuse rows with a text that has no vector. A `UserError` says how many texts, and one of them."""
@@ -96,10 +96,12 @@ class StoredVectors:
                 "encode the same rows under the same instructions."
             )
 
-    def _places(self, texts: Sequence[InstructedText]) -> np.ndarray[Any, Any]:
-        wanted = np.array([hash_of(text) for text in texts], dtype=np.int64)
-        at = np.searchsorted(self._hash_N, wanted, sorter=self._order_N)
-        return self._order_N[np.minimum(at, len(self._order_N) - 1)]
+    def _find(self, texts: Sequence[InstructedText]) -> tuple[np.ndarray[Any, Any], np.ndarray[Any, Any]]:
+        """Where the texts' vectors stand, and whether they do."""
+        wanted_N = np.array([hash_of(text) for text in texts], dtype=np.int64)
+        at_N = np.searchsorted(self._hash_N, wanted_N, sorter=self._order_N)
+        place_N = self._order_N[np.minimum(at_N, len(self._order_N) - 1)]
+        return place_N, self._hash_N[place_N] == wanted_N
 
 
 @functools.cache
