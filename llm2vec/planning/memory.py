@@ -75,8 +75,10 @@ def memory_of(model: Any, args: TrainingArguments, numbers: Numbers, step: Step,
     ]
     if any(p.kind != "trained" for p in step.passes) and all(weight.requires_grad for weight in _matrices(model)):
         always.append(Part("frozen decoder", _size(model.parameters()), "a copy of what the run starts from"))
-    if step.texts is not None:
-        always.append(Part("vectors", _vectors(model, numbers, *step.texts), "of the texts that the loss compares"))
+    if step.texts is not None:  # as embedded and joined, and as unit vectors with their gradients
+        own, documents = step.texts
+        size = model.config.hidden_size * (own * (2 * numbers.stream + 3 * 4) + documents * 2 * 4)
+        always.append(Part("vectors", float(size), "of the texts that the loss compares"))
     num_targets = step.scale * sum(p.targets for p in step.passes if p.kind != "read")
     copies, loss = _copies(model, numbers, step), _loss(model, numbers, step, math.ceil(num_targets))
     recomputes_all = step.num_recomputed == len(inner_decoder(model).layers)
@@ -177,12 +179,6 @@ def _loss(model: Any, numbers: Numbers, step: Step, targets: int) -> Part:
         size += 2 * entries * blocks * (2 if blocks > 1 else 1)
         size += 2 * head.numel() * ((numbers.stream != numbers.compute) + is_trained)
     return Part("logits", size, f"none held: made {rows:,} positions at a time")
-
-
-def _vectors(model: Any, numbers: Numbers, own: int, documents: int) -> float:
-    """Vectors as embedded and joined, as unit vectors and their gradients, of this process and of all documents."""
-    hidden: int = model.config.hidden_size
-    return float(hidden * (own * (2 * numbers.stream + 3 * 4) + documents * 2 * 4))
 
 
 def _table(model: Any, tied: bool = False) -> float:

@@ -297,9 +297,8 @@ def _with_memory(plan: Plan) -> Plan:
     return dataclasses.replace(plan, memory=worst, recomputation=said, num_recomputed=number)
 
 
-def _step_of(plan: Plan, sample: Sample, num_recomputed: int, rows: int | None = None) -> Step:
-    """What a process has in hand in a step over rows of one source; `rows` None = as many as the run's batches have."""
-    share = rows or plan.args.per_device_train_batch_size
+def _step_of(plan: Plan, sample: Sample, num_recomputed: int, share: int) -> Step:
+    """What a process has in hand in a step over rows of one source, of which its `share` is so many."""
     longest = max(sample.tokens_of_rows)
     bound = max(plan.config.tokens_per_microbatch or math.inf, longest)  # a row is never cut in two
     most, mean = sample.tokens_of(share), share * float(np.mean(sample.tokens_of_rows))

@@ -55,13 +55,6 @@ def prepare_device(config: Config) -> None:
     )
 
 
-def describe_device(device: torch.device) -> str:
-    """Where the run computes."""
-    if device.type != "cuda":
-        return f"device      {device.type}, torch {torch.__version__}"
-    return f"device      {device}, {torch.cuda.get_device_name(device)}, torch {torch.__version__}"
-
-
 def load_model(
     config: Config, device: torch.device, *, with_lm_head: bool
 ) -> tuple[Backbone, PreTrainedTokenizerBase, EncoderSettings]:

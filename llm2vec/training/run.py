@@ -35,7 +35,7 @@ from llm2vec.processes import StopSignals, rank, wait_for_all, world_size
 from llm2vec.text.probe_texts import probe_ids
 from llm2vec.training.config import Config
 from llm2vec.training.log import drop_entries_after
-from llm2vec.training.model import autocast, decoder_of, describe_device, part_to_save, plan_sharding
+from llm2vec.training.model import autocast, decoder_of, part_to_save, plan_sharding
 from llm2vec.training.recomputation import fit_activations
 from llm2vec.training.resume import (
     checkpoint_folder,
@@ -76,9 +76,10 @@ def run_training(
     sampler, held_out = row_orders(config, args, rows, world_size())
     schedule = schedule_of(config, args, steps_an_epoch(args, len(sampler), world_size()))
     mean_rows = rows_a_step(args, world_size()) * sampler.num_rows / len(sampler)
+    card = f", {torch.cuda.get_device_name(args.device)}" if args.device.type == "cuda" else ""
     template, tokens = settings.template or "open", describe_tokens(rows, collate, mean_rows)
     for line in [
-        describe_device(args.device),
+        f"device      {args.device}{card}, torch {torch.__version__}",
         *describe(config, args, objective, template, describe_rows(rows, sampler), tokens, schedule, world_size()),
         *_fit_activations(config, args, objective, rows, collate),
     ]:

@@ -58,14 +58,22 @@ def backward_step(
     inner: Objective = getattr(objective, "module", objective)  # DDP's wrapper passes on no methods
     pieces = split_batch(batch, max_tokens)
     if not inner.contrasts or len(pieces) == 1:
-        return _backward_whole(objective, inner, pieces, totals, scale, backward, no_sync)
+        # One pass a piece: rows whose loss needs no others, or all rows at once.
+        shares: list[dict[str, Tensor]] = []
+        for i, piece in enumerate(pieces):
+            with nullcontext() if i == len(pieces) - 1 else no_sync():
+                output = objective(piece, totals)
+                between = inner.contrast(output.vectors, output.facts, totals) if inner.contrasts else {}
+                losses = [parts["loss"] for parts in (output.parts, between) if "loss" in parts]
+                backward(torch.stack(losses).sum() * scale)
+                shares += [output.parts, between]
+        return add_up(shares)
     # Both times that a piece is embedded, dropout must drop the same units.
     seeds = draw_seeds(len(pieces))
     # The last piece's graph is kept and differentiated first, which saves embedding that piece again. Of many pieces
     # that is a small saving, and the memory is better spent on their vectors.
     keep = len(pieces) <= MOST_PIECES_WITH_A_GRAPH
     held = _Held(batch)
-    output: Output
     for i, (piece, seed) in enumerate(zip(pieces, seeds, strict=True)):
         kept = keep and i == len(pieces) - 1
         with seeded(seed, piece), no_sync() if kept else torch.no_grad():
@@ -210,27 +218,6 @@ def add_up(parts: Sequence[dict[str, Tensor]]) -> dict[str, Tensor]:
         for name, value in part.items():
             total[name] = total[name] + value.detach() if name in total else value.detach()
     return total
-
-
-def _backward_whole(
-    objective: Objective,
-    inner: Objective,
-    pieces: Pieces | list[Batch],
-    totals: dict[str, Tensor],
-    scale: float,
-    backward: Callable[[Tensor], None],
-    no_sync: Callable[[], AbstractContextManager[Any]],
-) -> dict[str, Tensor]:
-    """One pass a piece: rows whose loss needs no others, or all rows at once."""
-    shares = []
-    for i, piece in enumerate(pieces):
-        with nullcontext() if i == len(pieces) - 1 else no_sync():
-            output = objective(piece, totals)
-            between = inner.contrast(output.vectors, output.facts, totals) if inner.contrasts else {}
-            losses = [parts["loss"] for parts in (output.parts, between) if "loss" in parts]
-            backward(torch.stack(losses).sum() * scale)
-            shares += [output.parts, between]
-    return add_up(shares)
 
 
 class _Held:

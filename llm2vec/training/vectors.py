@@ -31,17 +31,10 @@ from llm2vec.types import Example, InstructedText, TextSide, UserError, in_one_s
 
 
 class StoredVectors:
-    """A folder's vectors, by text.
+    """The vectors of a folder's Parquet files, in it or below it, by text; each has `width` numbers.
 
-    Args:
-        folder: of Parquet files, in it or below it.
-
-    Attributes:
-        width: numbers of a vector.
-
-    Raises:
-        UserError: there are no such files, or they are of different models or widths, or of an encoding that was not
-            finished.
+    A `UserError` where there are no such files, or they are of different models or widths, or of an encoding that was
+    not finished.
 
     Example:
         >>> vectors = StoredVectors(Path("output/vectors"))

@@ -425,8 +425,7 @@ def test_activations_follow_the_bound_on_tokens(folder: Path) -> None:
 def test_pieces_are_balanced(lengths: tuple[int, ...], bound: int, at_once: float, folder: Path) -> None:
     """By hand, of 64 rows."""
     plan = planned(folder, per_device_train_batch_size=8, max_seq_length=256, tokens_per_microbatch=bound)
-    plan.args.per_device_train_batch_size = 64  # more than the folder's sources have
-    step = plan_module._step_of(plan, plan.all_rows._replace(tokens_of_rows=lengths), 0)
+    step = plan_module._step_of(plan, plan.all_rows._replace(tokens_of_rows=lengths), 0, 64)  # sources have fewer rows
     assert step.scale * sum(lengths) == pytest.approx(at_once)
     assert step.accumulates == (bound < 12_416)
 

@@ -364,9 +364,8 @@ LIBRARY_KEYS: dict[str, Key] = {
         "log_level_replica", "log_on_each_node", "logging_strategy", "logging_first_step", "logging_steps",
         "logging_nan_inf_filter", "save_strategy", "save_steps", "save_total_limit", "save_only_model",
         "save_on_each_node", "dataloader_persistent_workers",
-        "dataloader_pin_memory", "ddp_timeout", "skip_memory_metrics", "debug",
+        "dataloader_pin_memory", "dataloader_num_workers", "ddp_timeout", "skip_memory_metrics", "debug",
     ), Key(influence="nothing")),
-    "dataloader_num_workers": Key(influence="nothing"),
     "dataloader_prefetch_factor": Key(above=0, influence="nothing"),
     # What would be ignored, or would break the run.
     "data_seed": Key(refused="rows come in the order of `seed`"),
