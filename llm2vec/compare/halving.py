@@ -11,7 +11,7 @@ from __future__ import annotations
 import math
 import statistics
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from llm2vec.compare.recipes import Halving
@@ -143,8 +143,7 @@ def _table(halving: Halving, figures: dict[str, list[float]], fell: dict[str, st
 
 def write_halving(record: Path, table: Table) -> None:
     """Keep a search's table in a comparison's record."""
-    kept = asdict(table)
-    write_json(record / _FILE, {key: kept[key] for key in _SHAPE})
+    write_json(record / _FILE, {key: getattr(table, key) for key in _SHAPE})
 
 
 def read_halving(record: Path) -> Table | None:

@@ -137,8 +137,7 @@ class ContrastiveLearning(nn.Module, Objective):
             `loss`, and detached, where they apply: `loss_contrastive`, `in_batch_accuracy` (share of queries whose
             positive has the highest logit of their softmax), `masked_negatives` (share of a row's negatives that are
             left out as false ones), `loss_distillation`, `loss_cosent`, `loss_teacher_similarity`, `gor_mean` and
-            `gor_square`. These rows' share
-            of the step's mean over queries; of truncations, the mean.
+            `gor_square`. These rows' share of the step's mean over queries; of truncations, the mean.
         """
         of_side = {side: unit(of_texts) for side, of_texts in vectors.items()}
         documents = torch.cat([of_side[side] for side in ("positive", "negative") if side in of_side])

@@ -15,12 +15,7 @@ from typing import Any, get_args
 
 import numpy as np
 import torch
-from transformers import (
-    AutoModel,
-    AutoModelForCausalLM,
-    PretrainedConfig,
-    TrainingArguments,
-)
+from transformers import AutoModel, AutoModelForCausalLM, PretrainedConfig, TrainingArguments
 
 from llm2vec.data.collation import Collate, CollateSides, check_examples
 from llm2vec.data.order import OneSourceBlocks
