@@ -142,10 +142,7 @@ def _end_without_the_others(error: RuntimeError) -> NoReturn:
 
 
 class Printer:
-    """What a command prints. Under `--json` each table is a line of JSON, and all else goes to standard error.
-
-    Args:
-        as_json: what `--json` says; `parser(..., prints_tables=True)` has the flag.
+    """What a command prints. `as_json` (`--json`): each table is a line of JSON, and all else goes to standard error.
 
     Example:
         >>> Printer(as_json=True).table(Table(["Run", "Score"], [["anchor", 46.0]]))

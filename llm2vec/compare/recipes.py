@@ -41,8 +41,6 @@ REFERENCE = "baseline"
 ALONG_KEY = "along"
 #: Keys of a run that follow from its place in the set.
 DECIDED_KEYS = ("model_name_or_path", "peft_model_name_or_path", "output_dir", "experiment_id", "seed")
-
-
 _STAGE_FILE = re.compile(r"(\d+)_(\w+)\.json")
 
 

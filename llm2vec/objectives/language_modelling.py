@@ -16,19 +16,11 @@ from llm2vec.types import Attention, Batch, Objective, Output, Pass, TextFacts, 
 
 
 class LanguageModelling(nn.Module, Objective):
-    """Next-token prediction over blocks of text.
-
-    Args:
-        model: decoder with its language-model head; all of it is trained.
-
-    Attributes:
-        name: of its loss part.
-        attention: of each text within itself.
-    """
+    """Next-token prediction over blocks of text, by a decoder with its language-model head; all of it is trained."""
 
     model: PreTrainedModel
-    name = "lm"
-    attention: Attention = "causal"
+    name = "lm"  #: of its loss part
+    attention: Attention = "causal"  #: of each text within itself
 
     def __init__(self, model: PreTrainedModel) -> None:
         super().__init__()
@@ -61,12 +53,8 @@ class ContrastiveLanguageModelling(nn.Module, Objective):
         loss = contrastive loss + lm_weight * language-modelling loss
 
     Each is a mean over the whole optimiser step, of queries and of tokens, so the mix depends neither on the number of
-    processes nor on how the step is cut.
-
-    Args:
-        contrastive: over the decoder of `lm`'s model; it reads all sides but `text`.
-        lm: reads the side `text`.
-        lm_weight: of the language-modelling loss.
+    processes nor on how the step is cut. `lm` reads the side `text`; `contrastive`, over the decoder of the same model,
+    all others.
     """
 
     contrasts = True

@@ -33,11 +33,8 @@ ADDED_MASK = "<mask>"
 
 
 class MaskedNextTokenPrediction(LanguageModelling):
-    """The loss over blocks of text some of whose tokens are masked; their `labels` are the tokens as they were.
-
-    Args:
-        model: decoder with its language-model head, usually with a LoRA adapter on the decoder and all else frozen.
-    """
+    """The loss over blocks of text some of whose tokens are masked; their `labels` are the tokens as they were. Usually
+    a LoRA adapter on the decoder is trained, and all else frozen."""
 
     name = "mntp"
     attention = "bidirectional"

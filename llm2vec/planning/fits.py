@@ -32,10 +32,8 @@ def table_of_cards(bases: Sequence[str]) -> Table:
     """The longest documents of Stage II that fit, in tokens, by base, way to train and card.
 
     One row goes through the model at a time (`tokens_per_microbatch`), in bfloat16 with every layer recomputed; of
-    eight rows a step. A card counts as full at 90 %.
-
-    Raises:
-        UserError: a base's shape can be had nowhere, or its layers are not known.
+    eight rows a step. A card counts as full at 90 %. A base whose shape can be had nowhere, or whose layers are not
+    known, is a `UserError`.
     """
     rows = []
     for base in bases:

@@ -224,17 +224,12 @@ class _Held:
     """Vectors and facts of all pieces' rows, each written into its place when its piece is done.
 
     Put together at the end, thousands of small tensors would take their memory twice, and leave holes behind.
-
-    Attributes:
-        vectors: of each side, detached; its rows in the order of the pieces.
-        facts: of each side, likewise.
-        lengths: of each side, how many vectors each piece has.
     """
 
     def __init__(self, batch: Batch) -> None:
-        self.vectors: dict[str, Tensor] = {}
-        self.facts: TextFacts = {}
-        self.lengths: dict[str, list[int]] = {}
+        self.vectors: dict[str, Tensor] = {}  #: of each side, detached; its rows in the order of the pieces
+        self.facts: TextFacts = {}  #: of each side, likewise
+        self.lengths: dict[str, list[int]] = {}  #: of each side, how many vectors each piece has
         self._num_rows = _num_rows(batch)
         self._filled = 0
 

@@ -74,9 +74,6 @@ class EmbedderTrainer(Trainer):
         should_stop: whether this process was asked to stop; asked once a step.
         callbacks: beside the run's own.
 
-    Attributes:
-        weights_of_step: the step of the best checkpoint, once its weights are loaded (`load_best_model_at_end`).
-
     Raises:
         UserError: the library refuses an argument, or weights shall be shared out (`fsdp`) where there are no GPUs.
     """
@@ -125,7 +122,7 @@ class EmbedderTrainer(Trainer):
         self._figures = StepFigures()
         self._json_log = JsonLog()
         self._end = EndOfRun(config.stop_after_n_steps)
-        self.weights_of_step: int | None = None
+        self.weights_of_step: int | None = None  #: that of the best checkpoint, once it is loaded at the end
         self.add_callback(self._end)
         self.add_callback(self._json_log)
         if not args.disable_tqdm:
