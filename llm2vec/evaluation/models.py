@@ -71,14 +71,13 @@ def kind_of(asked: EvaluatedModel) -> Kind:
 
 def load_encoder(asked: EvaluatedModel) -> Any:
     """Load a model for `scores.evaluate`, and say how; a `UserError` where it or one of its options is of no use."""
-    kind = kind_of(asked)
-    encoder = {"llm2vec": _llm2vec, "sentence-transformers": _sentence_transformer, "mteb": _registered}[kind](asked)
     prompts = f"prompts of {asked.instructions_file}" if asked.instructions_file else "with its own prompts"
-    how = {
-        "llm2vec": "by this project",
-        "sentence-transformers": f"by sentence-transformers, {prompts}",
-        "mteb": "by mteb's registry, with mteb's prompts",
-    }[kind]
+    load, how = {
+        "llm2vec": (_llm2vec, "by this project"),
+        "sentence-transformers": (_sentence_transformer, f"by sentence-transformers, {prompts}"),
+        "mteb": (_registered, "by mteb's registry, with mteb's prompts"),
+    }[kind_of(asked)]
+    encoder = load(asked)
     meta = encoder.mteb_model_meta
     logger.info("Model: %s, loaded %s; revision %s", meta.name, how, meta.revision)
     return encoder

@@ -228,12 +228,10 @@ def find_task(name: str, local_data_dir: str | Path | None = None, benchmark: st
     """Find a task by name; its data are not read, and mteb keeps no reference to it.
 
     A name of the benchmark gives the task as that benchmark defines it (MTEB(eng, v1): English subsets, MSMARCO on
-    dev), any other name of mteb gives mteb's task, and the name of a folder in `local_data_dir` with a retrieval set
-    in the hub's layout (or just corpus.jsonl, queries.jsonl and qrels/test.jsonl) gives a retrieval task of that
-    name.
-
-    With `local_data_dir` sets are read from there, each under its hub path, say `mteb/scifact/`, and not from the
-    hub. An unknown name, or a set that is missing there, is a `UserError`.
+    dev), any other name of mteb mteb's task, and that of a folder in `local_data_dir` with a retrieval set, in the
+    hub's layout or just corpus.jsonl, queries.jsonl and qrels/test.jsonl, a retrieval task. With `local_data_dir` sets
+    are read from there, each under its hub path, say `mteb/scifact/`, and not from the hub. An unknown name, or a set
+    that is missing there, is a `UserError`.
     """
     folder = None if local_data_dir is None else Path(local_data_dir)
     defined = _defined_tasks(benchmark)

@@ -56,15 +56,12 @@ def evaluate(
     found: Mapping[str, Tensor] | None = None,
     prediction_folder: Path | None = None,
 ) -> dict[str, TaskScore]:
-    """Score a model. Results that lie in `output_dir` already, for this revision and this data, are not made anew.
+    """Score a model, an `LLM2VecEncoder` or any other that mteb takes, on tasks from `load_tasks`. Results for this
+    revision and this data in `output_dir`, `results/<model>/<revision>/<task>.json`, are not made anew.
 
-    Args:
-        model: An `LLM2VecEncoder`, or any other model mteb takes.
-        tasks: Tasks from `load_tasks`. mteb seeds the process's generators whenever it makes one or scores one.
-        output_dir: Root of the result files, `results/<model>/<revision>/<task>.json`.
-        batch_size: Texts a forward pass.
-        found: Merged hits from `jobs.search_shard` of the only task in `tasks`; default: the search is made here.
-        prediction_folder: Where mteb keeps rankings and other predictions of tasks it scores; None = not kept.
+    `batch_size` texts go through at once. `found` are merged hits from `jobs.search_shard` of the only task; without
+    them the search is made here. Rankings and other predictions are kept in `prediction_folder`, if one is given. mteb
+    seeds the process's generators whenever it makes a task or scores one.
     """
     meta = model.mteb_model_meta
     if is_dense(model):

@@ -103,20 +103,15 @@ def export(what: Export, out: Path) -> Proof:
         config = model.model.config
         # The stock files ask for unit vectors, and the adapters are merged.
         settings = dataclasses.replace(model.settings, normalize=True, parent_adapters=None)
-        architecture = type(model.model).__name__
-        num_parameters = sum(p.numel() for p in model.model.parameters())
         write_form(folder, form, config.hidden_size, settings.attention, what.instructions)
         write_json(folder / SETTINGS_FILE, settings.written())
-        del model
-        gc.collect()  # two models at once may be more than there is memory for
-        proof = prove(folder, form, settings, texts, exact, stored)
         runs = recorded_runs(chain.folders)
         facts = Facts(
             name=what.repository or target.name,
             form=form,
             settings=settings,
-            architecture=architecture,
-            num_parameters=num_parameters,
+            architecture=type(model.model).__name__,
+            num_parameters=sum(p.numel() for p in model.model.parameters()),
             hidden_size=config.hidden_size,
             dtype=what.dtype,
             adapter_base=base_id if what.adapter else None,
@@ -124,9 +119,11 @@ def export(what: Export, out: Path) -> Proof:
             license=what.license or (runs[0].record.get("origin", {}).get("license") if runs else None),
             runs=runs,
             results=what.results,
-            proof=proof,
         )
-        _write_records(folder, facts)
+        del model
+        gc.collect()  # two models at once may be more than there is memory for
+        proof = prove(folder, form, settings, texts, exact, stored)
+        _write_records(folder, facts, proof)
     return proof
 
 
@@ -147,7 +144,7 @@ def _base_id(what: Export, chain: Chain) -> str | None:
     return check_adapter(chain, base_id) if what.adapter else base_id
 
 
-def _write_records(folder: Path, facts: Facts) -> None:
+def _write_records(folder: Path, facts: Facts, proof: Proof) -> None:
     """Write probe ids, card, and `run.json` with all files' sizes, last."""
     form = facts.form
     texts = probes(form.rows)
@@ -158,13 +155,13 @@ def _write_records(folder: Path, facts: Facts) -> None:
         for text, prompt, input_ids in zip(texts, prompts, ids, strict=True)
     ]
     write_json(folder / "probe_ids.json", probed)
-    model_card(facts).save(folder / "README.md")
+    model_card(facts, proof).save(folder / "README.md")
     files = sorted(f for f in folder.rglob("*") if f.is_file() and f.name != "README.md")
     record = {
         "stages": [run.record for run in facts.runs],
         "dtype": facts.dtype,
-        "difference": facts.proof.difference,
-        "rounding": facts.proof.rounding,
+        "difference": proof.difference,
+        "rounding": proof.rounding,
         "probe_ids": probe_ids(form.rows),
         "files": {f.relative_to(folder).as_posix(): f.stat().st_size for f in files},
     }

@@ -55,10 +55,9 @@ class Facts:
     license: str | None
     runs: Sequence[RecordedRun]  #: The earliest first
     results: Results | None
-    proof: Proof
 
 
-def model_card(facts: Facts) -> ModelCard:
+def model_card(facts: Facts, proof: Proof) -> ModelCard:
     """The card; `save` writes it as `README.md`."""
     form = facts.form
     prompts = {name: prompt for name, prompt in form.prompts({}).items() if prompt}
@@ -68,6 +67,7 @@ def model_card(facts: Facts) -> ModelCard:
         _front_matter(facts),
         template_path=str(_TEMPLATE),
         facts=facts,
+        proof=proof,
         origin=facts.runs[0].record.get("origin", {}) if facts.runs else {},
         form=form,
         settings=facts.settings,
