@@ -46,7 +46,7 @@ from llm2vec.model.backbone import LORA_MODULES
 from llm2vec.model.settings import EncoderSettings
 from llm2vec.objectives.contrastive import ContrastiveLearning
 from llm2vec.text.entries import as_instructed
-from llm2vec.text.templates import render_instruction
+from llm2vec.text.templates import bare_instruction
 from llm2vec.text.tokenization import Row
 from llm2vec.training.recomputation import enable_checkpointing
 from llm2vec.training.step import backward_step, split_batch
@@ -213,7 +213,8 @@ def encode_sentence_transformers(case: EncodeCase) -> Runnable:
     """`SentenceTransformer.encode`, over the same characters."""
     model = sentence_transformer(case.folder, getattr(torch, case.dtype), case.device)
     header = "<|start_header_id|>user<|end_header_id|>\n\n"
-    texts = [f"{header}{render_instruction(i, '; ')}{text}<|eot_id|>" for i, text in case.pairs]
+    openings = (f"{header}{bare_instruction(i, '; ')}; " if i else header for i, _ in case.pairs)
+    texts = [f"{opening}{text}<|eot_id|>" for opening, (_, text) in zip(openings, case.pairs, strict=True)]
     lengths = [len(ids) for ids in model.tokenizer(texts)["input_ids"]]
 
     def step(_: int) -> Tensor:

@@ -85,7 +85,7 @@ def write_by_model(choice: ModelChoice, task: Writing) -> Write:
     from llm2vec.model.backbone import default_device, ends_of, load_backbone, load_tokenizer
 
     chain = choice.opened()
-    tokenizer = load_tokenizer(chain.tokenizer_path)
+    tokenizer = load_tokenizer(chain.tokenizer_folder)
     model: Any = load_backbone(chain, dtype=choice.torch_dtype, with_lm_head=True)
     model.to(default_device()).eval()  # torch's mode without dropout
     tokenizer.padding_side = "left"

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
+from numpy.typing import NDArray
 from tokenizers import Tokenizer
 from torch.utils.data import Dataset
 from transformers import PreTrainedTokenizerBase
@@ -149,9 +150,7 @@ class TextBlocks(Dataset[Block]):
         which = int(np.searchsorted(self._starts, row, side="right")) - 1
         return self.sources[which].file, row - int(self._starts[which]) + 1
 
-    def lengths(
-        self, indices: np.ndarray[Any, np.dtype[np.int64]], most: int | None = None
-    ) -> np.ndarray[Any, np.dtype[np.int64]]:
+    def lengths(self, indices: NDArray[np.int64], most: int | None = None) -> NDArray[np.int64]:
         """Places of some blocks in a batch, each as long as the others."""
         return np.ones(len(indices), dtype=np.int64)
 

@@ -14,6 +14,7 @@ from itertools import chain
 from typing import Any, Protocol
 
 import numpy as np
+from numpy.typing import NDArray
 from torch.utils.data import Dataset, Sampler
 
 from llm2vec.data.sources import Source
@@ -32,9 +33,7 @@ class SourceRows(Protocol):
     #: it does not matter which process asks
     drawn_anew: bool
 
-    def lengths(
-        self, indices: np.ndarray[Any, np.dtype[np.int64]], most: int | None = None
-    ) -> np.ndarray[Any, np.dtype[np.int64]]:
+    def lengths(self, indices: NDArray[np.int64], most: int | None = None) -> NDArray[np.int64]:
         """About how long some rows are, all of one source; `most` = what a text counts at most."""
         ...
 
@@ -47,7 +46,7 @@ def block_order(
     taken: Sequence[int] | None = None,
     filled: Sequence[int] | None = None,
     cells: int = 1,
-) -> np.ndarray[Any, np.dtype[np.int64]]:
+) -> NDArray[np.int64]:
     """Row indices of one epoch: blocks of `block_size` places, each with rows of one source, in random order.
 
     Rows are shuffled within their source and cut into blocks, incomplete blocks are dropped, and the blocks are
@@ -83,9 +82,7 @@ def block_order(
     return stacked[generator.permutation(len(stacked))].reshape(-1)
 
 
-def _spread(
-    blocks: np.ndarray[Any, np.dtype[np.int64]], block_size: int, cells: int
-) -> np.ndarray[Any, np.dtype[np.int64]]:
+def _spread(blocks: NDArray[np.int64], block_size: int, cells: int) -> NDArray[np.int64]:
     """Blocks of rows as blocks of `block_size` places: equally many rows in each cell, behind them empty places."""
     if blocks.shape[1] == block_size:
         return blocks
@@ -142,7 +139,7 @@ def blocks_taken(
     return [max(1, round(weight * scale * share / part)) for weight, share, part in wanted]
 
 
-def deal(lengths: np.ndarray[Any, np.dtype[np.int64]], num_ranks: int) -> np.ndarray[Any, np.dtype[np.int64]]:
+def deal(lengths: NDArray[np.int64], num_ranks: int) -> NDArray[np.int64]:
     """Places of a group's rows, dealt so that each rank gets equally many rows and nearly equal sums of lengths.
 
     The longest rows go first, one to each rank in a round, the longest of a round to the rank that holds least.
@@ -245,7 +242,7 @@ class OneSourceBlocks(Sampler[int]):
         dealt = chain.from_iterable(map(self._dealt, order.reshape(-1, self.group_size)))
         return (index if index == NO_ROW else first + index for index in dealt)
 
-    def _dealt(self, group: np.ndarray[Any, np.dtype[np.int64]]) -> list[int]:
+    def _dealt(self, group: NDArray[np.int64]) -> list[int]:
         rows = group[group != NO_ROW]
         dealt = rows[deal(self.rows.lengths(rows, self.max_characters), self.num_ranks)]
         places: list[int] = _spread(dealt[None], len(group), self.num_ranks)[0].tolist()

@@ -18,6 +18,7 @@ from typing import Any
 
 import numpy as np
 import pyarrow.compute as pc
+from numpy.typing import NDArray
 from torch.utils.data import Dataset
 
 from llm2vec.data.lines import lines_of_text
@@ -143,9 +144,7 @@ class TrainingRows(Dataset[Example]):
         row = self._tables[which][int(index - self._starts[which]) + self._first_rows[which]]
         return self.sources[which].file, int(row["row"])
 
-    def lengths(
-        self, indices: np.ndarray[Any, np.dtype[np.int64]], most: int | None = None
-    ) -> np.ndarray[Any, np.dtype[np.int64]]:
+    def lengths(self, indices: NDArray[np.int64], most: int | None = None) -> NDArray[np.int64]:
         """Characters of the texts of some rows, all of one source; `most` = what a text counts at most."""
         which = int(np.searchsorted(self._starts, indices[0], side="right")) - 1
         places = indices - self._starts[which] + self._first_rows[which]
@@ -211,10 +210,6 @@ def read_rows(
     return cached_table(_generate_rows, features, arguments)
 
 
-def _with_all_positives(rows: Sequence[dict[str, Any]]) -> dict[str, Any]:
-    return {**rows[0], "positives": [row["positive"] for row in rows]}
-
-
 def _generate_rows(
     file: str,
     num_negatives: int,
@@ -233,7 +228,8 @@ def _generate_rows(
     else:
         rows = rows_of(place, how, num_negatives, with_scores, left_out=left_out)
         if how.draw_positives and not texts_alone:
-            rows = (_with_all_positives(list(of_record)) for _, of_record in groupby(rows, itemgetter("row")))
+            of_records = (list(of_record) for _, of_record in groupby(rows, itemgetter("row")))
+            rows = ({**some[0], "positives": [row["positive"] for row in some]} for some in of_records)
     for row in rows:
         empty = False
         yield {**row, "query": row["positive"]} if texts_alone else row

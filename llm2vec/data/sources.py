@@ -6,7 +6,7 @@ need no preparation `hub_sources.json`. Their form is that of `sources_file`, so
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -27,6 +27,15 @@ KEYS_OF_SOURCE = (
     "keep_equal_negatives", "max_rows", "weight", "positives", "licence", "documents", "queries",
     "batch_size",
 )  # fmt: skip
+#: What the plain ones of these must be: in words, and as a test.
+_RULES: dict[str, tuple[str, Callable[[Any], bool]]] = {
+    **dict.fromkeys(("config", "split", "revision", "licence"), ("a string", lambda v: isinstance(v, str))),
+    "num_negatives": ("a whole number, 0 or more", lambda v: v is None or (type(v) is int and v >= 0)),
+    **dict.fromkeys(("max_rows", "batch_size"), ("a whole number above 0", lambda v: type(v) is int and v > 0)),
+    "keep_equal_negatives": ("true or false", lambda v: isinstance(v, bool)),
+    "weight": ("a number above 0, at most 1,000", lambda v: type(v) in (int, float) and 0 < v <= 1000),
+    "positives": ('"each" (a row of each) or "drawn" (one an epoch, in turns)', lambda v: v in ("each", "drawn")),
+}
 #: What `documents` and `queries` of an entry may say: where the texts behind ids are, and in which columns.
 KEYS_OF_TEXTS = ("file", "hub", "config", "split", "revision", "id", "text")
 
@@ -121,21 +130,20 @@ def _read_source(where: str, name: str, entry: Any) -> Source:
     of_each = symmetric if isinstance(symmetric, list) else [symmetric] * len(texts)
     if len(of_each) != len(texts) or not all(isinstance(value, bool) for value in of_each):
         raise UserError(f"{where}: `symmetric` must be true or false, or a list of these, one for each instruction.")
-    if not isinstance(entry.get("licence", ""), str):
-        raise UserError(f"{where}: `licence` must be a string.")
     reading = _reading(where, entry)._replace(hub=hub, config=config, split=split, revision=revision)
     return Source(name, file, tuple(map(Instruction, texts, of_each)), reading, entry.get("licence", ""))
 
 
 def _file(where: str, entry: dict[str, Any]) -> tuple[str, tuple[bool, str | None, str | None, str | None]]:
-    """The file or hub name of an entry; whether it is the latter, its configuration, split and revision."""
+    """The file or hub name of an entry; whether it is the latter, its configuration, split and revision. What has a
+    rule is checked."""
     file = entry.get("hub", entry.get("file"))
     if not isinstance(file, str) or not file or ("hub" in entry and "file" in entry):
         raise UserError(f"{where}: `file` must name a JSONL file or one of another form, or `hub` a data set.")
-    for key in ("config", "split", "revision"):
-        if not isinstance(entry.get(key, ""), str):
-            raise UserError(f"{where}: `{key}` must be a string.")
-        if key in entry and key != "split" and "hub" not in entry:
+    for key, (words, fits) in _RULES.items():
+        if key in entry and not fits(entry[key]):
+            raise UserError(f"{where}: `{key}` must be {words}.")
+        if key in ("config", "revision") and key in entry and "hub" not in entry:
             raise UserError(f"{where}: `{key}` is for a data set of the hub.")
     return file, ("hub" in entry, entry.get("config"), entry.get("split"), entry.get("revision"))
 
@@ -181,30 +189,17 @@ def _reading(where: str, entry: dict[str, Any]) -> Reading:
     if "score" in roles and {"negative", *SCORES[:2]} & set(roles):
         raise UserError(f"{where}: columns: score is of a pair, so there can be no negative, pos_score or neg_scores.")
     most, least = entry.get("num_negatives"), entry.get("least_score")
-    if most is not None and (type(most) is not int or most < 0):
-        raise UserError(f"{where}: `num_negatives` must be a whole number, 0 or more.")
     if least is not None and (type(least) not in (int, float) or "score" not in roles):
         raise UserError(f"{where}: `least_score` must be a number, beside a `score` in columns.")
-    keep = entry.get("keep_equal_negatives", False)
-    if not isinstance(keep, bool):
-        raise UserError(f"{where}: `keep_equal_negatives` must be true or false.")
-    if "max_rows" in entry and (type(entry["max_rows"]) is not int or entry["max_rows"] < 1):
-        raise UserError(f"{where}: `max_rows` must be a whole number above 0.")
-    if "batch_size" in entry and (type(entry["batch_size"]) is not int or entry["batch_size"] < 1):
-        raise UserError(f"{where}: `batch_size` must be a whole number above 0.")
-    weight = entry.get("weight", 1.0)
-    if type(weight) not in (int, float) or not 0 < weight <= 1000:
-        raise UserError(f"{where}: `weight` must be a number above 0, at most 1,000.")
-    if entry.get("positives", "each") not in ("each", "drawn"):
-        raise UserError(f'{where}: `positives` must be "each" (a row of each) or "drawn" (one an epoch, in turns).')
     if "score" in roles or (roles and not {"negative", "label"} & set(roles)):
         most = 0  # there are none
     documents, queries = (_texts(where, key, entry.get(key)) for key in ("documents", "queries"))
     if "label" in roles and (documents or queries):
         raise UserError(f"{where}: labelled texts have no ids, so there can be no documents or queries.")
     return Reading(
-        columns=tuple(roles.items()), num_negatives=most, least_score=least, keep_equal_negatives=keep,
-        max_rows=entry.get("max_rows"), weight=weight, draw_positives=entry.get("positives") == "drawn",
+        columns=tuple(roles.items()), num_negatives=most, least_score=least,
+        keep_equal_negatives=entry.get("keep_equal_negatives", False), max_rows=entry.get("max_rows"),
+        weight=entry.get("weight", 1.0), draw_positives=entry.get("positives") == "drawn",
         documents=documents, queries=queries, batch_size=entry.get("batch_size"),
     )  # fmt: skip
 

@@ -24,7 +24,7 @@ import numpy as np
 
 from llm2vec.files import sha256, write_json, write_text
 from llm2vec.processes import first_of_each_machine_first, local_rank, rank_zero_first
-from llm2vec.types import UserError
+from llm2vec.types import UserError, in_one_sentence
 
 logger = logging.getLogger(__name__)
 
@@ -58,14 +58,11 @@ def stamp_of(file: Path) -> str:
         for path in _files_in(file):
             digest.update(f"{path.relative_to(file)} {stamp_of(path)}\n".encode())
         return digest.hexdigest()
-    try:
+    with in_one_sentence(lambda why: f"{file} cannot be read ({why}).", OSError), file.open("rb") as content:
         stat = file.stat()
-        with file.open("rb") as content:
-            for start in np.linspace(0, max(0, stat.st_size - BLOCK_BYTES), NUM_BLOCKS, dtype=np.int64):
-                content.seek(int(start))
-                digest.update(content.read(BLOCK_BYTES))
-    except OSError as error:
-        raise UserError(f"{file} cannot be read ({error.strerror}).") from error
+        for start in np.linspace(0, max(0, stat.st_size - BLOCK_BYTES), NUM_BLOCKS, dtype=np.int64):
+            content.seek(int(start))
+            digest.update(content.read(BLOCK_BYTES))
     return f"{stat.st_size} bytes, {stat.st_mtime_ns} ns, {digest.hexdigest()}"
 
 
@@ -204,11 +201,9 @@ def content_hash(file: Path) -> str:
         logger.warning("%s, a file's kept SHA-256, is damaged: it is taken anew", kept)
     found = sha256(file)
     check_unchanged(file, stamp)
-    try:
+    with in_one_sentence(lambda why: f"HF_DATASETS_CACHE: {kept.parent} cannot be written ({why}).", OSError):
         kept.parent.mkdir(parents=True, exist_ok=True)
         write_text(kept, _sealed(name, found).decode())
-    except OSError as error:
-        raise UserError(f"HF_DATASETS_CACHE: {kept.parent} cannot be written ({error.strerror}).") from error
     return found
 
 

@@ -12,7 +12,7 @@ from torch.utils.data import Dataset
 
 from llm2vec.data.rows import TrainingRows
 from llm2vec.data.sources import e5_sources
-from llm2vec.types import InstructedText, UserError
+from llm2vec.types import InstructedText, UserError, in_one_sentence
 
 Split = Literal["train", "validation", "test"]
 
@@ -99,10 +99,9 @@ class Wiki1M(Dataset[TrainSample]):
         file_path: str | Path = "cache/wiki1m_for_simcse.txt",
     ) -> None:
         _check_split("Wiki1M", split)
-        try:
+        damages = (OSError, UnicodeDecodeError)
+        with in_one_sentence(lambda why: f"{file_path}: cannot be read as UTF-8 text ({why}).", damages):
             self.data = [line.strip() for line in Path(file_path).read_text(encoding="utf-8").split("\n")]
-        except (OSError, UnicodeDecodeError) as error:
-            raise UserError(f"{file_path}: cannot be read as UTF-8 text ({error}).") from error
         if self.data[-1] == "":
             self.data.pop()
 

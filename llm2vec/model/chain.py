@@ -105,11 +105,6 @@ class Chain:
     folders: tuple[Folder, ...]  #: of the base, then of each adapter
     tokenizer_folder: Folder  #: where the tokenizer lies: the outermost folder, or else the base
 
-    @property
-    def tokenizer_path(self) -> str:
-        """The name of `tokenizer_folder`."""
-        return self.tokenizer_folder.path
-
     @cached_property
     def outermost(self) -> Folder:
         """The last adapter's folder, or the base's: the model's own, above those that it was made from."""

@@ -19,9 +19,11 @@ import platform
 import shutil
 import subprocess
 import tempfile
-from collections.abc import Iterator, Mapping, Set
+from collections.abc import Mapping, Set
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from importlib.metadata import PackageNotFoundError, version
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -97,7 +99,8 @@ def save_checkpoint(
         parents = {} if settings is None else {"parent_weights": _parent_weights(settings)}
         write_json(staging / RUN_FILE, {**(run or {}), **environment(), **parents, "files": sizes})
         (folder / INCOMPLETE_MARKER).touch()
-        for old in _weights_in(folder) if not _is_base_of(folder, model) else ():
+        weights = () if _is_base_of(folder, model) else chain.from_iterable(map(folder.glob, WEIGHTS_FILES))
+        for old in list(weights):
             if not (staging / old.name).exists():  # of an adapter, a full model or one more shard: it would be loaded
                 old.unlink()
         for file in staging.iterdir():
@@ -105,10 +108,6 @@ def save_checkpoint(
         (folder / INCOMPLETE_MARKER).unlink()
     finally:
         shutil.rmtree(staging, ignore_errors=True)
-
-
-def _weights_in(folder: Path) -> list[Path]:
-    return [file for pattern in WEIGHTS_FILES for file in folder.glob(pattern)]
 
 
 def _is_base_of(folder: Path, model: Backbone) -> bool:
@@ -129,13 +128,15 @@ def read_weights(folder: Path, model: Backbone) -> None:
         return
     own = model.state_dict()
     read: set[int] = set()
-    for name, tensor in _tensors(folder):
-        weight = own.get(name)
-        if weight is None or (weight.shape, weight.dtype) != (tensor.shape, tensor.dtype):
-            _check_names(folder, {name})
-        else:
-            weight.copy_(tensor)
-            read.add(weight.data_ptr())
+    for file in sorted(folder.glob("model*.safetensors")):
+        with safe_open(file, "pt") as tensors:
+            for name in tensors.keys():  # noqa: SIM118 (no mapping)
+                weight, tensor = own.get(name), tensors.get_tensor(name)
+                if weight is None or (weight.shape, weight.dtype) != (tensor.shape, tensor.dtype):
+                    _check_names(folder, {name})
+                else:
+                    weight.copy_(tensor)
+                    read.add(weight.data_ptr())
     _check_names(folder, {name for name, weight in own.items() if weight.data_ptr() not in read})  # tied ones share it
 
 
@@ -159,14 +160,6 @@ def read_beside(folder: Path, own: Mapping[str, Tensor], unread: str | None = No
 def _check_names(folder: Path, differing: Set[str]) -> None:
     if differing:
         raise UserError(f"{folder}: the weights are not those of this model; {min(differing)} differs.")
-
-
-def _tensors(folder: Path) -> Iterator[tuple[str, Tensor]]:
-    """A full model's written weights, one at a time."""
-    for file in sorted(folder.glob("model*.safetensors")):
-        with safe_open(file, "pt") as tensors:
-            for name in tensors.keys():  # noqa: SIM118 (no mapping)
-                yield name, tensors.get_tensor(name)
 
 
 def write_sums(folder: Path) -> None:
@@ -223,10 +216,8 @@ def environment() -> dict[str, Any]:
     """Versions of what computes the weights, and the commit of this code where it is a git checkout."""
     versions = {"python": platform.python_version()}
     for package in PACKAGES:
-        try:
+        with suppress(PackageNotFoundError):
             versions[package] = version(package)
-        except PackageNotFoundError:
-            continue
     command = ["git", "-C", str(Path(__file__).parent), "rev-parse", "HEAD"]
     try:
         commit = subprocess.run(command, capture_output=True, text=True, check=True, timeout=10).stdout.strip()

@@ -16,6 +16,7 @@ import logging
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import cache, cached_property
+from itertools import groupby
 from typing import Any, NamedTuple, get_args
 
 import torch
@@ -281,13 +282,8 @@ class _SharedPrefix(torch.autograd.Function):
 
 def _sharing(layout: Layout) -> list[tuple[slice, slice]]:
     """Queries of all texts behind one prefix, and that prefix's keys; the texts of a group stand side by side."""
-    joined: dict[tuple[int, int], slice] = {}
-    for span in layout.spans:
-        if _size(span.prefix):
-            where = (span.prefix.start, span.prefix.stop)
-            first = joined[where].start if where in joined else span.query.start
-            joined[where] = slice(first, span.query.stop)
-    return [(queries, slice(*where)) for where, queries in joined.items()]
+    groups = ((prefix, list(spans)) for prefix, spans in groupby(layout.spans, lambda span: span.prefix))
+    return [(slice(spans[0].query.start, spans[-1].query.stop), prefix) for prefix, spans in groups if _size(prefix)]
 
 
 def _attend_varlen(

@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import replace
 from functools import partial
 from typing import Any, NamedTuple
@@ -209,14 +209,12 @@ def checkpoint_contexts(model: Any) -> tuple[AbstractContextManager[None], Abstr
     ran without the adapter again without."""
     was_packed = model.config._attn_implementation == NAME
     was_off = any(layer.disable_adapters for layer in adapter_layers(model))
-    return nullcontext(), _both(packed(model) if was_packed else None, adapter_off(model) if was_off else None)
+    return nullcontext(), _again(model, was_packed, was_off)
 
 
 @contextmanager
-def _both(*contexts: AbstractContextManager[None] | None) -> Iterator[None]:
-    with ExitStack() as held:
-        for context in filter(None, contexts):
-            held.enter_context(context)
+def _again(model: Any, was_packed: bool, was_off: bool) -> Iterator[None]:
+    with packed(model) if was_packed else nullcontext(), adapter_off(model) if was_off else nullcontext():
         yield
 
 

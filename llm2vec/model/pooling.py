@@ -36,11 +36,8 @@ def pool(hidden_BTD: Tensor, pool_mask_BT: Tensor, pooling_mode: PoolingMode) ->
     """
     mask_BT = pool_mask_BT.to(torch.bool)
     if pooling_mode in ("last", "first"):
-        positions_BT = torch.arange(mask_BT.shape[1], device=mask_BT.device).expand_as(mask_BT)
-        if pooling_mode == "last":
-            index_B = positions_BT.masked_fill(~mask_BT, -1).amax(dim=1)
-        else:
-            index_B = positions_BT.masked_fill(~mask_BT, mask_BT.shape[1]).amin(dim=1)
+        # The largest comes first where the last mark is counted, or the first one stands.
+        index_B = (mask_BT.cumsum(dim=1) if pooling_mode == "last" else mask_BT.int()).argmax(dim=1)
         return hidden_BTD[torch.arange(len(index_B), device=index_B.device), index_B]
     dtype = torch.promote_types(hidden_BTD.dtype, torch.float32)
     weight_BT = mask_BT.to(dtype)

@@ -138,7 +138,7 @@ def plan_of(config: Config, conditions: Conditions) -> Plan:
         chain = open_chain(base, [adapter for adapter in config.adapters if adapter not in absent])
         shape = shape_of(chain.base)
         tokenizer, settings, new_tokens = None, encoder_settings(config, {}), list[int]()
-        if _has(chain.tokenizer_path, "tokenizer_config.json"):
+        if _has(chain.tokenizer_folder.path, "tokenizer_config.json"):
             tokenizer, settings, new_tokens = open_tokenizer(config, chain)
     tokens = new_tokens if tokenizer is None else trained_tokens(config, tokenizer, settings, new_tokens)
     model = model_of_shapes(config, shape, new_tokens, tokens)

@@ -12,7 +12,6 @@ from typing import Any
 import torch
 from sentence_transformers.sentence_transformer.evaluation import NanoBEIREvaluator
 from sentence_transformers.util import cos_sim
-from torch import Tensor
 
 from llm2vec.distributed import sum_over_ranks
 from llm2vec.files import read_object
@@ -72,16 +71,12 @@ class _EvaluatedModel:
     """As much of a SentenceTransformer as its retrieval evaluator calls."""
 
     similarity_fn_name = "cosine"
+    similarity = staticmethod(cos_sim)
 
     def __init__(self, model: LLM2Vec, device: torch.device) -> None:
         self.model = model
         self.device = device
         self.model_card_data = self
-
-    @staticmethod
-    def similarity(queries: Tensor, documents: Tensor) -> Tensor:
-        """Cosine of every pair."""
-        return cos_sim(queries, documents)
 
     def encode_query(self, sentences: Sequence[str], **arguments: Any) -> Any:
         """Texts under the evaluator's prompt, which is the set's instruction."""

@@ -285,8 +285,3 @@ def bare_instruction(instruction: str, join: str | None) -> str:
     """
     instruction = instruction.strip()
     return instruction.rstrip(":; ") if join is None or join.strip() else instruction
-
-
-def render_instruction(instruction: str, join: str) -> str:
-    """Instruction and what joins it to the text; empty without an instruction."""
-    return bare_instruction(instruction, join) + join if instruction.strip() else ""

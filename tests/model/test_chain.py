@@ -147,10 +147,10 @@ def test_settings_are_those_of_the_outermost_folder_that_has_some(folders: Path)
     base, adapter, foreign = (str(folders / name) for name in ("base", "adapter", "foreign"))
     for chain in (open_chain(base, [adapter]), open_chain(adapter)):
         assert (chain.base, chain.adapters) == (base, (adapter,))
-        assert chain.settings["normalize"] is True and chain.tokenizer_path == adapter
+        assert chain.settings["normalize"] is True and chain.tokenizer_folder.path == adapter
         assert chain.outermost.path == adapter
     for chain in (open_chain(base, [foreign]), open_chain(foreign)):
-        assert chain.settings["normalize"] is False and chain.tokenizer_path == base
+        assert chain.settings["normalize"] is False and chain.tokenizer_folder.path == base
         assert chain.outermost.path == foreign and not chain.outermost.settings
     assert LLM2Vec.from_pretrained(foreign, merge_peft=True).settings == SETTINGS
 

@@ -15,7 +15,7 @@ from pathlib import Path
 import pytest
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
-from llm2vec.text.templates import infer_template, render_instruction
+from llm2vec.text.templates import infer_template
 from llm2vec.text.tokenization import RowTokenizer
 from llm2vec.types import InstructedText
 
@@ -69,7 +69,7 @@ def test_a_row_is_the_users_turn_of_the_chat_format(name: str, instruction: str,
     """Token for token; a system turn that the chat format adds is left out, and Mistral's EOS is added."""
     _, begin, end = REAL[name]
     tokenizer = real_tokenizer(name)
-    content = render_instruction(instruction, "; ") + text.strip()
+    content = f"{instruction}; {text.strip()}" if instruction else text.strip()
     written = tokenizer.apply_chat_template([{"role": "user", "content": content}], tokenize=False)
     turn = written[written.index(begin) :]
     turn = turn[: turn.index(end) + len(end)] + (tokenizer.eos_token if REAL[name][0] == "mistral" else "")
