@@ -17,6 +17,7 @@ from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import cache
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -86,8 +87,7 @@ class TestTexts:
     def __init__(self, folders: Sequence[Path]) -> None:
         self.sizes: dict[str, int] = {}
         # A test set is a bit: millions of runs of words, each with a set of names, would be gigabytes.
-        self._whole: dict[int, int] = {}
-        self._runs: dict[int, int] = {}
+        self._known: dict[int, int] = {}
         for number, folder in enumerate(folders):
             if not folder.is_dir():
                 raise UserError(f"--test_sets: {folder} is not a folder.")
@@ -101,19 +101,14 @@ class TestTexts:
                     f"{', '.join(TEXT_FILES)} files."
                 )
             self.sizes[name] = len(texts)
-            for words in texts:
-                self._whole[hash(words)] = self._whole.get(hash(words), 0) | 1 << number
-                for run in _runs(words):
-                    self._runs[run] = self._runs.get(run, 0) | 1 << number
+            for part in chain.from_iterable(map(_whole_and_runs, texts)):
+                self._known[part] = self._known.get(part, 0) | 1 << number
 
     def found_in(self, texts: Iterable[str]) -> set[str]:
         """Names of the test sets that share a text, or `OVERLAP_WORDS` words in a row, with any of these."""
         found = 0
-        for text in texts:
-            words = _words(text)
-            found |= self._whole.get(hash(words), 0)
-            for run in _runs(words):
-                found |= self._runs.get(run, 0)
+        for part in chain.from_iterable(_whole_and_runs(_words(text)) for text in texts):
+            found |= self._known.get(part, 0)
         return {name for number, name in enumerate(self.sizes) if found >> number & 1}
 
 
@@ -231,5 +226,6 @@ def _words(text: str) -> tuple[str, ...]:
     return tuple(re.findall(r"[\u3040-\u30ff\u3400-\u9fff]|[^\W\u3040-\u30ff\u3400-\u9fff]+", text.lower()))
 
 
-def _runs(words: tuple[str, ...]) -> Iterator[int]:
-    return (hash(words[i : i + OVERLAP_WORDS]) for i in range(len(words) - OVERLAP_WORDS + 1))
+def _whole_and_runs(words: tuple[str, ...]) -> Iterator[int]:
+    yield hash(words)
+    yield from (hash(words[i : i + OVERLAP_WORDS]) for i in range(len(words) - OVERLAP_WORDS + 1))

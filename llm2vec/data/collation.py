@@ -91,7 +91,7 @@ class CollateSides:
         return [text._replace(side=form) for text in texts] if form else texts
 
 
-def check_examples(args: TrainingArguments, rows: Any, collate: CollateSides, num_sampled: int = 256) -> None:
+def check_examples(args: TrainingArguments, rows: Any, collate: CollateSides) -> None:
     """Refuse few-shot examples that no query would ever get: a process holds one row at a time, or they do not fit."""
     if not collate.examples_per_query:
         return
@@ -100,5 +100,5 @@ def check_examples(args: TrainingArguments, rows: Any, collate: CollateSides, nu
             "examples_per_query: per_device_train_batch_size is 1, but examples are the other rows of a process's "
             "micro-batch; 2 or more are needed."
         )
-    starts = range(0, len(rows) - 1, max(1, 2 * len(rows) // num_sampled))
+    starts = range(0, len(rows) - 1, max(1, len(rows) // 128))  # about 256 rows, in neighbours
     check_examples_fit([rows[i] for start in starts for i in (start, start + 1)], collate.tokenizer)

@@ -14,8 +14,6 @@ from typing import Any, TypeAlias
 from llm2vec.files import parse_object
 from llm2vec.types import UserError, first_line, in_one_sentence
 
-#: What the name of a file of records ends in; any other is read as JSONL.
-FORMS = (".jsonl", ".jsonl.gz", ".parquet", ".csv", ".tsv", ".arrow")
 #: What `save_to_disk` of `datasets` leaves in a folder: of one split, or of several.
 SAVED_FILES = ("state.json", "dataset_dict.json")
 #: Records that are turned into Python objects at once.
@@ -39,7 +37,7 @@ def parsed(record: Record, where: str) -> Mapping[str, Any]:
 
 
 def records_of_file(file: Path, columns: Sequence[str] = (), name: str = "") -> Iterator[Placed]:
-    """The records of a file, in one of the `FORMS`.
+    """The records of a file whose name ends in `.jsonl.gz`, `.parquet`, `.csv`, `.tsv` or `.arrow`; any other is JSONL.
 
     Rows of a table are counted from 1 (a CSV file's header is none), and an empty cell of a CSV file is null.
 

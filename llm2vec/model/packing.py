@@ -101,10 +101,8 @@ def packed_hidden_states(
     assert min(lengths) > 0, "a text without tokens"
     if not can_pack(model, max(lengths)):
         return _padded_hidden_states(model, attention, lengths, embeddings, closing_only)
-    runs = [(prefix, number) for number, prefix in prefixes]
-    if not runs or not shares_prefix(model, attention, embeddings.device, embeddings.dtype):
-        runs = [(0, len(lengths))]
-    kept, groups = _without_repeats(lengths, runs)
+    shared = prefixes if prefixes and shares_prefix(model, attention, embeddings.device, embeddings.dtype) else ()
+    kept, groups = _without_repeats(lengths, shared or [(len(lengths), 0)])
     positions = positions_of(lengths)
     narrow = closing_only and narrowing_layer(model) is not None
     layout = Layout(tuple(groups), kernel=HUB_KERNELS.get(model.config._attn_implementation))
@@ -139,11 +137,11 @@ def packed_hidden_states(
 
 def _without_repeats(lengths: Sequence[int], runs: Sequence[tuple[int, int]]) -> tuple[Tensor | None, list[Group]]:
     """Index of the tokens that stay when each run's prefix stands once (None = all), and the groups they form."""
-    if not any(prefix for prefix, _ in runs):
+    if not any(prefix for _, prefix in runs):
         return None, [Group(0, tuple(lengths))]
     groups, parts = [], []
     text = start = 0
-    for prefix, number in runs:
+    for number, prefix in runs:
         of_run = lengths[text : text + number]
         groups.append(Group(prefix, tuple(length - prefix for length in of_run)))
         for i, length in enumerate(of_run):
