@@ -170,8 +170,10 @@ def attach_lora(
             trainable_token_indices=list(new_tokens) or None, use_dora=use_dora, use_rslora=use_rslora,
             init_lora_weights=init or True,
         )  # fmt: skip
-    with in_one_sentence(lambda why: f"lora_modules: {why}", ValueError):
+    try:
         return get_peft_model(model, config)
+    except ValueError as error:
+        raise UserError(f"lora_modules: {first_line(error)}") from error
 
 
 def hidden_states(
@@ -246,10 +248,11 @@ def parse_dtype(dtype: torch.dtype | str | None) -> torch.dtype | str:
 def config_of(folder: Folder, revision: str | None = None) -> PretrainedConfig:
     """The config of a model, as the class that transformers has for it; a `UserError` where there is none. Of a
     repository it is taken at a revision; None = the one that was opened."""
-    hub = {"revision": revision or folder.commit, **HUB_CLIENT.get()}
-    # No such repository, no access to it, a class of its own: each has a type of its own.
-    with in_one_sentence(lambda why: f"{folder.path!r} could not be loaded: {why}"):
-        config = AutoConfig.from_pretrained(folder.path, trust_remote_code=False, **hub)
+    try:
+        commit = revision or folder.commit
+        config = AutoConfig.from_pretrained(folder.path, revision=commit, trust_remote_code=False, **HUB_CLIENT.get())
+    except Exception as error:  # no such repository, no access to it, a class of its own: each has a type of its own
+        raise UserError(f"{folder.path!r} could not be loaded: {first_line(error)}") from error
     if folder.config is None:
         raise UserError(f"{folder.path!r} could not be loaded: it had no {CONFIG_FILE} when it was opened.")
     return config
@@ -259,10 +262,11 @@ def load_tokenizer(where: Folder | str) -> PreTrainedTokenizerBase:
     """The tokenizer of a folder or hub name, which must have one. Without a padding token it pads with its EOS."""
     folder = folder_at(where) if isinstance(where, str) else where
     path, commit = folder.path, check_tokenizer(folder)  # says what is wrong with a name better than the library does
-    hub = {"revision": commit or "main", **HUB_CLIENT.get()}
-    # Each damaged file of tokenizer or config raises a type of its own.
-    with in_one_sentence(lambda why: f"{path}: no tokenizer could be loaded ({why})."):
+    try:
+        hub = {"revision": commit or "main", **HUB_CLIENT.get()}
         tokenizer = AutoTokenizer.from_pretrained(path, trust_remote_code=False, **hub)  # left out, it would ask
+    except Exception as error:  # each damaged file of tokenizer or config raises a type of its own
+        raise UserError(f"{path}: no tokenizer could be loaded ({first_line(error)}).") from error
     if tokenizer.pad_token is None:
         tokenizer.pad_token = tokenizer.eos_token
     tokenizer.init_kwargs.pop("auto_map", None)  # it names code that was not run, and would be saved with the tokenizer
@@ -292,8 +296,7 @@ def open_model(
     Raises:
         UserError: it cannot be loaded, or what it names may not be opened.
     """
-    # A cut weights file, an attention that the family lacks: each has a type of its own.
-    with in_one_sentence(lambda why: f"{folder.path!r} could not be loaded: {why}"):
+    try:
         whole = folder if folder.adapter is None else model_below(folder)
         attention = _check_model(whole, model_class, attn_implementation)
         loaded: tuple[Any, dict[str, Any]] = model_class.from_pretrained(
@@ -308,6 +311,10 @@ def open_model(
             **of_weights,
             **HUB_CLIENT.get(),
         )
+    except UserError:
+        raise
+    except Exception as error:  # a cut weights file, an attention that the family lacks: each has a type of its own
+        raise UserError(f"{folder.path!r} could not be loaded: {first_line(error)}") from error
     return loaded
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from itertools import accumulate, compress, count
+from typing import Any
 
 import numpy as np
 import torch
@@ -86,24 +87,15 @@ def select_rows(side: TokenBatch, chosen: Sequence[int], ends: Sequence[int] | N
     def pick(flat: Tensor) -> Tensor:
         return torch.cat([flat[ends[i] - side["lengths"][i] : ends[i]] for i in chosen])
 
-    selected: TokenBatch = {
-        "input_ids": pick(side["input_ids"]),
-        "lengths": [side["lengths"][i] for i in chosen],
-        "pool_mask": pick(side["pool_mask"]),
-        "target_mask": pick(side["target_mask"]),
-        "num_targets": [side["num_targets"][i] for i in chosen],
-        "num_predicted": [side["num_predicted"][i] for i in chosen],
-        "num_different": [side["num_different"][i] for i in chosen],
-        "num_context": [side["num_context"][i] for i in chosen],
-        "prefix": side["prefix"] if len(chosen) > 1 else 0,  # some of the texts may share more, never less
-        "closed": side["closed"],
-    }
-    if "labels" in side:
-        selected["labels"] = pick(side["labels"])
+    selected: Any = {"closed": side["closed"]}
+    selected["prefix"] = side["prefix"] if len(chosen) > 1 else 0  # some of the texts may share more, never less
+    selected |= {name: pick(flat) for name, flat in side.items() if isinstance(flat, Tensor)}
+    selected |= {name: [of[i] for i in chosen] for name, of in side.items() if isinstance(of, list)}  # one a text
     if "facts" in side:
         facts = side["facts"].items()  # a list as an index would be sent to the device, which the host waits for
         selected["facts"] = {name: torch.cat([values[i : i + 1] for i in chosen]) for name, values in facts}
-    return selected
+    whole: TokenBatch = selected
+    return whole
 
 
 def targets_of(side: TokenBatch) -> Tensor:
