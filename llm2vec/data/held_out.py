@@ -54,17 +54,10 @@ class SourceSplit(NamedTuple):
 
 
 def hold_out(folder: Path, sources: Sequence[Source], out: Path, num_queries: int, seed: int) -> list[SourceSplit]:
-    """SourceSplit the sources' files below `folder`; see above for what is written.
+    """Split the sources' files below `folder`; see above for what is written to `out`.
 
-    Args:
-        folder: where the files lie.
-        sources: which.
-        out: folder to write; must be empty or not there.
-        num_queries: held out of each source, drawn by `seed` and the source's name.
-        seed: of the draw.
-
-    Raises:
-        UserError: `out` holds something, a file is missing, a line is no row, or no source is large enough.
+    `num_queries` are held out of each source, drawn by `seed` and the source's name. A `UserError` where `out` holds
+    something, a file is missing, a line is no row, or no source is large enough.
     """
     if out.exists() and any(out.iterdir()):
         raise UserError(f"{out} is not empty; name a new folder.")
@@ -147,13 +140,8 @@ def _write_set(folder: Path, rows: Sequence[Mapping[str, Any]], documents: Seque
 def retrieval_files(
     corpus: Mapping[str, str], queries: Mapping[str, str], judged: Iterable[tuple[str, str]]
 ) -> dict[str, str]:
-    """A retrieval set in the hub's layout: relative path -> content.
-
-    Args:
-        corpus: id -> text.
-        queries: id -> text.
-        judged: (query's id, id of a document that answers it).
-    """
+    """A retrieval set in the hub's layout, relative path -> content. Texts are given by their ids, and each of `judged`
+    is the id of a query and that of a document that answers it."""
     judgements = [{"query-id": query, "corpus-id": document, "score": 1} for query, document in judged]
     return {
         "corpus.jsonl": json_lines_of({"_id": name, "title": "", "text": text} for name, text in corpus.items()),

@@ -41,14 +41,9 @@ def records_of_file(file: Path, columns: Sequence[str] = (), name: str = "") -> 
 
     Rows of a table are counted from 1 (a CSV file's header is none), and an empty cell of a CSV file is null.
 
-    Args:
-        file: what to read.
-        columns: those that are wanted, where all of them are there; empty = all. Only Parquet and Arrow files are
-            faster for it.
-        name: of the file, in messages; empty = its path.
-
-    Raises:
-        UserError: the file cannot be read, or is not what its name says.
+    `columns` are those that are wanted, where all of them are there; empty = all. Only Parquet files are faster for it.
+    `name` is the file's in messages; empty = its path. A `UserError` where the file cannot be read, or is not what its
+    name says.
     """
     name = name or str(file)
     reader = next((read for form, read in _READERS.items() if file.name.endswith(form)), _lines)

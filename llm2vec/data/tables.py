@@ -93,15 +93,8 @@ def cached_table(
     """The `datasets.Dataset` of a function's rows, from the cache if it is there; all ranks call this together.
 
     Beside it, what the function counted: as a generator may return something at its end, it may return counts.
-
-    Args:
-        generate: makes the rows.
-        features: `datasets.Features` of a row.
-        arguments: of `generate`. None may be a list: `datasets` would take its items for shards and call `generate`
-            once for each.
-
-    Raises:
-        UserError: of `generate`; or the table cannot be written.
+    `features` are `datasets.Features` of a row. None of the arguments may be a list: `datasets` would take its items
+    for shards and call `generate` once for each. A `UserError` of `generate`, or where the table cannot be written.
     """
     from datasets import Dataset, config
     from datasets.exceptions import DatasetGenerationError

@@ -281,20 +281,11 @@ def open_model(
     attn_implementation: str | None = None,
     of_weights: Mapping[str, Any] = MappingProxyType({}),
 ) -> tuple[Any, dict[str, Any]]:
-    """The weights of a full model.
+    """A full model, and transformers' account of keys that are missing, unexpected or of another shape.
 
-    Args:
-        model_class: `AutoModel` or one of its relatives.
-        folder: where they lie.
-        dtype: of the weights; "auto" = as stored.
-        attn_implementation: as in transformers; None = what the config names, or the library's choice.
-        of_weights: further keywords of transformers.
-
-    Returns:
-        The model, and transformers' account of keys that are missing, unexpected or of another shape.
-
-    Raises:
-        UserError: it cannot be loaded, or what it names may not be opened.
+    `model_class` is `AutoModel` or one of its relatives, `dtype` "auto" = as stored, `attn_implementation` None = what
+    the config names, or the library's choice; `of_weights` are further keywords of transformers. A `UserError` where it
+    cannot be loaded, or what it names may not be opened.
     """
     try:
         whole = folder if folder.adapter is None else model_below(folder)
@@ -358,16 +349,11 @@ def open_sentence_transformer(
     attn_implementation: str | None = None,
     device: str | None = None,
 ) -> SentenceTransformer:
-    """A folder or hub name that sentence-transformers has written.
+    """What sentence-transformers has written; of a repository, the files that may be opened are fetched first.
 
-    Args:
-        path: where it lies; of a repository, the files that may be opened are fetched first.
-        dtype: of the weights; None = what the folder asks for, or as stored.
-        attn_implementation: as in `open_model`.
-        device: where it runs; None = the library's choice.
-
-    Raises:
-        UserError: it cannot be loaded, what it names may not be opened, or sentence-transformers is not installed.
+    `dtype` None = what the folder asks for, or as stored; `attn_implementation` is as in `open_model`; `device` None =
+    the library's choice. A `UserError` where it cannot be loaded, what it names may not be opened, or
+    sentence-transformers is not installed.
     """
     with needs_extra("sentence-transformers is not installed", "eval"):
         from sentence_transformers import SentenceTransformer  # seconds to import

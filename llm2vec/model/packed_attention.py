@@ -44,15 +44,10 @@ _flash_backward = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_bac
 
 
 class Group(NamedTuple):
-    """Texts that stand one after the other behind the prefix they share.
+    """Texts that stand one after the other behind the prefix they share."""
 
-    Attributes:
-        prefix: tokens of the shared prefix, which stands once in front of the first text; 0 = none.
-        lengths: each text's own tokens.
-    """
-
-    prefix: int
-    lengths: tuple[int, ...]
+    prefix: int  #: tokens of the shared prefix, which stands once in front of the first text; 0 = none
+    lengths: tuple[int, ...]  #: each text's own tokens
 
 
 class _Span(NamedTuple):
@@ -64,19 +59,12 @@ class _Span(NamedTuple):
 
 
 class _Indices(NamedTuple):
-    """A layout as tensors.
+    """A layout as tensors."""
 
-    Attributes:
-        closing: index [texts] of each text's last token.
-        keys: index of each text's keys, its prefix's first, text after text.
-        query_ends: ends of the texts' queries, int32 [texts + 1] from 0.
-        key_ends: the same of their keys, prefix included.
-    """
-
-    closing: Tensor
-    keys: Tensor
-    query_ends: Tensor
-    key_ends: Tensor
+    closing: Tensor  #: index [texts] of each text's last token
+    keys: Tensor  #: index of each text's keys, its prefix's first, text after text
+    query_ends: Tensor  #: ends of the texts' queries, int32 [texts + 1] from 0
+    key_ends: Tensor  #: the same of their keys, prefix included
 
 
 @dataclass(frozen=True, eq=False)
@@ -85,16 +73,11 @@ class Layout:
 
     >>> Layout((Group(prefix=2, lengths=(3, 1)),)).closing  # two shared tokens, then three and one
     tensor([4, 5])
-
-    Attributes:
-        groups: in the order in which they stand.
-        closing_only: the queries are the last token of each text alone; keys and values are all tokens.
-        kernel: of `HUB_KERNELS`, for CUDA; None = torch's.
     """
 
-    groups: tuple[Group, ...]
-    closing_only: bool = False
-    kernel: str | None = None
+    groups: tuple[Group, ...]  #: in the order in which they stand
+    closing_only: bool = False  #: the queries are the last token of each text alone; keys and values are all tokens
+    kernel: str | None = None  #: of `HUB_KERNELS`, for CUDA; None = torch's
     _moved: dict[torch.device, _Indices] = field(default_factory=dict)
 
     @cached_property

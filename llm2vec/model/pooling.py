@@ -82,11 +82,8 @@ def states_of(
 ) -> dict[str, Tensor]:
     """States after the final norm of each side's tokens, or [texts, D] where the pass reads closing tokens alone.
 
-    Args:
-        model: decoder without head, plain or with an adapter on it.
-        run: the pass over the sides' texts. Behind a prefix that it shares, states are what they are without.
-        sides: packed texts.
-        embeddings: as of `embed`.
+    `run` is the pass over the sides' texts; behind a prefix that it shares, states are what they are without. The other
+    arguments are those of `embed`.
     """
     if embeddings is None:
         embeddings = model.get_input_embeddings()(torch.cat([side["input_ids"] for side in sides.values()]))

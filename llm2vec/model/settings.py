@@ -30,31 +30,20 @@ UPSTREAMS_RULE: dict[str, Any] = {"instruction_mask": "counted"}
 class EncoderSettings:
     """How texts become vectors. The defaults are upstream LLM2Vec's, except `doc_max_length`.
 
-        EncoderSettings("last", 512, template="llama3", attention="causal")  # the paper's, on a Llama 3 model
-
-    Attributes:
-        pooling_mode: `last`, `mean`, `weighted_mean` or `first`.
-        max_length: most tokens of a row, template included.
-        doc_max_length: most tokens of the text alone; None = as many as fit (upstream: 400).
-        skip_instruction: whether the instruction is left out of the pooled positions.
-        template: key of `templates.TEMPLATES`; None = inferred from the tokenizer.
-        instruction_join: what stands between instruction and text, in the templates that leave it open.
-        attention: `causal` or `bidirectional`.
-        normalize: whether `encode` returns unit vectors.
-        parent_adapters: for an adapter checkpoint, the adapters merged into the base below it, innermost first.
-        instruction_mask: how the instruction is left out: `offsets`, or `counted` for a model of upstream LLM2Vec
-            (`text.tokenization.RowTokenizer`).
+    EncoderSettings("last", 512, template="llama3", attention="causal")  # the paper's, on a Llama 3 model
     """
 
-    pooling_mode: PoolingMode = "mean"
-    max_length: int = 512
-    doc_max_length: int | None = None
-    skip_instruction: bool = True
-    template: str | None = None
-    instruction_join: str = " "
-    attention: Attention = "bidirectional"
-    normalize: bool = False
+    pooling_mode: PoolingMode = "mean"  #: `last`, `mean`, `weighted_mean` or `first`
+    max_length: int = 512  #: most tokens of a row, template included
+    doc_max_length: int | None = None  #: most tokens of the text alone; None = as many as fit (upstream: 400)
+    skip_instruction: bool = True  #: whether the instruction is left out of the pooled positions
+    template: str | None = None  #: key of `templates.TEMPLATES`; None = inferred from the tokenizer
+    instruction_join: str = " "  #: what stands between instruction and text, in the templates that leave it open
+    attention: Attention = "bidirectional"  #: `causal` or `bidirectional`
+    normalize: bool = False  #: whether `encode` returns unit vectors
+    #: for an adapter checkpoint, the adapters merged into the base below it, innermost first
     parent_adapters: tuple[str, ...] | None = None
+    #: how the instruction is left out: `offsets`, or `counted` for a model of upstream LLM2Vec (`RowTokenizer`)
     instruction_mask: InstructionMask = "offsets"
 
     def __post_init__(self) -> None:

@@ -85,17 +85,12 @@ STRAY_BLANK = (
 class StockForm:
     """A template as ids before a text, prompts, and ids behind it."""
 
-    #: Renders the template; what the stock form must equal.
-    rows: RowTokenizer
-    #: Ids that the tokenizer writes first.
-    before: tuple[int, ...]
-    #: Characters that `before` ends with, so that no prompt repeats them.
-    written: str
-    #: Ids that the tokenizer writes last.
-    behind: tuple[int, ...]
+    rows: RowTokenizer  #: renders the template; what the stock form must equal
+    before: tuple[int, ...]  #: ids that the tokenizer writes first
+    written: str  #: characters that `before` ends with, so that no prompt repeats them
+    behind: tuple[int, ...]  #: ids that the tokenizer writes last
     pooling_mode: PoolingMode
-    #: Whether pooling reads what stands before the text.
-    include_prompt: bool
+    include_prompt: bool  #: whether pooling reads what stands before the text
 
     def prompt(self, instruction: str, side: TextSide = "query") -> str:
         """The prompt of an instruction; empty = the tokenizer writes all there is."""
@@ -132,16 +127,9 @@ def stock_model(
 ) -> StockModel:
     """A SentenceTransformer around a model that is there already, through the files that an export holds.
 
-    The model's own config is set to the attention of the settings, which its forward pass then uses by itself.
-
-    Args:
-        model: decoder without head, plain or with an adapter on it; its weights are shared.
-        rows: renders its texts.
-        settings: its pooling and attention.
-        instructions: prompts to have by name, as in `StockForm.prompts`.
-
-    Raises:
-        UserError: sentence-transformers is not there, or cannot say what the template says; says why.
+    The model is a decoder without head, plain or with an adapter on it; its weights are shared. Its own config is set
+    to the attention of the settings, which its forward pass then uses by itself. `instructions` are as in
+    `StockForm.prompts`. A `UserError` where sentence-transformers is not there, or cannot say what the template says.
     """
     check_expressible(rows, settings)
     set_attention(model.config, settings.attention)

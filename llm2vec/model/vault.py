@@ -115,16 +115,9 @@ class Folder:
 
 
 def folder_at(path: str, run: dict[str, Any] | None = None, revision: str | None = None) -> Folder:
-    """A folder or repository as it stands; `open_folder` looks for what is missing of it, too.
-
-    Args:
-        path: folder or hub name.
-        run: what its `run.json` says; None = nothing is asked.
-        revision: of a repository; None = its newest.
-
-    Raises:
-        UserError: its configs cannot be read, or name what may not be opened.
-    """
+    """A folder or repository as it stands, at its newest revision or another; `open_folder` looks for what is missing
+    of it, too. `run` is what its `run.json` says, if that was asked. A `UserError` where its configs cannot be read, or
+    name what may not be opened."""
     folder = Path(path)
     names = frozenset(file.name for file in folder.iterdir() if file.is_file()) if folder.is_dir() else None
     opened = Folder(path, run or {}, names, commit=revision if names is None else None)

@@ -32,29 +32,19 @@ SegmentKind = Literal[
 
 
 class Segment(NamedTuple):
-    """One piece of a template.
+    """One piece of a template."""
 
-    Attributes:
-        kind: `bos` / `eos`: that token of the tokenizer (a missing BOS is left out); `special`: the special token
-            written in `value`; `marker`: a control token where the tokenizer has `value` as one, else that text
-            with a space towards the content; `literal`: the text in `value`; `instruction`, `text`: the row's own;
-            `join`: `instruction_join`, where there is an instruction; `examples`: where few-shot examples stand;
-            `answer`: an example's.
-        value: the token or text of a `special`, `marker` or `literal`.
-        pooled: whether mean pooling without the instruction counts its positions.
-        truncate: whether it gives way when a row is too long; all else is kept.
-        only_last_pooling: written under `last` pooling only.
-        only_with_instruction: written only where the row has an instruction.
-        apart: whether it is tokenised apart from what stands before it, as the method's released code does.
-    """
-
+    #: `bos` / `eos`: that token of the tokenizer (a missing BOS is left out); `special`: the special token written in
+    #: `value`; `marker`: a control token where the tokenizer has `value` as one, else that text with a space towards
+    #: the content; `literal`: the text in `value`; `instruction`, `text`: the row's own; `join`: `instruction_join`,
+    #: where there is an instruction; `examples`: where few-shot examples stand; `answer`: an example's
     kind: SegmentKind
-    value: str = ""
-    pooled: bool = False
-    truncate: bool = False
-    only_last_pooling: bool = False
-    only_with_instruction: bool = False
-    apart: bool = False
+    value: str = ""  #: the token or text of a `special`, `marker` or `literal`
+    pooled: bool = False  #: whether mean pooling without the instruction counts its positions
+    truncate: bool = False  #: whether it gives way when a row is too long; all else is kept
+    only_last_pooling: bool = False  #: written under `last` pooling only
+    only_with_instruction: bool = False  #: written only where the row has an instruction
+    apart: bool = False  #: whether it is tokenised apart from what stands before it, as the method's released code does
 
 
 class Template(NamedTuple):
