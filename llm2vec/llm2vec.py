@@ -59,9 +59,6 @@ class LLM2Vec(nn.Module):
         tokenizer: its tokenizer.
         pooling_mode: this and all below are the settings of `model.settings.EncoderSettings`. A `template` of None is
             inferred from the tokenizer, and said; an `attention` of None is what the model's config says, else causal.
-
-    Attributes:
-        placed: whether the model was loaded with a device map, so that `encode` leaves it where it is.
     """
 
     def __init__(
@@ -103,7 +100,7 @@ class LLM2Vec(nn.Module):
         self.tokenizer = tokenizer
         self.settings = with_template(settings, tokenizer)
         self.row_tokenizer = row_tokenizer(tokenizer, self.settings)
-        self.placed = False
+        self.placed = False  #: whether it was loaded with a device map, so that `encode` leaves it where it is
 
     @classmethod
     def from_pretrained(
@@ -300,15 +297,10 @@ class LLM2Vec(nn.Module):
         return vectors.numpy() if convert_to_numpy and not convert_to_tensor else vectors
 
     def encode_query(self, sentences: Texts, instruction: str = "", *, task: str | None = None, **options: Any) -> Any:
-        """Embed texts as queries under one instruction; `options` are `encode`'s.
+        """Embed texts as queries under one instruction, or under the paper's for a `task` of MTEB.
 
-        Args:
-            sentences: texts, as in `encode`.
-            instruction: what stands before each.
-            task: a task of MTEB, whose instruction of the paper is taken in place of `instruction`.
-
-        Raises:
-            UserError: the paper has no instruction for the task; names the nearest.
+        `sentences` and `options` are `encode`'s. A `UserError` where the paper has no instruction for the task; it
+        names the nearest.
         """
         instruction = instruction if task is None else instruction_of(task)
         return self.encode(under(instruction, sentences), side="query", **options)
@@ -343,10 +335,7 @@ class LLM2Vec(nn.Module):
 
     def push_to_hub(self, repo_id: str, private: bool = False) -> str:
         """Upload what `save` writes to a repository of the hub, made if missing; returns its address. For other
-        libraries, see `llm2vec export --push_to_hub`.
-
-        Raises:
-            UserError: the hub refuses, or is out of reach.
+        libraries, see `llm2vec export --push_to_hub`. A `UserError` where the hub refuses, or is out of reach.
         """
         with tempfile.TemporaryDirectory() as folder:
             self.save(folder)

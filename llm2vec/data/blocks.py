@@ -103,12 +103,8 @@ def texts_of_hub(name: str, configuration: str | None) -> SourceTexts:
 
 
 class TextBlocks(Dataset[Block]):
-    """Blocks of all sources' texts, by one running index that goes on from epoch to epoch.
-
-    Args:
-        texts: the sources.
-        tables: each source's blocks, as `cut_into_blocks` makes them.
-        held_out: makes each source's blocks that are never trained on; None = there are none.
+    """Blocks of all sources' texts, by one running index that goes on from epoch to epoch. `tables` are each source's,
+    as `cut_into_blocks` makes them; `held_out` makes those that are never trained on, None = there are none.
     """
 
     def __init__(
@@ -125,11 +121,8 @@ class TextBlocks(Dataset[Block]):
         self._starts = np.concatenate([[0], np.cumsum(self.sizes)])
 
     def held_out(self) -> TextBlocks:
-        """The blocks that these leave out, as blocks of their own; all ranks call this together.
-
-        Raises:
-            UserError: there are none.
-        """
+        """The blocks that these leave out, as blocks of their own, or a `UserError` where there are none; all ranks
+        call this together."""
         if self._held_out is None:
             names = ", ".join(source.name for source in self.sources)
             raise UserError(f"num_eval_rows is 0, and {names} brings no texts for evaluation; hold some blocks out.")
@@ -163,18 +156,10 @@ def open_blocks(
     max_rows: int | None = None,
     num_held_out: int = 0,
 ) -> TextBlocks:
-    """All sources' texts in blocks.
+    """All sources' texts in blocks of `length` tokens, by a fast tokenizer; of each source at most `max_rows`.
 
-    Args:
-        texts: of each source.
-        tokenizer: a fast one.
-        length: tokens of a block.
-        max_rows: most blocks of each source, from the start; None = all.
-        num_held_out: blocks at the end of each source that belong to `held_out()` instead; with 0 those of the texts
-            that every source itself holds out, if they do.
-
-    Raises:
-        UserError: a source's texts do not fill a block beside those held out.
+    `num_held_out` blocks at the end of each source belong to `held_out()` instead; with 0 those of the texts that every
+    source itself holds out, if they do. A `UserError` where a source's texts do not fill a block beside those.
     """
     tables = [cut_into_blocks(source.table, source.columns, tokenizer, length) for source in texts]
     for source, table in zip(texts, tables, strict=True):
@@ -208,10 +193,8 @@ def cut_into_blocks(table: Any, columns: Sequence[str], tokenizer: PreTrainedTok
     """A table's texts as a `datasets.Dataset` of blocks, `ids`: built once for its arguments, then mapped.
 
     Texts without any character but blanks are left out. Each text stands behind the tokenizer's BOS, if there is one
-    (also where the tokenizer does not write it by itself), and nothing else stands between two texts.
-
-    Raises:
-        UserError: they do not fill a block.
+    (also where the tokenizer does not write it by itself), and nothing else stands between two texts. A `UserError`
+    where they do not fill a block.
     """
     from datasets import Features, List, Value
 

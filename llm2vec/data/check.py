@@ -73,13 +73,8 @@ class SourceReport:
 class TestTexts:
     """The texts of test sets, to find them in training rows: whole, or by `OVERLAP_WORDS` words in a row.
 
-    Case, punctuation and white space do not count.
-
-    Args:
-        folders: one a test set, named after its folder; all text in its JSONL, JSON, CSV, TSV and Parquet files.
-
-    Raises:
-        UserError: a folder is not there or holds no text.
+    Case, punctuation and white space do not count. Each folder is a test set, named after it: all text in its JSONL,
+    JSON, CSV, TSV and Parquet files. A `UserError` where one is not there or holds no text.
     """
 
     __test__ = False  # pytest: not a test, whatever its name says
@@ -161,10 +156,7 @@ def record_hashes(reports: Sequence[SourceReport], record: Path) -> list[str]:
     """Compare the files' hashes with a record, source -> {sha256, bytes, rows}, and add the files that are new to it.
 
     Returns what differs, a sentence a file; the record of such a file is left as it is. Where none can be written, as
-    beside data that is shared and read-only, that is said and no more.
-
-    Raises:
-        UserError: the record is no such object.
+    beside data that is shared and read-only, that is said and no more. A `UserError` where it is no such object.
     """
     known = read_object(record, shape={str: {"sha256": str}}) if record.is_file() else {}
     found = {r.name: {"sha256": r.sha256, "bytes": r.num_bytes, "rows": r.rows} for r in reports if r.sha256}

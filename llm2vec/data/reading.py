@@ -68,11 +68,8 @@ class Reading(NamedTuple):
 
 
 def opened(place: Path, reading: Reading) -> Any:
-    """The `datasets.Dataset` of a source that is a data set; all processes call this together.
-
-    Raises:
-        UserError: it is not there or out of reach, or lacks the split.
-    """
+    """The `datasets.Dataset` of a source that is a data set; all processes call this together. A `UserError` where it
+    is not there or out of reach, or lacks the split."""
     if not reading.hub:
         return load_saved(place, reading.split)
     load = partial(load_from_hub, str(place), "sources_file", reading.config, split=reading.split or "train")
@@ -236,10 +233,7 @@ def _without_equals(row: dict[str, Any], positives: Sequence[Any]) -> tuple[dict
 
 class _Texts:
     """The texts of a corpus by their ids, which are compared as strings. The texts lie in a mapped Arrow file, in
-    memory are the ids and the numbers of their rows.
-
-    Raises:
-        UserError: a column is missing, or an id has two texts.
+    memory are the ids and the numbers of their rows. A `UserError` where a column is missing, or an id has two texts.
     """
 
     def __init__(self, place: Path, reading: Reading) -> None:

@@ -28,11 +28,7 @@ Placed: TypeAlias = tuple[str, Record]
 
 
 def parsed(record: Record, where: str) -> Mapping[str, Any]:
-    """The columns of a record.
-
-    Raises:
-        UserError: a line is no JSON object; begins with `where`.
-    """
+    """The columns of a record; a `UserError`, which begins with `where`, if a line is no JSON object."""
     return parse_object(record, where) if isinstance(record, bytes) else record
 
 

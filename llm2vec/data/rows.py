@@ -35,9 +35,6 @@ ROWS_VERSION = 4
 class TrainingRows(Dataset[Example]):
     """All rows of all sources, by one running index.
 
-    Attributes:
-        left_out: of each source, what was left out of it, by a word for it.
-
     Args:
         folder: where the sources' files lie.
         sources: what to read; all files must be there.
@@ -84,6 +81,7 @@ class TrainingRows(Dataset[Example]):
             for file, source in zip(self.files, self.sources, strict=True)
         ]
         self._tables = [table for table, _ in read]
+        #: What was left out of each source, by a word for it.
         self.left_out: list[dict[str, int]] = [counts for _, counts in read]
         for file, table in zip(self.files, self._tables, strict=True):
             if len(table) <= num_held_out:
@@ -183,10 +181,8 @@ def read_rows(
     Columns: `row` (its number in the file), `query`, `positive`, `negative` (a list); if asked for `scores` (a list);
     where the reading draws from them `positives` (a list).
 
-    Built once for a file's path and stamp (`tables.stamp_of`), then mapped; rank 0 builds, the others wait.
-
-    Raises:
-        UserError: a record is no valid row.
+    Built once for a file's path and stamp (`tables.stamp_of`), then mapped; rank 0 builds, the others wait. A
+    `UserError` where a record is no valid row.
     """
     from datasets import Features, List, Value
 

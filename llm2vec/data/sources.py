@@ -100,10 +100,8 @@ def read_sources_file(path: Path) -> list[Source]:
 
     `instruction` may be empty, or a list (rows take them in turn). `symmetric` (default false) puts it on the
     documents too; beside a list of instructions it may be a list as long. `hub` names a data set in the place of
-    `file`. What else there is says how records become rows (`Reading`); docs/guides/data.md has examples.
-
-    Raises:
-        UserError: the file is missing, no JSON object, or an entry has an unknown key or a wrong type.
+    `file`. What else there is says how records become rows (`Reading`); docs/guides/data.md has examples. A `UserError`
+    where the file is missing or no JSON object, or an entry has an unknown key or a wrong type.
     """
     table = read_object(table_file(path), f"sources_file: {path}")
     if not table:
@@ -217,12 +215,8 @@ def select_sources(sources: Sequence[Source], names: Sequence[str] | None) -> li
 
 
 def find_files(folder: Path, sources: Sequence[Source]) -> list[Path]:
-    """The sources' files in `folder`; of a data set of the hub that is not there, its name.
-
-    Raises:
-        UserError: the folder or a file is not there; says what was looked for and, of the paper's sources, where to
-            get it.
-    """
+    """The sources' files in `folder`; of a data set of the hub that is not there, its name. A `UserError` where the
+    folder or a file is not there, which says what was looked for and, of the paper's sources, where to get it."""
     if missing := list(dict.fromkeys(Path(file).name for source in sources for file in source.missing(folder))):
         what = f"lacks {', '.join(missing)}" if folder.is_dir() else f"is not a folder (wanted: {', '.join(missing)})"
         raise UserError(f"dataset_file_path: {folder} {what}{archive_hint(sources)}.")

@@ -46,13 +46,8 @@ SIZES_FILE, COUNTS_FILE = "SIZES", "COUNTS"
 
 
 def stamp_of(file: Path) -> str:
-    """What tells a file's content from what it was, without reading all of it: size, time stamp and a few blocks.
-
-    Of a folder, the same of each file in it.
-
-    Raises:
-        UserError: it cannot be read.
-    """
+    """What tells a file's content from what it was, without reading all of it: size, time stamp and a few blocks; of a
+    folder, the same of each file in it. A `UserError` where it cannot be read."""
     digest = hashlib.sha256()
     if file.is_dir():
         for path in _files_in(file):
@@ -173,12 +168,9 @@ def arrow_file(file: Path, schema: Any) -> Iterator[Any]:
 
 
 def content_hash(file: Path) -> str:
-    """SHA-256 of a file's content, in hexadecimal digits; taken once for its path and stamp, then kept in the cache.
-    Of a folder, that of its files' names and hashes.
-
-    Raises:
-        UserError: the file cannot be read or changed meanwhile, or the cache cannot be written.
-    """
+    """SHA-256 of a file's content, in hexadecimal digits; taken once for its path and stamp, then kept in the cache. Of
+    a folder, that of its files' names and hashes. A `UserError` where the file cannot be read or changed meanwhile, or
+    the cache cannot be written."""
     from datasets import config
 
     if file.is_dir():

@@ -124,14 +124,9 @@ def open_chain(base: str, adapters: Sequence[str] = (), revision: str | None = N
     below it, in that order. They are told by their weights where those are recorded, so that a folder may be moved and
     renamed; else by their folders' names.
 
-    Args:
-        base: folder or hub name of a model or of an adapter.
-        adapters: folders or hub names, innermost first.
-        revision: of `base`, where it is a repository; None = the newest.
-
-    Raises:
-        UserError: a folder was cut short or cannot be read; an adapter is its own base; or others lie below it than in
-            training, which would give wrong embeddings and no other sign.
+    Both are folders or hub names, the adapters innermost first; `revision` is the base's, where it is a repository,
+    None = the newest. A `UserError` where a folder was cut short or cannot be read; an adapter is its own base; or
+    others lie below it than in training, which would give wrong embeddings and no other sign.
     """
     names, opened = list(adapters), {base: open_folder(base, revision)}
     while True:

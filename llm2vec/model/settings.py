@@ -28,9 +28,8 @@ UPSTREAMS_RULE: dict[str, Any] = {"instruction_mask": "counted"}
 
 @dataclass(frozen=True)
 class EncoderSettings:
-    """How texts become vectors. The defaults are upstream LLM2Vec's, except `doc_max_length`.
-
-    EncoderSettings("last", 512, template="llama3", attention="causal")  # the paper's, on a Llama 3 model
+    """How texts become vectors. The defaults are upstream LLM2Vec's, except `doc_max_length`. The paper's, on a Llama 3
+    model, are `EncoderSettings("last", 512, template="llama3", attention="causal")`.
     """
 
     pooling_mode: PoolingMode = "mean"  #: `last`, `mean`, `weighted_mean` or `first`

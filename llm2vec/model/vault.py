@@ -210,14 +210,8 @@ def _check_adapter(config: Mapping[str, Any], where: str) -> None:
 
 
 def check_tokenizer(folder: Folder) -> str | None:
-    """Refuse a tokenizer that would make a text many times as long before it reads it.
-
-    Returns:
-        Of a repository, the commit that was looked at, and that the tokenizer must be taken from.
-
-    Raises:
-        UserError: it would, or the folder's path is no possible name.
-    """
+    """Refuse, by a `UserError`, a tokenizer that would make a text many times as long before it reads it; and a path
+    that is no possible name. Of a repository, returns the commit that was looked at, and that it must be taken from."""
     is_local = folder.names is not None
     file = f"{folder.path}/tokenizer.json" if is_local else find_file(folder.path, "tokenizer.json", folder.commit)
     try:
@@ -294,14 +288,9 @@ def model_below(folder: Folder) -> Folder:
 
 
 def check_modules(folder: Path, path: str) -> tuple[list[Folder], dict[str, Any]]:
-    """Refuse a sentence-transformers folder, once called `path`, that lists or names what may not be opened.
-
-    Returns:
-        Where full models lie, below an adapter if there is one, and the keywords that the folder gives for loading.
-
-    Raises:
-        UserError: it does.
-    """
+    """Refuse, by a `UserError`, a sentence-transformers folder, once called `path`, that lists or names what may not be
+    opened. Returns where full models lie, below an adapter if there is one, and the keywords that the folder gives for
+    loading."""
     if not (folder / MODULES_FILE).is_file():
         raise UserError(f"{path} has no {MODULES_FILE}.")
     where = f"{path}/{MODULES_FILE}"
