@@ -77,11 +77,13 @@ def read_object(file: Path, where: str | None = None, shape: Shape = None) -> di
 
 @contextmanager
 def _opened(file: Path, where: str) -> Iterator[BinaryIO]:
-    with in_one_sentence(lambda why: f"{where}: cannot be read ({why}).", OSError):
+    try:
         if file.is_char_device() or file.is_block_device():  # /dev/zero has no end
             raise UserError(f"{where}: cannot be read (it is a device).")
         with file.open("rb") as content:
             yield content
+    except OSError as error:
+        raise UserError(f"{where}: cannot be read ({error.strerror or first_line(error)}).") from error
 
 
 def checked(content: Any, shape: Shape, where: str) -> Any:

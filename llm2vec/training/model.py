@@ -165,7 +165,8 @@ def open_tokenizer(config: Config, chain: Chain) -> tuple[PreTrainedTokenizerBas
             join,
         )
     new_tokens = add_template_tokens(tokenizer, str(settings.template))
-    new_tokens += add_mask_token(tokenizer, config.mask_token_type)
+    if config.mask_token_type == "mask":
+        new_tokens += add_mask_token(tokenizer, config.mask_token_type)
     row_tokenizer(tokenizer, settings)  # a template the tokenizer cannot write is found before the weights load
     return tokenizer, settings, new_tokens
 
