@@ -353,8 +353,10 @@ class BidirectionalReconstruction(nn.Module, StageOneObjective):
         sizes = [sum(self._terms_of(length) for length in of) for of in lengths]
         weights = zip(directions.values(), shares, sizes, strict=True)
         weight_N = torch.cat([(weight * share).expand(size) for weight, share, size in weights])
-        target = None if divergence else target_N
-        loss, terms_N, _ = self.head.cross_entropy(states_ND, target, weight_N, teacher_ND)
+        if teacher_ND is not None:
+            loss, terms_N, _ = self.head.divergence(states_ND, teacher_ND, weight_N)
+        else:
+            loss, terms_N, _ = self.head.cross_entropy(states_ND, target_N, weight_N)
         return loss, [terms.sum() * share for terms, share in zip(terms_N.split(sizes), shares, strict=True)]
 
     def _imitated(self, memories: Mapping[str, Tensor], batch: Batch) -> Tensor:

@@ -39,13 +39,17 @@ class Head(NamedTuple):
         logits = logits if self.scale == 1 else logits * self.scale
         return logits if self.softcap is None else self.softcap * torch.tanh(logits / self.softcap)
 
-    def cross_entropy(
-        self, states_ND: Tensor, target_N: Tensor | None, term_weight_N: Tensor, teacher_ND: Tensor | None = None
-    ) -> CrossEntropy:
-        """Sum over N of term_weight * -log softmax(logits)[target]; the logits are never all held.
+    def cross_entropy(self, states_ND: Tensor, target_N: Tensor, term_weight_N: Tensor) -> CrossEntropy:
+        """Sum over N of term_weight * -log softmax(logits)[target]; the logits are never all held."""
+        return self._terms(states_ND, target_N, term_weight_N, None)
 
-        Beside a teacher's states, of term_weight * KL(softmax(their logits) || softmax(logits)) in its place.
-        """
+    def divergence(self, states_ND: Tensor, teacher_ND: Tensor, term_weight_N: Tensor) -> CrossEntropy:
+        """Sum over N of term_weight * KL(softmax(logits of the teacher's states) || softmax(logits of the states))."""
+        return self._terms(states_ND, None, term_weight_N, teacher_ND)
+
+    def _terms(
+        self, states_ND: Tensor, target_N: Tensor | None, term_weight_N: Tensor, teacher_ND: Tensor | None
+    ) -> CrossEntropy:
         bias_V = self.bias_V
         if self.scale != 1:
             states_ND, bias_V = states_ND * self.scale, None if bias_V is None else bias_V * self.scale
