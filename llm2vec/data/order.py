@@ -144,9 +144,8 @@ def deal(lengths: NDArray[np.int64], num_ranks: int) -> NDArray[np.int64]:
 
     The longest rows go first, one to each rank in a round, the longest of a round to the rank that holds least.
 
-    Args:
-        lengths: of the group's rows, a multiple of `num_ranks` in number.
-        num_ranks: how many ranks share the group: consecutive places of the result are the first rank's, and so on.
+    The lengths are those of the group's rows, a multiple of `num_ranks` in number. Consecutive places of the result are
+    the first rank's, and so on.
     """
     rounds = np.argsort(-lengths, kind="stable").reshape(-1, num_ranks)
     held = np.zeros(num_ranks, dtype=np.int64)

@@ -111,7 +111,6 @@ def rows_of(
 
     Args:
         place: its file or data set.
-        reading: how it is read.
         num_negatives: of a row, where `reading` does not say fewer; None = all there are.
         with_scores: whether `scores` are read: the positive's, then those of the negatives; None = where a row has any.
         name: of the source's file in messages; empty = its path.

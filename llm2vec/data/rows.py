@@ -48,8 +48,7 @@ class TrainingRows(Dataset[Example]):
             file's row.
         drawn_anew: whether something is drawn of a row in each epoch, so that it is asked for with the epoch's number.
 
-    Raises:
-        UserError: a file is missing, or a line is no valid row (file, line number, what is wrong).
+    A `UserError` where a file is missing, or a line is no valid row (file, line number, what is wrong).
     """
 
     def __init__(

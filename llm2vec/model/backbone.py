@@ -154,7 +154,6 @@ def attach_lora(
     """Put a fresh LoRA adapter on a model. Everything else is frozen; no bias is trained.
 
     Args:
-        model: what is adapted.
         r: rank; `alpha` is the scale, `dropout` stands before the adapter.
         modules: what gets an adapter; empty = nothing does, and tokens alone are trained.
         new_tokens: ids whose embeddings are trained and saved with the adapter.

@@ -138,11 +138,9 @@ class RowTokenizer:
         """Tokenise without padding, one Row a text, in order.
 
         The target is the text, its last copy where there are two. Few-shot examples are added, in order, while the
-        row stays within `max_length` with its own text as it is; each of their parts is cut to `EXAMPLE_PART` tokens.
-
-        Raises:
-            UserError: a row's template and instruction alone fill `max_length`, there are examples and no place for
-                them, or a text holds half a surrogate pair.
+        row stays within `max_length` with its own text as it is; each of their parts is cut to `EXAMPLE_PART` tokens. A
+        `UserError` where a row's template and instruction alone fill `max_length`, there are examples and no place for
+        them, or a text holds half a surrogate pair.
         """
         forms = [self._forms[text.side] for text in texts]
         pieces = [
