@@ -8,6 +8,7 @@ from __future__ import annotations
 import json
 import os
 import shutil
+import signal
 import subprocess
 import sys
 import time
@@ -133,7 +134,7 @@ class Runner:
             raise UserError(f"llm2vec {run.command} was stopped by a signal")
         if code:
             self._tell(run, f"failed; see {log}")
-            raise UserError(f"llm2vec {run.command} failed ({_last_line(log)}); see {log}")
+            raise UserError(f"llm2vec {run.command} {_end(code, log)}; see {log}")
         (run.folder / run.marker).touch()
         self._tell(run, f"{(time.monotonic() - started) / 60:.1f} minutes")
 
@@ -187,8 +188,11 @@ def last_step(steps_file: Path) -> int:
     return int(json.loads(whole[-1])["step"]) if whole else 0
 
 
-def _last_line(log: Path) -> str:
-    """What a run said last; its own error message where there is one."""
+def _end(code: int, log: Path) -> str:
+    """How a run failed: what killed it, else its own error message, else what it said last."""
+    if code < 0:
+        by = signal.Signals(-code)
+        return f"was killed ({by.name}{'; often for want of memory' if by == signal.SIGKILL else ''})"
     lines = [line.strip() for line in log.read_text(encoding="utf-8", errors="replace").splitlines() if line.strip()]
     said = next((line for line in reversed(lines) if line.startswith("error: ")), lines[-1] if lines else "no output")
-    return said.removeprefix("error: ")
+    return f"failed ({said.removeprefix('error: ')})"

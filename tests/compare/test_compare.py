@@ -634,6 +634,16 @@ def test_a_run_that_a_signal_stops_on_its_way_has_not_come_to_the_next_rung(
         runner.do(run, 0)
 
 
+def test_a_run_that_the_system_kills_is_said_to_be_killed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its last line tells nothing: it is that of a step that went well."""
+    monkeypatch.setattr(execution, "PROGRAM", ("-c", "import os; print('fine', flush=True); os.kill(os.getpid(), 9)"))
+    (run,) = chain(tmp_path, 4)
+    with (tmp_path / "lock").open("w") as lock:
+        runner = execution.Runner([("mine", run)], tmp_path, workers=1, processes=1, lock=lock.fileno(), say=print)
+        with pytest.raises(UserError, match=r"was killed \(SIGKILL; often for want of memory\); see \S+\.log$"):
+            runner.do(run, 0)
+
+
 def test_scores_of_an_interrupted_evaluation_are_kept_and_old_ones_are_not(tmp_path: Path) -> None:
     run = Run("evaluation", "x.py", (), tmp_path / "e", is_resumable=True)
     write(run.folder / "results/m/r/A.json", {})
