@@ -104,7 +104,7 @@ def _difference(claim: Mapping[str, Any], outcomes: Sequence[TrialOutcome]) -> D
             seen = [replace(o, scores={} if o.loss is None else {"loss": o.loss}, queries={}) for o in outcomes]
         case other:
             raise UserError(f"claims.json: unknown `at`: {other!r}.")
-    scored = by_seed(seen)
+    scored = by_seed([outcome for outcome in seen if outcome.scores])
     return difference_of(scored.get(claim["higher"], {}), scored.get(claim["lower"], {}))
 
 

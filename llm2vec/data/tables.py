@@ -167,16 +167,16 @@ def arrow_file(file: Path, schema: Any) -> Iterator[Any]:
         writer.finalize()
 
 
-def content_hash(file: Path) -> str:
-    """SHA-256 of a file's content, in hexadecimal digits; taken once for its path and stamp, then kept in the cache. Of
-    a folder, that of its files' names and hashes. A `UserError` where the file cannot be read or changed meanwhile, or
-    the cache cannot be written."""
+def content_hash(file: Path, stamp: str = "") -> str:
+    """SHA-256 of a file's content, in hexadecimal digits; taken once for its path and stamp (of now, if none is given),
+    then kept in the cache. Of a folder, that of its files' names and hashes. A `UserError` where the file cannot be
+    read or changed meanwhile, or the cache cannot be written."""
     from datasets import config
 
     if file.is_dir():
         hashes = "".join(f"{path.relative_to(file)} {content_hash(path)}\n" for path in _files_in(file))
         return hashlib.sha256(hashes.encode()).hexdigest()
-    stamp = stamp_of(file)
+    stamp = stamp or stamp_of(file)
     name = hashlib.sha256(f"{file.resolve()}\n{stamp}".encode()).hexdigest()
     kept = Path(config.HF_DATASETS_CACHE) / HASHES_FOLDER / name
     if kept.is_file():
@@ -195,7 +195,7 @@ def content_hash(file: Path) -> str:
 def hash_of_read(file: Path, stamp: str) -> str:
     """The same of a file that was read, given its stamp from before (may be empty: nothing is known of it); a
     `UserError` where the file is not what was read."""
-    found = content_hash(file)
+    found = content_hash(file, stamp)
     if stamp:
         check_unchanged(file, stamp)
     return found

@@ -153,20 +153,20 @@ def must_end_well(*argv: str, cwd: Path) -> str:
 # --- inputs ---
 
 
+#: What commands import when they run, beside their own modules.
+IMPORTED = (
+    "llm2vec.evaluation.run", "llm2vec.reports.evaluation", "llm2vec.export.export", "llm2vec.training.stages",
+    "llm2vec.corpus.encoding", "llm2vec.planning.plan",
+)  # fmt: skip
+
+
 def make_inputs(folder: Path) -> Path:
     """Folders that cases copy; every path in them is relative to the folder."""
     for name, one in COMMANDS.items():  # so that no process has to import it
         if name not in ("base", "compare", "reconstruct", "verify"):
             importlib.import_module(f"llm2vec.commands.{one.module}")
-    for module in (
-        "evaluation.run",
-        "reports.evaluation",
-        "export.export",
-        "train.stages",
-        "corpus.encoding",
-        "planning.plan",
-    ):
-        importlib.import_module(f"llm2vec.{module}")
+    for module in IMPORTED:
+        importlib.import_module(module)
     draw = random.Random(0)
     tokenizer = family_tokenizer("llama")
     rows = [

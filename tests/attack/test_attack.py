@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import os
 import subprocess
 import sys
@@ -9,7 +10,14 @@ from pathlib import Path
 
 import pytest
 
+from tests.attack.cases import IMPORTED
+
 ROOT = Path(__file__).parents[2]
+
+
+def test_what_it_imports_beforehand_is_there() -> None:
+    """A module that moves would stop it before its first case, and it is rarely run."""
+    assert all(map(importlib.util.find_spec, IMPORTED))
 
 
 @pytest.mark.slow

@@ -50,6 +50,14 @@ def test_one_seed_decides_by_its_queries_or_not_at_all() -> None:
         assert table is not None and table.rows[0][2] == verdict
 
 
+def test_a_seed_that_was_not_scored_on_its_way_leaves_those_that_were() -> None:
+    scored = [trial("anchor", 1, 50.0, 30.0, 1.0), trial("baseline", 1, 49.0, 20.0, 3.0)]
+    only_at_the_end = [TrialOutcome("anchor", 2, {"X": 51.0}), TrialOutcome("baseline", 2, {"X": 50.0})]
+    table = claims_table([*scored, *only_at_the_end])
+    assert table is not None
+    assert ["Table 9, Figure 2", 10.0] in [[row[0], row[4]] for row in table.rows]
+
+
 def write_record_of(folder: Path, recipe: str, score: float) -> None:
     entry = {"main_score": score, "hf_subset": "default", "languages": ["eng-Latn"]}
     content = {"dataset_revision": "d", "task_name": "STS12", "mteb_version": "2", "scores": {"test": [entry]}}
@@ -110,8 +118,9 @@ def test_the_labs_table_of_the_real_model_is_its_record() -> None:
     page = (ROOT / "docs/lab.md").read_text(encoding="utf-8").partition("on a real model.**")[2]
     rows = [[cell.strip() for cell in line.split("|")] for line in re.findall(r"^\| `.*", page, re.M)]
     assert len(rows) == 5
-    for _, name, _, score, less, _ in rows:
+    for _, name, _, seeds, score, less, _ in rows:
         of_seeds = outcomes[name.strip("`")]
+        assert int(seeds) == len(of_seeds)
         assert score == f"{mean(mean(o.scores.values()) for o in of_seeds.values()):.1f}"
         found = difference_of(of_seeds, outcomes["anchor"])
         assert found is not None and found.queries is not None
