@@ -145,3 +145,14 @@ def test_the_readmes_scores_are_the_records() -> None:
             if all(tasks <= o.scores.keys() for o in of_seeds.values())
         }
         assert shown == {name: measured.get(name, "-") for name in ("bm25", "baseline", "control", "anchor", "the")}
+
+
+@pytest.mark.skipif(not (ROOT / "results").is_dir(), reason="needs the repository's results")
+def test_what_the_readme_says_below_its_scores_is_the_record() -> None:
+    outcomes = by_seed(read_record(ROOT / "results/smollm2-135m")[0])
+    early = [f"{mean(outcomes[recipe][42].along[32].values()):.1f}" for recipe in ("anchor", "baseline")]
+    leads = [difference_of(outcomes[recipe], outcomes["baseline"]) for recipe in ("anchor", "control")]
+    points = [int(lead.tasks) for lead in leads if lead is not None]
+    readme = " ".join((ROOT / "README.md").read_text(encoding="utf-8").split())
+    assert f"Anchor has {early[0]} and the baseline {early[1]}:" in readme
+    assert f"it brings {points[0]} points" in readme and f"Most of that, {points[1]} points" in readme
