@@ -6,6 +6,7 @@ import dataclasses
 import functools
 import json
 import logging
+import re
 import runpy
 import shutil
 import sys
@@ -356,6 +357,22 @@ def test_operations_of_stage_II(hub: None) -> None:
     assert plan.flops_a_step == pytest.approx(512 * a_row, rel=1e-9)
     trained = sum(weight.numel() for weight in plan.model.parameters() if weight.requires_grad)
     assert trained == adapter
+
+
+def test_the_overviews_hours_and_memory(hub: None) -> None:
+    """What `docs/reproduce/index.md` says of every model's stages is what the plan says, in its digits."""
+    page = (ROOT / "docs/reproduce/index.md").read_text(encoding="utf-8")
+    rows = re.findall(r"^\| [^|]+ \| `(.+)` \| [^|]+ \| (\S+), (\S+) \| (\S+), (\S+) \|$", page, re.MULTILINE)
+    assert len(rows) == 5
+    for name, *said in rows:
+        plans = [
+            shipped(path, Conditions(8, CARDS["A100-80GB"], **ASSUMED))
+            for path in (f"stage_I/{name}_q2d_d2q.json", f"stage_II/{name}_stage1_2000steps_stage2.json")
+        ]
+        work = [(plan.steps or 0) * plan.flops_a_step for plan in plans]
+        hours = [f"{flops / (8 * 312e12 * plans[0].conditions.utilisation) / 3600:.1f}" for flops in work]
+        memory = [f"{plan.memory.most / 1e9:.0f}" for plan in plans if plan.memory is not None]
+        assert said == [*hours, *memory], name
 
 
 @pytest.mark.parametrize(("seconds", "said"), [(0.123, "0.12 s"), (123.4, "123 s"), (7200.0, "2.0 h")])
