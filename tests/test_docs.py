@@ -21,7 +21,9 @@ import pytest
 ROOT = Path(__file__).parents[1]
 PAGES = sorted([ROOT / "README.md", *(ROOT / "docs").rglob("*.md")])
 #: What a reader may need that is not here.
-NEEDS = ("needs GPUs", "needs the archive", "needs the hub", "needs 4 GB of disk", "needs its package")
+NEEDS = tuple(
+    f"needs {what}" for what in ("GPUs", "the archive", "your own files", "the hub", "4 GB of disk", "its package")
+)
 #: Commands that other tests or the maintainers run whole: they take minutes and install packages.
 ELSEWHERE = re.compile(r"^(make |pip |\. \.venv/bin/activate|vllm |text-embeddings-router )")
 #: Pages whose Python needs models of its own; `tests/test_migration.py` runs that.
