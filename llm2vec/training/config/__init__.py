@@ -378,7 +378,7 @@ LIBRARY_KEYS: dict[str, Key] = {
     "deepspeed": Key(refused="`fsdp` shares the weights out"),
     "parallelism_config": Key(refused="`fsdp` shares the weights out"),
     "ignore_data_skip": Key(refused="a run that goes on would train on rows that it has seen"),
-    "push_to_hub": Key(refused="experiments/export.py uploads what was trained"),
+    "push_to_hub": Key(refused="`llm2vec export` uploads what was trained"),
     "hub_token": Key(
         influence="nothing", refused="a config is written to every checkpoint, so HF_TOKEN or `hf auth login` has it"
     ),
