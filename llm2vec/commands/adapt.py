@@ -18,6 +18,7 @@ are the queries. Trained are Stage II alone, and Stage II behind a pre-stage on 
 from __future__ import annotations
 
 import argparse
+import shlex
 import time
 from collections.abc import Sequence
 from pathlib import Path
@@ -72,6 +73,7 @@ def main(argv: Sequence[str]) -> int:
     minutes = (time.monotonic() - started) / 60
     print(f"\nreport: {out / 'comparison/comparison.html'}    ({minutes:.0f} minutes)")
     print(f"next: llm2vec search index {args.folder} NEW_FOLDER --model {out / 'model'}")
+    print(f'      llm2vec search query NEW_FOLDER "what you look for" --instruction {shlex.quote(instruction)}')
     return 0
 
 
@@ -79,18 +81,24 @@ def _parse_args(argv: Sequence[str]) -> argparse.Namespace:
     parser = cli.parser("adapt", __doc__)
     parser.add_argument("folder", type=cli.path, metavar="DATA", help="folder of text files, or a .jsonl file")
     parser.add_argument("--base", required=True, help="of `llm2vec base`, a folder, or a hub name")
-    parser.add_argument("--output_dir", type=cli.path, required=True)
+    parser.add_argument("--output_dir", type=cli.path, required=True, help="folder to write, outside DATA")
     writer = parser.add_mutually_exclusive_group()
     for flag, of in {"model": "a causal language model", "anchors": "a Stage I checkpoint"}.items():
         writer.add_argument(f"--{flag}", help=f"who writes the queries: {of}, as in `llm2vec queries`")
     parser.add_argument("--most", type=cli.positive, help="queries to write; default: one for each passage")
     parser.add_argument("--instruction", help="what a query asks for, in a sentence")
     parser.add_argument("--queries", type=cli.positive, default=200, help="held out to be scored on (200)")
-    parser.add_argument("--pre_stage", nargs="*", choices=list(PRE_STAGES), default=["reconstruction"])
+    parser.add_argument(
+        "--pre_stage", nargs="*", choices=list(PRE_STAGES), default=["reconstruction"],
+        help="before Stage II, on the texts themselves; a recipe of each, or of none (reconstruction)",
+    )  # fmt: skip
     parser.add_argument("--rows", type=cli.positive, default=ROWS, help=f"that a stage trains on ({ROWS:,})")
     args = parse_with_server(parser, writer, argv)
     if not args.folder.exists():
         raise UserError(f"{args.folder}: a folder of text files or a .jsonl file is needed.")
+    if args.output_dir.resolve().is_relative_to(args.folder.resolve()):
+        where = f"--output_dir: {args.output_dir} lies inside {args.folder}"
+        raise UserError(f"{where}, so its reports would be texts of the next start; name a folder outside.")
     return args
 
 
@@ -130,12 +138,12 @@ def _data(args: argparse.Namespace) -> Path:
 
 
 def _content_of(source: Path) -> str:
-    """A hash of the texts' files."""
-    from llm2vec.corpus.passages import SUFFIXES
+    """A hash of the files that passages are made of."""
+    from llm2vec.corpus.passages import text_files
     from llm2vec.files import files_hash
 
-    files = source.rglob("*") if source.is_dir() else [source]
-    return files_hash(source.parent, sorted(f for f in files if f.is_file() and f.suffix in (*SUFFIXES, ".jsonl")))
+    files = text_files(source) if source.is_dir() else [source]
+    return files_hash(source.parent, (file for file in files if file.is_file()))
 
 
 def _rates(base: str) -> tuple[float, float]:

@@ -11,13 +11,13 @@ SmolLM2-135M, takes the docstrings of the installed Python packages or the rows 
     model/              the best of what was trained, a plain sentence-transformers folder
     comparison/         scores, logs and runs of all that was trained; comparison.html
     index/              the held-out documents, to be searched
-    base/, set/         what it was made from, and the configs; the data lie beside them
+    base-NAME/, set/    what it was made from, and the configs; the data lie beside them
 """
 
 from __future__ import annotations
 
 import argparse
-import json
+import shlex
 import shutil
 import time
 from collections.abc import Mapping, Sequence
@@ -74,7 +74,7 @@ def _parse_args(argv: Sequence[str]) -> argparse.Namespace:
 def main(argv: Sequence[str]) -> int:
     """Base, data, training, export, search; returns the exit code: 1 where a run failed."""
     started, args = time.monotonic(), _parse_args(argv)
-    from llm2vec.files import alone_in
+    from llm2vec.files import alone_in, read_object
 
     out: Path = args.output_dir
     with alone_in(out, "embedder") as lock:
@@ -87,9 +87,10 @@ def main(argv: Sequence[str]) -> int:
         if trained is None:
             return 1
         print("4/4 search")
-        _search(trained, texts / "eval" / task, out / "index", None if args.data else DOCSTRING_QUERIES)
+        instruction = read_object(texts / "eval/instructions.json")[task]
+        _search(trained, texts / "eval" / task, out / "index", instruction, None if args.data else DOCSTRING_QUERIES)
     print(f"\nreport: {out / 'comparison/comparison.html'}    ({(time.monotonic() - started) / 60:.0f} minutes)")
-    print(f'next: llm2vec search query {out / "index"} "what you look for"')
+    print(f'next: llm2vec search query {out / "index"} "what you look for" --instruction {shlex.quote(instruction)}')
     print(f"      llm2vec search index FOLDER_OF_TEXTS NEW_FOLDER --model {trained}")
     print(f'      python -c "from sentence_transformers import SentenceTransformer as S; S({str(out / "model")!r})"')
     return 0
@@ -101,7 +102,7 @@ def base_folder(name: str, out: Path) -> str:
 
     if name not in BASES:
         return name
-    folder = out / "base"
+    folder = out / f"base-{name}"
     if not (folder / "config.json").is_file():
         make_base(name, folder)
     return str(folder)
@@ -111,23 +112,22 @@ def _data(args: argparse.Namespace, out: Path) -> tuple[str, Path]:
     """The held-out task's name, and the folder of `train/`, `eval/` and `sources.json`."""
     from llm2vec.data.held_out import hold_out, set_name
     from llm2vec.data.sources import Instruction, Source
-    from llm2vec.files import sha256, write_json
+    from llm2vec.files import json_hash, sha256, write_json
     from llm2vec.quickstart.docstrings import EVAL_FOLDER, installed_roots, write_corpus
 
     if args.data is None:
         folder = out / "docstrings"
         write_corpus(folder, installed_roots())
-        source = Source("docstrings", "docstrings.jsonl", (Instruction("Given a summary, retrieve its description"),))
-        task = Path(EVAL_FOLDER).name
+        instruction, task = "Given a summary, retrieve its description", Path(EVAL_FOLDER).name
+        write_json(folder / "sources.json", {"docstrings": {"file": "docstrings.jsonl", "instruction": instruction}})
+        write_json(folder / "eval/instructions.json", {task: instruction})
     else:
-        source = Source(args.data.stem, args.data.name, (Instruction(args.instruction),))
-        folder = out / f"data-{sha256(args.data)[:8]}-{args.queries}"  # other rows are other data
-        task = set_name(source)
+        instruction = args.instruction
+        source = Source(args.data.stem, args.data.name, (Instruction(instruction),))
+        decides = json_hash([sha256(args.data), source, args.queries])  # other rows are other data
+        folder, task = out / f"data-{decides[:8]}", set_name(source)
         if not (folder / "eval/instructions.json").is_file():  # written last
             hold_out(args.data.parent, [source], folder, args.queries, seed=42)
-    instruction = source.instructions[0].text
-    write_json(folder / "sources.json", {source.name: {"file": source.file, "instruction": instruction}})
-    write_json(folder / "eval/instructions.json", {task: instruction})
     write_json(folder / "prompts.json", {"query": instruction})
     return task, folder
 
@@ -233,13 +233,12 @@ def _export(trained: Path, to: Path, prompts: Path) -> None:
     export.main([str(trained), str(to), *flags])
 
 
-def _search(model: Path, task: Path, index: Path, queries: Sequence[str] | None) -> None:
+def _search(model: Path, task: Path, index: Path, instruction: str, queries: Sequence[str] | None) -> None:
     """Index the held-out documents, and print the five best of a few queries."""
     from llm2vec.choice import ModelChoice
     from llm2vec.commands.search import TextIndex, build_index
     from llm2vec.files import json_lines
 
-    instruction = next(iter(json.loads((task.parent / "instructions.json").read_text(encoding="utf-8")).values()))
     asked = list(queries or [content["text"] for _, content in json_lines(task / "queries.jsonl")][:3])
     build_index(task / "corpus.jsonl", index, ModelChoice(str(model)))
     found = TextIndex(index)

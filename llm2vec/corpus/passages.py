@@ -30,10 +30,8 @@ def passages_of(
         return
     if not source.is_dir():
         raise UserError(f"{source}: a folder of text files or a .jsonl file is needed.")
-    for file in sorted(file for file in source.rglob("*") if file.suffix in suffixes):
+    for file in text_files(source, suffixes):
         where = file.relative_to(source).as_posix()
-        if where.startswith(".") or "/." in where:  # .git, .venv
-            continue
         try:
             content = file.read_text(encoding="utf-8-sig") if file.is_file() else None
         except (UnicodeDecodeError, OSError):  # no permission
@@ -42,6 +40,12 @@ def passages_of(
             logger.warning("%r cannot be read or is not UTF-8, and is left out", where)
             continue
         yield from ({"where": f"{where}:{line}", "title": "", "text": part} for line, part in _cut(content, most))
+
+
+def text_files(folder: Path, suffixes: Collection[str] = SUFFIXES) -> list[Path]:
+    """What `passages_of` reads of a folder, sorted: all below it with these suffixes, but nothing hidden (.git)."""
+    found = sorted(file for file in folder.rglob("*") if file.suffix in suffixes)
+    return [file for file in found if not any(part.startswith(".") for part in file.relative_to(folder).parts)]
 
 
 def _rows(file: Path) -> Iterator[dict[str, str]]:

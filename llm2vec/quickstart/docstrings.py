@@ -82,12 +82,12 @@ def installed_roots() -> dict[str, Path]:
 
 
 def source_files(roots: Mapping[str, Path]) -> list[tuple[str, Path]]:
-    """Every Python file worth reading, as (`<label>/<relative path>`, path), sorted by that name."""
+    """Every Python file worth reading, none hidden, as (`<label>/<relative path>`, path), sorted by that name."""
     found: list[tuple[str, Path]] = []
     for label, root in roots.items():
         for folder, subfolders, names in os.walk(root):
-            subfolders[:] = [name for name in subfolders if name not in SKIPPED_FOLDERS]
-            paths = [Path(folder, name) for name in names if name.endswith(".py")]
+            subfolders[:] = [name for name in subfolders if not (name in SKIPPED_FOLDERS or name.startswith("."))]
+            paths = [Path(folder, name) for name in names if name.endswith(".py") and not name.startswith(".")]
             found += [(f"{label}/{path.relative_to(root).as_posix()}", path) for path in paths]
     return sorted(found)
 

@@ -88,6 +88,27 @@ def test_what_is_trained_is_an_ordinary_comparison(folder: Path, monkeypatch: py
     assert mntp["dataset_file_path"].endswith("pairs/passages.jsonl") and mntp["sources_file"] is None
 
 
+def test_only_files_that_are_read_decide_which_data_are_used(folder: Path) -> None:
+    """Whatever else lies in DATA may come and go: rows of other programs, and all that is hidden."""
+    args = adapt._parse_args(options(folder))
+    before = adapt._content_of(args.folder)
+    (folder / "docs/.git").mkdir()
+    for name in ("log.jsonl", ".notes.md", ".git/readme.txt", "picture.png"):
+        (folder / "docs" / name).write_text("new\n", encoding="utf-8")
+    assert adapt._content_of(args.folder) == before
+    (folder / "docs/a0.md").write_text("# other\n", encoding="utf-8")
+    assert adapt._content_of(args.folder) != before
+
+
+def test_an_output_folder_inside_the_texts_is_refused(folder: Path) -> None:
+    """Its reports and model cards would be texts of the next start."""
+    docs = folder / "docs"
+    for inside in (docs, docs / "out/deep"):
+        with pytest.raises(UserError, match=r"--output_dir: .* lies inside .*docs, so .*; name a folder outside"):
+            adapt.main([str(docs), "--base", str(folder / "base"), "--output_dir", str(inside)])
+    assert not (docs / "out").exists()
+
+
 @pytest.mark.parametrize(
     ("wrong", "said"),
     [

@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
+import csv
 import json
+import shlex
 from pathlib import Path
 
 import pytest
 import reference
 from helpers import family_tokenizer, tiny_model, write_jsonl
 
-from llm2vec.commands import embedder
+from llm2vec.commands import embedder, search
 from llm2vec.compare.recipes import read_set
 from llm2vec.compare.runs import Planner
-from llm2vec.files import ORIGIN_FILE
+from llm2vec.data.sources import read_sources_file
+from llm2vec.files import ORIGIN_FILE, read_object, write_json
 from llm2vec.types import UserError
 
 ORIGIN = {"model": "maker/tiny", "from": "a box", "weights": "rounded to 4 bits", "license": "mit"}
@@ -50,6 +53,49 @@ def test_what_is_trained_is_an_ordinary_comparison(folder: Path) -> None:
     assert (stage_1.num_steps, stage_2.num_steps) == (4, 4) and stage_1.is_resumable and stage_2.is_resumable
     assert "mteb/baseline-bm25s" in trials["bm25"].evaluation.arguments
     assert "--torch_dtype" not in trials["bm25"].evaluation.arguments
+
+
+def test_another_base_is_another_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each known base is fetched once, and none is taken for another that an earlier start has fetched."""
+    made: list[str] = []
+
+    def make(name: str, out: Path) -> None:
+        made.append(name)
+        out.mkdir()
+        write_json(out / "config.json", {"model": name})
+
+    monkeypatch.setattr("llm2vec.quickstart.base.make_base", make)
+    names = ["smollm2-135m", "gemma3-270m", "smollm2-135m"]
+    folders = [embedder.base_folder(name, tmp_path) for name in names]
+    assert [read_object(Path(folder, "config.json"))["model"] for folder in folders] == names
+    assert made == names[:2]
+
+
+def test_rows_of_another_form_are_trained_on_from_where_they_were_written(folder: Path) -> None:
+    """A CSV file is split into JSONL, which the table of sources names; another instruction is another table."""
+    rows = [json.loads(line) for line in (folder / "mine.jsonl").read_text(encoding="utf-8").splitlines()]
+    with (folder / "mine.csv").open("w", encoding="utf-8", newline="") as file:
+        out = csv.DictWriter(file, list(rows[0]))
+        out.writeheader()
+        out.writerows(rows)
+    flags = ["--data", str(folder / "mine.csv"), "--queries", "10", "--output_dir", str(folder / "out")]
+    for instruction in ("find it", "find them"):
+        args = embedder._parse_args([*flags, "--instruction", instruction])
+        task, data = embedder._data(args, args.output_dir)
+        (source,) = read_sources_file(data / "sources.json")
+        assert not source.missing(data / "train") and source.instructions[0].text == instruction
+        assert read_object(data / "eval/instructions.json") == {task: instruction}
+
+
+def test_the_printed_search_asks_as_the_model_was_trained(
+    folder: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(embedder, "train_and_export", lambda *_: folder / "out/model")
+    monkeypatch.setattr(embedder, "_search", lambda *_: None)
+    assert embedder.main(options(folder)) == 0
+    (line,) = [line for line in capsys.readouterr().out.splitlines() if line.startswith("next: llm2vec ")]
+    command, *flags = shlex.split(line.removeprefix("next: llm2vec "))
+    assert command == "search" and search._parse_args(flags).instruction == "find it"
 
 
 @pytest.mark.parametrize(

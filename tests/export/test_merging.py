@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import weakref
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,7 @@ from verify_folders import BIDIRECTIONAL, CAUSAL_MEAN, save_adapter, save_base
 from llm2vec import LLM2Vec
 from llm2vec.choice import ModelChoice
 from llm2vec.commands.models.merge import main
+from llm2vec.export import merging
 from llm2vec.export.merging import between, write_merged
 from llm2vec.types import UserError
 
@@ -71,6 +73,24 @@ def test_slerp_of_two_checkpoints(made: Path, tmp_path: Path) -> None:
     one, other = weights(made / "base"), weights(made / "other_base")
     for name, weight in load_file(tmp_path / "out/model.safetensors").items():
         torch.testing.assert_close(weight.double(), between(one[name], other[name], 0.5), rtol=1e-6, atol=1e-7)
+
+
+def test_of_many_models_two_are_in_memory_at_a_time(
+    made: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    loaded: list[weakref.ref[Tensor]] = []
+    still_there: list[int] = []
+
+    def load(choice: ModelChoice) -> LLM2Vec:
+        still_there.append(sum(weight() is not None for weight in loaded))
+        model = LLM2Vec.from_pretrained(choice.opened(), merge_peft=True)
+        loaded.append(weakref.ref(next(model.model.parameters())))
+        return model
+
+    monkeypatch.setattr(merging, "_loaded", load)
+    names = ["base", "other_base", "base", "other_base"]
+    write_merged([ModelChoice(str(made / name)) for name in names], "mean", None, tmp_path / "out")
+    assert still_there == [0, 1, 1, 1]
 
 
 @pytest.mark.parametrize(

@@ -64,6 +64,14 @@ def test_what_cannot_be_had_is_one_sentence_and_leaves_nothing(
     assert not list(tmp_path.iterdir())
 
 
+def test_a_python_without_pip_is_said(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As in a venv that uv has made; the error is the interpreter's own, not pip's."""
+    done = SimpleNamespace(returncode=1, stderr="/venv/bin/python: No module named pip\n")
+    monkeypatch.setattr(subprocess, "run", lambda *_, **__: done)
+    with pytest.raises(UserError, match="No module named pip"):
+        make_base(NAME, tmp_path / "base")
+
+
 def test_a_folder_with_something_in_it_and_a_small_disk_are_refused(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -126,8 +126,9 @@ def test_body_ends_at_a_word_before_the_cap_and_before_code_examples() -> None:
     assert pair == ("A summary of enough words.", f"It {FILLER}")
 
 
-def test_source_files_skip_tests_and_come_sorted(tmp_path: Path) -> None:
+def test_source_files_skip_tests_and_what_is_hidden_and_come_sorted(tmp_path: Path) -> None:
     names = ["b.py", "a/z.py", "a/tests/test_z.py", "site-packages/x.py", "a/_vendor/y.py", "a/data.txt"]
+    names += [".tox/x.py", "a/.y.py"]
     roots = {
         "two": write_tree(tmp_path / "2", {"c.py": ""}),
         "one": write_tree(tmp_path / "1", dict.fromkeys(names, "")),
