@@ -1,4 +1,4 @@
-# Two commands do everything: `make quickstart` and `make test`. Both make .venv and install the pinned versions first.
+# Three commands do everything: `make embedder`, `make quickstart`, `make test`. Each makes .venv, with the pinned versions.
 PYTHON ?= python3
 BIN := .venv/bin
 # What loads, renders, trains, saves, embeds and evaluates.

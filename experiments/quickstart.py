@@ -1,4 +1,4 @@
-"""The whole method, small, on real text that is already on the machine: about eight minutes on two CPU cores.
+"""The whole method, small, on real text that is already on the machine: about ten minutes on two CPU cores.
 
     python experiments/quickstart.py              # what `make quickstart` runs
 

@@ -53,9 +53,8 @@ def help_text() -> str:
     """What `llm2vec --help` prints: a line a command."""
     width = max(map(len, COMMANDS))
     lines = [f"    {name:<{width}}  {command.line}" for name, command in COMMANDS.items()]
-    return "\n".join(
-        ["usage: llm2vec COMMAND ...", "", *lines, "", "llm2vec COMMAND --help says more; llm2vec --version."]
-    )
+    more = ["llm2vec COMMAND --help says more; llm2vec --version.", "Begin with `llm2vec embedder`."]
+    return "\n".join(["usage: llm2vec COMMAND ...", "", *lines, "", *more])
 
 
 def main(argv: Sequence[str]) -> int | None:

@@ -29,7 +29,7 @@ from llm2vec.types import UserError
 def _parse_args(argv: Sequence[str]) -> argparse.Namespace:
     parser = cli.parser("compare", __doc__, prints_tables=True)
     parser.add_argument("folder", type=cli.path, help="the set of configs")
-    parser.add_argument("--seeds", type=int, nargs="+", default=[42], help="each recipe is trained with each of them")
+    parser.add_argument("--seeds", type=int, nargs="+", default=[42], help="each recipe is trained with each (42)")
     parser.add_argument("--recipes", nargs="+", help="only these (default: all of the set)")
     parser.add_argument("--workers", type=cli.positive, help="runs at a time (default: one a GPU, or one a core)")
     parser.add_argument("--processes", type=cli.positive, default=1, help="of a training run, through torchrun")

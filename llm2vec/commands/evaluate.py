@@ -40,7 +40,7 @@ def main(argv: Sequence[str]) -> None:
     which.add_argument("--tasks", nargs="+", help="tasks, subset15, mteb56, beir14, benchmarks such as 'MTEB(eng, v2)'")
     parser.add_argument("--task_to_instructions_fp", help="default: the paper's for our models, none for others")
     parser.add_argument("--template", help="how our models' texts are written (default: the model's own)")
-    parser.add_argument("--output_dir", default="results")
+    parser.add_argument("--output_dir", default="results", help="for scores (results)")
     parser.add_argument("--local_data_dir", help="read data sets from here, not from the hub")
     parser.add_argument("--batch_size", type=cli.positive, default=32)
     parser.add_argument("--max_length", type=int, help="tokens a text is cut to (default: the model's own)")

@@ -39,7 +39,7 @@ def main(argv: Sequence[str]) -> None:
     parser.add_argument("--losses", nargs="+", default=[], metavar="STAGE=LOG", help="training logs, log.jsonl")
     parser.add_argument("--predictions", nargs="+", type=cli.path, metavar="FOLDER", help="one for each RESULTS")
     parser.add_argument("--qrels", nargs="+", default=[], metavar="TASK=FILE", help="judgements for --predictions")
-    parser.add_argument("--output_dir", type=cli.path, default=Path("output/report"))
+    parser.add_argument("--output_dir", type=cli.path, default=Path("output/report"), help="default: output/report")
     args = parser.parse_args(argv)
     out = cli.Printer(args.json)
     if len(args.results) == 1 and (args.results[0] / COMPARISON_RECORD).is_file():
