@@ -255,8 +255,8 @@ class LLM2Vec(nn.Module):
             show_progress_bar: over the different texts.
             convert_to_numpy: return a numpy array instead of a tensor.
             convert_to_tensor: return a tensor, whatever `convert_to_numpy` says.
-            device: where to compute; None = a CUDA device where there is one, else where the model is. A model
-                loaded with a device map stays where it is.
+            device: where to compute; None = where the model is, or on a CUDA device where there is one and the model
+                is on the CPU. A model loaded with a device map stays where it is.
             side: which of the template's forms the texts take, `query` or `document`; None = a text with an
                 instruction is a query, one without a document. Both texts of a symmetric task are queries.
             truncate_dim: keep the first so many numbers of each vector, for a model that was trained to be cut
@@ -373,7 +373,8 @@ class LLM2Vec(nn.Module):
     def _place(self, device: str | torch.device | None) -> torch.device:
         """Move the model to where it shall compute, and say where its inputs go."""
         if getattr(self.model, "hf_device_map", None) is None:  # else spread over several devices
-            if device is None and not self.placed and torch.cuda.is_available():
+            is_open = device is None and not self.placed and next(self.parameters()).device.type == "cpu"
+            if is_open and torch.cuda.is_available():
                 device = "cuda"
             if device is not None:
                 self.to(device)

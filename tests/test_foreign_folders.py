@@ -32,7 +32,7 @@ from llm2vec.model.backbone import attach_lora, load_tokenizer
 from llm2vec.model.chain import open_chain
 from llm2vec.model.checkpoint import save_checkpoint
 from llm2vec.model.settings import SETTINGS_FILE, EncoderSettings
-from llm2vec.model.vault import Folder, check_tokenizer
+from llm2vec.model.vault import Folder, check_tokenizer, folder_at
 from llm2vec.planning.plan import shape_of
 from llm2vec.types import UserError
 from llm2vec.verify.loaded import open_way
@@ -296,6 +296,26 @@ def test_the_honest_folders_open(root: Path) -> None:
     for kind in ("st", "transformers"):
         open_way(Choice(kind, ModelChoice(stock)), torch.float32, None)  # type: ignore[arg-type]
     assert shape_of(base).hidden_size == 32
+
+
+@pytest.mark.parametrize(
+    "honest",
+    [
+        {"num_experts": 60, "shared_expert_intermediate_size": 5632},  # Qwen2-MoE
+        {"moe_shared_expert_intermediate_size": 7688, "share_expert_dim": 1280},
+        {"text_config": {"num_hidden_layers": 35, "vocab_size_per_layer_input": 262_144}},  # Gemma 3n
+        {"num_experts": 16_384},  # Doge
+    ],
+    ids=lambda honest: "-".join(honest),
+)
+def test_widths_are_not_taken_for_numbers_of_modules(tmp_path: Path, honest: dict[str, Any]) -> None:
+    """Figures of real models. Widths are held against the weights; what counts modules is refused here."""
+    write_json(tmp_path / "config.json", honest)
+    assert folder_at(str(tmp_path)).config == honest
+    for counts in ({"num_local_experts": 10**6}, {"text_config": {"n_layer": 2000}}):
+        write_json(tmp_path / "config.json", counts)
+        with pytest.raises(UserError, match="which no model has"):
+            folder_at(str(tmp_path))
 
 
 @pytest.mark.parametrize("name", MODELS)

@@ -17,6 +17,7 @@ import numpy as np
 import pytest
 import torch
 from helpers import MODELS, family_tokenizer, tiny_model
+from pandas import DataFrame
 from peft import PeftModel, TrainableTokensConfig, get_peft_model
 from safetensors.torch import load_file, save_file
 from sentence_transformers.util.quantization import quantize_embeddings
@@ -412,6 +413,20 @@ def test_an_empty_instruction_is_none(model: LLM2Vec) -> None:
 def test_a_bad_entry_is_named(model: LLM2Vec, entry: Any) -> None:
     with pytest.raises(UserError, match=r"sentences\[1\] is .*; a string or an \[instruction, text\] pair is needed"):
         encode(model, ["fine", entry])
+
+
+@pytest.mark.parametrize(
+    "given",
+    [{"id7": "who wrote it"}, {"who wrote it", "hello"}, frozenset(["hello"]), DataFrame({"text": ["red"]}), b"red"],
+    ids=lambda given: type(given).__name__,
+)
+def test_what_is_no_list_of_texts_is_refused(model: LLM2Vec, given: Any) -> None:
+    """Of a mapping, such as BEIR's queries, or a table, keys would be embedded; a set has no order."""
+    for embed in (model.encode, model.encode_query, model.encode_document):
+        with pytest.raises(UserError, match=r"^sentences is .*; strings or \[instruction, text\] pairs are needed\.$"):
+            embed(given)
+    texts = {"hello": 1, "red": 2}
+    assert torch.equal(encode(model, texts.keys()), encode(model, ["hello", "red"]))  # type: ignore[arg-type]
 
 
 def test_normalize_gives_unit_vectors(base: str, tmp_path: Path) -> None:

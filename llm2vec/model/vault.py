@@ -40,7 +40,9 @@ MODULES_FILE = "modules.json"
 #: Ways to attend, and to run experts, that a config may name. Others are repositories of kernels on the hub.
 IMPLEMENTATIONS = ("eager", "sdpa", "flash_attention_2", "flex_attention", "grouped_mm", "batched_mm")
 #: Words in a config's keys that count modules, and the most that is built of such.
-MOST = {"layer": 1024, "expert": 4096}
+MOST = {"layer": 1024, "expert": 1 << 14}
+#: Words in keys that say how wide a module is, which `check_size` holds against the weights.
+WIDTH = re.compile("size|dim")
 #: No vocabulary has more tokens; an adapter may bring some that its base lacks.
 MOST_TOKENS = 1 << 20
 #: A config may describe so many weights for one that the files hold (half a T5 is stored alone), and so many more.
@@ -158,7 +160,7 @@ def _check_config(config: Mapping[str, Any], where: str) -> None:
                 )
         elif key == "use_pretrained_backbone" and value:
             raise UserError(f"{where}: {key} is {value!r}; weights of another repository are not opened.")
-        elif type(value) is int and any(word in key and value > most for word, most in MOST.items()):
+        elif type(value) is int and not WIDTH.search(key) and any(w in key and value > m for w, m in MOST.items()):
             raise UserError(f"{where}: {key} is {value}, which no model has.")
 
 

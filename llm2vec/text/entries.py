@@ -61,11 +61,17 @@ def instruction_of(task: str) -> str:
 
 def under(instruction: str, sentences: Any) -> Any:
     """Texts as [instruction, text] pairs; of a generator, a generator."""
-    if not isinstance(sentences, Iterable):
+    if not _is_list(sentences):
         return sentences  # for `encode` to refuse
     texts = [sentences] if isinstance(sentences, str) else sentences
     pairs = ([instruction, text] for text in texts)
     return pairs if isinstance(sentences, Iterator) else list(pairs)
+
+
+def _is_list(sentences: Any) -> bool:
+    """Whether they can be read one by one: of a mapping or a table that would be keys, and a set has no order."""
+    unlike = isinstance(sentences, bytes | Mapping | set | frozenset) or hasattr(sentences, "columns")
+    return isinstance(sentences, Iterable) and not unlike
 
 
 def _is_whole(value: Any) -> bool:
@@ -79,8 +85,9 @@ def as_instructed(texts: Texts, side: TextSide | None = None) -> list[Instructed
     texts = texts.tolist() if isinstance(texts, np.ndarray) else texts
     if isinstance(texts, str) or (_is_pair(texts) and len(list(texts)) == 3):
         texts = [texts]  # type: ignore[list-item]  # one entry, of either kind
-    if not isinstance(texts, Iterable) or isinstance(texts, bytes | Mapping):
-        raise UserError(f"sentences is {in_short(texts)}; strings or [instruction, text] pairs are needed.")
+    if not _is_list(texts):
+        given = f"a {type(texts).__name__}" if hasattr(texts, "columns") else in_short(texts)
+        raise UserError(f"sentences is {given}; strings or [instruction, text] pairs are needed.")
     instructed = []
     entry: Any
     for i, entry in enumerate(texts):

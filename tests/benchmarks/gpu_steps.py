@@ -147,12 +147,27 @@ def kernel_of_the_hub() -> dict[str, object]:
     }  # fmt: skip
 
 
+def where_encoding_computes() -> list[list[str]]:
+    """Devices of an embedder's weights behind `encode`: from a CPU, from the card where the caller put it, and told."""
+    case, seen = SETTING.case(), []
+    embedder = LLM2Vec(objective_of("Stage I", case).model.model.cpu(), tokenizer_of_tests(), template="plain")
+    for place, device in (("cpu", None), ("cuda:1", None), ("cuda:1", "cuda:0")):
+        embedder.to(place).encode(["hello"], show_progress_bar=False, device=device)
+        seen.append(sorted({str(weight.device) for weight in embedder.parameters()}))
+    return seen
+
+
+def tokenizer_of_tests() -> Any:
+    """A tokenizer of a few words."""
+    return train_tokenizer(("user hello find the answer" for _ in range(9)), 400)
+
+
 def write_base(folder: Path, **smaller: int) -> Path:
     """A base in half precision, and a config that starts from it, in float32.
 
     It has 48 million parameters that are 0, or is smaller and random.
     """
-    tokenizer = train_tokenizer(("user hello find the answer" for _ in range(9)), 400)
+    tokenizer = tokenizer_of_tests()
     shape = LlamaConfig(
         vocab_size=16_000, hidden_size=1024, intermediate_size=2048, num_hidden_layers=3, num_attention_heads=8,
         num_key_value_heads=8, tie_word_embeddings=True, initializer_range=0.3,
@@ -234,6 +249,7 @@ FINDINGS = {
     "training": waits_of_training,
     "kernels_of_probe": kernels_of_probe,
     "kernel_of_the_hub": kernel_of_the_hub,
+    "where_encoding_computes": where_encoding_computes,
     "loading": loading,
     "placement": placement,
 }

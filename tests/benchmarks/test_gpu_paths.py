@@ -83,6 +83,11 @@ def test_an_embedder_attends_by_a_kernel_of_the_hub(found: Any) -> None:
     assert kernel["refused"].endswith("flash-attn2 computes in half precision; set torch_dtype.")  # and not float32
 
 
+def test_encoding_leaves_a_model_on_the_card_where_it_is(found: Any) -> None:
+    """Eight processes that share a machine would else all end on its first card. Asked for, another device is taken."""
+    assert found["where_encoding_computes"] == [["cuda:0"], ["cuda:1"], ["cuda:0"]]
+
+
 def test_a_model_is_loaded_onto_its_device_and_not_by_way_of_the_host(found: Any) -> None:
     """So that eight processes of a machine do not hold eight copies in its memory."""
     loading = found["loading"]
