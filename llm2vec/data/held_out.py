@@ -1,7 +1,6 @@
 """Queries held out of training data, as a retrieval set for each source, and what remains to train on.
 
-    OUT/train/<the source's file>                    rows that show no text of a held-out pair; of another form than
-                                                     JSONL, <source>.jsonl
+    OUT/train/<source>.jsonl                         rows that show no text of a held-out pair
     OUT/sources.json                                 the table of these files
     OUT/eval/HeldOut-<source>/                       corpus, queries and judgements in the hub's layout
     OUT/eval/instructions.json                       the sources' instructions, by those names
@@ -75,11 +74,11 @@ def hold_out(folder: Path, sources: Sequence[Source], out: Path, num_queries: in
     secret = {row[side] for of_source in held.values() for row in of_source for side in ("query", "positive")}
     splits = []
     with whole_folder(out) as aside:
+        (aside / "train").mkdir()
         for source in sources:
             kept = [row for row in rows[source] if secret.isdisjoint((row["query"], row["positive"], *row["negative"]))]
-            file = aside / "train" / _file_name(source)
-            file.parent.mkdir(parents=True, exist_ok=True)
-            write_json_lines(file, map(as_record, kept))
+            # By the source's name: two sources may share a file, and a file may lie outside the data's folder.
+            write_json_lines(aside / "train" / f"{source.name}.jsonl", map(as_record, kept))
             documents = dict.fromkeys(text for row in held[source] for text in (row["positive"], *row["negative"]))
             if held[source]:
                 _write_set(aside / "eval" / set_name(source), held[source], list(documents))
@@ -87,18 +86,13 @@ def hold_out(folder: Path, sources: Sequence[Source], out: Path, num_queries: in
             splits.append(SourceSplit(source.name, len(kept), dropped, len(chosen[source]), len(documents)))
         instructions = {set_name(source): source.instructions[0].text for source in sources if held[source]}
         write_json(aside / "eval" / "instructions.json", instructions)
-        write_json(aside / "sources.json", {source.name: entry_of(source, _file_name(source)) for source in sources})
+        write_json(aside / "sources.json", {one.name: entry_of(one, f"{one.name}.jsonl") for one in sources})
     return splits
 
 
 def set_name(source: Source) -> str:
     """The task that a source's held-out queries make."""
     return f"HeldOut-{source.name}"
-
-
-def _file_name(source: Source) -> str:
-    """Where a source's rows go: the name of its file, or one of its own, where it is of another form."""
-    return source.file if source.file.endswith(".jsonl") and not source.reading.hub else f"{source.name}.jsonl"
 
 
 def as_record(row: Mapping[str, Any]) -> dict[str, Any]:

@@ -12,7 +12,8 @@ from helpers import write_jsonl
 from llm2vec.commands.data.hold_out import main
 from llm2vec.data import held_out
 from llm2vec.data.held_out import hold_out
-from llm2vec.data.sources import Instruction, Source
+from llm2vec.data.reading import Reading
+from llm2vec.data.sources import Instruction, Source, read_sources_file
 from llm2vec.types import UserError
 
 BIG, SMALL = (
@@ -53,6 +54,31 @@ def test_no_row_that_remains_shows_a_held_out_text(folder: Path) -> None:
     assert len(corpus) == found[0].documents == len(set(corpus.values()))
     instructions = json.loads((folder / "out/eval/instructions.json").read_text(encoding="utf-8"))
     assert instructions == {"HeldOut-big": "find a big"}
+
+
+def test_each_source_has_a_file_of_its_own_and_none_is_written_over(tmp_path: Path) -> None:
+    """Of a source outside the data's folder, of two that share a file, and of one named like another's file."""
+    rows = [{"a": f"a{i}", "b": f"b{i}", "c": f"c{i}"} for i in range(20)]
+    of_ab, of_cb = (Reading(columns=(("query", (name,)), ("positive", ("b",)))) for name in ("a", "c"))
+    outside, shared = tmp_path / "outside.jsonl", tmp_path / "data/x.jsonl"
+    for file in (outside, shared):
+        write_jsonl(file, rows)
+    sources = [
+        Source(name, file, (Instruction("find"),), reading)
+        for name, file, reading in [
+            ("first", "x.jsonl", of_ab), ("x", "x.jsonl", of_cb), ("far", str(outside), of_ab),
+            ("up", "../outside.jsonl", of_cb),
+        ]
+    ]  # fmt: skip
+    hold_out(shared.parent, sources, tmp_path / "out/split", num_queries=2, seed=1)
+    assert lines(outside) == lines(shared) == rows
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["data", "out", "outside.jsonl"]
+    written = read_sources_file(tmp_path / "out/split/sources.json")
+    assert [(one.name, one.file) for one in written] == [(one.name, f"{one.name}.jsonl") for one in sources]
+    for source in written:
+        kept = lines(source.place(tmp_path / "out/split/train"))
+        letter = "a" if source.name in ("first", "far") else "c"
+        assert 20 > len(kept) >= 12 and {row["query"][0] for row in kept} == {letter}
 
 
 def test_the_draw_depends_on_the_seed_alone(folder: Path) -> None:

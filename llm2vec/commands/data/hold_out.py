@@ -3,8 +3,9 @@
     llm2vec hold-out cache/echo-data cache/split --queries 100
     llm2vec hold-out my/folder cache/split --sources_file my_sources.json
 
-Then train with `dataset_file_path: OUT/train`, and evaluate with `--local_data_dir OUT/eval --tasks HeldOut-<source>
---task_to_instructions_fp OUT/eval/instructions.json`. No row that remains shows a held-out query or its positive.
+Then train with `dataset_file_path: OUT/train` and `sources_file: OUT/sources.json`, and evaluate with `--local_data_dir
+OUT/eval --tasks HeldOut-<source> --task_to_instructions_fp OUT/eval/instructions.json`. OUT/train has <source>.jsonl of
+each source. No row that remains shows a held-out query or its positive.
 """
 
 from __future__ import annotations
