@@ -1,6 +1,7 @@
 """Queries held out of training data, as a retrieval set for each source, and what remains to train on.
 
-    OUT/train/<source>.jsonl                         rows that show no text of a held-out pair
+    OUT/train/<source>.jsonl                         rows that show no text of a held-out pair, without
+                                                     the blanks around their texts
     OUT/sources.json                                 the table of these files
     OUT/eval/HeldOut-<source>/                       corpus, queries and judgements in the hub's layout
     OUT/eval/instructions.json                       the sources' instructions, by those names
@@ -62,7 +63,8 @@ def hold_out(folder: Path, sources: Sequence[Source], out: Path, num_queries: in
         raise UserError(f"{out} is not empty; name a new folder.")
     files, sources = find_files(folder, sources), [source.located(folder) for source in sources]
     rows = {
-        source: list(rows_of(file, source.reading, None, None)) for source, file in zip(sources, files, strict=True)
+        source: list(map(_stripped, rows_of(file, source.reading, None, None)))
+        for source, file in zip(sources, files, strict=True)
     }
     chosen = {source: _draw(of_source, num_queries, f"{seed} {source.name}") for source, of_source in rows.items()}
     if not any(chosen.values()):
@@ -101,6 +103,12 @@ def as_record(row: Mapping[str, Any]) -> dict[str, Any]:
     if "scores" in row:
         record |= {"pos_score": row["scores"][0], "neg_scores": row["scores"][1:]}
     return record
+
+
+def _stripped(row: Mapping[str, Any]) -> dict[str, Any]:
+    """A row without the blanks around its texts, as training reads them: by these alone no text differs."""
+    query, positive, *negatives = (text.strip() for text in (row["query"], row["positive"], *row["negative"]))
+    return {**row, "query": query, "positive": positive, "negative": negatives}
 
 
 def entry_of(source: Source, file: str) -> dict[str, Any]:

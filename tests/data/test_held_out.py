@@ -81,6 +81,31 @@ def test_each_source_has_a_file_of_its_own_and_none_is_written_over(tmp_path: Pa
         assert 20 > len(kept) >= 12 and {row["query"][0] for row in kept} == {letter}
 
 
+def test_blanks_around_a_text_hide_no_held_out_one(tmp_path: Path) -> None:
+    """Training strips them, so a row that differs by them alone shows the same text."""
+    plain = [{"query": f"q{i}", "positive": f"p{i}", "negative": f"p{(i + 1) % 20}"} for i in range(20)]
+    blank = [
+        {"query": f"q{i} ", "positive": f"z{i}", "negative": f"\tp{i}"} for i in range(0, 20, 2)
+    ] + [{"query": f"y{i}", "positive": f"p{i}\n", "negative": f"n{i}"} for i in range(20)]  # fmt: skip
+    write_jsonl(tmp_path / "data/big.jsonl", [*plain, *blank])
+    write_jsonl(tmp_path / "data/small.jsonl", [{"query": f"s{i}", "positive": f" p{i}"} for i in range(20)])
+    hold_out(tmp_path / "data", [BIG, SMALL], tmp_path / "out", num_queries=8, seed=1)
+    task = tmp_path / "out/eval/HeldOut-big"
+    queries, corpus = ([line["text"] for line in lines(task / f"{n}.jsonl")] for n in ("queries", "corpus"))
+    assert len(queries) == len({text.strip() for text in queries}) == 8
+    assert len(corpus) == len({text.strip() for text in corpus})
+    names = {line["_id"]: line["text"].strip() for n in ("queries", "corpus") for line in lines(task / f"{n}.jsonl")}
+    judged = {(names[line["query-id"]], names[line["corpus-id"]]) for line in lines(task / "qrels/test.jsonl")}
+    pairs = {(row["query"].strip(), row["positive"].strip()) for row in [*plain, *blank]}
+    assert judged == {pair for pair in pairs if pair[0] in queries}, "a query's pairs, with blanks or without"
+    secret = {text for pair in judged for text in pair}
+    for name in ("big", "small"):
+        kept = lines(tmp_path / f"out/train/{name}.jsonl")
+        assert kept and not any(
+            secret & {text.strip() for text in (row["query"], row["positive"], *row["negative"])} for row in kept
+        )
+
+
 def test_the_draw_depends_on_the_seed_alone(folder: Path) -> None:
     drawn = []
     for i, seed in enumerate((1, 1, 2)):
