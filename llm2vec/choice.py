@@ -86,6 +86,7 @@ def add_model_flags(
     positional: bool = False,
     required: bool = True,
     torch_dtype: bool = False,
+    which: str = "folder or hub name of a model, or of an adapter",
 ) -> None:
     """Give a parser `--model` and `--peft`, and with `torch_dtype` `--torch_dtype`, too; `chosen_model` reads them.
 
@@ -96,7 +97,7 @@ def add_model_flags(
         parser.add_argument("place", nargs="?", metavar="MODEL", help="model or adapter, or MODEL+ADAPTER")
     parser.add_argument(
         "--model", "--base_model_name_or_path", dest="model", metavar="MODEL", required=required and not positional,
-        help="folder or hub name of a model, or of an adapter",
+        help=which,
     )  # fmt: skip
     parser.add_argument(
         "--peft", "--peft_model_name_or_path", dest="peft", nargs="+", default=[], metavar="ADAPTER",

@@ -33,10 +33,9 @@ import torch
 
 from llm2vec.choice import ModelChoice
 from llm2vec.corpus.queue import Job, JobQueue
-from llm2vec.corpus.retrievers import foreign_encoder, is_foreign
+from llm2vec.corpus.retrievers import encoder_of
 from llm2vec.corpus.rows import Corpus, cut_into_shards
 from llm2vec.corpus.workers import beside, take_gpu
-from llm2vec.data.sources import Instruction
 from llm2vec.files import LOCK_FILE, alone_in, read_object, remove, sha256, write_json, write_text
 from llm2vec.types import TextSide, UserError, VectorDtype
 
@@ -63,10 +62,11 @@ class CorpusEncoding:
     encoder: ModelChoice  #: the model; `resolved`, so that a process in another folder finds it
     revision: str  #: the encoder's; a worker that finds another one refuses to work
     side: TextSide = "document"  #: the template's form that the texts take
-    instruction: str = ""  #: put before every text; empty = none
+    #: put before every text; empty = none, as it must be for a model that has prompts of its own (`is_foreign`)
+    instruction: str = ""
     shard_rows: int = 10_000  #: rows of every shard but the last
     dtype: VectorDtype = "float32"  #: of the vectors in the files
-    batch_size: int = 32  #: as in `LLM2Vec.encode`; decides speed and memory, so it may change between two starts
+    batch_size: int = 32  #: rows of 128 tokens; decides speed and memory, so it may change between two starts
 
     def identity(self) -> dict[str, Any]:
         """Everything that decides the files."""
@@ -113,33 +113,15 @@ class ShardEncoder:
         if encoding.encoder.revision() != encoding.revision:
             raise UserError(f"{encoding.encoder.base} holds another model here than where the encoding was started.")
         self.encoding = encoding
-        self._encode = _encoder(encoding)
+        self._encode = encoder_of(encoding.encoder, encoding.batch_size)
 
     def __call__(self, shard: int) -> int:
         """Write the file of one shard; returns its rows. A vector that is not finite is a `UserError`."""
         encoding = self.encoding
         rows = pq.read_table(encoding.output / INPUT_FOLDER / part_name(shard))
-        texts = rows["text"].to_pylist()
-        _write_part(encoding.output / part_name(shard), rows["id"], self._encode(texts), encoding.dtype)
-        return len(texts)
-
-
-def _encoder(encoding: CorpusEncoding) -> Callable[[list[str]], np.ndarray[Any, Any]]:
-    """What makes vectors [texts, D] under the encoding's instruction."""
-    instruction, is_query = encoding.instruction, encoding.side == "query"
-    if is_foreign(encoding.encoder):
-        of_foreign = foreign_encoder(encoding.encoder.base)
-        return lambda texts: of_foreign(texts, Instruction(instruction), is_query).cpu().numpy()
-    model = encoding.encoder.load()
-    return lambda texts: np.asarray(
-        model.encode(
-            [[instruction, text] for text in texts] if instruction else texts,
-            batch_size=encoding.batch_size,
-            show_progress_bar=False,
-            convert_to_numpy=True,
-            side=encoding.side,
-        )
-    )
+        vectors_ND = self._encode(rows["text"].to_pylist(), encoding.instruction, encoding.side)
+        _write_part(encoding.output / part_name(shard), rows["id"], vectors_ND.float().cpu().numpy(), encoding.dtype)
+        return len(rows)
 
 
 def encode_locally(encoding: CorpusEncoding, shards: Sequence[int], num_workers: int | None) -> list[str]:

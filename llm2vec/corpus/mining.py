@@ -2,7 +2,8 @@
 
     OUT/<source>.jsonl        rows with `negative` and, where a reranker read them, `pos_score` and `neg_scores`
     OUT/report.json           what was found and dropped
-    OUT/.mining/<source>/     meanwhile: documents, what the retriever made of them, and finished parts of the rows
+    OUT/.mining/<source>/     meanwhile: documents, what the retriever made of them, and finished parts of the rows;
+                              of a source that is done, its settings and report
 
 A candidate that scores nearly as high as the positive may well be an answer that nobody marked. So it must lie below
 the lowest of the query's positives by a margin (NV-Retriever, arXiv 2407.15831): s <= s+ - |s+| * relative, and s <= s+
@@ -100,13 +101,13 @@ def mine(
     rescored_by: str = "",
 ) -> MiningReport:
     """Write `OUT/<source>.jsonl` for the rows of a source, whose file lies in `folder`; a killed start is gone on with.
-    A `UserError` where a record is no row, or `out` holds parts that were mined otherwise.
+    A `UserError` where a record is no row, or `out` holds what was mined otherwise.
 
     The retriever finds candidates, under the source's first instruction, among the source's own positives and negatives
     and in `corpus`; `rescore`, a reranker of the revision `rescored_by`, scores them and the positives anew.
     """
     source = source.located(folder)
-    place, work = source.place(folder), out / WORK_FOLDER / source.name
+    place, work, mined = source.place(folder), out / WORK_FOLDER / source.name, out / f"{source.name}.jsonl"
     settings = {
         "source": content_of(place, source.reading),
         "reading": json.loads(json.dumps(source.reading)),
@@ -119,6 +120,8 @@ def mine(
     if (work / "settings.json").is_file():
         if read_object(work / "settings.json") != json.loads(json.dumps(settings)):
             raise UserError(f"{out} holds a mining of {source.name} with other settings; give another folder.")
+        if (work / "report.json").is_file() and mined.is_file():
+            return MiningReport(**read_object(work / "report.json"))
     else:
         shutil.rmtree(work, ignore_errors=True)
         work.mkdir(parents=True)
@@ -135,10 +138,13 @@ def mine(
             continue
         last = min((number + 1) * PART_ROWS, len(rows))
         groups = (rows[i : min(i + SCORED_AT_ONCE, last)] for i in range(number * PART_ROWS, last, SCORED_AT_ONCE))
-        mined = (_mine_rows(some, documents, positives_of, source, retriever, rules, rescore, work) for some in groups)
-        write_json_lines(part, itertools.chain.from_iterable(mined))
-    report = _close(out / f"{source.name}.jsonl", parts, MiningReport(source.name, len(documents)), rescore is not None)
-    remove(work)
+        found = (_mine_rows(some, documents, positives_of, source, retriever, rules, rescore, work) for some in groups)
+        write_json_lines(part, itertools.chain.from_iterable(found))
+    report = _close(mined, parts, MiningReport(source.name, len(documents)), rescore is not None)
+    write_json(work / "report.json", asdict(report))
+    for path in work.iterdir():
+        if path.name not in ("report.json", "settings.json"):
+            remove(path)
     return report
 
 
@@ -198,7 +204,8 @@ def _mine_rows(
         for scores_N, numbers, found in zip(scores_QN, own, of_own, strict=True):
             found.update({n: float(scores_N[n - first]) for n in numbers if first <= n < first + len(scores_N)})
     for row, (candidates, positives) in enumerate(zip(hits_of(keys_QK), of_own, strict=True)):
-        others = [hit for hit in candidates if hit[0] not in positives][: rules.depth][rules.skip :]
+        near = (hit for hit in candidates if hit[0] not in positives and hit[1] > retriever.floor)
+        others = list(itertools.islice(near, rules.skip, rules.depth))
         number = rows["positive"][row]
         texts = _texts(documents, [number, *(document for document, _ in others)])
         if rescore is not None:

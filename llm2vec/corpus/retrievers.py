@@ -7,6 +7,7 @@ than the memory, and what a killed start has finished is not made again.
 from __future__ import annotations
 
 import logging
+import math
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, Protocol
@@ -31,14 +32,15 @@ BM25, RANDOM = "bm25", "random"
 #: Texts whose vectors a rescoring embedder holds at most.
 MOST_HELD = 50_000
 
-#: Vectors [texts, D] of texts under an instruction; the last argument says whether they are queries.
-Encode = Callable[[list[str], Instruction, bool], Tensor]
+#: Vectors [texts, D] of texts with an instruction before each (empty = none), as texts of a side.
+Encode = Callable[[list[str], str, TextSide], Tensor]
 
 
 class Retriever(Protocol):
     """Scores of documents for queries; whoever scores higher is nearer."""
 
     revision: str  #: another one where the scores would be others
+    floor: float  #: a document that scores no more has nothing of the query
 
     def prepare(self, documents: Any, instruction: Instruction, folder: Path) -> None:
         """Make what is needed of all documents, a `datasets.Dataset` with `text`, as far as it is not there yet."""
@@ -53,17 +55,7 @@ def open_retriever(choice: ModelChoice) -> Retriever:
     """The retriever of a name: `bm25`, `random`, or a model's; a `UserError` where it cannot be opened."""
     if choice.base in (BM25, RANDOM):
         return LexicalRetriever() if choice.base == BM25 else RandomRetriever()
-    if is_foreign(choice):
-        return DenseRetriever(foreign_encoder(choice.base), choice.revision())
-    model = choice.load()
-
-    def encode(texts: list[str], instruction: Instruction, is_query: bool) -> Tensor:
-        alike = is_query or instruction.symmetric
-        entries: Any = [[instruction.text, text] for text in texts] if alike and instruction.text else texts
-        side: TextSide = "query" if alike else "document"
-        return model.encode(entries, show_progress_bar=False, convert_to_tensor=True, side=side)  # type: ignore[return-value]
-
-    return DenseRetriever(encode, choice.revision())
+    return DenseRetriever(encoder_of(choice), choice.revision())
 
 
 def is_foreign(choice: ModelChoice) -> bool:
@@ -72,18 +64,23 @@ def is_foreign(choice: ModelChoice) -> bool:
     return not choice.adapters and there[0] is None and there[1] is not None
 
 
-def foreign_encoder(path: str) -> Encode:
-    """A model that sentence-transformers has written, by its folder or hub name, with prompts of its own for queries
-    and for documents. A `UserError` where it cannot be loaded."""
+def encoder_of(choice: ModelChoice, batch_size: int = 32) -> Encode:
+    """What makes a model's vectors, in the weights' dtype; one that `is_foreign` puts prompts of its own before queries
+    and documents, and no instruction. A `UserError` where it cannot be loaded."""
+    if not is_foreign(choice):
+        ours = choice.load()
+
+        def encode(texts: list[str], instruction: str, side: TextSide) -> Tensor:
+            entries: Any = [[instruction, text] for text in texts] if instruction else texts
+            return ours.encode(entries, batch_size, show_progress_bar=False, convert_to_tensor=True, side=side)  # type: ignore[return-value]
+
+        return encode
     from llm2vec.model.backbone import open_sentence_transformer
 
-    model = open_sentence_transformer(path)
-
-    def encode(texts: list[str], instruction: Instruction, is_query: bool) -> Tensor:
-        encode_side = model.encode_query if is_query else model.encode_document
-        return encode_side(texts, show_progress_bar=False, convert_to_tensor=True)
-
-    return encode
+    model = open_sentence_transformer(choice.base, dtype=choice.torch_dtype)
+    of_side = {"query": model.encode_query, "document": model.encode_document}
+    how: dict[str, Any] = {"batch_size": batch_size, "show_progress_bar": False, "convert_to_tensor": True}
+    return lambda texts, _, side: of_side[side](texts, **how)
 
 
 def open_reranker(path: str) -> tuple[Callable[[list[tuple[str, str]]], list[float]], str]:
@@ -102,12 +99,14 @@ def open_reranker(path: str) -> tuple[Callable[[list[tuple[str, str]]], list[flo
         raise UserError(f"--rerank: there is no model {path}: no folder or hub repository with a config.json.")
     weights_of(folder)
     if (modules := find_file(path, MODULES_FILE)) is not None and b"Pooling" in Path(modules).read_bytes():
-        return _cosines(foreign_encoder(path)), revision_of(path)
+        return _cosines(encoder_of(ModelChoice(path))), revision_of(path)
     with needs_extra("a reranker needs sentence-transformers", "eval"):
         from sentence_transformers import CrossEncoder  # seconds to import
     options = {"use_safetensors": True}
     with in_one_sentence(lambda why: f"sentence-transformers cannot load {path}: {why}"):  # damaged files
         model = CrossEncoder(path, revision=folder.commit, trust_remote_code=False, model_kwargs=options)
+    if model.num_labels != 1:
+        raise UserError(f"--rerank: {path} gives a pair {model.num_labels} scores, one a label; a reranker gives one.")
 
     def rescore(pairs: list[tuple[str, str]]) -> list[float]:
         scores: list[float] = model.predict(pairs, show_progress_bar=False).tolist()
@@ -123,11 +122,10 @@ def _cosines(encode: Encode) -> Callable[[list[tuple[str, str]]], list[float]]:
     def rescore(pairs: list[tuple[str, str]]) -> list[float]:
         if len(held) > MOST_HELD:
             held.clear()
-        nothing = Instruction("")
         queries, new = ([*dict.fromkeys(texts)] for texts in zip(*pairs, strict=True))
         if new := [text for text in new if text not in held]:
-            held.update(zip(new, normalize(encode(new, nothing, False).float(), dim=-1), strict=True))
-        vectors = dict(zip(queries, normalize(encode(queries, nothing, True).float(), dim=-1), strict=True))
+            held.update(zip(new, normalize(encode(new, "", "document").float(), dim=-1), strict=True))
+        vectors = dict(zip(queries, normalize(encode(queries, "", "query").float(), dim=-1), strict=True))
         # What is encoded together decides the last digits, and after a killed start that is something else.
         return [round(float(vectors[query] @ held[document]), 4) for query, document in pairs]
 
@@ -152,7 +150,10 @@ def _reranking_server(address: str) -> Callable[[list[tuple[str, str]]], list[fl
 
 
 class DenseRetriever:
-    """Cosines of the vectors that a model of a `revision` makes; those of `BLOCK` documents lie in a file."""
+    """Cosines of the vectors that a model of a `revision` makes; those of `BLOCK` documents lie in a file. The texts of
+    a symmetric instruction are all queries."""
+
+    floor = -math.inf
 
     def __init__(self, encode: Encode, revision: str) -> None:
         self.revision = revision
@@ -178,13 +179,15 @@ class DenseRetriever:
             first += len(block_ND)
 
     def _unit(self, texts: Sequence[str], instruction: Instruction, is_query: bool) -> Tensor:
-        return normalize(self._encode(list(texts), instruction, is_query).float(), dim=-1)
+        side: TextSide = "query" if is_query or instruction.symmetric else "document"
+        before = instruction.text if side == "query" else ""
+        return normalize(self._encode(list(texts), before, side).float(), dim=-1)
 
 
 class RandomRetriever:
     """Scores by chance, the same for the same query: the negatives that others are held against."""
 
-    revision = "random, PCG64"
+    revision, floor = "random, PCG64", -math.inf
 
     def prepare(self, documents: Any, instruction: Instruction, folder: Path) -> None:
         """Note how many documents there are."""
@@ -201,7 +204,7 @@ class RandomRetriever:
 class LexicalRetriever:
     """BM25 (Lucene's form, k1 1.5, b 0.75) over words in lower case, without stemming or stop words of a language."""
 
-    revision = "bm25s, lucene, k1 1.5, b 0.75"
+    revision, floor = "bm25s, lucene, k1 1.5, b 0.75", 0.0
 
     def __init__(self) -> None:
         self._opened: tuple[Path, Any] | None = None

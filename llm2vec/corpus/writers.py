@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 import torch
 
 from llm2vec.choice import ModelChoice
-from llm2vec.corpus.server import request_json
+from llm2vec.corpus.server import Refusal, request_json
 from llm2vec.files import json_hash, parse_json, read_object, remove, write_json, write_text
 from llm2vec.types import UserError
 
@@ -22,6 +22,8 @@ MOST_CHARACTERS = 2000
 PART_TEXTS = 64
 #: Texts that are written for at once, and requests that a server gets at a time.
 TEXTS_AT_ONCE, REQUESTS_AT_ONCE = 16, 8
+#: What vLLM, SGLang and llama.cpp hand to a chat template.
+WITHOUT_THINKING = {"chat_template_kwargs": {"enable_thinking": False}}
 
 #: One query or answer a text; empty where nothing was written.
 Write = Callable[[list[str]], list[str]]
@@ -101,8 +103,9 @@ def write_by_model(choice: ModelChoice, task: Writing) -> Write:
     @torch.no_grad()
     def write(texts: list[str]) -> list[str]:
         asked = tokenizer(
-            [prompt_of(text) for text in texts], return_tensors="pt", padding=True, add_special_tokens=False
-        ).to(model.device)
+            [prompt_of(text) for text in texts], return_tensors="pt", padding=True,
+            add_special_tokens=not tokenizer.chat_template,  # which writes its own
+        ).to(model.device)  # fmt: skip
         how = {"max_new_tokens": task.most_tokens, "do_sample": False, "pad_token_id": tokenizer.pad_token_id}
         ids = model.generate(**asked, **how)
         new = ids[:, asked["input_ids"].shape[1] :]
@@ -129,13 +132,24 @@ def write_by_anchors(choice: ModelChoice) -> Write:
 
 
 def write_by_server(url: str, model: str, task: Writing) -> Write:
-    """A server with OpenAI's interface, at a `url` up to `/v1`, and the name of its model there."""
+    """A server with OpenAI's interface, at a `url` up to `/v1`, and the name of its model there, which writes without
+    thinking where the server can tell its chat template so."""
     place = f"{url.rstrip('/')}/chat/completions"
+    knows_template = True  # until it has refused its key, and not what is asked
 
     def ask(text: str) -> str:
+        nonlocal knows_template
         message = {"role": "user", "content": task.turn(text)}
         body = {"model": model, "messages": [message], "max_tokens": task.most_tokens, "temperature": 0}
-        return task.read(*request_json(place, body, _content_of))
+        if knows_template:
+            try:
+                return task.read(*request_json(place, {**body, **WITHOUT_THINKING}, _content_of))
+            except Refusal as refusal:
+                if refusal.code not in (400, 422):
+                    raise
+        written = task.read(*request_json(place, body, _content_of))
+        knows_template = False
+        return written
 
     def write(texts: list[str]) -> list[str]:
         with ThreadPoolExecutor(REQUESTS_AT_ONCE) as pool:
@@ -146,7 +160,7 @@ def write_by_server(url: str, model: str, task: Writing) -> Write:
 
 def _content_of(answer: dict[str, Any]) -> tuple[str, bool]:
     choice = answer["choices"][0]
-    return str(choice["message"]["content"]), choice.get("finish_reason") != "length"
+    return choice["message"]["content"] or "", choice.get("finish_reason") != "length"
 
 
 def _query_of(written: str) -> str:

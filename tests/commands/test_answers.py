@@ -12,6 +12,7 @@ from helpers import family_tokenizer, tiny_model, write_jsonl
 from llm2vec.choice import ModelChoice
 from llm2vec.commands.data.answers import main
 from llm2vec.corpus import writers
+from llm2vec.corpus.server import Refusal
 from llm2vec.data.rows import TrainingRows
 from llm2vec.data.sources import read_sources_file
 from llm2vec.types import UserError
@@ -69,6 +70,30 @@ def test_answers_are_rows_and_a_killed_start_goes_on(
     instruction = "Given a question, find it"
     assert found == [(instruction, query, f"It is:\n{query}", ()) for query in (QUERIES[0], QUERIES[3])]
     assert len(rows) == 2 and not (folder / "out/.answers").exists()
+
+
+@pytest.mark.parametrize("code", [None, 400, 422, 500])
+def test_a_server_is_asked_not_to_think(code: int | None, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Unless it knows no such key; and what it leaves out is empty, not a word `None`."""
+    asked: list[dict[str, Any]] = []
+
+    def request(place: str, body: dict[str, Any], read: Any) -> Any:
+        asked.append(body)
+        if code is not None and "chat_template_kwargs" in body:
+            raise Refusal(place, code, b"no such key")
+        content = None if "blue" in body["messages"][0]["content"] else "an answer"
+        return read({"choices": [{"message": {"content": content}, "finish_reason": "stop"}]})
+
+    monkeypatch.setattr(writers, "request_json", request)
+    monkeypatch.setattr(writers, "REQUESTS_AT_ONCE", 1)
+    write = writers.write_by_server("http://x/v1", "m", writers.ANSWER)
+    if code == 500:
+        with pytest.raises(UserError, match="answers HTTP 500 no such key"):
+            write(QUERIES[:1])
+        return
+    assert write(QUERIES[:2]) == ["an answer", ""]
+    thinks = [body.get("chat_template_kwargs") for body in asked]
+    assert thinks == ([{"enable_thinking": False}] * 2 if code is None else [{"enable_thinking": False}, None, None])
 
 
 @pytest.mark.slow

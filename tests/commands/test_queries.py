@@ -10,8 +10,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from helpers import family_tokenizer, tiny_model
+from transformers import LlamaForCausalLM
 
+from llm2vec.choice import ModelChoice
 from llm2vec.commands.data import queries
 from llm2vec.commands.data.queries import main
 from llm2vec.corpus import writers
@@ -97,11 +100,27 @@ def test_queries_that_lead_back_stay(
     assert len(lines(folder / "out2/passages.jsonl")) == 5 and not (folder / "out2/.queries").exists()
 
 
+@pytest.mark.parametrize("family", ["plain", "llama3"], ids=["none", "chat template"])
+def test_a_model_reads_one_bos(family: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A chat template writes it itself; a model without one is given its tokenizer's."""
+    tokenizer = family_tokenizer(family)
+    tiny_model("llama", True, tokenizer=tokenizer).save_pretrained(tmp_path)
+    tokenizer.save_pretrained(tmp_path)
+    read: list[int] = []
+
+    def generate(_: Any, input_ids: torch.Tensor, **__: Any) -> torch.Tensor:
+        read.extend(input_ids[0].tolist())
+        return torch.cat([input_ids, input_ids[:, -1:]], dim=1)
+
+    monkeypatch.setattr(LlamaForCausalLM, "generate", generate)
+    writers.write_by_model(ModelChoice(str(tmp_path)), writers.QUERY)(["hello world"])
+    assert read[0] == tokenizer.bos_token_id and read.count(tokenizer.bos_token_id) == 1
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("family", ["qwen2", "plain"], ids=["chat template", "none"])
 def test_a_model_writes_the_same_however_it_is_batched(family: str, folder: Path) -> None:
     """Padding on the left changes nothing; a random model leads nowhere, which is said."""
-    from llm2vec.choice import ModelChoice
     from llm2vec.corpus.writers import QUERY, write_by_model
 
     tokenizer = family_tokenizer(family)

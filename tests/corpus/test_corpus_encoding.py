@@ -23,6 +23,7 @@ import pytest
 from helpers import WORDS, family_tokenizer, tiny_model, write_jsonl
 
 from llm2vec.choice import ModelChoice
+from llm2vec.commands.encode import main as encode_by_command
 from llm2vec.corpus import encoding as corpus_encoding
 from llm2vec.corpus import rows as corpus_rows
 from llm2vec.corpus.encoding import (
@@ -530,7 +531,7 @@ def test_a_vector_that_cannot_be_stored_is_refused(
     encode = LLM2Vec.encode
 
     def with_one_wrong(self: LLM2Vec, sentences: list[str], *arguments: Any, **options: Any) -> Any:
-        vectors = np.array(encode(self, sentences, *arguments, **options))
+        vectors = encode(self, sentences, *arguments, **options)
         if ROWS[12]["text"] in sentences:
             vectors[sentences.index(ROWS[12]["text"]), 3] = number
         return vectors
@@ -570,6 +571,34 @@ def test_what_is_wrong_is_one_sentence(folder: Path, tmp_path: Path, more: list[
         runpy.run_path(str(SCRIPT))["main"](arguments(folder, tmp_path / "script", *more))
     assert str(error.value).startswith(said)
     assert not (tmp_path / "script").exists()
+
+
+def config_of_run(folder: Path) -> Path:
+    """Of rows with an instruction for their queries."""
+    write_jsonl(folder / "a.jsonl", [{"query": "who is red", "positive": "it is red", "negative": "not red"}])
+    write_json(folder / "sources.json", {"a": {"file": "a.jsonl", "instruction": "find it"}})
+    config = {"model_name_or_path": "m", "sources_file": str(folder / "sources.json"), "output_dir": "out"}
+    write_json(folder / "run.json", config)
+    return folder / "run.json"
+
+
+@pytest.mark.parametrize(
+    "flag", [("--side", "query"), ("--text_column", "body"), ("--id_column", "n"), ("--subset", "s"), ("--split", "s")]
+)
+def test_a_config_has_its_own_sides_and_columns(flag: tuple[str, str], folder: Path, tmp_path: Path) -> None:
+    command = [str(config_of_run(tmp_path)), str(tmp_path / "out"), "--model", str(folder / "model"), *flag]
+    with pytest.raises(UserError, match=rf"^{flag[0]}: the texts of .*run\.json have their own; leave it out\.$"):
+        encode_by_command(command)
+    assert not (tmp_path / "out").exists()
+
+
+def test_an_instruction_stands_in_place_of_a_config_s(folder: Path, tmp_path: Path, model: LLM2Vec) -> None:
+    """Before queries alone: a document of the rows has none, and gets none."""
+    command = [str(config_of_run(tmp_path)), str(tmp_path / "out"), "--model", str(folder / "model")]
+    encode_by_command([*command, "--instruction", "tell of it"])
+    documents, queries = (read(tmp_path / "out" / name)[1] for name in ("00.document", "01.query"))
+    np.testing.assert_allclose(documents, direct(model, ["it is red", "not red"], side="document"), atol=1e-6)
+    np.testing.assert_allclose(queries, direct(model, [["tell of it", "who is red"]], side="query"), atol=1e-6)
 
 
 def test_a_folder_that_parquet_cannot_name_is_refused(folder: Path, tmp_path: Path) -> None:

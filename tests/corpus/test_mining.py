@@ -6,6 +6,7 @@ import json
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pyarrow.parquet as pq
 import pytest
 import torch
@@ -17,10 +18,12 @@ from sentence_transformers.sentence_transformer.modules import Pooling
 from sentence_transformers.util import mine_hard_negatives
 from transformers import Qwen2Config, Qwen2ForSequenceClassification
 
+from llm2vec.choice import ModelChoice
 from llm2vec.commands.data.mine import main
+from llm2vec.commands.encode import main as encode
 from llm2vec.corpus import mining
 from llm2vec.corpus.mining import Rules, mine
-from llm2vec.corpus.retrievers import DenseRetriever, LexicalRetriever, RandomRetriever, open_reranker
+from llm2vec.corpus.retrievers import DenseRetriever, LexicalRetriever, RandomRetriever, open_reranker, open_retriever
 from llm2vec.corpus.rows import open_corpus
 from llm2vec.data.reading import Reading
 from llm2vec.data.rows import TrainingRows
@@ -44,8 +47,8 @@ class Vectors(DenseRetriever):
         self.encoded: list[str] = []
         super().__init__(self._make, "vectors")
 
-    def _make(self, texts: list[str], instruction: Instruction, is_query: bool) -> torch.Tensor:
-        assert instruction == Instruction("find it")
+    def _make(self, texts: list[str], instruction: str, side: str) -> torch.Tensor:
+        assert instruction == ("find it" if side == "query" else "")
         self.encoded += texts
         return torch.stack([vector_of(text) for text in texts])
 
@@ -125,7 +128,7 @@ def test_a_killed_start_is_gone_on_with(folder: Path, monkeypatch: pytest.Monkey
         def killed(texts: list[str], *_: Any, of: Vectors = retriever, at: int = killed_at) -> torch.Tensor:
             if len(of.encoded) >= at:
                 raise KeyboardInterrupt
-            return Vectors._make(of, texts, Instruction("find it"), True)
+            return Vectors._make(of, texts, "find it", "query")
 
         retriever._encode = killed
         with pytest.raises(KeyboardInterrupt):
@@ -135,7 +138,38 @@ def test_a_killed_start_is_gone_on_with(folder: Path, monkeypatch: pytest.Monkey
         mine(SOURCE, folder, out, second, rules)
         assert (out / "a.jsonl").read_bytes() == (folder / "whole/a.jsonl").read_bytes()
         assert len(second.encoded) <= 120 - killed_at + 16
-        assert [path.name for path in out.rglob("*") if path.is_file()] == ["a.jsonl"]
+        left = [path.name for path in out.rglob("*") if path.is_file()]
+        assert sorted(left) == ["a.jsonl", "report.json", "settings.json"]
+
+
+def test_sources_that_are_done_are_not_mined_again(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """By the command, whose second source is killed; and only their reports are kept meanwhile."""
+    (folder / "b.jsonl").write_bytes((folder / "a.jsonl").read_bytes())
+    table = {name: {"file": f"{name}.jsonl", "instruction": "find it"} for name in "ab"}
+    (folder / "t.json").write_text(json.dumps(table), encoding="utf-8")
+    flags = ["--sources_file", str(folder / "t.json"), "--model", "vectors", "--negatives", "3"]
+    first, second, whole = Vectors(), Vectors(), Vectors()
+    prepare = DenseRetriever.prepare
+
+    def killed(self: DenseRetriever, documents: Any, instruction: Instruction, work: Path) -> None:
+        if self is first and work.name == "b":
+            raise KeyboardInterrupt
+        prepare(self, documents, instruction, work)
+
+    monkeypatch.setattr(Vectors, "prepare", killed)
+    for retriever, out in ((first, "out"), (second, "out"), (whole, "whole")):
+        monkeypatch.setattr("llm2vec.corpus.retrievers.open_retriever", lambda _, one=retriever: one)
+        if retriever is first:
+            with pytest.raises(KeyboardInterrupt):
+                main([str(folder), str(folder / out), *flags])
+            kept = sorted(path.name for path in (folder / "out/.mining/a").iterdir())
+            assert kept == ["report.json", "settings.json"]
+        else:
+            main([str(folder), str(folder / out), *flags])
+    assert len(first.encoded) == len(second.encoded) == 120 and len(whole.encoded) == 240
+    names = sorted(path.name for path in (folder / "out").iterdir())
+    assert names == ["a.jsonl", "b.jsonl", "report.json", "sources.json"]
+    assert all((folder / "out" / name).read_bytes() == (folder / "whole" / name).read_bytes() for name in names)
 
 
 def test_parts_of_another_mining_are_refused(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -167,6 +201,17 @@ def test_bm25_over_a_corpus_beside_the_source(tmp_path: Path, capsys: pytest.Cap
     assert sorted(path.name for path in (tmp_path / "out").iterdir()) == ["a.jsonl", "report.json", "sources.json"]
 
 
+def test_by_bm25_a_document_that_shares_no_word_is_no_candidate(tmp_path: Path) -> None:
+    """The first of the file stood in for those that were missing, as hard negatives."""
+    rows = [{"query": "red one", "positive": "red one two"}, {"query": "who", "positive": "blue"}]
+    rows += [{"query": "green", "positive": "green red"}, {"query": "blue", "positive": "blue blue red"}]
+    write_jsonl(tmp_path / "a.jsonl", rows)
+    report = mine(SOURCE, tmp_path, tmp_path / "out", LexicalRetriever(), Rules(1, relative_margin=None))
+    found = {row["query"]: row["negative"] for row in lines(tmp_path / "out/a.jsonl")}
+    assert found.keys() == {"red one", "blue"} and found["blue"] == ["blue"]
+    assert "red" in found["red one"][0] and report.candidates == 3
+
+
 def test_what_cannot_be_mined_is_said(folder: Path) -> None:
     with pytest.raises(UserError, match="source 'a': no row has enough negatives below its positive; ask for fewer by"):
         mine(SOURCE, folder, folder / "out", Vectors(), Rules(negatives=90))
@@ -195,17 +240,38 @@ def test_a_server_reranks(monkeypatch: pytest.MonkeyPatch) -> None:
         open_reranker("/nowhere")
 
 
+def test_a_classifier_of_several_labels_is_no_reranker(tmp_path: Path) -> None:
+    tokenizer = family_tokenizer("qwen2")
+    reranker_of(3).save_pretrained(tmp_path / "nli")
+    tokenizer.save_pretrained(tmp_path / "nli")
+    with pytest.raises(UserError, match=r"--rerank: .*/nli gives a pair 3 scores, one a label; a reranker gives one"):
+        open_reranker(str(tmp_path / "nli"))
+
+
+def test_help_names_what_needs_no_model(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        main(["--help"])
+    assert "bm25, random, or a model or adapter" in " ".join(capsys.readouterr().out.split())
+
+
+def reranker_of(num_labels: int) -> Qwen2ForSequenceClassification:
+    """A random one."""
+    tokenizer = family_tokenizer("qwen2")
+    config = Qwen2Config(
+        vocab_size=len(tokenizer), hidden_size=32, intermediate_size=64, num_hidden_layers=1, num_attention_heads=4,
+        num_key_value_heads=2, num_labels=num_labels, pad_token_id=tokenizer.pad_token_id,
+        layer_types=["full_attention"],
+    )  # fmt: skip
+    return Qwen2ForSequenceClassification(config)
+
+
 @pytest.mark.slow
 def test_models_mine_and_rerank(folder: Path) -> None:
     """A checkpoint of ours and a reranker, by the command; a reranker without safetensors is refused."""
     tokenizer = family_tokenizer("qwen2")
     tiny_model("qwen2").save_pretrained(folder / "model")
     tokenizer.save_pretrained(folder / "model")
-    config = Qwen2Config(
-        vocab_size=len(tokenizer), hidden_size=32, intermediate_size=64, num_hidden_layers=1, num_attention_heads=4,
-        num_key_value_heads=2, num_labels=1, pad_token_id=tokenizer.pad_token_id, layer_types=["full_attention"],
-    )  # fmt: skip
-    Qwen2ForSequenceClassification(config).save_pretrained(folder / "reranker")
+    reranker_of(1).save_pretrained(folder / "reranker")
     tokenizer.save_pretrained(folder / "reranker")
     (folder / "t.json").write_text(json.dumps({"a": {"file": "a.jsonl", "instruction": "find it"}}), encoding="utf-8")
     flags = ["--sources_file", str(folder / "t.json"), "--model", str(folder / "model"), "--negatives", "2"]
@@ -237,8 +303,6 @@ def test_an_embedder_of_sentence_transformers_encodes_mines_and_rescores_as_it_d
     folder: Path, embedder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """A teacher's vectors were those of a template and of the last token once."""
-    from llm2vec.commands.encode import main as encode
-
     stock = SentenceTransformer(str(embedder), device="cpu")
     texts = ["hello world", "red", "who wrote the answer"]
     (folder / "t.jsonl").write_text("".join(json.dumps({"text": text}) + "\n" for text in texts), encoding="utf-8")
@@ -251,6 +315,41 @@ def test_an_embedder_of_sentence_transformers_encodes_mines_and_rescores_as_it_d
     assert rescore([("red", text) for text in texts]) == pytest.approx(expected.tolist(), abs=1e-4)
     monkeypatch.setattr(SentenceTransformer, "encode_document", lambda *_: pytest.fail("encoded twice"))
     assert len(rescore([("world", text) for text in texts])) == 3
+
+
+def test_a_stock_embedder_has_the_dtype_and_batch_size_that_are_asked_for(folder: Path, embedder: Path) -> None:
+    """Stored in bfloat16, as most large ones are, which numpy does not know; its own prompts stand in for ours."""
+    SentenceTransformer(str(embedder), device="cpu").bfloat16().save(str(embedder))
+    texts = ["hello world", "red", "who wrote the answer"]
+    write_jsonl(folder / "t.jsonl", [{"text": text} for text in texts])
+    source = str(folder / "t.jsonl")
+    flags = ["--model", str(embedder), "--batch_size", "2"]
+    sizes, forward = [], Transformer.forward
+
+    def watched(self: Transformer, features: dict[str, Any], **options: Any) -> Any:
+        sizes.append(len(features["input_ids"]))
+        return forward(self, features, **options)
+
+    for name in ("float32", "bfloat16"):
+        choice = ModelChoice(str(embedder), torch_dtype=name)
+        stock = SentenceTransformer(str(embedder), device="cpu", model_kwargs={"dtype": name})
+        expected = stock.encode_document(texts, batch_size=2, convert_to_tensor=True).float()
+        with pytest.MonkeyPatch.context() as patched:
+            patched.setattr(Transformer, "forward", watched)
+            encode([source, str(folder / name), *flags, "--torch_dtype", name])
+        found = torch.tensor(pq.read_table(folder / name)["vector"].to_pylist())
+        assert torch.equal(found, expected) and found.dtype == torch.float32
+        documents = Dataset.from_dict({"text": texts})
+        retriever = open_retriever(choice)
+        retriever.prepare(documents, Instruction("find it"), folder / f"held-{name}")
+        held = torch.from_numpy(np.load(folder / f"held-{name}/vectors-0000000000.npy"))
+        assert torch.equal(
+            held, torch.nn.functional.normalize(stock.encode_document(texts, convert_to_tensor=True).float())
+        )
+    assert sizes == [2, 1, 2, 1]
+    with pytest.raises(UserError, match=f"--instruction: {embedder} reads texts with prompts of its own; leave it out"):
+        encode([source, str(folder / "other"), *flags, "--instruction", "find it"])
+    assert not (folder / "other").exists()
 
 
 def test_chance_is_the_same_for_the_same_query(folder: Path) -> None:

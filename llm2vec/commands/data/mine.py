@@ -5,11 +5,11 @@
     llm2vec mine copies output/mined --sources_file hub --sources squad --corpus passages.jsonl \\
         --model sentence-transformers/all-MiniLM-L6-v2 --rerank cross-encoder/ms-marco-MiniLM-L6-v2
 
-Candidates are the texts of the source, and of `--corpus`. Texts of a query's other positives are never its negatives.
-A candidate must score at least 5 % below the lowest of them (`--relative_margin`). OUT holds the new rows, their table
-`sources.json`, and `report.json`; train with `dataset_file_path: OUT` and `sources_file: OUT/sources.json`. With a
-reranker rows have `pos_score` and `neg_scores` too, which `distillation_weight` reads. A start that was killed is gone
-on with.
+Candidates are the texts of the source, and of `--corpus`; for bm25, those that share a word with the query. Texts of a
+query's other positives are never its negatives. A candidate must score at least 5 % below the lowest of them
+(`--relative_margin`). OUT holds the new rows, their table `sources.json`, and `report.json`; train with
+`dataset_file_path: OUT` and `sources_file: OUT/sources.json`. With a reranker rows have `pos_score` and `neg_scores`
+too, which `distillation_weight` reads. A start that was killed is gone on with.
 """
 
 from __future__ import annotations
@@ -67,7 +67,7 @@ def _parse_args(argv: Sequence[str]) -> argparse.Namespace:
     parser = cli.parser("mine", __doc__, prints_tables=True)
     add_source_flags(parser)
     parser.add_argument("out", type=cli.path, metavar="OUT", help="folder to write")
-    add_model_flags(parser, torch_dtype=True)
+    add_model_flags(parser, torch_dtype=True, which="bm25, random, or a model or adapter: folder or hub name")
     parser.add_argument("--corpus", help="further documents: a .jsonl or .parquet file with `text`, or a hub data set")
     parser.add_argument(
         "--rerank",
