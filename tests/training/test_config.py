@@ -577,6 +577,13 @@ def test_a_run_does_not_write_over_what_it_starts_from(tmp_path: Path) -> None:
     assert "base, which the run starts from and would write over" in error_of(
         write(tmp_path, minimal(tmp_path), **changes), "stage_II"
     )
+    for key in ("model_name_or_path", "peft_model_name_or_path"):
+        for place in ("base", "base/checkpoint-1", "base/checkpoint-1/adapter"):
+            ours = {"output_dir": str(tmp_path / "base"), key: str(tmp_path / "x" / ".." / place), "resume": "never"}
+            message = error_of(write(tmp_path, minimal(tmp_path), **ours), "stage_II")
+            assert f"{place}, which the run starts from and would write over" in message
+            beside = write(tmp_path, minimal(tmp_path), **ours | {key: str(tmp_path / "base" / "init")})
+            assert load_config(beside, "stage_II").resume == "never"
     below = write(tmp_path, minimal(tmp_path), **changes, experiment_id="run")
     assert load_config(below, "stage_II").output_dir.resolve() == tmp_path / "base" / "run"
 

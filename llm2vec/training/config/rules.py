@@ -34,8 +34,16 @@ def contradictions(config: Config, written: Container[str]) -> Iterator[str]:
 def _in_the_run(config: Config) -> Iterator[str]:
     """What is trained, where it goes, how long, and how much runs at once."""
     training, name, tokens = config.training, config.experiment_id, config.tokens_per_microbatch
-    if config.output_dir.resolve() == Path(config.model_name_or_path).resolve():
-        yield f"output_dir is {config.output_dir}, which the run starts from and would write over; name another folder."
+    output = config.output_dir.resolve()
+    for parent in (config.model_name_or_path, *config.adapters):
+        place = Path(parent).resolve()
+        below = place.relative_to(output).parts if place.is_relative_to(output) else None
+        # A run replaces and removes checkpoints, too, whichever run wrote them.
+        if below == () or (below and below[0].startswith("checkpoint-")):
+            yield (
+                f"output_dir is {config.output_dir}; in it lies {parent}, which the run starts from and would write "
+                "over; name another folder."
+            )
     if name and (Path(name).is_absolute() or ".." in Path(name).parts):
         yield f"experiment_id is {name!r}; the name of a folder below output_dir is needed."
     if not config.resume:
