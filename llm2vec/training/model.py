@@ -46,7 +46,7 @@ def prepare_device(config: Config) -> None:
         # Each micro-batch has another number of tokens. Segments that grow leave no holes between their tensors.
         os.environ["PYTORCH_CUDA_ALLOC_CONF"] = os.environ["PYTORCH_ALLOC_CONF"] = "expandable_segments:True"
     is_hidden = os.environ.get("CUDA_VISIBLE_DEVICES") in ("", "-1")
-    if "use_cpu" in config.training or is_hidden or torch.accelerator.is_available() or not NVIDIA_DEVICE.exists():
+    if config.training.get("use_cpu") or is_hidden or torch.accelerator.is_available() or not NVIDIA_DEVICE.exists():
         return
     built = f"is built for CUDA {torch.version.cuda}" if torch.version.cuda else "is a build for CPUs"
     raise UserError(

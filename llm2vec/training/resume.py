@@ -29,7 +29,6 @@ from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
-import torch
 from transformers import TrainingArguments
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
@@ -41,7 +40,7 @@ from llm2vec.model.chain import RUN_FILE, mark_of, open_folder, read_run
 from llm2vec.model.checkpoint import SUMS_FILE, check_sums, environment
 from llm2vec.processes import rank, wait_for_all, world_size
 from llm2vec.training.config import KEYS, Config
-from llm2vec.training.config.arguments import training_arguments
+from llm2vec.training.config.arguments import runs_on_cpu, training_arguments
 from llm2vec.training.rows import sources_of, text_file_of
 from llm2vec.types import RunEnds, UserError, in_one_sentence
 
@@ -70,7 +69,7 @@ def start_or_resume(config: Config, held: ExitStack) -> TrainingArguments:
     The run's output folder is `held`, so that no second run writes there. A `UserError` where the arguments are wrong,
     another run is at work there, or the checkpoint is another run's; `RunEnds` where the run has finished.
     """
-    if config.training.get("use_cpu", not torch.accelerator.is_available()):
+    if runs_on_cpu(config):
         join_on_cpu(config.training.get("ddp_timeout", TrainingArguments.ddp_timeout))
     args = training_arguments(config)
     assert args.device is not None  # joins the processes

@@ -867,6 +867,22 @@ def test_without_a_total_batch_the_accumulation_is_as_written(
     assert recorded_arguments[0]["gradient_accumulation_steps"] == 3
 
 
+@pytest.mark.parametrize("written", [{}, {"use_cpu": False}])
+@pytest.mark.parametrize("has_gpu", [True, False])
+def test_without_a_gpu_a_run_is_the_cpus(
+    tmp_path: Path,
+    recorded_arguments: list[dict[str, Any]],
+    monkeypatch: pytest.MonkeyPatch,
+    written: dict[str, Any],
+    has_gpu: bool,
+) -> None:
+    """Else several processes would each believe to be alone, whether the key's default is written or not."""
+    monkeypatch.setattr(config_module.torch.accelerator, "is_available", lambda: has_gpu)
+    training_arguments(load_config(write(tmp_path, minimal(tmp_path), **written), "stage_II"))
+    (values,) = recorded_arguments
+    assert (values["use_cpu"], values["dataloader_pin_memory"]) == (not has_gpu, has_gpu)
+
+
 def test_run_arguments_that_are_ours(tmp_path: Path, recorded_arguments: list[dict[str, Any]]) -> None:
     """Rows are read by our collator, no unused parameter is searched for, and nothing is reported to nobody."""
     config = load_config(write(tmp_path, minimal(tmp_path), remove_unused_columns=True, experiment_id="e"), "stage_I")

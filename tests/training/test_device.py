@@ -42,6 +42,8 @@ def test_a_gpu_that_torch_cannot_use_ends_the_run(monkeypatch: pytest.MonkeyPatc
     monkeypatch.setattr(model_module, "NVIDIA_DEVICE", tmp_path)
     with pytest.raises(UserError, match="has an NVIDIA GPU, but torch"):
         prepare_device(config())
+    with pytest.raises(UserError, match="has an NVIDIA GPU, but torch"):
+        prepare_device(config({"use_cpu": False}))
     prepare_device(config({"use_cpu": True}))
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
     prepare_device(config())

@@ -21,6 +21,11 @@ def of_arguments() -> AbstractContextManager[None]:
     return in_one_sentence(lambda why: f"training arguments: {why}", refusals)
 
 
+def runs_on_cpu(config: Config) -> bool:
+    """Whether a run's device is the CPU: by its config, or since torch finds no other."""
+    return bool(config.training.get("use_cpu")) or not torch.accelerator.is_available()
+
+
 def training_arguments(config: Config, num_processes: int | None = None) -> TrainingArguments:
     """TrainingArguments of a run, with the accumulation that `total_batch_size` asks for. `num_processes` are those of
     a run that is only planned; None = those that torchrun started.
@@ -34,7 +39,7 @@ def training_arguments(config: Config, num_processes: int | None = None) -> Trai
     values.setdefault("report_to", "tensorboard" if importlib.util.find_spec("tensorboard") else "none")
     values.setdefault("ddp_find_unused_parameters", False)
     # Without this, transformers starts several CPU processes that each believe to be alone.
-    values.setdefault("use_cpu", not torch.accelerator.is_available())
+    values["use_cpu"] = runs_on_cpu(config)
     values.setdefault("dataloader_pin_memory", not values["use_cpu"])
     # Rows are tokenised beside the step. On a CPU that would take cores from it, and is too little to notice.
     values.setdefault("dataloader_num_workers", 0 if values["use_cpu"] else 2)
