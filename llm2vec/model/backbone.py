@@ -114,7 +114,8 @@ def load_backbone(
 
 
 def _load_base(model_class: Any, folder: Folder, **how: Any) -> Any:
-    """The weights of a folder, all of them. A tensor that it lacks would be random, so that is an error."""
+    """The weights of a folder, all of them, of a model of text alone. A tensor that it lacks would be random, so that
+    is an error."""
     path = folder.path
     verbosity = transformers_logging.get_verbosity()
     transformers_logging.set_verbosity_error()  # of a head that stays behind; what matters is checked below
@@ -124,6 +125,12 @@ def _load_base(model_class: Any, folder: Folder, **how: Any) -> Any:
         raise UserError(f"model_name_or_path: {error}") from error
     finally:
         transformers_logging.set_verbosity(verbosity)
+    if model.config.get_text_config() is not model.config:
+        raise UserError(
+            f"model_name_or_path: {path!r} holds more than a text model ({type(model).__name__}); load it by "
+            "transformers' AutoModel, save its text model (mostly `model.language_model.save_pretrained(FOLDER)`) and "
+            "the tokenizer, and name that folder."
+        )
     if info["missing_keys"]:
         raise UserError(
             f"model_name_or_path: {path!r} lacks {len(info['missing_keys'])} of the tensors that "

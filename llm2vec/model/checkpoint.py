@@ -86,7 +86,8 @@ def save_checkpoint(
         adapter_only: dict[str, Any] = {"save_embedding_layers": False} if isinstance(model, PeftModel) else {}
         to_write = None if state is None else dict(state)  # transformers empties it as it writes
         model.save_pretrained(str(staging), state_dict=to_write, **adapter_only)
-        tokenizer.save_pretrained(staging)
+        # Of several chat templates, transformers would make a folder; in the config it reads them as well.
+        tokenizer.save_pretrained(staging, save_jinja_files=not isinstance(tokenizer.chat_template, dict))
         # peft writes a model card about nothing; ours comes with the export.
         (staging / "README.md").unlink(missing_ok=True)
         if beside:

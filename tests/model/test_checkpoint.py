@@ -14,11 +14,18 @@ import torch
 from helpers import family_tokenizer, tiny_model
 from safetensors.torch import load_file
 from sentence_transformers import SentenceTransformer
-from transformers import LlamaForCausalLM
+from transformers import (
+    AutoModel,
+    Gemma3Config,
+    Gemma3ForConditionalGeneration,
+    Gemma3TextConfig,
+    LlamaForCausalLM,
+    SiglipVisionConfig,
+)
 
 from llm2vec.files import write_json
 from llm2vec.llm2vec import LLM2Vec
-from llm2vec.model.backbone import attach_lora, load_backbone
+from llm2vec.model.backbone import attach_lora, load_backbone, load_tokenizer
 from llm2vec.model.chain import (
     INCOMPLETE_MARKER,
     RUN_FILE,
@@ -280,6 +287,25 @@ def test_a_missing_folder_is_named(tmp_path: Path) -> None:
 # --- hand-over ---
 
 
+def test_a_model_of_more_than_text_is_refused_and_its_text_model_is_taken(tmp_path: Path) -> None:
+    """In one sentence that names the folder, for training too; and what the sentence says to do, does."""
+    shape = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4}
+    tokenizer = family_tokenizer("gemma")
+    text = Gemma3TextConfig(**shape, vocab_size=len(tokenizer), num_key_value_heads=2, head_dim=8)
+    seen = SiglipVisionConfig(**shape, image_size=28, patch_size=14)
+    both = Gemma3Config(text_config=text.to_dict(), vision_config=seen.to_dict(), mm_tokens_per_image=4)
+    Gemma3ForConditionalGeneration(both).save_pretrained(tmp_path / "both")
+    AutoModel.from_pretrained(tmp_path / "both").language_model.save_pretrained(tmp_path / "text")
+    for folder in ("both", "text"):
+        tokenizer.save_pretrained(tmp_path / folder)
+    for load in (LLM2Vec.from_pretrained, lambda path: load_backbone(open_chain(path), with_lm_head=True)):
+        with pytest.raises(UserError, match="both' holds more than a text model") as refused:
+            load(str(tmp_path / "both"))
+        assert "language_model.save_pretrained" in str(refused.value)
+    vectors = LLM2Vec.from_pretrained(tmp_path / "text").encode(["hello"], show_progress_bar=False)
+    assert vectors.shape == (1, 32)
+
+
 def test_stage_I_keeps_the_head_and_stage_II_leaves_it(
     stages: Path, caplog: pytest.LogCaptureFixture, recwarn: pytest.WarningsRecorder
 ) -> None:
@@ -431,6 +457,19 @@ def test_a_changed_tokenizer_is_refused(stages: Path) -> None:
     with pytest.raises(UserError, match="renders the checkpoint's probe texts to other token ids") as error:
         load(stages)
     assert str(stages / "stage_I") in str(error.value)
+
+
+def test_a_tokenizer_with_several_chat_templates_is_handed_on(tmp_path: Path) -> None:
+    """transformers would write all but the first into a folder of their own; saved twice, summed up, and opened."""
+    tokenizer = family_tokenizer("llama")
+    tokenizer.chat_template = {"default": tokenizer.chat_template, "tool_use": "{{ tools }}"}
+    for _ in range(2):
+        save_checkpoint(tmp_path, tiny_model("llama"), tokenizer, SETTINGS)
+    write_sums(tmp_path)
+    check_sums(tmp_path)
+    assert load_tokenizer(open_folder(str(tmp_path))).chat_template == tokenizer.chat_template
+    LLM2Vec.from_pretrained(tmp_path).save(tmp_path / "again")
+    assert load_tokenizer(open_folder(str(tmp_path / "again"))).chat_template == tokenizer.chat_template
 
 
 # --- llm2vec_config.json ---
