@@ -45,6 +45,7 @@ class TrialOutcome:
     queries: Mapping[str, Mapping[str, float]] = field(default_factory=dict)  #: Task -> query -> nDCG@10 x 100
     loss: float | None = None  #: The first that the last stage logged
     rank: float | None = None  #: The effective rank of held-out texts before the last stage, where it was logged
+    steps: int = 0  #: Of the last stage
 
 
 def write_record(
@@ -112,11 +113,12 @@ def _copy_json(source: Path, target: Path) -> None:
 def _read(folder: Path) -> TrialOutcome:
     recipe, seed = _TRIAL.fullmatch(folder.name).groups()  # type: ignore[union-attr]  # matches every name
     stages = sorted(path for path in folder.iterdir() if _STAGE.fullmatch(path.name))
-    costs = [_costs(stage / LOG_FILE) for stage in stages]
-    steps = sorted(int(path.name) for path in folder.glob("along/*"))
+    logs = [read_log(stage / LOG_FILE) for stage in stages]
+    costs = [_costs(log) for log in logs]
+    checkpoints = sorted(int(path.name) for path in folder.glob("along/*"))
     queries = folder / "queries.json"
-    losses = [entry["loss"] for entry in read_log(stages[-1] / LOG_FILE) if "loss" in entry] if stages else []
-    before = read_log(stages[-2] / LOG_FILE) if len(stages) > 1 else []
+    before, last = [[], [], *logs][-2:]
+    losses = [entry["loss"] for entry in last if "loss" in entry]
     ranks = [entry[RANK_KEY] for entry in before if RANK_KEY in entry]
     return TrialOutcome(
         recipe,
@@ -124,26 +126,27 @@ def _read(folder: Path) -> TrialOutcome:
         read_results(folder / "scores").scores,
         _sum([tokens for tokens, _ in costs]),
         _sum([minutes for _, minutes in costs]),
-        along={step: read_results(folder / "along" / str(step)).scores for step in steps},
+        along={step: read_results(folder / "along" / str(step)).scores for step in checkpoints},
         queries=read_object(queries) if queries.is_file() else {},
         loss=losses[0] if losses else None,
         rank=ranks[-1] if ranks else None,
+        steps=max((int(entry["step"]) for entry in last), default=0),
     )
 
 
-def _costs(file: Path) -> tuple[float | None, float | None]:
+def _costs(log: Sequence[Mapping[str, float]]) -> tuple[float | None, float | None]:
     """Tokens and minutes of a run; None where its log does not say.
 
-    The steps behind the last multiple of `logging_steps` have no entry: they are taken to be like the others.
+    The time is that of the entries: the library's `train_runtime` is of the last start alone, where a run was killed
+    and went on. The steps behind the last multiple of `logging_steps` have no entry: they are taken to be like the
+    others.
     """
-    log = read_log(file)
-    with_tokens = [entry for entry in log if "tokens" in entry]
-    seconds = [entry["train_runtime"] for entry in log if "train_runtime" in entry]
-    tokens = None
-    if with_tokens:
-        steps = max(entry["step"] for entry in log), max(entry["step"] for entry in with_tokens)
-        tokens = sum(entry["tokens"] for entry in with_tokens) * steps[0] / steps[1]
-    return tokens, sum(seconds) / 60 if seconds else None
+    counted = [entry for entry in log if "tokens_per_second" in entry]
+    if not counted:
+        return None, None
+    share = max(entry["step"] for entry in log) / max(entry["step"] for entry in counted)
+    seconds = [entry["tokens"] / (entry["tokens_per_second"] or 1) for entry in counted]  # 0 of 0: no time
+    return sum(entry["tokens"] for entry in counted) * share, sum(seconds) / 60 * share
 
 
 def _sum(values: Sequence[float | None]) -> float | None:

@@ -22,9 +22,10 @@ from llm2vec.table import Cell, Table
 _TITLE = "Recipes on the same data"
 _NOTE = (
     "Scores x 100, mean over seeds; lowest and highest: of single seeds, over the mean of the tasks. Tokens: those of "
-    "the training rows, templates and second copies included, over all stages. Minutes: of training alone, over all "
-    "stages, beside whatever else ran at the time. Both are means over seeds; a stage that several recipes have in "
-    "common counts for each."
+    "the training rows, templates and second copies included, over all stages. A text counts once, however "
+    "often it passes the model (in Stage I twice, in language modelling once): as many tokens are not as much work. "
+    "Minutes: of training alone, by its log, over all stages, beside whatever else ran at the time. Both are means "
+    "over seeds; a stage that several recipes have in common counts for each."
 )
 _OWN_NOTE = "Keys that a recipe sets itself, stage after stage; all others are shared."
 #: The fact that names the recipe which others are held against.
@@ -159,15 +160,14 @@ def _over_seeds(of_seeds: Sequence[Mapping[str, float]]) -> dict[str, float]:
 
 def along_picture(outcomes: Sequence[TrialOutcome]) -> Picture | None:
     """Scores along the last stage, its end included; None where there are none."""
-    with_steps = [outcome for outcome in outcomes if outcome.along]
+    with_steps = [outcome for outcome in outcomes if outcome.along and outcome.steps]
     if not with_steps:
         return None
     tasks = list(next(iter(with_steps[0].along.values())))
     lines: dict[str, dict[int, list[float]]] = {}
     for outcome in with_steps:
         line = lines.setdefault(outcome.recipe, {})
-        last = 2 * max(outcome.along) - sorted(outcome.along)[-2]  # checkpoints are equally far apart
-        for step, scores in {**outcome.along, last: outcome.scores}.items():
+        for step, scores in {**outcome.along, outcome.steps: outcome.scores}.items():
             line.setdefault(step, []).append(statistics.fmean(scores[task] for task in tasks))
     caption = _ALONG_CAPTION.format(tasks=", ".join(tasks))
     return Picture("along.png", along_figure(lines, f"mean of {len(tasks)} tasks x 100"), caption)

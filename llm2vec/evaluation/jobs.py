@@ -39,16 +39,45 @@ SHARD_DOCUMENTS = 128 * search.BLOCK
 DOCUMENT_CHARACTERS = 400
 
 
+@dataclass(frozen=True)
+class Request:
+    """One evaluation."""
+
+    model: EvaluatedModel  #: The model
+    #: Task -> the benchmark that defines its splits and languages, from `expand`.
+    tasks: Mapping[str, str]
+    output_dir: str  #: Where results go
+    local_data_dir: str | None = None  #: Where data sets are read from; None = the hub
+    batch_size: int = 32  #: Texts a forward pass
+    #: Whether rankings are kept, under OUTPUT_DIR/predictions/MODEL/REVISION.
+    save_predictions: bool = False
+
+    def find(self, name: str) -> Any:
+        """A task of this request, or a part of one; its data are not read."""
+        return find_task(name, self.local_data_dir, self.tasks.get(name, BENCHMARK))
+
+    def rankings(self, of_revision: Path) -> Path:
+        """Where they are kept; the folder given ends in the names of model and revision, too."""
+        return Path(self.output_dir, "predictions", *of_revision.parts[-2:])
+
+
 def leaves_of(tasks: Mapping[str, Any]) -> dict[str, Any]:
     """Tasks by name, with the parts of an aggregate in its place, each once."""
     return {leaf.metadata.name: leaf for task in tasks.values() for leaf in parts_of(task) or [task]}
 
 
-def plan(encoder: Any, tasks: Mapping[str, Any], output_dir: str) -> list[Job]:
+def plan(request: Request, encoder: Any, tasks: Mapping[str, Any]) -> list[Job]:
     """The jobs that are left: those of tasks without a result of use."""
-    meta = encoder.mteb_model_meta
-    leaves = [leaf for leaf in leaves_of(tasks).values() if kept_score(meta, leaf, output_dir) is None]
-    return [job for leaf in leaves for job in jobs_of(leaf, is_dense(encoder), meta.max_tokens or MAX_TOKENS)]
+    meta, leaves = encoder.mteb_model_meta, leaves_of(tasks)
+    left = {name: leaf for name, leaf in leaves.items() if kept_score(meta, leaf, request.output_dir) is None}
+    files = {name: result_file(meta, leaf, request.output_dir) for name, leaf in leaves.items() if name not in left}
+    bare = [n for n, f in files.items() if not (request.rankings(f.parent) / leaves[n].prediction_file_name).is_file()]
+    if request.save_predictions and bare:
+        logger.warning(
+            "--save_predictions: the scores of %d of %d tasks, such as %s, lie here without their rankings; another "
+            "--output_dir has both made", len(bare), len(leaves), bare[0],
+        )  # fmt: skip
+    return [job for leaf in left.values() for job in jobs_of(leaf, is_dense(encoder), meta.max_tokens or MAX_TOKENS)]
 
 
 def jobs_of(task: Any, can_shard: bool, max_tokens: float = MAX_TOKENS) -> list[Job]:
@@ -114,8 +143,8 @@ def search_shard(encoder: Any, task: Any, shard: int, num_shards: int, batch_siz
             # As mteb does before it searches.
             judged = [row for row, query in enumerate(data["queries"]["id"]) if data["relevant_docs"].get(query)]
             queries = data["queries"].select(judged)
-            search = CorpusSearch(encoder, queries, data["corpus"], task.metadata, split, subset, encode_kwargs)
-            keys[search.name] = search.keys(max(task.k_values), shard, num_shards)
+            found = CorpusSearch(encoder, queries, data["corpus"], task.metadata, split, subset, encode_kwargs)
+            keys[found.name] = found.keys(max(task.k_values), shard, num_shards)
     return keys
 
 
@@ -130,10 +159,9 @@ def _score(request: Request, encoder: Any, task: Any, job: Job, folder: Path, wo
         shutil.copy(target, made)  # splits and languages that it has are not made anew
     shards = [_shard_file(folder, name) for name in job.after]
     found = _merged([load_file(shard) for shard in shards]) if shards else None
-    predictions = Path(request.output_dir, "predictions", *folder.parts[-2:]) if request.save_predictions else None
     evaluate(
         encoder, [task], own, batch_size=request.batch_size, show_progress_bar=worker == 0 and sys.stderr.isatty(),
-        found=found, prediction_folder=predictions,
+        found=found, prediction_folder=request.rankings(folder) if request.save_predictions else None,
     )  # fmt: skip
     target.parent.mkdir(parents=True, exist_ok=True)
     for file in (made, made.with_name("model_meta.json")):
@@ -151,21 +179,3 @@ def _merged(shards: Sequence[Mapping[str, torch.Tensor]]) -> dict[str, torch.Ten
 
 def _shard_file(folder: Path, job: str) -> Path:
     return folder / "shards" / f"{job}.safetensors"
-
-
-@dataclass(frozen=True)
-class Request:
-    """One evaluation."""
-
-    model: EvaluatedModel  #: The model
-    #: Task -> the benchmark that defines its splits and languages, from `expand`.
-    tasks: Mapping[str, str]
-    output_dir: str  #: Where results go
-    local_data_dir: str | None = None  #: Where data sets are read from; None = the hub
-    batch_size: int = 32  #: Texts a forward pass
-    #: Whether rankings are kept, under OUTPUT_DIR/predictions/MODEL/REVISION.
-    save_predictions: bool = False
-
-    def find(self, name: str) -> Any:
-        """A task of this request, or a part of one; its data are not read."""
-        return find_task(name, self.local_data_dir, self.tasks.get(name, BENCHMARK))

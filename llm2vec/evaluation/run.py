@@ -92,7 +92,7 @@ def evaluate_all(request: Request, num_workers: int = 1) -> Outcome | None:
     with alone_in(folder, "evaluation of this model") if rank == 0 else contextlib.nullcontext():
         if rank == 0:
             _say_where(request, encoder, tasks)
-            prepare(folder, plan(encoder, tasks, request.output_dir))
+            prepare(folder, plan(request, encoder, tasks))
         if num_ranks > 1:  # no rank begins before the first has made the queue; nothing else is ever exchanged
             dist.init_process_group("gloo", timeout=PATIENCE)
             dist.barrier()

@@ -99,10 +99,16 @@ def score_aggregate(meta: Meta, task: Task, output_dir: str | Path) -> None:
 
 
 def _task_score(task: Task, result: Result, file: Path) -> TaskScore:
+    """What the task asks for: another benchmark may have put more splits and languages into the same file."""
     # Rounded as mteb rounds in its files, so that a score read back equals the score when it was made.
     scores = {
-        split: {subset["hf_subset"]: round(float(subset["main_score"]), 6) for subset in subsets}
+        split: {
+            subset["hf_subset"]: round(float(subset["main_score"]), 6)
+            for subset in subsets
+            if task.is_aggregate or subset["hf_subset"] in task.hf_subsets
+        }
         for split, subsets in result.scores.items()
+        if split in task.eval_splits
     }
     values = [score for subsets in scores.values() for score in subsets.values()]
     return {

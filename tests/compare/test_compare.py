@@ -37,6 +37,7 @@ from llm2vec.compare.record import TrialOutcome, read_record, write_record
 from llm2vec.compare.runs import FINISHED_FILE, Planner, Run, Trial
 from llm2vec.compare.table import (
     HELD_AGAINST,
+    along_picture,
     difference_table,
     failure_lines,
     outcome_table,
@@ -665,15 +666,16 @@ def write_scores(run: Run, scores: dict[str, float]) -> None:
 
 
 def test_an_outcome_is_read_from_what_the_runs_left(tmp_path: Path) -> None:
-    """Tokens and minutes of all stages together, from their logs."""
+    """Tokens and minutes of all stages together, from their logs. The first was killed and went on from step 5: what
+    the library calls its runtime is that of the second start alone."""
     first, second = chain(tmp_path, 1, 1)
     evaluation = Run("e", "x.py", (), tmp_path / "e", second)
     logs = {
         first: [
-            {"step": 5, "tokens": 100.0, "eval_effective_rank": 3.0},
-            {"step": 10, "tokens": 50.0},
+            {"step": 5, "tokens": 100.0, "tokens_per_second": 2.5, "eval_effective_rank": 3.0},
+            {"step": 10, "tokens": 50.0, "tokens_per_second": 2.5},
             {"step": 10, "eval_effective_rank": 7.0},
-            {"step": 10, "train_runtime": 60.0},
+            {"step": 10, "train_runtime": 20.0},
         ],
         second: [{"step": 4, "train_runtime": 30.0, "eval_effective_rank": 9.0}],
     }
@@ -689,12 +691,15 @@ def test_an_outcome_is_read_from_what_the_runs_left(tmp_path: Path) -> None:
         write(run.folder / "run.json", {})
     outcome = outcome_of(trial, {})
     assert outcome.scores == {"NFCorpus": pytest.approx(30), "SciFact": pytest.approx(60)}
-    assert outcome.minutes == pytest.approx(1.5)
-    assert outcome.tokens is None, "one log does not say"
+    assert outcome.tokens is None and outcome.minutes is None, "one log does not say"
+    assert outcome.steps == 4, "of the last stage"
     assert outcome.rank == 7.0, "the last before Stage II"
     assert read_record(tmp_path / "record") == ([outcome], {"mine": "stage_II"}, {"Seeds": "42"})
-    write_jsonl(second.folder / "log.jsonl", [{"step": 4, "tokens": 8.0}, {"step": 6, "train_runtime": 30.0}])
-    assert outcome_of(trial, {}).tokens == 150 + 8 * 6 / 4, "the last two steps have no entry"
+    last = [{"step": 4, "tokens": 8.0, "tokens_per_second": 0.4}, {"step": 6, "train_runtime": 30.0}]
+    write_jsonl(second.folder / "log.jsonl", last)
+    whole = outcome_of(trial, {})
+    assert whole.tokens == 150 + 8 * 6 / 4, "the last two steps have no entry"
+    assert whole.minutes == pytest.approx((60 + 20 * 6 / 4) / 60)
     assert outcome_of(trial, {"run1": "no luck", "e": "no luck"}).failure == "no luck"
     assert "holds no results" in str(outcome_of(Trial("mine", 42, (), first), {}).failure)
     with pytest.raises(UserError, match="holds no trials"):
@@ -746,6 +751,16 @@ def test_a_record_keeps_scores_along_the_last_stage_and_of_queries(tmp_path: Pat
     assert files == ["along.png", "comparison.html", "comparison.json", "comparison.md"]
     for file in files:
         assert (tmp_path / "first" / file).read_bytes() == (tmp_path / "again" / file).read_bytes()
+
+
+@pytest.mark.parametrize("along", [(0, 50, 100), (0,)])
+def test_the_end_of_a_curve_stands_at_the_last_step(along: tuple[int, ...]) -> None:
+    """Also where it is no multiple of `save_steps`, and where no checkpoint lies before it."""
+    outcome = TrialOutcome("mine", 42, {"X": 9.0}, along={step: {"X": float(step)} for step in along}, steps=128)
+    picture = along_picture([outcome])
+    assert picture is not None
+    (line,) = picture.figure.axes[0].lines
+    assert list(line.get_xdata()) == [*along, 128] and list(line.get_ydata()) == [*along, 9.0]
 
 
 def test_the_table_by_hand() -> None:

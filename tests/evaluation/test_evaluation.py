@@ -21,17 +21,18 @@ import huggingface_hub
 import pytest
 from eval_stubs import CALM, STORM, FakeModel, evaluated, write_hub_layout, write_retrieval
 from helpers import family_tokenizer, tiny_model, write_jsonl
+from mteb.models.model_meta import ModelMeta
 
 from llm2vec.corpus import search
 from llm2vec.corpus.queue import JobQueue
 from llm2vec.evaluation import jobs as eval_jobs
 from llm2vec.evaluation import run as evaluation
 from llm2vec.evaluation.jobs import Request, jobs_of, work
-from llm2vec.evaluation.mteb_adapter import LLM2VecEncoder, benchmark_tasks, find_task
+from llm2vec.evaluation.mteb_adapter import LLM2VecEncoder, benchmark_tasks, find_task, result_file
 from llm2vec.evaluation.run import SUBSET15, Outcome, dry_run, evaluate_all, expand
-from llm2vec.evaluation.scores import evaluate, load_tasks
-from llm2vec.files import alone_in
-from llm2vec.reports.results import read_query_scores
+from llm2vec.evaluation.scores import evaluate, kept_score, load_tasks
+from llm2vec.files import alone_in, write_json
+from llm2vec.reports.results import read_query_scores, read_results
 from llm2vec.types import UserError
 
 ROOT = Path(__file__).parents[2]
@@ -158,6 +159,30 @@ def test_the_subset_is_that_of_the_paper() -> None:
 def test_a_benchmark_decides_splits_and_languages() -> None:
     assert find_task("MSMARCO").eval_splits == ["dev"] and find_task("STS22").hf_subsets == ["en"]
     assert len(find_task("STS22", benchmark="MTEB(Multilingual, v1)").hf_subsets) > 1
+
+
+@pytest.mark.parametrize(
+    ("name", "kept"),
+    [("STS17", {"test": {"ar-ar": 0.2, "en-en": 0.8, "es-es": 0.2}}), ("MSMARCO", {"dev": 0.8, "test": 0.2})],
+)
+def test_of_a_kept_result_only_what_the_task_asks_for_is_counted(name: str, kept: Any, tmp_path: Path) -> None:
+    """Another benchmark, with more languages or splits, had it made: same model, same revision, same file."""
+    task, meta = find_task(name), ModelMeta.create_empty({"name": "our/model", "revision": "r"})
+    subsets = {split: of if isinstance(of, dict) else {"default": of} for split, of in kept.items()}
+    scores = {
+        split: [{"hf_subset": subset, "main_score": score, "languages": ["eng-Latn"]} for subset, score in of.items()]
+        for split, of in subsets.items()
+    }
+    file = result_file(meta, task, tmp_path)
+    file.parent.mkdir(parents=True)
+    write_json(
+        file,
+        {"dataset_revision": task.metadata.revision, "task_name": name, "mteb_version": "2.0.0", "scores": scores,
+         "evaluation_time": 1.0, "kg_co2_emissions": None},
+    )  # fmt: skip
+    found = kept_score(meta, task, tmp_path)
+    assert found is not None and found["main_score"] == 0.8
+    assert read_results(file.parent).scores[name] == pytest.approx(80), "what the report says of the same file"
 
 
 # --- jobs ---
@@ -392,6 +417,17 @@ def test_kept_rankings_give_the_recorded_score_query_by_query(
         score = 100 * outcome.scores[task]["main_score"]
         of_queries = read_query_scores(folder, task, data / task / "qrels/test.jsonl", score)  # checks the mean itself
         assert len(of_queries) == len({line.split('"')[3] for line in open_lines(data / task / "qrels/test.jsonl")})
+
+
+def test_rankings_that_were_not_kept_with_a_score_are_said_to_be_missing(
+    start: Callable[..., Any], tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    start("MySet", output="without")
+    start("STS12", output="without", save_predictions=True)
+    assert "rankings" not in caplog.text
+    _, calls = start("MySet", "STS12", output="without", save_predictions=True)
+    assert not calls
+    assert "--save_predictions: the scores of 1 of 2 tasks, such as MySet, lie here without their ran" in caplog.text
 
 
 def open_lines(file: Path) -> list[str]:
