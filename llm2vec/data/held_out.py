@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from llm2vec.data.reading import rows_of
-from llm2vec.data.sources import Source, find_files
+from llm2vec.data.sources import Source, entry_of, find_files
 from llm2vec.files import whole_folder, write_json, write_json_lines, write_text
 from llm2vec.types import UserError
 
@@ -109,17 +109,6 @@ def _stripped(row: Mapping[str, Any]) -> dict[str, Any]:
     """A row without the blanks around its texts, as training reads them: by these alone no text differs."""
     query, positive, *negatives = (text.strip() for text in (row["query"], row["positive"], *row["negative"]))
     return {**row, "query": query, "positive": positive, "negative": negatives}
-
-
-def entry_of(source: Source, file: str) -> dict[str, Any]:
-    """What a table says of a source's rows that were written to a JSONL file, in the fields' own names."""
-    texts, symmetric = ([instruction[i] for instruction in source.instructions] for i in (0, 1))
-    return {
-        "file": file, "instruction": texts, "symmetric": symmetric,
-        **({"num_negatives": source.reading.num_negatives} if source.reading.num_negatives is not None else {}),
-        "keep_equal_negatives": source.reading.keep_equal_negatives,
-        **({"licence": source.licence} if source.licence else {}),
-    }  # fmt: skip
 
 
 def _draw(rows: Sequence[Mapping[str, Any]], num_queries: int, seed: str) -> set[str]:

@@ -40,7 +40,7 @@ def check_row(
         if field not in row:
             there = f"; there are {', '.join(row)}" if row else ""
             raise UserError(f"{where}: the field `{field}` is missing{there}.")
-        _check_text(row[field], field, where)
+        check_text(row[field], field, where)
     negatives = row.get("negative", [])
     negatives = [negatives] if isinstance(negatives, str) else negatives
     if not isinstance(negatives, list):
@@ -52,7 +52,7 @@ def check_row(
             f"{'' if 'negative' in row else ' (the field `negative` is missing)'}."
         )
     for text in negatives[:num_negatives]:
-        _check_text(text, "negative", where)
+        check_text(text, "negative", where)
     parsed = {"query": row["query"], "positive": row["positive"], "negative": negatives[:num_negatives]}
     if with_scores:
         parsed["scores"] = _scores(row, len(negatives), where)[: 1 + num_negatives]
@@ -78,7 +78,8 @@ def _scores(row: Mapping[str, Any], num_negatives: int, where: str) -> list[floa
     return [float(score) for score in scores]
 
 
-def _check_text(text: Any, field: str, where: str) -> None:
+def check_text(text: Any, field: str, where: str) -> None:
+    """A `UserError`, which begins with `where`, if what a field holds is no text, or none but blanks."""
     if not isinstance(text, str):
         raise UserError(f"{where}: `{field}` must be text, not a {type(text).__name__}.")
     if not text.strip():

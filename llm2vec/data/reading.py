@@ -12,9 +12,9 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import partial
 from itertools import islice
 from pathlib import Path
-from typing import Any, NamedTuple, TypeAlias
+from typing import Any, NamedTuple, TypeAlias, TypeVar
 
-from llm2vec.data.lines import check_row
+from llm2vec.data.lines import check_row, check_text
 from llm2vec.data.records import Placed, is_saved, load_from_hub, load_saved, parsed, records_of_file, records_of_table
 from llm2vec.data.tables import arrow_file, content_hash, copies_cache
 from llm2vec.types import UserError
@@ -30,6 +30,8 @@ SCORES = ("pos_score", "neg_scores", "score")
 
 #: Is told of a bad record.
 OnError: TypeAlias = Callable[[UserError], None] | None
+#: What a record is read as.
+Read = TypeVar("Read")
 
 
 class Reading(NamedTuple):
@@ -134,17 +136,33 @@ def _rows_of_pairs(
         texts and _Texts(Path(texts[0]), Reading(*texts[1])) for texts in (reading.documents, reading.queries)
     )
     behind = {"query": queries, "positive": documents, "negative": documents}
+
+    def read(record: bytes | Mapping[str, Any], where: str) -> list[dict[str, Any]]:
+        row = in_roles(record, reading, where)
+        row |= {role: texts.of(row[role], where, role) for role, texts in behind.items() if texts and role in row}
+        return list(_rows_of(row, reading, with_scores, where, counts))
+
+    for number, _, rows in _sound(records, read, on_error):
+        yield from ({"row": number, **row} for row in rows)
+
+
+def _sound(
+    records: Iterator[Placed], read: Callable[[bytes | Mapping[str, Any], str], Read], on_error: OnError
+) -> Iterator[tuple[int, str, Read]]:
+    """What is read of each record, with its number and place; `on_error` as in `rows_of`."""
     for number, (where, record) in enumerate(records, start=1):
         try:
-            row = in_roles(record, reading, where)
-            row |= {role: texts.of(row[role], where, role) for role, texts in behind.items() if texts and role in row}
-            rows = list(_rows_of(row, reading, with_scores, where, counts))
+            found = read(record, where)
         except UserError as error:
-            if on_error is None:
-                raise
-            on_error(error)
-            continue
-        yield from ({"row": number, **row} for row in rows)
+            _tell(error, on_error)
+        else:
+            yield number, where, found
+
+
+def _tell(error: UserError, on_error: OnError) -> None:
+    if on_error is None:
+        raise error
+    on_error(error)
 
 
 def _rows_of(
@@ -296,22 +314,28 @@ def _rows_of_labels(
 ) -> Iterator[dict[str, Any]]:
     """Each text as a query; the next one of its label, in a shuffled circle, is its positive; texts of other labels,
     drawn, are its negatives (None = one). All texts are held in memory."""
-    found: dict[tuple[Any, str], tuple[int, str]] = {}
-    for number, (where, record) in enumerate(records, start=1):
+
+    def read(record: bytes | Mapping[str, Any], where: str) -> tuple[Any, str]:
         row = in_roles(record, reading, where)
-        label, text = row["label"], row["text"]
-        if not isinstance(label, str | int):
-            raise UserError(f"{where}: the label is {label!r}; a string or a whole number is needed.")
-        check_row({"query": text, "positive": text}, 0, where)
-        if (label, text) in found:
+        if not isinstance(row["label"], str | int):
+            raise UserError(f"{where}: the label is {row['label']!r}; a string or a whole number is needed.")
+        check_text(row["text"], "text", where)
+        return row["label"], row["text"]
+
+    found: dict[tuple[Any, str], tuple[int, str]] = {}
+    for number, where, labelled in _sound(records, read, on_error):
+        if labelled in found:
             counts["texts that come twice"] += 1
-        found.setdefault((label, text), (number, where))
+        found.setdefault(labelled, (number, where))
     texts = list(found)
     circles: dict[Any, list[int]] = {}
     for i, (label, _) in enumerate(texts):
         circles.setdefault(label, []).append(i)
     if len(circles) < 2:
-        raise UserError(f"{next(iter(found.values()), ('', 'a labelled source'))[1]}: there are no two labels.")
+        if found or on_error is None:
+            place = next(iter(found.values()), ("", "a labelled source"))[1]
+            _tell(UserError(f"{place}: there are no two labels."), on_error)
+        return
     draw = random.Random(0)
     positive_of: dict[int, int] = {}
     for circle in circles.values():

@@ -114,12 +114,29 @@ def table_file(path: Path) -> Path:
     return path if path.exists() else READY_TABLES.get(str(path), path)
 
 
+def entry_of(source: Source, file: str) -> dict[str, Any]:
+    """What a table says of a source's rows that were written to a JSONL file, in the fields' own names: all that was
+    not followed when they were written."""
+    texts, symmetric = ([instruction[i] for instruction in source.instructions] for i in (0, 1))
+    kept = {key: getattr(source.reading, key) for key in ("num_negatives", "weight", "batch_size")}
+    return {
+        "file": file, "instruction": texts, "symmetric": symmetric,
+        **{key: value for key, value in kept.items() if value != Reading._field_defaults[key]},
+        "keep_equal_negatives": source.reading.keep_equal_negatives,
+        **({"licence": source.licence} if source.licence else {}),
+    }  # fmt: skip
+
+
 def _read_source(where: str, name: str, entry: Any) -> Source:
     if not isinstance(entry, dict):
         raise UserError(f"{where}: an object with file, instruction and symmetric is needed.")
     unknown = sorted(set(entry) - set(KEYS_OF_SOURCE))
     if unknown:
         raise UserError(f"{where}: unknown key {unknown[0]!r}; known: {', '.join(KEYS_OF_SOURCE)}.")
+    if not name or name.startswith(".") or {"/", "\\"} & set(name):
+        raise UserError(
+            f"{where}: the name of a source must not be empty, begin with a dot or hold a slash; files are named by it."
+        )
     file, (hub, config, split, revision) = _file(where, entry)
     texts, symmetric = entry.get("instruction", ""), entry.get("symmetric", False)
     texts = [texts] if isinstance(texts, str) else texts

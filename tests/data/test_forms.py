@@ -17,11 +17,12 @@ from datasets import Dataset, DatasetDict
 from helpers import family_tokenizer, tiny_model, write_jsonl
 from safetensors.torch import load_file
 
+from llm2vec.commands.data.answers import main as answers_command
 from llm2vec.commands.data.check_data import main as check_data
 from llm2vec.commands.data.mine import main as mine_command
 from llm2vec.data.held_out import hold_out
 from llm2vec.data.rows import TrainingRows
-from llm2vec.data.sources import READY_TABLES, read_sources_file
+from llm2vec.data.sources import KEYS_OF_SOURCE, READY_TABLES, entry_of, read_sources_file
 from llm2vec.training.config.file import load_config
 from llm2vec.training.resume import differences
 from llm2vec.training.stages import train_stage
@@ -442,7 +443,63 @@ def test_hold_outs_and_mined_rows_have_the_texts(tmp_path: Path) -> None:
     assert {example[1] for example in texts(mined)} == {row["positive"] for row in ROWS}
 
 
+def test_what_is_written_anew_keeps_what_its_entry_says(tmp_path: Path) -> None:
+    """Each key stays in the entry of the rows that were written from a source's, or was followed in writing them."""
+    followed = {
+        "hub", "config", "split", "revision", "columns", "least_score", "max_rows", "positives", "documents", "queries"
+    }  # fmt: skip
+    kept = {
+        "instruction": ["find", "seek"], "symmetric": [True, False], "num_negatives": 3, "keep_equal_negatives": True,
+        "weight": 0.25, "batch_size": 4, "licence": "MIT",
+    }  # fmt: skip
+    assert {"file", *kept} | followed == set(KEYS_OF_SOURCE)
+    (source,) = read_sources_file(write_table(tmp_path, a={"file": "a.csv", **kept}))
+    assert entry_of(source, "b.jsonl") == {"file": "b.jsonl", **kept}
+    (plain,) = read_sources_file(write_table(tmp_path, a={"file": "a.csv"}))
+    (again,) = read_sources_file(write_table(tmp_path, a=entry_of(plain, "a.csv")))
+    assert again == plain
+
+
 # What is wrong
+
+
+@pytest.mark.parametrize("command", [mine_command, answers_command])
+@pytest.mark.parametrize("out", ["", "deeper"])
+def test_what_is_read_is_not_written_over(command: Callable[[list[str]], Any], out: str, tmp_path: Path) -> None:
+    """Neither in the data's own folder, nor where a source's file lies under the name of what is written."""
+    for name in ("a", "deeper/b"):
+        write_jsonl(tmp_path / f"{name}.jsonl", ROWS)
+    table = write_table(tmp_path, a=entry("a.jsonl"), b=entry("deeper/b.jsonl"))
+    before = {path: path.read_bytes() for path in tmp_path.rglob("*.json*")}
+    writer = ["--model", "random"] if command is mine_command else ["--server", "http://localhost:9/v1", "--name", "x"]
+    with pytest.raises(UserError, match=f"{tmp_path / out}.* is read here, and would be written over; name another"):
+        command([str(tmp_path), str(tmp_path / out), "--sources_file", str(table), *writer])
+    assert {path: path.read_bytes() for path in tmp_path.rglob("*.json*")} == before
+
+
+@pytest.mark.parametrize("name", ["BeIR/nq", "../x", "a\\b", ".hidden", ""])
+def test_a_name_that_is_no_file_name_is_said(name: str, tmp_path: Path) -> None:
+    """Rows of a source are written under its name."""
+    with pytest.raises(UserError, match=r"the name of a source must not be empty, .*; files are named by it\."):
+        read_sources_file(write_table(tmp_path, **{name: entry("a.jsonl")}))
+
+
+def test_labelled_texts_are_checked_to_their_end(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    caplog.set_level("INFO", logger="llm2vec")
+    rows: list[dict[str, Any]] = [{"t": f"{label} {i}", "l": label} for i in range(3) for label in ("cat", "dog")]
+    rows[2:2] = [{"t": " ", "l": "cat"}, {"l": "cat"}, {"t": "cat 7", "l": None}, {"t": 7, "l": "dog"}]
+    for name, some in (("some", rows), ("none", rows[2:6])):
+        write_jsonl(tmp_path / f"{name}.jsonl", some)
+        table = write_table(tmp_path, a=entry(f"{name}.jsonl", columns={"text": "t", "label": "l"}))
+        assert check_data([str(tmp_path), "--sources_file", str(table)]) == 1
+    assert "some.jsonl, line 3: `text` is empty." in caplog.text
+    assert "some.jsonl, line 4: there is no column 't'" in caplog.text
+    found = [line.split()[:3] for line in caplog.text.splitlines() if line.startswith("a ")]
+    assert found == [["a", "6", "4"], ["a", "0", "4"]] and "no two labels" not in caplog.text
+    write_jsonl(tmp_path / "some.jsonl", rows[:1])
+    table = write_table(tmp_path, a=entry("some.jsonl", columns={"text": "t", "label": "l"}))
+    assert check_data([str(tmp_path), "--sources_file", str(table)]) == 1
+    assert "some.jsonl, line 1: there are no two labels." in caplog.text
 
 
 @pytest.mark.parametrize(

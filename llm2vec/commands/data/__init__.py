@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 from collections.abc import Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 from llm2vec import cli
@@ -24,7 +25,7 @@ def add_source_flags(parser: argparse.ArgumentParser) -> None:
 
 def chosen_sources(args: argparse.Namespace) -> list[Source]:
     """The sources that a command line names, whose files must be there, or all whose files are; of the others it is
-    said."""
+    said. A `UserError` where a named one is missing, or `out` would be written over what is read."""
     table = e5_sources() if args.sources_file is None else read_sources_file(args.sources_file)
     sources = select_sources(table, args.sources)
     there = [source for source in sources if not source.missing(args.folder)]
@@ -35,6 +36,12 @@ def chosen_sources(args: argparse.Namespace) -> list[Source]:
         raise UserError(f"{args.folder} {what}{archive_hint(sources)}.")
     if missing:
         cli.Printer(vars(args).get("json", False)).say(f"not there: {', '.join(missing)}")
+    out: Path | None = vars(args).get("out")
+    if out is not None:
+        read = [args.folder, args.sources_file or args.folder, *(source.place(args.folder) for source in there)]
+        written = [out, out / "sources.json", *(out / f"{source.name}.jsonl" for source in there)]
+        if both := sorted({path.resolve() for path in read} & {path.resolve() for path in written}):
+            raise UserError(f"OUT: {both[0]} is read here, and would be written over; name another folder.")
     return there
 
 

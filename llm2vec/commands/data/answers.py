@@ -18,8 +18,7 @@ from pathlib import Path
 from llm2vec import cli
 from llm2vec.choice import ModelChoice
 from llm2vec.commands.data import add_source_flags, chosen_sources, named_writer, parse_with_server, writer_of
-from llm2vec.data.held_out import entry_of
-from llm2vec.data.sources import Source
+from llm2vec.data.sources import Source, entry_of
 from llm2vec.files import alone_in, remove, write_json, write_json_lines
 
 ANSWERS_FOLDER = ".answers"

@@ -23,7 +23,7 @@ from typing import TYPE_CHECKING
 from llm2vec import cli
 from llm2vec.choice import add_model_flags, chosen_model
 from llm2vec.commands.data import add_source_flags, chosen_sources
-from llm2vec.data.held_out import entry_of
+from llm2vec.data.sources import entry_of
 from llm2vec.files import alone_in, json_lines, remove, write_json
 from llm2vec.table import Cell, Table
 
