@@ -236,7 +236,7 @@ def _export(trained: Path, to: Path, prompts: Path) -> None:
 def _search(model: Path, task: Path, index: Path, instruction: str, queries: Sequence[str] | None) -> None:
     """Index the held-out documents, and print the five best of a few queries."""
     from llm2vec.choice import ModelChoice
-    from llm2vec.commands.search import TextIndex, build_index
+    from llm2vec.corpus.index import TextIndex, build_index
     from llm2vec.files import json_lines
 
     asked = list(queries or [content["text"] for _, content in json_lines(task / "queries.jsonl")][:3])

@@ -32,10 +32,9 @@ import pyarrow.parquet as pq
 import torch
 
 from llm2vec.choice import ModelChoice
-from llm2vec.corpus.queue import Job, JobQueue
+from llm2vec.corpus.queue import Job, JobQueue, beside, take_gpu
 from llm2vec.corpus.retrievers import encoder_of
 from llm2vec.corpus.rows import Corpus, cut_into_shards
-from llm2vec.corpus.workers import beside, take_gpu
 from llm2vec.files import LOCK_FILE, alone_in, read_object, remove, sha256, write_json, write_text
 from llm2vec.types import TextSide, UserError, VectorDtype
 

@@ -6,9 +6,9 @@
     done/JOB         the job is done
     failed/JOB       the job cannot be done; holds the sentence that says why
 
-One process calls `prepare`, then every process calls `work`. A lock dies with its process and the claim stays: a job
-that is begun, not ended and not locked has lost its process. It is not handed out again in this start, as it may well
-kill the next process too. The next `prepare` frees it.
+One process calls `prepare`, then every process calls `work`; `beside` starts others on this machine. A lock dies with
+its process and the claim stays: a job that is begun, not ended and not locked has lost its process. It is not handed
+out again in this start, as it may well kill the next process too. The next `prepare` frees it.
 
 Where machines share a folder on a file system that passes no locks on (`files.alone_in` says which), a start takes up
 jobs that another machine is still at. Such a job is done twice, which costs time and changes nothing.
@@ -21,8 +21,10 @@ import json
 import logging
 import multiprocessing
 import os
+import sys
 import time
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -175,3 +177,50 @@ class JobQueue:
     def _let_go(self, job: Job) -> None:
         if (lock := self._locks.pop(job.name, None)) is not None:
             os.close(lock)
+
+
+@contextmanager
+def beside(num_workers: int, folder: Path, run: Callable[..., None], *arguments: object) -> Iterator[None]:
+    """While the body works, `num_workers - 1` other processes call `run(worker, *arguments)`.
+
+    They are waited for when the body ends, and ended where it fails. What one says, and what any library prints, goes
+    to `FOLDER/worker-N.log`. A new process must be able to import `run`, and `arguments` to be pickled; this process is
+    worker 0.
+    """
+    processes = []
+    try:
+        for worker in range(1, num_workers):
+            log = folder / f"worker-{worker}.log"
+            process = multiprocessing.get_context("spawn").Process(target=_life, args=(log, run, worker, *arguments))
+            process.start()
+            processes.append(process)
+            logger.info("Worker %d (process %s) writes to %s", worker, process.pid, log)
+        yield
+    except BaseException:
+        for process in processes:
+            process.terminate()
+        raise
+    finally:
+        for worker, process in enumerate(processes, start=1):
+            process.join()
+            if process.exitcode:
+                logger.warning("Worker %d ended early (exit code %d); see its log", worker, process.exitcode)
+
+
+def take_gpu(worker: int, device: str | None = None) -> None:
+    """Make a GPU this process's, so that what is moved to "cuda" goes there: the device named, or one by turns."""
+    import torch  # seconds, which a queue need not wait for
+
+    if device is None and torch.cuda.is_available():
+        torch.cuda.set_device(worker % torch.cuda.device_count())
+    elif device is not None and device.startswith("cuda:"):
+        torch.cuda.set_device(device)
+
+
+def _life(log: Path, run: Callable[..., None], worker: int, *arguments: object) -> None:
+    with log.open("a", encoding="utf-8") as out:
+        os.dup2(out.fileno(), sys.stdout.fileno())
+        os.dup2(out.fileno(), sys.stderr.fileno())
+    logging.basicConfig(format="%(asctime)s %(message)s")
+    logging.getLogger("llm2vec").setLevel(logging.INFO)
+    run(worker, *arguments)

@@ -19,8 +19,7 @@ from typing import Any, NamedTuple
 import datasets
 import torch.distributed as dist
 
-from llm2vec.corpus.queue import JobQueue
-from llm2vec.corpus.workers import beside, take_gpu
+from llm2vec.corpus.queue import JobQueue, beside, take_gpu
 from llm2vec.evaluation import mteb_adapter
 from llm2vec.evaluation.cost import MAX_TOKENS, cost_table, measure_speed, task_cost
 from llm2vec.evaluation.files import parts_of

@@ -30,7 +30,7 @@ from benchmarks.gpu_check import SIDES, Setting, objective_of, run_part, run_ste
 from benchmarks.inputs import Shape, packed_batch
 from benchmarks.variants import SETTINGS
 from llm2vec import LLM2Vec
-from llm2vec.corpus.workers import take_gpu
+from llm2vec.corpus.queue import take_gpu
 from llm2vec.llm2vec_q2d_d2q import BidirectionalReconstruction
 from llm2vec.model import fused_layers, packed_attention
 from llm2vec.model.fused_layers import fuse

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 from worker_stub import say_and_wait
 
-from llm2vec.corpus.workers import beside
+from llm2vec.corpus.queue import beside
 
 
 def test_others_are_waited_for_and_what_they_print_is_in_their_logs(tmp_path: Path) -> None:

@@ -17,8 +17,9 @@ from helpers import family_tokenizer, tiny_model, write_jsonl
 from safetensors.torch import load_file, save_file
 
 from llm2vec.choice import ModelChoice
-from llm2vec.commands.search import TEXTS_FILE, VECTORS_FILE, TextIndex, build_index, main
+from llm2vec.commands.search import main
 from llm2vec.corpus import search
+from llm2vec.corpus.index import TEXTS_FILE, VECTORS_FILE, TextIndex, build_index
 from llm2vec.corpus.passages import _cut, passages_of
 from llm2vec.files import alone_in
 from llm2vec.llm2vec import LLM2Vec
@@ -375,7 +376,7 @@ def test_an_index_is_replaced_and_nothing_is_left_behind(
         raise OSError(28, "No space left on device")
 
     with monkeypatch.context() as patched:
-        patched.setattr("llm2vec.commands.search.write_text", fail)
+        patched.setattr("llm2vec.corpus.index.write_text", fail)
         with pytest.raises(UserError, match=r"index cannot be written to \(No space left on device\)"):
             build_index(file, index.folder, ModelChoice(str(model_folder)))
     assert {file.name: file.read_bytes() for file in index.folder.iterdir()} == before
