@@ -74,15 +74,15 @@ def compare_recipes(
         runner = Runner(of, output_dir, workers=workers, processes=processes, lock=lock, say=say)
         return do_all(runs, runner.do, workers)
 
-    search = planner.recipes.halving
+    search = planner.recipe_set.halving
     halved = Halved(trials) if search is None else halve(trials, search, folder / SHARED_FILE, do)
     going = [trial for trial in halved.trials if not any(run.name in halved.failures for run in trial.training)]
     said = f"{len(going)} trials of {len({trial.recipe for trial in going})} recipes"
     failures = halved.failures | do([(trial.recipe, run) for trial in going for run in trial.runs])
-    own = own_keys([recipe for recipe in planner.recipes.recipes if recipe.name in chosen])
+    own = own_keys([recipe for recipe in planner.recipe_set.recipes if recipe.name in chosen])
     facts = {
-        "Base model": planner.recipes.shared["all"]["model_name_or_path"],
-        HELD_AGAINST: planner.recipes.reference,
+        "Base model": planner.recipe_set.shared["all"]["model_name_or_path"],
+        HELD_AGAINST: planner.recipe_set.reference,
         "Seeds": ", ".join(map(str, seeds)),
         "Runs at a time": str(workers),
         "Processes of a training run": str(processes),

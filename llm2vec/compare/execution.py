@@ -108,9 +108,9 @@ class Runner:
         say: Callable[[str], None],
     ) -> None:  # fmt: skip
         self.workers, self.processes, self.lock, self.say = workers, processes, lock, say
-        self.recipes: dict[str, dict[str, None]] = {}  # name of a run -> those it is of, in order
+        self.recipes_of: dict[str, dict[str, None]] = {}  # name of a run -> those it is of, in order
         for recipe, run in runs:
-            self.recipes.setdefault(run.name, {})[recipe] = None
+            self.recipes_of.setdefault(run.name, {})[recipe] = None
         self.num_ended = 0
         self.logs = output_dir / "logs"
         self.logs.mkdir(parents=True, exist_ok=True)
@@ -140,7 +140,7 @@ class Runner:
 
     def _bar(self, run: Run) -> tqdm[Any]:
         """A training run's steps and the time left; none where several runs share the screen."""
-        whose = ", ".join(self.recipes[run.name])
+        whose = ", ".join(self.recipes_of[run.name])
         without = self.workers > 1 or not run.num_steps or None  # None: off where there is no terminal
         return tqdm(total=run.num_steps, desc=f"{run.command} of {whose}", unit="step", leave=False, disable=without)
 
@@ -167,9 +167,9 @@ class Runner:
     def _tell(self, run: Run, what: str) -> None:
         """One line on a run that has ended."""
         self.num_ended += 1
-        whose = ", ".join(self.recipes[run.name])
+        whose = ", ".join(self.recipes_of[run.name])
         kind = run.name.rpartition("-")[0]
-        self.say(f"[{self.num_ended:>3} of {len(self.recipes)}] {kind:<18} {whose}: {what}")
+        self.say(f"[{self.num_ended:>3} of {len(self.recipes_of)}] {kind:<18} {whose}: {what}")
 
 
 def has_ended(process: subprocess.Popen[bytes]) -> bool:

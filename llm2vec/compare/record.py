@@ -138,12 +138,12 @@ def _costs(log: Sequence[Mapping[str, float]]) -> tuple[float | None, float | No
     """Tokens and minutes of a run; None where its log does not say.
 
     The time is that of the entries: the library's `train_runtime` is of the last start alone, where a run was killed
-    and went on. The steps behind the last multiple of `logging_steps` have no entry: they are taken to be like the
-    others.
+    and went on; it counts where there is no entry. The steps behind the last multiple of `logging_steps` have none:
+    they are taken to be like the others.
     """
     counted = [entry for entry in log if "tokens_per_second" in entry]
     if not counted:
-        return None, None
+        return None, next((entry["train_runtime"] / 60 for entry in log if "train_runtime" in entry), None)
     share = max(entry["step"] for entry in log) / max(entry["step"] for entry in counted)
     seconds = [entry["tokens"] / (entry["tokens_per_second"] or 1) for entry in counted]  # 0 of 0: no time
     return sum(entry["tokens"] for entry in counted) * share, sum(seconds) / 60 * share

@@ -74,7 +74,7 @@ class Trial:
 class Planner:
     """Turns the recipes of a set into runs below one output folder, and writes the runs' configs."""
 
-    recipes: RecipeSet
+    recipe_set: RecipeSet
     output_dir: Path  #: `configs/`, `runs/` and `evaluations/` lie below it
     num_processes: int = 1  #: That share a step of training
     base: str = field(init=False)  #: What first stages start from
@@ -83,9 +83,9 @@ class Planner:
     _hashes: dict[tuple[Path, ...], str] = field(init=False, default_factory=dict)
 
     def __post_init__(self) -> None:
-        named = str(self.recipes.shared["all"]["model_name_or_path"])
+        named = str(self.recipe_set.shared["all"]["model_name_or_path"])
         if _is_local(named) and not Path(named).is_dir():
-            raise UserError(f"{self.recipes.folder / SHARED_FILE}: there is no base model {named}.")
+            raise UserError(f"{self.recipe_set.folder / SHARED_FILE}: there is no base model {named}.")
         if not _is_local(named):
             with without_waiting_for_the_hub():  # the commit is known of what has been asked for once
                 find_file(named, "config.json")
@@ -95,7 +95,7 @@ class Planner:
     def trials(self, seeds: Sequence[int]) -> list[Trial]:
         """Every recipe with every seed. A `UserError` where a config is wrong, or data are not there."""
         planned = []
-        for recipe in self.recipes.recipes:
+        for recipe in self.recipe_set.recipes:
             for seed in seeds if recipe.stages else [None]:
                 training: list[Run] = []
                 for stage in recipe.stages:
@@ -107,16 +107,16 @@ class Planner:
 
     def _along(self, recipe: Recipe, training: Sequence[Run]) -> dict[int, Run]:
         """Evaluations at the last stage's start and at its checkpoints."""
-        if not training or not training[-1].save_steps or not self.recipes.along:
+        if not training or not training[-1].save_steps or not self.recipe_set.along:
             return {}
-        last, options = training[-1], {**recipe.evaluation, "tasks": list(self.recipes.along)}
+        last, options = training[-1], {**recipe.evaluation, "tasks": list(self.recipe_set.along)}
         start = options if last.parent else {**options, "base_model_name_or_path": self.base}
         saved = range(last.save_steps, last.num_steps, last.save_steps)
         checkpoints = {step: self._evaluation(options, last, checkpoint_folder(last.folder, step)) for step in saved}
         return {0: self._evaluation(start, last.parent), **checkpoints}
 
     def _training(self, stage: StageFile, seed: int | None, parent: Run | None) -> Run:
-        shared = self.recipes.shared
+        shared = self.recipe_set.shared
         own = {**shared["all"], **shared.get(stage.stage, {}), **stage.keys, "seed": seed}
         keys = {**own, "model_name_or_path": str(parent.folder if parent else self.base)}
         config = self._checked(keys, stage)
@@ -139,7 +139,7 @@ class Planner:
             parent,
             num_steps,
             # A run that was halved has checkpoints of its rungs, whatever its config says.
-            is_resumable=(saves or self.recipes.halving is not None) and config.resume == "auto",
+            is_resumable=(saves or self.recipe_set.halving is not None) and config.resume == "auto",
             save_steps=config.training.get("save_steps", 500) if keeps_all else 0,
             stop=config.stop_after_n_steps,
         )
@@ -153,7 +153,7 @@ class Planner:
             return load_config(draft, stage.stage)
         except UserError as error:
             wrong = str(error).removeprefix(f"{draft}: ")
-            raise UserError(f"{stage.file}, over {self.recipes.folder / SHARED_FILE}: {wrong}") from None
+            raise UserError(f"{stage.file}, over {self.recipe_set.folder / SHARED_FILE}: {wrong}") from None
         finally:
             draft.unlink()
 

@@ -56,8 +56,8 @@ def test_every_shipped_recipe_can_be_read(shipped: Planner) -> None:
 
 
 def test_shipped_recipes_differ_by_their_ideas_only(shipped: Planner) -> None:
-    is_matched = not _has_the_library(shipped.recipes.folder / "shared.json")
-    for recipe in shipped.recipes.recipes:
+    is_matched = not _has_the_library(shipped.recipe_set.folder / "shared.json")
+    for recipe in shipped.recipe_set.recipes:
         for stage in recipe.stages:
             # A frozen decoder beside a set that shares the weights out, and holds activations to a budget.
             is_frozen = stage.keys.get("decoder") == "frozen" and stage.keys.get("fsdp") is False
@@ -67,7 +67,7 @@ def test_shipped_recipes_differ_by_their_ideas_only(shipped: Planner) -> None:
             )
             if "doc_max_length" in stage.keys:
                 assert recipe.name == "echo_mean_same_tokens", "the one recipe that is about fewer tokens"
-                assert stage.keys["doc_max_length"] == shipped.recipes.shared["all"]["doc_max_length"] // 2
+                assert stage.keys["doc_max_length"] == shipped.recipe_set.shared["all"]["doc_max_length"] // 2
     scales = {
         run.name: config_of(run)["loss_scale"]
         for t in shipped.trials([42])
