@@ -8,8 +8,8 @@ The key `resume` of a config decides:
     never   from step 0; earlier checkpoints in the output folder are removed as the training begins
 
 A checkpoint is the run's own where everything that decides the result is as it was: the keys of the config whose
-`influence` is `result` (`config.Key`), the number of processes, the content of the data files, and what the run started
-from. Anything else is refused.
+`influence` is `result` (`config.Key`), the number of processes, the content of the data files and of stored vectors,
+and what the run started from. Anything else is refused.
 """
 
 from __future__ import annotations
@@ -214,10 +214,12 @@ def differences(recorded: dict[str, Any], config: Config) -> list[str]:
     if recorded.get("num_processes", world_size()) != world_size():
         found.append(f"it ran in {recorded['num_processes']} process(es), not {world_size()}")
     found += _differing_sources(recorded.get("data", ()), config)
+    hashes = dict(recorded.get("vectors", {}))  # an older record has none
     for data in recorded.get("data", ()):
-        for name, before in {data["file"]: data["sha256"], **data.get("texts", {})}.items():
-            if before is not None and (not Path(name).exists() or content_hash(Path(name)) != before):
-                found.append(f"{name} has changed since")
+        hashes |= {data["file"]: data["sha256"], **data.get("texts", {})}
+    for name, before in hashes.items():
+        if before is not None and (not Path(name).exists() or content_hash(Path(name)) != before):
+            found.append(f"{name} has changed since")
     for path, mark in recorded.get("parent", {}).get("marks", {}).items():
         if mark != mark_of(path):
             found.append(f"{path} is not what it was")

@@ -48,6 +48,7 @@ from llm2vec.training.resume import (
 from llm2vec.training.rows import Rows, describe_left_out, describe_mixture, row_orders, sample_of
 from llm2vec.training.saving import model_weights
 from llm2vec.training.trainer import EmbedderTrainer
+from llm2vec.training.vectors import folders_of_vectors
 from llm2vec.types import Objective, RunEnds, UserError, needs_extra
 
 logger = logging.getLogger(__name__)
@@ -181,7 +182,7 @@ def _fit_activations(
 
 
 def provenance(config: Config, args: TrainingArguments, rows: Rows, ids: list[list[int]]) -> dict[str, Any]:
-    """What goes to `run.json`: resolved config, layout, parent, data and probe ids."""
+    """What goes to `run.json`: resolved config, layout, parent, data, vectors and probe ids."""
     return {
         "config": dataclasses.asdict(config),
         "num_processes": world_size(),
@@ -203,6 +204,7 @@ def provenance(config: Config, args: TrainingArguments, rows: Rows, ids: list[li
             }
             for source, size, file, stamp in zip(rows.sources, rows.sizes, rows.files, rows.stamps, strict=True)
         ],
+        "vectors": {folder: content_hash(Path(folder)) for folder in folders_of_vectors(config)},
         "probe_ids": ids,
         **origin_of(Path(config.model_name_or_path)),
     }

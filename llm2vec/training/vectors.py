@@ -97,16 +97,26 @@ class StoredVectors:
         return place_N, self._hash_N[place_N] == wanted_N
 
 
-@functools.cache
 def stored_vectors(folder: str | None) -> StoredVectors | None:
-    """The vectors that a key names, opened once in a process; None where it names none, or the model itself."""
-    return None if folder in (None, "self") else StoredVectors(Path(str(folder)))
+    """The vectors that a key names, opened once in a process while they stay as they are; None where it names none, or
+    the model itself."""
+    return None if folder in (None, "self") else _opened(Path(str(folder)), stamp_of(Path(str(folder))))
+
+
+@functools.lru_cache(maxsize=2)  # a guide's and a teacher's
+def _opened(folder: Path, stamp: str) -> StoredVectors:
+    return StoredVectors(folder)
+
+
+def folders_of_vectors(config: Config) -> list[str]:
+    """The folders that its keys name."""
+    return sorted({config.guide, config.teacher_vectors} - {None, "self"})  # type: ignore[arg-type]
 
 
 def check_vectors(config: Config, rows: Any) -> None:
     """Refuse a run that lacks a vector which its config wants: a `UserError` with the folder, how many texts, and
     one of them."""
-    for folder in {config.guide, config.teacher_vectors}:
+    for folder in folders_of_vectors(config):
         if (vectors := stored_vectors(folder)) is not None:
             vectors.check(all_rows(config, rows))
 

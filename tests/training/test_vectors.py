@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -13,10 +14,13 @@ import pytest
 import torch
 from helpers import family_tokenizer, tiny_model, write_jsonl
 
+from llm2vec import Config
+from llm2vec import train as train_from_python
 from llm2vec.commands import encode, train
+from llm2vec.model.chain import RUN_FILE
 from llm2vec.objectives.negatives import hash_of
 from llm2vec.training.log import LOG_FILE
-from llm2vec.training.vectors import StoredVectors
+from llm2vec.training.vectors import StoredVectors, stored_vectors
 from llm2vec.types import Example, InstructedText, UserError
 
 TEXTS = [
@@ -103,6 +107,49 @@ def write_models_and_rows(tmp_path: Path) -> list[dict[str, str]]:
     write_jsonl(tmp_path / "a.jsonl", rows)
     (tmp_path / "sources.json").write_text(json.dumps({"a": {"file": "a.jsonl", "instruction": "find it"}}))
     return rows
+
+
+def test_vectors_that_were_encoded_anew_are_read_anew(tmp_path: Path) -> None:
+    """In one process, as a notebook trains twice; what did not change is opened once."""
+    folder, (first, *_) = tmp_path / "v", ids(*TEXTS)
+    for vector in ([1.0, 2.0], [3.0, 4.0]):
+        shutil.rmtree(folder, ignore_errors=True)
+        write(folder, {first: vector})
+        vectors = stored_vectors(str(folder))
+        assert vectors is not None and vectors is stored_vectors(str(folder))
+        assert vectors(TEXTS[:1]).tolist() == [vector]
+    assert stored_vectors(None) is None and stored_vectors("self") is None
+
+
+def test_vectors_that_were_encoded_anew_make_another_run(tmp_path: Path) -> None:
+    """A guide's and a teacher's; a record from before they were in it goes on as ever."""
+    rows = write_models_and_rows(tmp_path)
+    names = ids(*(InstructedText("", text) for row in rows for text in row.values()))
+
+    def encode_anew(name: str, seed: int) -> str:
+        shutil.rmtree(tmp_path / name, ignore_errors=True)
+        vectors = torch.randn(len(names), 32, generator=torch.Generator().manual_seed(seed)).tolist()
+        return str(write(tmp_path / name, dict(zip(names, vectors, strict=True))))
+
+    config = Config(
+        str(tmp_path / "base"), stage="stage_II", lora_r=4, max_seq_length=64, guide=encode_anew("guide", 0),
+        teacher_vectors=encode_anew("teacher_s", 1), training={
+            "output_dir": str(tmp_path / "out"), "max_steps": 1, "per_device_train_batch_size": 8, "use_cpu": True,
+            "report_to": "none", "disable_tqdm": True, "save_strategy": "no",
+        },
+    )  # fmt: skip
+    _, figures = train_from_python(config, rows)
+    file = tmp_path / "out" / RUN_FILE
+    recorded = json.loads(file.read_text(encoding="utf-8"))
+    for name, seed in (("guide", 0), ("teacher_s", 1)):
+        encode_anew(name, seed + 2)
+        with pytest.raises(UserError, match=f"belongs to another run: [^;]*{name} has changed since"):
+            train_from_python(config, rows)
+        encode_anew(name, seed)
+        assert train_from_python(config, rows)[1] == figures
+    encode_anew("guide", 2)
+    file.write_text(json.dumps({key: value for key, value in recorded.items() if key != "vectors"}), encoding="utf-8")
+    assert train_from_python(config, rows)[1] == figures
 
 
 @pytest.mark.slow
