@@ -168,6 +168,7 @@ def _fit_activations(
     tokens, budget = config.tokens_per_microbatch, config.activation_memory_gb
     if tokens is None or budget is None:
         return []
+    objective.model.train()  # it was loaded in evaluation mode, where no dropout keeps its mask
     batches, first = [], 0  # at two sizes, as what is kept grows with the tokens and has a part that does not
     for size in rows.sizes:
         examples = [rows[first + i] for i in range(min(8, size))]

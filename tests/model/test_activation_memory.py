@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import weakref
-from typing import Any
+from pathlib import Path
+from typing import Any, cast
 
 import every_objective
 import pytest
@@ -16,13 +17,18 @@ from llm2vec.data.collation import CollateSides
 from llm2vec.llm2vec_q2d_d2q import BidirectionalReconstruction
 from llm2vec.model.packing import compile_layers
 from llm2vec.model.settings import EncoderSettings, row_tokenizer
-from llm2vec.training.model import decoder_of
+from llm2vec.training.config import Config
+from llm2vec.training.config.arguments import training_arguments
+from llm2vec.training.config.file import checked_config
+from llm2vec.training.model import decoder_of, load_model
 from llm2vec.training.recomputation import (
     bytes_per_token,
     fit_activations,
     layers_to_recompute,
     measured_bytes,
 )
+from llm2vec.training.run import _fit_activations
+from llm2vec.training.stages import stage_parts
 from llm2vec.training.step import backward_step
 from llm2vec.types import Batch, UserError
 
@@ -36,6 +42,14 @@ def make() -> tuple[BidirectionalReconstruction, Batch, Batch]:
     settings = EncoderSettings(pooling_mode="last", attention="causal", template="llama3")
     collate = CollateSides(row_tokenizer(family_tokenizer("llama"), settings), ("query", "positive"))
     return BidirectionalReconstruction(model, settings), collate(ROWS[:6]), collate(ROWS)
+
+
+class SimpleRows(list[Any]):
+    """Rows of one source, as far as a run's start asks for them."""
+
+    @property
+    def sizes(self) -> list[int]:
+        return [len(self)]
 
 
 def run(objective: Any, batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:
@@ -139,6 +153,23 @@ def test_the_source_whose_tokens_keep_most_decides() -> None:
     for order in (per_source, per_source[::-1]):
         line = fit_activations(objective, objective.decoder, order, 1000, 100.0)
         assert line.startswith(f"activations {kept[0] * 1000 / 1e9:.2f} GB")
+
+
+def test_a_run_measures_what_its_steps_will_keep(tmp_path: Path) -> None:
+    """A model is loaded without dropout, whose masks, and what else training keeps, belong to the budget."""
+    tiny_model("llama", num_hidden_layers=LAYERS).save_pretrained(tmp_path)
+    family_tokenizer("llama").save_pretrained(tmp_path)
+    training = {"output_dir": str(tmp_path / "out"), "use_cpu": True, "report_to": "none"}
+    keys: dict[str, Any] = {"simcse_dropout": 0.3, "tokens_per_microbatch": 1_000_000, "dataset_file_path": "x"}
+    config = checked_config(Config(str(tmp_path), stage="simcse", activation_memory_gb=1e3, training=training, **keys))
+    model, tokenizer, settings = load_model(config, torch.device("cpu"), with_lm_head=False)
+    parts, rows = stage_parts(config), cast(Any, SimpleRows(ROWS))
+    objective = parts.objective(config, model, settings, tokenizer)
+    collate = parts.collate(config, tokenizer, settings, 0)
+    (line,) = _fit_activations(config, training_arguments(config), objective, rows, collate)
+    objective.model.train()
+    batches = [(collate(ROWS[:1]), collate(ROWS[:8]))]
+    assert line == fit_activations(objective, decoder_of(objective.model), batches, 1_000_000, 1e3)
 
 
 def test_weights_of_another_precision_are_measured_as_they_will_be() -> None:
