@@ -76,11 +76,13 @@ class ContrastiveLearning(nn.Module, Objective):
         self.projection: nn.Linear | None = None
         if teacher_width is not None and how.teacher_projection:
             self.projection = nn.Linear(model.config.hidden_size, teacher_width, device=model.device)
-        elif how.draws_near and teacher_width not in (None, model.config.hidden_size):
-            raise UserError(
-                f"teacher_vectors: they have {teacher_width} numbers, and the model's {model.config.hidden_size}; set "
-                "teacher_projection to true."
-            )
+        elif how.draws_near and teacher_width is not None:
+            for size in matryoshka_dims or [model.config.hidden_size]:
+                if size != teacher_width:
+                    raise UserError(
+                        f"teacher_vectors: they have {teacher_width} numbers, and the model's {size}; set "
+                        "teacher_projection to true."
+                    )
 
     def passes(self, batch: Batch) -> tuple[Pass, ...]:
         """One, of all sides' texts."""

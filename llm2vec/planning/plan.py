@@ -11,7 +11,7 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, get_args
+from typing import Any, cast, get_args
 
 import numpy as np
 import torch
@@ -184,12 +184,14 @@ def plan_of(config: Config, conditions: Conditions) -> Plan:
 
 
 def stage_of(path: Path) -> Stage:
-    """Which stage a config is for, by the keys that only some stages read; a `UserError` where it has none that
-    tells."""
+    """Which stage a config is for: the one it names, or by the keys that only some stages read; a `UserError` where it
+    has none that tells."""
     try:
         keys = read_object(path)
     except UserError:
         return "stage_I"  # whatever the stage, reading the config says what is wrong
+    if keys.get("stage") in get_args(Stage):
+        return cast(Stage, keys["stage"])
     if keys.get("dataset_name", "E5") not in DATASET_NAMES:
         return "mntp"
     stages = set(get_args(Stage))

@@ -113,9 +113,10 @@ def _placed(config: Config, chain: Chain, device: torch.device) -> dict[str, Any
         raise UserError(f"load_in is {config.load_in!r}, which needs bitsandbytes: pip install bitsandbytes.")
     if chain.adapters:
         raise UserError(f"load_in: {config.model_name_or_path} is an adapter, and merging it would round; export it.")
+    half = torch.bfloat16 if config.training.get("bf16") else torch.float16 if config.training.get("fp16") else None
     four = {
         "load_in_4bit": True, "bnb_4bit_quant_type": "nf4", "bnb_4bit_use_double_quant": True,
-        "bnb_4bit_compute_dtype": torch.bfloat16 if config.training.get("bf16") else parse_dtype(config.torch_dtype),
+        "bnb_4bit_compute_dtype": half or parse_dtype(config.torch_dtype),
     }  # fmt: skip
     # In 8 bits it would say at every product that its inputs are rounded.
     logging.getLogger("bitsandbytes.autograd._functions").setLevel(logging.ERROR)

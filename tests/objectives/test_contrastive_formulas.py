@@ -8,8 +8,10 @@ from typing import Any, get_args
 
 import pytest
 import torch
+from helpers import tiny_model
 from torch import Tensor, nn
 
+from llm2vec.model.settings import EncoderSettings
 from llm2vec.objectives.contrastive import ContrastiveLearning
 from llm2vec.objectives.losses import unit
 from llm2vec.objectives.negatives import ContrastiveKeys
@@ -165,6 +167,11 @@ def test_by_a_teacher_alone_no_rows_are_compared() -> None:
 def test_a_teacher_of_another_size_needs_a_projection() -> None:
     with pytest.raises(UserError, match=r"teacher_vectors: they have 5 numbers, and the model's 32; set teacher_proj"):
         make(Parts(how=replace(TEACHER, teacher_projection=False)))
+    model, settings, how = tiny_model("llama"), EncoderSettings("last"), ContrastiveKeys(teacher_vectors="v")
+    for dims in ([8, 32], [8]):
+        with pytest.raises(UserError, match=r"they have 32 numbers, and the model's 8; set teacher_projection to true"):
+            ContrastiveLearning(model, settings, matryoshka_dims=dims, how=how, teacher_width=32)
+    ContrastiveLearning(model, settings, matryoshka_dims=[8], how=how, teacher_width=8)
 
 
 def test_cosent_is_sentence_transformers() -> None:

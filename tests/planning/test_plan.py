@@ -749,6 +749,8 @@ def test_wrong_flags(
         ({"num_hard_negatives": 3}, "stage_II"),
         ({"mlm_probability": 0.3}, "mntp"),
         ({"dataset_name": "wikitext"}, "mntp"),
+        ({"stage": "lm"}, "lm"),
+        ({"stage": "simcse", "loss_scale": 20}, "simcse"),
     ],
 )
 def test_stage_by_its_keys(keys: dict[str, Any], stage: Stage, folder: Path) -> None:

@@ -742,6 +742,10 @@ def test_output_dir_and_adapters(tmp_path: Path) -> None:
             {"gradient_checkpointing": True, "gradient_checkpointing_kwargs": {"use_reentrant": False, "debug": True}},
             {"use_reentrant": False, "debug": True},
         ),
+        (
+            {"gradient_checkpointing": True, "gradient_checkpointing_kwargs": {"preserve_rng_state": False}},
+            {"use_reentrant": False, "preserve_rng_state": False},
+        ),
         ({"gradient_checkpointing_kwargs": {"use_reentrant": True}}, None),
         pytest.param(
             {"activation_checkpointing": True, "activation_checkpointing_kwargs": {"use_reentrant": False}},

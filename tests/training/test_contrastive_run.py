@@ -134,6 +134,18 @@ def test_what_does_not_fit_is_said_before_training(
         ),
         ({"own_negatives_only": ["a"], "num_hard_negatives": 0}, "own_negatives_only is set, but num_hard_negatives"),
         ({"own_negatives_only": []}, "name at least one source, or leave the key out"),
+        ({"directions": ["qd", "qx"]}, "directions is ['qd', 'qx']; allowed in the list: 'qd', 'dq', 'qq', 'dd'."),
+        ({"directions": ["qd", ["dq"]]}, "directions is ['qd', ['dq']]; allowed in the list: 'qd', 'dq', 'qq', 'dd'."),
+        ({"directions": ["dq"]}, "directions is ['dq']; 'qd' is needed"),
+        ({"directions": ["qd", "qd"]}, "directions is ['qd', 'qd']; 'qd' is needed, and each"),
+        (
+            {"teacher_vectors": "v", "teacher_projection": True, "teacher_cosine_weight": 0, "gor_weight": 1},
+            "teacher_projection has no effect while teacher_cosine_weight and teacher_mse_weight are 0",
+        ),
+        (
+            {"contrastive_weight": 0, "gor_weight": 1},
+            "every other term but those that only spread vectors out (gor_weight, gor_mean_weight)",
+        ),
         ({"mask_false_negatives": 1}, "mask_false_negatives is 1"),
         ({"contrastive_weight": 0}, "contrastive_weight is 0, and so is the weight of every other term"),
         (

@@ -123,6 +123,11 @@ def test_a_trained_adapter_is_peft_s(kind: str, folder: Path, keys: dict[str, An
             "attn_implementation is 'kernels-community/flash-attn3', which computes in half precision; set bf16.",
         ),
         ("stage_II", {"load_in": "4bit", "torch_compile": True}, "load_in and torch_compile cannot be used together"),
+        (
+            "stage_II",
+            {"load_in": "4bit", "torch_dtype": "auto"},
+            "torch_dtype is 'auto', but load_in '4bit' computes in a type that must be named;",
+        ),
         ("stage_II", {"load_in": "4bit"}, "load_in is '4bit', which needs an NVIDIA GPU, and there is none;"),
     ],
 )
@@ -158,6 +163,8 @@ def test_few_bits_without_bitsandbytes_and_over_an_adapter(
             },
         ),
         ({"load_in": "4bit"}, {"bnb_4bit_compute_dtype": "float32"}),
+        ({"load_in": "4bit", "fp16": True}, {"bnb_4bit_compute_dtype": "float16"}),
+        ({"load_in": "4bit", "bf16": True, "torch_dtype": "auto"}, {"bnb_4bit_compute_dtype": "bfloat16"}),
     ],
 )  # fmt: skip
 def test_few_bits_are_asked_for_as_transformers_has_them(

@@ -320,7 +320,8 @@ class Config:
         names = ("gradient_checkpointing", "activation_checkpointing")  # transformers' older name and today's
         if not any(self.training.get(name) for name in names):
             return None
-        return next(filter(None, (self.training.get(f"{name}_kwargs") for name in names)), {"use_reentrant": False})
+        given: dict[str, Any] = next(filter(None, (self.training.get(f"{name}_kwargs") for name in names)), {})
+        return {"use_reentrant": False} | given
 
     @property
     def compilation(self) -> dict[str, Any] | None:

@@ -164,11 +164,14 @@ def _check_value(key: str, value: Any, stage: Stage, where: str) -> None:
     if known.refused and value != getattr(TrainingArguments, key, None):
         raise UserError(f"{where}: {key} is not supported: {known.refused}; take it out.")
     choices = [choice for choice in schema.get("enum", ()) if choice is not None]
+    entries = schema.get("items", {}).get("enum")
     if not _has_type(value, schema):
         names = dict(_KINDS.values())
         needed = f"a {' or '.join(names[kind] for kind in schema['type'])} is needed"
     elif choices and value not in schema["enum"]:
         needed = f"allowed: {', '.join(choices if 'type' in schema else map(repr, choices))}"
+    elif entries and value is not None and not all(entry in entries for entry in value):
+        needed = f"allowed in the list: {', '.join(map(repr, entries))}"
     elif bad := next((text for text in _strings_in(value) if not _can_be_written(text)), None):
         value, needed = bad, "text that UTF-8 can write is needed, without NUL"
     elif value is not None and not all(keeps(value, schema[w]) for w, keeps in _BOUNDS.values() if w in schema):

@@ -8,12 +8,11 @@ from __future__ import annotations
 
 from collections.abc import Container, Iterator
 from pathlib import Path
-from typing import get_args
 
 from llm2vec.objectives.stage_one import STAGE_ONE, stage_one_objective
 from llm2vec.text.templates import TEMPLATES, leaves_join_open, segments_of, template_named
 from llm2vec.training.config import DATASET_NAMES, KEYS, LORA_STAGES, Config
-from llm2vec.types import POOLING_ALIASES, Direction, UserError
+from llm2vec.types import POOLING_ALIASES, UserError
 
 #: What `fsdp_config` may say.
 FSDP_KEYS = ("version", "reshard_after_forward", "transformer_layer_cls_to_wrap")
@@ -64,6 +63,8 @@ def _in_the_run(config: Config) -> Iterator[str]:
         yield "load_in is set, but merging peft_model_name_or_path would round it; export the merged model first."
     if config.load_in and config.compilation is not None:
         yield "load_in and torch_compile cannot be used together; take one of the two out."
+    if config.load_in == "4bit" and config.torch_dtype == "auto" and not (training.get("bf16") or training.get("fp16")):
+        yield "torch_dtype is 'auto', but load_in '4bit' computes in a type that must be named; set bf16, or name one."
     half = training.get("bf16") or training.get("fp16") or config.torch_dtype not in (None, "float32")
     if "/" in config.attn_implementation and not half:
         yield f"attn_implementation is {config.attn_implementation!r}, which computes in half precision; set bf16."
@@ -140,7 +141,7 @@ def _in_the_objective(config: Config) -> Iterator[str]:
     if config.own_negatives_only == []:
         yield "own_negatives_only is []; name at least one source, or leave the key out."
     directions = ["qd"] if config.directions is None else config.directions
-    if {*directions} - {*get_args(Direction)} or "qd" not in directions or len({*directions}) < len(directions):
+    if "qd" not in directions or len({*directions}) < len(directions):
         yield f"directions is {directions}; 'qd' is needed, and each of 'dq', 'qq' and 'dd' is possible once."
     if config.partition == "per_direction" and {*directions} - {"qd", "dq"}:
         yield "partition is 'per_direction', but only 'qd' and 'dq' hold a positive; take the other directions out."
@@ -154,13 +155,18 @@ def _in_the_objective(config: Config) -> Iterator[str]:
     if config.teacher_vectors is not None:
         weights += ["teacher_cosine_weight", "teacher_mse_weight", "teacher_similarity_weight"]
     if not any(getattr(config, key) for key in weights):
-        yield "contrastive_weight is 0, and so is the weight of every other term; nothing would be learnt."
+        yield (
+            "contrastive_weight is 0, and so is the weight of every other term but those that only spread vectors out "
+            "(gor_weight, gor_mean_weight); nothing would be learnt."
+        )
     of_teachers = [name for name in KEYS if name.startswith("teacher_") and name != "teacher_vectors"]
     for key in of_teachers if config.teacher_vectors is None else ():
         if getattr(config, key) != getattr(Config, key):
             yield f"{key} has no effect without teacher_vectors; set both, or take it out."
     if config.teacher_vectors is not None and config.lm_weight and config.stage == "stage_II":
         yield "teacher_vectors and lm_weight cannot be used together; take one of the two out."
+    if config.teacher_projection and not (config.teacher_cosine_weight or config.teacher_mse_weight):
+        yield "teacher_projection has no effect while teacher_cosine_weight and teacher_mse_weight are 0; take it out."
     if config.teacher_projection and config.training.get("fsdp"):
         yield "teacher_projection is true, which fsdp would spread over processes and not save; take one out."
     for key in ("distillation_weight", "own_negatives_only", "teacher_similarity_weight"):
