@@ -156,7 +156,7 @@ def upload(folder: Path, repository: str, private: bool = False) -> str:
 
     api = HfApi()
     # Not logged in, no such organisation, no connection: each raises a type of its own.
-    with in_one_sentence(lambda why: f"{folder} is written, but could not be uploaded to {repository}: {why}"):
+    with in_one_sentence(lambda why: f"the model could not be uploaded to {repository}: {why}"):
         address = api.create_repo(repository, exist_ok=True, private=private)
         api.upload_folder(repo_id=repository, folder_path=folder, commit_message="Upload exported embedder")
     return str(address)

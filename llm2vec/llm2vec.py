@@ -22,9 +22,9 @@ from llm2vec.files import alone_in
 from llm2vec.hub import LoadingKeywords, asking_with, read_keywords, upload
 from llm2vec.model.backbone import Backbone, hidden_states, load_backbone, load_tokenizer
 from llm2vec.model.chain import Chain, open_chain
-from llm2vec.model.checkpoint import save_checkpoint
+from llm2vec.model.checkpoint import record_of, save_checkpoint
 from llm2vec.model.packed_attention import HUB_KERNELS, IN_HALF
-from llm2vec.model.pooling import check_finite, embed_tokenised, pool
+from llm2vec.model.pooling import check_finite, embed_tokenised, pool, quantiser
 from llm2vec.model.proofs import check_decoder
 from llm2vec.model.settings import (
     UPSTREAMS_RULE,
@@ -34,7 +34,7 @@ from llm2vec.model.settings import (
     set_attention,
     with_template,
 )
-from llm2vec.model.stock_form import quantized, stock_model
+from llm2vec.model.stock_form import stock_model
 from llm2vec.text.batches import batches_ahead, longest_first
 from llm2vec.text.entries import as_instructed, check_encoding, instruction_of, texts_at_once, under
 from llm2vec.text.probe_texts import probe_ids
@@ -100,6 +100,7 @@ class LLM2Vec(nn.Module):
         self.tokenizer = tokenizer
         self.settings = with_template(settings, tokenizer)
         self.row_tokenizer = row_tokenizer(tokenizer, self.settings)
+        self.runs: tuple[dict[str, Any], ...] = ()  #: what `run.json` of each folder says that it was loaded from
         self.placed = False  #: whether it was loaded with a device map, so that `encode` leaves it where it is
 
     @classmethod
@@ -150,6 +151,8 @@ class LLM2Vec(nn.Module):
             TypeError: there is no such keyword.
             UserError: something is not found, does not fit, has no effect, or does not attend as asked.
         """
+        if enable_bidirectional not in (None, True, False):
+            raise UserError(f"enable_bidirectional is {enable_bidirectional!r}; True, False or None is needed.")
         of_weights = read_keywords(of_transformers, inspect.signature(cls.from_pretrained).parameters)
         chosen = {
             "pooling_mode": pooling_mode,
@@ -187,7 +190,7 @@ class LLM2Vec(nn.Module):
             model.to("cuda")  # type: ignore[arg-type]  # where `encode` would move it, and the only place this attention runs
         check_decoder(model, settings.attention)
         loaded = cls(model, tokenizer, **dataclasses.asdict(settings))
-        loaded.placed = device_map is not None
+        loaded.placed, loaded.runs = device_map is not None, tuple(folder.run for folder in chain.folders)
         if recorded and loaded.settings == EncoderSettings(**{**recorded, **parents}):
             check_rendering(chain.outermost.path, chain.outermost.run.get("probe_ids"), loaded.row_tokenizer)
         return loaded.eval()  # torch's mode without dropout; no code is evaluated
@@ -269,9 +272,10 @@ class LLM2Vec(nn.Module):
             float32 on the CPU, [N, D], in the order given.
 
         Raises:
-            UserError: an entry is neither a string nor an [instruction, text] pair, there is no such side,
+            UserError: an entry is neither a string nor an [instruction, text] pair, there is no such side or precision,
                 `batch_size` is below 1, `truncate_dim` is not between 1 and the hidden size, or a vector is not finite.
         """
+        quantise = None if precision == "float32" else quantiser(precision)
         hidden_size: int = self.model.config.hidden_size
         normalize = self.settings.normalize if normalize_embeddings is None else normalize_embeddings
         parts: list[Tensor] = []
@@ -292,8 +296,8 @@ class LLM2Vec(nn.Module):
                 vectors = F.normalize(vectors, dim=-1)
             parts.append(vectors if len(place) == len(texts) else vectors[[place[text] for text in texts]])
         vectors = parts[0] if len(parts) == 1 else torch.cat(parts)
-        if precision != "float32":
-            return quantized(vectors, precision)
+        if quantise is not None:
+            return quantise(vectors)
         return vectors.numpy() if convert_to_numpy and not convert_to_tensor else vectors
 
     def encode_query(self, sentences: Texts, instruction: str = "", *, task: str | None = None, **options: Any) -> Any:
@@ -316,7 +320,8 @@ class LLM2Vec(nn.Module):
         return left @ right.T
 
     def save(self, output_path: str | Path, merge_before_save: bool = False, save_config: bool = True) -> None:
-        """Write model (or adapter), tokenizer and settings to a folder that `from_pretrained` restores.
+        """Write model (or adapter), tokenizer and settings to a folder that `from_pretrained` restores; and what the
+        folders that it was loaded from record of its training.
 
         Args:
             output_path: folder, made if missing.
@@ -329,16 +334,16 @@ class LLM2Vec(nn.Module):
             self.model._hf_peft_config_loaded = False
             self.model._weight_conversions = None  # type: ignore[assignment]
             self.settings = dataclasses.replace(self.settings, parent_adapters=None)
-        run = {"probe_ids": probe_ids(self.row_tokenizer)}
-        with alone_in(Path(output_path), "save"):
-            save_checkpoint(Path(output_path), self.model, self.tokenizer, self.settings if save_config else None, run)
+        settings = self.settings if save_config else None
+        self._write(Path(output_path), settings, record_of(self.runs, isinstance(self.model, PeftModel)))
 
     def push_to_hub(self, repo_id: str, private: bool = False) -> str:
-        """Upload what `save` writes to a repository of the hub, made if missing; returns its address. For other
-        libraries, see `llm2vec export --push_to_hub`. A `UserError` where the hub refuses, or is out of reach.
+        """Upload what `save` writes to a repository of the hub, made if missing; returns its address. The record of the
+        training stays behind, as it names local paths. For other libraries, see `llm2vec export --push_to_hub`. A
+        `UserError` where the hub refuses, or is out of reach.
         """
         with tempfile.TemporaryDirectory() as folder:
-            self.save(folder)
+            self._write(Path(folder), self.settings, {})
             return upload(Path(folder), repo_id, private)
 
     def as_sentence_transformer(self, instructions: Mapping[str, str] | None = None) -> SentenceTransformer:
@@ -354,6 +359,11 @@ class LLM2Vec(nn.Module):
             UserError: sentence-transformers is not installed, or has no words for the template or the pooling.
         """
         return stock_model(self.model, self.row_tokenizer, self.settings, instructions or {}).model
+
+    def _write(self, folder: Path, settings: EncoderSettings | None, record: Mapping[str, Any]) -> None:
+        run = {**record, "probe_ids": probe_ids(self.row_tokenizer)}
+        with alone_in(folder, "save"):
+            save_checkpoint(folder, self.model, self.tokenizer, settings, run)
 
     def _embedded(
         self, texts: Sequence[InstructedText], batch_size: int, device: torch.device, side: TextSide | None

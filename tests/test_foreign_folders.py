@@ -318,6 +318,13 @@ def test_widths_are_not_taken_for_numbers_of_modules(tmp_path: Path, honest: dic
             folder_at(str(tmp_path))
 
 
+def test_a_normalizer_of_another_form_is_left_to_its_library(root: Path, tmp_path: Path) -> None:
+    folder = shutil.copytree(root / "base", tmp_path / "base")
+    change(folder / "tokenizer.json", normalizer={"type": "Replace", "pattern": {"String": "a"}, "content": 5})
+    with pytest.raises(UserError, match="no tokenizer could be loaded"):
+        load_tokenizer(str(folder))
+
+
 @pytest.mark.parametrize("name", MODELS)
 def test_no_loader_opens_a_hostile_model(root: Path, tmp_path: Path, name: str) -> None:
     folder, word = hostile(root, "model", name), MODELS[name][1]

@@ -10,6 +10,7 @@ import sys
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import huggingface_hub
@@ -484,8 +485,19 @@ def test_precision_is_sentence_transformers_own(model: LLM2Vec, precision: Any) 
     expected = quantize_embeddings(encode(model).numpy(), precision)
     found = model.encode(TEXTS, show_progress_bar=False, device="cpu", precision=precision)
     assert isinstance(found, np.ndarray) and found.dtype == expected.dtype and np.array_equal(found, expected)
+
+
+def test_precision_is_looked_at_before_any_text(model: LLM2Vec, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Nobody waits a night for a word that is misspelt, or a package that is not there."""
+    passes: list[Any] = []
+    handle = model.model.get_submodule("layers.0").register_forward_pre_hook(lambda *inputs: passes.append(inputs))
     with pytest.raises(UserError, match="precision is 'int4'; allowed: float32, int8"):
         encode(model, precision="int4")
+    monkeypatch.setitem(sys.modules, "sentence_transformers.util.quantization", None)
+    with pytest.raises(UserError, match="precision needs sentence-transformers"):
+        encode(model, precision="int8")
+    handle.remove()
+    assert not passes
 
 
 def test_a_generator_is_read_bit_by_bit(model: LLM2Vec, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -521,6 +533,22 @@ def test_pushing_uploads_what_save_writes(model: LLM2Vec, monkeypatch: pytest.Mo
     monkeypatch.setattr(huggingface_hub, "HfApi", Hub)
     assert model.push_to_hub("me/mine", private=True) == "https://hub/me/mine"
     assert torch.equal(encode(LLM2Vec.from_pretrained(tmp_path / "there")), encode(model))
+
+
+def test_a_refused_push_names_no_folder_that_is_gone(model: LLM2Vec, monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(*_: Any, **__: Any) -> str:
+        raise OSError("not logged in")
+
+    monkeypatch.setattr(huggingface_hub, "HfApi", lambda: SimpleNamespace(create_repo=refuse))
+    with pytest.raises(UserError) as refused:
+        model.push_to_hub("me/mine")
+    assert str(refused.value) == "the model could not be uploaded to me/mine: not logged in"
+
+
+@pytest.mark.parametrize("given", ["false", "bidirectional", 2, []], ids=repr)
+def test_a_wrong_enable_bidirectional_is_named(base: str, given: Any) -> None:
+    with pytest.raises(UserError, match=rf"enable_bidirectional is {re.escape(repr(given))}; True, False or None"):
+        LLM2Vec.from_pretrained(base, enable_bidirectional=given)
 
 
 def test_a_family_that_counts_places_from_the_row_s_beginning_may_be_padded_on_the_left() -> None:

@@ -70,16 +70,18 @@ def _parent(trained: Folder) -> Folder | None:
 
 
 def _runs_of(folder: Folder) -> list[RecordedRun]:
-    """The run that wrote a checkpoint, or all those that an export lists; none where no run wrote it."""
+    """The run that wrote a checkpoint, or all that an export or a merged model lists; none where no run wrote it."""
     run = folder.run
     if "stages" in run:
-        return [RecordedRun(record, []) for record in run["stages"]]
-    if "config" not in run:
-        return []
+        return [RecordedRun(_of_use_elsewhere(record), []) for record in run["stages"]]
+    return [RecordedRun(_of_use_elsewhere(run), _log(Path(folder.path)))] if "config" in run else []
+
+
+def _of_use_elsewhere(run: Mapping[str, Any]) -> dict[str, Any]:
     marks = run.get("parent", {}).get("marks", {})
     local = {name for name, mark in marks.items() if is_mark_of_folder(mark)}
-    kept = {key: run[key] for key in _RUN_KEYS if key in run}
-    return [RecordedRun(without_local_paths(kept, local), _log(Path(folder.path)))]
+    kept: dict[str, Any] = without_local_paths({key: run[key] for key in _RUN_KEYS if key in run}, local)
+    return kept
 
 
 def _log(folder: Path) -> list[dict[str, Any]]:

@@ -19,7 +19,7 @@ import platform
 import shutil
 import subprocess
 import tempfile
-from collections.abc import Mapping, Set
+from collections.abc import Mapping, Sequence, Set
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from importlib.metadata import PackageNotFoundError, version
@@ -59,7 +59,7 @@ def save_checkpoint(
     model: Backbone,
     tokenizer: PreTrainedTokenizerBase,
     settings: EncoderSettings | None,
-    run: dict[str, Any] | None = None,
+    run: Mapping[str, Any] | None = None,
     state: dict[str, Tensor] | None = None,
     beside: Mapping[str, Tensor] | None = None,
 ) -> None:
@@ -98,7 +98,8 @@ def save_checkpoint(
             write_json(staging / MODULES_FILE, [{"idx": 0, "name": "0", "path": "", "type": NO_STOCK_MODEL}])
         sizes = {file.name: file.stat().st_size for file in sorted(staging.iterdir())}
         parents = {} if settings is None else {"parent_weights": _parent_weights(settings)}
-        write_json(staging / RUN_FILE, {**(run or {}), **environment(), **parents, "files": sizes})
+        # A record that is handed on keeps the versions that it has.
+        write_json(staging / RUN_FILE, {**environment(), **(run or {}), **parents, "files": sizes})
         (folder / INCOMPLETE_MARKER).touch()
         weights = () if _is_base_of(folder, model) else chain.from_iterable(map(folder.glob, WEIGHTS_FILES))
         for old in list(weights):
@@ -109,6 +110,22 @@ def save_checkpoint(
         (folder / INCOMPLETE_MARKER).unlink()
     finally:
         shutil.rmtree(staging, ignore_errors=True)
+
+
+def record_of(runs: Sequence[Mapping[str, Any]], is_adapter: bool) -> dict[str, Any]:
+    """What a loaded model's own folder shall record of the training behind it.
+
+    `runs` is what the folders record that it was loaded from, the base first. An adapter, or a model without any, has
+    the outermost folder's record; a model with adapters merged into it lists all as `stages`. An adapter that has come
+    since has none.
+    """
+    if len(runs) <= is_adapter:
+        return {}
+    if is_adapter or len(runs) == 1:
+        return dict(runs[-1])
+    stages = [run for folder in runs for run in folder.get("stages", [folder]) if "config" in run]
+    of_folder = ("files", "probe_ids", "parent_weights")
+    return {"stages": [{key: run[key] for key in run if key not in of_folder} for run in stages]}
 
 
 def _is_base_of(folder: Path, model: Backbone) -> bool:
@@ -219,9 +236,10 @@ def environment() -> dict[str, Any]:
     for package in PACKAGES:
         with suppress(PackageNotFoundError):
             versions[package] = version(package)
-    command = ["git", "-C", str(Path(__file__).parent), "rev-parse", "HEAD"]
+    # The second word fails where git does not know this file: where another project's checkout has it installed.
+    command = ["git", "-C", str(Path(__file__).parent), "rev-parse", "HEAD", f"HEAD:./{Path(__file__).name}"]
     try:
-        commit = subprocess.run(command, capture_output=True, text=True, check=True, timeout=10).stdout.strip()
+        commit = subprocess.run(command, capture_output=True, text=True, check=True, timeout=10).stdout.split()[0]
     except (OSError, subprocess.SubprocessError):
         commit = None
     return {"versions": versions, "git_commit": commit}

@@ -6,9 +6,10 @@ mask; padding may stand on either side. Nothing is changed in place.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from typing import Any
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, get_args
 
+import numpy as np
 import torch
 from accelerate.utils import send_to_device
 from torch import Tensor, nn
@@ -18,7 +19,7 @@ from llm2vec.model.packing import packed_hidden_states
 from llm2vec.model.settings import EncoderSettings
 from llm2vec.text.batches import pack_rows
 from llm2vec.text.tokenization import Row
-from llm2vec.types import Pass, PoolingMode, TokenBatch, UserError
+from llm2vec.types import Pass, PoolingMode, Precision, TokenBatch, UserError, needs_extra
 
 
 def pool(hidden_BTD: Tensor, pool_mask_BT: Tensor, pooling_mode: PoolingMode) -> Tensor:
@@ -122,6 +123,16 @@ def check_finite(vectors_BD: Tensor, texts: Sequence[str]) -> None:
             f"The vector of {text[:40]!r} has a number that is not finite: the model's weights are damaged, or their "
             "dtype is too narrow for what it computes."
         )
+
+
+def quantiser(precision: Precision) -> Callable[[Tensor], np.ndarray[Any, np.dtype[Any]]]:
+    """sentence-transformers' quantiser of vectors [N, D], int8 and uint8 over their own range. A `UserError` where that
+    is not installed, or knows no such precision."""
+    if precision not in get_args(Precision):
+        raise UserError(f"precision is {precision!r}; allowed: {', '.join(get_args(Precision))}.")
+    with needs_extra("precision needs sentence-transformers, 6 or newer", "eval"):
+        from sentence_transformers.util.quantization import quantize_embeddings
+    return lambda vectors: np.asarray(quantize_embeddings(vectors.numpy(), precision))
 
 
 def drops_out(model: nn.Module) -> bool:

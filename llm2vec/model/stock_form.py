@@ -34,9 +34,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple, get_args
 
-import numpy as np
 from tokenizers import Tokenizer
-from torch import Tensor
 
 from llm2vec.files import write_json
 from llm2vec.model.backbone import Backbone
@@ -45,7 +43,7 @@ from llm2vec.text.batches import shared_start
 from llm2vec.text.probe_texts import PROBE_TEXTS
 from llm2vec.text.templates import forms_of
 from llm2vec.text.tokenization import Row, RowTokenizer
-from llm2vec.types import Attention, InstructedText, PoolingMode, Precision, TextSide, UserError, needs_extra
+from llm2vec.types import Attention, InstructedText, PoolingMode, TextSide, UserError, needs_extra
 
 if TYPE_CHECKING:
     from sentence_transformers import SentenceTransformer
@@ -348,16 +346,6 @@ def _post_processor(tokenizer: Any, form: StockForm) -> dict[str, Any]:
         "pair": [*single, {"Sequence": {"id": "B", "type_id": 1}}],
         "special_tokens": {n: {"id": n, "ids": [i], "tokens": [n]} for n, i in zip(names, ids, strict=True)},
     }
-
-
-def quantized(vectors: Tensor, precision: Precision) -> np.ndarray[Any, np.dtype[Any]]:
-    """Vectors [N, D] in fewer bytes, by sentence-transformers' quantiser; int8 and uint8 over their own range. A
-    `UserError` where that is not installed, or knows no such precision."""
-    if precision not in get_args(Precision):
-        raise UserError(f"precision is {precision!r}; allowed: {', '.join(get_args(Precision))}.")
-    with needs_extra(_NEEDED, "eval"):
-        from sentence_transformers.util.quantization import quantize_embeddings
-    return np.asarray(quantize_embeddings(vectors.numpy(), precision))
 
 
 def _around(model: Backbone, folder: Path) -> SentenceTransformer:

@@ -220,7 +220,8 @@ def check_tokenizer(folder: Folder) -> str | None:
         normalizer = json.loads(Path(file).read_bytes()).get("normalizer") if file else None
     except (OSError, ValueError, AttributeError, RecursionError):  # the library says what is wrong with it
         normalizer = None
-    growth = math.prod(len(value) or 1 for key, value in _entries(normalizer) if key == "content")
+    written = (value for key, value in _entries(normalizer) if key == "content" and isinstance(value, str))
+    growth = math.prod(len(value) or 1 for value in written)
     if growth > MOST_GROWTH:
         raise UserError(f"{folder.path}/tokenizer.json: its normalizer may make a text {growth:.2g} times as long.")
     return folder.commit if is_local or file is None else Path(file).parent.name

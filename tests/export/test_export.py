@@ -494,17 +494,21 @@ def write_parent(checkpoint: Path, parent: str, mark: str) -> None:
 
 
 def test_an_export_hands_its_stages_on(tmp_path: Path) -> None:
-    """Exported again, or trained on; a folder that no run wrote tells of none."""
+    """Exported again, trained on, or saved again; a folder that no run wrote tells of none."""
     first = stages_of(save(tmp_path, CASES["llama_causal_last_lora"]), tmp_path / "first")
     assert len(first) == 2
     assert stages_of(str(tmp_path / "first"), tmp_path / "again") == first
     child = Path(save(tmp_path, CASES["llama_causal_last_full"], name="child"))
     write_parent(child, str(tmp_path / "first"), mark_of(str(tmp_path / "first")))
-    *before, _ = stages_of(str(child), tmp_path / "child-exported")
+    *before, last = stages_of(str(child), tmp_path / "child-exported")
     assert before == first
-    LLM2Vec.from_pretrained(str(child)).save(tmp_path / "saved")
-    assert stages_of(str(tmp_path / "saved"), tmp_path / "saved-exported") == []
-    assert "## Training" not in (tmp_path / "saved-exported" / "README.md").read_text(encoding="utf-8")
+    model = LLM2Vec.from_pretrained(str(child))
+    model.save(tmp_path / "saved")
+    assert stages_of(str(tmp_path / "saved"), tmp_path / "saved-exported") == [*first, last]
+    model.runs = ()
+    model.save(tmp_path / "bare")
+    assert stages_of(str(tmp_path / "bare"), tmp_path / "bare-exported") == []
+    assert "## Training" not in (tmp_path / "bare-exported" / "README.md").read_text(encoding="utf-8")
 
 
 def test_a_parent_that_has_changed_is_no_parent(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
@@ -777,7 +781,7 @@ def test_push_makes_the_repository_and_uploads_the_folder(tmp_path: Path, monkey
     assert calls == [("create", ("me/mine", True, False)), ("upload", ("me/mine", tmp_path))]
     upload(tmp_path, "me/secret", private=True)
     assert calls[2] == ("create", ("me/secret", True, True))
-    with pytest.raises(UserError, match=r"is written, but could not be uploaded to me/refused: not logged in$"):
+    with pytest.raises(UserError, match=r"^the model could not be uploaded to me/refused: not logged in$"):
         upload(tmp_path, "me/refused")
 
 

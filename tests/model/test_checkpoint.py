@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import logging
 import shutil
+import subprocess
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -23,8 +24,10 @@ from transformers import (
     SiglipVisionConfig,
 )
 
+from llm2vec.evaluation.provenance import recorded_runs
 from llm2vec.files import write_json
 from llm2vec.llm2vec import LLM2Vec
+from llm2vec.model import checkpoint
 from llm2vec.model.backbone import attach_lora, load_backbone, load_tokenizer
 from llm2vec.model.chain import (
     INCOMPLETE_MARKER,
@@ -35,7 +38,7 @@ from llm2vec.model.chain import (
     open_folder,
     revision_of,
 )
-from llm2vec.model.checkpoint import SUMS_FILE, check_sums, read_weights, save_checkpoint, write_sums
+from llm2vec.model.checkpoint import SUMS_FILE, check_sums, environment, read_weights, save_checkpoint, write_sums
 from llm2vec.model.settings import SETTINGS_FILE, EncoderSettings, row_tokenizer
 from llm2vec.model.vault import MODULES_FILE
 from llm2vec.text.probe_texts import probe_ids
@@ -117,6 +120,28 @@ def test_what_a_folder_holds(written: Path) -> None:
     assert {"python", "torch", "transformers", "peft"} <= set(run["versions"])
     assert "git_commit" in run
     assert open_folder(str(written / "stage_I")).run == run
+
+
+@pytest.mark.skipif(shutil.which("git") is None, reason="needs git")
+def test_the_commit_is_that_of_this_code(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """And not that of a project in which somebody has installed it."""
+    file = tmp_path / ".venv/site-packages/llm2vec/model/checkpoint.py"
+    file.parent.mkdir(parents=True)
+    file.touch()
+    monkeypatch.setattr(checkpoint, "__file__", str(file))
+
+    def git(*words: str) -> str:
+        who = ("-c", "user.name=a", "-c", "user.email=a@b")
+        return subprocess.run(
+            ["git", "-C", str(tmp_path), *who, *words], check=True, capture_output=True, text=True
+        ).stdout.strip()
+
+    git("init")
+    git("commit", "--allow-empty", "-m", "of the project")
+    assert environment()["git_commit"] is None
+    git("add", ".")
+    git("commit", "-m", "with the code")
+    assert environment()["git_commit"] == git("rev-parse", "HEAD")
 
 
 def test_sentence_transformers_stops_at_a_checkpoint_with_a_sentence(stages: Path) -> None:
@@ -346,6 +371,37 @@ def test_adapters_go_onto_the_decoder_of_a_model_with_a_head(stages: Path) -> No
     merged = with_head.model.layers[0].mlp.up_proj.weight
     assert not torch.equal(merged, plain.model.layers[0].mlp.up_proj.weight)
     assert torch.equal(with_head.lm_head.weight, plain.lm_head.weight)
+
+
+def test_saving_a_loaded_model_keeps_the_record_of_its_training(stages: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """So that mteb is told the training data: as an adapter, merged before or after loading, and saved again."""
+    for name in ("stage_I", "stage_II"):
+        data = [{"source": f"of {name}", "rows": 3, "file": "/home/jane/x.jsonl"}]
+        trained = {"config": {"stage": name}, "data": data, "versions": {"torch": "2.0"}, "git_commit": "abc"}
+        write_json(stages / name / RUN_FILE, json.loads((stages / name / RUN_FILE).read_text("utf-8")) | trained)
+
+    def runs(name: str) -> list[Any]:
+        return [run.record for run in recorded_runs(open_chain(str(stages / name)).folders)]
+
+    expected = runs("stage_II")
+    assert [run["config"]["stage"] for run in expected] == ["stage_I", "stage_II"] and expected[0]["git_commit"]
+    model = LLM2Vec.from_pretrained(stages / "stage_II")
+    model.save(stages / "again")
+    pushed: list[dict[str, Any]] = []
+    keep = lambda folder, *_: pushed.append(json.loads((folder / RUN_FILE).read_text("utf-8")))  # noqa: E731
+    monkeypatch.setattr("llm2vec.llm2vec.upload", keep)
+    model.push_to_hub("me/mine")
+    assert pushed[0]["probe_ids"] and not {"config", "data", "stages"} & pushed[0].keys()  # which name local paths
+    model.save(stages / "merged", merge_before_save=True)
+    LLM2Vec.from_pretrained(stages / "stage_II", merge_peft=True).save(stages / "merged_at_load")
+    LLM2Vec.from_pretrained(stages / "merged").save(stages / "merged_again")
+    for name in ("again", "merged", "merged_at_load", "merged_again"):
+        LLM2Vec.from_pretrained(stages / name)
+        assert runs(name) == expected, name
+    own = LLM2Vec.from_pretrained(stages / "stage_I")
+    own.model = attach_lora(own.model, r=4, alpha=8, dropout=0.0)  # type: ignore[arg-type]
+    own.save(stages / "own")
+    assert "config" not in json.loads((stages / "own" / RUN_FILE).read_text("utf-8"))  # that run made what is below it
 
 
 # --- chains of adapters ---
