@@ -39,6 +39,7 @@ def main(argv: Sequence[str]) -> None:
     which.add_argument("--task_name", help="one task of mteb, or a folder in --local_data_dir")
     which.add_argument("--tasks", nargs="+", help="tasks, subset15, mteb56, beir14, benchmarks such as 'MTEB(eng, v2)'")
     parser.add_argument("--task_to_instructions_fp", help="default: the paper's for our models, none for others")
+    parser.add_argument("--settings", help="an llm2vec_config.json: how our models read texts (default: their own)")
     parser.add_argument("--template", help="how our models' texts are written (default: the model's own)")
     parser.add_argument("--output_dir", default="results", help="for scores (results)")
     parser.add_argument("--local_data_dir", help="read data sets from here, not from the hub")
@@ -67,9 +68,9 @@ def main(argv: Sequence[str]) -> None:
     from llm2vec.evaluation.submission import write_submission
 
     model = EvaluatedModel(
-        chosen_model(args), instructions_file=args.task_to_instructions_fp, template=args.template,
-        max_length=args.max_length, attn_implementation=args.attn_implementation, device=args.device,
-        as_published=args.submission is not None,
+        chosen_model(args), instructions_file=args.task_to_instructions_fp, settings_file=args.settings,
+        template=args.template, max_length=args.max_length, attn_implementation=args.attn_implementation,
+        device=args.device, as_published=args.submission is not None,
     )  # fmt: skip
     tasks = expand(args.tasks or [args.task_name])
     request = Request(model, tasks, args.output_dir, args.local_data_dir, args.batch_size, args.save_predictions)
@@ -95,8 +96,9 @@ def _check_paths(args: argparse.Namespace) -> None:
     for path in [args.model, *args.peft]:
         if not Path(path).is_dir() and not re.fullmatch(r"[\w.-]*\w(/[\w.-]*\w)?", path):
             raise UserError(f"There is no model directory {path}.")
-    if args.task_to_instructions_fp is not None and not Path(args.task_to_instructions_fp).is_file():
-        raise UserError(f"There is no file of instructions {args.task_to_instructions_fp}.")
+    for file, what in ((args.task_to_instructions_fp, "instructions"), (args.settings, "settings")):
+        if file is not None and not Path(file).is_file():
+            raise UserError(f"There is no file of {what} {file}.")
     if args.local_data_dir is not None and not Path(args.local_data_dir).is_dir():
         raise UserError(f"There is no directory of local data {args.local_data_dir}.")
 
@@ -109,7 +111,7 @@ def _check_submission(args: argparse.Namespace) -> None:
         raise UserError(
             f"--submission is {args.submission!r}; give ORG/NAME@COMMIT, the 40 digits of a commit on the hub."
         )
-    for flag in ("task_to_instructions_fp", "template", "max_length", "torch_dtype", "local_data_dir"):
+    for flag in ("task_to_instructions_fp", "settings", "template", "max_length", "torch_dtype", "local_data_dir"):
         if getattr(args, flag) is not None:
             raise UserError(
                 f"--{flag} cannot stand beside --submission: mteb runs the published model on the hub's data."

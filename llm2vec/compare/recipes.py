@@ -32,7 +32,7 @@ SHARED_FILE = "shared.json"
 EVALUATION_FILE = "evaluation.json"
 #: Options of the evaluation; the model and where results go are decided here, unless a recipe only names a model.
 EVALUATION_KEYS = (
-    "tasks", "local_data_dir", "task_to_instructions_fp", "batch_size", "max_length", "torch_dtype",
+    "tasks", "local_data_dir", "task_to_instructions_fp", "settings", "batch_size", "max_length", "torch_dtype",
     "attn_implementation", "device", "save_predictions",
 )  # fmt: skip
 #: The recipe that others are held against, where a set names none.
@@ -166,7 +166,7 @@ def _read_recipe(folder: Path, evaluation: Mapping[str, Any]) -> Recipe:
     if unknown := [key for key in options if key not in (*EVALUATION_KEYS, "base_model_name_or_path")]:
         allowed = ", ".join(EVALUATION_KEYS)
         raise UserError(f"{folder / EVALUATION_FILE}: unknown option {unknown[0]!r}; allowed: {allowed}.")
-    for key in ("base_model_name_or_path", "local_data_dir", "task_to_instructions_fp"):
+    for key in ("base_model_name_or_path", "local_data_dir", "task_to_instructions_fp", "settings"):
         if not isinstance(options.get(key, ""), str):
             raise UserError(f"{folder / EVALUATION_FILE}: {key} is {options[key]!r}; a string is needed.")
     tasks = options.get("tasks")

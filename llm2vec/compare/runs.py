@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import shutil
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +22,7 @@ from llm2vec.model.chain import RUN_FILE, revision_of
 from llm2vec.model.settings import SETTINGS_FILE
 from llm2vec.training.config import Config
 from llm2vec.training.config.file import load_config
+from llm2vec.training.model import encoder_settings
 from llm2vec.training.resume import checkpoint_folder
 from llm2vec.training.rows import sources_of, text_file_of
 from llm2vec.types import Stage, UserError
@@ -110,10 +111,18 @@ class Planner:
         if not training or not training[-1].save_steps or not self.recipe_set.along:
             return {}
         last, options = training[-1], {**recipe.evaluation, "tasks": list(self.recipe_set.along)}
-        start = options if last.parent else {**options, "base_model_name_or_path": self.base}
+        start = options if last.parent else {**options, **self._bare_start(last, recipe.stages[-1].stage)}
         saved = range(last.save_steps, last.num_steps, last.save_steps)
         checkpoints = {step: self._evaluation(options, last, checkpoint_folder(last.folder, step)) for step in saved}
         return {0: self._evaluation(start, last.parent), **checkpoints}
+
+    def _bare_start(self, run: Run, stage: Stage) -> dict[str, str]:
+        """Options that score the base as a first stage begins with it: the base alone says nothing of its reading."""
+        settings = encoder_settings(load_config(Path(run.arguments[0]), stage), {})
+        content = replace(settings, parent_adapters=None).written()
+        file = self.output_dir / "configs" / f"settings-{json_hash(content)}.json"
+        write_json(file, content)
+        return {"base_model_name_or_path": self.base, "settings": str(file)}
 
     def _training(self, stage: StageFile, seed: int | None, parent: Run | None) -> Run:
         shared = self.recipe_set.shared
@@ -169,6 +178,7 @@ class Planner:
         texts = [place for source in sources for place, _ in source.located(folder).reading.texts]
         places = list(dict.fromkeys([*find_files(folder, sources), *texts]))
         files = [place for place in places if place.is_file()]
+        places += map(Path, sorted({config.guide, config.teacher_vectors} - {None, "self"}))  # stored vectors
         others = [data_revision(place) if place.is_dir() else str(place) for place in places if place not in files]
         tables = [] if config.sources_file is None else [table_file(Path(config.sources_file))]
         return [self._hash(folder, files), *(self._hash(table.parent, [table]) for table in tables), *others]
@@ -183,7 +193,8 @@ class Planner:
         options = dict(options)
         base = str(checkpoint or (model.folder if model else options.pop("base_model_name_or_path")))
         name = f"{model.name}{f' {checkpoint.name}' if checkpoint else ''}" if model else base
-        decides = {"model": name, "options": options, "files": _content_of(options)}
+        how = {option: value for option, value in options.items() if option != "settings"}  # known by its content
+        decides = {"model": name, "options": how, "files": _content_of(options)}
         if model is None and _is_local(base):
             if not Path(base).is_dir():
                 raise UserError(f"there is no model {base} to be scored.")
@@ -217,10 +228,11 @@ def _bare_base(base: str, copy: Path) -> str:
 def _content_of(options: Mapping[str, Any]) -> dict[str, str]:
     """What decides scores beside the options themselves: the instructions, and retrieval sets of one's own."""
     content: dict[str, str] = {}
-    if (table := options.get("task_to_instructions_fp")) is not None:
-        if not Path(table).is_file():
-            raise UserError(f"task_to_instructions_fp: {table} is not there.")
-        content["instructions"] = files_hash(Path(table).parent, [Path(table)])
+    for key, name in (("task_to_instructions_fp", "instructions"), ("settings", "settings")):
+        if (file := options.get(key)) is not None:
+            if not Path(file).is_file():
+                raise UserError(f"{key}: {file} is not there.")
+            content[name] = files_hash(Path(file).parent, [Path(file)])
     if (data := options.get("local_data_dir")) is not None:
         if not Path(data).is_dir():
             raise UserError(f"local_data_dir: there is no folder {data}.")

@@ -20,7 +20,7 @@ from llm2vec.hub import find_file
 from llm2vec.llm2vec import LLM2Vec
 from llm2vec.model.backbone import open_sentence_transformer, parse_dtype
 from llm2vec.model.chain import model_name, read_run, revision_of
-from llm2vec.model.settings import SETTINGS_FILE
+from llm2vec.model.settings import SETTINGS_FILE, read_settings
 from llm2vec.model.vault import MODULES_FILE, Folder
 from llm2vec.text.entries import INSTRUCTIONS_FILE
 from llm2vec.types import UserError
@@ -30,6 +30,11 @@ logger = logging.getLogger(__name__)
 Kind = Literal["llm2vec", "sentence-transformers", "mteb"]
 
 DTYPE = "bfloat16"
+#: Settings that an evaluation may choose, beside the attention.
+CHOSEN_SETTINGS = (
+    "pooling_mode", "max_length", "doc_max_length", "skip_instruction", "template", "instruction_join",
+    "instruction_mask",
+)  # fmt: skip
 #: Published chains: mteb's registry cannot load its own entries of this form, and they are two adapters each.
 PUBLISHED = re.compile(r"(.+/LLM2Vec-.+-mntp)-(?:supervised|unsup-simcse)")
 #: Upstream trained these without a template, as it had none for Llama 3.1; their tokenizer suggests `llama3`.
@@ -43,7 +48,9 @@ class EvaluatedModel:
     model: ModelChoice  #: The model; no dtype = `DTYPE` for our models, the model's own for others
     #: Table of instructions; None = `INSTRUCTIONS_FILE` for our models, the model's own for others
     instructions_file: str | None = None
-    template: str | None = None  #: Key of `templates.TEMPLATES`, for our models; None = the model's own
+    #: How texts become vectors, for our models: an `llm2vec_config.json`, whose settings stand above the model's own
+    settings_file: str | None = None
+    template: str | None = None  #: Key of `templates.TEMPLATES`, likewise; None = as the settings say
     max_length: int | None = None  #: Tokens a text is cut to; None = the model's own
     attn_implementation: str | None = None  #: As in transformers
     device: str | None = None  #: Where it runs; None = the first CUDA device of the process where there is one
@@ -89,11 +96,15 @@ def _llm2vec(asked: EvaluatedModel) -> LLM2VecEncoder:
     if (published := PUBLISHED.fullmatch(base)) and not adapters:
         base, adapters = published.group(1), [base]
     is_without = PUBLISHED_WITHOUT_TEMPLATE.fullmatch([base, *adapters][-1])
+    settings = {} if asked.settings_file is None else read_settings(Path(asked.settings_file))
+    attention, chosen = settings.get("attention"), {name: settings.get(name) for name in CHOSEN_SETTINGS}
+    chosen["template"] = asked.template or chosen["template"] or ("plain" if is_without else None)
+    chosen["max_length"] = asked.max_length or chosen["max_length"]
     model = LLM2Vec.from_pretrained(
         base,
         peft_model_name_or_path=adapters or None,
-        template=asked.template or ("plain" if is_without else None),
-        max_length=asked.max_length,
+        enable_bidirectional=None if attention is None else attention == "bidirectional",
+        **chosen,
         torch_dtype=asked.model.torch_dtype or DTYPE,
         attn_implementation=asked.attn_implementation,
         device_map=asked.device,
@@ -102,8 +113,10 @@ def _llm2vec(asked: EvaluatedModel) -> LLM2VecEncoder:
 
 
 def _sentence_transformer(asked: EvaluatedModel) -> Any:
-    if asked.template is not None:
-        raise UserError(f"template has no effect on {asked.model.base}: sentence-transformers decides how it is run.")
+    for option in ("settings_file", "template"):
+        if getattr(asked, option) is not None:
+            who = "sentence-transformers decides how it is run"
+            raise UserError(f"{option} has no effect on {asked.model.base}: {who}.")
     prompts = None if asked.instructions_file is None else load_instructions(asked.instructions_file)
     dtype = None if asked.model.torch_dtype is None else parse_dtype(asked.model.torch_dtype)
     model = open_sentence_transformer(
@@ -143,7 +156,8 @@ def _sentence_transformer(asked: EvaluatedModel) -> Any:
 
 def _registered(asked: EvaluatedModel) -> Any:
     given = {**vars(asked), "torch_dtype": asked.model.torch_dtype}
-    for option in ("instructions_file", "template", "max_length", "torch_dtype", "attn_implementation"):
+    options = "instructions_file", "settings_file", "template", "max_length", "torch_dtype", "attn_implementation"
+    for option in options:
         if given[option] is not None:
             raise UserError(f"{option} has no effect on {asked.model.base}: mteb's registry decides how it is run.")
     return registered_model(asked.model.base, asked.device)

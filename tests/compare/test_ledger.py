@@ -1,6 +1,7 @@
 """The ledger: claims judged by hand-made numbers, and the committed page made again from the committed records."""
 
 import re
+from dataclasses import replace
 from pathlib import Path
 from statistics import mean
 
@@ -48,6 +49,13 @@ def test_one_seed_decides_by_its_queries_or_not_at_all() -> None:
     for queries, verdict in ((0, "open"), (30, "yes")):
         table = claims_table([one("anchor", 5.0, queries), one("baseline", 0.0, queries)])
         assert table is not None and table.rows[0][2] == verdict
+    # The interval of one task's queries says nothing of the mean over two.
+    both = [
+        replace(one(*of, 30), scores={"X": 15.0, "STS12": sts})
+        for *of, sts in (("anchor", 5.0, 1.0), ("baseline", 0.0, 9.0))
+    ]
+    table = claims_table(both)
+    assert table is not None and table.rows[0][2:4] == ["open", "-"]
 
 
 def test_a_seed_that_was_not_scored_on_its_way_leaves_those_that_were() -> None:

@@ -12,6 +12,7 @@ from llm2vec.__main__ import COMMANDS
 from llm2vec.compare.recipes import read_set
 from llm2vec.compare.runs import Planner
 from llm2vec.compare.table import own_keys
+from llm2vec.model.settings import read_settings
 from tests.compare.test_compare import config_of, unique_runs, write
 
 ROOT = Path(__file__).parents[2]
@@ -53,6 +54,18 @@ def test_every_shipped_recipe_can_be_read(shipped: Planner) -> None:
     """All of its configs, as its commands will read them; the commands are there."""
     for run in unique_runs(shipped.trials([42, 43])):
         assert run.command in COMMANDS
+
+
+def test_the_base_is_read_as_the_baseline_begins_with_it(shipped: Planner) -> None:
+    """Where a set scores the base's closing states: the settings of that row are those of the baseline's step 0."""
+    trials = {trial.recipe: trial for trial in shipped.trials([42])}
+    if (row := trials.get("base_last")) is None or not trials["baseline"].along:
+        return
+    read, begun = (
+        read_settings(Path(run.arguments[run.arguments.index("--settings") + 1]))
+        for run in (row.evaluation, trials["baseline"].along[0])
+    )
+    assert {**begun, **read} == begun and begun["pooling_mode"] == "last" and begun["attention"] == "causal"
 
 
 def test_shipped_recipes_differ_by_their_ideas_only(shipped: Planner) -> None:

@@ -17,11 +17,13 @@ from mteb.types import PromptType
 from sentence_transformers import SentenceTransformer
 from torch.utils.data import DataLoader
 
+from llm2vec.choice import ModelChoice
 from llm2vec.evaluation import models as eval_models
 from llm2vec.evaluation.cost import Cost, longest, num_documents, task_cost
-from llm2vec.evaluation.models import kind_of, load_encoder
+from llm2vec.evaluation.models import EvaluatedModel, kind_of, load_encoder
 from llm2vec.evaluation.mteb_adapter import LLM2VecEncoder, find_task
 from llm2vec.llm2vec import LLM2Vec
+from llm2vec.model.settings import EncoderSettings
 from llm2vec.types import UserError
 
 ROOT = Path(__file__).parents[2]
@@ -148,6 +150,7 @@ def test_a_table_before_a_model_that_has_no_prompts_is_said(tmp_path: Path, capl
         {"instructions_file": "x"},
         {"attn_implementation": "sdpa"},
         {"template": "plain"},
+        {"settings_file": "x"},
     ],
 )
 def test_an_option_without_effect_is_refused(option: dict[str, Any]) -> None:
@@ -155,10 +158,27 @@ def test_an_option_without_effect_is_refused(option: dict[str, Any]) -> None:
         load_encoder(evaluated("BAAI/bge-large-en-v1.5", **option))
 
 
-def test_a_template_has_no_effect_on_sentence_transformers(tmp_path: Path) -> None:
+@pytest.mark.parametrize("option", ["template", "settings_file"])
+def test_how_texts_are_read_has_no_effect_on_sentence_transformers(option: str, tmp_path: Path) -> None:
     (tmp_path / "modules.json").touch()
-    with pytest.raises(UserError, match=r"^template has no effect on .*sentence-transformers decides"):
-        load_encoder(evaluated(str(tmp_path), template="plain"))
+    with pytest.raises(UserError, match=rf"^{option} has no effect on .*sentence-transformers decides"):
+        load_encoder(evaluated(str(tmp_path), **{option: "plain"}))
+
+
+def test_a_bare_base_is_read_by_the_settings_it_is_given(tmp_path: Path) -> None:
+    """Its vectors are those of `from_pretrained` with the same words, and its revision tells the two ways apart."""
+    tiny_model("llama", True, initializer_range=0.2).save_pretrained(tmp_path / "base")
+    family_tokenizer("llama").save_pretrained(tmp_path / "base")
+    settings = {"pooling_mode": "last", "attention": "causal", "doc_max_length": 4, "skip_instruction": False}
+    (tmp_path / "how.json").write_text(json.dumps({**settings, "template": "llama3"}), encoding="utf-8")
+    asked = {"instructions_file": str(ROOT / "test_configs/mteb/task_to_instructions.json"), "max_length": 32}
+    bare, given = (
+        load_encoder(EvaluatedModel(ModelChoice(str(tmp_path / "base"), torch_dtype="float32"), **asked, **how))
+        for how in ({}, {"settings_file": str(tmp_path / "how.json")})
+    )
+    assert bare.model.settings == EncoderSettings(template="llama3", max_length=32)
+    assert given.model.settings == EncoderSettings(**settings, template="llama3", max_length=32)
+    assert bare.mteb_model_meta.revision != given.mteb_model_meta.revision
 
 
 def test_a_model_that_cannot_be_had_is_a_sentence(monkeypatch: pytest.MonkeyPatch) -> None:
