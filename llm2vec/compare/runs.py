@@ -178,7 +178,7 @@ class Planner:
         texts = [place for source in sources for place, _ in source.located(folder).reading.texts]
         places = list(dict.fromkeys([*find_files(folder, sources), *texts]))
         files = [place for place in places if place.is_file()]
-        places += map(Path, sorted({config.guide, config.teacher_vectors} - {None, "self"}))  # stored vectors
+        places += [Path(vectors) for vectors in (config.guide, config.teacher_vectors) if vectors and vectors != "self"]
         others = [data_revision(place) if place.is_dir() else str(place) for place in places if place not in files]
         tables = [] if config.sources_file is None else [table_file(Path(config.sources_file))]
         return [self._hash(folder, files), *(self._hash(table.parent, [table]) for table in tables), *others]

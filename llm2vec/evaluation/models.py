@@ -97,7 +97,8 @@ def _llm2vec(asked: EvaluatedModel) -> LLM2VecEncoder:
         base, adapters = published.group(1), [base]
     is_without = PUBLISHED_WITHOUT_TEMPLATE.fullmatch([base, *adapters][-1])
     settings = {} if asked.settings_file is None else read_settings(Path(asked.settings_file))
-    attention, chosen = settings.get("attention"), {name: settings.get(name) for name in CHOSEN_SETTINGS}
+    attention = settings.get("attention")
+    chosen: dict[str, Any] = {name: settings.get(name) for name in CHOSEN_SETTINGS}
     chosen["template"] = asked.template or chosen["template"] or ("plain" if is_without else None)
     chosen["max_length"] = asked.max_length or chosen["max_length"]
     model = LLM2Vec.from_pretrained(
