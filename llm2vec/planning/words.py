@@ -1,6 +1,6 @@
 """A plan in words: what the run itself says at its start, line for line, and what only a plan tells.
 
-The first lines come from the same functions as the run's (`train.run.describe`), so the two cannot disagree.
+The first lines come from the same functions as the run's (`training.run.describe`), so the two cannot disagree.
 """
 
 from __future__ import annotations

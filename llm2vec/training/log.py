@@ -269,11 +269,11 @@ class ProgressToStop(ProgressCallback):
 
 
 class EndOfRun(TrainerCallback):
-    """Ends a run after its last step, or after the step at which a process was asked to stop, with a checkpoint.
+    """Ends a run after its last step; or, with a checkpoint, after the step at which a process was asked to stop.
 
     A checkpoint at the end of an epoch is written after what else the end of an epoch brings (an evaluation), as a run
     that goes on from it begins with the next epoch. Where the run stops after so many steps, the schedule's horizon
-    stays where it is.
+    stays where it is, and the last weights are saved, but no checkpoint that is not due.
     """
 
     def __init__(self, stop_after_n_steps: int | None) -> None:

@@ -63,7 +63,7 @@ class EmbedderTrainer(Trainer):
         config: of the run. Under its `reduction` `token_mean`, every loss part is a mean over the terms of the whole
             optimiser step; under `micro_batch_mean`, a mean over micro-batches of each micro-batch's mean.
         collate: rows of a micro-batch -> Batch.
-        sampler: order of the rows, as `data.rows.OneSourceBlocks` gives it. Consecutive rows fill one micro-batch of
+        sampler: order of the rows, as `data.order.OneSourceBlocks` gives it. Consecutive rows fill one micro-batch of
             one process after the other.
         save_to: writes the model into a folder, which it makes. It is called on the main process, with the objective's
             weights where those lie spread over the processes (FSDP), else with None.
@@ -213,7 +213,7 @@ class EmbedderTrainer(Trainer):
         return cast(Batch, send_to_device(batch, self.args.device, non_blocking=self.args.dataloader_pin_memory))
 
     def training_step(self, model: nn.Module, inputs: dict[str, Any], num_items_in_batch: Any = None) -> Tensor:
-        """Called for each micro-batch: add its gradient, in pieces of `max_tokens`.
+        """Called for each micro-batch: add its gradient, in pieces of `tokens_per_microbatch`.
 
         `model` is the objective in its wrapper for several processes; called past it, their weights would drift apart.
         """

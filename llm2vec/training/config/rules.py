@@ -17,6 +17,9 @@ from llm2vec.types import POOLING_ALIASES, UserError
 #: What `fsdp_config` may say.
 FSDP_KEYS = ("version", "reshard_after_forward", "transformer_layer_cls_to_wrap")
 
+#: What an evaluation says of held-out rows by comparing each text with its positive.
+IN_BATCH = ("loss", "loss_contrastive", "in_batch_accuracy")
+
 
 def contradictions(config: Config, written: Container[str]) -> Iterator[str]:
     """What is wrong between a config's keys, of which the file names those that are `written`: that tells a default
@@ -234,6 +237,13 @@ def _in_what_is_measured(config: Config) -> Iterator[str]:
                 f"{key} is true, but it is taken of held-out rows at evaluations; set eval_strategy, and num_eval_rows "
                 "to 2 or more."
             )
+    is_best_kept = config.training.get("load_best_model_at_end") or config.training.get("save_strategy") == "best"
+    metric = config.training.get("metric_for_best_model") or "loss"
+    if config.stage == "simcse" and is_best_kept and metric.removeprefix("eval_") in IN_BATCH:
+        yield (
+            f"metric_for_best_model is {metric!r}, which tells nothing in simcse, as an evaluation is without the "
+            "dropout by which a text's two vectors differ; name a figure of nano_beir or embedding_diagnostics."
+        )
     if config.training.get("eval_on_start") and not evaluates:
         yield "eval_on_start is true, but eval_strategy is not set, so there is nothing to evaluate on."
 
