@@ -167,7 +167,8 @@ def record_hashes(reports: Sequence[SourceReport], record: Path) -> list[str]:
             logger.warning("%s cannot be written (%s): later changes will not be seen", record, error.strerror)
     return [
         f"{name}: changed since it was first checked ({known[name].get('rows')} rows of "
-        f"{known[name].get('bytes')} bytes then, {now['rows']} of {now['bytes']} now)."
+        f"{known[name].get('bytes')} bytes then, {now['rows']} of {now['bytes']} now); if that was on purpose, delete "
+        f"{record}, which is then written anew."
         for name, now in found.items()
         if name in known and known[name]["sha256"] != now["sha256"]
     ]

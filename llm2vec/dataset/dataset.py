@@ -10,6 +10,7 @@ from typing import Literal
 
 from torch.utils.data import Dataset
 
+from llm2vec.data.lines import lines_of_text
 from llm2vec.data.rows import TrainingRows
 from llm2vec.data.sources import e5_sources
 from llm2vec.types import InstructedText, UserError, in_one_sentence
@@ -99,11 +100,8 @@ class Wiki1M(Dataset[TrainSample]):
         file_path: str | Path = "cache/wiki1m_for_simcse.txt",
     ) -> None:
         _check_split("Wiki1M", split)
-        damages = (OSError, UnicodeDecodeError)
-        with in_one_sentence(lambda why: f"{file_path}: cannot be read as UTF-8 text ({why}).", damages):
-            self.data = [line.strip() for line in Path(file_path).read_text(encoding="utf-8").split("\n")]
-        if self.data[-1] == "":
-            self.data.pop()
+        with in_one_sentence(lambda why: f"{file_path}: cannot be read ({why}).", OSError):
+            self.data = [text for _, text in lines_of_text(Path(file_path))]
 
     def __len__(self) -> int:
         return len(self.data)
