@@ -65,12 +65,10 @@ def main(argv: Sequence[str]) -> None:
 
 def _rebuild(record: Path, output_dir: Path, out: cli.Printer) -> None:
     """The tables of a comparison, from its record."""
-    from llm2vec.compare.halving import read_halving
     from llm2vec.compare.record import read_record
     from llm2vec.compare.table import outcome_table, write_comparison
 
-    outcomes, own, facts = read_record(record)
-    halving = read_halving(record)
+    outcomes, own, facts, halving = read_record(record)
     with alone_in(output_dir, "report"):
         page = write_comparison(output_dir, outcomes, own, facts, halving)
     for table in filter(None, [outcome_table(outcomes), halving]):

@@ -14,7 +14,7 @@ from pathlib import Path
 import torch
 
 from llm2vec.compare.execution import Runner, do_all, num_cores
-from llm2vec.compare.halving import Halved, halve, write_halving
+from llm2vec.compare.halving import Halved, halve
 from llm2vec.compare.recipes import SHARED_FILE, read_set
 from llm2vec.compare.record import TrialOutcome, write_record
 from llm2vec.compare.runs import Planner, Run, Trial
@@ -90,9 +90,7 @@ def compare_recipes(
         "Date": time.strftime("%Y-%m-%d"),
         "Command": shlex.join(["llm2vec", *sys.argv[1:]]),
     }
-    outcomes = write_record(output_dir / "record", halved.trials, failures, own, facts)
-    if halved.table is not None:
-        write_halving(output_dir / "record", halved.table)
+    outcomes = write_record(output_dir / "record", halved.trials, failures, own, facts, halved.table)
     page = write_comparison(output_dir, outcomes, own, facts, halved.table)
     return RecipeComparison(halved.trials, outcomes, page, halved.table)
 

@@ -22,9 +22,6 @@ from llm2vec.table import Table
 from llm2vec.training.log import LOG_FILE
 from llm2vec.types import UserError
 
-_FILE = "halving.json"
-_SHAPE = {"header": [str], "rows": [[(str, None)]], "title": str, "note": str}
-
 #: Does runs, each with the recipe that asks for it; returns name of a run -> why it failed.
 DoRuns = Callable[[Sequence[tuple[str, Run]]], dict[str, str]]
 
@@ -139,20 +136,3 @@ def _table(halving: Halving, figures: dict[str, list[float]], fell: dict[str, st
         f"{halving.metric} of held-out rows, mean over seeds; at each rung the "
         f"{'lowest' if halving.lower_is_better else 'highest'} 1 in {halving.factor} of a recipe's sweep went on.",
     )  # fmt: skip
-
-
-def write_halving(record: Path, table: Table) -> None:
-    """Keep a search's table in a comparison's record."""
-    write_json(record / _FILE, {key: getattr(table, key) for key in _SHAPE})
-
-
-def read_halving(record: Path) -> Table | None:
-    """The table of a search; None where a comparison's record has none. A `UserError` where the file is not what
-    `write_halving` wrote."""
-    file = record / _FILE
-    if not file.is_file():
-        return None
-    content = read_object(file, shape=_SHAPE)
-    if any(len(row) != len(content["header"]) for row in content["rows"]):
-        raise UserError(f"{file}: each of the rows must have as many cells as the header.")
-    return Table(**{key: content[key] for key in _SHAPE})

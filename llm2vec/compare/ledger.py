@@ -58,7 +58,7 @@ def write_ledger(results: Path, output_dir: Path) -> Path:
     output_dir.mkdir(parents=True, exist_ok=True)
     blocks = [_INTRO.rstrip()]
     for file in sorted(results.glob(f"*/{COMPARISON_RECORD}")):
-        outcomes, own, facts = read_record(file.parent)
+        outcomes, own, facts, _ = read_record(file.parent)
         blocks.append(f"## {escape_markdown(file.parent.name)}")
         known = {**facts, **_origin(file.parent)}
         blocks.append("\n".join(f"- {escape_markdown(name)}: {escape_markdown(text)}" for name, text in known.items()))

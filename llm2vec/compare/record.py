@@ -1,6 +1,6 @@
 """The record of a comparison: all that its tables are made of, as text and small enough to be kept beside the code.
 
-    RECORD/record.json                          base, seeds, machine, and what each recipe sets itself
+    RECORD/record.json                          base, seeds, machine, what each recipe sets itself, a search's table
     RECORD/<recipe>[-seed<n>]/<n>_<stage>/      run.json and log.jsonl of each stage
     RECORD/<recipe>[-seed<n>]/scores/           mteb's result files
     RECORD/<recipe>[-seed<n>]/along/<step>/     those of the last stage's start and checkpoints
@@ -22,11 +22,14 @@ from llm2vec.files import COMPARISON_RECORD, read_object, write_json
 from llm2vec.model.chain import RUN_FILE
 from llm2vec.reports.logs import read_log
 from llm2vec.reports.results import read_query_scores, read_results
+from llm2vec.table import Table
 from llm2vec.training.log import LOG_FILE
 from llm2vec.types import UserError
 
 _TRIAL = re.compile(r"(.+?)(?:-seed(\d+))?")
 _STAGE = re.compile(r"\d+_\w+")
+_TABLE = {"header": [str], "rows": [[(str, None)]], "title": str, "note": str}
+_RECORD = {"facts": {str: str}, "recipes": {str: str}, "halving?": _TABLE}
 RANK_KEY = "eval_effective_rank"
 
 
@@ -49,8 +52,9 @@ class TrialOutcome:
 
 
 def write_record(
-    folder: Path, trials: Sequence[Trial], failures: Mapping[str, str], own: Mapping[str, str], facts: Mapping[str, str]
-) -> list[TrialOutcome]:
+    folder: Path, trials: Sequence[Trial], failures: Mapping[str, str], own: Mapping[str, str],
+    facts: Mapping[str, str], halving: Table | None = None,
+) -> list[TrialOutcome]:  # fmt: skip
     """Write a record anew, of trials whose runs are all done or failed; returns what each trial came to, in order.
 
     Args:
@@ -58,6 +62,7 @@ def write_record(
         failures: name of a run -> why it failed.
         own: recipe -> what it sets itself.
         facts: what else a reader should know.
+        halving: the table of a search.
     """
     shutil.rmtree(folder, ignore_errors=True)
     folder.mkdir(parents=True)
@@ -69,18 +74,22 @@ def write_record(
         except UserError as error:
             outcome = TrialOutcome(trial.recipe, trial.seed, {}, failure=str(error))
         outcomes.append(outcome)
-    write_json(folder / COMPARISON_RECORD, {"facts": dict(facts), "recipes": dict(own)})
+    search = {} if halving is None else {"halving": {key: getattr(halving, key) for key in _TABLE}}
+    write_json(folder / COMPARISON_RECORD, {"facts": dict(facts), "recipes": dict(own), **search})
     return outcomes
 
 
-def read_record(folder: Path) -> tuple[list[TrialOutcome], dict[str, str], dict[str, str]]:
-    """Trials by name, each recipe's own keys, and the facts: what `write_comparison` takes. A folder without trials
-    is a `UserError`."""
-    content = read_object(folder / COMPARISON_RECORD)
+def read_record(folder: Path) -> tuple[list[TrialOutcome], dict[str, str], dict[str, str], Table | None]:
+    """Trials by name, each recipe's own keys, the facts, and the table of a search: what `write_comparison` takes. A
+    folder without trials is a `UserError`, as is a `record.json` that `write_record` would not have written."""
+    content = read_object(folder / COMPARISON_RECORD, shape=_RECORD)
+    search = Table(**{key: content["halving"][key] for key in _TABLE}) if "halving" in content else None
+    if search is not None and any(len(row) != len(search.header) for row in search.rows):
+        raise UserError(f"{folder / COMPARISON_RECORD}: halving: each row must have as many cells as the header.")
     found = [_read(path) for path in sorted(folder.iterdir()) if (path / "scores").is_dir()]
     if not found:
         raise UserError(f"{folder} holds no trials; expected <recipe>-seed<n>/scores/ beside {COMPARISON_RECORD}.")
-    return found, content["recipes"], content["facts"]
+    return found, content["recipes"], content["facts"], search
 
 
 def _write(folder: Path, trial: Trial) -> TrialOutcome:

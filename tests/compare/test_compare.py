@@ -48,7 +48,7 @@ from llm2vec.compare.table import (
 from llm2vec.model.chain import INCOMPLETE_MARKER
 from llm2vec.model.settings import SETTINGS_FILE
 from llm2vec.reports.results import ndcg_at_10
-from llm2vec.table import escape_markdown
+from llm2vec.table import Table, escape_markdown
 from llm2vec.types import RunEnds, UserError
 
 ROOT = Path(__file__).parents[2]
@@ -695,7 +695,7 @@ def test_an_outcome_is_read_from_what_the_runs_left(tmp_path: Path) -> None:
     assert outcome.tokens is None, "one log does not say"
     assert outcome.steps == 4, "of the last stage"
     assert outcome.rank == 7.0, "the last before Stage II"
-    assert read_record(tmp_path / "record") == ([outcome], {"mine": "stage_II"}, {"Seeds": "42"})
+    assert read_record(tmp_path / "record") == ([outcome], {"mine": "stage_II"}, {"Seeds": "42"}, None)
     last = [{"step": 4, "tokens": 8.0, "tokens_per_second": 0.4}, {"step": 6, "train_runtime": 30.0}]
     write_jsonl(second.folder / "log.jsonl", last)
     whole = outcome_of(trial, {})
@@ -736,7 +736,8 @@ def test_a_record_keeps_scores_along_the_last_stage_and_of_queries(tmp_path: Pat
             lines = [{"query-id": query, "corpus-id": "d0", "score": 1} for query in hits]
             write_jsonl(tmp_path / "qrels.jsonl", lines)
             trials.append(Trial(recipe, seed, (run,), end, {0: early, 4: early}, {"MySet": tmp_path / "qrels.jsonl"}))
-    outcomes = write_record(tmp_path / "record", trials, {}, {}, {})
+    search = Table(["Recipe", "Fell at"], [["mine", None], ["other", "25 %"]], "Successive halving", "eval_loss")
+    outcomes = write_record(tmp_path / "record", trials, {}, {}, {}, search)
     assert [outcome.failure for outcome in outcomes] == [None] * 4
     assert outcomes[0].along == {0: {"STS16": 9.0}, 4: {"STS16": 9.0}} and len(outcomes[0].queries["MySet"]) == 12
     table = difference_table(outcomes, {})
@@ -748,6 +749,8 @@ def test_a_record_keeps_scores_along_the_last_stage_and_of_queries(tmp_path: Pat
     assert row[4] == pytest.approx(1.5 * step, abs=1e-2) and row[5] < row[4] < row[6]  # type: ignore[operator]
     for name in ("first", "again"):
         write_comparison(tmp_path / name, *read_record(tmp_path / "record"))
+    assert read_record(tmp_path / "record")[-1] == search
+    assert "Successive halving" in (tmp_path / "first/comparison.md").read_text(encoding="utf-8")
     files = sorted(file.name for file in (tmp_path / "first").iterdir())
     assert files == ["along.png", "comparison.html", "comparison.json", "comparison.md"]
     for file in files:
