@@ -18,8 +18,8 @@ PACKAGE = Path(__file__).parents[1] / "llm2vec"
 ORDER = (
     "types", "files", "table", "hub", "processes", "cli", "distributed", "text", "data", "model", "models", "upstream",
     "llm2vec", "choice",
-    "objectives", "llm2vec_q2d_d2q", "probes", "training", "planning", "corpus", "evaluation", "quickstart",
-    "reports", "compare", "export", "verify", "loss", "dataset",
+    "objectives", "llm2vec_q2d_d2q", "probes", "training", "planning", "corpus", "evaluation",
+    "reports", "compare", "export", "verify", "quickstart", "loss", "dataset",
     "experiment_utils", "commands", "__main__", "__init__", "version",
 )  # fmt: skip
 

@@ -21,12 +21,13 @@ import argparse
 import shlex
 import time
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 from llm2vec import cli
 from llm2vec.commands.data import parse_with_server
-from llm2vec.commands.embedder import base_folder, train_and_export, write_set
+from llm2vec.quickstart.contest import base_folder, train_and_export, write_set
 from llm2vec.types import UserError
 
 #: Files of the stages of each pre-stage.
@@ -50,7 +51,7 @@ NEGATIVES = 2
 def main(argv: Sequence[str]) -> int:
     """Pairs, negatives, split, training, export; returns the exit code: 1 where a run failed."""
     started, args = time.monotonic(), _parse_args(argv)
-    from llm2vec.files import alone_in, read_object, write_json
+    from llm2vec.files import alone_in, read_object
 
     out: Path = args.output_dir
     with alone_in(out, "adaptation") as lock:
@@ -61,14 +62,13 @@ def main(argv: Sequence[str]) -> int:
         split = data / "split"
         instructions = read_object(split / "eval/instructions.json")
         (task, instruction), *_ = instructions.items()
-        write_json(data / "prompts.json", {"query": instruction})
         recipes: dict[str, dict[str, Any]] = {"baseline": {"1_stage_II.json": {}}}
         recipes |= {name: PRE_STAGES[name] for name in args.pre_stage}
         passages = {"dataset_file_path": str(data / "pairs/passages.jsonl"), "sources_file": None}
         if "mntp" in recipes:
             recipes["mntp"] = {**recipes["mntp"], "1_mntp.json": passages}
         write_set(out, base, task, split, args.rows, recipes, rates, STEP_ROWS)
-        if train_and_export(out, lock, task, data / "prompts.json", "4/4") is None:
+        if train_and_export(out, lock, task, instruction, "4/4", partial(print, flush=True)) is None:
             return 1
     minutes = (time.monotonic() - started) / 60
     print(f"\nreport: {out / 'comparison/comparison.html'}    ({minutes:.0f} minutes)")

@@ -28,6 +28,15 @@ class Proof(NamedTuple):
     stray_difference: float | None
     rounding: float  #: Lowest cosine between vectors by the stored weights and by float32 weights
 
+    def sentences(self, folder: Path, dtype: str) -> list[str]:
+        """The same in words, of what was exported to `folder`."""
+        same = "stock sentence-transformers gives the checkpoint's vectors"
+        said = [f"{folder}: {same} up to {self.difference:.1e} (float32)"]
+        if self.stray_difference is not None:
+            what = "under an instruction, where the mean reads the blank before a text"
+            said.append(f"{what}, up to {self.stray_difference:.1e}")
+        return [*said, f"stored in {dtype}: lowest cosine with the vectors by float32 weights {self.rounding:.7f}"]
+
 
 def prove(
     folder: Path, form: StockForm, settings: EncoderSettings, texts: Sequence[InstructedText], exact: Tensor,

@@ -1,1 +1,1 @@
-"""The text and the tiny model that the quickstart makes."""
+"""What the quickstart, `embedder` and `adapt` make models of, and a contest of recipes on it."""

@@ -16,6 +16,7 @@ from llm2vec.compare.recipes import read_set
 from llm2vec.compare.runs import Planner
 from llm2vec.data.sources import read_sources_file
 from llm2vec.files import ORIGIN_FILE, read_object, write_json
+from llm2vec.quickstart import contest
 from llm2vec.types import UserError
 
 ORIGIN = {"model": "maker/tiny", "from": "a box", "weights": "rounded to 4 bits", "license": "mit"}
@@ -45,7 +46,7 @@ def test_what_is_trained_is_an_ordinary_comparison(folder: Path) -> None:
     task, data = embedder._data(args, args.output_dir)
     assert (task, len((data / "eval" / task / "queries.jsonl").read_text().splitlines())) == ("HeldOut-mine", 10)
     assert embedder._data(args, args.output_dir) == (task, data), "the same rows are split once"
-    embedder.write_set(folder / "out", str(folder / "base"), task, data, args.rows)
+    contest.write_set(folder / "out", str(folder / "base"), task, data, args.rows)
     found = read_set(folder / "out/set")
     assert [recipe.name for recipe in found.recipes] == ["anchor", "base", "baseline", "bm25"]
     trials = {trial.recipe: trial for trial in Planner(found, folder / "out/comparison").trials([42])}
@@ -66,7 +67,7 @@ def test_another_base_is_another_folder(tmp_path: Path, monkeypatch: pytest.Monk
 
     monkeypatch.setattr("llm2vec.quickstart.base.make_base", make)
     names = ["smollm2-135m", "gemma3-270m", "smollm2-135m"]
-    folders = [embedder.base_folder(name, tmp_path) for name in names]
+    folders = [contest.base_folder(name, tmp_path) for name in names]
     assert [read_object(Path(folder, "config.json"))["model"] for folder in folders] == names
     assert made == names[:2]
 

@@ -54,11 +54,6 @@ def main(argv: Sequence[str]) -> None:
     logging.getLogger("sentence_transformers").setLevel(logging.WARNING)
     with without_waiting_for_the_hub():
         proof = export(what, args.out)
-    print(
-        f"{args.out}: stock sentence-transformers gives the checkpoint's vectors up to {proof.difference:.1e} (float32)"
-    )
-    if proof.stray_difference is not None:
-        print(f"under an instruction, where the mean reads the blank before a text, up to {proof.stray_difference:.1e}")
-    print(f"stored in {args.dtype}: lowest cosine with the vectors by float32 weights {proof.rounding:.7f}")
+    print(*proof.sentences(args.out, args.dtype), sep="\n")
     if args.push_to_hub:
         print(f"uploaded to {upload(args.out, args.push_to_hub, args.private)}")
