@@ -178,7 +178,7 @@ def packed(model: Any) -> Iterator[None]:
         if previous == NAME:  # inside another one
             yield
             return
-        AttentionInterface.register(NAME, attend)  # here, as importing this file must change nothing
+        AttentionInterface.register(NAME, attend)  # here, so that the library knows the name once it is in use
         fused = inner_decoder(model) in fused_decoders and attention_dropout(model) == 0
         layers = [layer for layer in inner_decoder(model).layers if fused and _is_plain(layer)]
         last = narrowing_layer(model)
@@ -272,7 +272,7 @@ def _forward(
     forward: Any,
     fused: bool,
     narrows: bool,
-    hidden_states: Tensor,
+    stream: Tensor,
     *,
     closing: Layout | None,
     layout: Layout,
@@ -281,14 +281,14 @@ def _forward(
     """A decoder layer's forward: fused or not; where it `narrows`, at the tokens that `closing` names alone."""
     closing = closing if narrows else None
     if closing is None and not fused:
-        states: Tensor = forward(layer, hidden_states, layout=layout, **arguments)
+        states: Tensor = forward(layer, stream, layout=layout, **arguments)
         return states
     run = partial(_run_plain_layer, layer, _FUSED if fused else _PLAIN, closing, layout, arguments)
     # Where the library checkpoints a layer's `forward`, that is what stands here, so the checkpoint is made here too.
     if _CHECKPOINTS_FORWARD and layer.gradient_checkpointing and layer.training:
-        recomputed: Tensor = layer._gradient_checkpointing_func(run, hidden_states)
+        recomputed: Tensor = layer._gradient_checkpointing_func(run, stream)
         return recomputed
-    return run(hidden_states)
+    return run(stream)
 
 
 def _run_plain_layer(
