@@ -288,8 +288,7 @@ class Config:
 
     # --- what is measured, where eval_strategy is set ---
     num_eval_rows: Annotated[int, Key(at_least=0)] = 0
-    """Rows at the end of each source's file that are never trained on. Their losses are logged as `eval_...`. (SimCSE's
-    tell nothing: without dropout, a text's two vectors are the same.)"""
+    """Rows at each source's end, never trained on. Their losses are logged as `eval_...`; SimCSE's tell nothing."""
     embedding_diagnostics: Annotated[bool, Key(stages=("stage_II", "stage_I", "lm", "simcse"))] = False
     """Log alignment, uniformity, effective rank and cosines of held-out rows' vectors, by source too. Histograms go to
     `diagnostics.jsonl`."""
