@@ -111,8 +111,8 @@ def _data(args: argparse.Namespace) -> Path:
     from llm2vec.files import json_hash
 
     asked = {flag: getattr(args, flag) for flag in ("model", "anchors", "server", "name", "most", "instruction")}
-    given = [part for flag, value in asked.items() if value is not None for part in (f"--{flag}", str(value))]
-    if not {"--model", "--anchors", "--server"} & set(given):
+    given = [f"--{flag}={value}" for flag, value in asked.items() if value is not None]
+    if asked["model"] is asked["anchors"] is asked["server"] is None:
         given.append("--titles")
     data: Path = args.output_dir / f"data-{json_hash([_content_of(args.folder), given, args.queries])[:8]}"
     pairs, mined, split = (data / name for name in ("pairs", "mined", "split"))

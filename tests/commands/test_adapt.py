@@ -13,6 +13,7 @@ from llm2vec.commands import adapt
 from llm2vec.commands.data import queries
 from llm2vec.compare.recipes import read_set
 from llm2vec.compare.runs import Planner
+from llm2vec.files import read_object
 from llm2vec.types import UserError
 
 
@@ -86,6 +87,11 @@ def test_what_is_trained_is_an_ordinary_comparison(folder: Path, monkeypatch: py
     }  # fmt: skip
     (mntp,) = [json.loads(Path(t.training[0].arguments[0]).read_text()) for t in trials if t.recipe == "mntp"]
     assert mntp["dataset_file_path"].endswith("pairs/passages.jsonl") and mntp["sources_file"] is None
+
+
+def test_an_instruction_may_look_like_a_flag(folder: Path) -> None:
+    args = adapt._parse_args(options(folder, "--instruction=-find-it"))
+    assert read_object(adapt._data(args) / "split/eval/instructions.json") == {"HeldOut-pairs": "-find-it"}
 
 
 def test_only_files_that_are_read_decide_which_data_are_used(folder: Path) -> None:
