@@ -33,7 +33,6 @@ DTYPE = "bfloat16"
 #: Settings that an evaluation may choose, beside the attention.
 CHOSEN_SETTINGS = (
     "pooling_mode", "max_length", "doc_max_length", "skip_instruction", "template", "instruction_join",
-    "instruction_mask",
 )  # fmt: skip
 #: Published chains: mteb's registry cannot load its own entries of this form, and they are two adapters each.
 PUBLISHED = re.compile(r"(.+/LLM2Vec-.+-mntp)-(?:supervised|unsup-simcse)")

@@ -94,14 +94,16 @@ def write_set(
     evaluation = {
         "tasks": [task], "local_data_dir": str(data / "eval"), "torch_dtype": "float32", "max_length": ROW_TOKENS,
         "task_to_instructions_fp": str(data / "eval/instructions.json"), "save_predictions": True,
+        "settings": str(out / "set/reading.json"),
     }  # fmt: skip
     files: dict[str, Mapping[str, Any]] = {
         "shared.json": shared,
         "evaluation.json": evaluation,
         "bm25/evaluation.json": {
             "base_model_name_or_path": "mteb/baseline-bm25s", "task_to_instructions_fp": None, "torch_dtype": None,
-            "max_length": None,
+            "max_length": None, "settings": None,
         },
+        "reading.json": {"doc_max_length": ROW_TOKENS},  # all models read as much as the one that is exported
         "base/evaluation.json": {"base_model_name_or_path": base},
         **{f"{name}/{file}": keys for name, stages in recipes.items() for file, keys in stages.items()},
     }  # fmt: skip

@@ -54,6 +54,10 @@ def test_what_is_trained_is_an_ordinary_comparison(folder: Path) -> None:
     assert (stage_1.num_steps, stage_2.num_steps) == (4, 4) and stage_1.is_resumable and stage_2.is_resumable
     assert "mteb/baseline-bm25s" in trials["bm25"].evaluation.arguments
     assert "--torch_dtype" not in trials["bm25"].evaluation.arguments
+    read = {recipe: "--settings" in trial.evaluation.arguments for recipe, trial in trials.items()}
+    assert read == {"anchor": True, "base": True, "baseline": True, "bm25": False}
+    # As many tokens of a text as the exported model reads, whatever was trained on.
+    assert read_object(folder / "out/set/reading.json") == {"doc_max_length": contest.ROW_TOKENS}
 
 
 def test_another_base_is_another_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
