@@ -17,6 +17,7 @@ from __future__ import annotations
 
 import itertools
 import json
+import logging
 import shutil
 from array import array
 from collections.abc import Callable, Iterator, Sequence
@@ -35,6 +36,8 @@ from llm2vec.data.sources import Source
 from llm2vec.data.tables import arrow_file
 from llm2vec.files import json_hash, json_lines, read_object, remove, whole, write_json, write_json_lines
 from llm2vec.types import UserError
+
+logger = logging.getLogger(__name__)
 
 #: Rows of a part, and queries whose scores are held at once.
 PART_ROWS = 1024
@@ -130,6 +133,7 @@ def mine(
     from datasets import Dataset  # seconds
 
     documents, rows = (Dataset.from_file(str(work / name)) for name in ("documents.arrow", "rows.arrow"))
+    logger.info("%s: %s documents", source.name, f"{len(documents):,}")
     retriever.prepare(documents, source.instructions[0], work)
     positives_of = _positives_of(rows)
     parts = [work / f"part-{first:010d}.jsonl" for first in range(0, len(rows), PART_ROWS)]
@@ -140,6 +144,7 @@ def mine(
         groups = (rows[i : min(i + SCORED_AT_ONCE, last)] for i in range(number * PART_ROWS, last, SCORED_AT_ONCE))
         found = (_mine_rows(some, documents, positives_of, source, retriever, rules, rescore, work) for some in groups)
         write_json_lines(part, itertools.chain.from_iterable(found))
+        logger.info("%s: %s of %s rows have been looked at", source.name, f"{last:,}", f"{len(rows):,}")
     report = _close(mined, parts, MiningReport(source.name, len(documents)), rescore is not None)
     write_json(work / "report.json", asdict(report))
     for path in work.iterdir():

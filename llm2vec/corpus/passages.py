@@ -13,7 +13,7 @@ from llm2vec.types import UserError
 
 logger = logging.getLogger(__name__)
 
-#: What the name of a text file ends in.
+#: What the name of a text file ends in, in small letters or capitals.
 SUFFIXES = (".md", ".py", ".rst", ".txt")
 #: A passage is at most so long. Much longer ones are about several things, which one vector tells apart badly.
 PASSAGE_CHARACTERS = 1000
@@ -44,7 +44,7 @@ def passages_of(
 
 def text_files(folder: Path, suffixes: Collection[str] = SUFFIXES) -> list[Path]:
     """What `passages_of` reads of a folder, sorted: all below it with these suffixes, but nothing hidden (.git)."""
-    found = sorted(file for file in folder.rglob("*") if file.suffix in suffixes)
+    found = sorted(file for file in folder.rglob("*") if file.suffix.lower() in suffixes)
     return [file for file in found if not any(part.startswith(".") for part in file.relative_to(folder).parts)]
 
 

@@ -4,6 +4,7 @@ server."""
 from __future__ import annotations
 
 import json
+import logging
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -15,6 +16,8 @@ from llm2vec.choice import ModelChoice
 from llm2vec.corpus.server import Refusal, request_json
 from llm2vec.files import json_hash, parse_json, read_object, remove, write_json, write_text
 from llm2vec.types import UserError
+
+logger = logging.getLogger(__name__)
 
 #: Characters of a text that are read.
 MOST_CHARACTERS = 2000
@@ -48,20 +51,23 @@ class Writing(NamedTuple):
         return _query_of(written) if ended else ""
 
 
-_ASKS_QUERY = "Write one short question that the following text answers. Write the question alone.\n\n"
+_ASKS_QUERY = (
+    "Write one short question that the following text answers, in the language of the text. "
+    "Write the question alone.\n\n"
+)
 QUERY = Writing(_ASKS_QUERY, "{}\n\nQuestion:", most_tokens=48, is_line=True)
 ANSWER = Writing("", "Question: {}\n\nAnswer:", most_tokens=500, is_line=False)
 
 
 def write_in_parts(
-    writer: Callable[[], Write], texts: Sequence[str], work: Path, settings: Mapping[str, Any]
+    writer: Callable[[], Write], task: Writing, texts: Sequence[str], work: Path, settings: Mapping[str, Any]
 ) -> list[str]:
     """What is written for each text, by parts that are files in the folder `work`: a killed start is gone on with.
 
-    `writer` opens who writes, if anything is left to write; `settings` are what decides that beside the texts. A
-    `UserError` where the folder holds what was written for other texts, or under other settings.
+    `writer` opens who writes, if anything is left to write; the `task` and `settings` are what decides that beside the
+    texts. A `UserError` where the folder holds what was written for other texts, or under other settings.
     """
-    settings = {"texts": json_hash(list(texts)), **settings}
+    settings = {"texts": json_hash(list(texts)), **task._asdict(), **settings}
     if (work / "settings.json").is_file():
         if read_object(work / "settings.json") != settings:
             raise UserError(f"{work} holds what was written for other texts or by another writer; give another folder.")
@@ -78,6 +84,7 @@ def write_in_parts(
             at_once = range(0, len(some), TEXTS_AT_ONCE)
             written = [one for i in at_once for one in write(some[i : i + TEXTS_AT_ONCE])]
             write_text(file, json.dumps(written))
+            logger.info("written for %s of %s texts", f"{start + len(some):,}", f"{len(texts):,}")
         found += parse_json(file.read_bytes(), str(file))
     return found
 

@@ -49,7 +49,8 @@ def check_row(
     if len(negatives) < num_negatives:
         raise UserError(
             f"{where}: {len(negatives)} hard negatives, but num_hard_negatives is {num_negatives}"
-            f"{'' if 'negative' in row else ' (the field `negative` is missing)'}."
+            f"{'' if 'negative' in row else ' (the field `negative` is missing)'}; "
+            f"set it to {len(negatives)}, or find more by `llm2vec mine`."
         )
     for text in negatives[:num_negatives]:
         check_text(text, "negative", where)

@@ -135,8 +135,29 @@ def test_a_model_writes_the_same_however_it_is_batched(family: str, folder: Path
         main([str(folder / "docs"), str(folder / "out"), "--model", str(folder / "model"), "--keep_top", "1"])
 
 
+def test_a_writing_is_told_part_by_part_and_kept_by_what_was_asked(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Hours of writing are not silent; and queries that another sentence asked for are not mixed in."""
+    monkeypatch.setattr(writers, "PART_TEXTS", 2)
+    caplog.set_level("INFO", "llm2vec")
+    assert "in the language of the text" in writers.QUERY.turn("Der Hund bellt.")
+    for _ in range(2):
+        assert (
+            writers.write_in_parts(lambda: lambda texts: texts, writers.QUERY, WORDS[:5], tmp_path / "w", {})
+            == WORDS[:5]
+        )
+    assert caplog.messages == ["written for 2 of 5 texts", "written for 4 of 5 texts", "written for 5 of 5 texts"]
+    other = writers.QUERY._replace(request="Ask something.")
+    with pytest.raises(UserError, match="holds what was written for other texts or by another writer"):
+        writers.write_in_parts(lambda: lambda texts: texts, other, WORDS[:5], tmp_path / "w", {})
+
+
 def test_mistakes_are_said(folder: Path) -> None:
     out = str(folder / "out")
+    (folder / "tables").mkdir()
+    with pytest.raises(UserError, match=r"tables has no text: no line, or no text file \(\.md, \.py, \.rst, \.txt\)"):
+        main([str(folder / "tables"), out, "--server", "http://127.0.0.1:9/v1", "--name", "m"])
     with pytest.raises(UserError, match="one of the arguments --model --anchors --titles --server is required"):
         main([str(folder / "docs"), out])
     with pytest.raises(UserError, match="--server and --name go together"):

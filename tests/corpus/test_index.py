@@ -116,13 +116,13 @@ def test_nothing_is_lost_and_every_passage_begins_in_the_paragraph_of_its_line()
 
 
 def test_a_folder_is_read_in_order_without_what_is_hidden_or_no_text(tmp_path: Path, caplog: Any) -> None:
-    for name in ("b.md", "a/z.py", "a/b.rst", "c.txt", ".git/x.md", "a/.venv/y.py", "d.json", "e.md~"):
+    for name in ("b.md", "a/z.py", "a/b.rst", "c.TXT", ".git/x.md", "a/.venv/y.py", "d.json", "e.md~"):
         (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
         (tmp_path / name).write_text(f"\n\n{name}\n", encoding="utf-8")
     (tmp_path / "latin.txt").write_bytes("caf\xe9".encode("latin-1"))
     passages = list(passages_of(tmp_path, 100))
-    assert [p["where"] for p in passages] == ["a/b.rst:3", "a/z.py:3", "b.md:3", "c.txt:3"]
-    assert [p["text"] for p in passages] == ["a/b.rst", "a/z.py", "b.md", "c.txt"]
+    assert [p["where"] for p in passages] == ["a/b.rst:3", "a/z.py:3", "b.md:3", "c.TXT:3"]
+    assert [p["text"] for p in passages] == ["a/b.rst", "a/z.py", "b.md", "c.TXT"]
     assert caplog.messages == ["'latin.txt' cannot be read or is not UTF-8, and is left out"]
 
 

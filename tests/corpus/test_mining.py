@@ -116,6 +116,19 @@ def test_all_positives_of_a_query_are_respected(folder: Path) -> None:
     assert report.mined == len(found) and report.rows == 60 and 0 < report.too_near < report.candidates
 
 
+def test_mining_is_told_part_by_part(
+    folder: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr(mining, "PART_ROWS", 40)
+    caplog.set_level("INFO", "llm2vec")
+    mine(SOURCE, folder, folder / "out", Vectors(), Rules(negatives=3, depth=20))
+    assert caplog.messages == [
+        "a: 60 documents",
+        "a: 40 of 60 rows have been looked at",
+        "a: 60 of 60 rows have been looked at",
+    ]
+
+
 def test_a_killed_start_is_gone_on_with(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Vectors and parts that are there are not made again, and the file is the same to the byte."""
     monkeypatch.setattr(mining, "PART_ROWS", 16)

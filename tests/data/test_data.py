@@ -258,7 +258,7 @@ BAD_LINES = {
     "negative number": (b'{"query": "q", "positive": "d", "negative": [1]}', "`negative` must be text, not a int"),
     "no negatives": (
         b'{"query": "q", "positive": "d", "negative": []}',
-        "0 hard negatives, but num_hard_negatives is 1",
+        "0 hard negatives, but num_hard_negatives is 1; set it to 0, or find more by `llm2vec mine`.",
     ),
 }
 

@@ -55,9 +55,8 @@ def _answer(args: argparse.Namespace, source: Source, work: Path) -> None:
 
     rows = TrainingRows(args.folder, [source], num_negatives=0, max_rows=args.most)
     queries = list(dict.fromkeys(rows[i].query.text for i in range(len(rows))))
-    writer = {**named_writer(args), "most_tokens": args.most_tokens}
     task = ANSWER._replace(most_tokens=args.most_tokens)
-    answers = write_in_parts(lambda: writer_of(args, task), queries, work / source.name, writer)
+    answers = write_in_parts(lambda: writer_of(args, task), task, queries, work / source.name, named_writer(args))
     found = [{"query": query, "positive": a} for query, a in zip(queries, answers, strict=True) if a]
     write_json_lines(args.out / f"{source.name}.jsonl", found)
     print(f"{source.name}: {len(found):,} of {len(queries):,} queries have an answer")

@@ -39,7 +39,7 @@ def main(argv: Sequence[str]) -> None:
     if args.titles and not titles:
         raise UserError(f"{args.folder} has no text with a title, or with a first sentence and more behind it.")
     if not passages:
-        raise UserError(f"{args.folder} has no text.")
+        raise UserError(f"{args.folder} has no text: no line, or no text file ({', '.join(SUFFIXES)}) that holds any.")
     chosen = sorted(random.Random(args.seed).sample(range(len(passages)), min(args.most or 2**62, len(passages))))
     with alone_in(args.out, "query writing"):
         written = _write(args, passages, chosen, args.out / QUERIES_FOLDER, titles)
@@ -95,7 +95,7 @@ def _write(
     from llm2vec.corpus.writers import QUERY, write_in_parts  # seconds to import, with torch
 
     some = [passages[i] for i in chosen]
-    return write_in_parts(lambda: writer_of(args, QUERY), some, work, named_writer(args))
+    return write_in_parts(lambda: writer_of(args, QUERY), QUERY, some, work, named_writer(args))
 
 
 def _round_trip(
