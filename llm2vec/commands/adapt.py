@@ -7,7 +7,7 @@ Every step is an ordinary command with a folder behind it; killed, the whole goe
 
     data-*/pairs/     passages, and a query for each       llm2vec queries
     data-*/mined/     the same with hard negatives         llm2vec mine
-    data-*/split/     rows to train on, queries held out   llm2vec hold-out
+    data-*/split-*/   rows to train on, queries held out   llm2vec hold-out
     set/, comparison/ configs, runs, scores                llm2vec compare
     model/            the best of what was trained         llm2vec export
 
@@ -57,9 +57,9 @@ def main(argv: Sequence[str]) -> int:
     with alone_in(out, "adaptation") as lock:
         base = base_folder(args.base, out)
         rates = _rates(base)  # opens it, before anything is written for it
-        data = _data(args)
+        split = _data(args)
+        data = split.parent
         print("3/4 training and scores")
-        split = data / "split"
         instructions = read_object(split / "eval/instructions.json")
         (task, instruction), *_ = instructions.items()
         recipes: dict[str, dict[str, Any]] = {"baseline": {"1_stage_II.json": {}}}
@@ -103,38 +103,53 @@ def _parse_args(argv: Sequence[str]) -> argparse.Namespace:
 
 
 def _data(args: argparse.Namespace) -> Path:
-    """The folder of pairs, mined rows and their split, made as far as it is not there.
+    """The folder of the split, made as far as it is not there; beside it lie its pairs and mined rows.
 
-    It is named by all that decides it, so other texts or another writer leave no old pairs in use.
+    Each is named by all that decides it: other texts or another writer leave no old pairs in use, and other queries to
+    hold out, or another instruction, take no new pairs.
     """
     from llm2vec.commands.data import hold_out, mine, queries
-    from llm2vec.files import json_hash
+    from llm2vec.data.held_out import TRAINED_FOR_ONE_HELD_OUT
+    from llm2vec.files import json_hash, read_object, write_json
 
-    asked = {flag: getattr(args, flag) for flag in ("model", "anchors", "server", "name", "most", "instruction")}
+    asked = {flag: getattr(args, flag) for flag in ("model", "anchors", "server", "name", "most")}
     given = [f"--{flag}={value}" for flag, value in asked.items() if value is not None]
     if asked["model"] is asked["anchors"] is asked["server"] is None:
         given.append("--titles")
-    data: Path = args.output_dir / f"data-{json_hash([_content_of(args.folder), given, args.queries])[:8]}"
-    pairs, mined, split = (data / name for name in ("pairs", "mined", "split"))
+    data: Path = args.output_dir / f"data-{json_hash([_content_of(args.folder), given])[:8]}"
+    pairs, mined = data / "pairs", data / "mined"
+    split = data / f"split-{json_hash([args.queries, args.instruction])[:8]}"
     print("1/4 passages and queries", flush=True)
     if not (pairs / "sources.json").is_file():  # written last
         queries.main([str(args.folder), str(pairs), *given])
+    fewest = args.queries * (1 + TRAINED_FOR_ONE_HELD_OUT)
+    if (there := _lines_of(pairs / "pairs.jsonl")) < fewest:  # each is another query
+        raise UserError(
+            f"no source in {pairs} has the {fewest} different queries that holding out {args.queries} takes; "
+            f"there are {there}: hold out fewer --queries, or give more texts."
+        )
     print("2/4 hard negatives, and queries held out", flush=True)
     if not (mined / "report.json").is_file():  # written last
         table, passages = (str(pairs / name) for name in ("sources.json", "passages.jsonl"))
         flags = ["--sources_file", table, "--corpus", passages, "--model", "bm25", "--negatives", str(NEGATIVES)]
         mine.main([str(pairs), str(mined), *flags])
     if not (split / "eval/instructions.json").is_file():
-        hold_out.main(
-            [str(mined), str(split), "--sources_file", str(mined / "sources.json"), "--queries", str(args.queries)]
+        asked_for = {} if args.instruction is None else {"instruction": args.instruction}
+        entries = read_object(mined / "sources.json").items()
+        write_json(data / "sources.json", {name: {**entry, **asked_for} for name, entry in entries})
+        flags = ["--sources_file", str(data / "sources.json"), "--queries", str(args.queries)]
+        hold_out.main([str(mined), str(split), *flags])
+    if (left := _lines_of(split / "train/pairs.jsonl")) < STEP_ROWS:
+        raise UserError(
+            f"{args.folder}: {left} pairs are left to train on, and a step takes {STEP_ROWS}; "
+            "give more texts, or hold out fewer --queries."
         )
-    with (split / "train/pairs.jsonl").open("rb") as rows:
-        if (left := sum(1 for _ in rows)) < STEP_ROWS:
-            raise UserError(
-                f"{args.folder}: {left} pairs are left to train on, and a step takes {STEP_ROWS}; "
-                "give more texts, or hold out fewer --queries."
-            )
-    return data
+    return split
+
+
+def _lines_of(file: Path) -> int:
+    with file.open("rb") as lines:
+        return sum(1 for _ in lines)
 
 
 def _content_of(source: Path) -> str:

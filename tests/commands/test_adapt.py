@@ -61,17 +61,24 @@ def test_titles_are_queries_and_leave_their_passages(folder: Path, capsys: pytes
 
 def test_each_step_is_done_once_and_anew_for_other_texts(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     args = adapt._parse_args(options(folder))
-    data = adapt._data(args)
-    train = lines(data / "split/train/pairs.jsonl")
-    held = lines(data / "split/eval/HeldOut-pairs/queries.jsonl")
+    split = adapt._data(args)
+    train = lines(split / "train/pairs.jsonl")
+    held = lines(split / "eval/HeldOut-pairs/queries.jsonl")
     assert len(held) == 8 and all(len(row["negative"]) == 2 for row in train)
     assert not {row["query"] for row in train} & {row["text"] for row in held}
     for name in ("queries", "mine", "hold_out"):
         monkeypatch.setattr(f"llm2vec.commands.data.{name}.main", lambda *_: pytest.fail("done again"))
-    assert adapt._data(args) == data
+    assert adapt._data(args) == split
+    monkeypatch.undo()
+    for name in ("queries", "mine"):  # what is held out, and under which instruction, asks for no new queries
+        monkeypatch.setattr(f"llm2vec.commands.data.{name}.main", lambda *_: pytest.fail("done again"))
+    fewer = adapt._data(adapt._parse_args([*options(folder), "--queries", "4", "--instruction", "Find its text"]))
+    assert fewer.parent == split.parent and len(lines(fewer / "eval/HeldOut-pairs/queries.jsonl")) == 4
+    assert json.loads((fewer / "eval/instructions.json").read_text()) == {"HeldOut-pairs": "Find its text"}
+    assert json.loads((fewer / "sources.json").read_text())["pairs"]["instruction"] == ["Find its text"]
     monkeypatch.undo()
     (folder / "docs/a0.md").unlink()
-    assert adapt._data(args) != data
+    assert adapt._data(args).parent != split.parent
     assert adapt._rates(str(folder / "base"))[1] == round(0.2 / 32, 6)
 
 
@@ -91,7 +98,7 @@ def test_what_is_trained_is_an_ordinary_comparison(folder: Path, monkeypatch: py
 
 def test_an_instruction_may_look_like_a_flag(folder: Path) -> None:
     args = adapt._parse_args(options(folder, "--instruction=-find-it"))
-    assert read_object(adapt._data(args) / "split/eval/instructions.json") == {"HeldOut-pairs": "-find-it"}
+    assert read_object(adapt._data(args) / "eval/instructions.json") == {"HeldOut-pairs": "-find-it"}
 
 
 def test_only_files_that_are_read_decide_which_data_are_used(folder: Path) -> None:
@@ -127,6 +134,16 @@ def test_an_output_folder_inside_the_texts_is_refused(folder: Path) -> None:
 def test_a_mistake_is_one_sentence(folder: Path, wrong: list[str], said: str) -> None:
     with pytest.raises(UserError, match=said):
         adapt.main(options(folder, *wrong))
+
+
+def test_too_many_queries_to_hold_out_are_said_before_anything_is_mined(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("llm2vec.commands.data.mine.main", lambda *_: pytest.fail("mined"))
+    with pytest.raises(
+        UserError, match="185 different queries that holding out 37 takes; there are 180: hold out fewer"
+    ):
+        adapt._data(adapt._parse_args([*options(folder), "--queries", "37"]))
 
 
 def test_too_few_pairs_are_said_before_anything_is_trained(folder: Path) -> None:
