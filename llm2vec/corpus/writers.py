@@ -140,9 +140,11 @@ def write_by_anchors(choice: ModelChoice) -> Write:
 
 def write_by_server(url: str, model: str, task: Writing) -> Write:
     """A server with OpenAI's interface, at a `url` up to `/v1`, and the name of its model there, which writes without
-    thinking where the server can tell its chat template so."""
+    thinking where the server can tell its chat template so. A text that it refuses (HTTP 400), as by a filter of
+    contents, gets nothing, unless it has answered none."""
     place = f"{url.rstrip('/')}/chat/completions"
     knows_template = True  # until it has refused its key, and not what is asked
+    has_answered = False
 
     def ask(text: str) -> str:
         nonlocal knows_template
@@ -158,9 +160,23 @@ def write_by_server(url: str, model: str, task: Writing) -> Write:
         knows_template = False
         return written
 
+    def ask_or_refusal(text: str) -> str | Refusal:
+        try:
+            return ask(text)
+        except Refusal as refusal:
+            if refusal.code != 400:
+                raise
+            return refusal
+
     def write(texts: list[str]) -> list[str]:
+        nonlocal has_answered
         with ThreadPoolExecutor(REQUESTS_AT_ONCE) as pool:
-            return list(pool.map(ask, texts))
+            found = list(pool.map(ask_or_refusal, texts))
+        refusals = [one for one in found if isinstance(one, Refusal)]
+        has_answered = has_answered or len(refusals) < len(found)
+        if refusals and not has_answered:
+            raise refusals[0]
+        return ["" if isinstance(one, Refusal) else one for one in found]
 
     return write
 

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import io
 import json
+from email.message import Message
 from pathlib import Path
 from typing import Any
+from urllib.error import HTTPError
 
 import pytest
 from helpers import family_tokenizer, tiny_model, write_jsonl
@@ -12,7 +15,7 @@ from helpers import family_tokenizer, tiny_model, write_jsonl
 from llm2vec.choice import ModelChoice
 from llm2vec.commands.data.answers import main
 from llm2vec.corpus import writers
-from llm2vec.corpus.server import Refusal
+from llm2vec.corpus.server import Refusal, request_json
 from llm2vec.data.rows import TrainingRows
 from llm2vec.data.sources import read_sources_file
 from llm2vec.types import UserError
@@ -94,6 +97,45 @@ def test_a_server_is_asked_not_to_think(code: int | None, monkeypatch: pytest.Mo
     assert write(QUERIES[:2]) == ["an answer", ""]
     thinks = [body.get("chat_template_kwargs") for body in asked]
     assert thinks == ([{"enable_thinking": False}] * 2 if code is None else [{"enable_thinking": False}, None, None])
+
+
+def test_a_busy_server_is_asked_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    """After the seconds that it names; but one that refuses for good, or is busy for long, ends it."""
+    asked, waited = 0, list[float]()
+
+    def urlopen(*_: Any, **__: Any) -> Any:
+        nonlocal asked
+        asked += 1
+        if (code := codes.pop(0)) == 200:
+            return io.BytesIO(b'{"a": 1}')
+        headers = Message()
+        headers["Retry-After"] = "7"
+        raise TimeoutError("timed out") if code == 0 else HTTPError("x", code, "", headers, io.BytesIO(b"busy"))
+
+    monkeypatch.setattr("urllib.request.urlopen", urlopen)
+    monkeypatch.setattr("time.sleep", waited.append)
+    codes = [429, 503, 0, 200]
+    assert request_json("http://x", {}, lambda answer: answer["a"]) == 1
+    assert asked == 4 and waited[:2] == [7, 7] and waited[2] > 0
+    for codes, said in (([401, 200], "answers HTTP 401"), ([503] * 9, "HTTP 503 busy"), ([0] * 9, "does not answer")):
+        with pytest.raises(UserError, match=said):
+            request_json("http://x", {}, lambda answer: answer)
+        assert codes, "it is not asked for ever"
+
+
+def test_a_text_that_a_server_refuses_gets_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As by a filter of contents; a server that refuses every text is not asked on."""
+
+    def request(place: str, body: dict[str, Any], read: Any) -> Any:
+        if "blue" in body["messages"][0]["content"]:
+            raise Refusal(place, 400, b"filtered")
+        return read({"choices": [{"message": {"content": "an answer"}, "finish_reason": "stop"}]})
+
+    monkeypatch.setattr(writers, "request_json", request)
+    write = writers.write_by_server("http://x/v1", "m", writers.ANSWER)
+    with pytest.raises(UserError, match="answers HTTP 400 filtered"):
+        write(["blue", "blue too"])
+    assert write(["blue", "red"]) == ["", "an answer"]
 
 
 @pytest.mark.slow
