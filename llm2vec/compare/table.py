@@ -201,7 +201,8 @@ def own_keys(recipes: Sequence[Recipe]) -> dict[str, str]:
     for recipe in recipes:
         own = [(s.stage, ", ".join(f"{key} {json.dumps(v)}" for key, v in s.keys.items())) for s in recipe.stages]
         stages = [f"{stage}: {keys}" if keys else stage for stage, keys in own]
-        said[recipe.name] = "; then ".join(stages) or f"scores {recipe.evaluation['base_model_name_or_path']}"
+        by = f" by {recipe.evaluation['settings']}" if "settings" in recipe.evaluation else ""
+        said[recipe.name] = "; then ".join(stages) or f"scores {recipe.evaluation['base_model_name_or_path']}{by}"
     return said
 
 
