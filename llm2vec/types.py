@@ -257,3 +257,9 @@ def needs_extra(what: str, extra: str) -> Iterator[None]:
     """Around the import of a package of an extra; `what` needs which is said where it is not there."""
     with in_one_sentence(lambda _: f'{what}: pip install -e ".[{extra}]".', ImportError):
         yield
+
+
+def lower_is_better(figure: str) -> bool:
+    """Whether the best value of a logged figure is the lowest: of losses, and of what tells how far apart a pair is or
+    how crowded vectors are."""
+    return any(word in figure for word in ("loss", "alignment", "uniformity", "anisotropy"))

@@ -486,7 +486,9 @@ def test_overridden_steps_are_used_by_encode() -> None:
     assert encode(halved, batch_size=2).shape == (7, 16)
 
 
-@pytest.mark.parametrize("step", ["prepare_for_tokenization", "_convert_to_str", "get_pooling", "_encode"])
+@pytest.mark.parametrize(
+    "step", ["prepare_for_tokenization", "_convert_to_str", "_skip_instruction", "get_pooling", "_encode"]
+)
 def test_an_override_that_nothing_calls_is_refused(step: str) -> None:
     with pytest.raises(UserError, match=f"Mine overrides {step}, which nothing here calls: .*docs/migration.md"):
         type("Mine", (LLM2Vec,), {step: lambda self, text: text})

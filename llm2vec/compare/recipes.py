@@ -26,7 +26,7 @@ from typing import Any, NamedTuple, get_args
 
 from llm2vec.files import read_object
 from llm2vec.training.config.file import SCHEMA_KEY
-from llm2vec.types import Stage, UserError
+from llm2vec.types import Stage, UserError, lower_is_better
 
 SHARED_FILE = "shared.json"
 EVALUATION_FILE = "evaluation.json"
@@ -71,8 +71,8 @@ class Halving:
 
     @property
     def lower_is_better(self) -> bool:
-        """Of losses; all other figures shall be high."""
-        return "loss" in self.metric
+        """Whether the best figure is the lowest."""
+        return lower_is_better(self.metric)
 
 
 @dataclass(frozen=True)

@@ -20,6 +20,7 @@ from llm2vec.files import data_revision, files_hash, json_hash, whole_folder, wr
 from llm2vec.hub import find_file, without_waiting_for_the_hub
 from llm2vec.model.chain import RUN_FILE, revision_of
 from llm2vec.model.settings import SETTINGS_FILE
+from llm2vec.model.vault import MODULES_FILE
 from llm2vec.training.config import Config
 from llm2vec.training.config.file import load_config
 from llm2vec.training.model import encoder_settings
@@ -220,7 +221,7 @@ def _bare_base(base: str, copy: Path) -> str:
     if not copy.is_dir():
         with whole_folder(copy) as aside:
             for file in Path(base).iterdir():
-                if file.is_file() and file.name not in (SETTINGS_FILE, RUN_FILE):
+                if file.is_file() and file.name not in (SETTINGS_FILE, RUN_FILE, MODULES_FILE):
                     shutil.copy2(file, aside)
     return str(copy)
 

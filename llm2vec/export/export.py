@@ -119,6 +119,7 @@ def export(what: Export, out: Path) -> Proof:
             license=what.license or (runs[0].record.get("origin", {}).get("license") if runs else None),
             runs=runs,
             results=what.results,
+            instruction=what.instructions.get("query", ""),
         )
         del model
         gc.collect()  # two models at once may be more than there is memory for

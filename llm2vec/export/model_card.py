@@ -29,6 +29,7 @@ _HEADINGS = {
 }  # fmt: skip
 
 _TEMPLATE = Path(__file__).with_name("card.md.jinja")
+#: What the snippets ask with, where neither the table nor the training names an instruction.
 _INSTRUCTION = "Given a question, retrieve passages that answer it"
 _QUERY = "who wrote Emma?"
 _DOCUMENTS = ["Emma is a novel by Jane Austen.", "The emu is a large bird of Australia."]
@@ -55,6 +56,7 @@ class Facts:
     license: str | None
     runs: Sequence[RecordedRun]  #: The earliest first
     results: Results | None
+    instruction: str = ""  #: The default of queries, as the exported table has it; empty = none
 
 
 def model_card(facts: Facts, proof: Proof) -> ModelCard:
@@ -76,13 +78,19 @@ def model_card(facts: Facts, proof: Proof) -> ModelCard:
         bidirectional_since=BIDIRECTIONAL_SINCE,
         stray_blank=STRAY_BLANK,
         query=_QUERY,
-        query_prompt=form.prompt(_INSTRUCTION),
+        query_prompt=form.prompt(facts.instruction or _trained_with(facts.runs) or _INSTRUCTION),
         documents=_DOCUMENTS,
         server_pooling=_SERVER_POOLING.get(form.pooling_mode) if served else None,
         runs=[(_heading(run, number), _tables(run)) for number, run in enumerate(facts.runs, 1)],
         scores=facts.results and Table(["task", "main score x 100"], sorted(facts.results.scores.items())),
         repr=repr,
     )
+
+
+def _trained_with(runs: Sequence[RecordedRun]) -> str:
+    """The first instruction of the last run's rows; empty = none is recorded."""
+    told = [text for run in runs[-1:] for of in run.record.get("data", []) for text, *_ in of.get("instructions", [])]
+    return next(filter(None, told), "")
 
 
 def _front_matter(facts: Facts) -> ModelCardData:

@@ -23,6 +23,8 @@ from llm2vec.types import UserError
 LARGE_SHARE = 0.1
 #: Share of a card's memory from which on a plan warns: what is not counted needs the rest.
 FULL = 0.9
+#: What makes full training smaller on a card that is alone.
+ONE_CARD = "optim adamw_8bit, torch_dtype bfloat16 or LoRA take less"
 
 
 def report(plan: Plan) -> list[str]:
@@ -217,7 +219,10 @@ def _of_the_memory(plan: Plan) -> Iterator[str]:
     if card is None or plan.memory.most <= FULL * card.memory_gb * 1e9:
         return
     fits = "fills" if plan.memory.most <= card.memory_gb * 1e9 else "does not fit"
-    advice = ["fsdp shares the weights among processes"] if not (config.use_peft or plan.args.fsdp) else []
+    advice = []
+    if not (config.use_peft or plan.args.fsdp):
+        several = plan.conditions.num_processes > 1
+        advice.append("fsdp shares the weights among processes" if several else ONE_CARD)
     if config.tokens_per_microbatch is None:
         advice.append("tokens_per_microbatch runs fewer tokens at once")
     elif config.activation_memory_gb is None and config.checkpointing is None:

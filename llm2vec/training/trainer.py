@@ -293,7 +293,9 @@ class EmbedderTrainer(Trainer):
             was_training = self.model_wrapped.training
             self.model_wrapped.eval()
             objective = cast(Objective, self.model_wrapped)
-            batches = map(self._moved, self.get_eval_dataloader())
+            loader = self.get_eval_dataloader()
+            loader.iteration = 0  # which accelerate counts on in a loader that is kept, and orders rows by
+            batches = map(self._moved, loader)
             figures = mean_parts(objective, batches, self.args.device, self._config.tokens_per_microbatch)
             for probe in self._probes:
                 figures |= probe(self.state.global_step)

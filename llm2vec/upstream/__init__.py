@@ -15,7 +15,10 @@ from llm2vec.types import UserError
 PAGE = "docs/migration.md has a table of all"
 #: What upstream's class has and ours has not: what takes its place.
 GONE = {
-    **dict.fromkeys(("prepare_for_tokenization", "_convert_to_str"), "a template writes what stands around a text"),
+    **dict.fromkeys(
+        ("prepare_for_tokenization", "_convert_to_str", "_skip_instruction"),
+        "a template writes what stands around a text",
+    ),
     **dict.fromkeys(("_encode", "_text_length"), "`encode` goes by `tokenize` and `forward`"),
     "get_pooling": "llm2vec.model.pooling.pool(states, pool_mask, mode) pools",
 }

@@ -47,6 +47,7 @@ from llm2vec.compare.table import (
 )  # fmt: skip
 from llm2vec.model.chain import INCOMPLETE_MARKER
 from llm2vec.model.settings import SETTINGS_FILE
+from llm2vec.model.vault import MODULES_FILE
 from llm2vec.reports.results import ndcg_at_10
 from llm2vec.table import Table, escape_markdown
 from llm2vec.types import RunEnds, UserError
@@ -166,10 +167,11 @@ def test_a_stage_that_two_recipes_have_in_common_is_one_run(folder: Path) -> Non
 
 def test_settings_of_the_bases_own_training_do_not_bind_recipes(folder: Path) -> None:
     """The base names the template it was trained with; the recipe with another one starts from a copy without it."""
+    write(folder / "base" / MODULES_FILE, [])  # as a checkpoint of ours has; by it a copy was no model of ours
     base = Path(config_of(trials_of(folder)["one_stage", 7].training[0])["model_name_or_path"])
     assert base.parent == folder / "out"
     names = {file.name for file in (folder / "base").iterdir()}
-    assert {file.name for file in base.iterdir()} == names - {SETTINGS_FILE}
+    assert {file.name for file in base.iterdir()} == names - {SETTINGS_FILE, MODULES_FILE}
     (folder / "base" / SETTINGS_FILE).unlink()
     base = Path(config_of(trials_of(folder)["one_stage", 7].training[0])["model_name_or_path"])
     assert base == folder / "base"

@@ -26,11 +26,12 @@ from torch import Tensor
 
 from llm2vec import LLM2Vec
 from llm2vec.choice import ModelChoice
-from llm2vec.evaluation.provenance import without_local_paths
+from llm2vec.evaluation.provenance import RecordedRun, without_local_paths
 from llm2vec.export import adapter as adapter_module
 from llm2vec.export import export as export_module
 from llm2vec.export import proof as proof_module
 from llm2vec.export.export import Export, export
+from llm2vec.export.model_card import _trained_with
 from llm2vec.export.proof import Proof
 from llm2vec.files import alone_in
 from llm2vec.hub import upload
@@ -583,9 +584,20 @@ def test_refuses_early_what_cannot_be_written(adapter: str, tmp_path: Path, monk
     assert_refused(asked(adapter, repository="a b"), tmp_path / "out", "--push_to_hub: Repo id must use")
 
 
+def test_a_card_asks_with_the_last_stages_instruction() -> None:
+    runs = [
+        RecordedRun({"data": [{"instructions": [[text, False]]} for text in of]}, []) for of in (["a"], ["", "b", "c"])
+    ]
+    assert _trained_with(runs) == "b" and _trained_with(runs[:1]) == "a" and _trained_with([]) == ""
+
+
 def test_a_query_instruction_is_the_default_for_queries(adapter: str, tmp_path: Path) -> None:
     """As LangChain and `encode_query` ask for it; documents go without."""
     export(asked(adapter, dtype="float32", instructions={"query": "find it", "NQ": "answer it"}), tmp_path / "out")
+    card = (tmp_path / "out/README.md").read_text(encoding="utf-8")
+    assert "find it" in card and "retrieve passages that answer" not in card, (
+        "its snippets ask as the model was told to"
+    )
     stock = sentence_transformers.SentenceTransformer(str(tmp_path / "out"), device="cpu")
     ours = LLM2Vec.from_pretrained(adapter, torch_dtype=torch.float32)
     for instruction, vectors in (

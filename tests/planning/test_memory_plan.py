@@ -235,11 +235,15 @@ class _KeepsLikeVarlen(torch.autograd.Function):
 
 
 @pytest.mark.parametrize("adapted", [False, True])
-def test_what_the_cuda_path_keeps(adapted: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_what_the_cuda_path_keeps(
+    adapted: bool, monkeypatch: pytest.MonkeyPatch, request: pytest.FixtureRequest
+) -> None:
     """Its own code around a stand-in for the kernel; a dropout's noise, a byte there, cannot be seen on a CPU."""
     monkeypatch.setattr(packed_attention, "_runs_varlen", lambda *_: True)
     kernel = "torch.nn.attention.varlen.varlen_attn"
     monkeypatch.setattr(kernel, lambda query, key, value, *_, **__: _KeepsLikeVarlen.apply(query, key, value))
+    packed_attention.varlen_takes.cache_clear()  # which parameters it has is asked once
+    request.addfinalizer(packed_attention.varlen_takes.cache_clear)
     lengths = (12, 13, 15, 9)
     counted = []
     for num_layers in (2, 3):

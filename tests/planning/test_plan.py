@@ -629,6 +629,11 @@ def test_a_card_that_is_too_small(folder: Path) -> None:
         card = Card("tiny", share * most.most / 1e9)
         warnings = list(warnings_of(planned(folder, Conditions(stage="stage_II", card=card))))
         assert any(words in warning and "tokens_per_microbatch" in warning for warning in warnings)
+    for processes, words in ((1, "optim adamw_8bit"), (2, "fsdp shares the weights")):
+        card = Card("tiny", 0.1 * most.most / 1e9)
+        warnings = list(warnings_of(planned(folder, Conditions(processes, card, stage="stage_I"))))
+        assert sum(said in warning for warning in warnings for said in ("adamw_8bit", "fsdp")) == 1
+        assert any(words in warning for warning in warnings), "a run of one process refuses fsdp"
     roomy = Card("roomy", 2 * most.most / 1e9)
     assert not any(
         "roomy" in warning for warning in warnings_of(planned(folder, Conditions(stage="stage_II", card=roomy)))

@@ -966,3 +966,18 @@ def test_a_reporter_that_is_not_installed_is_named(tmp_path: Path, monkeypatch: 
     config = load_config(write(tmp_path, minimal(tmp_path), report_to="wandb", use_cpu=True), "stage_I")
     with pytest.raises(UserError, match=r"report_to: 'wandb' is not installed here; .*choose from none, tensorboard"):
         training_arguments(config)
+
+
+@pytest.mark.parametrize(
+    ("metric", "greater"),
+    [
+        ("eval_loss", False), ("loss_contrastive", False), ("eval_alignment", False), ("uniformity_query", False),
+        ("eval_recall_at_1", True), ("effective_rank", True),
+    ],
+)  # fmt: skip
+def test_the_best_checkpoint_has_the_better_figure(metric: str, greater: bool, tmp_path: Path) -> None:
+    """transformers would ask whether the name ends in `loss`; a direction that is written out stands."""
+    training = {"output_dir": str(tmp_path), "metric_for_best_model": metric, "use_cpu": True}
+    assert training_arguments(Config("base", training=training)).greater_is_better is greater
+    given = Config("base", training={**training, "greater_is_better": not greater})
+    assert training_arguments(given).greater_is_better is not greater

@@ -99,7 +99,9 @@ def test_logged_figures_are_the_loss_on_the_held_out_rows(folder: Path, monkeypa
         "max_seq_length": 64,
         "per_device_train_batch_size": 2,
         "learning_rate": 0.0,
-        "max_steps": 1,
+        "max_steps": 2,
+        "dataloader_num_workers": 1,
+        "dataloader_persistent_workers": True,
         "num_eval_rows": 4,
         "eval_strategy": "steps",
         "eval_steps": 1,
@@ -113,7 +115,8 @@ def test_logged_figures_are_the_loss_on_the_held_out_rows(folder: Path, monkeypa
     monkeypatch.setattr(sys, "argv", [script, str(folder / "run.json")])
     runpy.run_path(script, run_name="__main__")
     lines = (folder / "out" / "log.jsonl").read_text("utf-8").splitlines()
-    logged = next(entry for entry in map(json.loads, lines) if "eval_loss" in entry)
+    logged, again = (entry for entry in map(json.loads, lines) if "eval_loss" in entry)
+    assert again["eval_loss"] == logged["eval_loss"], "a loader that is kept has the same batches once more"
 
     settings = EncoderSettings(
         pooling_mode="last", max_length=64, template="llama3", instruction_join="; ", attention="causal"

@@ -12,7 +12,7 @@ from transformers.integrations.integration_utils import get_available_reporting_
 from transformers.training_args import ParallelMode
 
 from llm2vec.training.config import DONE_AT_LOADING, Config
-from llm2vec.types import UserError, in_one_sentence
+from llm2vec.types import UserError, in_one_sentence, lower_is_better
 
 
 def of_arguments() -> AbstractContextManager[None]:
@@ -56,6 +56,8 @@ def training_arguments(config: Config, num_processes: int | None = None) -> Trai
     if values.get("fsdp"):
         # Gradients that wait for the step's last micro-batch would lie whole on every process.
         values["accelerator_config"] = {"gradient_accumulation_kwargs": {"sync_each_batch": True}}
+    if (metric := values.get("metric_for_best_model")) is not None and values.get("greater_is_better") is None:
+        values["greater_is_better"] = not lower_is_better(str(metric))  # transformers asks for names that end in "loss"
     with of_arguments():
         args = TrainingArguments(**values)
     if args.fsdp and args.parallel_mode != ParallelMode.DISTRIBUTED and (num_processes or 1) == 1:
