@@ -376,6 +376,21 @@ def test_the_overviews_hours_and_memory(hub: None) -> None:
         assert said == [*hours, *memory], name
 
 
+def test_one_small_cards_memory(hub: None, tmp_path: Path) -> None:
+    """What `docs/guides/small_cards.md` says of Stage I of 1B, row by row."""
+    page = (ROOT / "docs/guides/small_cards.md").read_text(encoding="utf-8")
+    keys = json.loads((CONFIGS / "stage_I/MetaLlama3.2_1b_q2d_d2q.json").read_text(encoding="utf-8"))
+    rows = re.findall(r"^\| `(\{.*\})` \| ([\d.]+) \|$", page, re.MULTILINE)
+    assert len(rows) == 5
+    reckoned = []
+    for changed, _ in rows:
+        file = tmp_path / "small.json"
+        file.write_text(json.dumps({**keys, **json.loads(changed)}), encoding="utf-8")
+        memory = make_plan(file, Conditions(1, CARDS["RTX-4090"], stage="stage_I", **ASSUMED)).memory
+        reckoned.append(memory and f"{memory.most / 1e9:.1f}")
+    assert [said for _, said in rows] == reckoned
+
+
 @pytest.mark.parametrize(("seconds", "said"), [(0.123, "0.12 s"), (123.4, "123 s"), (7200.0, "2.0 h")])
 def test_time_is_written_out(seconds: float, said: str, folder: Path) -> None:
     """Without powers of ten, however long."""
