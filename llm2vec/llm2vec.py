@@ -218,14 +218,17 @@ class LLM2Vec(nn.Module):
         return self.model.config
 
     def forward(self, batch: dict[str, Tensor]) -> Tensor:
-        """Embeddings [B, D] of a padded batch as `tokenize` makes it, in the model's dtype, not normalised."""
+        """Embeddings [B, D] of a padded batch as `tokenize` makes it, in the model's dtype, not normalised. One that a
+        tokenizer made, without `pool_mask`, is pooled over all its tokens, unless instructions are to be left out."""
         mask_BT = batch["attention_mask"]
+        if "pool_mask" not in batch and self.skip_instruction:
+            raise UserError("the batch has no `pool_mask`, so instructions cannot be left out; make it by `tokenize`.")
         # A family may count places from a row's beginning, and so from its padding.
         positions = None if mask_BT[:, 0].all() else (mask_BT.cumsum(dim=1) - 1).clamp(min=0)
         hidden_BTD = hidden_states(
             self.model, self.settings.attention, mask_BT, input_ids=batch["input_ids"], position_ids=positions
         )
-        return pool(hidden_BTD, batch["pool_mask"], self.settings.pooling_mode)
+        return pool(hidden_BTD, batch.get("pool_mask", mask_BT.bool()), self.settings.pooling_mode)
 
     def tokenize(self, texts: Texts, side: TextSide | None = None) -> dict[str, Tensor]:
         """The batch that `forward` takes, padded on the tokenizer's `padding_side`; arguments as in `encode`."""

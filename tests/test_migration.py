@@ -486,6 +486,18 @@ def test_overridden_steps_are_used_by_encode() -> None:
     assert encode(halved, batch_size=2).shape == (7, 16)
 
 
+def test_a_tokenizers_own_batch_is_pooled_over_all_of_it() -> None:
+    """Upstream's callers do so; where instructions are left out, nobody knows where they end."""
+    whole = LLM2Vec.from_pretrained(*names("llama3"), skip_instruction=False)
+    batch = whole.tokenize(["who wrote", "Hello"])
+    made = {name: batch[name] for name in ("input_ids", "attention_mask")}
+    with torch.no_grad():
+        assert torch.equal(whole(dict(made)), whole(dict(batch)))
+        whole.skip_instruction = True
+        with pytest.raises(UserError, match="the batch has no `pool_mask`"):
+            whole(made)
+
+
 @pytest.mark.parametrize(
     "step", ["prepare_for_tokenization", "_convert_to_str", "_skip_instruction", "get_pooling", "_encode"]
 )
