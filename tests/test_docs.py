@@ -121,9 +121,10 @@ def test_site_builds_without_a_warning(tmp_path: Path) -> None:
 def workspace(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder as after `make quickstart`, but for the number of steps."""
     folder = tmp_path_factory.mktemp("workspace")
-    for name in ("experiments", "llm2vec", "test_configs", "docs"):
+    for name in ("experiments", "llm2vec", "test_configs"):
         (folder / name).symlink_to(ROOT / name)
-    shutil.copytree(ROOT / "train_configs", folder / "train_configs")
+    for name in ("train_configs", "docs", "results"):  # commands of the pages write there
+        shutil.copytree(ROOT / name, folder / name)
     for file in (folder / "train_configs" / "quickstart").glob("*.json"):
         config = json.loads(file.read_text(encoding="utf-8"))
         if "max_steps" in config:
