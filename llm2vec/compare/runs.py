@@ -26,6 +26,7 @@ from llm2vec.training.config.file import load_config
 from llm2vec.training.model import encoder_settings
 from llm2vec.training.resume import checkpoint_folder
 from llm2vec.training.rows import sources_of, text_file_of
+from llm2vec.training.vectors import folders_of_vectors
 from llm2vec.types import Stage, UserError
 
 #: Stage -> the command that trains it.
@@ -179,7 +180,7 @@ class Planner:
         texts = [place for source in sources for place, _ in source.located(folder).reading.texts]
         places = list(dict.fromkeys([*find_files(folder, sources), *texts]))
         files = [place for place in places if place.is_file()]
-        places += [Path(vectors) for vectors in (config.guide, config.teacher_vectors) if vectors and vectors != "self"]
+        places += map(Path, folders_of_vectors(config))
         others = [data_revision(place) if place.is_dir() else str(place) for place in places if place not in files]
         tables = [] if config.sources_file is None else [table_file(Path(config.sources_file))]
         return [self._hash(folder, files), *(self._hash(table.parent, [table]) for table in tables), *others]

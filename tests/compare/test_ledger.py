@@ -165,6 +165,9 @@ def test_what_the_readme_says_below_its_scores_is_the_record() -> None:
     assert f"Anchor has {early[0]} and the baseline {early[1]}:" in readme
     means = {r: [mean(outcomes[r][seed].scores.values()) for seed in (42, 43, 44)] for r in ("anchor", "baseline")}
     first, second, third = (f"{a - b:.1f}" for a, b in zip(means["anchor"], means["baseline"], strict=True))
+    ends = {r: [mean(outcomes[r][seed].scores.values()) > 70 for seed in (42, 43, 44)] for r in ("control", *means)}
+    assert ends["baseline"] == [False] * 3 and ends["control"] == ends["anchor"] == [True, True, False]
+    assert "control and Anchor do with the same two seeds of three" in readme
     assert f"it brings {points[0]} points in the mean of three seeds" in readme
     assert f"{first}, {second} and {third} (" in readme
     assert f"language modelling of the same texts already brings {points[1]} of them" in readme
